@@ -1,0 +1,251 @@
+"""What lies on disk: checkpoints of training with attached recurrences, and converted models.
+
+A checkpoint is Lightning's dict plus one entry ``tnnlm`` of plain data and tensors, so that
+``torch.load(weights_only=True)`` reads it. A converted model is a folder: config.json,
+model.safetensors, tokenizer.json, conversion.json. This module imports nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.config import Config
+from tnnlm.config_io import config_from_dict, config_to_dict, model_config_from_dict
+from tnnlm.conversion.convert import attach, recurrences
+from tnnlm.conversion.report import ConversionReport
+from tnnlm.errors import CheckpointError, UserError
+from tnnlm.model import CausalLM
+from tnnlm.modules import RecurrentConv
+from tnnlm.ops.ssm import SSMParams
+from tnnlm.tokenizer import TextTokenizer
+
+ENTRY = "tnnlm"
+"""our entry in a checkpoint"""
+FORMAT = 1
+"""raised when what lies on disk changes"""
+_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class AttachedSSM:
+    """Recurrences that a checkpoint carries."""
+
+    method: str
+    horizon: int
+    layers: list[SSMParams]
+
+
+@dataclass(frozen=True)
+class TrainedCheckpoint:
+    """A checkpoint of training, read back."""
+
+    path: Path
+    config: Config
+    tokenizer: TextTokenizer
+    model: CausalLM
+    step: int
+    ssm: AttachedSSM | None
+
+
+class ConvertedModel(NamedTuple):
+    """What decoding needs."""
+
+    model: CausalLM
+    tokenizer: TextTokenizer
+
+
+def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM | None) -> dict[str, Any]:
+    """Our entry of a checkpoint: plain dicts, lists, numbers, strings and tensors only."""
+    attached = None
+    if ssm is not None:
+        layers = [dict(params._asdict()) for params in ssm.layers]
+        attached = {"method": ssm.method, "horizon": ssm.horizon, "layers": layers}
+    return {
+        "format": FORMAT,
+        "config": config_to_dict(config),
+        "tokenizer": tokenizer.to_json(),
+        "ssm": attached,
+    }
+
+
+def load_checkpoint(path: Path) -> TrainedCheckpoint:
+    """Read a checkpoint of training on the CPU.
+
+    Raises:
+        CheckpointError: if it is missing, truncated, not ours, or its parts don't fit together.
+    """
+    data = read_checkpoint(path)
+    entry = data[ENTRY]
+    config = config_from_dict(entry["config"], str(path))
+    tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
+    weights = {
+        key.removeprefix(_PREFIX): value for key, value in data["state_dict"].items() if key.startswith(_PREFIX)
+    }
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    _load_weights(model, weights, path)
+    check_tokenizer(tokenizer, model, path)
+    attached = entry["ssm"]
+    ssm = attached and AttachedSSM(
+        attached["method"], attached["horizon"], [SSMParams(**layer) for layer in attached["layers"]]
+    )
+    return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The raw dict of a checkpoint of ours.
+
+    Raises:
+        CheckpointError: if it is missing, truncated or not ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception:  # torch raises a dozen kinds for damaged and foreign files
+        raise CheckpointError(f"{path}: is not a checkpoint, or truncated; take another one") from None
+    if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not a checkpoint of this project's train.py")
+    return data
+
+
+def save_converted(
+    folder: Path, model: CausalLM, tokenizer: TextTokenizer, report: ConversionReport, force: bool = False
+) -> None:
+    """Write a converted model; the folder appears whole or not at all.
+
+    Raises:
+        CheckpointError: if ``folder`` exists and ``force`` is not set, or is no converted model's.
+    """
+    check_out_folder(folder, force)
+    config = {
+        "format": FORMAT,
+        "model": config_to_dict(model.config),
+        "eos_token": tokenizer.eos_token,
+        "tokenizer_sha256": tokenizer.fingerprint,
+    }
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_text(temporary / "config.json", json.dumps(config, indent=2))
+        write_text(temporary / "tokenizer.json", tokenizer.to_json())
+        write_text(temporary / "conversion.json", json.dumps(report.to_dict(), indent=2))
+
+
+def check_out_folder(folder: Path, force: bool) -> None:
+    """Refuse to write over anything but, with ``force``, another converted model.
+
+    Raises:
+        CheckpointError: if ``folder`` may not be written.
+    """
+    if not folder.exists():
+        return
+    if not force:
+        raise CheckpointError(f"{folder}: exists already; give another --out, or --force to replace it")
+    if not is_converted(folder):
+        raise CheckpointError(f"{folder}: is not a converted model, --force won't replace it; give another --out")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether ``folder`` looks like a converted model."""
+    return (folder / "conversion.json").is_file() and (folder / "config.json").is_file()
+
+
+def load_converted(folder: Path) -> ConvertedModel:
+    """Read a converted model on the CPU.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or the files don't fit together.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        tensors = load_file(folder / "model.safetensors")
+        if config["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: made by another version of this project; convert again")
+        model_config = model_config_from_dict(config["model"], str(folder))
+        eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: is missing; convert again") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged ({str(error).splitlines()[0]}); convert again") from None
+    tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
+    with torch.device("meta"):
+        model = CausalLM(model_config)
+    model = attach(model, [_layer_params(tensors, index, folder) for index in range(model_config.n_layers)])
+    _load_weights(model, tensors, folder)
+    check_tokenizer(tokenizer, model, folder)
+    if tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
+    return ConvertedModel(model, tokenizer)
+
+
+def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
+    """The converted model that a checkpoint carries.
+
+    Raises:
+        CheckpointError: if it carries none.
+    """
+    if checkpoint.ssm is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: is not converted; run: python convert.py {checkpoint.path}"
+        )
+    return ConvertedModel(attach(checkpoint.model, checkpoint.ssm.layers), checkpoint.tokenizer)
+
+
+def attached_ssm(converted: CausalLM, method: str, horizon: int) -> AttachedSSM:
+    """The recurrences of a converted model, detached on the CPU, as a checkpoint stores them."""
+    layers = [SSMParams(*(t.detach().cpu() for t in params)) for params in recurrences(converted)]
+    return AttachedSSM(method, horizon, layers)
+
+
+def check_tokenizer(tokenizer: TextTokenizer, model: CausalLM, where: Path) -> None:
+    """Refuse a tokenizer that has more entries than the model's embedding.
+
+    Raises:
+        CheckpointError: naming both sizes.
+    """
+    if tokenizer.size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.size} tokens, the model only {model.config.vocab_size}"
+        )
+
+
+def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> SSMParams:
+    prefix = f"blocks.{index}.mixer.conv."
+    try:
+        return SSMParams(*(tensors[prefix + name] for name in SSMParams._fields))
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: model.safetensors has no {error}; convert again") from None
+
+
+def _load_weights(model: CausalLM, weights: dict[str, Tensor], where: Path) -> None:
+    # The recurrences were put in as they are; everything else is still on the meta device.
+    own = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, RecurrentConv)
+        for buffer, _ in module.named_buffers()
+    }
+    try:
+        missing, unexpected = model.load_state_dict(weights, assign=True, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where}: its weights don't fit its configuration: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [key for key in (*missing, *unexpected) if key not in own]
+    if wrong:
+        raise CheckpointError(f"{where}: its weights don't fit its configuration: {wrong[0]}")

@@ -1,0 +1,200 @@
+"""Every setting of a run, as keyword-only dataclasses. ``config_io`` reads and checks them.
+
+Bounds and choices stand in the fields' metadata, so that they are checked in one place and
+before anything is built. This module imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+
+def number(
+    default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
+    """A field with bounds: ``low`` <= value <= ``high`` and value > ``above``; None passes."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def choice(default: str, *options: str) -> Any:
+    """A field that takes one of ``options``."""
+    return field(default=default, metadata={"options": options})
+
+
+@dataclass(kw_only=True)
+class KernelConfig:
+    """What every kernel's settings have in common: ``name`` selects the schema of the rest."""
+
+    name: str = "tno"
+    """which kernel; see tnnlm/kernels"""
+
+
+@dataclass(kw_only=True)
+class TNOConfig(KernelConfig):
+    """The Toeplitz neural operator: an MLP on the lag, times decay^lag."""
+
+    decay: float = number(0.99, above=0, high=1)
+    """factor per lag, fixed; 1 switches it off"""
+    rpe_dim: int = number(64, low=1, high=65_536)
+    """width of the position network"""
+    rpe_layers: int = number(6, low=0, high=1_000)
+    """its hidden layers"""
+
+
+KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {"tno": TNOConfig}
+"""settings of each kernel, by name"""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Sizes of the model."""
+
+    d_model: int = number(256, low=1, high=1_000_000)
+    """width of the residual stream"""
+    n_layers: int = number(4, low=1, high=10_000)
+    """blocks"""
+    vocab_size: int = number(4096, low=257, high=10_000_000)
+    """entries of the embedding; a tokenizer trained here gets at most as many"""
+    max_length: int = number(512, low=1, high=1 << 24)
+    """training length in tokens"""
+    expand: int = number(3, low=1, high=64)
+    """channels of the mixer over d_model"""
+    glu_dim: int | None = number(None, low=1, high=1_000_000)
+    """hidden width of the channel mixing; null: d_model"""
+    dropout: float = number(0.0, low=0, high=0.99)
+    """on embeddings and both branches of a block"""
+    kernel: KernelConfig = field(default_factory=TNOConfig)
+    """the convolution kernel"""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = choice("stdlib", "stdlib", "files", "hub")
+    """stdlib: sources of the running Python; files: ``data.files``; hub: a ``datasets`` name"""
+    files: list[str] = field(default_factory=list)
+    """paths or globs of .txt .md .py .jsonl .parquet, each also as .gz; files only"""
+    text_column: str = "text"
+    """column of .jsonl, .parquet and hub data that holds the text"""
+    hub_name: str | None = None
+    """name of a hub data set, or a local folder in its format; hub only"""
+    hub_config: str | None = None
+    """its configuration, where it has several"""
+    hub_split: str = "train"
+    """the split to read"""
+    hub_val_split: str | None = None
+    """its validation split; null: hold out ``val_fraction`` of ``hub_split``"""
+    streaming: bool = False
+    """read the hub data set as a stream; needs ``data.max_documents``"""
+    max_documents: int | None = number(None, low=2)
+    """stop after so many documents"""
+    tokenizer: str | None = None
+    """a tokenizer.json or the name of a hub tokenizer; null: train byte-level BPE on the training split"""
+    eos_token: str = "<|endoftext|>"
+    """the token that ends a document; a given tokenizer must have it"""
+    val_fraction: float = number(0.02, above=0, high=0.5)
+    """share of the text, by document, that is held out"""
+    max_val_tokens: int | None = number(None, low=1)
+    """validate on so many tokens at the most"""
+    batch_size: int = number(8, low=1, high=1_000_000)
+    """rows of ``model.max_length`` tokens per device and batch"""
+    num_workers: int = number(0, low=0, high=1_024)
+    """loader processes; rows come from a memory-mapped file, so 0 is rarely slow"""
+    cache_dir: str | None = None
+    """tokenized text is kept here; null: $TNNLM_CACHE or ~/.cache/tnnlm"""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and the learning rate's course."""
+
+    lr: float = number(2e-3, above=0, high=100)
+    """peak learning rate"""
+    beta1: float = number(0.9, low=0, high=0.9999)
+    """decay of the gradient's mean"""
+    beta2: float = number(0.98, low=0, high=0.999999)
+    """decay of its square's mean"""
+    eps: float = number(1e-8, above=0, high=1)
+    """added to the denominator"""
+    weight_decay: float = number(0.1, low=0, high=100)
+    """decoupled; on matrices, not on biases nor kernels"""
+    kernel_lr_scale: float = number(1.0, above=0, high=1_000)
+    """learning rate of kernel parameters over ``lr``"""
+    schedule: str = choice("cosine", "cosine", "inverse_sqrt", "constant")
+    """course after the warm-up"""
+    warmup_steps: int = number(100, low=0)
+    """steps of linear warm-up"""
+    min_lr_ratio: float = number(0.01, low=0, high=1)
+    """the cosine ends at this share of ``lr``"""
+    grad_clip: float = number(1.0, low=0)
+    """largest gradient norm; 0 switches clipping off"""
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Length of the training and the machine it runs on."""
+
+    max_steps: int = number(2000, low=1)
+    """optimizer steps"""
+    val_every_n_steps: int = number(500, low=1)
+    """optimizer steps between validations; the last step is always validated"""
+    log_every_n_steps: int = number(20, low=1)
+    """optimizer steps between rows of metrics.csv"""
+    precision: str = choice("auto", "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+    """auto: bf16-mixed where the hardware has it, else 32-true"""
+    accelerator: str = "auto"
+    """auto, cpu, gpu ...: Lightning's names"""
+    devices: Union[int, str] = "auto"  # noqa: UP007  OmegaConf reads typing.Union
+    """how many per node, or auto"""
+    num_nodes: int = number(1, low=1, high=100_000)
+    """machines"""
+    strategy: str = "auto"
+    """auto, ddp ...: Lightning's names"""
+    accumulate: int = number(1, low=1, high=1_000_000)
+    """batches per optimizer step"""
+    compile: bool = False
+    """torch.compile the model; the first steps take minutes"""
+    sample_prompt: str = "def "
+    """a sample continues this text at each validation"""
+    sample_tokens: int = number(64, low=0, high=100_000)
+    """its length; 0 writes none"""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_n_steps: int = number(500, low=1)
+    """optimizer steps between saves of last.ckpt"""
+
+
+@dataclass(kw_only=True)
+class ConversionConfig:
+    """How checkpoints become recurrences."""
+
+    method: str = choice("etsc", "etsc", "window")
+    """etsc: exact Toeplitz-to-SSM conversion; window: the last ``horizon`` inputs themselves"""
+    horizon: Union[int, str] = "auto"  # noqa: UP007
+    """lags that must be right; auto: until the kernel's remaining energy is float32 rounding"""
+    chunk: int = number(256, low=1, high=1 << 20)
+    """tokens per prefill chunk when validating the recurrent form"""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run."""
+
+    name: str = "demo"
+    """folder under ``runs_dir``"""
+    seed: int = number(0, low=0, high=2**32 - 1)
+    """of initialisation, order of the data, dropout and split"""
+    runs_dir: str = "runs"
+    """where runs lie"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)

@@ -1,0 +1,173 @@
+"""From defaults, a YAML file and ``key=value`` words to a checked ``Config``, and back to plain data.
+
+defaults < yaml < command line. Unknown keys, wrong types and values out of bounds raise
+``ConfigError`` naming the key. Nobody behind this module sees an OmegaConf object.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tnnlm.config import KERNEL_SCHEMAS, Config, ModelConfig
+from tnnlm.errors import ConfigError
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file; None takes the defaults.
+        overrides: words like ``optim.lr=1e-3``.
+
+    Raises:
+        ConfigError: for a missing or unreadable file and for every wrong key or value.
+    """
+    layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
+    layers.append((_read_overrides(overrides), "command line"))
+    return _merge(layers)
+
+
+def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
+    """The inverse of :func:`config_to_dict`; ``where`` names the origin in errors."""
+    return _merge([(_as_dict_config(data, where), where)])
+
+
+def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
+    """The ``model`` group alone, as converted models store it."""
+    return config_from_dict({"model": data}, where).model
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings: what checkpoints may hold."""
+    return asdict(config)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _merge(layers: list[tuple[DictConfig, str]]) -> Config:
+    schema = OmegaConf.structured(Config)
+    name = "tno"
+    for layer, where in layers:
+        name = _kernel_name(layer, where) or name
+    if name not in KERNEL_SCHEMAS:
+        raise ConfigError(f"model.kernel.name={name}: unknown kernel; there is {', '.join(KERNEL_SCHEMAS)}")
+    schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
+    for layer, where in layers:
+        _check_keys(layer, schema, "", where)
+        try:
+            schema.merge_with(layer)
+        except OmegaConfBaseException as error:
+            key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+            raise ConfigError(f"{key}{str(error).splitlines()[0]} ({where})") from None
+    config = cast(Config, OmegaConf.to_object(schema))
+    for key, value, metadata in _leaves(config):
+        _check_value(key, value, metadata)
+    if config.conversion.horizon != "auto":
+        _check_value("conversion.horizon", config.conversion.horizon, {"low": 1})
+    if config.trainer.devices != "auto":
+        _check_value("trainer.devices", config.trainer.devices, {"low": 1})
+    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ConfigError(f"name={config.name!r}: a run's name is a single folder name")
+    return config
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        data = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from None
+    return _as_dict_config(data, str(path))
+
+
+def _read_overrides(words: Sequence[str]) -> DictConfig:
+    for word in words:
+        if "=" not in word or word.startswith("="):
+            raise ConfigError(f"{word}: expected key=value, for example optim.lr=1e-3")
+    try:
+        return _as_dict_config(OmegaConf.from_dotlist(list(words)), "command line")
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from None
+
+
+def _as_dict_config(data: Any, where: str) -> DictConfig:
+    node = data if isinstance(data, DictConfig) else OmegaConf.create(data)
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{where}: expected settings by name, such as 'model:' and 'data:'")
+    group = node.get("data")
+    if isinstance(group, DictConfig) and isinstance(group.get("files"), str):
+        group.files = [group.files]
+    return node
+
+
+def _kernel_name(layer: DictConfig, where: str) -> str | None:
+    node: Any = layer
+    for key in ("model", "kernel"):
+        node = node.get(key)
+        if node is None:
+            return None
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{key}={node}: expected a group of settings, {key}.NAME=... ({where})")
+    name = node.get("name")
+    return None if name is None else str(name)
+
+
+def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) -> None:
+    for key in layer:
+        full = f"{prefix}{key}"
+        if key not in schema:
+            raise ConfigError(f"{full}: unknown key ({where}); did you mean {_nearest(full, schema, prefix)}?")
+        inner = schema._get_node(str(key))
+        value = layer._get_node(key)
+        if isinstance(inner, DictConfig):
+            if not isinstance(value, DictConfig):
+                raise ConfigError(f"{full}: expected a group of settings, {full}.NAME=... ({where})")
+            _check_keys(value, inner, f"{full}.", where)
+
+
+def _nearest(key: str, schema: DictConfig, prefix: str) -> str:
+    siblings = [f"{prefix}{name}" for name in schema]
+    everywhere = [name for name, _, _ in _leaves(Config())]
+    same_leaf = [name for name in everywhere if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    return (close or same_leaf or difflib.get_close_matches(key, everywhere + siblings, n=1, cutoff=0))[0]
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def _check_value(key: str, value: Any, metadata: Any) -> None:
+    options = metadata.get("options")
+    if options and value not in options:
+        raise ConfigError(f"{key}={value}: expected one of {', '.join(options)}")
+    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
+    if value is None or low is high is above is None:
+        return
+    if isinstance(value, str):
+        raise ConfigError(f"{key}={value}: expected a number or auto")
+    if value != value:
+        raise ConfigError(f"{key}={value}: not a number")
+    if low is not None and value < low:
+        raise ConfigError(f"{key}={value}: must be at least {low:g}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{key}={value}: must be above {above:g}")
+    if high is not None and value > high:
+        raise ConfigError(f"{key}={value}: must be at most {high:g}")

@@ -1,0 +1,217 @@
+"""Documents from the standard library's sources, from files, or from a hub data set, split in two.
+
+A document is a source file, a text file, a row of .jsonl or .parquet, or a row of the data set.
+The split is by document and follows from the seed and the texts alone.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import itertools
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from tnnlm.config import DataConfig
+from tnnlm.errors import DataError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+FEW_DOCUMENTS = 10
+"""below this, every document is cut in two: a split by document would hold out too much or nothing"""
+
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The two splits, a document each entry."""
+
+    train: list[str]
+    val: list[str]
+
+
+def source_files(config: DataConfig) -> list[Path]:
+    """The files that the corpus is read from, sorted; empty for hub data.
+
+    Raises:
+        DataError: if a pattern matches nothing or a file's type is unknown.
+    """
+    if config.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = (p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
+        files = sorted(p for p in found if p.stat().st_size)
+        if not files:
+            raise DataError(
+                f"{root}: holds no sources of the standard library; give files with data.source=files"
+            )
+        return files
+    if config.source == "hub":
+        return []
+    if not config.files:
+        raise DataError("data.files is empty: name text files, for example data.files=book.txt")
+    files = []
+    for pattern in config.files:
+        matches = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        if not matches:
+            raise DataError(f"{pattern}: no such file")
+        files += [p for p in matches if p.is_file()] if glob.has_magic(pattern) else matches
+    for path in files:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; name its files, for example data.files='{path}/**/*.txt'")
+        if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
+            raise DataError(
+                f"{path}: unknown type; known are .txt .md .py .jsonl .parquet, each also as .gz"
+            )
+    return sorted(set(files))
+
+
+def source_fingerprint(config: DataConfig) -> str:
+    """Hash of where the text comes from: names, sizes and times of files, or the hub data set's name."""
+    parts: list[Any] = [config.source, config.text_column, config.max_documents]
+    for path in source_files(config):
+        status = path.stat()
+        parts.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
+    if config.source == "hub":
+        parts += [config.hub_name, config.hub_config, config.hub_split, config.hub_val_split, config.streaming]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def load_corpus(config: DataConfig, seed: int) -> Corpus:
+    """Read and split the documents.
+
+    Raises:
+        DataError: for missing, empty, binary or damaged input.
+    """
+    texts = _collect(config, _documents(config))
+    if config.source == "hub" and config.hub_val_split:
+        return Corpus(texts, _collect(config, _hub_documents(config, config.hub_val_split)))
+    return _split(texts, config.val_fraction, seed)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared text is kept: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
+    return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+
+
+def _collect(config: DataConfig, documents: Iterator[str]) -> list[str]:
+    texts = list(itertools.islice((text for text in documents if text.strip()), config.max_documents))
+    if not texts:
+        raise DataError(f"{_describe(config)}: no text in it")
+    return texts
+
+
+def _documents(config: DataConfig) -> Iterator[str]:
+    if config.source == "hub":
+        yield from _hub_documents(config, config.hub_split)
+        return
+    for path in source_files(config):
+        suffix = _suffix(path)
+        if suffix in TEXT_SUFFIXES:
+            yield _read_text(path)
+        else:
+            cache = str(cache_folder(config) / "datasets")
+            rows = _load(
+                str(path), TABLE_BUILDERS[suffix], data_files=str(path), split="train", cache_dir=cache
+            )
+            yield from _rows(rows, config, str(path))
+
+
+def _hub_documents(config: DataConfig, split: str) -> Iterator[str]:
+    if not config.hub_name:
+        raise DataError("data.hub_name is empty: name a data set, for example Salesforce/wikitext")
+    if config.streaming and config.max_documents is None:
+        raise DataError("data.streaming=true needs data.max_documents: a stream has no end to split at")
+    rows = _load(
+        config.hub_name,
+        config.hub_name,
+        name=config.hub_config,
+        split=split,
+        streaming=config.streaming,
+        cache_dir=str(cache_folder(config) / "datasets"),
+    )
+    yield from _rows(rows, config, config.hub_name)
+
+
+def _load(what: str, builder: str, **options: Any) -> Any:
+    try:
+        return datasets.load_dataset(builder, **options)
+    except OSError:
+        raise
+    except Exception as error:  # the library has dozens of kinds, for the user they are one
+        raise DataError(f"{what}: can't be read: {str(error).splitlines()[0]}") from None
+
+
+def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
+    if rows.column_names is not None and config.text_column not in rows.column_names:
+        raise DataError(
+            f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}; "
+            "choose one with data.text_column=..."
+        )
+    for index, row in enumerate(rows):
+        text = row.get(config.text_column)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: row {index + 1}: column {config.text_column!r} is not text")
+        yield text or ""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if b"\0" in data:
+            raise DataError(f"{path}: is not text (a zero byte at {data.index(0)})")
+        return data.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError):
+        raise DataError(f"{path}: is not a whole gzip file") from None
+    except UnicodeDecodeError as error:
+        if path.suffix == ".py":  # sources may declare another encoding; such files are rare and small
+            return data.decode("latin-1")
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _describe(config: DataConfig) -> str:
+    return {"stdlib": "standard library", "files": ", ".join(config.files), "hub": str(config.hub_name)}[
+        config.source
+    ]
+
+
+def _split(texts: list[str], fraction: float, seed: int) -> Corpus:
+    """Hold out documents in the order of their hashes until ``fraction`` of the characters is reached."""
+    if len(texts) < FEW_DOCUMENTS:
+        pairs = [_cut(text, fraction) for text in texts]
+        return Corpus([a for a, _ in pairs if a], [b for _, b in pairs if b])
+    total = sum(map(len, texts))
+    budget = fraction * total
+    # One huge document would be most of the held-out text, and no fair sample of the rest.
+    largest = max(budget / 4, total / len(texts))
+    held_out: set[int] = set()
+    taken = 0
+    for index in sorted(range(len(texts)), key=lambda i: _hash(seed, texts[i])):
+        if taken < budget and len(texts[index]) <= largest:
+            held_out.add(index)
+            taken += len(texts[index])
+    train = [text for i, text in enumerate(texts) if i not in held_out]
+    return Corpus(train, [texts[i] for i in sorted(held_out)])
+
+
+def _hash(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _cut(text: str, fraction: float) -> tuple[str, str]:
+    """The beginning and the last ``fraction`` of a text, cut at a line where there is one."""
+    at = round(len(text) * (1 - fraction))
+    line = text.rfind("\n", 0, at) + 1
+    at = line if line > at / 2 else at
+    return text[:at], text[at:]

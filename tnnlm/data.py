@@ -1,0 +1,156 @@
+"""The LightningDataModule: packed rows, in an order that resumes exactly on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from tnnlm.config import Config
+from tnnlm.errors import DataError
+from tnnlm.packing import PackedCorpus, prepare
+
+
+class GlobalOrderSampler(Sampler[list[int]]):
+    """Batches of row indices whose order follows from (seed, samples seen) alone.
+
+    Training reads one endless sequence: a permutation of the rows, then the next, each seeded by
+    (seed, epoch). Batch b of rank r on W ranks is samples [(b W + r) B, (b W + r + 1) B) after
+    ``start``: the global order is the same on any number of ranks, and resuming is starting later.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        *,
+        batch_size: int,
+        n_batches: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.n_batches = n_batches
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        first = self.start + self.rank * self.batch_size
+        for batch in range(self.n_batches):
+            rows = []
+            begin = first + batch * self.world_size * self.batch_size
+            for sample in range(begin, begin + self.batch_size):
+                if sample // self.n_rows != epoch:
+                    epoch = sample // self.n_rows
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+                rows.append(int(order[sample % self.n_rows]))
+            yield rows
+
+
+class TextDataModule(lightning.LightningDataModule):
+    """Packed text for training and validation.
+
+    Batches are token ids (B, L + 1): inputs and targets in one tensor. The position in the global
+    order is saved with each checkpoint, so a resumed run reads what an unbroken one would have.
+    """
+
+    corpus: PackedCorpus
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.samples_seen = 0
+        self._step_at_load = 0
+
+    def prepare_data(self) -> None:
+        """Tokenize into the cache: on one rank of each node."""
+        prepare(self.config.data, self.config.model.vocab_size, self.config.seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokenized corpus.
+
+        Raises:
+            DataError: if there is too little text for one batch.
+        """
+        if hasattr(self, "corpus"):
+            return
+        data, length = self.config.data, self.config.model.max_length
+        self.corpus = prepare(data, self.config.model.vocab_size, self.config.seed)
+        self.train_rows = self.corpus.rows("train", length)
+        self.val_rows = self.corpus.rows("val", length, data.max_val_tokens)
+        if len(self.train_rows) < data.batch_size:
+            raise DataError(
+                f"too little text: {self.corpus.train.tokens} training tokens fill {len(self.train_rows)} rows of "
+                f"{length}, one batch takes {data.batch_size}: give more text, or lower data.batch_size or "
+                "model.max_length"
+            )
+        if not len(self.val_rows):
+            raise DataError(
+                f"too little text: {self.corpus.val.tokens} validation tokens fill no row of {length}: give more "
+                "text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length"
+            )
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Everything that is left to train on, as one Lightning epoch: no border to resume across."""
+        trainer = self._trainer()
+        steps = self.config.trainer.max_steps - trainer.global_step
+        sampler = GlobalOrderSampler(
+            len(self.train_rows),
+            batch_size=self.config.data.batch_size,
+            n_batches=self.config.trainer.max_steps * self.config.trainer.accumulate,
+            seed=self.config.seed,
+            start=self.samples_seen,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        assert steps >= 0
+        return self._loader(self.train_rows, sampler)
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Every row once: ranks take every world_size-th, none twice, uneven shares included."""
+        trainer = self._trainer()
+        mine = list(range(trainer.global_rank, len(self.val_rows), trainer.world_size))
+        size = self.config.data.batch_size
+        return self._loader(self.val_rows, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def samples_at(self, global_step: int) -> int:
+        """Samples that all ranks together have read after ``global_step`` optimizer steps."""
+        config = self.config
+        per_step = config.data.batch_size * config.trainer.accumulate * self._trainer().world_size
+        return self.samples_seen + (global_step - self._step_at_load) * per_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the global order; the same on every rank."""
+        step = self._trainer().global_step
+        return {"samples_seen": self.samples_at(step), "step": step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position, with whatever batch size and number of ranks there is now."""
+        self.samples_seen = state_dict["samples_seen"]
+        self._step_at_load = state_dict["step"]
+
+    def _loader(self, rows: Any, batches: Any) -> DataLoader[torch.Tensor]:
+        workers = self.config.data.num_workers
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _trainer(self) -> lightning.Trainer:
+        assert self.trainer is not None, "attach the data module to a Trainer first"
+        return self.trainer

@@ -1,0 +1,58 @@
+"""Errors that a user can mend, and the one place that turns them into a line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input that can't be used. The message names the input and says what to do."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, or out of range."""
+
+
+class DataError(UserError):
+    """Text or a tokenizer that can't be used."""
+
+
+class CheckpointError(UserError):
+    """A run, checkpoint or converted model that is missing, damaged or not ours."""
+
+
+_OS_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EACCES: "no permission: choose another place or change the permissions",
+    errno.EPERM: "no permission: choose another place or change the permissions",
+    errno.EROFS: "the file system is read-only: choose another place",
+}
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """Run a script's ``main`` and return its exit code.
+
+    A :class:`UserError`, and an operating-system error that a user can mend (full disk, missing
+    permission), become one line on stderr and exit code 2. Everything else is a defect of ours
+    and keeps its traceback. Ctrl-C outside of training gives 130, as shells expect.
+    """
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        advice = _OS_ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

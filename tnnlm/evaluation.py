@@ -1,0 +1,79 @@
+"""Perplexity by the parallel form and by really running the recurrence, over the same tokens.
+
+Everything in float32 or wider, without autocast: parity of the two forms must not drown in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnnlm.model import CausalLM
+
+
+class NLL(NamedTuple):
+    """Negative log-likelihood in nats, and how many tokens it is summed over."""
+
+    total: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.total / self.count
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity; infinite where the exponential overflows."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Bits per byte of text: comparable across tokenizers."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def ppl_gap(parallel: float, recurrent: float) -> float:
+    """Relative difference of the two perplexities, signed: (recurrent - parallel) / parallel."""
+    return (recurrent - parallel) / parallel
+
+
+@torch.no_grad()
+def parallel_nll(model: CausalLM, rows: Tensor) -> NLL:
+    """Score rows (B, L + 1) by one parallel pass: tokens 1..L given those before."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return _score(model(rows[:, :-1]), rows[:, 1:])
+
+
+@torch.no_grad()
+def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int) -> NLL:
+    """Score rows (B, L + 1) by the recurrence, in chunks that carry the state across their borders."""
+    total, count = 0.0, 0
+    with torch.autocast(rows.device.type, enabled=False):
+        state = converted.init_state(rows.shape[0])
+        for start in range(0, rows.shape[1] - 1, chunk):
+            part = rows[:, start : start + chunk + 1]
+            logits, state = converted.prefill(part[:, :-1], state)
+            nll = _score(logits, part[:, 1:])
+            total, count = total + nll.total, count + nll.count
+    return NLL(total, count)
+
+
+def add(parts: Iterable[NLL]) -> NLL:
+    """The sum of several."""
+    scored = list(parts)
+    return NLL(sum(nll.total for nll in scored), sum(nll.count for nll in scored))
+
+
+def _score(logits: Tensor, targets: Tensor) -> NLL:
+    # Row by row in float32, summed in float64: the gap of two sums is what is looked at.
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        targets.flatten(),
+        reduction="none",
+    )
+    return NLL(float(losses.double().sum()), targets.numel())

@@ -1,0 +1,60 @@
+"""The Toeplitz neural operator's kernel: k[i] = decay^i rpe(i) (arXiv 2305.04749, section 3.2).
+
+The relative position encoder (RPE) is an MLP on the raw integer lag, the same for all channels
+up to its last layer. It runs in float32 whatever the precision policy: bf16 can't count to 512.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.config import TNOConfig
+from tnnlm.kernels.base import Kernel, register_kernel
+from tnnlm.ops.norm import simple_rms_norm
+
+
+class RelativePositionEncoder(nn.Module):
+    """Lags (L, 1) -> (L, E): Linear(1, r), ``layers`` times [norm, ReLU, Linear(r, r)], then norm,
+    ReLU, Linear(r, E)."""
+
+    def __init__(self, width: int, layers: int, n_channels: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(1, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.output = nn.Linear(width, n_channels)
+
+    def forward(self, lags: Tensor) -> Tensor:
+        """Values at the given lags, (L, 1) -> (L, E)."""
+        h = self.input(lags)
+        for layer in self.hidden:
+            h = layer(torch.relu(simple_rms_norm(h)))
+        values: Tensor = self.output(torch.relu(simple_rms_norm(h)))
+        return values
+
+
+@register_kernel("tno")
+class TNOKernel(Kernel):
+    """The kernel of a Toeplitz neural network; its decay is fixed, a buffer that checkpoints carry."""
+
+    decays: Tensor
+
+    def __init__(self, config: TNOConfig, n_channels: int) -> None:
+        super().__init__()
+        self.n_channels = n_channels
+        self.rpe = RelativePositionEncoder(config.rpe_dim, config.rpe_layers, n_channels)
+        self.register_buffer("decays", torch.full((n_channels,), config.decay))
+
+    @property
+    def decay(self) -> Tensor | None:
+        """The frozen decay of every channel, (E,)."""
+        return self.decays
+
+    def forward(self, length: int) -> Tensor:
+        """The first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
+        weight = self.rpe.input.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            # The dtype is named: under bf16-true the default is bf16, where 4,096 lags become 769.
+            lags = torch.arange(length, device=weight.device, dtype=weight.dtype)
+            envelope = self.decays.to(weight.dtype)[:, None] ** lags
+            return self.rpe(lags[:, None]).T * envelope

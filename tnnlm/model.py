@@ -1,0 +1,115 @@
+"""The language model: embedding, blocks, norm, tied head. Not a LightningModule.
+
+``forward`` trains; ``prefill`` and ``step`` decode after conversion. The three share every
+projection, so decoding can't drift from training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.config import ModelConfig
+from tnnlm.kernels import build_kernel
+from tnnlm.modules import GLU, Block, GatedMixer, LongConv, SimpleRMSNorm
+from tnnlm.ops.ssm import SSMState
+
+
+class ModelState(NamedTuple):
+    """What is carried between tokens: one convolution state per layer."""
+
+    layers: tuple[SSMState, ...]
+
+
+class CausalLM(nn.Module):
+    """A Toeplitz neural network language model (arXiv 2305.04749), prenorm, tied embeddings.
+
+    Training rows are packed: an eos stands between documents, and the convolution reads across it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d_inner = config.expand * config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                GatedMixer(config.d_model, d_inner, LongConv(build_kernel(config.kernel, d_inner))),
+                GLU(config.d_model, config.glu_dim or config.d_model),
+                config.dropout,
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = SimpleRMSNorm()
+
+    @property
+    def n_params(self) -> int:
+        """Trainable parameters; the tied embedding counts once, frozen decays not at all."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, L, V) for tokens (B, L), all positions at once."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self._head(x)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token.
+
+        Raises:
+            CheckpointError: if the model is not converted.
+        """
+        return ModelState(tuple(block.mixer.conv.init_state(batch_size) for block in self.blocks))
+
+    def prefill(
+        self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Read tokens (B, L) in parallel, on top of ``state``.
+
+        Args:
+            tokens: (B, L); rows shorter than L are padded at their end.
+            state: from :meth:`init_state`, or warm.
+            lengths: (B,) tokens per row; None means L each. Logits at pads mean nothing.
+            keep: compute logits for the last ``keep`` positions only; None means all.
+
+        Returns:
+            logits (B, keep or L, V) and the state after each row's last token.
+
+        Raises:
+            CheckpointError: if the model is not converted.
+        """
+        x = self._embed(tokens)
+        states = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block.prefill(x, layer, lengths)
+            states.append(layer)
+        return self._head(x if keep is None else x[:, -keep:]), ModelState(tuple(states))
+
+    def step(
+        self, tokens: Tensor, state: ModelState, active: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Read one token per row (B,): logits (B, V) and the next state, at constant cost.
+
+        Rows where ``active`` (B,) is False keep their state.
+
+        Raises:
+            CheckpointError: if the model is not converted.
+        """
+        x = self._embed(tokens)
+        states = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block.step(x, layer, active)
+            states.append(layer)
+        return self._head(x), ModelState(tuple(states))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.dropout(self.embedding(tokens))
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.norm(x), self.embedding.weight)

@@ -1,0 +1,43 @@
+"""The parallel form of a long convolution: a kernel's taps applied by FFT."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from tnnlm.errors import CheckpointError
+from tnnlm.kernels import Kernel
+from tnnlm.ops.ssm import SSMState
+from tnnlm.ops.toeplitz import toeplitz
+
+
+class LongConv(nn.Module):
+    """y = k * x for every channel, with k from a kernel. Trains; can't decode before conversion."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, E) -> (B, L, E)."""
+        return toeplitz(x, self.kernel(x.shape[1]))
+
+    def init_state(self, batch_size: int) -> SSMState:
+        """Always raises: this form has no state."""
+        _not_converted()
+
+    def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """Always raises: this form has no state."""
+        _not_converted()
+
+    def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """Always raises: this form has no state."""
+        _not_converted()
+
+
+def _not_converted() -> NoReturn:
+    raise CheckpointError(
+        "this model is in its parallel form and can't decode: convert it first, with convert.py "
+        "or tnnlm.conversion.convert_model(model)"
+    )

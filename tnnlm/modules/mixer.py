@@ -1,0 +1,47 @@
+"""Sequence mixing: the gated Toeplitz unit of the TNN paper, W_o(SiLU(W_u x) * conv(SiLU(W_v x)))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.modules.long_conv import LongConv
+from tnnlm.modules.recurrent_conv import RecurrentConv
+from tnnlm.ops.ssm import SSMState
+
+
+class GatedMixer(nn.Module):
+    """The operator in the place of attention; W_u and W_v are the two halves of one projection.
+
+    ``conv`` is a ``LongConv`` while training and a ``RecurrentConv`` after conversion; all else
+    is the same module in both forms.
+    """
+
+    conv: LongConv | RecurrentConv
+
+    def __init__(self, d_model: int, d_inner: int, conv: LongConv | RecurrentConv) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, 2 * d_inner)
+        self.conv = conv
+        self.out_proj = nn.Linear(d_inner, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        gate, value = self._project(x)
+        y: Tensor = self.out_proj(gate * self.conv(value))
+        return y
+
+    def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """Advance by the tokens of x (B, L, D)."""
+        gate, value = self._project(x)
+        y, state = self.conv.prefill(value, state, lengths)
+        return self.out_proj(gate * y), state
+
+    def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """Advance by one token x (B, D)."""
+        gate, value = self._project(x)
+        y, state = self.conv.step(value, state, active)
+        return self.out_proj(gate * y), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.nn.functional.silu(self.in_proj(x)).chunk(2, dim=-1)

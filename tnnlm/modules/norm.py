@@ -1,0 +1,15 @@
+"""Normalisation modules."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tnnlm.ops.norm import simple_rms_norm
+
+
+class SimpleRMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last axis, without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return simple_rms_norm(x)

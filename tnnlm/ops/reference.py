@@ -1,0 +1,34 @@
+"""The slow, obvious versions that tests and ``convert.py --verify`` compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnnlm.ops.ssm import SSMParams
+
+
+def toeplitz_dense(x: Tensor, k: Tensor) -> Tensor:
+    """Causal convolution by the dense L x L Toeplitz matrix: x (B, L, E), k (E, K) -> (B, L, E)."""
+    length = x.shape[1]
+    k = torch.nn.functional.pad(k[:, :length], (0, max(0, length - k.shape[1])))
+    lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    matrix = torch.where(lag >= 0, k[:, lag.clamp(min=0)], torch.zeros((), dtype=k.dtype))
+    return torch.einsum("etj,bje->bte", matrix, x)
+
+
+def recurrence_loop(params: SSMParams, x: Tensor) -> Tensor:
+    """The recurrence by a Python loop in complex128: x (B, L, E) -> (B, L, E) in float64."""
+    poles = torch.complex(*params.poles.double().unbind(-2))
+    residues = torch.complex(*params.residues.double().unbind(-2))
+    window = params.window.double()
+    x = x.double()
+    state = torch.zeros(x.shape[0], *residues.shape, dtype=torch.complex128)
+    outputs = []
+    for t in range(x.shape[1]):
+        state = poles * state + x[:, t, :, None]
+        y = (residues * state).sum(-1).real
+        for lag in range(min(t + 1, window.shape[1])):
+            y = y + window[:, lag] * x[:, t - lag]
+        outputs.append(y)
+    return torch.stack(outputs, dim=1)

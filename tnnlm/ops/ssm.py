@@ -1,0 +1,224 @@
+"""The recurrent form of one convolution: parameters, state, one step, parallel prefill.
+
+    s[t] = lam * s[t-1] + x[t]                                one state per channel and mode
+    y[t] = sum_{p<P} h[p] x[t-p] + Re sum_m c[m] s_m[t]       effective taps h[i] + Re sum c lam^i
+
+Complex numbers are stored as planes (re, im) of real tensors, so that casts can't drop the
+imaginary part and the step compiles. Letters: B batch, L length, E channels, N modes, P window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnnlm.ops.toeplitz import toeplitz
+from tnnlm.precision import working_dtype
+
+
+class SSMParams(NamedTuple):
+    """Parameters of one recurrent convolution. A conjugate pair is stored once, ``residues`` doubled.
+
+    Poles are float64 always: they are few, and prefill raises them to high powers. The step
+    rounds them to the state's dtype.
+    """
+
+    window: Tensor
+    """taps of the most recent inputs, (E, P), index = lag; P may be 0"""
+    poles: Tensor
+    """lam as planes: (2, N), shared by all channels, or (E, 2, N); N may be 0"""
+    residues: Tensor
+    """c as planes: (E, 2, N)"""
+
+
+class SSMState(NamedTuple):
+    """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
+
+    window: Tensor
+    """the last P - 1 inputs, oldest first, (B, E, max(P - 1, 0))"""
+    modes: Tensor
+    """s as planes, (B, E, 2, N)"""
+
+
+def init_state(params: SSMParams, batch_size: int) -> SSMState:
+    """The state before the first token: zeros, in the residues' dtype and on their device."""
+    channels, _, modes = params.residues.shape
+    inputs = max(params.window.shape[1] - 1, 0)
+    new = params.residues.new_zeros
+    return SSMState(new(batch_size, channels, inputs), new(batch_size, channels, 2, modes))
+
+
+def state_bytes(params: SSMParams) -> int:
+    """Bytes of state per sequence."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in init_state(params, 1))
+
+
+def order(params: SSMParams) -> int:
+    """Real state numbers per channel: a conjugate pair counts two, a real pole or a window tap one."""
+    paired = params.poles[..., 1, :] != 0
+    if paired.dim() == 2:
+        paired = paired.any(0)
+    return params.window.shape[1] + len(paired) + int(paired.sum())
+
+
+def step(params: SSMParams, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    """Advance by one token.
+
+    Args:
+        params: the recurrence.
+        x: inputs (B, E).
+        state: the state before this token.
+        active: (B,) booleans; a row where it is False keeps its state (a pad step is an identity).
+
+    Returns:
+        outputs (B, E) in the dtype of ``x``, and the state after this token.
+    """
+    dtype = state.modes.dtype
+    u = x.to(dtype)
+    real, imag = params.poles.to(dtype).unbind(-2)
+    before_re, before_im = state.modes.unbind(-2)
+    after_re = torch.addcmul(u.unsqueeze(-1), real, before_re).addcmul_(imag, before_im, value=-1)
+    after_im = (real * before_im).addcmul_(imag, before_re)
+    modes = torch.stack((after_re, after_im), dim=-2)
+    c_re, c_im = params.residues.unbind(-2)
+    y = torch.einsum("ben,en->be", after_re, c_re) - torch.einsum("ben,en->be", after_im, c_im)
+    window = state.window
+    if params.window.shape[1]:
+        recent = torch.cat((window, u.unsqueeze(-1)), dim=-1)
+        y = y + torch.einsum("bep,ep->be", recent, params.window.flip(-1))
+        window = recent[..., 1:]
+    if active is not None:
+        modes = torch.where(active[:, None, None, None], modes, state.modes)
+        window = torch.where(active[:, None, None], window, state.window)
+    return y.to(x.dtype), SSMState(window, modes)
+
+
+def prefill(
+    params: SSMParams, x: Tensor, state: SSMState, lengths: Tensor | None = None
+) -> tuple[Tensor, SSMState]:
+    """Advance by L tokens at once: an FFT convolution plus two matrix products, no loop over tokens.
+
+    Any split of a sequence into calls gives the same outputs and state up to rounding. Memory
+    grows with L: cut long prompts into chunks.
+
+    Args:
+        params: the recurrence.
+        x: inputs (B, L, E).
+        state: the state before the first of them; it may be warm.
+        lengths: (B,) integers: row b holds ``lengths[b]`` tokens and then pads, which leave
+            its state as it is. Outputs at pads mean nothing.
+
+    Returns:
+        outputs (B, L, E) in the dtype of ``x``, and the state after each row's last token.
+    """
+    dtype = state.modes.dtype
+    u = x.to(dtype)
+    length = x.shape[1]
+    last = torch.full((x.shape[0],), length, device=x.device) if lengths is None else lengths.to(x.device)
+    y, modes, window = torch.zeros_like(u), state.modes, state.window
+    if params.residues.shape[2]:
+        powers = pole_powers(params.poles, length + 1)
+        y = toeplitz(u, _mode_taps(params.residues, powers[..., :length]).to(dtype))
+        y = y + _free_response(params.residues, powers[..., 1:], modes)
+        modes = _advance_modes(powers, u, modes, last, padded=lengths is not None)
+    if params.window.shape[1]:
+        history = torch.cat((window.transpose(1, 2), u), dim=1)
+        y = y + toeplitz(history, params.window)[:, window.shape[2] :]
+        # Row b's last inputs end at history position lengths[b] + P - 1.
+        take = last[:, None] + torch.arange(window.shape[2], device=x.device)
+        index = take[:, :, None].expand(-1, -1, u.shape[2])
+        window = history.gather(1, index).transpose(1, 2).contiguous()
+    return y.to(x.dtype), SSMState(window, modes)
+
+
+def taps(params: SSMParams, length: int) -> Tensor:
+    """The effective taps k^[i] = h[i] + Re sum_m c[m] lam[m]^i, (E, ``length``), in float64.
+
+    What a conversion is judged by: computed from the stored numbers, so rounding shows.
+    """
+    channels = params.window.shape[0]
+    block = min(length, 2048)
+    powers = pole_powers(params.poles, block + 1)
+    turn = torch.complex(*powers[..., block].unbind(-2))
+    c = params.residues.double()
+    k = c.new_empty(channels, length)
+    # In blocks, the residues turned on by lam^block each time: memory stays at one block of powers.
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        k[:, start:stop] = _mode_taps(c, powers[..., : stop - start])
+        turned = torch.complex(*c.unbind(-2)) * turn
+        c = torch.stack((turned.real, turned.imag), dim=-2)
+    width = min(length, params.window.shape[1])
+    k[:, :width] += params.window[:, :width].double()
+    return k
+
+
+def pole_powers(poles: Tensor, length: int) -> Tensor:
+    """lam^0 .. lam^(length-1) as planes, (2, N, length) or (E, 2, N, length), in float64.
+
+    By repeated doubling: each power is a product of at most log2(length) factors, so the
+    error stays at float64 rounding instead of growing with the exponent.
+    """
+    lam = torch.complex(*poles.double().unbind(-2))
+    powers = torch.ones((*lam.shape, 1), dtype=lam.dtype, device=lam.device)
+    square = lam.unsqueeze(-1)
+    while powers.shape[-1] < length:
+        powers = torch.cat((powers, powers * square), dim=-1)
+        square = square * square
+    powers = powers[..., :length]
+    return torch.stack((powers.real, powers.imag), dim=-3)
+
+
+def _mode_taps(residues: Tensor, powers: Tensor) -> Tensor:
+    """Re sum_m c[m] lam[m]^i, (E, L), in the residues' dtype."""
+    powers = powers.to(residues.dtype)
+    signed = torch.stack((residues[:, 0], -residues[:, 1]), dim=1)
+    if powers.dim() == 3:
+        return signed.flatten(1) @ powers.flatten(0, 1)
+    return torch.einsum("ecn,ecnl->el", signed, powers)
+
+
+def _free_response(residues: Tensor, powers: Tensor, modes: Tensor) -> Tensor:
+    """What the state alone contributes to the next L outputs: Re sum_m c[m] lam[m]^(j+1) s_m, (B, L, E)."""
+    c_re, c_im = residues.unbind(-2)
+    s_re, s_im = modes.unbind(-2)
+    weighted = torch.stack((c_re * s_re - c_im * s_im, -(c_re * s_im + c_im * s_re)), dim=-2)
+    powers = powers.to(modes.dtype)
+    if powers.dim() == 3:
+        return (weighted.flatten(2) @ powers.flatten(0, 1)).transpose(1, 2)
+    return torch.einsum("becn,ecnl->ble", weighted, powers)
+
+
+def _advance_modes(powers: Tensor, u: Tensor, modes: Tensor, last: Tensor, padded: bool) -> Tensor:
+    """s after ``last[b]`` tokens: lam^last s + sum_{j<last} lam^(last-1-j) u[j], (B, E, 2, N)."""
+    length = u.shape[1]
+    if padded:
+        # Shift every row to the right end, zeros in front: one table of powers serves all rows.
+        source = torch.arange(length, device=u.device) - (length - last[:, None])
+        index = source.clamp(min=0)[:, :, None].expand_as(u)
+        u = u.gather(1, index) * (source >= 0)[:, :, None]
+    table = powers.to(modes.dtype)
+    reverse = table[..., :length].flip(-1)
+    decay_re, decay_im = _powers_at(table, last).unbind(-2)
+    if powers.dim() == 3:
+        forced = (u.transpose(1, 2) @ reverse.flatten(0, 1).T).unflatten(-1, (2, -1))
+    else:
+        forced = torch.einsum("ble,ecnl->becn", u, reverse)
+    s_re, s_im = modes.unbind(-2)
+    free = torch.stack((decay_re * s_re - decay_im * s_im, decay_re * s_im + decay_im * s_re), dim=-2)
+    return free + forced
+
+
+def _powers_at(table: Tensor, last: Tensor) -> Tensor:
+    """lam^last[b] for every row, shaped to broadcast against (B, E, 2, N)."""
+    if table.dim() == 3:
+        return table[..., last].permute(2, 0, 1).unsqueeze(1)
+    return table[..., last].permute(3, 0, 1, 2)
+
+
+def to_dtype(params: SSMParams, dtype: torch.dtype) -> SSMParams:
+    """The same recurrence stored at ``dtype``, never below float32; poles stay float64."""
+    kept = working_dtype(dtype)
+    return SSMParams(params.window.to(kept), params.poles.double(), params.residues.to(kept))

@@ -1,0 +1,78 @@
+"""Where things lie: run folders, their checkpoints and converted models, found by name, path or age."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tnnlm.checkpoint import ConvertedModel, from_attached, is_converted, load_checkpoint, load_converted
+from tnnlm.errors import CheckpointError
+
+BEST = Path("checkpoints") / "best.ckpt"
+LAST = Path("checkpoints") / "last.ckpt"
+CONVERTED = Path("converted")
+
+
+def find_run(name: str | None, runs_dir: Path) -> Path:
+    """A run folder by path or by name under ``runs_dir``; None takes the newest.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if name is None:
+        newest = _newest(runs_dir.glob(f"*/{LAST}"))
+        if newest is None:
+            raise CheckpointError(f"{runs_dir}: holds no run with a checkpoint; train one with: python train.py")
+        return newest.parents[1]
+    for candidate in (Path(name), runs_dir / name):
+        if (candidate / "checkpoints").is_dir():
+            return candidate
+    raise CheckpointError(f"{name}: no such run, neither as a folder nor under {runs_dir}/")
+
+
+def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
+    """A checkpoint by path, or the best one of a run (the last one if none was validated).
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if target is not None and Path(target).is_file():
+        return Path(target)
+    if target is not None and target.endswith(".ckpt"):
+        raise CheckpointError(f"{target}: no such checkpoint")
+    run = find_run(target, runs_dir)
+    for name in (BEST, LAST):
+        if (run / name).is_file():
+            return run / name
+    raise CheckpointError(f"{run}: has no checkpoint yet")
+
+
+def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, ConvertedModel]:
+    """What generate.py runs: a converted folder, a run, or a checkpoint; None takes the newest converted.
+
+    Returns:
+        where it was found, and the model.
+
+    Raises:
+        CheckpointError: if there is none, or it is not converted.
+    """
+    if target is None:
+        newest = _newest(runs_dir.glob(f"*/{CONVERTED}/conversion.json"))
+        if newest is not None:
+            return newest.parent, load_converted(newest.parent)
+    else:
+        folder = Path(target)
+        if (folder / "config.json").is_file() or is_converted(folder):
+            return folder, load_converted(folder)
+        if folder.is_dir() and not (folder / "checkpoints").is_dir():
+            raise CheckpointError(f"{folder}: is neither a converted model nor a run")
+        if not folder.is_file() and not target.endswith(".ckpt"):
+            converted = find_run(target, runs_dir) / CONVERTED
+            if is_converted(converted):
+                return converted, load_converted(converted)
+    path = find_checkpoint(target, runs_dir)
+    return path, from_attached(load_checkpoint(path))
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,0 +1,133 @@
+"""Text <-> token ids: byte-level BPE by ``tokenizers``, trained here or given.
+
+Needs no network unless a hub name was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
+
+from tnnlm.errors import DataError
+
+
+class TextTokenizer:
+    """A tokenizer and its end-of-document token."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token: str, where: str = "tokenizer") -> None:
+        eos_id = tokenizer.token_to_id(eos_token)
+        if eos_id is None:
+            raise DataError(f"{where}: has no token {eos_token!r}; name its end token with data.eos_token=...")
+        # A document that spells out the end token must not end the document.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.eos_token = eos_token
+        self.eos_id: int = eos_id
+
+    @classmethod
+    def from_json(cls, text: str, eos_token: str, where: str = "tokenizer.json") -> TextTokenizer:
+        """Read the text of a tokenizer.json.
+
+        Raises:
+            DataError: if it isn't one.
+        """
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        return cls(tokenizer, eos_token, where)
+
+    @property
+    def size(self) -> int:
+        """Entries of the vocabulary, special tokens included."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole tokenizer: equal fingerprints give equal ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return str(self.tokenizer.to_str(pretty=False))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, no token added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; the end token is left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of ids as they come, in pieces that are correct UTF-8 each.
+
+        Bytes of a character that the last token left open are shown as U+FFFD, as ``decode`` does.
+        """
+        stream = DecodeStream(skip_special_tokens=True)
+        seen: list[int] = []
+        shown = 0
+        for token in ids:
+            seen.append(token)
+            piece = stream.step(self.tokenizer, token)
+            if piece:
+                shown += len(piece)
+                yield piece
+        rest = self.decode(seen)[shown:]
+        if rest:
+            yield rest
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, eos_token: str, n_texts: int, progress: bool
+) -> TextTokenizer:
+    """Train byte-level BPE with at most ``vocab_size`` entries, ``eos_token`` among them.
+
+    Args:
+        texts: the training split, a document each.
+        vocab_size: at least 257: every byte is an entry, or unseen bytes would vanish silently.
+        eos_token: the end-of-document token.
+        n_texts: how many texts come, for the progress bar.
+        progress: show the bar on stderr.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos_token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=n_texts)
+    return TextTokenizer(tokenizer, eos_token)
+
+
+def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
+    """A tokenizer.json by path, or a hub tokenizer by name (the network is used for a name only).
+
+    Raises:
+        DataError: if there is none, it can't be read, or it has no ``eos_token``.
+    """
+    path = Path(name)
+    if path.is_file():
+        try:
+            return TextTokenizer.from_json(path.read_text(encoding="utf-8"), eos_token, name)
+        except UnicodeDecodeError:
+            raise DataError(f"{name}: not a tokenizer.json: it is not text") from None
+    if path.suffix == ".json" or path.exists() or name.count("/") > 1:
+        raise DataError(f"{name}: no such tokenizer file")
+    try:
+        return TextTokenizer(Tokenizer.from_pretrained(name), eos_token, name)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception for network and name alike
+        raise DataError(f"{name}: no such file, and no hub tokenizer: {str(error).splitlines()[0]}") from None

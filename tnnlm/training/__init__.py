@@ -1,0 +1,1 @@
+"""Training: the only package, with data.py, that knows Lightning."""

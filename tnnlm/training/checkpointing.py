@@ -1,0 +1,144 @@
+"""When and how a run is saved: whole files only, at step borders, the recurrence attached."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from tnnlm.atomic import atomic_file
+from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
+from tnnlm.config import Config
+from tnnlm.conversion import convert_model, model_horizon
+from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.lit_module import LitCausalLM
+
+
+class TrainingStopped(Exception):
+    """The user stopped the training; the run was saved at a step border."""
+
+    def __init__(self, step: int, run: Path) -> None:
+        super().__init__(f"stopped after step {step}, saved; go on with: python train.py --resume {run}")
+        self.step = step
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all: a full disk leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside, flush to the disk, rename."""
+        with atomic_file(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class ConversionCallback(Callback):
+    """Attaches configuration, tokenizer and the converted kernels to every checkpoint.
+
+    Runs on every rank and inside signal handlers: pure, no files, no collectives. If the
+    conversion fails the checkpoint is saved without it, and a warning says why.
+    """
+
+    def __init__(self, config: Config, tokenizer: TextTokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add our entry."""
+        assert isinstance(pl_module, LitCausalLM)
+        conversion = self.config.conversion
+        ssm = None
+        try:
+            horizon = model_horizon(pl_module.model, conversion.horizon)
+            converted = convert_model(pl_module.model, method=conversion.method, horizon=horizon)
+            ssm = attached_ssm(converted, conversion.method, horizon)
+        except Exception as error:  # losing the checkpoint would be worse, whatever the reason
+            warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
+        checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, ssm)
+
+
+class SaveLast(Callback):
+    """Keeps ``last.ckpt``: every so many steps, at the end, and when the user presses Ctrl-C.
+
+    The first Ctrl-C (or SIGTERM) finishes the step, saves and raises :class:`TrainingStopped`; a
+    second one interrupts at once. On several ranks all stop at the same step.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.seconds_before = 0.0
+        self._started = time.perf_counter()
+        self._requested = False
+        self._step = 0
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training and validation, earlier parts of a resumed run included."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds_before = state_dict["train_seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take over Ctrl-C."""
+        self._started = time.perf_counter()
+        self._step = trainer.global_step
+        self.path = trainer.strategy.broadcast(self.path)
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._handlers:
+            signal.signal(number, self._request)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save at step borders only: between micro-batches the gradient would be lost."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
+        if stop or self._step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.path)
+        if stop:
+            raise TrainingStopped(self._step, self.path.parents[1])
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the finished run."""
+        trainer.save_checkpoint(self.path)
+        self._restore()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Give Ctrl-C back."""
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -1,0 +1,133 @@
+"""The LightningModule: loss, optimizer, and the perplexity of both forms at each validation."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from tnnlm.config import Config
+from tnnlm.conversion import convert_model
+from tnnlm.evaluation import NLL, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.model import CausalLM
+from tnnlm.training.optim import build_optimizer, build_scheduler
+
+
+class LitCausalLM(lightning.LightningModule):
+    """Trains a ``CausalLM``; batches are token ids (B, L + 1)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = CausalLM(config.model)
+        self.recurrent: list[CausalLM] = []
+        """the converted model of this validation; in a list, so that it is no submodule"""
+        # Sums of nll and counts, all-reduced once: means of means are wrong on uneven ranks.
+        self.nll_parallel = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.nll_recurrent = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self._last_log = (0, 0.0)
+        self._losses: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        """Compile in place, so that checkpoint keys stay the same."""
+        if self.config.trainer.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped per optimizer step."""
+        # Fused AdamW unscales gradients itself, which 16-mixed with clipping can't have.
+        fused = self.config.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, self.config.optim, fused)
+        scheduler = build_scheduler(optimizer, self.config.optim, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._last_log = (self.global_step, time.perf_counter())
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Seed dropout from (seed, step, micro-batch, rank): a resumed run draws what an unbroken one would."""
+        micro = batch_idx % self.config.trainer.accumulate
+        torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats per token."""
+        logits = self.model(batch[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        self._losses.append(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Log the mean loss since the last log, throughput and learning rate."""
+        step, (last_step, last_time) = self.global_step, self._last_log
+        if step == last_step or step % self.config.trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        tokens = (step - last_step) * tokens_per_update(self.config, self.trainer.world_size)
+        self.log("step", float(step))
+        self.log("train/loss", torch.stack(self._losses).mean(), prog_bar=True)
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])
+        self.log("train/tokens_per_second", tokens / (now - last_time), prog_bar=True)
+        self._losses = []
+        self._last_log = (step, now)
+
+    def on_validation_epoch_start(self) -> None:
+        """Convert the current kernels; a failure costs the second perplexity, not the run."""
+        conversion = self.config.conversion
+        try:
+            self.recurrent = [
+                convert_model(self.model, method=conversion.method, horizon=conversion.horizon)
+            ]
+        except Exception as error:  # whatever it is, training must go on
+            warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
+            self.recurrent = []
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Score the same rows by FFT and by the recurrence."""
+        _update(self.nll_parallel, parallel_nll(self.model, batch))
+        if self.recurrent:
+            _update(self.nll_recurrent, recurrent_nll(self.recurrent[0], batch, self.config.conversion.chunk))
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce over ranks, then exponentiate once."""
+        parallel = _reduce(self.nll_parallel)
+        bytes_per_token = self.trainer.datamodule.corpus.val.bytes_per_token
+        values = {
+            "val/loss": parallel.mean,
+            "val/ppl": parallel.ppl,
+            "val/bpb": bits_per_byte(parallel.mean, bytes_per_token),
+        }
+        if self.recurrent:
+            recurrent = _reduce(self.nll_recurrent)
+            values["val/ppl_recurrent"] = recurrent.ppl
+            values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
+            values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
+        self.log("step", float(self.global_step))
+        for name, value in values.items():
+            # Equal on all ranks already: sync_dist only says so to Lightning.
+            self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=name == "val/bpb", sync_dist=True)
+
+    def on_validation_end(self) -> None:
+        """The clock of the throughput leaves validation out."""
+        self._last_log = (self.global_step, time.perf_counter())
+
+
+def tokens_per_update(config: Config, world_size: int) -> int:
+    """Tokens that one optimizer step reads on all ranks together."""
+    return config.data.batch_size * config.model.max_length * config.trainer.accumulate * world_size
+
+
+def _update(metric: MeanMetric, nll: NLL) -> None:
+    value = torch.tensor(nll.mean, dtype=torch.float64, device=metric.device)
+    metric.update(value, torch.tensor(float(nll.count), dtype=torch.float64, device=metric.device))
+
+
+def _reduce(metric: MeanMetric) -> NLL:
+    mean = float(metric.compute())
+    metric.reset()
+    return NLL(mean, 1)

@@ -1,0 +1,137 @@
+"""What a run writes while it trains: metrics.csv, plain lines where there is no terminal, samples."""
+
+from __future__ import annotations
+
+import csv
+import io
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from tnnlm.atomic import write_text
+from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.lit_module import LitCausalLM
+
+COLUMNS = (
+    "step",
+    "train/loss",
+    "train/lr",
+    "train/tokens_per_second",
+    "val/loss",
+    "val/ppl",
+    "val/bpb",
+    "val/ppl_recurrent",
+    "val/bpb_recurrent",
+    "val/ppl_gap",
+)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; cells that were not logged are empty."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class MetricsCSV(Logger):
+    """metrics.csv, a row per log, on the disk at once. Lightning's own deletes the file on resume."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.resume_step = resume_step
+
+    @property
+    def name(self) -> str:
+        """For Lightning."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """For Lightning."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        if not self.path.exists() or self.resume_step is not None:
+            self._start()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow({"step": step, **metrics})
+
+    def _start(self) -> None:
+        # A resumed run goes on from its checkpoint: rows that came after it will be logged again.
+        border = self.resume_step
+        rows = [] if border is None else [r for r in read_metrics(self.path) if int(r["step"]) <= border]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+        self.resume_step = None
+
+
+class PlainLines(Logger):
+    """A line per log, for output that is no terminal."""
+
+    def __init__(self, max_steps: int) -> None:
+        super().__init__()
+        self.max_steps = max_steps
+        self.console = Console()
+
+    @property
+    def name(self) -> str:
+        """For Lightning."""
+        return "lines"
+
+    @property
+    def version(self) -> str:
+        """For Lightning."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: they were shown before training."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write the line."""
+        shown = (f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in COLUMNS)
+        line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class SampleWriter(Callback):
+    """Appends a text of the converted model to samples.txt at each validation."""
+
+    def __init__(self, path: Path, tokenizer: TextTokenizer, prompt: str, n_tokens: int) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.n_tokens = n_tokens
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write one sample, from a random stream of its own."""
+        assert isinstance(pl_module, LitCausalLM)
+        if not pl_module.recurrent or not self.n_tokens:
+            return
+        writer = TextGenerator(pl_module.recurrent[0], self.tokenizer)
+        generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
+        context = writer.read(self.prompt)
+        record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
+        for _ in pieces:
+            pass
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {trainer.global_step}\n{self.prompt}{record.text}\n\n")

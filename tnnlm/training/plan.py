@@ -1,0 +1,87 @@
+"""What a run will take, before it starts: parameters, tokens, memory, precision."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tnnlm.config import Config
+from tnnlm.config_io import config_to_dict
+from tnnlm.model import CausalLM
+
+_BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true": 8}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run that can be known without training."""
+
+    params: int
+    """trainable parameters"""
+    buffers: int
+    """numbers that are saved and not trained: decays"""
+    tokens_per_update: int
+    total_tokens: int
+    memory_bytes: int
+    """estimated peak per device: weights, gradients, Adam's moments, activations, logits"""
+    precision: str
+    devices: int
+
+    def to_dict(self, config: Config) -> dict[str, Any]:
+        """Plain data: these numbers beside the resolved configuration."""
+        return {"config": config_to_dict(config), **asdict(self)}
+
+
+def make_plan(config: Config) -> Plan:
+    """Build the model without memory and work out what training it takes."""
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    precision = resolve_precision(config)
+    devices = resolve_devices(config) * config.trainer.num_nodes
+    rows = config.data.batch_size * config.model.max_length
+    per_update = rows * config.trainer.accumulate * devices
+    return Plan(
+        params=model.n_params,
+        buffers=sum(b.numel() for b in model.buffers()),
+        tokens_per_update=per_update,
+        total_tokens=per_update * config.trainer.max_steps,
+        memory_bytes=_memory(config, model.n_params, rows, _BYTES[precision]),
+        precision=precision,
+        devices=devices,
+    )
+
+
+def resolve_precision(config: Config) -> str:
+    """``auto`` becomes bf16-mixed where the hardware computes in it, else 32-true."""
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def resolve_devices(config: Config) -> int:
+    """``auto`` becomes every GPU, or the one CPU process."""
+    if config.trainer.devices != "auto":
+        return int(config.trainer.devices)
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if on_gpu else 1
+
+
+def _memory(config: Config, params: int, rows: int, width: int) -> int:
+    """Weights, gradients and two moments in float32, and what backward needs.
+
+    Counted per token and layer as autograd keeps it: the mixer's two projections before and after
+    SiLU, gate times output and the convolution's output (6 E at compute width), its spectrum of
+    twice the length in complex64 (8 E bytes), the GLU (5 G) and residual stream with norms (6 D).
+    """
+    model = config.model
+    inner = model.expand * model.d_model
+    hidden = model.glu_dim or model.d_model
+    layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
+    logits = model.vocab_size * (width + 8)
+    return 16 * params + rows * (model.n_layers * layer + logits)

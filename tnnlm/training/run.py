@@ -1,0 +1,213 @@
+"""One run from configuration to summary: the library call behind train.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from tnnlm.atomic import write_text
+from tnnlm.checkpoint import read_checkpoint
+from tnnlm.config import Config
+from tnnlm.config_io import config_to_yaml, load_config
+from tnnlm.data import TextDataModule
+from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.packing import prepare
+from tnnlm.runs import BEST, LAST
+from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.allocator import keep_large_blocks
+from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
+from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
+from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
+from tnnlm.training.summary import plot_loss, show_summary, write_summary
+
+_RUN_VARIABLE = "TNNLM_RUN_DIR"
+_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
+
+
+def train(config: Config, run: Path | None = None, extra_callbacks: list[Callback] | None = None) -> dict[str, Any]:
+    """Train, validate and save a run.
+
+    Args:
+        config: all settings.
+        run: folder of a run to continue; None starts a new one under ``config.runs_dir``.
+        extra_callbacks: appended to the run's own.
+
+    Returns:
+        the content of summary.json (empty on ranks other than 0).
+
+    Raises:
+        UserError: for unusable input; nothing was written then.
+        TrainingStopped: when the user stopped it; the run was saved.
+    """
+    keep_large_blocks()
+    _quieten()
+    resume_step = None if run is None else _check_resumable(config, run)
+    # On rank 0 before anything is written, so that unusable text leaves no run behind. The
+    # others find it in the cache, after Lightning's barrier.
+    tokenizer = None
+    if rank_zero_only.rank == 0:
+        tokenizer = prepare(config.data, config.model.vocab_size, config.seed).tokenizer
+        folder = run or _new_folder(config)
+        _check_tokenizer(folder, tokenizer)
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
+        write_text(folder / "config.yaml", config_to_yaml(config))
+        os.environ[_RUN_VARIABLE] = str(folder)
+        _show_start(config, folder, resume_step)
+    else:
+        folder = run or Path(os.environ.get(_RUN_VARIABLE, config.runs_dir))
+        tokenizer = prepare(config.data, config.model.vocab_size, config.seed).tokenizer
+    lightning.seed_everything(config.seed, verbose=False)
+    module, data = LitCausalLM(config), TextDataModule(config)
+    last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
+    trainer = _build_trainer(config, folder, tokenizer, resume_step, [last, *(extra_callbacks or [])])
+    trainer.fit(module, data, ckpt_path=None if resume_step is None else folder / LAST, weights_only=True)
+    os.environ.pop(_RUN_VARIABLE, None)
+    if trainer.global_rank != 0:
+        return {}
+    summary = write_summary(
+        folder,
+        params=module.model.n_params,
+        tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
+        train_seconds=last.train_seconds,
+    )
+    plot_loss(folder)
+    show_summary(folder, summary, Console())
+    return summary
+
+
+def resumed_config(run: Path, overrides: list[str]) -> Config:
+    """The configuration of a run, with changes from the command line.
+
+    Raises:
+        ConfigError: if a change would make it another run.
+    """
+    for word in overrides:
+        if word.startswith(_FIXED_ON_RESUME):
+            raise ConfigError(f"{word}: can't be changed on resume; start a new run")
+    config = load_config(run / "config.yaml", overrides)
+    config.name, config.runs_dir = run.name, str(run.parent)
+    return config
+
+
+def _build_trainer(
+    config: Config, folder: Path, tokenizer: TextTokenizer, resume_step: int | None, callbacks: list[Callback]
+) -> lightning.Trainer:
+    settings = config.trainer
+    best = ModelCheckpoint(
+        dirpath=folder / BEST.parent, filename=BEST.stem, monitor="val/ppl", enable_version_counter=False
+    )
+    samples = SampleWriter(
+        folder / "samples.txt", tokenizer, settings.sample_prompt or tokenizer.eos_token, settings.sample_tokens
+    )
+    loggers: list[Logger] = [
+        MetricsCSV(folder / "metrics.csv", resume_step),
+        TensorBoardLogger(folder, name="", version="tensorboard"),
+    ]
+    shown: list[Callback] = []
+    if sys.stdout.isatty():
+        shown.append(RichProgressBar(leave=True))
+    else:
+        loggers.append(PlainLines(settings.max_steps))
+    return lightning.Trainer(
+        accelerator=settings.accelerator,
+        devices=resolve_devices(config),
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=resolve_precision(config),  # type: ignore[arg-type]
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=config.optim.grad_clip or None,
+        val_check_interval=settings.val_every_n_steps * settings.accumulate,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=settings.log_every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=bool(shown),
+        default_root_dir=folder,
+        plugins=[AtomicCheckpointIO()],
+        logger=loggers,
+        callbacks=[
+            *shown,
+            LastStepValidation(),
+            ConversionCallback(config, tokenizer),
+            samples,
+            *callbacks,
+            best,
+        ],
+    )
+
+
+class LastStepValidation(Callback):
+    """Validates the last step too, when it is no multiple of the interval."""
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning compares the number of batches with ``val_check_batch``: every batch from here on."""
+        if trainer.global_step + 1 == trainer.max_steps and _ends_step(trainer, batch_idx):
+            trainer.val_check_batch = 1
+
+
+def _ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def _check_resumable(config: Config, run: Path) -> int:
+    path = run / LAST
+    if not path.is_file():
+        raise CheckpointError(f"{run}: has no {LAST} to continue from; start it again with: python train.py")
+    step = int(read_checkpoint(path)["global_step"])
+    if step >= config.trainer.max_steps:
+        raise CheckpointError(
+            f"{run}: is complete at step {step}; to train on, add trainer.max_steps={2 * step} or more"
+        )
+    return step
+
+
+def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+    path = folder / "tokenizer.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
+        raise CheckpointError(f"{folder}: its text or tokenizer has changed; it can only be continued on the same")
+
+
+def _new_folder(config: Config) -> Path:
+    """runs/NAME, or runs/NAME-2 ... if that is taken: a run is never overwritten."""
+    root = Path(config.runs_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = root / (config.name if number == 1 else f"{config.name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
+    plan = make_plan(config)
+    start = "" if resume_step is None else f", continuing at step {resume_step}"
+    line = (
+        f"{folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
+        f"{plan.tokens_per_update:,} tokens, {plan.precision}{start}"
+    )
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quieten() -> None:
+    """Lightning's greetings, and warnings about choices that were made on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*`isinstance\\(treespec.*"):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,105 @@
+"""What is left when a run ends: summary.json, loss.png, and a table on the screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tnnlm.atomic import atomic_file, write_text
+from tnnlm.runs import BEST
+from tnnlm.training.logs import read_metrics
+
+_KEPT = ("val/ppl", "val/bpb", "val/ppl_recurrent", "val/bpb_recurrent", "val/ppl_gap")
+
+
+def write_summary(run: Path, *, params: int, tokens_seen: int, train_seconds: float) -> dict[str, Any]:
+    """Write summary.json from the last validation in metrics.csv and what only the trainer knows."""
+    rows = read_metrics(run / "metrics.csv")
+    summary: dict[str, Any] = {}
+    for row in rows:
+        summary.update({key: float(row[key]) for key in _KEPT if row.get(key)})
+    speeds = sorted(float(r["train/tokens_per_second"]) for r in rows if r.get("train/tokens_per_second"))
+    summary |= {
+        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "params": params,
+        "tokens_seen": tokens_seen,
+        "train_seconds": round(train_seconds, 1),
+    }
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def plot_loss(run: Path) -> None:
+    """Draw loss.png: training loss and both validation losses over steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(run / "metrics.csv")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    train = [(int(r["step"]), float(r["train/loss"])) for r in rows if r["train/loss"]]
+    val = [(int(r["step"]), float(r["val/loss"]), float(r["val/bpb"])) for r in rows if r["val/loss"]]
+    if train:
+        axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+    if val:
+        steps, losses, bits = zip(*val, strict=True)
+        axis.plot(steps, losses, "o-", color="#08519c", label="validation, parallel")
+        axis.annotate(
+            f"{bits[-1]:.3f} bits per byte",
+            (steps[-1], losses[-1]),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="right",
+        )
+    recurrent = [
+        (int(r["step"]), float(r["val/loss"]) * float(r["val/bpb_recurrent"]) / float(r["val/bpb"]))
+        for r in rows
+        if r["val/bpb_recurrent"]
+    ]
+    if recurrent:
+        axis.plot(
+            *zip(*recurrent, strict=True), "x", color="#e6550d", markersize=9, label="validation, recurrent"
+        )
+    axis.set(xlabel="optimizer step", ylabel="nats per token", title=run.name)
+    axis.grid(alpha=0.3)
+    if train or val:
+        axis.legend()
+    with atomic_file(run / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def show_summary(run: Path, summary: dict[str, Any], console: Console) -> None:
+    """Print the table: both forms side by side, where things lie, what to run next."""
+    table = Table(title=f"run {run.name}")
+    for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    gap = summary.get("val/ppl_gap")
+    table.add_row(
+        "perplexity",
+        _shown(summary.get("val/ppl")),
+        _shown(summary.get("val/ppl_recurrent")),
+        "-" if gap is None else f"{gap:+.1e}",
+    )
+    table.add_row(
+        "bits per byte", _shown(summary.get("val/bpb")), _shown(summary.get("val/bpb_recurrent")), ""
+    )
+    console.print(table)
+    speed = summary["tokens_per_second"]
+    lines = [
+        f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
+        f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
+        f"in {run}/: {BEST}, summary.json, metrics.csv, samples.txt, loss.png",
+        f"next: python convert.py {run} && python generate.py --model {run} --prompt 'def '",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
