@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tnnlm.ops import ssm
@@ -39,11 +40,14 @@ class RecurrentConv(KeepsFloat32):
 
     def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
         """Advance by the tokens of x (B, L, E); see :func:`tnnlm.ops.ssm.prefill`."""
-        return ssm.prefill(self.params, x, state, lengths)
+        # Autocast would run the matrix products of the recurrence in bf16.
+        with torch.autocast(x.device.type, enabled=False):
+            return ssm.prefill(self.params, x, state, lengths)
 
     def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
         """Advance by one token x (B, E); see :func:`tnnlm.ops.ssm.step`."""
-        return ssm.step(self.params, x, state, active)
+        with torch.autocast(x.device.type, enabled=False):
+            return ssm.step(self.params, x, state, active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Poles follow the device and nothing else: prefill raises them to high powers.

@@ -80,6 +80,7 @@ class SaveLast(Callback):
         self._started = time.perf_counter()
         self._requested = False
         self._step = 0
+        self._at_border = True
         self._handlers: dict[int, Any] = {}
 
     @property
@@ -104,6 +105,14 @@ class SaveLast(Callback):
         for number in self._handlers:
             signal.signal(number, self._request)
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here, after the last step was logged and validated, and at step borders only."""
+        if self._at_border and trainer.strategy.reduce_boolean_decision(self._requested, all=False):
+            trainer.save_checkpoint(self.path)
+            raise TrainingStopped(trainer.global_step, self.path.parents[1])
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -113,14 +122,10 @@ class SaveLast(Callback):
         batch_idx: int,
     ) -> None:
         """Save at step borders only: between micro-batches the gradient would be lost."""
-        if trainer.global_step == self._step:
-            return
+        self._at_border = trainer.global_step != self._step
         self._step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
-        if stop or self._step % self.every_n_steps == 0:
+        if self._at_border and self._step % self.every_n_steps == 0:
             trainer.save_checkpoint(self.path)
-        if stop:
-            raise TrainingStopped(self._step, self.path.parents[1])
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the finished run."""

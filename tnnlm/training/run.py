@@ -29,6 +29,7 @@ from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback,
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
 from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
+from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 
 _RUN_VARIABLE = "TNNLM_RUN_DIR"
@@ -128,8 +129,6 @@ def _build_trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=config.optim.grad_clip or None,
-        val_check_interval=settings.val_every_n_steps * settings.accumulate,
-        check_val_every_n_epoch=None,
         log_every_n_steps=settings.log_every_n_steps,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -140,28 +139,13 @@ def _build_trainer(
         logger=loggers,
         callbacks=[
             *shown,
-            LastStepValidation(),
+            ValidationSchedule(settings.val_every_n_steps),
             ConversionCallback(config, tokenizer),
             samples,
             *callbacks,
             best,
         ],
     )
-
-
-class LastStepValidation(Callback):
-    """Validates the last step too, when it is no multiple of the interval."""
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning compares the number of batches with ``val_check_batch``: every batch from here on."""
-        if trainer.global_step + 1 == trainer.max_steps and _ends_step(trainer, batch_idx):
-            trainer.val_check_batch = 1
-
-
-def _ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _check_resumable(config: Config, run: Path) -> int:
@@ -209,5 +193,10 @@ def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
 def _quieten() -> None:
     """Lightning's greetings, and warnings about choices that were made on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*`isinstance\\(treespec.*"):
+    for message in (
+        ".*does not have many workers.*",  # rows come from memory-mapped files
+        ".*exists and is not empty.*",  # the run's folder is ours
+        ".*your dataloader is not resumable.*",  # the sampler starts where the checkpoint says
+        ".*LeafSpec.*is deprecated.*",  # inside Lightning
+    ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Write text with a converted model: the prompt in parallel, then constant time and memory per token.
+
+Examples:
+  python generate.py --prompt "def main("                 # the newest converted model
+  python generate.py --model runs/demo --prompt "import " --temperature 0 --max-new-tokens 100
+  cat story.txt | python generate.py --prompt - --json
+  python generate.py --interactive
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from tnnlm.errors import UserError, run_script
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
+    parser.add_argument("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P")
+    parser.add_argument("--seed", type=int, metavar="S", help="default: a new one each time")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts from the same prompt")
+    parser.add_argument("--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends")
+    parser.add_argument("--json", action="store_true", help="text and measurements as JSON")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    args = parser.parse_args()
+    if args.prompt is None and not args.interactive:
+        parser.error("give --prompt TEXT, or --interactive")
+    if not 1 <= args.num_samples <= 10_000:
+        raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+    if prompt == "" or (prompt is None and not args.interactive):
+        raise UserError("the prompt is empty: give at least one character")
+    from tnnlm.generation import Sampling
+    from tnnlm.terminal import Decoder
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
+    decoder = Decoder.load(args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed)
+    if args.interactive:
+        decoder.converse(prompt, sys.stdin, sys.stdout)
+    elif args.json:
+        print(json.dumps(decoder.measure(prompt, args.num_samples), ensure_ascii=False))
+    else:
+        decoder.show(prompt, args.num_samples, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,37 @@
+"""Fixtures: tiny models, a tiny run, and every test in a folder and cache of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnnlm.config import ModelConfig, TNOConfig
+from tnnlm.model import CausalLM
+
+ROOT = Path(__file__).parents[1]
+"""of the repository"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in a folder of one's own, offline, with fixed seeds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TNNLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    yield
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A model of a few thousand parameters."""
+    settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
+    return ModelConfig(**{**settings, "kernel": TNOConfig(rpe_dim=8, rpe_layers=2), **changes})
+
+
+@pytest.fixture
+def tiny_model() -> CausalLM:
+    """In float64, eval mode, parallel form."""
+    return CausalLM(tiny_config()).double().eval()

@@ -1,0 +1,227 @@
+"""Whole models: laws 2 to 4 and 8, horizons, and what is measured on a conversion."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from tnnlm.config import TNOConfig
+from tnnlm.conversion import METHODS, auto_horizon, convert_model, measure, model_horizon
+from tnnlm.conversion.verify import check_gap, check_layers, check_steps
+from tnnlm.errors import UserError
+from tnnlm.kernels import Kernel
+from tnnlm.model import CausalLM, ModelState
+from tnnlm.modules import RecurrentConv
+from tnnlm.ops.ssm import SSMState
+
+LENGTH = 40
+
+
+def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+    outputs = []
+    for t in range(tokens.shape[1]):
+        logits, state = model.step(tokens[:, t], state)
+        outputs.append(logits)
+    return torch.stack(outputs, dim=1), state
+
+
+def assert_same_state(a: ModelState, b: ModelState, atol: float) -> None:
+    for left, right in zip(a.layers, b.layers, strict=True):
+        for x, y in zip(left, right, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_and_prefill_match_forward(tiny_model: CausalLM, method: str) -> None:
+    converted = convert_model(tiny_model, method=method, horizon=LENGTH)
+    tokens = torch.randint(300, (3, LENGTH))
+    expected = tiny_model(tokens)
+    prefilled, after_prefill = converted.prefill(tokens, converted.init_state(3))
+    stepped, after_steps = run_steps(converted, tokens, converted.init_state(3))
+    torch.testing.assert_close(prefilled, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(stepped, expected, rtol=0, atol=1e-9)
+    assert_same_state(after_prefill, after_steps, 1e-9)
+    torch.testing.assert_close(converted(tokens), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("chunk", [1, 2, 7, LENGTH])
+def test_prefill_in_any_split_goes_on_from_a_warm_state(tiny_model: CausalLM, method: str, chunk: int) -> None:
+    converted = convert_model(tiny_model, method=method, horizon=2 * LENGTH)
+    tokens = torch.randint(300, (2, 2 * LENGTH))
+    expected = tiny_model(tokens)[:, LENGTH:]
+    _, state = converted.prefill(tokens[:, :LENGTH], converted.init_state(2))
+    outputs = []
+    for part in tokens[:, LENGTH:].split(chunk, dim=1):
+        logits, state = converted.prefill(part, state)
+        outputs.append(logits)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_matches_forward_in_float32(method: str) -> None:
+    model = CausalLM(tiny_config(d_model=32)).eval()
+    converted = convert_model(model, method=method, horizon=64)
+    tokens = torch.randint(300, (2, 64))
+    stepped, _ = run_steps(converted, tokens, converted.init_state(2))
+    torch.testing.assert_close(stepped, model(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padded_batch_equals_single_prompts(tiny_model: CausalLM, method: str) -> None:
+    converted = convert_model(tiny_model, method=method, horizon=LENGTH)
+    tokens, lengths = torch.randint(300, (3, 12)), torch.tensor([12, 5, 1])
+    for warm in (False, True):
+        state = converted.init_state(3)
+        if warm:
+            _, state = converted.prefill(torch.randint(300, (3, 9)), state)
+        logits, after = converted.prefill(tokens, state, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            start = ModelState(tuple(SSMState(*(p[row : row + 1] for p in layer)) for layer in state.layers))
+            single, last = converted.prefill(tokens[row : row + 1, :length], start)
+            torch.testing.assert_close(logits[row : row + 1, :length], single, rtol=0, atol=1e-9)
+            ended = ModelState(tuple(SSMState(*(p[row : row + 1] for p in layer)) for layer in after.layers))
+            assert_same_state(ended, last, 1e-9)
+
+
+def test_inactive_rows_keep_their_state(tiny_model: CausalLM) -> None:
+    converted = convert_model(tiny_model, horizon=LENGTH)
+    _, state = converted.prefill(torch.randint(300, (2, 9)), converted.init_state(2))
+    _, after = converted.step(torch.randint(300, (2,)), state, torch.tensor([False, True]))
+    for old, new in zip(state.layers, after.layers, strict=True):
+        assert torch.equal(old.modes[0], new.modes[0])
+        assert not torch.equal(old.modes[1], new.modes[1])
+
+
+def test_prefill_keeps_only_the_last_logits(tiny_model: CausalLM) -> None:
+    converted = convert_model(tiny_model, horizon=LENGTH)
+    tokens = torch.randint(300, (2, 9))
+    every, _ = converted.prefill(tokens, converted.init_state(2))
+    last, _ = converted.prefill(tokens, converted.init_state(2), keep=1)
+    torch.testing.assert_close(last, every[:, -1:])
+
+
+def test_forward_and_recurrence_are_causal(tiny_model: CausalLM) -> None:
+    converted = convert_model(tiny_model, horizon=LENGTH)
+    tokens = torch.randint(300, (1, LENGTH))
+    changed = tokens.clone()
+    changed[:, 25:] = (changed[:, 25:] + 1) % 300
+    for model in (tiny_model, converted):
+        torch.testing.assert_close(model(changed)[:, :25], model(tokens)[:, :25], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_casts_never_touch_poles_residues_and_state(method: str) -> None:
+    model = CausalLM(tiny_config()).eval()
+    converted = convert_model(model, method=method, horizon=LENGTH)
+    before = {name: buffer.clone() for name, buffer in converted.named_buffers()}
+    for cast in (torch.bfloat16, torch.float16, torch.float32):
+        converted.to(cast)
+        for name, buffer in converted.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+            assert buffer.dtype == before[name].dtype
+    assert converted.init_state(1).layers[0].modes.dtype == torch.float32
+
+
+def test_autocast_leaves_the_recurrence_in_float32() -> None:
+    converted = convert_model(CausalLM(tiny_config()).eval(), horizon=LENGTH)
+    conv = converted.blocks[0].mixer.conv
+    x = torch.randn(1, 20, 48).bfloat16()
+    expected = conv(x.float()).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv(x)
+        _, state = conv.step(x[:, 0], conv.init_state(1))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    assert state.modes.dtype == torch.float32
+
+
+def test_convert_model_leaves_the_trained_one_alone(tiny_model: CausalLM) -> None:
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    converted = convert_model(tiny_model, horizon=LENGTH)
+    converted.embedding.weight.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+    assert not any(isinstance(module, RecurrentConv) for module in tiny_model.modules())
+    assert not any(isinstance(module, Kernel) for module in converted.modules())
+    shared = set(converted.state_dict()) & set(tiny_model.state_dict())
+    assert shared == {key for key in tiny_model.state_dict() if ".conv." not in key}
+
+
+def test_unconverted_model_has_no_recurrence_and_says_what_to_do(tiny_model: CausalLM) -> None:
+    with pytest.raises(UserError, match=r"convert\.py"):
+        tiny_model.init_state(1)
+    with pytest.raises(UserError, match=r"convert\.py"):
+        tiny_model.step(torch.zeros(1, dtype=torch.long), ModelState((None,) * 2))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="already"):
+        convert_model(convert_model(tiny_model, horizon=4))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+def test_auto_horizon_is_the_smallest_with_rounding_left(decay: float) -> None:
+    model = CausalLM(tiny_config(kernel=TNOConfig(decay=decay, rpe_dim=8, rpe_layers=1)))
+    kernel = model.blocks[0].mixer.conv.kernel
+    horizon = auto_horizon(kernel, 32)
+    assert horizon is not None
+    with torch.no_grad():
+        energy = kernel(8 * horizon).double().square()
+    left = [float((energy[:, n:].sum(1) / energy.sum(1)).max()) for n in (horizon - 1, horizon)]
+    rounding = torch.finfo(torch.float32).eps ** 2
+    assert left[1] <= rounding < left[0]
+
+
+def test_horizon_of_a_kernel_without_decay_is_the_training_length() -> None:
+    model = CausalLM(tiny_config(kernel=TNOConfig(decay=1.0, rpe_dim=8, rpe_layers=1)))
+    assert auto_horizon(model.blocks[0].mixer.conv.kernel, 32) is None
+    assert model_horizon(model) == 32
+
+
+def test_report_measures_what_was_stored() -> None:
+    model = CausalLM(tiny_config()).eval()
+    horizon = model_horizon(model)
+    converted = convert_model(model, horizon=horizon)
+    report = measure(model, converted, method="etsc", horizon=horizon, seconds=0.0)
+    assert report.warning is None
+    for layer in report.layers:
+        assert layer.order == horizon
+        assert 0 < layer.relative_tap_error < 5e-6
+        assert 0 < layer.l1_error < 1e-4
+    assert report.state_bytes == sum(
+        part.numel() * part.element_size() for layer in converted.init_state(1).layers for part in layer
+    )
+    converted.blocks[0].mixer.conv.residues.mul_(1.01)
+    worse = measure(model, converted, method="etsc", horizon=horizon, seconds=0.0)
+    assert worse.layers[0].relative_tap_error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_report_of_a_short_horizon_names_the_lag() -> None:
+    model = CausalLM(tiny_config()).eval()
+    converted = convert_model(model, horizon=20)
+    report = measure(model, converted, method="etsc", horizon=20, seconds=0.0)
+    assert report.layers[0].l1_error > 0.1
+    assert report.warning is not None
+    assert "from lag 20 on outputs will differ" in report.warning
+
+
+def test_verify_notices_a_damaged_recurrence() -> None:
+    model = CausalLM(tiny_config()).eval()
+    converted = convert_model(model, horizon=64)
+    tokens = torch.randint(300, (1, 32))
+    assert check_layers(model, converted).passed
+    assert check_steps(model, converted, tokens).passed
+    converted.blocks[1].mixer.conv.poles.mul_(0.9)
+    assert not check_layers(model, converted).passed
+    assert not check_steps(model, converted, tokens).passed
+    assert check_gap(-9e-5).passed
+    assert not check_gap(2e-4).passed
+    assert not check_gap(math.nan).passed
+
+
+def test_diverged_kernel_is_named() -> None:
+    model = CausalLM(tiny_config())
+    nn.init.constant_(model.blocks[0].mixer.conv.kernel.rpe.output.bias, math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        convert_model(model, horizon=8)

@@ -1,0 +1,81 @@
+"""Law 5: ETSC reproduces n taps, and past n it is the published formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tnnlm.conversion import etsc, window
+from tnnlm.ops import ssm
+
+LENGTHS = (1, 2, 3, 63, 64, 100, 511, 512)
+
+
+def random_taps(n: int, decay: float, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    t = torch.randn(channels, n, dtype=torch.float64)
+    rates = torch.full((channels,), decay, dtype=torch.float64)
+    return t, rates, t * rates[:, None] ** torch.arange(n)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("decay", [1.0, 0.99, 0.5])
+def test_etsc_reproduces_n_taps(n: int, decay: float) -> None:
+    _, rates, k = random_taps(n, decay)
+    found = ssm.taps(etsc(k, rates), n)
+    assert (found - k).norm() <= 1e-12 * k.norm()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("decay", [1.0, 0.99])
+def test_etsc_past_n_follows_the_formula(n: int, decay: float) -> None:
+    t, rates, k = random_taps(n, decay)
+    found = ssm.taps(etsc(k, rates), 3 * n + 3)
+    lags = torch.arange(3 * n + 3)
+    envelope = decay ** lags.double()
+    balanced = torch.cat((t, -t.sum(1, keepdim=True)), dim=1)
+    expected = balanced[:, lags % (n + 1)] * envelope
+    assert (found - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_etsc_shares_poles_of_equal_decays_only() -> None:
+    _, rates, k = random_taps(20, 0.9)
+    assert etsc(k, rates).poles.shape == (2, 10)
+    rates = torch.tensor([0.9, 0.8, 0.7], dtype=torch.float64)
+    params = etsc(k, rates)
+    assert params.poles.shape == (3, 2, 10)
+    assert (ssm.taps(params, 20) - k).norm() <= 1e-12 * k.norm()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_etsc_folds_pairs_and_has_order_n(n: int) -> None:
+    params = etsc(torch.randn(2, n, dtype=torch.float64))
+    assert params.residues.shape[2] == (n + 1) // 2
+    assert ssm.order(params) == n
+
+
+def test_etsc_survives_an_underflowing_decay() -> None:
+    k = torch.zeros(1, 4000, dtype=torch.float64)
+    k[0, :3] = torch.tensor([1.0, 0.5, 0.25])
+    found = ssm.taps(etsc(k, torch.tensor([0.5])), 4000)
+    assert torch.isfinite(found).all()
+    assert (found - k).norm() <= 1e-12 * k.norm()
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, float("nan")])
+def test_etsc_refuses_a_decay_outside_the_unit_interval(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        etsc(torch.ones(1, 4, dtype=torch.float64), torch.tensor([decay]))
+
+
+@pytest.mark.parametrize("convert", [etsc, window])
+@pytest.mark.parametrize("taps", [torch.ones(2, 0), torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf")]])])
+def test_conversions_refuse_unusable_taps(convert: object, taps: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        convert(taps.double())  # type: ignore[operator]
+
+
+def test_window_keeps_its_taps_and_nothing_else() -> None:
+    k = torch.randn(3, 17, dtype=torch.float64)
+    found = ssm.taps(window(k), 40)
+    assert torch.equal(found[:, :17], k)
+    assert not found[:, 17:].any()

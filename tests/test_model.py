@@ -1,0 +1,61 @@
+"""The model: published sizes, every configuration builds, and the layers of imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+
+from tnnlm.config_io import load_config
+from tnnlm.kernels import Kernel
+from tnnlm.model import CausalLM
+from tnnlm.modules import SimpleRMSNorm
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_builds(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    assert model.n_params > 0
+    assert config.name == path.stem
+
+
+def test_published_model_has_the_published_parameters() -> None:
+    config = load_config(ROOT / "configs" / "tnn_wt103.yaml")
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    assert model.n_params == 48_665_600
+    decays = [b for module in model.modules() if isinstance(module, Kernel) for b in module.buffers()]
+    assert model.n_params + sum(b.numel() for b in decays) == 48_676_352
+
+
+def test_head_is_tied_to_the_embedding() -> None:
+    model = CausalLM(tiny_config())
+    assert not any("head" in name for name, _ in model.named_parameters())
+    model.embedding.weight.data.zero_()
+    assert not model(torch.zeros(1, 3, dtype=torch.long)).any()
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = CausalLM(tiny_config())
+    model(torch.randint(300, (2, 20))).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_simple_rms_norm_is_the_published_one() -> None:
+    x = torch.randn(3, 10, dtype=torch.float64)
+    expected = x / (x.norm(dim=-1, keepdim=True) / 10**0.5 + 1e-8)
+    torch.testing.assert_close(SimpleRMSNorm()(x), expected)
+    assert torch.isfinite(SimpleRMSNorm()(torch.zeros(1, 4))).all()
+
+
+def test_rows_of_a_batch_are_independent() -> None:
+    model = CausalLM(tiny_config()).double().eval()
+    tokens = torch.randint(300, (3, 20))
+    single = model(tokens[1:2])
+    torch.testing.assert_close(model(tokens)[1:2], single, rtol=0, atol=1e-12)

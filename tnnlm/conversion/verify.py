@@ -1,0 +1,67 @@
+"""``convert.py --verify``: the converted model against the slow, obvious references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnnlm.conversion.convert import kernels, recurrences
+from tnnlm.model import CausalLM
+from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
+
+GAP_THRESHOLD = 1e-4
+"""largest |relative perplexity gap| at the training length"""
+CONV_THRESHOLD = 1e-4
+"""largest relative error of a layer's outputs, Python-loop recurrence against dense Toeplitz product"""
+LOGITS_THRESHOLD = 1e-3
+"""largest difference of step-by-step and parallel logits, over the parallel logits' largest"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: it passes while ``error`` is at most ``threshold``."""
+
+    name: str
+    error: float
+    threshold: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN fails."""
+        return self.error <= self.threshold
+
+
+@torch.no_grad()
+def check_layers(model: CausalLM, converted: CausalLM, length: int = 64) -> Check:
+    """Every layer on noise: the loop in complex128 against the dense product in float64."""
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for kernel, params in zip(kernels(model), recurrences(converted), strict=True):
+        k = kernel(length).double()
+        x = torch.randn(1, length, len(k), generator=generator, dtype=torch.float64)
+        # A few channels at a time: the dense matrices are E x L x L.
+        expected = torch.cat(
+            [toeplitz_dense(x[..., i : i + 64], k[i : i + 64]) for i in range(0, len(k), 64)], dim=2
+        )
+        error = (recurrence_loop(params, x) - expected).norm() / expected.norm()
+        worst = max(worst, float(error))
+    return Check("convolutions, recurrence loop against dense product", worst, CONV_THRESHOLD)
+
+
+@torch.no_grad()
+def check_steps(model: CausalLM, converted: CausalLM, tokens: Tensor) -> Check:
+    """Logits of tokens (B, L), one ``step`` after the other, against ``forward``."""
+    expected = model(tokens)
+    state = converted.init_state(tokens.shape[0])
+    worst = torch.zeros(())
+    for position in range(tokens.shape[1]):
+        logits, state = converted.step(tokens[:, position], state)
+        worst = torch.maximum(worst, (logits - expected[:, position]).abs().max())
+    return Check("logits, step by step against parallel", float(worst / expected.abs().max()), LOGITS_THRESHOLD)
+
+
+def check_gap(gap: float) -> Check:
+    """The two perplexities at the training length."""
+    return Check("relative perplexity gap", abs(gap), GAP_THRESHOLD)
