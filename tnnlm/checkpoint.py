@@ -168,6 +168,9 @@ def load_converted(folder: Path) -> ConvertedModel:
     Raises:
         CheckpointError: if a file is missing, damaged, or the files don't fit together.
     """
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing; convert again")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -176,8 +179,6 @@ def load_converted(folder: Path) -> ConvertedModel:
             raise CheckpointError(f"{folder}: made by another version of this project; convert again")
         model_config = model_config_from_dict(config["model"], str(folder))
         eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename}: is missing; convert again") from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

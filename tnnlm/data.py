@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tnnlm.config import Config
 from tnnlm.errors import DataError
-from tnnlm.packing import PackedCorpus, prepare
+from tnnlm.packing import PackedCorpus, PackedRows, prepare
 
 
 class GlobalOrderSampler(Sampler[list[int]]):
@@ -59,6 +59,28 @@ class GlobalOrderSampler(Sampler[list[int]]):
             yield rows
 
 
+def open_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
+    """The rows of both splits.
+
+    Raises:
+        DataError: if they don't fill one batch to train on, or one row to validate on.
+    """
+    data, length = config.data, config.model.max_length
+    train_rows = corpus.rows("train", length)
+    val_rows = corpus.rows("val", length, data.max_val_tokens)
+    if len(train_rows) < data.batch_size:
+        raise DataError(
+            f"too little text: {corpus.train.tokens} training tokens fill {len(train_rows)} rows of {length}, "
+            f"one batch takes {data.batch_size}: give more text, or lower data.batch_size or model.max_length"
+        )
+    if not len(val_rows):
+        raise DataError(
+            f"too little text: {corpus.val.tokens} validation tokens fill no row of {length}: give more text, "
+            "raise data.val_fraction or data.max_val_tokens, or lower model.max_length"
+        )
+    return train_rows, val_rows
+
+
 class TextDataModule(lightning.LightningDataModule):
     """Packed text for training and validation.
 
@@ -84,28 +106,13 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             DataError: if there is too little text for one batch.
         """
-        if hasattr(self, "corpus"):
-            return
-        data, length = self.config.data, self.config.model.max_length
-        self.corpus = prepare(data, self.config.model.vocab_size, self.config.seed)
-        self.train_rows = self.corpus.rows("train", length)
-        self.val_rows = self.corpus.rows("val", length, data.max_val_tokens)
-        if len(self.train_rows) < data.batch_size:
-            raise DataError(
-                f"too little text: {self.corpus.train.tokens} training tokens fill {len(self.train_rows)} rows of "
-                f"{length}, one batch takes {data.batch_size}: give more text, or lower data.batch_size or "
-                "model.max_length"
-            )
-        if not len(self.val_rows):
-            raise DataError(
-                f"too little text: {self.corpus.val.tokens} validation tokens fill no row of {length}: give more "
-                "text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length"
-            )
+        if not hasattr(self, "corpus"):
+            self.corpus = prepare(self.config.data, self.config.model.vocab_size, self.config.seed)
+            self.train_rows, self.val_rows = open_rows(self.corpus, self.config)
 
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
         """Everything that is left to train on, as one Lightning epoch: no border to resume across."""
         trainer = self._trainer()
-        steps = self.config.trainer.max_steps - trainer.global_step
         sampler = GlobalOrderSampler(
             len(self.train_rows),
             batch_size=self.config.data.batch_size,
@@ -115,7 +122,6 @@ class TextDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        assert steps >= 0
         return self._loader(self.train_rows, sampler)
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:

@@ -77,13 +77,7 @@ def step(params: SSMParams, x: Tensor, state: SSMState, active: Tensor | None = 
     """
     dtype = state.modes.dtype
     u = x.to(dtype)
-    real, imag = params.poles.to(dtype).unbind(-2)
-    before_re, before_im = state.modes.unbind(-2)
-    after_re = torch.addcmul(u.unsqueeze(-1), real, before_re).addcmul_(imag, before_im, value=-1)
-    after_im = (real * before_im).addcmul_(imag, before_re)
-    modes = torch.stack((after_re, after_im), dim=-2)
-    c_re, c_im = params.residues.unbind(-2)
-    y = torch.einsum("ben,en->be", after_re, c_re) - torch.einsum("ben,en->be", after_im, c_im)
+    modes, y = _step_modes(params, u, state.modes)
     window = state.window
     if params.window.shape[1]:
         recent = torch.cat((window, u.unsqueeze(-1)), dim=-1)
@@ -120,7 +114,8 @@ def prefill(
     y, modes, window = torch.zeros_like(u), state.modes, state.window
     if params.residues.shape[2]:
         powers = pole_powers(params.poles, length + 1)
-        y = toeplitz(u, _mode_taps(params.residues, powers[..., :length]).to(dtype))
+        # The sum over the modes in float64: ETSC's terms are hundreds of times the taps they leave.
+        y = toeplitz(u, _mode_taps(params.residues.double(), powers[..., :length]).to(dtype))
         y = y + _free_response(params.residues, powers[..., 1:], modes)
         modes = _advance_modes(powers, u, modes, last, padded=lengths is not None)
     if params.window.shape[1]:
@@ -131,6 +126,28 @@ def prefill(
         index = take[:, :, None].expand(-1, -1, u.shape[2])
         window = history.gather(1, index).transpose(1, 2).contiguous()
     return y.to(x.dtype), SSMState(window, modes)
+
+
+def _step_modes(params: SSMParams, u: Tensor, modes: Tensor) -> tuple[Tensor, Tensor]:
+    """s = lam s + u and Re sum c s, for u (B, E) and modes (B, E, 2, N).
+
+    Poles are the float64 ones split in two numbers of the state's dtype. The small part goes
+    into the sum first: added last it would be rounded away, and a pole that is off by rounding
+    turns a little further with every token (measured on ETSC's 795 modes: logits are off by
+    1.8e-5 instead of 9.8e-5).
+    """
+    dtype = modes.dtype
+    coarse = params.poles.to(dtype)
+    fine = (params.poles - coarse).to(dtype)
+    (re, im), (re_fine, im_fine) = coarse.unbind(-2), fine.unbind(-2)
+    s_re, s_im = modes.unbind(-2)
+    after_re = torch.addcmul(u.unsqueeze(-1), re_fine, s_re).addcmul_(im_fine, s_im, value=-1)
+    after_re = after_re.addcmul_(re, s_re).addcmul_(im, s_im, value=-1)
+    after_im = (re_fine * s_im).addcmul_(im_fine, s_re).addcmul_(re, s_im).addcmul_(im, s_re)
+    c_re, c_im = params.residues.unbind(-2)
+    # Mode by mode, then summed: the sums of the two parts alone are large and cancel.
+    y = (after_re * c_re).addcmul_(after_im, c_im, value=-1).sum(-1)
+    return torch.stack((after_re, after_im), dim=-2), y
 
 
 def taps(params: SSMParams, length: int) -> Tensor:

@@ -80,10 +80,12 @@ class LitCausalLM(lightning.LightningModule):
             return
         now = time.perf_counter()
         tokens = (step - last_step) * tokens_per_update(self.config, self.trainer.world_size)
-        self.log("step", float(step))
-        self.log("train/loss", torch.stack(self._losses).mean(), prog_bar=True)
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])
-        self.log("train/tokens_per_second", tokens / (now - last_time), prog_bar=True)
+        values = {
+            "train/loss": float(torch.stack(self._losses).mean()),
+            "train/lr": self.optimizers().param_groups[0]["lr"],
+            "train/tokens_per_second": tokens / (now - last_time),
+        }
+        self._write(values, ("train/loss", "train/tokens_per_second"))
         self._losses = []
         self._last_log = (step, now)
 
@@ -118,14 +120,24 @@ class LitCausalLM(lightning.LightningModule):
             values["val/ppl_recurrent"] = recurrent.ppl
             values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
-        self.log("step", float(self.global_step))
-        for name, value in values.items():
-            # Equal on all ranks already: sync_dist only says so to Lightning.
-            self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=name == "val/bpb", sync_dist=True)
+        self._write(values, ("val/ppl", "val/bpb"))
 
     def on_validation_end(self) -> None:
         """The clock of the throughput leaves validation out."""
         self._last_log = (self.global_step, time.perf_counter())
+
+
+    def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
+        """To the loggers at this optimizer step, and ``shown`` to the progress bar and callbacks.
+
+        Lightning's own gate counts batches since the process began, and logs late after a resume.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(values, self.global_step)
+        for name in shown:
+            # Equal on all ranks already: sync_dist only says so to Lightning.
+            value = torch.tensor(values[name], dtype=torch.float64)
+            self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
 
 
 def tokens_per_update(config: Config, world_size: int) -> int:

@@ -19,7 +19,7 @@ from tnnlm.atomic import write_text
 from tnnlm.checkpoint import read_checkpoint
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_yaml, load_config
-from tnnlm.data import TextDataModule
+from tnnlm.data import TextDataModule, open_rows
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
@@ -58,7 +58,9 @@ def train(config: Config, run: Path | None = None, extra_callbacks: list[Callbac
     # others find it in the cache, after Lightning's barrier.
     tokenizer = None
     if rank_zero_only.rank == 0:
-        tokenizer = prepare(config.data, config.model.vocab_size, config.seed).tokenizer
+        corpus = prepare(config.data, config.model.vocab_size, config.seed)
+        open_rows(corpus, config)
+        tokenizer = corpus.tokenizer
         folder = run or _new_folder(config)
         _check_tokenizer(folder, tokenizer)
         write_text(folder / "tokenizer.json", tokenizer.to_json())
@@ -129,7 +131,7 @@ def _build_trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=config.optim.grad_clip or None,
-        log_every_n_steps=settings.log_every_n_steps,
+        log_every_n_steps=1,  # the module keeps its own interval
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,

@@ -1,0 +1,129 @@
+"""Files and folders appear whole or not at all, and nothing is left beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tnnlm.atomic import atomic_file, atomic_folder, write_text
+
+
+def fill_file(temporary: Path) -> None:
+    temporary.write_text("new")
+
+
+def fill_folder(temporary: Path) -> None:
+    (temporary / "part").write_text("new")
+
+
+KINDS = pytest.mark.parametrize(
+    ("atomic", "fill"), [(atomic_file, fill_file), (atomic_folder, fill_folder)], ids=["file", "folder"]
+)
+Atomic = Callable[[Path], AbstractContextManager[Path]]
+Fill = Callable[[Path], None]
+
+
+def content(path: Path) -> str:
+    """Text of a file, or of the folder's only file."""
+    return (path / "part" if path.is_dir() else path).read_text()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@KINDS
+def test_path_appears_at_the_end_of_the_block(atomic: Atomic, fill: Fill, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "target"
+    with atomic(path) as temporary:
+        fill(temporary)
+        assert not path.exists()
+        # A rename is atomic within one file system only.
+        assert temporary.parent == path.parent
+    assert content(path) == "new"
+    assert names(path.parent) == ["target"]
+
+
+@KINDS
+def test_path_is_replaced(atomic: Atomic, fill: Fill, tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    with atomic(path) as temporary:
+        fill(temporary)
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("old")
+    assert content(path) == "old"
+    with atomic(path) as temporary:
+        fill(temporary)
+        assert content(path) == "old"
+    assert content(path) == "new"
+    assert names(tmp_path) == ["target"]
+
+
+@KINDS
+@pytest.mark.parametrize("error", [OSError("disk is full"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_error_leaves_the_old_one_and_nothing_beside(
+    atomic: Atomic, fill: Fill, error: BaseException, tmp_path: Path
+) -> None:
+    path = tmp_path / "target"
+    with atomic(path) as temporary:
+        fill(temporary)
+
+    def fail() -> None:
+        with atomic(path) as temporary:
+            if temporary.is_dir():
+                (temporary / "part").write_text("half")
+            else:
+                temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert content(path) == "new"
+    assert names(tmp_path) == ["target"]
+
+
+@KINDS
+def test_error_at_the_first_time_leaves_nothing(atomic: Atomic, fill: Fill, tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic(tmp_path / "target") as temporary:
+            fill(temporary)
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    path.mkdir()
+    (path / "stale").write_text("old")
+    with atomic_folder(path) as temporary:
+        fill_folder(temporary)
+    assert names(path) == ["part"]
+
+
+def test_folder_is_readable_by_others(tmp_path: Path) -> None:
+    # Temporary folders are private; a cache or a model is shared.
+    with atomic_folder(tmp_path / "target") as temporary:
+        fill_folder(temporary)
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o755
+
+
+def test_write_text_is_utf8_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    write_text(path, "naïve 漢字")
+    assert path.read_bytes() == "naïve 漢字".encode()
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_write_text_that_fails_leaves_the_old_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "a lone surrogate is not UTF-8: \ud800")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]

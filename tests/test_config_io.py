@@ -1,0 +1,299 @@
+"""Settings: what beats what, and what each mistake of a user is answered with."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from tnnlm import config as config_module
+from tnnlm.config import KERNEL_SCHEMAS, Config, KernelConfig, TNOConfig
+from tnnlm.config_io import (
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    model_config_from_dict,
+)
+from tnnlm.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class OtherKernelConfig(KernelConfig):
+    """A kernel that shares no setting with the TNO."""
+
+    order: int = config_module.number(7, low=1)
+
+
+@pytest.fixture
+def _other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNEL_SCHEMAS, "other", OtherKernelConfig)
+
+
+def write(text: str | bytes) -> Path:
+    """A YAML file in the test's folder."""
+    path = Path("config.yaml")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_load_config_without_input_gives_the_defaults() -> None:
+    assert load_config() == Config()
+
+
+def test_load_config_defaults_yield_to_yaml_and_yaml_to_overrides() -> None:
+    path = write("optim: {lr: 0.5, eps: 0.25}\n")
+    config = load_config(path, ["optim.lr=1e-3"])
+    assert config.optim.lr == 1e-3
+    assert config.optim.eps == 0.25
+    assert config.optim.beta1 == Config().optim.beta1
+
+
+def test_load_config_takes_the_last_of_two_equal_overrides() -> None:
+    assert load_config(overrides=["seed=1", "seed=2"]).seed == 2
+
+
+def test_load_config_gives_plain_objects() -> None:
+    config = load_config(write("data: {files: [a.txt]}\n"))
+    assert type(config) is Config
+    assert type(config.model.kernel) is TNOConfig
+    assert type(config.data.files) is list
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "null\n"])
+def test_load_config_reads_an_empty_file_as_the_defaults(text: str) -> None:
+    assert load_config(write(text)) == Config()
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "nearest"),
+    [
+        ("optim.lrr=1", "optim.lrr", "optim.lr"),
+        ("modle.d_model=1", "modle", "model"),
+        ("lr=1", "lr", "optim.lr"),
+        ("trainer.batch_size=1", "trainer.batch_size", "data.batch_size"),
+        ("model.kernel.decai=1", "model.kernel.decai", "model.kernel.decay"),
+    ],
+)
+def test_unknown_key_is_named_in_full_with_the_nearest_one(word: str, key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=[word])
+    assert str(caught.value).startswith(f"{key}: unknown key")
+    assert str(caught.value).endswith(f"did you mean {nearest}?")
+
+
+def test_unknown_key_in_yaml_names_the_file() -> None:
+    path = write("model:\n  1: 2\n")
+    with pytest.raises(ConfigError, match=r"model\.1: unknown key \(config\.yaml\)"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optim.lr=fast",
+        "optim.lr=null",
+        "optim.lr=[1]",
+        "model.d_model=2.5",
+        "model.d_model=true",
+        "data.streaming=perhaps",
+        "data.files=5",
+        "data.files=null",
+        "trainer.devices=1.5",
+        "trainer.devices=many",
+        "conversion.horizon=far",
+        "data=3",
+        "data=null",
+    ],
+)
+def test_wrong_type_is_an_error_that_names_the_key(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=[word])
+    assert str(caught.value).startswith(word.partition("=")[0])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "model.d_model=0",
+        "model.vocab_size=256",
+        "model.kernel.decay=0",
+        "model.kernel.decay=1.01",
+        "optim.lr=0",
+        "optim.lr=inf",
+        "data.val_fraction=0.6",
+        "data.max_documents=1",
+        "conversion.horizon=0",
+        "trainer.devices=0",
+        "seed=-1",
+        "seed=4294967296",
+    ],
+)
+def test_value_out_of_bounds_is_an_error_that_names_key_and_bound(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be (at least|at most|above) ") as caught:
+        load_config(overrides=[word])
+    assert str(caught.value).startswith(word.partition("=")[0] + "=")
+
+
+@pytest.mark.parametrize("word", ["optim.lr=nan", "optim.grad_clip=.nan", "model.kernel.decay=nan"])
+def test_nan_is_an_error_that_names_the_key(word: str) -> None:
+    # No comparison with NaN holds, so that it would pass every bound.
+    with pytest.raises(ConfigError, match="not a number") as caught:
+        load_config(overrides=[word])
+    assert str(caught.value).startswith(word.partition("=")[0])
+
+
+@pytest.mark.parametrize("value", ["model.kernel.decay=1", "optim.grad_clip=0", "model.vocab_size=257"])
+def test_bounds_themselves_are_allowed(value: str) -> None:
+    load_config(overrides=[value])
+
+
+@pytest.mark.parametrize("word", ["data.source=web", "optim.schedule=linear", "trainer.precision=8"])
+def test_choice_lists_the_options(word: str) -> None:
+    with pytest.raises(ConfigError, match="expected one of"):
+        load_config(overrides=[word])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+def test_run_name_is_a_single_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="single folder name"):
+        load_config(overrides=[f"name='{name}'"])
+
+
+@pytest.mark.parametrize("word", ["optim.lr", "=3", "--lr"])
+def test_override_without_key_or_value_is_an_error_that_shows_one(word: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value, for example"):
+        load_config(overrides=[word])
+
+
+def test_override_that_is_no_yaml_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr=\[1"):
+        load_config(overrides=["optim.lr=[1"])
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_missing_file_is_an_error_that_names_it(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file") as caught:
+        load_config(name)
+    assert str(caught.value).startswith(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: [",
+        "\tmodel: 1",
+        "seed: 1\nseed: 2",
+        "- seed",
+        "a: !!python/name:os.system ''",
+        b"\xff\xfe\x00",
+        "5",
+    ],
+)
+def test_invalid_yaml_is_an_error_that_names_the_file(text: str | bytes) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith("config.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_may_be_a_single_string() -> None:
+    assert load_config(write("data: {files: a.txt}\n")).data.files == ["a.txt"]
+    assert load_config(overrides=["data.files=a.txt"]).data.files == ["a.txt"]
+    assert load_config(overrides=["data.files=[a.txt,b.txt]"]).data.files == ["a.txt", "b.txt"]
+
+
+@pytest.mark.usefixtures("_other_kernel")
+def test_kernel_name_selects_its_settings() -> None:
+    config = load_config(write("model: {kernel: {name: other}}\n"), ["model.kernel.order=3"])
+    assert config.model.kernel == OtherKernelConfig(name="other", order=3)
+    with pytest.raises(ConfigError, match=r"model\.kernel\.decay: unknown key"):
+        load_config(overrides=["model.kernel.name=other", "model.kernel.decay=1"])
+
+
+@pytest.mark.usefixtures("_other_kernel")
+def test_kernel_name_on_the_command_line_beats_yaml() -> None:
+    config = load_config(write("model: {kernel: {name: tno}}\n"), ["model.kernel.name=other"])
+    assert type(config.model.kernel) is OtherKernelConfig
+
+
+def test_kernel_that_is_unknown_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"model\.kernel\.name=foo: unknown kernel; there is tno"):
+        load_config(overrides=["model.kernel.name=foo"])
+
+
+def test_kernel_that_is_no_group_is_named_in_full() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.kernel="):
+        load_config(overrides=["model.kernel=tno"])
+
+
+@pytest.mark.usefixtures("_other_kernel")
+@pytest.mark.parametrize("name", ["tno", "other"])
+def test_config_survives_dict_and_yaml(name: str) -> None:
+    words = [
+        f"model.kernel.name={name}",
+        "data.files=[ü.txt]",
+        "conversion.horizon=64",
+        "trainer.devices=2",
+        "model.glu_dim=12",
+    ]
+    config = load_config(overrides=words)
+    assert config_from_dict(config_to_dict(config)) == config
+    assert load_config(write(config_to_yaml(config))) == config
+    assert model_config_from_dict(config_to_dict(config.model)) == config.model
+
+
+def test_config_to_dict_holds_plain_values_only() -> None:
+    data = config_to_dict(load_config())
+    assert yaml.safe_load(yaml.safe_dump(data)) == data
+
+
+def test_config_from_dict_names_the_origin_of_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"colour: unknown key \(old\.ckpt\)"):
+        config_from_dict({"colour": 1}, "old.ckpt")
+
+
+@pytest.mark.parametrize("data", ["seed", [1], None])
+def test_config_from_dict_rejects_what_is_no_dict(data: object) -> None:
+    with pytest.raises(ConfigError):
+        config_from_dict(data)  # type: ignore[arg-type]
+
+
+def test_dollar_signs_are_text_or_an_error_that_names_the_key() -> None:
+    # Shell-like prompts are likely; whether they are kept or refused, no foreign exception may pass.
+    word = "trainer.sample_prompt=echo ${HOME}"
+    try:
+        assert load_config(overrides=[word]).trainer.sample_prompt == "echo ${HOME}"
+    except ConfigError as error:
+        assert "trainer.sample_prompt" in str(error)  # noqa: PT017  either outcome is right
+
+
+def test_files_of_a_wrong_type_name_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"data\.files"):
+        load_config(overrides=["data.files={a: 1}"])
+
+
+def undocumented_fields() -> list[str]:
+    """Fields of config.py that no string expression follows, but for the groups of Config."""
+    tree = ast.parse((ROOT / "tnnlm" / "config.py").read_text(encoding="utf-8"))
+    found = []
+    for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, following in zip(group.body, [*group.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            value = following.value if isinstance(following, ast.Expr) else None
+            documented = isinstance(value, ast.Constant) and isinstance(value.value, str)
+            is_group = group.name == "Config" and "default_factory" in ast.unparse(field)
+            if not documented and not is_group:
+                found.append(f"{group.name}.{field.target.id}")
+    return found
+
+
+def test_every_field_has_a_docstring() -> None:
+    assert undocumented_fields() == []

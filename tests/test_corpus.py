@@ -1,0 +1,413 @@
+"""Documents from each source and kind of file, the split, and what damaged input is answered with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tnnlm.config import DataConfig
+from tnnlm.corpus import FEW_DOCUMENTS, load_corpus, source_files, source_fingerprint
+from tnnlm.errors import DataError
+
+LINES = "".join(f"line {i} of a text\n" for i in range(20))
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> Any:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write(name: str, data: str | bytes) -> str:
+    """A file in the test's folder."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return name
+
+
+def jsonl(texts: list[str], column: str = "text") -> str:
+    return "".join(json.dumps({column: text}) + "\n" for text in texts)
+
+
+def parquet(texts: list[str], column: str = "text") -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({column: texts}), sink)
+    return bytes(sink.getvalue())
+
+
+def documents(n: int) -> list[str]:
+    """Distinct texts of unequal length."""
+    return [f"document {i}\n" + f"word{i} " * (10 + i % 7) for i in range(n)]
+
+
+def read(*files: str, seed: int = 0, **changes: Any) -> tuple[list[str], list[str]]:
+    """Both splits of ``files``."""
+    corpus = load_corpus(DataConfig(**{"source": "files", "files": list(files), **changes}), seed)
+    return corpus.train, corpus.val
+
+
+def error_of(*files: str, **changes: Any) -> str:
+    """The line that a user reads."""
+    with pytest.raises(DataError) as caught:
+        read(*files, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_stdlib_has_enough_text_and_no_tests() -> None:
+    files = source_files(DataConfig(source="stdlib"))
+    assert sum(path.stat().st_size for path in files) > 5_000_000
+    assert {"argparse.py", "dataclasses.py"} <= {path.name for path in files}
+    folders = {folder for path in files for folder in path.parts[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert files == sorted(files)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".txt.gz", ".py.gz", ".md.gz"])
+def test_text_file_is_one_document(suffix: str) -> None:
+    data = LINES.encode()
+    name = write(f"a{suffix}", gzip.compress(data) if suffix.endswith(".gz") else data)
+    train, val = read(name)
+    assert "".join(train + val) == LINES
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.gz", ".parquet.gz"])
+def test_table_row_is_one_document(suffix: str) -> None:
+    texts = documents(12)
+    data = jsonl(texts).encode() if "jsonl" in suffix else parquet(texts)
+    name = write(f"a{suffix}", gzip.compress(data) if suffix.endswith(".gz") else data)
+    train, val = read(name)
+    assert sorted(train + val) == sorted(texts)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_text_column_is_read(suffix: str) -> None:
+    texts = documents(12)
+    make: Any = jsonl if suffix == ".jsonl" else parquet
+    train, val = read(write(f"a{suffix}", make(texts, "body")), text_column="body")
+    assert sorted(train + val) == sorted(texts)
+
+
+def test_table_that_changed_is_read_again() -> None:
+    # The library caches tables; a file of the same name must not bring back the old rows.
+    read(write("a.jsonl", jsonl(documents(12))))
+    texts = [text.upper() for text in documents(14)]
+    write("a.jsonl", jsonl(texts))
+    os.utime("a.jsonl", (1, 1))
+    train, val = read("a.jsonl")
+    assert sorted(train + val) == sorted(texts)
+
+
+def test_byte_order_mark_is_no_text() -> None:
+    train, _ = read(write("a.txt", b"\xef\xbb\xbf" + LINES.encode()))
+    assert train[0].startswith("line 0")
+
+
+def test_python_source_in_another_encoding_is_read() -> None:
+    train, _ = read(write("a.py", "# -*- coding: latin-1 -*-\nname = 'é'\n".encode("latin-1") * 9))
+    assert "é" in train[0]
+
+
+def test_blank_documents_are_left_out() -> None:
+    texts = documents(12)
+    train, val = read(write("a.jsonl", jsonl(["", *texts, " \n"])))
+    assert sorted(train + val) == sorted(texts)
+
+
+def test_globs_match_and_each_file_is_read_once() -> None:
+    write("top.txt", "top")
+    write("a/one.txt", "one")
+    write("a/b/two.txt", "two")
+    write("a/b/three.md", "three")
+
+    def names(*patterns: str) -> list[str]:
+        return [path.name for path in source_files(DataConfig(source="files", files=list(patterns)))]
+
+    assert names("*.txt") == ["top.txt"]
+    assert names("a/**/*.txt") == ["two.txt", "one.txt"]
+    assert names("**/*.txt", "a/*.txt", "top.txt") == ["two.txt", "one.txt", "top.txt"]
+    # A pattern may match folders; only their files count.
+    assert names("a/b/**") == ["three.md", "two.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes [1].txt", "notes [1].jsonl", "what?.txt"])
+def test_file_name_that_looks_like_a_pattern_is_read(name: str) -> None:
+    write(name, jsonl(documents(12)))
+    train, val = read(name)
+    assert train
+    assert val
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "no/such/folder/*.txt"])
+def test_missing_file_is_named(name: str) -> None:
+    assert error_of(name) == f"{name}: no such file"
+
+
+def test_dangling_link_is_named() -> None:
+    Path("link.txt").symlink_to("nowhere.txt")
+    assert error_of("link.txt").startswith("link.txt: ")
+
+
+def test_folder_is_named_with_the_pattern_to_write() -> None:
+    write("books/a.txt", LINES)
+    message = error_of("books")
+    assert message.startswith("books: is a folder")
+    assert "books/**/*.txt" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.zip", "a.csv.gz"])
+def test_unknown_type_is_named_with_the_known_ones(name: str) -> None:
+    message = error_of(write(name, LINES))
+    assert message.startswith(f"{name}: unknown type; known are .txt")
+
+
+def test_no_files_at_all_names_the_setting() -> None:
+    assert "data.files" in error_of()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("empty.txt", b"", "no text in it"),
+        ("blank.txt", b" \n\n", "no text in it"),
+        ("empty.txt.gz", gzip.compress(b""), "no text in it"),
+        ("blank.jsonl", b'{"text": ""}\n', "no text in it"),
+        ("zero.txt", b"text\0text", "is not text"),
+        ("zero.py", b"text\0text", "is not text"),
+        ("utf16.txt", LINES.encode("utf-16"), "is not text"),
+        ("latin.txt", LINES.encode() + b"\xe9\n", "is not UTF-8"),
+        ("latin.md.gz", gzip.compress(b"caf\xe9\n"), "is not UTF-8"),
+        ("cut.txt.gz", gzip.compress(LINES.encode())[:-12], "is not a whole gzip file"),
+        ("plain.txt.gz", LINES.encode(), "is not a whole gzip file"),
+        ("cut.jsonl", jsonl(documents(3)).encode() + b'{"text": "ab', "can't be read"),
+        ("cut.jsonl.gz", gzip.compress(jsonl(documents(3)).encode())[:-12], "can't be read"),
+        ("binary.jsonl", b"\0\1\2\xff" * 9, "can't be read"),
+        ("numbers.jsonl", b'{"text": 5}\n', "column 'text' is not text"),
+        ("cut.parquet", parquet(documents(3))[:-9], "can't be read"),
+        ("empty.parquet", b"", "can't be read"),
+        ("plain.parquet", LINES.encode(), "can't be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_damaged_file_is_named_with_the_reason(name: str, data: bytes, reason: str) -> None:
+    message = error_of(write(name, data))
+    assert message.startswith(f"{name}: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        # Behind the header of ten bytes, a block type that deflate doesn't have.
+        ("garbled.txt.gz", gzip.compress(LINES.encode())[:10] + b"\xff" * 50),
+        ("empty.jsonl", b""),
+        ("plain.jsonl.gz", jsonl(documents(3)).encode()),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_file_is_named(name: str, data: bytes) -> None:
+    assert error_of(write(name, data)).startswith(f"{name}: ")
+
+
+def test_one_damaged_file_of_many_is_the_one_named() -> None:
+    write("good.txt", LINES)
+    write("worse.txt", b"a\0b")
+    assert error_of("*.txt").startswith("worse.txt: ")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_missing_column_is_named_with_the_ones_there_are(suffix: str) -> None:
+    make: Any = jsonl if suffix == ".jsonl" else parquet
+    message = error_of(write(f"a{suffix}", make(documents(3), "body")))
+    assert message.startswith(f"a{suffix}: has no column 'text' but body")
+    assert "data.text_column" in message
+
+
+def test_split_follows_from_the_seed() -> None:
+    write("a.jsonl", jsonl(documents(60)))
+    assert read("a.jsonl", seed=1, val_fraction=0.2) == read("a.jsonl", seed=1, val_fraction=0.2)
+    assert read("a.jsonl", seed=1, val_fraction=0.2) != read("a.jsonl", seed=2, val_fraction=0.2)
+
+
+def test_split_does_not_depend_on_the_order_of_documents() -> None:
+    texts = documents(60)
+    _, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.2)
+    _, reversed_val = read(write("b.jsonl", jsonl(texts[::-1])), val_fraction=0.2)
+    assert sorted(val) == sorted(reversed_val)
+
+
+@pytest.mark.parametrize("n", [FEW_DOCUMENTS, 300])
+def test_split_is_by_document_and_loses_none(n: int) -> None:
+    texts = documents(n)
+    train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.2)
+    assert val
+    assert not set(train) & set(val)
+    assert Counter(train + val) == Counter(texts)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+def test_split_holds_out_the_fraction(fraction: float) -> None:
+    texts = documents(400)
+    _, val = read(write("a.jsonl", jsonl(texts)), val_fraction=fraction)
+    longest = max(map(len, texts))
+    excess = sum(map(len, val)) - fraction * sum(map(len, texts))
+    assert 0 <= excess <= longest
+
+
+def test_split_does_not_hold_out_a_document_that_is_most_of_the_text() -> None:
+    texts = [*documents(30), "a huge document\n" * 5_000]
+    for seed in range(5):
+        train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.1, seed=seed)
+        assert texts[-1] in train
+        assert val
+
+
+def test_split_keeps_equal_documents_together() -> None:
+    # Licences and templates come many times; seen in training they validate nothing.
+    texts = [text for text in documents(20) for _ in range(5)]
+    train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.07)
+    assert not set(train) & set(val)
+
+
+@pytest.mark.parametrize("n", [1, 3, FEW_DOCUMENTS - 1])
+def test_split_cuts_few_documents_in_two_and_loses_nothing(n: int) -> None:
+    texts = [LINES.replace("line", f"line {i} {'x' * i}") for i in range(n)]
+    train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.25)
+    assert [a + b for a, b in zip(train, val, strict=True)] == texts
+    assert sum(map(len, val)) == pytest.approx(0.25 * sum(map(len, texts)), rel=0.2)
+    # At a line, where there is one near.
+    assert all(text.endswith("\n") for text in train)
+
+
+def test_split_cuts_a_text_of_one_line() -> None:
+    text = "word " * 100
+    train, val = read(write("a.txt", text), val_fraction=0.1)
+    assert (len(train[0]), train[0] + val[0]) == (450, text)
+
+
+@pytest.mark.parametrize("limit", [2, 15])
+def test_max_documents_is_honoured(limit: int) -> None:
+    texts = documents(40)
+    train, val = read(write("a.jsonl", jsonl(["", *texts])), max_documents=limit, val_fraction=0.3)
+    if limit < FEW_DOCUMENTS:
+        assert [a + b for a, b in zip(train, val, strict=True)] == texts[:limit]
+    else:
+        assert sorted(train + val) == sorted(texts[:limit])
+
+
+def test_max_documents_reads_no_file_behind_it() -> None:
+    for i in range(3):
+        write(f"{i}.txt", LINES)
+    write("9.txt", b"\0")
+    train, _ = read("*.txt", max_documents=3)
+    assert len(train) == 3
+
+
+def hub(name: str = "corpus", **changes: Any) -> tuple[list[str], list[str]]:
+    """Both splits of a local folder in the format of the library."""
+    return read(source="hub", hub_name=name, **changes)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_folder_is_read(streaming: bool) -> None:
+    texts = documents(20)
+    write("corpus/train.jsonl", jsonl(texts))
+    train, val = hub(streaming=streaming, max_documents=15 if streaming else None)
+    assert sorted(train + val) == sorted(texts[:15] if streaming else texts)
+
+
+def test_hub_validation_split_is_used_as_it_is() -> None:
+    texts = documents(20)
+    write("corpus/train.jsonl", jsonl(texts[:15]))
+    write("corpus/validation.jsonl", jsonl(texts[15:]))
+    assert hub(hub_val_split="validation") == (texts[:15], texts[15:])
+
+
+def test_hub_streaming_needs_max_documents() -> None:
+    write("corpus/train.jsonl", jsonl(documents(3)))
+    assert "data.max_documents" in error_of(source="hub", hub_name="corpus", streaming=True)
+
+
+def test_hub_without_name_names_the_setting() -> None:
+    assert "data.hub_name" in error_of(source="hub")
+
+
+@pytest.mark.parametrize("changes", [{"hub_split": "nope"}, {"hub_config": "nope"}, {"text_column": "nope"}])
+def test_hub_names_what_the_data_set_lacks(changes: dict[str, str]) -> None:
+    write("corpus/train.jsonl", jsonl(documents(3)))
+    message = error_of(source="hub", hub_name="corpus", **changes)
+    assert message.startswith("corpus: ")
+    assert "nope" in message
+
+
+def test_hub_folder_without_data_is_named() -> None:
+    Path("corpus").mkdir()
+    assert error_of(source="hub", hub_name="corpus").startswith("corpus: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub"),
+        ConnectionError("Couldn't reach 'nobody/nothing' on the Hub"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_hub_name_that_is_none_is_named(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both are kinds of OSError, but none that a disk or permission would raise.
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert error_of(source="hub", hub_name="nobody/nothing").startswith("nobody/nothing: ")
+
+
+def test_hub_stream_that_breaks_is_named() -> None:
+    # A stream is read row by row, so that damage shows late.
+    write("corpus/train.jsonl", jsonl(documents(3)) + '{"text": "ab')
+    message = error_of(source="hub", hub_name="corpus", streaming=True, max_documents=9)
+    assert message.startswith("corpus: ")
+
+
+def test_full_disk_is_not_taken_for_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(OSError, match="No space left"):
+        read(write("a.jsonl", jsonl(documents(3))))
+
+
+def test_source_fingerprint_changes_with_the_files() -> None:
+    config = DataConfig(source="files", files=["*.txt"])
+    write("a.txt", LINES)
+    seen = {source_fingerprint(config)}
+    write("b.txt", LINES)
+    seen.add(source_fingerprint(config))
+    write("b.txt", LINES + "more")
+    seen.add(source_fingerprint(config))
+    os.utime("b.txt", (1, 1))
+    seen.add(source_fingerprint(config))
+    assert len(seen) == 4
+    assert source_fingerprint(config) in seen
+
+
+def test_source_fingerprint_changes_with_the_files_of_a_hub_folder() -> None:
+    config = DataConfig(source="hub", hub_name="corpus")
+    write("corpus/train.jsonl", jsonl(documents(3)))
+    before = source_fingerprint(config)
+    write("corpus/train.jsonl", jsonl(documents(4)))
+    assert source_fingerprint(config) != before

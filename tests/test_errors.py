@@ -1,0 +1,76 @@
+"""Exit codes of scripts: what a user can mend is one line, what is our defect keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tnnlm.errors import CheckpointError, ConfigError, DataError, UserError, run_script
+
+
+def script_raising(error: BaseException) -> int:
+    """Exit code of a script that ends with ``error``."""
+
+    def main() -> int:
+        raise error
+
+    return run_script(main)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_run_script_passes_the_code_on(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(lambda: code) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [UserError, ConfigError, DataError, CheckpointError])
+def test_user_error_is_one_line_and_code_2(kind: type[UserError], capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_raising(kind("book.txt: no such file")) == 2
+    assert capsys.readouterr() == ("", "error: book.txt: no such file\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])
+def test_os_error_that_a_user_can_mend_is_one_line_and_code_2(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script_raising(OSError(number, "as the system says it", "/data/last.ckpt")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: /data/last.ckpt: ")
+    assert err.count("\n") == 1
+
+
+def test_os_error_without_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_raising(OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("ours"),
+        RuntimeError("ours"),
+        AssertionError("ours"),
+        OSError("no number"),
+        OSError(errno.EIO, "Input/output error"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(type(error)) as caught:
+        script_raising(error)
+    assert caught.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_keyboard_interrupt_is_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_raising(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_broken_pipe_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    # `generate.py | head`: the reader has gone, there is nobody to tell.
+    assert script_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")) == 1
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,156 @@
+"""Generation: sampling, parallel prefill, forking and continuing a state, correct UTF-8."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from tnnlm.conversion import convert_model
+from tnnlm.errors import UserError
+from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.generation import Sampling, TextGenerator, sample
+from tnnlm.model import CausalLM
+from tnnlm.terminal import Decoder
+from tnnlm.tokenizer import train_bpe
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    return CausalLM(tiny_config()).eval()
+
+
+@pytest.fixture
+def writer(model: CausalLM) -> TextGenerator:
+    tokenizer = train_bpe(["the cat sat on the mat"], 300, "<|endoftext|>", 1, False)
+    return TextGenerator(convert_model(model), tokenizer)
+
+
+def greedy_by_forward(model: CausalLM, writer: TextGenerator, text: str, n: int) -> list[int]:
+    ids = writer.tokenizer.encode(text)
+    for _ in range(n):
+        logits = model(torch.tensor([ids]))[0, -1, : writer.tokenizer.size]
+        ids.append(int(logits.argmax()))
+    return ids[-n:]
+
+
+def test_greedy_decoding_equals_the_parallel_model(model: CausalLM, writer: TextGenerator) -> None:
+    record, pieces = writer.write(writer.read("the cat"), 12, GREEDY)
+    text = "".join(pieces)
+    assert record.tokens == greedy_by_forward(model, writer, "the cat", 12)
+    assert record.text == text == writer.tokenizer.decode(record.tokens)
+
+
+def test_read_in_two_parts_equals_read_in_one(writer: TextGenerator) -> None:
+    whole = writer.read_tokens([5, 6, 7, 8, 9])
+    parts = writer.read_tokens([8, 9], writer.read_tokens([5, 6, 7]))
+    assert parts.n_tokens == whole.n_tokens == 5
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_long_prompts_are_read_in_chunks(model: CausalLM, writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(300, (50,)).tolist()
+    expected = writer.read_tokens(ids)
+    monkeypatch.setattr("tnnlm.generation.PREFILL_CHUNK", 7)
+    found = writer.read_tokens(ids)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.logits[0], model(torch.tensor([ids]))[0, -1], rtol=0, atol=1e-4)
+
+
+def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
+    context = writer.read("the")
+    texts = []
+    for seed in (1, 1, 2):
+        record, pieces = writer.write(context, 20, Sampling(temperature=1.5), torch.Generator().manual_seed(seed))
+        texts.append("".join(pieces))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> None:
+    sizes = {
+        sum(part.numel() for layer in writer.read_tokens([1] * n).state.layers for part in layer) for n in (1, 99)
+    }
+    assert len(sizes) == 1
+
+
+def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([7, 8, writer.tokenizer.eos_id, 9])
+    monkeypatch.setattr("tnnlm.generation.sample", lambda *_: torch.tensor([next(drawn)]))
+    record, pieces = writer.write(writer.read("the"), 10, GREEDY)
+    assert "".join(pieces) == writer.tokenizer.decode([7, 8])
+    assert record.tokens == [7, 8]
+
+
+def test_entries_without_a_token_are_never_drawn(writer: TextGenerator) -> None:
+    assert writer.tokenizer.size < 300
+    record, pieces = writer.write(writer.read("the"), 50, Sampling(temperature=100), torch.Generator().manual_seed(0))
+    list(pieces)
+    assert max(record.tokens) < writer.tokenizer.size
+
+
+@pytest.mark.parametrize("text", ["", "\udcff"])
+def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
+    with pytest.raises(UserError, match="prompt"):
+        writer.read(text)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e9}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}],
+)
+def test_absurd_sampling_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"temperature|top-"):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_sample_cuts_to_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1).expand(2000, -1)
+    assert set(sample(logits, Sampling(temperature=1, top_k=2)).tolist()) == {1, 2}
+    assert set(sample(logits, Sampling(temperature=1, top_p=0.5)).tolist()) == {1}
+    assert set(sample(logits, Sampling(temperature=1, top_p=0.8)).tolist()) == {1, 2}
+    assert set(sample(logits, Sampling(temperature=1)).tolist()) == {0, 1, 2, 3}
+    assert set(sample(logits, GREEDY).tolist()) == {1}
+
+
+def test_sample_follows_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.2])
+    drawn = sample(probabilities.log().expand(20_000, -1), Sampling(temperature=1), torch.Generator().manual_seed(0))
+    counts = drawn.bincount(minlength=3) / 20_000
+    torch.testing.assert_close(counts, probabilities, rtol=0, atol=0.02)
+
+
+def test_conversation_keeps_the_state_between_turns(writer: TextGenerator) -> None:
+    out = io.StringIO()
+    Decoder(writer, GREEDY, 6, 0).converse(None, io.StringIO("the cat\n\nsat on\n"), out)
+    context = writer.read("the cat\n")
+    expected = ""
+    for turn in (None, "sat on\n"):
+        context = writer.read(turn, context) if turn else context
+        record, pieces = writer.write(context, 6, GREEDY)
+        expected += "".join(pieces) + "\n"
+        context = record.context
+    assert out.getvalue() == expected
+
+
+def test_recurrent_nll_equals_parallel_nll_over_chunk_borders(model: CausalLM) -> None:
+    model = model.double()
+    converted = convert_model(model, horizon=80)
+    rows = torch.randint(300, (3, 65))
+    parallel = parallel_nll(model, rows)
+    for chunk in (1, 7, 64, 100):
+        recurrent = recurrent_nll(converted, rows, chunk)
+        assert recurrent.count == parallel.count == 3 * 64
+        assert recurrent.total == pytest.approx(parallel.total, rel=1e-10)
+
+
+def test_nll_sums_before_it_exponentiates() -> None:
+    uneven = add([NLL(10.0, 1), NLL(2.0, 3)])
+    assert uneven == NLL(12.0, 4)
+    assert uneven.ppl == pytest.approx(2.718281828**3)
+    assert NLL(1e6, 1).ppl == float("inf")
+    assert bits_per_byte(0.6931471805599453 * 6, 3.0) == pytest.approx(2.0)
+    assert ppl_gap(20.0, 20.2) == pytest.approx(0.01)

@@ -1,0 +1,261 @@
+"""Tokens on disk: the stream, its rows, its sizes, and when the cache may be believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tnnlm import packing
+from tnnlm.config import DataConfig
+from tnnlm.corpus import Corpus, load_corpus
+from tnnlm.errors import DataError
+from tnnlm.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.tokenizer import train_bpe
+
+EOS = "<|endoftext|>"
+TEXTS = [f"Dokument {i}: naïve 漢字 😀 {EOS} {'x' * i}\n" for i in range(40)]
+
+
+def write_corpus() -> None:
+    Path("text").mkdir(exist_ok=True)
+    for i, text in enumerate(TEXTS):
+        Path(f"text/{i:02}.txt").write_text(text, encoding="utf-8")
+
+
+def config_of(**changes: Any) -> DataConfig:
+    return DataConfig(**{"source": "files", "files": ["text/*.txt"], "val_fraction": 0.2, **changes})
+
+
+def prepared(vocab_size: int = 280, seed: int = 0, **changes: Any) -> PackedCorpus:
+    return prepare(config_of(**changes), vocab_size, seed)
+
+
+def tokens_of(corpus: PackedCorpus, split: str) -> list[int]:
+    return list(np.fromfile(corpus.folder / f"{split}.bin", dtype=np.int32).tolist())
+
+
+def save_tokenizer(name: str = "given.json", eos: str = EOS, vocab_size: int = 270) -> str:
+    Path(name).write_text(train_bpe(TEXTS, vocab_size, eos, len(TEXTS), progress=False).to_json())
+    return name
+
+
+def cached() -> list[str]:
+    """What lies in the cache, but for the tables of the data set library."""
+    folder = Path(os.environ["TNNLM_CACHE"])
+    return (
+        sorted(path.name for path in folder.iterdir() if path.name != "datasets") if folder.exists() else []
+    )
+
+
+@pytest.fixture(autouse=True)
+def _corpus() -> None:
+    write_corpus()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_stream_is_eos_document_eos(split: str) -> None:
+    corpus = prepared()
+    documents: list[str] = getattr(load_corpus(config_of(), 0), split)
+    eos = corpus.tokenizer.eos_id
+    expected = [eos]
+    for text in documents:
+        expected += [*corpus.tokenizer.encode(text), eos]
+    assert tokens_of(corpus, split) == expected
+    # The texts spell the end token out: only the packing may write its id.
+    assert expected.count(eos) == len(documents) + 1
+
+
+def test_stream_decodes_to_the_documents() -> None:
+    corpus = prepared()
+    assert corpus.tokenizer.decode(tokens_of(corpus, "val")) == "".join(load_corpus(config_of(), 0).val)
+
+
+def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tokens_of(prepared(), "train")
+    monkeypatch.setattr(packing, "_batches", lambda texts: ([text] for text in texts))
+    assert tokens_of(prepared(cache_dir="other"), "train") == whole
+
+
+def test_rows_overlap_by_one_token() -> None:
+    corpus = prepared()
+    stream = torch.tensor(tokens_of(corpus, "train"))
+    rows = corpus.rows("train", 7)
+    assert len(rows) == (len(stream) - 1) // 7
+    inputs = torch.cat([rows[i][:-1] for i in range(len(rows))])
+    targets = torch.cat([rows[i][1:] for i in range(len(rows))])
+    assert torch.equal(inputs, stream[: len(inputs)])
+    assert torch.equal(targets, stream[1 : len(targets) + 1])
+    assert rows[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("n_tokens", "n_rows"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
+def test_rows_are_whole(n_tokens: int, n_rows: int) -> None:
+    rows = PackedRows(np.arange(n_tokens, dtype=np.int32), 4)
+    assert len(rows) == n_rows
+    assert all(len(rows[i]) == 5 for i in range(n_rows))
+
+
+def test_rows_end() -> None:
+    # Without an IndexError behind the last row, `for row in rows` goes on with empty rows for ever.
+    rows = PackedRows(np.arange(9, dtype=np.int32), 4)
+    with pytest.raises(IndexError):
+        rows[2]
+
+
+def test_rows_stop_at_max_tokens() -> None:
+    corpus = prepared()
+    # So many tokens are predicted; the first is only read.
+    assert len(corpus.rows("train", 4, max_tokens=12)) == 3
+    assert len(corpus.rows("train", 4, max_tokens=3)) == 0
+    assert len(corpus.rows("train", 4, max_tokens=10**9)) == len(corpus.rows("train", 4))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_bytes_per_token_counts_utf8(split: str) -> None:
+    corpus = prepared()
+    documents = getattr(load_corpus(config_of(), 0), split)
+    info = getattr(corpus, split)
+    n_bytes = sum(len(text.encode()) for text in documents)
+    n_tokens = len(tokens_of(corpus, split))
+    assert dataclasses.astuple(info) == (len(documents), n_tokens, n_bytes)
+    assert info.bytes_per_token == n_bytes / n_tokens
+    assert n_bytes > sum(map(len, documents))
+
+
+def test_tokenizer_learns_from_the_training_split_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus(train=["aaaa bbbb"] * 20, val=["zqzqzqzq"] * 20)
+    monkeypatch.setattr(packing, "load_corpus", lambda *_: corpus)
+    vocabulary = prepared().tokenizer.tokenizer.get_vocab()
+    assert "zq" not in vocabulary
+    assert "aa" in vocabulary
+
+
+def test_cache_is_hit_without_tokenizing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared()
+
+    def fail(*_: object) -> Corpus:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(packing, "load_corpus", fail)
+    second = prepared()
+    assert second.folder == first.folder
+    assert (second.train, second.val) == (first.train, first.val)
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    with pytest.raises(AssertionError, match="tokenized again"):
+        prepared(seed=1)
+
+
+def test_cache_key_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared()
+    monkeypatch.chdir(tmp_path / "text")
+    assert prepared(files=["*.txt"]).folder == first.folder
+
+
+def grow_file() -> None:
+    Path("text/00.txt").write_text("longer " * 50)
+    os.utime("text/00.txt", (1, 1))
+
+
+def test_cache_key_changes_with_a_source_files_size_and_time() -> None:
+    os.utime("text/00.txt", (1, 1))
+    folders = {prepared().folder}
+    grow_file()
+    folders.add(prepared().folder)
+    os.utime("text/00.txt", (2, 2))
+    folders.add(prepared().folder)
+    Path("text/new.txt").write_text("one more")
+    folders.add(prepared().folder)
+    assert len(folders) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 281},
+        {"seed": 1},
+        {"val_fraction": 0.3},
+        {"max_documents": 30},
+        {"eos_token": "<end>"},
+        {"files": ["text/0*.txt"]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_cache_key_changes_with_what_decides_the_tokens(changes: dict[str, Any]) -> None:
+    assert prepared(**changes).folder != prepared().folder
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 3}, {"max_val_tokens": 9}, {"num_workers": 1}], ids=lambda c: next(iter(c))
+)
+def test_cache_key_keeps_when_only_the_reading_changes(changes: dict[str, Any]) -> None:
+    assert prepared(**changes).folder == prepared().folder
+
+
+def test_cache_key_of_a_given_tokenizer_changes_with_the_tokenizer_not_the_vocabulary_size() -> None:
+    first = prepared(tokenizer=save_tokenizer())
+    assert prepared(tokenizer="given.json", vocab_size=400).folder == first.folder
+    assert prepared(tokenizer=save_tokenizer(vocab_size=275)).folder != first.folder
+
+
+def test_cache_key_of_a_given_tokenizer_changes_with_the_end_token() -> None:
+    # One tokenizer may hold several special tokens: the stream depends on which one ends documents.
+    given = json.loads(Path(save_tokenizer()).read_text())
+    extra = {**given["added_tokens"][0], "id": 270, "content": "<other>"}
+    given["added_tokens"].append(extra)
+    Path("given.json").write_text(json.dumps(given))
+    for eos in (EOS, "<other>"):
+        corpus = prepared(tokenizer="given.json", eos_token=eos)
+        assert tokens_of(corpus, "val")[0] == corpus.tokenizer.eos_id
+
+
+def test_given_tokenizer_is_used_and_kept_with_the_tokens() -> None:
+    corpus = prepared(tokenizer=save_tokenizer())
+    text = (corpus.folder / "tokenizer.json").read_text()
+    assert json.loads(text) == json.loads(Path("given.json").read_text())
+
+
+def test_given_tokenizer_that_is_too_big_is_an_error_that_says_what_to_set() -> None:
+    save_tokenizer()
+    with pytest.raises(DataError, match=r"given\.json: has 270 tokens, the model 269.*model\.vocab_size=270"):
+        prepared(tokenizer="given.json", vocab_size=269)
+    assert cached() == []
+    prepared(tokenizer="given.json", vocab_size=270)
+
+
+def test_failed_build_leaves_nothing_in_the_cache() -> None:
+    Path("text/39.txt").write_bytes(b"a\0b")
+    with pytest.raises(DataError, match=r"39\.txt"):
+        prepared()
+    assert cached() == []
+
+
+def test_interrupted_build_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # As late as can be: both splits are written by then.
+    monkeypatch.setattr(packing, "write_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepared()
+    assert cached() == []
+
+
+def test_text_too_small_to_hold_some_out_is_an_error() -> None:
+    Path("one.txt").write_text("x")
+    with pytest.raises(DataError, match="too little text"):
+        prepared(files=["one.txt"])
+    assert cached() == []
+
+
+def test_cache_holds_the_corpus_alone() -> None:
+    corpus = prepared()
+    assert cached() == [corpus.folder.name]
+    names = sorted(path.name for path in corpus.folder.iterdir())
+    assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]

@@ -1,0 +1,56 @@
+"""Checkpoints appear whole or not at all, hold plain data only, and the allocator can be told."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import tiny_run
+
+from tnnlm.training.allocator import keep_large_blocks
+from tnnlm.training.checkpointing import AtomicCheckpointIO
+from tnnlm.training.run import train
+
+
+def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def half(checkpoint: Any, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="space"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["last.ckpt"]
+
+
+def test_checkpoints_hold_plain_data_and_tensors_only() -> None:
+    train(tiny_run("trainer.max_steps=8"))
+    path = Path("runs/demo/checkpoints/best.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                check(item, f"{where}.{key}")
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                check(item, where)
+        else:
+            assert type(value) in (int, float, str, bool, type(None), torch.Tensor), (where, type(value))
+
+    check(checkpoint, "checkpoint")
+    # And it is what Lightning itself would read.
+    assert torch.load(io.BytesIO(path.read_bytes()), weights_only=True)["global_step"] == 8
+
+
+def test_keep_large_blocks_respects_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert keep_large_blocks() is False

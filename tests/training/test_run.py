@@ -1,0 +1,197 @@
+"""Whole runs: the loss falls on real text, files are complete, resuming is exact to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from training_runs import tiny_run
+
+from tnnlm.checkpoint import load_checkpoint
+from tnnlm.config_io import load_config
+from tnnlm.errors import UserError
+from tnnlm.training.checkpointing import TrainingStopped
+from tnnlm.training.logs import read_metrics
+from tnnlm.training.run import resumed_config, train
+
+
+class Recorder(Callback):
+    """Remembers what was trained on."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int]] = []
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Step and a fingerprint of the batch."""
+        self.batches.append((trainer.global_step, int((batch * torch.arange(batch.shape[1])).sum())))
+
+
+class StopAt(Recorder):
+    """Presses Ctrl-C, or crashes, while a step is computed."""
+
+    def __init__(self, step: int, crash: bool) -> None:
+        super().__init__()
+        self.step = step
+        self.crash = crash
+        self.done = False
+
+    def on_before_zero_grad(self, trainer: lightning.Trainer, *args: Any) -> None:
+        """In the middle of a step."""
+        if trainer.global_step == self.step - 1 and not self.done:
+            self.done = True
+            if self.crash:
+                raise RuntimeError("crash")
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, moments and schedules are equal to the last bit."""
+    left, right = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (a, b))
+    assert left["global_step"] == right["global_step"]
+    assert left["lr_schedulers"] == right["lr_schedulers"]
+    for key, value in left["state_dict"].items():
+        assert torch.equal(value, right["state_dict"][key]), key
+    moments = [part["optimizer_states"][0]["state"] for part in (left, right)]
+    for index, state in moments[0].items():
+        assert all(torch.equal(state[key], moments[1][index][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_train_lowers_the_loss_on_real_text_and_writes_everything() -> None:
+    summary = train(tiny_run("trainer.max_steps=80", "optim.lr=1e-2", "optim.warmup_steps=5", "name=learn"))
+    run = Path("runs/learn")
+    rows = read_metrics(run / "metrics.csv")
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    val = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert losses[-1] < losses[0] - 1
+    assert val[-1] < 5.0 < 5.99 < torch.tensor(400.0).log() + 1e-2  # uniform guessing is 5.99
+    assert abs(summary["val/ppl_gap"]) <= 1e-4
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["tokens_seen"] == 80 * 4 * 32
+    assert {"val/ppl", "val/bpb", "val/ppl_recurrent", "params", "train_seconds"} <= set(summary)
+    written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.csv",
+        "summary.json",
+        "samples.txt",
+        "loss.png",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    } <= written
+    assert any(name.startswith("tensorboard/events") for name in written)
+    assert (run / "samples.txt").read_text().count("--- step") == 10
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(run / "config.yaml").trainer.max_steps == 80
+
+
+def test_checkpoint_reads_back_with_its_recurrence() -> None:
+    train(tiny_run("trainer.max_steps=8"))
+    checkpoint = load_checkpoint(Path("runs/demo/checkpoints/best.ckpt"))
+    assert checkpoint.step == 8
+    assert checkpoint.ssm is not None
+    assert checkpoint.ssm.method == "etsc"
+    assert len(checkpoint.ssm.layers) == 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("crash", [False, True], ids=["ctrl-c", "crash"])
+def test_resume_is_exact(accumulate: int, crash: bool) -> None:
+    changes = (f"trainer.accumulate={accumulate}", "model.dropout=0.1", "trainer.precision=bf16-mixed")
+    whole, broken = Recorder(), StopAt(10, crash)
+    train(tiny_run(*changes, "name=whole"), extra_callbacks=[whole])
+    with pytest.raises(RuntimeError if crash else TrainingStopped):
+        train(tiny_run(*changes, "name=broken"), extra_callbacks=[broken])
+    # After a crash the last periodic save counts, and what came after it is done again.
+    saved = 7 if crash else 10
+    before = [batch for batch in broken.batches if batch[0] < saved]
+    broken.batches = []
+    run = Path("runs/broken")
+    train(resumed_config(run, []), run, extra_callbacks=[broken])
+    assert before + broken.batches == whole.batches
+    assert_same_run(Path("runs/whole"), run)
+    # Speed differs, and the mean loss of the interval that was broken; all else is as unbroken.
+    kept = ("step", "train/lr", "val/loss", "val/ppl_recurrent")
+    rows = [
+        [{key: row[key] for key in kept} for row in read_metrics(Path(name) / "metrics.csv")]
+        for name in ("runs/whole", "runs/broken")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_is_never_overwritten() -> None:
+    for _ in range(3):
+        train(tiny_run("trainer.max_steps=2", "trainer.sample_tokens=0"))
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2", "demo-3"]
+    assert all(len(read_metrics(run / "metrics.csv")) == 1 for run in Path("runs").iterdir())
+
+
+def test_the_last_step_is_always_validated() -> None:
+    train(tiny_run("trainer.max_steps=11"))
+    rows = read_metrics(Path("runs/demo/metrics.csv"))
+    assert [row["step"] for row in rows if row["val/ppl"]] == ["8", "11"]
+
+
+def test_resume_refuses_what_would_be_another_run() -> None:
+    train(tiny_run("trainer.max_steps=4"))
+    run = Path("runs/demo")
+    for change in ("model.d_model=64", "seed=1", "name=x"):
+        with pytest.raises(UserError, match="can't be changed on resume"):
+            resumed_config(run, [change])
+    with pytest.raises(UserError, match="is complete at step 4"):
+        train(resumed_config(run, []), run)
+    with pytest.raises(UserError, match="tokenizer"):
+        train(resumed_config(run, ["trainer.max_steps=8", "data.val_fraction=0.2"]), run)
+    train(resumed_config(run, ["trainer.max_steps=6"]), run)
+    assert load_checkpoint(run / "checkpoints/last.ckpt").step == 6
+
+
+def test_resume_counts_time_and_tokens_on() -> None:
+    first = train(tiny_run("trainer.max_steps=4"))
+    run = Path("runs/demo")
+    second = train(resumed_config(run, ["trainer.max_steps=8"]), run)
+    assert second["tokens_seen"] == 2 * first["tokens_seen"]
+    assert second["train_seconds"] > first["train_seconds"]
+
+
+def test_too_little_text_leaves_no_run() -> None:
+    Path("text.txt").write_text("Hello, world.\n" * 3)
+    with pytest.raises(UserError, match="too little text"):
+        train(tiny_run())
+    assert not Path("runs").exists()
+
+
+def test_failed_conversion_costs_the_recurrence_not_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no poles today")
+
+    monkeypatch.setattr("tnnlm.training.checkpointing.convert_model", fail)
+    monkeypatch.setattr("tnnlm.training.lit_module.convert_model", fail)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = train(tiny_run("trainer.max_steps=8"))
+    assert any("no poles today" in str(warning.message) for warning in caught)
+    assert "val/ppl_recurrent" not in summary
+    assert summary["val/ppl"] > 1
+    assert load_checkpoint(Path("runs/demo/checkpoints/last.ckpt")).ssm is None
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_every_precision_policy_keeps_the_two_forms_together(precision: str) -> None:
+    summary = train(tiny_run(f"trainer.precision={precision}", "trainer.max_steps=8"))
+    # Under bf16-true both forms run with bf16 projections, whose rounding is all that differs.
+    assert abs(summary["val/ppl_gap"]) <= (2e-2 if precision == "bf16-true" else 1e-4)
+    weights = torch.load("runs/demo/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    kernels = {key: value for key, value in weights.items() if ".kernel." in key}
+    assert kernels
+    assert all(torch.finfo(value.dtype).bits >= 32 for value in kernels.values())

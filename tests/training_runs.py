@@ -1,0 +1,44 @@
+"""Tiny runs on a text of the test's own, shared by the tests of training and of the scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tnnlm.config import Config
+from tnnlm.config_io import load_config
+
+SETTINGS = (
+    "data.source=files",
+    "data.files=text.txt",
+    "data.batch_size=4",
+    "data.val_fraction=0.05",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.vocab_size=400",
+    "model.max_length=32",
+    "model.kernel.rpe_dim=16",
+    "model.kernel.rpe_layers=2",
+    "model.kernel.decay=0.95",
+    "trainer.max_steps=20",
+    "trainer.val_every_n_steps=8",
+    "trainer.log_every_n_steps=5",
+    "trainer.sample_prompt=The ",
+    "trainer.sample_tokens=5",
+    "trainer.accelerator=cpu",
+    "checkpoint.every_n_steps=7",
+)
+
+
+def write_text(path: Path = Path("text.txt")) -> Path:
+    """About 60 kB of real prose: the licence and documentation of Python itself."""
+    from pydoc_data.topics import topics
+
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
+    return path
+
+
+def tiny_run(*overrides: str) -> Config:
+    """Settings of a run of seconds on ``text.txt``, which is written if need be."""
+    if not Path("text.txt").exists():
+        write_text()
+    return load_config(None, [*SETTINGS, *overrides])
