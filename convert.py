@@ -18,12 +18,19 @@ from tnnlm.errors import UserError, run_script
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "target", nargs="?", metavar="RUN | CKPT", help="run folder or name, or a checkpoint (default: newest run)"
+        "target",
+        nargs="?",
+        metavar="RUN | CKPT",
+        help="run folder or name, or a checkpoint (default: newest run)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/converted")
-    parser.add_argument("--method", choices=METHODS, default="etsc", help="default: etsc; window is the exact baseline")
+    parser.add_argument(
+        "--method", choices=METHODS, default="etsc", help="default: etsc; window is the exact baseline"
+    )
     parser.add_argument(
         "--horizon",
         default="auto",
@@ -35,7 +42,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.horizon != "auto":
         if not args.horizon.isdecimal() or not 1 <= int(args.horizon) <= 1 << 20:
-            raise UserError(f"--horizon {args.horizon}: expected auto or a number of lags from 1 to {1 << 20:,}")
+            raise UserError(
+                f"--horizon {args.horizon}: expected auto or a number of lags from 1 to {1 << 20:,}"
+            )
         args.horizon = int(args.horizon)
     return args
 
@@ -45,7 +54,12 @@ def main() -> int:
     from tnnlm.deployment import convert_checkpoint, show_report
 
     done = convert_checkpoint(
-        args.target, out=args.out, method=args.method, horizon=args.horizon, force=args.force, verify=args.verify
+        args.target,
+        out=args.out,
+        method=args.method,
+        horizon=args.horizon,
+        force=args.force,
+        verify=args.verify,
     )
     show_report(done)
     return 0 if all(check.passed for check in done.checks) else 1

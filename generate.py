@@ -20,18 +20,32 @@ from tnnlm.errors import UserError, run_script
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
-    parser.add_argument("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
+    parser.add_argument(
+        "--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is off"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P"
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="default: a new one each time")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts from the same prompt")
-    parser.add_argument("--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends")
+    parser.add_argument(
+        "--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends"
+    )
     parser.add_argument("--json", action="store_true", help="text and measurements as JSON")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)"
+    )
     args = parser.parse_args()
     if args.prompt is None and not args.interactive:
         parser.error("give --prompt TEXT, or --interactive")

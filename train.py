@@ -23,10 +23,16 @@ DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: configs/demo.yaml)")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="continue a run by name or folder (default: the newest)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue a run by name or folder (default: the newest)",
     )
     parser.add_argument("--dry-run", action="store_true", help="show settings and sizes, train nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
@@ -73,7 +79,9 @@ def show(config: Config, as_json: bool) -> None:
     print(config_to_yaml(config))
     print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
     print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in all)")
-    print(f"estimated memory: {plan.memory_bytes / 2**30:.2f} GiB per device ({plan.devices}), {plan.precision}")
+    print(
+        f"estimated memory: {plan.memory_bytes / 2**30:.2f} GiB per device ({plan.devices}), {plan.precision}"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def write_run(run: Path, tokenizer: TextTokenizer, ssm: bool = True, method: str
     """A run folder with a checkpoint such as training writes."""
     config = Config(model=tiny_config())
     model = CausalLM(config.model).eval()
-    attached = attached_ssm(convert_model(model, method=method, horizon=HORIZON), method, HORIZON) if ssm else None
+    attached = (
+        attached_ssm(convert_model(model, method=method, horizon=HORIZON), method, HORIZON) if ssm else None
+    )
     data = {
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
         "global_step": 7,
@@ -143,7 +145,9 @@ def test_tokenizer_that_does_not_fit_is_refused(tokenizer: TextTokenizer) -> Non
     Path("out/tokenizer.json").write_text(other.to_json())
     with pytest.raises(UserError, match="not the one this model was trained with"):
         load_converted(Path("out"))
-    large = train_bpe(["".join(chr(i) + chr(i + 1) for i in range(40, 900))] * 3, 400, "<|endoftext|>", 1, False)
+    large = train_bpe(
+        ["".join(chr(i) + chr(i + 1) for i in range(40, 900))] * 3, 400, "<|endoftext|>", 1, False
+    )
     assert large.size > 300
     Path("out/tokenizer.json").write_text(large.to_json())
     with pytest.raises(UserError, match="the model only 300"):
@@ -174,7 +178,11 @@ def test_runs_are_found_by_name_path_and_age(tokenizer: TextTokenizer) -> None:
     write_run(runs / "old", tokenizer)
     write_run(runs / "new", tokenizer, ssm=False)
     assert find_run(None, runs) == find_run("new", runs) == find_run("runs/new", runs) == runs / "new"
-    assert find_checkpoint("old", runs) == find_checkpoint("runs/old", runs) == runs / "old/checkpoints/best.ckpt"
+    assert (
+        find_checkpoint("old", runs)
+        == find_checkpoint("runs/old", runs)
+        == runs / "old/checkpoints/best.ckpt"
+    )
     assert find_checkpoint("runs/old/checkpoints/last.ckpt", runs).name == "last.ckpt"
     with pytest.raises(UserError, match="no such run"):
         find_run("other", runs)

@@ -49,10 +49,13 @@ def test_read_in_two_parts_equals_read_in_one(writer: TextGenerator) -> None:
     whole = writer.read_tokens([5, 6, 7, 8, 9])
     parts = writer.read_tokens([8, 9], writer.read_tokens([5, 6, 7]))
     assert parts.n_tokens == whole.n_tokens == 5
-    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-4)
+    # Random kernels in float32, ETSC's 1,600 modes: 1e-4 of logits around 4.
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=3e-4)
 
 
-def test_long_prompts_are_read_in_chunks(model: CausalLM, writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_read_in_chunks(
+    model: CausalLM, writer: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = torch.randint(300, (50,)).tolist()
     expected = writer.read_tokens(ids)
     monkeypatch.setattr("tnnlm.generation.PREFILL_CHUNK", 7)
@@ -65,14 +68,17 @@ def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
     context = writer.read("the")
     texts = []
     for seed in (1, 1, 2):
-        record, pieces = writer.write(context, 20, Sampling(temperature=1.5), torch.Generator().manual_seed(seed))
+        record, pieces = writer.write(
+            context, 20, Sampling(temperature=1.5), torch.Generator().manual_seed(seed)
+        )
         texts.append("".join(pieces))
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> None:
     sizes = {
-        sum(part.numel() for layer in writer.read_tokens([1] * n).state.layers for part in layer) for n in (1, 99)
+        sum(part.numel() for layer in writer.read_tokens([1] * n).state.layers for part in layer)
+        for n in (1, 99)
     }
     assert len(sizes) == 1
 
@@ -87,7 +93,9 @@ def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest
 
 def test_entries_without_a_token_are_never_drawn(writer: TextGenerator) -> None:
     assert writer.tokenizer.size < 300
-    record, pieces = writer.write(writer.read("the"), 50, Sampling(temperature=100), torch.Generator().manual_seed(0))
+    record, pieces = writer.write(
+        writer.read("the"), 50, Sampling(temperature=100), torch.Generator().manual_seed(0)
+    )
     list(pieces)
     assert max(record.tokens) < writer.tokenizer.size
 
@@ -100,7 +108,14 @@ def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e9}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": 1e9},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+    ],
 )
 def test_absurd_sampling_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"temperature|top-"):
@@ -118,7 +133,9 @@ def test_sample_cuts_to_the_likeliest() -> None:
 
 def test_sample_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.2])
-    drawn = sample(probabilities.log().expand(20_000, -1), Sampling(temperature=1), torch.Generator().manual_seed(0))
+    drawn = sample(
+        probabilities.log().expand(20_000, -1), Sampling(temperature=1), torch.Generator().manual_seed(0)
+    )
     counts = drawn.bincount(minlength=3) / 20_000
     torch.testing.assert_close(counts, probabilities, rtol=0, atol=0.02)
 

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import convert as convert_script
-import generate as generate_script
 import pytest
 import torch
-import train as train_script
 from conftest import ROOT
 from training_runs import SETTINGS, write_text
 
+import convert as convert_script
+import generate as generate_script
+import train as train_script
 from tnnlm.errors import run_script
 
 SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generate_script}
@@ -104,7 +104,9 @@ def test_train_convert_generate(script: Any) -> None:
     assert json.loads(attached.out)["text"] == measured["text"]
     window = script("convert", "runs/demo", "--method", "window", "--out", "window")
     assert window.code == 0
-    assert json.loads(script("generate", *greedy, "--model", "window", "--json").out)["text"] == measured["text"]
+    assert (
+        json.loads(script("generate", *greedy, "--model", "window", "--json").out)["text"] == measured["text"]
+    )
 
 
 def test_generate_options(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +203,9 @@ def test_convert_and_generate_refuse_bad_input(script: Any) -> None:
     for target in ("half.ckpt", "foreign.ckpt", "nowhere.ckpt", "nowhere"):
         assert_refused(script("convert", target), target)
         assert_refused(script("generate", "--prompt", "x", "--model", target), target)
-    assert_refused(script("generate", "--prompt", "x", "--model", "plain.ckpt"), "plain.ckpt", "convert.py plain.ckpt")
+    assert_refused(
+        script("generate", "--prompt", "x", "--model", "plain.ckpt"), "plain.ckpt", "convert.py plain.ckpt"
+    )
     assert_refused(script("convert", "--out", "mine"), "mine", "exists")
     assert_refused(script("convert", "--out", "mine", "--force"), "mine", "won't replace")
     for horizon in ("0", "-3", "many", "99999999999"):
@@ -247,7 +251,10 @@ def test_help_is_enough_to_start(script: Any) -> None:
 
 def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), "--prompt", "x"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "generate.py"), "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

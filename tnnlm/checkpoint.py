@@ -88,7 +88,9 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
     config = config_from_dict(entry["config"], str(path))
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
     weights = {
-        key.removeprefix(_PREFIX): value for key, value in data["state_dict"].items() if key.startswith(_PREFIX)
+        key.removeprefix(_PREFIX): value
+        for key, value in data["state_dict"].items()
+        if key.startswith(_PREFIX)
     }
     with torch.device("meta"):
         model = CausalLM(config.model)
@@ -154,7 +156,9 @@ def check_out_folder(folder: Path, force: bool) -> None:
     if not force:
         raise CheckpointError(f"{folder}: exists already; give another --out, or --force to replace it")
     if not is_converted(folder):
-        raise CheckpointError(f"{folder}: is not a converted model, --force won't replace it; give another --out")
+        raise CheckpointError(
+            f"{folder}: is not a converted model, --force won't replace it; give another --out"
+        )
 
 
 def is_converted(folder: Path) -> bool:

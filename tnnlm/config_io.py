@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnnlm.config import KERNEL_SCHEMAS, Config, ModelConfig
@@ -56,6 +56,14 @@ def config_to_yaml(config: Config) -> str:
 
 
 def _merge(layers: list[tuple[DictConfig, str]]) -> Config:
+    try:
+        return _merged(layers)
+    except OmegaConfBaseException as error:  # an interpolation, ${...}, that leads nowhere
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
+
+
+def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     schema = OmegaConf.structured(Config)
     name = "tno"
     for layer, where in layers:
@@ -87,7 +95,9 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: no such configuration file")
     try:
         data = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ConfigError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from None
     return _as_dict_config(data, str(path))
 
@@ -114,8 +124,8 @@ def _as_dict_config(data: Any, where: str) -> DictConfig:
 
 def _kernel_name(layer: DictConfig, where: str) -> str | None:
     node: Any = layer
-    for key in ("model", "kernel"):
-        node = node.get(key)
+    for key in ("model", "model.kernel"):
+        node = node.get(key.rpartition(".")[2])
         if node is None:
             return None
         if not isinstance(node, DictConfig):
@@ -128,13 +138,17 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
     for key in layer:
         full = f"{prefix}{key}"
         if key not in schema:
-            raise ConfigError(f"{full}: unknown key ({where}); did you mean {_nearest(full, schema, prefix)}?")
+            raise ConfigError(
+                f"{full}: unknown key ({where}); did you mean {_nearest(full, schema, prefix)}?"
+            )
         inner = schema._get_node(str(key))
         value = layer._get_node(key)
         if isinstance(inner, DictConfig):
             if not isinstance(value, DictConfig):
                 raise ConfigError(f"{full}: expected a group of settings, {full}.NAME=... ({where})")
             _check_keys(value, inner, f"{full}.", where)
+        elif isinstance(inner, ListConfig) and not isinstance(value, ListConfig):
+            raise ConfigError(f"{full}: expected a list, {full}=[a,b] ({where})")
 
 
 def _nearest(key: str, schema: DictConfig, prefix: str) -> str:

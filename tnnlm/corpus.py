@@ -11,8 +11,13 @@ import gzip
 import hashlib
 import itertools
 import os
+import shutil
+import sys
 import sysconfig
+import tempfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ from typing import Any
 import datasets
 
 from tnnlm.config import DataConfig
-from tnnlm.errors import DataError
+from tnnlm.errors import OS_ADVICE, DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
@@ -46,8 +51,10 @@ def source_files(config: DataConfig) -> list[Path]:
     """
     if config.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        found = (p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
-        files = sorted(p for p in found if p.stat().st_size)
+        sources = (
+            p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1])
+        )
+        files = sorted(p for p in sources if p.exists() and p.stat().st_size)
         if not files:
             raise DataError(
                 f"{root}: holds no sources of the standard library; give files with data.source=files"
@@ -59,28 +66,36 @@ def source_files(config: DataConfig) -> list[Path]:
         raise DataError("data.files is empty: name text files, for example data.files=book.txt")
     files = []
     for pattern in config.files:
-        matches = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        path = Path(pattern).expanduser()
+        found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+        matches = sorted(p for p in found if p.exists())
         if not matches:
             raise DataError(f"{pattern}: no such file")
-        files += [p for p in matches if p.is_file()] if glob.has_magic(pattern) else matches
+        files += matches if path.exists() else [p for p in matches if p.is_file()]
     for path in files:
         if path.is_dir():
             raise DataError(f"{path}: is a folder; name its files, for example data.files='{path}/**/*.txt'")
         if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
-            raise DataError(
-                f"{path}: unknown type; known are .txt .md .py .jsonl .parquet, each also as .gz"
-            )
+            raise DataError(f"{path}: unknown type; known are .txt .md .py .jsonl .parquet, each also as .gz")
     return sorted(set(files))
 
 
 def source_fingerprint(config: DataConfig) -> str:
     """Hash of where the text comes from: names, sizes and times of files, or the hub data set's name."""
     parts: list[Any] = [config.source, config.text_column, config.max_documents]
-    for path in source_files(config):
+    folder = Path(config.hub_name or "")
+    local = config.source == "hub" and bool(config.hub_name) and folder.is_dir()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if local else source_files(config):
         status = path.stat()
         parts.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     if config.source == "hub":
-        parts += [config.hub_name, config.hub_config, config.hub_split, config.hub_val_split, config.streaming]
+        parts += [
+            config.hub_name,
+            config.hub_config,
+            config.hub_split,
+            config.hub_val_split,
+            config.streaming,
+        ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -117,11 +132,24 @@ def _documents(config: DataConfig) -> Iterator[str]:
         if suffix in TEXT_SUFFIXES:
             yield _read_text(path)
         else:
-            cache = str(cache_folder(config) / "datasets")
-            rows = _load(
-                str(path), TABLE_BUILDERS[suffix], data_files=str(path), split="train", cache_dir=cache
-            )
-            yield from _rows(rows, config, str(path))
+            yield from _rows(_load_table(path, suffix, config), config, str(path))
+
+
+def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
+    if path.suffix == ".gz" and suffix == ".parquet":
+        # The library unpacks text on the way, but wants to seek in parquet.
+        with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
+            plain = Path(folder) / path.stem
+            with gzip.open(path) as packed, plain.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            return datasets.Dataset.from_parquet(str(plain), cache_dir=folder, keep_in_memory=True)
+    return _load(
+        str(path),
+        TABLE_BUILDERS[suffix],
+        data_files=glob.escape(str(path)),
+        split="train",
+        cache_dir=str(cache_folder(config) / "datasets"),
+    )
 
 
 def _hub_documents(config: DataConfig, split: str) -> Iterator[str]:
@@ -141,12 +169,28 @@ def _hub_documents(config: DataConfig, split: str) -> Iterator[str]:
 
 
 def _load(what: str, builder: str, **options: Any) -> Any:
-    try:
+    # Its log lines repeat the error that is raised; its bars are for a terminal.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with _readable(what):
         return datasets.load_dataset(builder, **options)
-    except OSError:
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn the library's errors, of which it has dozens of kinds, into one that names ``what``."""
+    try:
+        yield
+    except DataError:
         raise
-    except Exception as error:  # the library has dozens of kinds, for the user they are one
-        raise DataError(f"{what}: can't be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
+        cause = cause or error
+        if isinstance(cause, OSError) and cause.errno in OS_ADVICE:
+            raise cause from None
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise DataError(f"{what}: can't be read: {reason}") from None
 
 
 def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
@@ -155,11 +199,12 @@ def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
             f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}; "
             "choose one with data.text_column=..."
         )
-    for index, row in enumerate(rows):
-        text = row.get(config.text_column)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}: row {index + 1}: column {config.text_column!r} is not text")
-        yield text or ""
+    with _readable(where):
+        for index, row in enumerate(rows):
+            text = row.get(config.text_column)
+            if text is not None and not isinstance(text, str):
+                raise DataError(f"{where}: row {index + 1}: column {config.text_column!r} is not text")
+            yield text or ""
 
 
 def _read_text(path: Path) -> str:
@@ -168,7 +213,7 @@ def _read_text(path: Path) -> str:
         if b"\0" in data:
             raise DataError(f"{path}: is not text (a zero byte at {data.index(0)})")
         return data.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise DataError(f"{path}: is not a whole gzip file") from None
     except UnicodeDecodeError as error:
         if path.suffix == ".py":  # sources may declare another encoding; such files are rare and small
@@ -197,9 +242,13 @@ def _split(texts: list[str], fraction: float, seed: int) -> Corpus:
     largest = max(budget / 4, total / len(texts))
     held_out: set[int] = set()
     taken = 0
+    last: str | None = None
     for index in sorted(range(len(texts)), key=lambda i: _hash(seed, texts[i])):
-        if taken < budget and len(texts[index]) <= largest:
+        # Equal texts have equal hashes and come in a row: none may stay behind in training.
+        again = texts[index] == last and len(held_out) < len(texts) - 1
+        if (taken < budget or again) and len(texts[index]) <= largest:
             held_out.add(index)
+            last = texts[index]
             taken += len(texts[index])
     train = [text for i, text in enumerate(texts) if i not in held_out]
     return Corpus(train, [texts[i] for i in sorted(held_out)])

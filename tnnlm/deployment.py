@@ -78,7 +78,9 @@ def convert_checkpoint(
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the text of this run has changed")
-        _measure_perplexities(source.model, converted, corpus.rows("val", source.config.model.max_length), done)
+        _measure_perplexities(
+            source.model, converted, corpus.rows("val", source.config.model.max_length), done
+        )
     except DataError as error:
         done.note = f"no perplexities: {error}"
     if verify:
@@ -91,7 +93,9 @@ def show_report(done: Conversion) -> None:
     """Print the measurements, what the horizon leaves out, and what to run next."""
     console = Console()
     report = done.report
-    table = Table(title=f"{done.source.path} (step {done.source.step}) by {report.method}, horizon {report.horizon}")
+    table = Table(
+        title=f"{done.source.path} (step {done.source.step}) by {report.method}, horizon {report.horizon}"
+    )
     for column in ("layer", "order", "relative tap error", "l1 error", "tail energy", "state"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(report.layers):
@@ -108,7 +112,9 @@ def show_report(done: Conversion) -> None:
     for length, parallel in report.ppl["parallel"].items():
         recurrent = report.ppl["recurrent"][length]
         gap = ppl_gap(parallel, recurrent)
-        lines.append(f"perplexity at {length}: parallel {parallel:.4f}, recurrent {recurrent:.4f}, gap {gap:+.1e}")
+        lines.append(
+            f"perplexity at {length}: parallel {parallel:.4f}, recurrent {recurrent:.4f}, gap {gap:+.1e}"
+        )
     lines += [f"note: {text}" for text in (done.note, report.warning) if text]
     for check in done.checks:
         verdict = "ok" if check.passed else "FAILED"
@@ -140,7 +146,10 @@ def _verify(model: CausalLM, converted: CausalLM, done: Conversion) -> None:
     generator = torch.Generator().manual_seed(0)
     length = min(STEPS, done.report.horizon)
     tokens = torch.randint(done.source.tokenizer.size, (1, length), generator=generator)
-    done.checks = [check_layers(model, converted, min(64, done.report.horizon)), check_steps(model, converted, tokens)]
+    done.checks = [
+        check_layers(model, converted, min(64, done.report.horizon)),
+        check_steps(model, converted, tokens),
+    ]
     key = str(model.config.max_length)
     if key in done.report.ppl["parallel"]:
         gap = ppl_gap(done.report.ppl["parallel"][key], done.report.ppl["recurrent"][key])

@@ -23,7 +23,7 @@ class CheckpointError(UserError):
     """A run, checkpoint or converted model that is missing, damaged or not ours."""
 
 
-_OS_ADVICE = {
+OS_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
     errno.EACCES: "no permission: choose another place or change the permissions",
@@ -47,7 +47,7 @@ def run_script(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        advice = _OS_ADVICE.get(error.errno or 0)
+        advice = OS_ADVICE.get(error.errno or 0)
         if advice is None:
             raise
         where = f"{error.filename}: " if error.filename else ""

@@ -120,7 +120,11 @@ class TextGenerator:
         return Context(state, logits[:, -1], len(ids) + (context.n_tokens if context else 0), seconds)
 
     def write(
-        self, context: Context, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None = None
+        self,
+        context: Context,
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
     ) -> tuple[Continuation, Iterator[str]]:
         """Continue ``context``: a record that fills up, and the pieces of text, correct UTF-8 each.
 

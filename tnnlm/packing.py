@@ -68,6 +68,8 @@ class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
         return max(0, (len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends ``for row in rows``
         start = index * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
@@ -92,8 +94,15 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> PackedCorpus:
 
 
 def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None) -> str:
-    tokenizer = given.fingerprint if given else f"bpe {vocab_size} {config.eos_token}"
-    parts = (PACKING_VERSION, source_fingerprint(config), config.val_fraction, seed, tokenizer)
+    tokenizer = given.fingerprint if given else f"bpe {vocab_size}"
+    parts = (
+        PACKING_VERSION,
+        source_fingerprint(config),
+        config.val_fraction,
+        seed,
+        config.eos_token,
+        tokenizer,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -104,9 +113,7 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
     return PackedCorpus(folder, tokenizer, SplitInfo(**meta["train"]), SplitInfo(**meta["val"]))
 
 
-def _build(
-    config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path
-) -> None:
+def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:
     corpus = load_corpus(config, seed)
     if not corpus.train or not corpus.val:
         raise DataError("too little text to hold some out for validation: give more of it")

@@ -22,7 +22,9 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
     if name is None:
         newest = _newest(runs_dir.glob(f"*/{LAST}"))
         if newest is None:
-            raise CheckpointError(f"{runs_dir}: holds no run with a checkpoint; train one with: python train.py")
+            raise CheckpointError(
+                f"{runs_dir}: holds no run with a checkpoint; train one with: python train.py"
+            )
         return newest.parents[1]
     for candidate in (Path(name), runs_dir / name):
         if (candidate / "checkpoints").is_dir():

@@ -28,7 +28,13 @@ class Decoder:
 
     @classmethod
     def load(
-        cls, target: str | None, runs_dir: Path, device: str, sampling: Sampling, max_new_tokens: int, seed: int
+        cls,
+        target: str | None,
+        runs_dir: Path,
+        device: str,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
     ) -> Decoder:
         """Find and load a converted model.
 

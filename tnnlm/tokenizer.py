@@ -21,12 +21,20 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, eos_token: str, where: str = "tokenizer") -> None:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
-            raise DataError(f"{where}: has no token {eos_token!r}; name its end token with data.eos_token=...")
+            raise DataError(
+                f"{where}: has no token {eos_token!r}; name its end token with data.eos_token=..."
+            )
         # A document that spells out the end token must not end the document.
+        tokenizer.add_special_tokens([eos_token])
         tokenizer.encode_special_tokens = True
+        # What a published file says about its own model's batches would cut and pad documents.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.eos_token = eos_token
         self.eos_id: int = eos_id
+        self.size = int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+        """one more than the highest id: rows that an embedding must have"""
 
     @classmethod
     def from_json(cls, text: str, eos_token: str, where: str = "tokenizer.json") -> TextTokenizer:
@@ -40,11 +48,6 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from None
         return cls(tokenizer, eos_token, where)
-
-    @property
-    def size(self) -> int:
-        """Entries of the vocabulary, special tokens included."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def fingerprint(self) -> str:

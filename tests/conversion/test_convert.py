@@ -50,7 +50,9 @@ def test_step_and_prefill_match_forward(tiny_model: CausalLM, method: str) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunk", [1, 2, 7, LENGTH])
-def test_prefill_in_any_split_goes_on_from_a_warm_state(tiny_model: CausalLM, method: str, chunk: int) -> None:
+def test_prefill_in_any_split_goes_on_from_a_warm_state(
+    tiny_model: CausalLM, method: str, chunk: int
+) -> None:
     converted = convert_model(tiny_model, method=method, horizon=2 * LENGTH)
     tokens = torch.randint(300, (2, 2 * LENGTH))
     expected = tiny_model(tokens)[:, LENGTH:]

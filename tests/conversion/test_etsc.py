@@ -68,7 +68,9 @@ def test_etsc_refuses_a_decay_outside_the_unit_interval(decay: float) -> None:
 
 
 @pytest.mark.parametrize("convert", [etsc, window])
-@pytest.mark.parametrize("taps", [torch.ones(2, 0), torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf")]])])
+@pytest.mark.parametrize(
+    "taps", [torch.ones(2, 0), torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf")]])]
+)
 def test_conversions_refuse_unusable_taps(convert: object, taps: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="finite"):
         convert(taps.double())  # type: ignore[operator]

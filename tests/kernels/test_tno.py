@@ -13,7 +13,10 @@ def test_tno_taps_are_the_published_formula() -> None:
     kernel = TNOKernel(TNOConfig(decay=0.9, rpe_dim=8, rpe_layers=3), 5).double()
     taps = kernel(20)
     for lag in (0, 1, 19):
-        h = torch.tensor([float(lag)], dtype=torch.float64) @ kernel.rpe.input.weight.T + kernel.rpe.input.bias
+        h = (
+            torch.tensor([float(lag)], dtype=torch.float64) @ kernel.rpe.input.weight.T
+            + kernel.rpe.input.bias
+        )
         for layer in kernel.rpe.hidden:
             h = layer(torch.relu(h / (h.norm() / 8**0.5 + 1e-8)))
         h = kernel.rpe.output(torch.relu(h / (h.norm() / 8**0.5 + 1e-8)))

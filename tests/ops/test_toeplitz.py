@@ -47,7 +47,9 @@ def test_toeplitz_runs_in_float32_and_keeps_the_dtype(dtype: torch.dtype) -> Non
     assert y.dtype == dtype
     # One rounding to the output's dtype, none on the way.
     expected = toeplitz_dense(x.double(), k.double())
-    torch.testing.assert_close(y.double(), expected.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), expected.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
+    )
 
 
 def test_toeplitz_is_causal() -> None:
@@ -60,7 +62,9 @@ def test_toeplitz_is_causal() -> None:
     assert difference < 1e-6 * 100 * k.abs().sum(1).max()
 
 
-@pytest.mark.parametrize("shapes", [((2, 5), (3, 5)), ((1, 5, 2), (3, 5)), ((1, 0, 3), (3, 5)), ((1, 5, 3), (3, 0))])
+@pytest.mark.parametrize(
+    "shapes", [((2, 5), (3, 5)), ((1, 5, 2), (3, 5)), ((1, 0, 3), (3, 5)), ((1, 5, 3), (3, 0))]
+)
 def test_toeplitz_refuses_wrong_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match=r"expected|at least"):
         toeplitz(torch.zeros(shapes[0]), torch.zeros(shapes[1]))

@@ -31,7 +31,9 @@ def convert_kernel(kernel: Kernel, *, method: str, horizon: int) -> SSMParams:
     with torch.no_grad():
         k = kernel(horizon)
         if not bool(torch.isfinite(k).all()):
-            raise UserError("the kernel's taps are not finite: the training diverged, take an earlier checkpoint")
+            raise UserError(
+                "the kernel's taps are not finite: the training diverged, take an earlier checkpoint"
+            )
         if method == "etsc":
             params = etsc(k.double(), kernel.decay)
         elif method == "window":

@@ -63,7 +63,9 @@ def order(params: SSMParams) -> int:
     return params.window.shape[1] + len(paired) + int(paired.sum())
 
 
-def step(params: SSMParams, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+def step(
+    params: SSMParams, x: Tensor, state: SSMState, active: Tensor | None = None
+) -> tuple[Tensor, SSMState]:
     """Advance by one token.
 
     Args:

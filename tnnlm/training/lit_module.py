@@ -93,9 +93,7 @@ class LitCausalLM(lightning.LightningModule):
         """Convert the current kernels; a failure costs the second perplexity, not the run."""
         conversion = self.config.conversion
         try:
-            self.recurrent = [
-                convert_model(self.model, method=conversion.method, horizon=conversion.horizon)
-            ]
+            self.recurrent = [convert_model(self.model, method=conversion.method, horizon=conversion.horizon)]
         except Exception as error:  # whatever it is, training must go on
             warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
             self.recurrent = []
@@ -125,7 +123,6 @@ class LitCausalLM(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """The clock of the throughput leaves validation out."""
         self._last_log = (self.global_step, time.perf_counter())
-
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """To the loggers at this optimizer step, and ``shown`` to the progress bar and callbacks.

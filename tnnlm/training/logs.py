@@ -107,7 +107,9 @@ class PlainLines(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write the line."""
-        shown = (f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in COLUMNS)
+        shown = (
+            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in COLUMNS
+        )
         line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

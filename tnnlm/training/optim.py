@@ -19,7 +19,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
 
     Kernels are left undecayed: pulling the position network to zero shortens the memory.
     """
-    in_kernels = {id(p) for module in model.modules() if isinstance(module, Kernel) for p in module.parameters()}
+    in_kernels = {
+        id(p) for module in model.modules() if isinstance(module, Kernel) for p in module.parameters()
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trained if id(p) not in in_kernels]
     groups = [

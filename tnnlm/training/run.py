@@ -36,7 +36,9 @@ _RUN_VARIABLE = "TNNLM_RUN_DIR"
 _FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
 
 
-def train(config: Config, run: Path | None = None, extra_callbacks: list[Callback] | None = None) -> dict[str, Any]:
+def train(
+    config: Config, run: Path | None = None, extra_callbacks: list[Callback] | None = None
+) -> dict[str, Any]:
     """Train, validate and save a run.
 
     Args:
@@ -111,7 +113,10 @@ def _build_trainer(
         dirpath=folder / BEST.parent, filename=BEST.stem, monitor="val/ppl", enable_version_counter=False
     )
     samples = SampleWriter(
-        folder / "samples.txt", tokenizer, settings.sample_prompt or tokenizer.eos_token, settings.sample_tokens
+        folder / "samples.txt",
+        tokenizer,
+        settings.sample_prompt or tokenizer.eos_token,
+        settings.sample_tokens,
     )
     loggers: list[Logger] = [
         MetricsCSV(folder / "metrics.csv", resume_step),
@@ -165,7 +170,9 @@ def _check_resumable(config: Config, run: Path) -> int:
 def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     path = folder / "tokenizer.json"
     if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
-        raise CheckpointError(f"{folder}: its text or tokenizer has changed; it can only be continued on the same")
+        raise CheckpointError(
+            f"{folder}: its text or tokenizer has changed; it can only be continued on the same"
+        )
 
 
 def _new_folder(config: Config) -> Path:
