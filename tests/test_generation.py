@@ -68,7 +68,7 @@ def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
     context = writer.read("the")
     texts = []
     for seed in (1, 1, 2):
-        record, pieces = writer.write(
+        _record, pieces = writer.write(
             context, 20, Sampling(temperature=1.5), torch.Generator().manual_seed(seed)
         )
         texts.append("".join(pieces))
@@ -160,7 +160,7 @@ def test_recurrent_nll_equals_parallel_nll_over_chunk_borders(model: CausalLM) -
     parallel = parallel_nll(model, rows)
     for chunk in (1, 7, 64, 100):
         recurrent = recurrent_nll(converted, rows, chunk)
-        assert recurrent.count == parallel.count == 3 * 64
+        assert recurrent.tokens == parallel.tokens == 3 * 64
         assert recurrent.total == pytest.approx(parallel.total, rel=1e-10)
 
 

@@ -35,10 +35,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a folder beside ``path`` to fill; move it there when the block ends without error.
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Give a flat folder beside ``path`` to fill; move it there when the block ends without error.
 
-    If ``path`` exists by then it is replaced.
+    Args:
+        path: where it shall be.
+        replace: if ``path`` exists by then, put the new one in its place; otherwise keep the old
+            one and drop the new (several processes may build the same thing).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -48,12 +51,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        if path.exists():
+        if path.exists() and replace:
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, old / "replaced")
             os.replace(temporary, path)
             shutil.rmtree(old)
-        else:
+        elif not path.exists():
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -135,7 +135,7 @@ def _kernel_name(layer: DictConfig, where: str) -> str | None:
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) -> None:
-    for key in layer:
+    for key in map(str, layer):
         full = f"{prefix}{key}"
         if key not in schema:
             raise ConfigError(
@@ -152,7 +152,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
 
 
 def _nearest(key: str, schema: DictConfig, prefix: str) -> str:
-    siblings = [f"{prefix}{name}" for name in schema]
+    siblings = [f"{prefix}{name}" for name in map(str, schema)]
     everywhere = [name for name, _, _ in _leaves(Config())]
     same_leaf = [name for name in everywhere if name.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)

@@ -19,12 +19,12 @@ class NLL(NamedTuple):
     """Negative log-likelihood in nats, and how many tokens it is summed over."""
 
     total: float
-    count: int
+    tokens: int
 
     @property
     def mean(self) -> float:
         """Nats per token."""
-        return self.total / self.count
+        return self.total / self.tokens
 
     @property
     def ppl(self) -> float:
@@ -52,21 +52,20 @@ def parallel_nll(model: CausalLM, rows: Tensor) -> NLL:
 @torch.no_grad()
 def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int) -> NLL:
     """Score rows (B, L + 1) by the recurrence, in chunks that carry the state across their borders."""
-    total, count = 0.0, 0
+    parts = []
     with torch.autocast(rows.device.type, enabled=False):
         state = converted.init_state(rows.shape[0])
         for start in range(0, rows.shape[1] - 1, chunk):
             part = rows[:, start : start + chunk + 1]
             logits, state = converted.prefill(part[:, :-1], state)
-            nll = _score(logits, part[:, 1:])
-            total, count = total + nll.total, count + nll.count
-    return NLL(total, count)
+            parts.append(_score(logits, part[:, 1:]))
+    return add(parts)
 
 
 def add(parts: Iterable[NLL]) -> NLL:
     """The sum of several."""
     scored = list(parts)
-    return NLL(sum(nll.total for nll in scored), sum(nll.count for nll in scored))
+    return NLL(sum(nll.total for nll in scored), sum(nll.tokens for nll in scored))
 
 
 def _score(logits: Tensor, targets: Tensor) -> NLL:

@@ -6,7 +6,7 @@ projection, so decoding can't drift from training.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class CausalLM(nn.Module):
         self.norm = SimpleRMSNorm()
 
     @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast(list[Block], list(self.blocks))
+
+    @property
     def n_params(self) -> int:
         """Trainable parameters; the tied embedding counts once, frozen decays not at all."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -54,7 +59,7 @@ class CausalLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) for tokens (B, L), all positions at once."""
         x = self._embed(tokens)
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x)
         return self._head(x)
 
@@ -64,7 +69,7 @@ class CausalLM(nn.Module):
         Raises:
             CheckpointError: if the model is not converted.
         """
-        return ModelState(tuple(block.mixer.conv.init_state(batch_size) for block in self.blocks))
+        return ModelState(tuple(block.mixer.conv.init_state(batch_size) for block in self.layers))
 
     def prefill(
         self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
@@ -85,7 +90,7 @@ class CausalLM(nn.Module):
         """
         x = self._embed(tokens)
         states = []
-        for block, layer in zip(self.blocks, state.layers, strict=True):
+        for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.prefill(x, layer, lengths)
             states.append(layer)
         return self._head(x if keep is None else x[:, -keep:]), ModelState(tuple(states))
@@ -102,7 +107,7 @@ class CausalLM(nn.Module):
         """
         x = self._embed(tokens)
         states = []
-        for block, layer in zip(self.blocks, state.layers, strict=True):
+        for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.step(x, layer, active)
             states.append(layer)
         return self._head(x), ModelState(tuple(states))

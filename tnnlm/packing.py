@@ -88,7 +88,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> PackedCorpus:
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
     if not (folder / "meta.json").is_file():
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, replace=False) as temporary:
             _build(config, vocab_size, seed, given, temporary)
     return _open(folder, config.eos_token)
 

@@ -95,8 +95,8 @@ def test_inactive_rows_keep_their_state(tiny_model: CausalLM) -> None:
     _, state = converted.prefill(torch.randint(300, (2, 9)), converted.init_state(2))
     _, after = converted.step(torch.randint(300, (2,)), state, torch.tensor([False, True]))
     for old, new in zip(state.layers, after.layers, strict=True):
-        assert torch.equal(old.modes[0], new.modes[0])
-        assert not torch.equal(old.modes[1], new.modes[1])
+        assert torch.equal(old.real[0], new.real[0])
+        assert not torch.equal(old.real[1], new.real[1])
 
 
 def test_prefill_keeps_only_the_last_logits(tiny_model: CausalLM) -> None:
@@ -126,7 +126,7 @@ def test_casts_never_touch_poles_residues_and_state(method: str) -> None:
         for name, buffer in converted.named_buffers():
             assert torch.equal(buffer, before[name]), name
             assert buffer.dtype == before[name].dtype
-    assert converted.init_state(1).layers[0].modes.dtype == torch.float32
+    assert converted.init_state(1).layers[0].real.dtype == torch.float32
 
 
 def test_autocast_leaves_the_recurrence_in_float32() -> None:
@@ -139,7 +139,7 @@ def test_autocast_leaves_the_recurrence_in_float32() -> None:
         _, state = conv.step(x[:, 0], conv.init_state(1))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
-    assert state.modes.dtype == torch.float32
+    assert state.real.dtype == torch.float32
 
 
 def test_convert_model_leaves_the_trained_one_alone(tiny_model: CausalLM) -> None:

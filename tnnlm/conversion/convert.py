@@ -72,9 +72,9 @@ def convert_model(model: CausalLM, *, method: str = "etsc", horizon: int | str =
 def attach(model: CausalLM, layers: list[SSMParams]) -> CausalLM:
     """A copy of ``model`` whose long convolutions are replaced by the given recurrences."""
     # Kernels are not copied: the recurrences stand in their place.
-    memo = {id(block.mixer.conv): None for block in model.blocks}
+    memo = {id(block.mixer.conv): None for block in model.layers}
     converted = copy.deepcopy(model, memo)
-    for block, params in zip(converted.blocks, layers, strict=True):
+    for block, params in zip(converted.layers, layers, strict=True):
         block.mixer.conv = RecurrentConv(params)
     return converted.eval().requires_grad_(False)
 
@@ -85,12 +85,14 @@ def kernels(model: CausalLM) -> list[Kernel]:
     Raises:
         UserError: if the model is converted already.
     """
-    found = [block.mixer.conv for block in model.blocks]
-    if not all(isinstance(conv, LongConv) for conv in found):
+    found = [block.mixer.conv for block in model.layers]
+    parallel = [conv.kernel for conv in found if isinstance(conv, LongConv)]
+    if len(parallel) < len(found):
         raise UserError("this model is converted already: convert the checkpoint it came from")
-    return [conv.kernel for conv in found]
+    return parallel
 
 
 def recurrences(model: CausalLM) -> list[SSMParams]:
     """The recurrence of every layer of a converted model."""
-    return [block.mixer.conv.params for block in model.blocks]
+    found = [block.mixer.conv for block in model.layers]
+    return [conv.params for conv in found if isinstance(conv, RecurrentConv)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Kernel(KeepsFloat32, ABC):
         return None
 
 
-Builder = Callable[[KernelConfig, int], Kernel]
+Builder = Callable[[Any, int], Kernel]
 _BUILDERS: dict[str, Builder] = {}
 
 

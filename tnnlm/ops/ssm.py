@@ -38,8 +38,10 @@ class SSMState(NamedTuple):
 
     window: Tensor
     """the last P - 1 inputs, oldest first, (B, E, max(P - 1, 0))"""
-    modes: Tensor
-    """s as planes, (B, E, 2, N)"""
+    real: Tensor
+    """Re s, (B, E, N)"""
+    imag: Tensor
+    """Im s, (B, E, N); a tensor of its own, so that no step has to copy the two into one"""
 
 
 def init_state(params: SSMParams, batch_size: int) -> SSMState:
@@ -47,7 +49,8 @@ def init_state(params: SSMParams, batch_size: int) -> SSMState:
     channels, _, modes = params.residues.shape
     inputs = max(params.window.shape[1] - 1, 0)
     new = params.residues.new_zeros
-    return SSMState(new(batch_size, channels, inputs), new(batch_size, channels, 2, modes))
+    planes = (new(batch_size, channels, modes) for _ in range(2))
+    return SSMState(new(batch_size, channels, inputs), *planes)
 
 
 def state_bytes(params: SSMParams) -> int:
@@ -77,18 +80,19 @@ def step(
     Returns:
         outputs (B, E) in the dtype of ``x``, and the state after this token.
     """
-    dtype = state.modes.dtype
-    u = x.to(dtype)
-    modes, y = _step_modes(params, u, state.modes)
+    u = x.to(state.real.dtype)
+    y, real, imag = _step_modes(params, u, state.real, state.imag)
     window = state.window
     if params.window.shape[1]:
         recent = torch.cat((window, u.unsqueeze(-1)), dim=-1)
         y = y + torch.einsum("bep,ep->be", recent, params.window.flip(-1))
         window = recent[..., 1:]
     if active is not None:
-        modes = torch.where(active[:, None, None, None], modes, state.modes)
-        window = torch.where(active[:, None, None], window, state.window)
-    return y.to(x.dtype), SSMState(window, modes)
+        row = active[:, None, None]
+        window, real, imag = (
+            torch.where(row, new, old) for new, old in zip((window, real, imag), state, strict=True)
+        )
+    return y.to(x.dtype), SSMState(window, real, imag)
 
 
 def prefill(
@@ -109,17 +113,18 @@ def prefill(
     Returns:
         outputs (B, L, E) in the dtype of ``x``, and the state after each row's last token.
     """
-    dtype = state.modes.dtype
+    dtype = state.real.dtype
     u = x.to(dtype)
     length = x.shape[1]
     last = torch.full((x.shape[0],), length, device=x.device) if lengths is None else lengths.to(x.device)
-    y, modes, window = torch.zeros_like(u), state.modes, state.window
+    y, (window, real, imag) = torch.zeros_like(u), state
     if params.residues.shape[2]:
         powers = pole_powers(params.poles, length + 1)
         # The sum over the modes in float64: ETSC's terms are hundreds of times the taps they leave.
         y = toeplitz(u, _mode_taps(params.residues.double(), powers[..., :length]).to(dtype))
-        y = y + _free_response(params.residues, powers[..., 1:], modes)
-        modes = _advance_modes(powers, u, modes, last, padded=lengths is not None)
+        y = y + _free_response(params.residues, powers[..., 1:].to(dtype), real, imag)
+        aligned = u if lengths is None else _align_right(u, last)
+        real, imag = _advance_modes(powers.to(dtype), aligned, real, imag, last)
     if params.window.shape[1]:
         history = torch.cat((window.transpose(1, 2), u), dim=1)
         y = y + toeplitz(history, params.window)[:, window.shape[2] :]
@@ -127,29 +132,28 @@ def prefill(
         take = last[:, None] + torch.arange(window.shape[2], device=x.device)
         index = take[:, :, None].expand(-1, -1, u.shape[2])
         window = history.gather(1, index).transpose(1, 2).contiguous()
-    return y.to(x.dtype), SSMState(window, modes)
+    return y.to(x.dtype), SSMState(window, real, imag)
 
 
-def _step_modes(params: SSMParams, u: Tensor, modes: Tensor) -> tuple[Tensor, Tensor]:
-    """s = lam s + u and Re sum c s, for u (B, E) and modes (B, E, 2, N).
+def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Re sum c s (B, E) and s = lam s + u as planes (B, E, N), for u (B, E).
 
     Poles are the float64 ones split in two numbers of the state's dtype. The small part goes
     into the sum first: added last it would be rounded away, and a pole that is off by rounding
     turns a little further with every token (measured on ETSC's 795 modes: logits are off by
     1.8e-5 instead of 9.8e-5).
     """
-    dtype = modes.dtype
+    dtype = s_re.dtype
     coarse = params.poles.to(dtype)
     fine = (params.poles - coarse).to(dtype)
     (re, im), (re_fine, im_fine) = coarse.unbind(-2), fine.unbind(-2)
-    s_re, s_im = modes.unbind(-2)
     after_re = torch.addcmul(u.unsqueeze(-1), re_fine, s_re).addcmul_(im_fine, s_im, value=-1)
     after_re = after_re.addcmul_(re, s_re).addcmul_(im, s_im, value=-1)
     after_im = (re_fine * s_im).addcmul_(im_fine, s_re).addcmul_(re, s_im).addcmul_(im, s_re)
     c_re, c_im = params.residues.unbind(-2)
     # Mode by mode, then summed: the sums of the two parts alone are large and cancel.
     y = (after_re * c_re).addcmul_(after_im, c_im, value=-1).sum(-1)
-    return torch.stack((after_re, after_im), dim=-2), y
+    return y, after_re, after_im
 
 
 def taps(params: SSMParams, length: int) -> Tensor:
@@ -199,42 +203,48 @@ def _mode_taps(residues: Tensor, powers: Tensor) -> Tensor:
     return torch.einsum("ecn,ecnl->el", signed, powers)
 
 
-def _free_response(residues: Tensor, powers: Tensor, modes: Tensor) -> Tensor:
+def _free_response(residues: Tensor, powers: Tensor, s_re: Tensor, s_im: Tensor) -> Tensor:
     """What the state alone contributes to the next L outputs: Re sum_m c[m] lam[m]^(j+1) s_m, (B, L, E)."""
     c_re, c_im = residues.unbind(-2)
-    s_re, s_im = modes.unbind(-2)
-    weighted = torch.stack((c_re * s_re - c_im * s_im, -(c_re * s_im + c_im * s_re)), dim=-2)
-    powers = powers.to(modes.dtype)
+    w_re = (c_re * s_re).addcmul_(c_im, s_im, value=-1)
+    w_im = (c_re * s_im).addcmul_(c_im, s_re)
+    p_re, p_im = powers.unbind(-3)
     if powers.dim() == 3:
-        return (weighted.flatten(2) @ powers.flatten(0, 1)).transpose(1, 2)
-    return torch.einsum("becn,ecnl->ble", weighted, powers)
+        y = (w_re.flatten(0, 1) @ p_re).addmm_(w_im.flatten(0, 1), p_im, alpha=-1)
+        return y.unflatten(0, s_re.shape[:2]).transpose(1, 2)
+    return torch.einsum("ben,enl->ble", w_re, p_re) - torch.einsum("ben,enl->ble", w_im, p_im)
 
 
-def _advance_modes(powers: Tensor, u: Tensor, modes: Tensor, last: Tensor, padded: bool) -> Tensor:
-    """s after ``last[b]`` tokens: lam^last s + sum_{j<last} lam^(last-1-j) u[j], (B, E, 2, N)."""
-    length = u.shape[1]
-    if padded:
-        # Shift every row to the right end, zeros in front: one table of powers serves all rows.
-        source = torch.arange(length, device=u.device) - (length - last[:, None])
-        index = source.clamp(min=0)[:, :, None].expand_as(u)
-        u = u.gather(1, index) * (source >= 0)[:, :, None]
-    table = powers.to(modes.dtype)
-    reverse = table[..., :length].flip(-1)
-    decay_re, decay_im = _powers_at(table, last).unbind(-2)
-    if powers.dim() == 3:
-        forced = (u.transpose(1, 2) @ reverse.flatten(0, 1).T).unflatten(-1, (2, -1))
-    else:
-        forced = torch.einsum("ble,ecnl->becn", u, reverse)
-    s_re, s_im = modes.unbind(-2)
-    free = torch.stack((decay_re * s_re - decay_im * s_im, decay_re * s_im + decay_im * s_re), dim=-2)
-    return free + forced
+def _advance_modes(
+    powers: Tensor, u: Tensor, s_re: Tensor, s_im: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """s after ``last[b]`` tokens, lam^last s + sum_{j<last} lam^(last-1-j) u[j], for right-aligned u."""
+    d_re, d_im = _powers_at(powers, last)
+    after_re = (d_re * s_re).addcmul_(d_im, s_im, value=-1)
+    after_im = (d_re * s_im).addcmul_(d_im, s_re)
+    reverse = powers[..., : u.shape[1]].flip(-1)
+    for after, power in zip((after_re, after_im), reverse.unbind(-3), strict=True):
+        if powers.dim() == 3:
+            after.view(-1, after.shape[2]).addmm_(u.transpose(1, 2).flatten(0, 1), power.T)
+        else:
+            after += torch.einsum("ble,enl->ben", u, power)
+    return after_re, after_im
 
 
-def _powers_at(table: Tensor, last: Tensor) -> Tensor:
-    """lam^last[b] for every row, shaped to broadcast against (B, E, 2, N)."""
+def _align_right(u: Tensor, last: Tensor) -> Tensor:
+    """Shift every row's ``last[b]`` tokens to the right end of (B, L, E), zeros in front: one table of
+    powers serves all rows then."""
+    source = torch.arange(u.shape[1], device=u.device) - (u.shape[1] - last[:, None])
+    index = source.clamp(min=0)[:, :, None].expand_as(u)
+    return u.gather(1, index) * (source >= 0)[:, :, None]
+
+
+def _powers_at(table: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """lam^last[b] for every row as planes that broadcast against (B, E, N)."""
+    real, imag = table.unbind(-3)
     if table.dim() == 3:
-        return table[..., last].permute(2, 0, 1).unsqueeze(1)
-    return table[..., last].permute(3, 0, 1, 2)
+        return real[:, last].T.unsqueeze(1), imag[:, last].T.unsqueeze(1)
+    return real[..., last].permute(2, 0, 1), imag[..., last].permute(2, 0, 1)
 
 
 def to_dtype(params: SSMParams, dtype: torch.dtype) -> SSMParams:

@@ -18,8 +18,7 @@ from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
 from tnnlm.conversion import convert_model, model_horizon
-from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitCausalLM, corpus_of
 
 
 class TrainingStopped(Exception):
@@ -46,9 +45,8 @@ class ConversionCallback(Callback):
     conversion fails the checkpoint is saved without it, and a warning says why.
     """
 
-    def __init__(self, config: Config, tokenizer: TextTokenizer) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.tokenizer = tokenizer
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -63,7 +61,7 @@ class ConversionCallback(Callback):
             ssm = attached_ssm(converted, conversion.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
-        checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, ssm)
+        checkpoint[ENTRY] = checkpoint_entry(self.config, corpus_of(trainer).tokenizer, ssm)
 
 
 class SaveLast(Callback):

@@ -9,13 +9,37 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from tnnlm.config import Config
 from tnnlm.conversion import convert_model
+from tnnlm.data import TextDataModule
 from tnnlm.evaluation import NLL, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
+from tnnlm.packing import PackedCorpus
 from tnnlm.training.optim import build_optimizer, build_scheduler
+
+
+class NLLMetric(Metric):
+    """Sums of nll and of tokens, reduced over ranks when computed: means of means are wrong on
+    uneven ranks."""
+
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: NLL) -> None:
+        """Add a batch."""
+        self.total += nll.total
+        self.tokens += nll.tokens
+
+    def compute(self) -> NLL:
+        """Over all batches of all ranks."""
+        return NLL(float(self.total), int(self.tokens))
 
 
 class LitCausalLM(lightning.LightningModule):
@@ -27,9 +51,8 @@ class LitCausalLM(lightning.LightningModule):
         self.model = CausalLM(config.model)
         self.recurrent: list[CausalLM] = []
         """the converted model of this validation; in a list, so that it is no submodule"""
-        # Sums of nll and counts, all-reduced once: means of means are wrong on uneven ranks.
-        self.nll_parallel = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self.nll_recurrent = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.nll_parallel = NLLMetric()
+        self.nll_recurrent = NLLMetric()
         self._last_log = (0, 0.0)
         self._losses: list[Tensor] = []
 
@@ -62,7 +85,7 @@ class LitCausalLM(lightning.LightningModule):
         self._last_log = (self.global_step, time.perf_counter())
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Seed dropout from (seed, step, micro-batch, rank): a resumed run draws what an unbroken one would."""
+        """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
         micro = batch_idx % self.config.trainer.accumulate
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
 
@@ -82,7 +105,7 @@ class LitCausalLM(lightning.LightningModule):
         tokens = (step - last_step) * tokens_per_update(self.config, self.trainer.world_size)
         values = {
             "train/loss": float(torch.stack(self._losses).mean()),
-            "train/lr": self.optimizers().param_groups[0]["lr"],
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/tokens_per_second": tokens / (now - last_time),
         }
         self._write(values, ("train/loss", "train/tokens_per_second"))
@@ -100,25 +123,28 @@ class LitCausalLM(lightning.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score the same rows by FFT and by the recurrence."""
-        _update(self.nll_parallel, parallel_nll(self.model, batch))
+        self.nll_parallel.update(parallel_nll(self.model, batch))
         if self.recurrent:
-            _update(self.nll_recurrent, recurrent_nll(self.recurrent[0], batch, self.config.conversion.chunk))
+            chunk = self.config.conversion.chunk
+            self.nll_recurrent.update(recurrent_nll(self.recurrent[0], batch, chunk))
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, then exponentiate once."""
-        parallel = _reduce(self.nll_parallel)
-        bytes_per_token = self.trainer.datamodule.corpus.val.bytes_per_token
+        parallel = self.nll_parallel.compute()
+        bytes_per_token = corpus_of(self.trainer).val.bytes_per_token
         values = {
             "val/loss": parallel.mean,
             "val/ppl": parallel.ppl,
             "val/bpb": bits_per_byte(parallel.mean, bytes_per_token),
         }
         if self.recurrent:
-            recurrent = _reduce(self.nll_recurrent)
+            recurrent = self.nll_recurrent.compute()
             values["val/ppl_recurrent"] = recurrent.ppl
             values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
         self._write(values, ("val/ppl", "val/bpb"))
+        self.nll_parallel.reset()
+        self.nll_recurrent.reset()
 
     def on_validation_end(self) -> None:
         """The clock of the throughput leaves validation out."""
@@ -137,17 +163,13 @@ class LitCausalLM(lightning.LightningModule):
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
 
 
+def corpus_of(trainer: lightning.Trainer) -> PackedCorpus:
+    """The tokenized corpus that ``trainer`` reads."""
+    data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit
+    assert isinstance(data, TextDataModule)
+    return data.corpus
+
+
 def tokens_per_update(config: Config, world_size: int) -> int:
     """Tokens that one optimizer step reads on all ranks together."""
     return config.data.batch_size * config.model.max_length * config.trainer.accumulate * world_size
-
-
-def _update(metric: MeanMetric, nll: NLL) -> None:
-    value = torch.tensor(nll.mean, dtype=torch.float64, device=metric.device)
-    metric.update(value, torch.tensor(float(nll.count), dtype=torch.float64, device=metric.device))
-
-
-def _reduce(metric: MeanMetric) -> NLL:
-    mean = float(metric.compute())
-    metric.reset()
-    return NLL(mean, 1)

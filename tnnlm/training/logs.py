@@ -12,13 +12,12 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.atomic import write_text
 from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitCausalLM, corpus_of
 
 COLUMNS = (
     "step",
@@ -117,9 +116,8 @@ class PlainLines(Logger):
 class SampleWriter(Callback):
     """Appends a text of the converted model to samples.txt at each validation."""
 
-    def __init__(self, path: Path, tokenizer: TextTokenizer, prompt: str, n_tokens: int) -> None:
+    def __init__(self, path: Path, prompt: str, n_tokens: int) -> None:
         self.path = path
-        self.tokenizer = tokenizer
         self.prompt = prompt
         self.n_tokens = n_tokens
 
@@ -129,9 +127,10 @@ class SampleWriter(Callback):
         assert isinstance(pl_module, LitCausalLM)
         if not pl_module.recurrent or not self.n_tokens:
             return
-        writer = TextGenerator(pl_module.recurrent[0], self.tokenizer)
+        tokenizer = corpus_of(trainer).tokenizer
+        writer = TextGenerator(pl_module.recurrent[0], tokenizer)
         generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
-        context = writer.read(self.prompt)
+        context = writer.read(self.prompt) if self.prompt else writer.read_tokens([tokenizer.eos_id])
         record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
         for _ in pieces:
             pass

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.atomic import write_text
@@ -32,7 +33,6 @@ from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 
-_RUN_VARIABLE = "TNNLM_RUN_DIR"
 _FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
 
 
@@ -56,28 +56,25 @@ def train(
     keep_large_blocks()
     _quieten()
     resume_step = None if run is None else _check_resumable(config, run)
-    # On rank 0 before anything is written, so that unusable text leaves no run behind. The
-    # others find it in the cache, after Lightning's barrier.
-    tokenizer = None
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        # Before anything is written, so that unusable text leaves no run behind. The other ranks
+        # find it in the cache, after Lightning's barrier.
         corpus = prepare(config.data, config.model.vocab_size, config.seed)
         open_rows(corpus, config)
-        tokenizer = corpus.tokenizer
         folder = run or _new_folder(config)
-        _check_tokenizer(folder, tokenizer)
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
-        write_text(folder / "config.yaml", config_to_yaml(config))
-        os.environ[_RUN_VARIABLE] = str(folder)
-        _show_start(config, folder, resume_step)
+        _check_tokenizer(folder, corpus.tokenizer)
     else:
-        folder = run or Path(os.environ.get(_RUN_VARIABLE, config.runs_dir))
-        tokenizer = prepare(config.data, config.model.vocab_size, config.seed).tokenizer
+        # Rank 0 chooses the name: it is broadcast to the callbacks that write.
+        folder = run or Path(config.runs_dir)
     lightning.seed_everything(config.seed, verbose=False)
-    module, data = LitCausalLM(config), TextDataModule(config)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build_trainer(config, folder, tokenizer, resume_step, [last, *(extra_callbacks or [])])
+    trainer = _build_trainer(config, folder, resume_step, [last, *(extra_callbacks or [])])
+    module, data = LitCausalLM(config), TextDataModule(config)
+    if trainer.global_rank == 0:
+        write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
+        write_text(folder / "config.yaml", config_to_yaml(config))
+        _show_start(config, folder, resume_step)
     trainer.fit(module, data, ckpt_path=None if resume_step is None else folder / LAST, weights_only=True)
-    os.environ.pop(_RUN_VARIABLE, None)
     if trainer.global_rank != 0:
         return {}
     summary = write_summary(
@@ -106,18 +103,13 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
 
 
 def _build_trainer(
-    config: Config, folder: Path, tokenizer: TextTokenizer, resume_step: int | None, callbacks: list[Callback]
+    config: Config, folder: Path, resume_step: int | None, callbacks: list[Callback]
 ) -> lightning.Trainer:
     settings = config.trainer
     best = ModelCheckpoint(
         dirpath=folder / BEST.parent, filename=BEST.stem, monitor="val/ppl", enable_version_counter=False
     )
-    samples = SampleWriter(
-        folder / "samples.txt",
-        tokenizer,
-        settings.sample_prompt or tokenizer.eos_token,
-        settings.sample_tokens,
-    )
+    samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
     loggers: list[Logger] = [
         MetricsCSV(folder / "metrics.csv", resume_step),
         TensorBoardLogger(folder, name="", version="tensorboard"),
@@ -127,12 +119,12 @@ def _build_trainer(
         shown.append(RichProgressBar(leave=True))
     else:
         loggers.append(PlainLines(settings.max_steps))
-    return lightning.Trainer(
+    options = dict[str, Any](
         accelerator=settings.accelerator,
         devices=resolve_devices(config),
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision=resolve_precision(config),  # type: ignore[arg-type]
+        precision=resolve_precision(config),
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=config.optim.grad_clip or None,
@@ -147,12 +139,19 @@ def _build_trainer(
         callbacks=[
             *shown,
             ValidationSchedule(settings.val_every_n_steps),
-            ConversionCallback(config, tokenizer),
+            ConversionCallback(config),
             samples,
             *callbacks,
             best,
         ],
     )
+    try:
+        return lightning.Trainer(**options)
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is new, and so empty
+        chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
+        raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
 
 
 def _check_resumable(config: Config, run: Path) -> int:

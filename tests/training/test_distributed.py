@@ -1,0 +1,68 @@
+"""Two real processes over gloo: equal ranks, and the single process's metrics on uneven shards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from training_runs import SETTINGS, write_text
+
+from tnnlm.training.logs import read_metrics
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+def run_worker(*words: str) -> str:
+    """Run to the end; loopback only, one thread a process."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, str(WORKER), *SETTINGS, *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load(path: str) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def test_two_ranks_equal_each_other_and_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text()
+    # An odd number of validation rows: 17 of 32 tokens.
+    common = ("data.max_val_tokens=544", "trainer.precision=32-true", "trainer.sample_tokens=0")
+    run_worker(*common, "data.batch_size=4", "name=one")
+    one = load("rank0.pt")
+    run_worker(*common, "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", "name=two")
+    first, second = load("rank0.pt"), load("rank1.pt")
+    assert one["world_size"] == 1
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["metrics"]["val/ppl"] == second["metrics"]["val/ppl"]
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+        # The same global batches in another order of summation.
+        torch.testing.assert_close(value, one["weights"][key], rtol=0, atol=1e-5)
+    rows = [[r for r in read_metrics(Path(f"runs/{n}/metrics.csv")) if r["val/ppl"]] for n in ("one", "two")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["8", "16", "20"]
+    for a, b in zip(*rows, strict=True):
+        for key in ("val/ppl", "val/bpb", "val/ppl_recurrent"):
+            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-5)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["one", "two"]
+    assert Path("runs/two/summary.json").is_file()
+    assert load("runs/two/checkpoints/last.ckpt")["TextDataModule"] == {"samples_seen": 80, "step": 20}
