@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+import convert as convert_script
+import generate as generate_script
+import train as train_script
 from tnnlm.config import ModelConfig, TNOConfig
+from tnnlm.errors import run_script
 from tnnlm.model import CausalLM
 
 ROOT = Path(__file__).parents[1]
 """of the repository"""
+
+SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generate_script}
+
+
+class Result(NamedTuple):
+    """Exit code and output of a script."""
+
+    code: int
+    out: str
+    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +51,19 @@ def tiny_config(**changes: object) -> ModelConfig:
 def tiny_model() -> CausalLM:
     """In float64, eval mode, parallel form."""
     return CausalLM(tiny_config()).double().eval()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call a script in this process: script("train", "optim.lr=1")."""
+
+    def call(name: str, *words: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        capsys.readouterr()
+        try:
+            code = run_script(SCRIPTS[name].main)
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call

@@ -13,38 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS, Result
 from training_runs import SETTINGS, write_text
-
-import convert as convert_script
-import generate as generate_script
-import train as train_script
-from tnnlm.errors import run_script
-
-SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generate_script}
-
-
-class Result:
-    """Exit code and output of a script."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call a script in this process: script("train", "optim.lr=1")."""
-
-    def call(name: str, *words: str) -> Result:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        capsys.readouterr()
-        try:
-            code = run_script(SCRIPTS[name].main)
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return call
 
 
 def train_tiny(script: Any, *overrides: str) -> None:

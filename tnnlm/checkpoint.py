@@ -8,6 +8,8 @@ model.safetensors, tokenizer.json, conversion.json. This module imports nothing 
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,10 +141,21 @@ def save_converted(
     }
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        _save_tensors(tensors, temporary / "model.safetensors")
         write_text(temporary / "config.json", json.dumps(config, indent=2))
         write_text(temporary / "tokenizer.json", tokenizer.to_json())
         write_text(temporary / "conversion.json", json.dumps(report.to_dict(), indent=2))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library wraps the operating system's errors: a full disk is one the user can mend.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def check_out_folder(folder: Path, force: bool) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,13 +17,12 @@ from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.errors import DataError
 from tnnlm.evaluation import add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
-from tnnlm.packing import PackedRows, prepare
+from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
 
-LENGTHS = (1, 8)
-"""perplexities are measured at these multiples of the training length"""
-TOKENS = 16_384
-"""of held-out text per length"""
+LENGTHS = {1: 1 << 18, 8: 1 << 15}
+"""perplexities are measured at these multiples of the training length, on so many tokens at the most;
+at the training length that is what training validated on, unless there is very much of it"""
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""
 
@@ -78,9 +75,7 @@ def convert_checkpoint(
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the text of this run has changed")
-        _measure_perplexities(
-            source.model, converted, corpus.rows("val", source.config.model.max_length), done
-        )
+        _measure_perplexities(source.model, converted, corpus, done)
     except DataError as error:
         done.note = f"no perplexities: {error}"
     if verify:
@@ -124,22 +119,25 @@ def show_report(done: Conversion) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _measure_perplexities(model: CausalLM, converted: CausalLM, rows: PackedRows, done: Conversion) -> None:
-    chunk = done.source.config.conversion.chunk
+def _measure_perplexities(
+    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, done: Conversion
+) -> None:
+    config = done.source.config
     ppl = done.report.ppl
-    for multiple in LENGTHS:
-        longer = PackedRows(rows.tokens[: TOKENS + 1], rows.length * multiple)
-        title = f"perplexity at {longer.length}"
-        batches = torch.arange(len(longer)).split(max(1, 4096 // longer.length))
-        scores: list[tuple[Any, Any]] = []
-        for batch in tqdm(batches, desc=title, disable=None, file=sys.stderr):
-            if not len(batch):
-                continue
-            tokens = torch.stack([longer[int(index)] for index in batch])
-            scores.append((parallel_nll(model, tokens), recurrent_nll(converted, tokens, chunk)))
+    for multiple, limit in LENGTHS.items():
+        length = multiple * config.model.max_length
+        rows = corpus.rows("val", length, config.data.max_val_tokens)
+        # Evenly spaced: the first documents alone are no sample of the text.
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
+        scores = []
+        batches = chosen.split(max(1, 4096 // length)) if len(rows) else ()
+        for batch in tqdm(batches, desc=f"perplexity at {length}", disable=None):
+            tokens = torch.stack([rows[int(index)] for index in batch])
+            recurrent = recurrent_nll(converted, tokens, config.conversion.chunk)
+            scores.append((parallel_nll(model, tokens), recurrent))
         if scores:
-            ppl["parallel"][str(longer.length)] = add(parallel for parallel, _ in scores).ppl
-            ppl["recurrent"][str(longer.length)] = add(recurrent for _, recurrent in scores).ppl
+            ppl["parallel"][str(length)] = add(parallel for parallel, _ in scores).ppl
+            ppl["recurrent"][str(length)] = add(recurrent for _, recurrent in scores).ppl
 
 
 def _verify(model: CausalLM, converted: CausalLM, done: Conversion) -> None:

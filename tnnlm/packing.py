@@ -130,10 +130,10 @@ def _pack(texts: list[str], tokenizer: TextTokenizer, path: Path, title: str) ->
     n_tokens = 1
     n_bytes = 0
     with path.open("wb") as file, tqdm(total=len(texts), desc=title, unit="doc", disable=None) as bar:
-        np.array([tokenizer.eos_id], dtype=np.int32).tofile(file)
+        file.write(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
         for batch in _batches(texts):
             for ids in tokenizer.encode_batch(batch):
-                np.array([*ids, tokenizer.eos_id], dtype=np.int32).tofile(file)
+                file.write(np.array([*ids, tokenizer.eos_id], dtype=np.int32).tobytes())
                 n_tokens += len(ids) + 1
             n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
             bar.update(len(batch))

@@ -6,6 +6,7 @@ arXiv 2305.04749. The slow twin is ``ops.reference.toeplitz_dense``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tnnlm.precision import working_dtype
+
+CACHE_BYTES = 1 << 21
+"""of spectrum per tile: on a CPU it should stay in the cache"""
 
 
 def fft_length(minimum: int) -> int:
@@ -59,7 +63,9 @@ def toeplitz(x: Tensor, k: Tensor) -> Tensor:
 class _CausalConv(torch.autograd.Function):
     """Autograd's own graph for rfft/irfft transforms complex-to-complex in backward and keeps four
     more buffers: this form needs two transforms a pass, and sums the taps' gradient over the
-    batch before the inverse transform. Measured at 8 x 512 x 768: 37 ms against 42 to 74."""
+    batch before the inverse transform. Works on one tile of the batch and the channels at a time,
+    so that on a CPU transform, product and inverse meet in the cache. Measured at 8 x 512 x 768,
+    forward and backward: 24 ms, in one tile 37, by autograd's graph 42 to 74."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: Tensor) -> Tensor:
@@ -67,13 +73,18 @@ class _CausalConv(torch.autograd.Function):
         taps = min(length, k.shape[1])
         n = fft_length(length + taps - 1)
         dtype = torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
-        x_spectrum = torch.fft.rfft(_channels_first(x, dtype), n=n)
         k_spectrum = torch.fft.rfft(k[:, :taps].to(dtype), n=n)
-        y = torch.fft.irfft(x_spectrum * k_spectrum, n=n)
+        x_spectrum = k_spectrum.new_empty(x.shape[0], *k_spectrum.shape)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows, channels in _tiles(x, n):
+            spectrum = torch.fft.rfft(_channels_first(x[rows, :, channels], dtype), n=n)
+            x_spectrum[rows, channels] = spectrum
+            tile = torch.fft.irfft(spectrum.mul_(k_spectrum[channels]), n=n)
+            y[rows, :, channels] = _channels_last(tile[..., :length], x.dtype)
         ctx.save_for_backward(x_spectrum, k_spectrum)
         ctx.n, ctx.taps = n, taps
         ctx.x_dtype, ctx.k_dtype, ctx.k_width = x.dtype, k.dtype, k.shape[1]
-        return _channels_last(y[..., :length], x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -81,16 +92,33 @@ class _CausalConv(torch.autograd.Function):
         x_spectrum, k_spectrum = ctx.saved_tensors
         grad = grads[0]
         length = grad.shape[1]
-        g_spectrum = torch.fft.rfft(_channels_first(grad, x_spectrum.real.dtype), n=ctx.n)
-        x_grad = k_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = torch.fft.irfft(g_spectrum * k_spectrum.conj(), n=ctx.n)
-            x_grad = _channels_last(x_grad[..., :length], ctx.x_dtype)
+        dtype = x_spectrum.real.dtype
+        x_grad = torch.empty(grad.shape, dtype=ctx.x_dtype, device=grad.device)
+        k_sum = torch.zeros_like(k_spectrum)
+        for rows, channels in _tiles(grad, ctx.n):
+            spectrum = torch.fft.rfft(_channels_first(grad[rows, :, channels], dtype), n=ctx.n)
+            if ctx.needs_input_grad[1]:
+                k_sum[channels] += (spectrum * x_spectrum[rows, channels].conj()).sum(0)
+            if ctx.needs_input_grad[0]:
+                tile = torch.fft.irfft(spectrum.mul_(k_spectrum[channels].conj()), n=ctx.n)
+                x_grad[rows, :, channels] = _channels_last(tile[..., :length], ctx.x_dtype)
+        k_grad = None
         if ctx.needs_input_grad[1]:
-            summed = (g_spectrum * x_spectrum.conj()).sum(0)
-            k_grad = torch.fft.irfft(summed, n=ctx.n)[:, : ctx.taps].to(ctx.k_dtype)
+            k_grad = torch.fft.irfft(k_sum, n=ctx.n)[:, : ctx.taps].to(ctx.k_dtype)
             k_grad = torch.nn.functional.pad(k_grad, (0, ctx.k_width - ctx.taps))
-        return x_grad, k_grad
+        return x_grad if ctx.needs_input_grad[0] else None, k_grad
+
+
+def _tiles(x: Tensor, n: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of batch and channels of x (B, L, E) to transform at a time at length ``n``."""
+    batch, _, channels = x.shape
+    if x.device.type != "cpu":
+        yield slice(0, batch), slice(0, channels)
+        return
+    width = max(32, CACHE_BYTES // (8 * (n // 2 + 1)))
+    for row in range(batch):
+        for start in range(0, channels, width):
+            yield slice(row, row + 1), slice(start, start + width)
 
 
 def _channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,5 +128,5 @@ def _channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _channels_last(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, E, L) -> contiguous (B, L, E) in ``dtype``; casting first halves what the transpose moves."""
-    return y.to(dtype).transpose(1, 2).contiguous()
+    """(B, E, L) -> (B, L, E) in ``dtype``, a view: casting first halves what the copy to come moves."""
+    return y.to(dtype).transpose(1, 2)

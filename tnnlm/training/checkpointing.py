@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import warnings
@@ -33,9 +34,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all: a full disk leaves the one before."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside, flush to the disk, rename."""
-        with atomic_file(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        """Write beside, flush to the disk, rename.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch stumbles once more while it closes the file that could not be written.
+                cause = error.__context__
+                if not isinstance(cause, OSError) or cause.errno is None:
+                    raise
+                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
 
 
 class ConversionCallback(Callback):
