@@ -79,7 +79,7 @@ def test_stream_decodes_to_the_documents() -> None:
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
-    monkeypatch.setattr(packing, "_batches", lambda texts: ([text] for text in texts))
+    monkeypatch.setattr(packing, "_batches", lambda texts: ([piece] for piece in packing._pieces(texts)))
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
 
@@ -259,3 +259,17 @@ def test_cache_holds_the_corpus_alone() -> None:
     assert cached() == [corpus.folder.name]
     names = sorted(path.name for path in corpus.folder.iterdir())
     assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_long_documents_in_pieces_give_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
+    tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
+    whole = packing._pieces
+    monkeypatch.setattr(packing, "_pieces", lambda texts: whole(texts, 100))
+    assert len(list(packing._pieces([text]))) > 50
+    info = packing._pack([text, "short"], tokenizer, Path("packed.bin"), "test")
+    found = np.fromfile("packed.bin", dtype=np.int32).tolist()
+    eos = tokenizer.eos_id
+    assert found == [eos, *tokenizer.encode(text), eos, *tokenizer.encode("short"), eos]
+    assert info.tokens == len(found)
+    assert info.bytes == len(text) + 5

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +26,11 @@ from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 """part of the cache's key: raise it when the packed tokens change"""
+PIECE = 1 << 18
+"""characters of a long document that are tokenized at a time"""
+_BORDER = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer 
     if not corpus.train or not corpus.val:
         raise DataError("too little text to hold some out for validation: give more of it")
     progress = sys.stderr.isatty()
-    tokenizer = given or train_bpe(corpus.train, vocab_size, config.eos_token, len(corpus.train), progress)
+    pieces = [piece.text for piece in _pieces(corpus.train)]
+    tokenizer = given or train_bpe(pieces, vocab_size, config.eos_token, len(pieces), progress)
     meta = {}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
         meta[split] = asdict(_pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}"))
@@ -129,24 +135,47 @@ def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer 
 def _pack(texts: list[str], tokenizer: TextTokenizer, path: Path, title: str) -> SplitInfo:
     n_tokens = 1
     n_bytes = 0
-    with path.open("wb") as file, tqdm(total=len(texts), desc=title, unit="doc", disable=None) as bar:
+    bar = tqdm(total=sum(map(len, texts)), desc=title, unit="char", unit_scale=True, disable=None)
+    with path.open("wb") as file, bar:
         file.write(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
         for batch in _batches(texts):
-            for ids in tokenizer.encode_batch(batch):
-                file.write(np.array([*ids, tokenizer.eos_id], dtype=np.int32).tobytes())
-                n_tokens += len(ids) + 1
-            n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-            bar.update(len(batch))
+            for ids, piece in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
+                if piece.ends_document:
+                    ids.append(tokenizer.eos_id)
+                file.write(np.array(ids, dtype=np.int32).tobytes())
+                n_tokens += len(ids)
+            n_bytes += sum(len(piece.text.encode("utf-8", "surrogatepass")) for piece in batch)
+            bar.update(sum(len(piece.text) for piece in batch))
     return SplitInfo(documents=len(texts), tokens=n_tokens, bytes=n_bytes)
 
 
-def _batches(texts: list[str], characters: int = 4_000_000) -> Iterator[list[str]]:
-    """Batches of about equal text: the tokenizer works on one with all cores."""
-    batch: list[str] = []
-    size = 0
+class _Piece(NamedTuple):
+    text: str
+    ends_document: bool
+
+
+def _pieces(texts: Iterable[str], characters: int = PIECE) -> Iterator[_Piece]:
+    """Documents, the long ones in pieces that all cores can share.
+
+    A piece ends at a line border before a character that is no space: no token of a byte-level
+    BPE reaches across such a border.
+    """
     for text in texts:
-        batch.append(text)
-        size += len(text)
+        start = 0
+        while start < len(text):
+            border = _BORDER.search(text, start + characters)
+            stop = border.start() + 1 if border else len(text)
+            yield _Piece(text[start:stop], stop == len(text))
+            start = stop
+
+
+def _batches(texts: list[str], characters: int = 4 * PIECE) -> Iterator[list[_Piece]]:
+    """Batches of about equal text: the tokenizer works on one with all cores."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in _pieces(texts):
+        batch.append(piece)
+        size += len(piece.text)
         if size >= characters:
             yield batch
             batch, size = [], 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
@@ -30,6 +30,7 @@ from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback,
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
 from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
+from tnnlm.training.progress import TrainingBar
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 
@@ -84,7 +85,7 @@ def train(
         train_seconds=last.train_seconds,
     )
     plot_loss(folder)
-    show_summary(folder, summary, Console())
+    show_summary(folder, summary, config.trainer.sample_prompt or "The", Console())
     return summary
 
 
@@ -116,7 +117,7 @@ def _build_trainer(
     ]
     shown: list[Callback] = []
     if sys.stdout.isatty():
-        shown.append(RichProgressBar(leave=True))
+        shown.append(TrainingBar(Console()))
     else:
         loggers.append(PlainLines(settings.max_steps))
     options = dict[str, Any](

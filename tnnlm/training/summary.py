@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def plot_loss(run: Path) -> None:
         axis.annotate(
             f"{bits[-1]:.3f} bits per byte",
             (steps[-1], losses[-1]),
-            xytext=(0, 12),
+            xytext=(4, -22),
             textcoords="offset points",
             ha="right",
         )
@@ -74,7 +75,7 @@ def plot_loss(run: Path) -> None:
     plt.close(figure)
 
 
-def show_summary(run: Path, summary: dict[str, Any], console: Console) -> None:
+def show_summary(run: Path, summary: dict[str, Any], prompt: str, console: Console) -> None:
     """Print the table: both forms side by side, where things lie, what to run next."""
     table = Table(title=f"run {run.name}")
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
@@ -95,7 +96,7 @@ def show_summary(run: Path, summary: dict[str, Any], console: Console) -> None:
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv, samples.txt, loss.png",
-        f"next: python convert.py {run} && python generate.py --model {run} --prompt 'def '",
+        f"next: python convert.py {run} && python generate.py --model {run} --prompt {shlex.quote(prompt)}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""The progress bar of a training at a terminal: steps, loss, speed, time left, validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
+
+
+class TrainingBar(ProgressBar):
+    """Counts optimizer steps. Lightning's own counts batches of an "epoch", which a run is not."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+            TextColumn("left"),
+            Remaining(),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+        )
+        self._training: TaskID | None = None
+        self._validation: TaskID | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the bar."""
+        self._training = self.bar.add_task(
+            "training", total=trainer.max_steps, completed=trainer.global_step, shown=""
+        )
+        self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Advance with the optimizer step."""
+        if self._training is not None:
+            metrics = trainer.progress_bar_metrics
+            names = (("train/loss", "loss"), ("train/tokens_per_second", "tokens/s"), ("val/bpb", "val bpb"))
+            shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in names if key in metrics)
+            self.bar.update(self._training, completed=trainer.global_step, shown=shown)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A second line while it lasts."""
+        total = int(sum(trainer.num_val_batches))
+        self._validation = self.bar.add_task("validating", total=total, shown="both forms")
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Advance."""
+        if self._validation is not None:
+            self.bar.advance(self._validation)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take the second line away."""
+        if self._validation is not None:
+            self.bar.remove_task(self._validation)
+            self._validation = None
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the bar where it ended."""
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
