@@ -4,7 +4,11 @@
 Examples:
   python convert.py                          # the newest run's best checkpoint -> RUN/converted/
   python convert.py runs/demo --verify       # and compare with the slow references; exit 1 if off
-  python convert.py runs/demo --method window --out runs/demo/window
+  python convert.py runs/demo --order 16 --out runs/demo/order16
+  python convert.py runs/demo --method etsc --out runs/demo/etsc
+
+Methods: balanced (few poles within a tolerance), etsc (exact, as published), window (the last inputs
+themselves), auto (the smallest of these that meets the tolerance, per layer), gradient (fitted by Adam).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tnnlm.config import ConversionConfig
 from tnnlm.conversion import METHODS
 from tnnlm.errors import UserError, run_script
 
@@ -28,15 +33,28 @@ def parse() -> argparse.Namespace:
         help="run folder or name, or a checkpoint (default: newest run)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/converted")
-    parser.add_argument(
-        "--method", choices=METHODS, default="etsc", help="default: etsc; window is the exact baseline"
-    )
+    parser.add_argument("--method", choices=METHODS, default="balanced", help="default: balanced")
     parser.add_argument(
         "--horizon",
         default="auto",
         metavar="N|auto",
         help="lags that must be right; auto (default): until the kernel's rest is float32 rounding",
     )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="relative tap error for balanced, auto (default: 1e-3)",
+    )
+    parser.add_argument(
+        "--order", type=int, metavar="N", help="state numbers per channel, instead of a tolerance"
+    )
+    parser.add_argument(
+        "--poles", choices=("shared", "channel"), default="shared", help="one set per layer, or per channel"
+    )
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
+    parser.add_argument("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
     parser.add_argument("--verify", action="store_true", help="compare with slow references; exit 1 if off")
     parser.add_argument("--force", action="store_true", help="replace a converted model at --out")
     args = parser.parse_args()
@@ -51,17 +69,22 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from tnnlm.deployment import convert_checkpoint, show_report
+    from rich.console import Console
 
-    done = convert_checkpoint(
-        args.target,
-        out=args.out,
+    from tnnlm.conversion_table import show_conversion
+    from tnnlm.deployment import convert_checkpoint
+
+    recipe = ConversionConfig(
         method=args.method,
         horizon=args.horizon,
-        force=args.force,
-        verify=args.verify,
+        tolerance=args.tolerance,
+        order=args.order,
+        poles=args.poles,
+        gradient_steps=args.steps,
+        gradient_lr=args.lr,
     )
-    show_report(done)
+    done = convert_checkpoint(args.target, recipe, out=args.out, force=args.force, verify=args.verify)
+    show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) else 1
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("model",),
     ("conversion", "checkpoint", "runs"),
     ("generation", "evaluation", "terminal"),
-    ("corpus", "packing", "data", "training", "deployment"),
+    ("corpus", "packing", "data", "training", "deployment", "conversion_table"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TRAINING_ONLY = {"lightning", "torchmetrics", "datasets", "matplotlib", "rich", "tensorboard", "tqdm"}

@@ -48,8 +48,14 @@ def test_train_convert_generate(script: Any) -> None:
     assert converted.code == 0, converted.out
     assert converted.out.count(": ok") == 3
     report = json.loads(Path("runs/demo/converted/conversion.json").read_text())
-    assert set(report) == {"method", "horizon", "layers", "state_bytes", "seconds", "ppl"}
-    assert set(report["ppl"]["parallel"]) == set(report["ppl"]["recurrent"]) == {"32", "256"}
+    sizes = {"state_bytes", "etsc_state_bytes", "window_state_bytes", "kv_cache_bytes"}
+    assert set(report) == {"method", "horizon", "layers", "seconds", "ppl"} | sizes
+    assert set(report["ppl"]) == {"parallel", "recurrent", "etsc 32", "window 32"}
+    assert all(set(values) == {"32", "256"} for values in report["ppl"].values())
+    certificate = {"order", "relative_tap_error", "l1_error", "tail_energy", "hankel_ratio", "largest_pole"}
+    assert certificate <= set(report["layers"][0])
+    assert report["method"] == "balanced"
+    assert report["state_bytes"] < report["etsc_state_bytes"]
     for length in ("32", "256"):
         parallel, recurrent = report["ppl"]["parallel"][length], report["ppl"]["recurrent"][length]
         assert abs(recurrent - parallel) <= 1e-4 * parallel
@@ -72,11 +78,14 @@ def test_train_convert_generate(script: Any) -> None:
     # The recurrence attached at checkpoint time writes the same text, without convert.py.
     attached = script("generate", *greedy, "--model", "runs/demo/checkpoints/best.ckpt", "--json")
     assert json.loads(attached.out)["text"] == measured["text"]
-    window = script("convert", "runs/demo", "--method", "window", "--out", "window")
-    assert window.code == 0
-    assert (
-        json.loads(script("generate", *greedy, "--model", "window", "--json").out)["text"] == measured["text"]
-    )
+    for method in ("window", "etsc", "auto"):
+        made = script("convert", "runs/demo", "--method", method, "--out", method, "--verify")
+        assert made.code == 0, made.out
+        written = json.loads(script("generate", *greedy, "--model", method, "--json").out)
+        assert written["text"] == measured["text"]
+    fitted = script("convert", "--method", "gradient", "--order", "4", "--steps", "20", "--out", "fitted")
+    assert fitted.code == 0
+    assert script("generate", *greedy, "--model", "fitted").code == 0
 
 
 def test_generate_options(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +106,7 @@ def test_generate_options(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_short_horizon_is_said_in_words_and_fails_verification(script: Any) -> None:
     train_tiny(script, "trainer.max_steps=8")
-    result = script("convert", "--horizon", "10", "--verify")
+    result = script("convert", "--horizon", "10", "--verify", "--method", "etsc")
     assert result.code == 1
     assert "from lag 10 on outputs will differ" in result.out
     assert "FAILED" in result.out
@@ -178,6 +187,10 @@ def test_convert_and_generate_refuse_bad_input(script: Any) -> None:
     )
     assert_refused(script("convert", "--out", "mine"), "mine", "exists")
     assert_refused(script("convert", "--out", "mine", "--force"), "mine", "won't replace")
+    assert_refused(script("convert", "--tolerance", "0"), "tolerance 0")
+    assert_refused(script("convert", "--tolerance", "1e-12"), "1e-12", "can't be met", "relative error of")
+    assert_refused(script("convert", "--order", "0"), "order 0")
+    assert_refused(script("convert", "--order", "99999999"), "order 99999999", "horizon")
     for horizon in ("0", "-3", "many", "99999999999"):
         assert_refused(script("convert", f"--horizon={horizon}"), horizon, "from 1 to")
     assert_refused(script("generate", "--prompt", ""), "prompt is empty")

@@ -22,8 +22,9 @@ from torch import Tensor
 from tnnlm.atomic import atomic_folder, write_text
 from tnnlm.config import Config
 from tnnlm.config_io import config_from_dict, config_to_dict, model_config_from_dict
-from tnnlm.conversion.convert import attach, recurrences
-from tnnlm.conversion.report import ConversionReport
+from tnnlm.conversion.convert import attach
+from tnnlm.conversion.methods import Converted
+from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.model import CausalLM
 from tnnlm.modules import RecurrentConv
@@ -125,7 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_converted(
-    folder: Path, model: CausalLM, tokenizer: TextTokenizer, report: ConversionReport, force: bool = False
+    folder: Path, model: CausalLM, tokenizer: TextTokenizer, report: ModelReport, force: bool = False
 ) -> None:
     """Write a converted model; the folder appears whole or not at all.
 
@@ -224,10 +225,10 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
     return ConvertedModel(attach(checkpoint.model, checkpoint.ssm.layers), checkpoint.tokenizer)
 
 
-def attached_ssm(converted: CausalLM, method: str, horizon: int) -> AttachedSSM:
-    """The recurrences of a converted model, detached on the CPU, as a checkpoint stores them."""
-    layers = [SSMParams(*(t.detach().cpu() for t in params)) for params in recurrences(converted)]
-    return AttachedSSM(method, horizon, layers)
+def attached_ssm(layers: list[Converted], method: str, horizon: int) -> AttachedSSM:
+    """Recurrences on the CPU, as a checkpoint stores them."""
+    params = [SSMParams(*(t.detach().cpu() for t in layer.params)) for layer in layers]
+    return AttachedSSM(method, horizon, params)
 
 
 def check_tokenizer(tokenizer: TextTokenizer, model: CausalLM, where: Path) -> None:

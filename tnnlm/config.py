@@ -174,10 +174,21 @@ class CheckpointConfig:
 class ConversionConfig:
     """How checkpoints become recurrences."""
 
-    method: str = choice("etsc", "etsc", "window")
-    """etsc: exact Toeplitz-to-SSM conversion; window: the last ``horizon`` inputs themselves"""
+    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "gradient")
+    """balanced: few poles within a tolerance; etsc: exact, as published; window: the last inputs
+    themselves; auto: the smallest of these three; gradient: fitted by Adam, the slow baseline"""
     horizon: Union[int, str] = "auto"  # noqa: UP007
     """lags that must be right; auto: until the kernel's remaining energy is float32 rounding"""
+    tolerance: float = number(1e-3, above=0, high=0.999)
+    """largest relative error of the taps; balanced and auto"""
+    order: int | None = number(None, low=1, high=1 << 20)
+    """real state numbers per channel; null: as few as the tolerance needs (gradient: 16)"""
+    poles: str = choice("shared", "shared", "channel")
+    """one set of poles for all channels of a layer, or one per channel; balanced"""
+    gradient_steps: int = number(2000, low=1, high=100_000_000)
+    """steps of Adam; gradient"""
+    gradient_lr: float = number(1e-2, above=0, high=100)
+    """its learning rate; gradient"""
     chunk: int = number(256, low=1, high=1 << 20)
     """tokens per prefill chunk when validating the recurrent form"""
 

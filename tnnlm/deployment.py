@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from tnnlm.checkpoint import TrainedCheckpoint, check_out_folder, load_checkpoint, save_converted
-from tnnlm.conversion import ConversionReport, convert_model, measure, model_horizon
+from tnnlm.config import ConversionConfig
+from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.errors import DataError
-from tnnlm.evaluation import add, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
 from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
@@ -33,7 +34,7 @@ class Conversion:
 
     folder: Path
     source: TrainedCheckpoint
-    report: ConversionReport
+    report: ModelReport
     checks: list[Check] = field(default_factory=list)
     note: str | None = None
     """why there are no perplexities, if there are none"""
@@ -41,10 +42,9 @@ class Conversion:
 
 def convert_checkpoint(
     target: str | None,
+    recipe: ConversionConfig,
     *,
     out: Path | None,
-    method: str,
-    horizon: int | str,
     force: bool,
     verify: bool,
     runs_dir: Path = Path("runs"),
@@ -53,8 +53,8 @@ def convert_checkpoint(
 
     Args:
         target: run or checkpoint; None takes the newest run.
+        recipe: method, horizon, tolerance and the like.
         out: folder to write; None is ``RUN/converted``.
-        method, horizon: see :func:`tnnlm.conversion.convert_model`.
         force: replace a converted model at ``out``.
         verify: fill ``checks``.
 
@@ -66,10 +66,10 @@ def convert_checkpoint(
     check_out_folder(folder, force)
     source = load_checkpoint(path)
     started = time.perf_counter()
-    lags = model_horizon(source.model, horizon)
-    converted = convert_model(source.model, method=method, horizon=lags)
+    horizon, layers = convert_layers(source.model, recipe, _bar)
     seconds = time.perf_counter() - started
-    report = measure(source.model, converted, method=method, horizon=lags, seconds=seconds)
+    converted = attach(source.model, [layer.params for layer in layers])
+    report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
     done = Conversion(folder, source, report)
     try:
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
@@ -79,74 +79,55 @@ def convert_checkpoint(
     except DataError as error:
         done.note = f"no perplexities: {error}"
     if verify:
-        _verify(source.model, converted, done)
+        _verify(source.model, converted, recipe, done)
     save_converted(folder, converted, source.tokenizer, report, force)
     return done
 
 
-def show_report(done: Conversion) -> None:
-    """Print the measurements, what the horizon leaves out, and what to run next."""
-    console = Console()
-    report = done.report
-    table = Table(
-        title=f"{done.source.path} (step {done.source.step}) by {report.method}, horizon {report.horizon}"
-    )
-    for column in ("layer", "order", "relative tap error", "l1 error", "tail energy", "state"):
-        table.add_column(column, justify="right")
-    for index, layer in enumerate(report.layers):
-        table.add_row(
-            str(index),
-            str(layer.order),
-            f"{layer.relative_tap_error:.1e}",
-            f"{layer.l1_error:.1e}",
-            f"{layer.tail_energy:.1e}",
-            f"{layer.state_bytes / 1024:,.0f} KiB",
-        )
-    console.print(table)
-    lines = [f"converted in {report.seconds:.2f} s; state {report.state_bytes:,} bytes per sequence"]
-    for length, parallel in report.ppl["parallel"].items():
-        recurrent = report.ppl["recurrent"][length]
-        gap = ppl_gap(parallel, recurrent)
-        lines.append(
-            f"perplexity at {length}: parallel {parallel:.4f}, recurrent {recurrent:.4f}, gap {gap:+.1e}"
-        )
-    lines += [f"note: {text}" for text in (done.note, report.warning) if text]
-    for check in done.checks:
-        verdict = "ok" if check.passed else "FAILED"
-        lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")
-    lines.append(f"wrote {done.folder}/; next: python generate.py --model {done.folder} --prompt TEXT")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
+    return tqdm(items, desc=title, leave=False, disable=None)
 
 
 def _measure_perplexities(
     model: CausalLM, converted: CausalLM, corpus: PackedCorpus, done: Conversion
 ) -> None:
+    """Of the parallel form, the recurrence, and ETSC and the window at the training length beside it."""
     config = done.source.config
-    ppl = done.report.ppl
+    trained = config.model.max_length
+    forms = {"recurrent": converted}
+    for method in ("etsc", "window"):
+        forms[f"{method} {trained}"] = convert_model(model, method=method, horizon=trained)
+    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}
     for multiple, limit in LENGTHS.items():
-        length = multiple * config.model.max_length
+        length = multiple * trained
         rows = corpus.rows("val", length, config.data.max_val_tokens)
         # Evenly spaced: the first documents alone are no sample of the text.
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
-        scores = []
-        batches = chosen.split(max(1, 4096 // length)) if len(rows) else ()
-        for batch in tqdm(batches, desc=f"perplexity at {length}", disable=None):
+        scores: dict[str, list[NLL]] = {name: [] for name in ppl}
+        for batch in _bar(
+            chosen.split(max(1, 4096 // length)) if len(rows) else (), f"perplexity at {length}"
+        ):
             tokens = torch.stack([rows[int(index)] for index in batch])
-            recurrent = recurrent_nll(converted, tokens, config.conversion.chunk)
-            scores.append((parallel_nll(model, tokens), recurrent))
-        if scores:
-            ppl["parallel"][str(length)] = add(parallel for parallel, _ in scores).ppl
-            ppl["recurrent"][str(length)] = add(recurrent for _, recurrent in scores).ppl
+            scores["parallel"].append(parallel_nll(model, tokens))
+            for name, form in forms.items():
+                scores[name].append(recurrent_nll(form, tokens, config.conversion.chunk))
+        if scores["parallel"]:
+            for name, parts in scores.items():
+                ppl[name][str(length)] = add(parts).ppl
+    done.report.ppl = ppl
 
 
-def _verify(model: CausalLM, converted: CausalLM, done: Conversion) -> None:
+def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done: Conversion) -> None:
     generator = torch.Generator().manual_seed(0)
-    length = min(STEPS, done.report.horizon)
-    tokens = torch.randint(done.source.tokenizer.size, (1, length), generator=generator)
+    horizon = done.report.horizon
+    tokens = torch.randint(done.source.tokenizer.size, (1, min(STEPS, horizon)), generator=generator)
+    exact = recipe.method in ("etsc", "window")
+    allowed = 0.0 if exact else max(layer.relative_tap_error for layer in done.report.layers)
+    if recipe.order is None and not exact:
+        allowed = recipe.tolerance
     done.checks = [
-        check_layers(model, converted, min(64, done.report.horizon)),
-        check_steps(model, converted, tokens),
+        check_layers(model, converted, min(64, horizon), allowed),
+        check_steps(model if exact else converted, converted, tokens),
     ]
     key = str(model.config.max_length)
     if key in done.report.ppl["parallel"]:

@@ -129,6 +129,16 @@ def test_resume_is_exact(accumulate: int, crash: bool) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("method", ["balanced", "auto", "window"])
+def test_validation_and_checkpoints_take_any_method(method: str) -> None:
+    summary = train(tiny_run("trainer.max_steps=8", f"conversion.method={method}"))
+    # Reduced within a tolerance of 1e-3 on the taps.
+    assert abs(summary["val/ppl_gap"]) <= 1e-3
+    checkpoint = load_checkpoint(Path("runs/demo/checkpoints/best.ckpt"))
+    assert checkpoint.ssm is not None
+    assert checkpoint.ssm.method == method
+
+
 def test_a_run_is_never_overwritten() -> None:
     for _ in range(3):
         train(tiny_run("trainer.max_steps=2", "trainer.sample_tokens=0"))
@@ -175,7 +185,7 @@ def test_failed_conversion_costs_the_recurrence_not_the_checkpoint(monkeypatch: 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no poles today")
 
-    monkeypatch.setattr("tnnlm.training.checkpointing.convert_model", fail)
+    monkeypatch.setattr("tnnlm.training.checkpointing.convert_layers", fail)
     monkeypatch.setattr("tnnlm.training.lit_module.convert_model", fail)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
-from tnnlm.conversion.etsc import etsc
+from tnnlm.config import ConversionConfig
 from tnnlm.conversion.horizon import auto_horizon
-from tnnlm.conversion.window import window
+from tnnlm.conversion.methods import Converted, convert
+from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM
 from tnnlm.modules import LongConv, RecurrentConv
-from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
-METHODS = ("etsc", "window")
 
-
-def convert_kernel(kernel: Kernel, *, method: str, horizon: int) -> SSMParams:
-    """The recurrence that equals ``kernel`` at lags below ``horizon``.
+def convert_kernel(
+    kernel: Kernel, recipe: ConversionConfig, horizon: int, progress: Progress = silent
+) -> Converted:
+    """The recurrence for ``kernel`` at lags below ``horizon``.
 
     The taps are those that training used, bit for bit; the algebra on them is in float64; what
     is returned is stored in the taps' dtype (at least float32), poles in float64.
 
     Raises:
-        UserError: for an unknown method or taps that are not finite.
+        UserError: for taps that are not finite, and settings that don't fit them.
     """
     with torch.no_grad():
-        k = kernel(horizon)
-        if not bool(torch.isfinite(k).all()):
-            raise UserError(
-                "the kernel's taps are not finite: the training diverged, take an earlier checkpoint"
-            )
-        if method == "etsc":
-            params = etsc(k.double(), kernel.decay)
-        elif method == "window":
-            params = window(k.double())
-        else:
-            raise UserError(f"unknown conversion method {method!r}; there is {', '.join(METHODS)}")
-        return ssm.to_dtype(params, k.dtype)
+        return convert(kernel(horizon), kernel.decay, recipe, progress)
 
 
 def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
@@ -54,19 +44,37 @@ def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
     return max(n if n is not None else model.config.max_length for n in found)
 
 
-def convert_model(model: CausalLM, *, method: str = "etsc", horizon: int | str = "auto") -> CausalLM:
-    """A converted copy of ``model``, in eval mode; the trained one is left alone.
+def convert_layers(
+    model: CausalLM, recipe: ConversionConfig, progress: Progress = silent
+) -> tuple[int, list[Converted]]:
+    """The horizon, and the recurrence of every layer by ``recipe``.
 
     Args:
         model: in its parallel form.
-        method: ``etsc`` or ``window``.
-        horizon: lags that must be right, or ``auto``.
+        recipe: method, horizon, tolerance and the like.
+        progress: wraps what takes long, for a bar.
 
     Raises:
         UserError: if the model is converted already, or a kernel can't be converted.
     """
-    n = model_horizon(model, horizon)
-    return attach(model, [convert_kernel(kernel, method=method, horizon=n) for kernel in kernels(model)])
+    n = model_horizon(model, recipe.horizon)
+    layers = progress(kernels(model), f"{recipe.method}, layers")
+    return n, [convert_kernel(kernel, recipe, n, progress) for kernel in layers]
+
+
+def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **options: Any) -> CausalLM:
+    """A converted copy of ``model``, in eval mode; the trained one is left alone.
+
+    Args:
+        model: in its parallel form.
+        recipe: how; None makes one of ``options``.
+        options: fields of :class:`tnnlm.config.ConversionConfig`, such as ``method="balanced"``.
+
+    Raises:
+        UserError: if the model is converted already, or a kernel can't be converted.
+    """
+    _, layers = convert_layers(model, recipe or ConversionConfig(**options))
+    return attach(model, [converted.params for converted in layers])
 
 
 def attach(model: CausalLM, layers: list[SSMParams]) -> CausalLM:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -23,12 +24,12 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
     n + 1 on decay^i t[i mod (n + 1)].
 
     Args:
-        k: taps (E, n) in float64, n >= 1, finite.
+        k: taps (E, n), n >= 1, finite.
         decay: per-channel decay (E,) in (0, 1], or None.
 
     Returns:
-        parameters in float64 with ceil(n / 2) modes: pairs folded, poles shared by all channels
-        if their decays are equal.
+        parameters in the dtype of ``k``, worked out in float64, with ceil(n / 2) modes: pairs
+        folded, poles shared by all channels if their decays are equal.
 
     Raises:
         ValueError: for empty or non-finite taps, or a decay outside (0, 1].
@@ -36,22 +37,22 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
     channels, n = k.shape
     if n < 1 or not bool(torch.isfinite(k).all()):
         raise ValueError("etsc needs at least one tap, and finite taps")
-    k = k.double()
     rate = torch.ones(channels, dtype=torch.float64, device=k.device) if decay is None else decay.double()
     if not bool(((rate > 0) & (rate <= 1)).all()):
         raise ValueError("etsc needs decays in (0, 1]")
-    t = _undecayed(k, rate)
-    balanced = torch.cat((t, -t.sum(1, keepdim=True)), dim=1)
-    spectrum = torch.fft.rfft(balanced)[:, 1:] / (n + 1)
     # Angles come from a float64 arange: an integer one makes them complex64, good to 2e-4 only.
-    modes = torch.arange(1, spectrum.shape[1] + 1, dtype=torch.float64, device=k.device)
-    weight = torch.full_like(modes, 2.0)
+    modes = torch.arange(1, (n + 1) // 2 + 1, dtype=torch.float64, device=k.device)
+    weight = torch.full_like(modes, 2.0 / (n + 1))
     angle = 2 * math.pi * modes / (n + 1)
     real, imag = torch.cos(angle), torch.sin(angle)
     if n % 2 == 1:
         # n + 1 is even: the last mode is the real pole -1, which has no partner.
-        weight[-1], real[-1], imag[-1] = 1.0, -1.0, 0.0
-    residues = torch.stack((spectrum.real * weight, spectrum.imag * weight), dim=1)
+        weight[-1], real[-1], imag[-1] = 1.0 / (n + 1), -1.0, 0.0
+    residues = k.new_empty(channels, 2, len(modes))
+    for part, block in channel_blocks(k):
+        t = _undecayed(block, rate[part])
+        spectrum = torch.fft.rfft(torch.cat((t, -t.sum(1, keepdim=True)), dim=1))[:, 1:] * weight
+        residues[part] = torch.view_as_real(spectrum).transpose(1, 2)
     unit = torch.stack((real, imag))
     shared = bool((rate == rate[0]).all())
     poles = unit * rate[0] if shared else unit * rate[:, None, None]

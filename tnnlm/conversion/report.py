@@ -6,22 +6,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from tnnlm.conversion.blocks import channel_blocks, channels_of
 from tnnlm.conversion.convert import kernels, recurrences
+from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
-from tnnlm.kernels import Kernel
+from tnnlm.conversion.methods import Converted
 from tnnlm.model import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 EXTENT = 4
 """errors past the horizon are looked for up to so many horizons"""
+LARGEST_RATIO_ORDER = 256
+"""above this order no Hankel ratio is worked out: the singular value would be rounding"""
+KV_CONTEXT = 2048
+"""tokens of the Transformer's cache that state sizes are compared with"""
+_RANK = 128
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One convolution, measured."""
+class ConversionReport:
+    """The certificate of one convolution. Errors are of the stored float32 numbers."""
 
+    method: str
+    reason: str
+    """why this method"""
     order: int
     """real state numbers per channel"""
     relative_tap_error: float
@@ -30,18 +41,30 @@ class LayerReport:
     """worst channel's ||k - k^||_1 / ||k||_1, past the horizon too: bounds |y - y^| for |x| <= 1"""
     tail_energy: float
     """worst channel's share of the kernel's energy at lags from the horizon on"""
+    hankel_ratio: float | None
+    """Hankel norm of k - k^ over the Hankel singular value that no recurrence of this order can
+    beat: 1 is optimal. None where that value is rounding, for large orders (ETSC, window), and for
+    poles per channel, which are no single recurrence."""
+    largest_pole: float
+    """largest modulus"""
     state_bytes: int
     """per sequence"""
 
 
 @dataclass
-class ConversionReport:
-    """A converted model, measured. Perplexities are keyed by length in tokens."""
+class ModelReport:
+    """A converted model, measured. Perplexities are keyed by form, then by length in tokens."""
 
     method: str
     horizon: int
-    layers: list[LayerReport]
+    layers: list[ConversionReport]
     state_bytes: int
+    etsc_state_bytes: int
+    """of ETSC at the training length, as published"""
+    window_state_bytes: int
+    """of the exact window at this horizon"""
+    kv_cache_bytes: int
+    """of a Transformer of this width and depth after 2,048 tokens, in float32"""
     seconds: float
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
 
@@ -62,31 +85,78 @@ class ConversionReport:
 
 
 def measure(
-    model: CausalLM, converted: CausalLM, *, method: str, horizon: int, seconds: float
-) -> ConversionReport:
-    """Compare every layer of ``converted`` with the kernel it came from.
+    model: CausalLM, layers: list[Converted], *, method: str, horizon: int, seconds: float
+) -> ModelReport:
+    """Compare every converted layer with the kernel it came from.
 
     Args:
         model: the trained model, in its parallel form.
-        converted: its converted copy.
-        method, horizon, seconds: how it was converted, and how long that took.
+        layers: its converted convolutions.
+        method, horizon, seconds: how they were asked for, and how long that took.
     """
-    pairs = zip(kernels(model), recurrences(converted), strict=True)
-    layers = [measure_layer(kernel, params, horizon) for kernel, params in pairs]
-    return ConversionReport(method, horizon, layers, sum(layer.state_bytes for layer in layers), seconds)
+    reports = []
+    for kernel, converted in zip(kernels(model), layers, strict=True):
+        with torch.no_grad():
+            reports.append(certify(kernel(EXTENT * horizon), converted, horizon))
+    config = model.config
+    channels = config.n_layers * config.expand * config.d_model
+    published = 2 * ((config.max_length + 1) // 2)
+    return ModelReport(
+        method=method,
+        horizon=horizon,
+        layers=reports,
+        state_bytes=sum(report.state_bytes for report in reports),
+        etsc_state_bytes=4 * channels * published,
+        window_state_bytes=4 * channels * (horizon - 1),
+        kv_cache_bytes=4 * 2 * config.n_layers * config.d_model * KV_CONTEXT,
+        seconds=seconds,
+    )
 
 
-def measure_layer(kernel: Kernel, params: SSMParams, horizon: int) -> LayerReport:
-    """Compare the effective taps of ``params`` with those of ``kernel``, up to ``EXTENT`` horizons."""
-    with torch.no_grad():
-        k = kernel(EXTENT * horizon).double()
-        error = k - ssm.taps(params, k.shape[1])
+def measure_model(model: CausalLM, converted: CausalLM, *, method: str, horizon: int) -> ModelReport:
+    """:func:`measure` for a model that was converted before."""
+    layers = [Converted(params, method, "as asked") for params in recurrences(converted)]
+    return measure(model, layers, method=method, horizon=horizon, seconds=0.0)
+
+
+def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
+    """Compare the effective taps of a recurrence with the true ones.
+
+    Args:
+        k: true taps (E, T), as far as errors are to be looked for; T >= horizon.
+        converted: the recurrence.
+        horizon: lags that it was made for.
+    """
+    params = converted.params
     tiny = torch.finfo(torch.float64).tiny
-    inside = error[:, :horizon].norm() / k[:, :horizon].norm().clamp(min=tiny)
-    return LayerReport(
+    error = torch.empty_like(k)
+    squares, l1_error, tail = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0, 0.0
+    for part, block in channel_blocks(k):
+        difference = block - ssm.taps(channels_of(params, part), k.shape[1])
+        error[part] = difference
+        squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, block)])
+        l1 = difference.abs().sum(1) / block.abs().sum(1).clamp(min=tiny)
+        l1_error = max(l1_error, float(l1.max()))
+        tail = max(tail, tail_energy(block, horizon))
+    return ConversionReport(
+        method=converted.method,
+        reason=converted.reason,
         order=ssm.order(params),
-        relative_tap_error=float(inside),
-        l1_error=float((error.abs().sum(1) / k.abs().sum(1).clamp(min=tiny)).max()),
-        tail_energy=tail_energy(k, horizon),
+        relative_tap_error=float((squares[0] / squares[1].clamp(min=tiny)).sqrt()),
+        l1_error=l1_error,
+        tail_energy=tail,
+        hankel_ratio=_hankel_ratio(k, error, params),
+        largest_pole=ssm.largest_pole(params),
         state_bytes=ssm.state_bytes(params),
     )
+
+
+def _hankel_ratio(k: Tensor, error: Tensor, params: SSMParams) -> float | None:
+    order = ssm.order(params)
+    if params.poles.dim() == 3 or not 0 < order < min(LARGEST_RATIO_ORDER, k.shape[1]):
+        return None
+    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), order + 1)[0][0]
+    # Below this the singular values are those of float32 rounding, not of the kernel.
+    if float(sigma[-1]) < 10 * ROUNDING * float(sigma[0]):
+        return None
+    return hankel_norm(compress(error, _RANK)) / float(sigma[-1])

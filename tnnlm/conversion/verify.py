@@ -34,8 +34,11 @@ class Check:
 
 
 @torch.no_grad()
-def check_layers(model: CausalLM, converted: CausalLM, length: int = 64) -> Check:
-    """Every layer on noise: the loop in complex128 against the dense product in float64."""
+def check_layers(model: CausalLM, converted: CausalLM, length: int = 64, tap_error: float = 0.0) -> Check:
+    """Every layer on noise: the loop in complex128 against the dense product in float64.
+
+    On noise outputs are off by as much as the taps: three times ``tap_error`` is let pass.
+    """
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
     for kernel, params in zip(kernels(model), recurrences(converted), strict=True):
@@ -47,13 +50,14 @@ def check_layers(model: CausalLM, converted: CausalLM, length: int = 64) -> Chec
         )
         error = (recurrence_loop(params, x) - expected).norm() / expected.norm()
         worst = max(worst, float(error))
-    return Check("convolutions, recurrence loop against dense product", worst, CONV_THRESHOLD)
+    return Check("convolutions, recurrence loop against dense product", worst, CONV_THRESHOLD + 3 * tap_error)
 
 
 @torch.no_grad()
-def check_steps(model: CausalLM, converted: CausalLM, tokens: Tensor) -> Check:
-    """Logits of tokens (B, L), one ``step`` after the other, against ``forward``."""
-    expected = model(tokens)
+def check_steps(reference: CausalLM, converted: CausalLM, tokens: Tensor) -> Check:
+    """Logits of tokens (B, L), one ``step`` after the other, against ``reference.forward``: of the trained
+    model for an exact conversion, of the converted one for a reduced one."""
+    expected = reference(tokens)
     state = converted.init_state(tokens.shape[0])
     worst = torch.zeros(())
     for position in range(tokens.shape[1]):

@@ -58,12 +58,25 @@ def state_bytes(params: SSMParams) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in init_state(params, 1))
 
 
+def multiply_adds(params: SSMParams) -> int:
+    """Multiply-adds of one step: six per channel and complex mode, one per window tap."""
+    channels, _, modes = params.residues.shape
+    return channels * (6 * modes + params.window.shape[1])
+
+
+def largest_pole(params: SSMParams) -> float:
+    """Largest modulus of a pole; 0 where there is none."""
+    return float(torch.linalg.vector_norm(params.poles, dim=-2).max()) if params.poles.numel() else 0.0
+
+
 def order(params: SSMParams) -> int:
     """Real state numbers per channel: a conjugate pair counts two, a real pole or a window tap one."""
-    paired = params.poles[..., 1, :] != 0
-    if paired.dim() == 2:
-        paired = paired.any(0)
-    return params.window.shape[1] + len(paired) + int(paired.sum())
+    numbers = 1 + (params.poles[..., 1, :] != 0).int()
+    if numbers.dim() == 2:
+        # Of the channel that has most: modes that only fill up have neither pole nor residue.
+        used = (params.poles != 0).any(-2) | (params.residues != 0).any(-2)
+        return params.window.shape[1] + int((numbers * used).sum(1).amax())
+    return params.window.shape[1] + int(numbers.sum())
 
 
 def step(

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
-from tnnlm.conversion import convert_model, model_horizon
+from tnnlm.conversion import convert_layers
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
 
 
@@ -65,12 +65,11 @@ class ConversionCallback(Callback):
     ) -> None:
         """Add our entry."""
         assert isinstance(pl_module, LitCausalLM)
-        conversion = self.config.conversion
+        recipe = self.config.conversion
         ssm = None
         try:
-            horizon = model_horizon(pl_module.model, conversion.horizon)
-            converted = convert_model(pl_module.model, method=conversion.method, horizon=horizon)
-            ssm = attached_ssm(converted, conversion.method, horizon)
+            horizon, layers = convert_layers(pl_module.model, recipe)
+            ssm = attached_ssm(layers, recipe.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
         checkpoint[ENTRY] = checkpoint_entry(self.config, corpus_of(trainer).tokenizer, ssm)

@@ -114,9 +114,8 @@ class LitCausalLM(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Convert the current kernels; a failure costs the second perplexity, not the run."""
-        conversion = self.config.conversion
         try:
-            self.recurrent = [convert_model(self.model, method=conversion.method, horizon=conversion.horizon)]
+            self.recurrent = [convert_model(self.model, self.config.conversion)]
         except Exception as error:  # whatever it is, training must go on
             warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
             self.recurrent = []

@@ -1,0 +1,209 @@
+"""Balanced reduction: a few shared poles that serve every channel, within sight of the AAK bound.
+
+All channels of a layer share the position network's last features, so the taps have low rank and
+one small set of poles fits them all:
+
+1. compress the taps k (E, T) to their leading combinations of channels f (R, T);
+2. the leading right singular vectors V of the block Hankel matrix of f are the states that matter;
+   shifting them by one lag is the state matrix, A = V[1:]^T V[:-1] (Kung 1978; Ho and Kalman 1966).
+   For taps that die out A is a contraction: no pole leaves the unit circle;
+3. output weights by least squares on the taps of every channel, then modal form: poles, residues;
+4. the smallest order whose measured error meets the tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnnlm.conversion.blocks import channel_blocks
+from tnnlm.conversion.hankel import compress, hankel_svd
+from tnnlm.errors import UserError
+from tnnlm.ops.ssm import SSMParams
+
+RANK = 128
+"""combinations of channels that choose the poles"""
+MAX_ORDER = 128
+"""largest order that a tolerance is sought with"""
+_STATE_BYTES = 1 << 28
+"""of states of per-channel problems at a time"""
+LARGEST_POLE = 1 - 1e-7
+"""poles are kept inside: the recurrence must forget its rounding"""
+
+
+@dataclass(frozen=True)
+class Realization:
+    """States of the leading orders, G problems at once: x[0] = start, x[i + 1] = A x[i], f[i] = C x[i]."""
+
+    matrix: Tensor
+    """A, (G, q, q); its leading N x N part is the one of order N"""
+    start: Tensor
+    """x[0], (G, q)"""
+    sigma: Tensor
+    """Hankel singular values, (G, q)"""
+
+    def states(self, order: int, length: int) -> Tensor:
+        """x[0 .. length - 1] at an order, (G, length, order), by repeated doubling."""
+        power = self.truncated(order)
+        x = self.start[:, None, :order]
+        while x.shape[1] < length:
+            x = torch.cat((x, x @ power.transpose(1, 2)), dim=1)
+            power = power @ power
+        return x[:, :length]
+
+    def truncated(self, order: int) -> Tensor:
+        """The state matrix of an order, (G, N, N), its poles inside the unit circle."""
+        matrix = self.matrix[:, :order, :order]
+        poles, vectors = torch.linalg.eig(matrix)
+        radius = poles.abs()
+        if bool((radius <= LARGEST_POLE).all()):
+            return matrix
+        # Reflect what is outside, then shrink what is on the circle.
+        inside = torch.where(radius > 1, poles / radius.square(), poles)
+        inside = inside * (LARGEST_POLE / inside.abs()).clamp(max=1)
+        return torch.linalg.solve(vectors, vectors * inside.unsqueeze(1), left=False).real
+
+
+def realize(f: Tensor, max_order: int) -> Realization:
+    """States of the taps f (G, R, T) up to ``max_order``.
+
+    Taps that have died out by T are taken as zero from there on. Of others nothing is assumed:
+    half of them are outputs that the other half predicts, and A is fitted by least squares.
+    """
+    length = f.shape[2]
+    energy = f.square().sum((0, 1))
+    dead = bool(energy[-max(1, length // 8) :].sum() <= 1e-6 * energy.sum())
+    columns = length if dead else max(1, length // 2)
+    # As many states as columns would leave the shift undetermined.
+    largest = max_order if dead else max(1, min(max_order, columns // 2))
+    sigma, v = hankel_svd(f, largest, columns)
+    before, after = v[:, :-1], v[:, 1:]
+    if dead:
+        matrix = after.transpose(1, 2) @ before
+    else:
+        matrix = torch.linalg.lstsq(before, after).solution.transpose(1, 2)
+    return Realization(matrix, v[:, 0], sigma)
+
+
+def balanced(
+    k: Tensor, *, order: int | None = None, tolerance: float = 1e-3, poles: str = "shared"
+) -> SSMParams:
+    """Reduce taps to a recurrence of small order.
+
+    Args:
+        k: taps (E, T), finite, long enough to hold what matters of the kernel.
+        order: real state numbers per channel, at most T; None takes the smallest that meets
+            ``tolerance``.
+        tolerance: largest relative error ||k - k^|| / ||k|| (Frobenius norm); of the worst channel
+            where poles are per channel.
+        poles: ``shared`` by all channels, or one set per ``channel`` for kernels whose channels
+            have nothing in common.
+
+    Returns:
+        parameters in float64.
+
+    Raises:
+        UserError: if no order up to ``MAX_ORDER`` meets the tolerance; says what was reached.
+    """
+    if poles == "shared":
+        f = compress(k, RANK).unsqueeze(0)
+        norm = torch.linalg.vector_norm(torch.stack([block.norm() for _, block in channel_blocks(k)]))
+        realization, n = _fit(f, norm[None], order, tolerance)
+        return _shared(realization, n, k)
+    width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
+    fits = []
+    for part in k.split(width):
+        f = part.double().unsqueeze(1)
+        fits.append((f, *_fit(f, f.flatten(1).norm(dim=1), order, tolerance)))
+    n = max(found for _, _, found in fits)
+    return _per_channel([(f, realization) for f, realization, _ in fits], n)
+
+
+def _fit(f: Tensor, norm: Tensor, order: int | None, tolerance: float) -> tuple[Realization, int]:
+    """A realization of f (G, R, T) and the order to use; ``norm`` (G,) is that of the whole taps."""
+    if order is not None:
+        realization = realize(f, order)
+        return realization, min(order, realization.start.shape[1])
+    tried, below, reached = 0, 0, 1.0
+    for limit in (32, MAX_ORDER):
+        realization = realize(f, limit)
+        largest = realization.start.shape[1]
+        # Upwards: states beyond the taps' own rank are noise, and fit worse.
+        while tried < largest:
+            tried = min(max(tried + 1, tried * 3 // 2), largest)
+            error = _error(f, realization, tried, norm)
+            reached = min(reached, error)
+            if error <= tolerance:
+                return realization, _bisect(f, realization, norm, tolerance, below, tried)
+            below = tried
+    raise UserError(
+        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}; "
+        "raise the tolerance, or use --method window, --poles channel or --method auto"
+    )
+
+
+def _bisect(f: Tensor, realization: Realization, norm: Tensor, tolerance: float, low: int, high: int) -> int:
+    """The smallest order above ``low`` that meets the tolerance; ``high`` does."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _error(f, realization, middle, norm) <= tolerance:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _error(f: Tensor, realization: Realization, order: int, norm: Tensor) -> float:
+    """Relative error of the best fit at an order, of the worst problem: what the states don't span."""
+    basis = torch.linalg.qr(realization.states(order, f.shape[2]))[0]
+    missed = (f - (f @ basis) @ basis.transpose(1, 2)).square().sum((1, 2))
+    left_out = (norm.square() - f.square().sum((1, 2))).clamp(min=0)
+    tiny = torch.finfo(torch.float64).tiny
+    return float(((missed + left_out) / norm.square().clamp(min=tiny)).max().sqrt())
+
+
+def _shared(realization: Realization, order: int, k: Tensor) -> SSMParams:
+    lam, modal = _modal(realization, order)
+    states = realization.states(order, k.shape[1])[0]
+    basis, upper = torch.linalg.qr(states)
+    residues = k.new_empty(k.shape[0], 2, lam.shape[1], dtype=torch.float64)
+    for part, block in channel_blocks(k):
+        weights = torch.linalg.solve_triangular(upper, (block @ basis).T, upper=True).T
+        residues[part] = torch.view_as_real(weights.to(modal.dtype) @ modal[0]).transpose(1, 2)
+    poles = torch.view_as_real(lam[0]).T.contiguous()
+    return SSMParams(residues.new_zeros(k.shape[0], 0), poles, residues)
+
+
+def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParams:
+    poles, residues = [], []
+    for f, realization in fits:
+        lam, modal = _modal(realization, order)
+        basis, upper = torch.linalg.qr(realization.states(order, f.shape[2]))
+        weights = torch.linalg.solve_triangular(upper, (f @ basis).transpose(1, 2), upper=True)
+        c = (weights.transpose(1, 2).to(modal.dtype) @ modal).squeeze(1)
+        poles.append(torch.view_as_real(lam).transpose(1, 2))
+        residues.append(torch.view_as_real(c).transpose(1, 2))
+    modes = max(part.shape[2] for part in poles)
+    # Channels with more real poles have more modes: the others get modes that do nothing.
+    padded = [
+        torch.cat([torch.nn.functional.pad(part, (0, modes - part.shape[2])) for part in parts])
+        for parts in (poles, residues)
+    ]
+    return SSMParams(padded[1].new_zeros(len(padded[1]), 0), *padded)
+
+
+def _modal(realization: Realization, order: int) -> tuple[Tensor, Tensor]:
+    """Poles (G, M), one of each conjugate pair, and the map (G, N, M) from output weights to residues."""
+    matrix = realization.truncated(order)
+    lam, vectors = torch.linalg.eig(matrix)
+    start = realization.start[:, :order].to(lam.dtype)
+    gain = torch.linalg.solve(vectors, start.unsqueeze(2)).squeeze(2)
+    kept = lam.imag >= 0
+    # Those of a pair that are dropped go last and become zero; a kept one stands for both.
+    index = torch.argsort(kept.int(), dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
+    weight = torch.where(lam.imag > 0, 2.0, 1.0) * kept
+    modal = vectors * (gain * weight).unsqueeze(1)
+    lam = (lam * kept).gather(1, index)
+    return lam, modal.gather(2, index.unsqueeze(1).expand(-1, modal.shape[1], -1))

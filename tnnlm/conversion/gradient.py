@@ -1,0 +1,73 @@
+"""Fitting a recurrence by gradient descent: the baseline that the ETSC paper compares with.
+
+Adam on the poles and residues of ``order`` real state numbers per channel, on the relative squared
+error of the taps. Poles are kept inside the unit circle by their parametrisation, radius
+exp(-exp(a)) and a free angle. Slow, and worse than the closed forms: that is what it is here for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tnnlm.conversion.balanced import LARGEST_POLE
+from tnnlm.conversion.progress import Progress, silent
+from tnnlm.ops.ssm import SSMParams
+
+
+def gradient(
+    k: Tensor, *, order: int, steps: int = 2000, lr: float = 1e-2, progress: Progress = silent
+) -> SSMParams:
+    """Fit shared poles and per-channel residues to taps.
+
+    Args:
+        k: taps (E, T), finite.
+        order: real state numbers per channel; an odd one is rounded up to whole conjugate pairs.
+        steps: of Adam.
+        lr: its learning rate, annealed to zero along a cosine.
+        progress: wraps the steps, for a bar.
+
+    Returns:
+        parameters in float64: the best of all steps.
+    """
+    with torch.enable_grad():
+        return _fit(k.detach().double(), (order + 1) // 2, steps, lr, progress)
+
+
+def _fit(k: Tensor, modes: int, steps: int, lr: float, progress: Progress) -> SSMParams:
+    channels, length = k.shape
+    norm = k.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    generator = torch.Generator(k.device).manual_seed(0)
+    # Radii whose memories spread evenly over the lags, angles over the half circle.
+    memory = torch.logspace(0, math.log10(max(length / 4, 2)), modes, dtype=torch.float64, device=k.device)
+    damping = (1 / memory).log().requires_grad_()
+    angle = (
+        torch.arange(modes, dtype=torch.float64, device=k.device) * math.pi / (4 * modes)
+    ).requires_grad_()
+    residues = torch.randn(channels, 2, modes, dtype=torch.float64, device=k.device, generator=generator)
+    residues = (residues * norm / k.numel() ** 0.5 / modes).requires_grad_()
+    optimizer = torch.optim.Adam((damping, angle, residues), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    lags = torch.arange(length, dtype=torch.float64, device=k.device)
+    best = math.inf
+    kept: list[Tensor] = [damping, angle, residues]
+    for _ in progress(range(steps), "gradient, steps"):
+        optimizer.zero_grad()
+        radius = torch.exp(-damping.exp()[:, None] * lags)
+        basis = torch.stack(
+            (radius * torch.cos(angle[:, None] * lags), -radius * torch.sin(angle[:, None] * lags))
+        )
+        error = residues.flatten(1) @ basis.flatten(0, 1) - k
+        loss = (error.norm() / norm).square()
+        if float(loss.detach()) < best:
+            best = float(loss.detach())
+            kept = [part.detach().clone() for part in (damping, angle, residues)]
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    damping, angle, residues = kept
+    radius = torch.exp(-damping.detach().exp()).clamp(max=LARGEST_POLE)
+    poles = torch.stack((radius * angle.detach().cos(), radius * angle.detach().sin()))
+    return SSMParams(k.new_zeros(channels, 0), poles, residues.detach())

@@ -1,0 +1,80 @@
+"""A finished conversion as tables on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from tnnlm.conversion import ModelReport
+from tnnlm.deployment import Conversion
+from tnnlm.evaluation import ppl_gap
+
+
+def show_conversion(done: Conversion, console: Console) -> None:
+    """Print the certificate, the perplexities of all forms, the checks, and what to run next."""
+    report = done.report
+    title = f"{done.source.path} (step {done.source.step}) by {report.method}, horizon {report.horizon}"
+    console.print(_layers(report, title))
+    if report.ppl["parallel"]:
+        console.print(_perplexities(report))
+    sizes = (
+        (report.state_bytes, "per sequence"),
+        (report.etsc_state_bytes, "by ETSC at the training length"),
+        (report.window_state_bytes, "by the exact window"),
+        (report.kv_cache_bytes, "by a Transformer's cache at 2,048 tokens"),
+    )
+    lines = [f"converted in {report.seconds:.2f} s"]
+    lines.append("state: " + ", ".join(f"{size:,} bytes {what}" for size, what in sizes))
+    if report.method == "auto":
+        lines += [f"layer {i}: {layer.method}, {layer.reason}" for i, layer in enumerate(report.layers)]
+    lines += [f"note: {text}" for text in (done.note, report.warning) if text]
+    for check in done.checks:
+        verdict = "ok" if check.passed else "FAILED"
+        lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")
+    lines.append(f"wrote {done.folder}/; next: python generate.py --model {done.folder} --prompt TEXT")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _layers(report: ModelReport, title: str) -> Table:
+    table = Table(title=title)
+    names = (
+        "layer",
+        "order",
+        "tap error",
+        "l1 error",
+        "tail energy",
+        "Hankel ratio",
+        "largest pole",
+        "state",
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    for index, layer in enumerate(report.layers):
+        table.add_row(
+            str(index),
+            str(layer.order),
+            f"{layer.relative_tap_error:.1e}",
+            f"{layer.l1_error:.1e}",
+            f"{layer.tail_energy:.1e}",
+            "-" if layer.hankel_ratio is None else f"{layer.hankel_ratio:.2f}",
+            f"{layer.largest_pole:.5f}",
+            f"{layer.state_bytes / 1024:,.1f} KiB",
+        )
+    return table
+
+
+def _perplexities(report: ModelReport) -> Table:
+    table = Table(title="perplexity (gap to parallel)")
+    table.add_column("form")
+    parallel = report.ppl["parallel"]
+    for length in parallel:
+        table.add_column(f"{length} tokens", justify="right")
+    for form, values in report.ppl.items():
+        cells = []
+        for length, value in values.items():
+            gap = "" if form == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})"
+            cells.append(f"{value:.4f}{gap}")
+        name = {"parallel": "parallel (FFT)", "recurrent": f"recurrent, {report.method}"}.get(form, form)
+        table.add_row(name, *cells)
+    return table
