@@ -12,13 +12,22 @@ from conftest import ROOT
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "precision", "atomic", "ops", "config", "config_io", "tokenizer"),
+    ("errors", "allocator", "precision", "atomic", "ops", "config", "config_io", "tokenizer"),
     ("kernels",),
     ("modules",),
     ("model",),
     ("conversion", "checkpoint", "runs"),
     ("generation", "evaluation", "terminal"),
-    ("corpus", "packing", "data", "training", "deployment", "conversion_table"),
+    (
+        "corpus",
+        "packing",
+        "data",
+        "training",
+        "deployment",
+        "conversion_table",
+        "comparison",
+        "comparison_plots",
+    ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TRAINING_ONLY = {"lightning", "torchmetrics", "datasets", "matplotlib", "rich", "tensorboard", "tqdm"}

@@ -59,7 +59,7 @@ def _layers(report: ModelReport, title: str) -> Table:
             f"{layer.tail_energy:.1e}",
             "-" if layer.hankel_ratio is None else f"{layer.hankel_ratio:.2f}",
             f"{layer.largest_pole:.5f}",
-            f"{layer.state_bytes / 1024:,.1f} KiB",
+            f"{layer.state_bytes / 1024:,.1f}",
         )
     return table
 

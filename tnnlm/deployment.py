@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tnnlm.allocator import keep_large_blocks
 from tnnlm.checkpoint import TrainedCheckpoint, check_out_folder, load_checkpoint, save_converted
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
@@ -61,6 +62,7 @@ def convert_checkpoint(
     Raises:
         UserError: for unusable input; nothing was written then.
     """
+    keep_large_blocks()
     path = find_checkpoint(target, runs_dir)
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)

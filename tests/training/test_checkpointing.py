@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_runs import tiny_run
 
-from tnnlm.training.allocator import keep_large_blocks
+from tnnlm.allocator import keep_large_blocks
 from tnnlm.training.checkpointing import AtomicCheckpointIO
 from tnnlm.training.run import train
 

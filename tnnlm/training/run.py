@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
+from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
 from tnnlm.checkpoint import read_checkpoint
 from tnnlm.config import Config
@@ -25,7 +26,6 @@ from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
 from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.allocator import keep_large_blocks
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
