@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tnnlm.ops.ssm import SSMParams
 
-CHANNELS = 512
+CHANNELS = 256
 """channels that are held in float64 at a time"""
 
 

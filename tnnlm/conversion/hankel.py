@@ -14,21 +14,24 @@ from torch import Tensor
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.ops.toeplitz import fft_length
 
-_SPECTRUM_BYTES = 1 << 27
+_SPECTRUM_BYTES = 1 << 25
 """of spectra at a time"""
 _ITERATIONS = 4
 """of subspace iteration: Hankel singular values fall fast"""
 
 
-def compress(k: Tensor, rank: int) -> Tensor:
-    """The leading ``rank`` combinations of channels, (min(rank, E), T) in float64, by randomised SVD.
+def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
+    """The leading combinations of channels, (R, T) in float64, by randomised SVD.
 
     Orthonormal combinations keep norms, singular values of the Hankel matrix and its right
     singular vectors, so far as the rest of the taps is small. Halko, Martinsson, Tropp 2011.
+
+    Args:
+        k: taps (E, T).
+        rank: R at the most.
+        drop: share of the norm that may be left out for a smaller R.
     """
     channels, length = k.shape
-    if channels <= rank:
-        return k.double()
     generator = torch.Generator(k.device).manual_seed(0)
     width = min(rank + 16, channels, length)
     basis = torch.randn(length, width, dtype=torch.float64, device=k.device, generator=generator)
@@ -39,8 +42,10 @@ def compress(k: Tensor, rank: int) -> Tensor:
         basis = torch.linalg.qr(basis)[0]
     image = torch.linalg.qr(torch.cat([block @ basis for _, block in channel_blocks(k)]))[0]
     small = sum_over_channels(k, image).T
-    left = torch.linalg.eigh(small @ small.T)[1].flip(1)
-    return left.T[:rank] @ small
+    energy, left = torch.linalg.eigh(small @ small.T)
+    # Ascending: what is left out is a beginning of the cumulated energies.
+    needed = int((energy.clamp(min=0).cumsum(0) > drop**2 * energy.sum()).sum())
+    return left.flip(1).T[: max(1, min(rank, needed))] @ small
 
 
 def sum_over_channels(k: Tensor, weights: Tensor) -> Tensor:
@@ -94,6 +99,6 @@ def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor
     return sigma, (x @ rotation.flip(2))[..., :wanted]
 
 
-def hankel_norm(f: Tensor) -> float:
+def hankel_norm(f: Tensor, columns: int | None = None) -> float:
     """Largest Hankel singular value of taps f (R, T): the gain from past inputs to future outputs."""
-    return float(hankel_svd(f.unsqueeze(0), 1)[0].max())
+    return float(hankel_svd(f.unsqueeze(0), 1, columns)[0].max())

@@ -71,7 +71,7 @@ def check_taps(k: Tensor) -> None:
     """
     if k.dim() != 2 or 0 in k.shape:
         raise UserError(f"taps of shape {tuple(k.shape)}: expected (channels, lags), at least one of each")
-    if not bool(torch.isfinite(k).all()):
+    if not all(bool(torch.isfinite(block).all()) for _, block in channel_blocks(k)):
         raise UserError("the taps are not finite: the training diverged, take an earlier checkpoint")
 
 

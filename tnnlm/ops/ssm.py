@@ -17,6 +17,9 @@ from torch import Tensor
 from tnnlm.ops.toeplitz import toeplitz
 from tnnlm.precision import working_dtype
 
+_POWERS_BYTES = 1 << 25
+"""of powers of the poles that ``taps`` holds at a time"""
+
 
 class SSMParams(NamedTuple):
     """Parameters of one recurrent convolution. A conjugate pair is stored once, ``residues`` doubled.
@@ -175,7 +178,7 @@ def taps(params: SSMParams, length: int) -> Tensor:
     What a conversion is judged by: computed from the stored numbers, so rounding shows.
     """
     channels = params.window.shape[0]
-    block = min(length, 2048)
+    block = min(length, max(64, _POWERS_BYTES // (16 * params.poles[..., 0, :].numel() + 1)))
     powers = pole_powers(params.poles, block + 1)
     turn = torch.complex(*powers[..., block].unbind(-2))
     c = params.residues.double()
