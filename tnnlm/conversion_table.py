@@ -37,19 +37,10 @@ def show_conversion(done: Conversion, console: Console) -> None:
 
 
 def _layers(report: ModelReport, title: str) -> Table:
+    """Columns: errors of the taps and in l1, energy past the horizon, Hankel ratio, largest pole, state."""
     table = Table(title=title)
-    names = (
-        "layer",
-        "order",
-        "tap error",
-        "l1 error",
-        "tail energy",
-        "Hankel ratio",
-        "largest pole",
-        "state",
-    )
-    for name in names:
-        table.add_column(name, justify="right")
+    for name in ("layer", "order", "taps", "l1", "tail", "Hankel", "pole", "KiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for index, layer in enumerate(report.layers):
         table.add_row(
             str(index),
