@@ -26,6 +26,7 @@ LAYERS = (
         "deployment",
         "conversion_table",
         "comparison",
+        "comparison_models",
         "comparison_plots",
     ),
 )

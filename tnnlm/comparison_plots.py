@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def speed_up(rows: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     """Smallest and largest of gradient's seconds over ETSC's, where both were measured."""
     seconds = {(row["method"], row["sweep"], row["n"], row["d"]): row.get("seconds") for row in rows}
     factors = [
-        seconds["gradient", *key] / fast
+        seconds[("gradient", *key)] / fast
         for (method, *key), fast in seconds.items()
         if method == "etsc" and fast and seconds.get(("gradient", *key))
     ]
@@ -53,7 +53,11 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    draws = {"scaling": _draw_scaling, "perplexity": _draw_perplexity, "order": _draw_order}
+    draws: dict[str, Callable[..., Any]] = {
+        "scaling": _draw_scaling,
+        "perplexity": _draw_perplexity,
+        "order": _draw_order,
+    }
     for part, draw in draws.items():
         if part in result:
             figure = draw(result[part], plt)
@@ -205,7 +209,7 @@ def _draw_order(part: dict[str, Any], plt: Any) -> Any:
     series = (
         ("error", "relative tap error", "#9ecae1", "s-"),
         ("hankel", "Hankel-norm error / $\\sigma_1$", "#08519c", "o-"),
-        ("bound", "$\\sigma_{N+1} / \\sigma_1$: no recurrence is below", "#e6550d", "k--"),
+        ("bound", "$\\sigma_{N+1} / \\sigma_1$: no recurrence is below", "#e6550d", "--"),
     )
     for layer, axis in zip(layers, axes.flat, strict=False):
         rows = [row for row in part["rows"] if row["layer"] == layer]

@@ -22,7 +22,8 @@ import torch
 
 from tnnlm.atomic import write_text
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
-from tnnlm.comparison import QUICK, Sizes, kernel_taps, orders, perplexity, random_taps, scaling
+from tnnlm.comparison import QUICK, Sizes, kernel_taps, random_taps, scaling
+from tnnlm.comparison_models import orders, perplexity
 from tnnlm.comparison_plots import plot, tables
 from tnnlm.errors import CheckpointError, DataError, UserError, run_script
 from tnnlm.packing import prepare
