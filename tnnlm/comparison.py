@@ -37,7 +37,7 @@ class Sizes:
     width_length: int = 2048
     order: int = 32
     """of balanced and gradient"""
-    gradient_steps: int = 300
+    gradient_steps: int = 2000
     gradient_elements: int = 1 << 17
     """largest n d that gradient descent is run on"""
     vandermonde_length: int = 512
