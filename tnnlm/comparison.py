@@ -65,7 +65,7 @@ QUICK = Sizes(
     orders=(2, 4, 8, 16, 32),
     layers=2,
 )
-"""sizes of about a minute"""
+"""smaller sizes"""
 
 
 class Taps(NamedTuple):

@@ -20,7 +20,7 @@ from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING
 from tnnlm.conversion.methods import relative_error
-from tnnlm.errors import UserError
+from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
 from tnnlm.ops import ssm
@@ -52,7 +52,7 @@ def perplexity(model: CausalLM, held_out: Callable[[int], PackedRows], sizes: Si
         ``skipped``: why a form or a context is missing.
 
     Raises:
-        UserError: if the text doesn't fill one row of the training length.
+        DataError: if the text doesn't fill one row of the training length.
     """
     trained, horizon = model.config.max_length, model_horizon(model)
     skipped: list[str] = []
@@ -70,7 +70,7 @@ def perplexity(model: CausalLM, held_out: Callable[[int], PackedRows], sizes: Si
         for row in tqdm(rows, desc=f"perplexity at {length}", leave=False, disable=None):
             row["ppl"][length] = _score(model, forms[row["form"]], tokens).ppl
     if not contexts:
-        raise UserError(f"the held-out text doesn't fill one row of {trained} tokens: give more of it")
+        raise DataError(f"the held-out text doesn't fill one row of {trained} tokens: give more of it")
     return {
         "contexts": contexts,
         "trained": trained,

@@ -5,7 +5,7 @@ Writes conversions.json, conversions.md and a picture of each part.
 
 Examples:
   python tools/compare_conversions.py                              # the newest run; minutes
-  python tools/compare_conversions.py runs/demo --quick            # about a minute
+  python tools/compare_conversions.py runs/demo --quick            # smaller sizes
   python tools/compare_conversions.py runs/demo --parts order --out docs/conversions
 """
 
