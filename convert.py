@@ -53,6 +53,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--poles", choices=("shared", "channel"), default="shared", help="one set per layer, or per channel"
     )
+    parser.add_argument(
+        "--window-taps", type=int, default=0, metavar="P", help="balanced: keep the first P lags exactly"
+    )
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
     parser.add_argument("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
     parser.add_argument("--verify", action="store_true", help="compare with slow references; exit 1 if off")
@@ -80,6 +83,7 @@ def main() -> int:
         tolerance=args.tolerance,
         order=args.order,
         poles=args.poles,
+        window_taps=args.window_taps,
         gradient_steps=args.steps,
         gradient_lr=args.lr,
     )

@@ -185,6 +185,8 @@ class ConversionConfig:
     """real state numbers per channel; null: as few as the tolerance needs (gradient: 16)"""
     poles: str = choice("shared", "shared", "channel")
     """one set of poles for all channels of a layer, or one per channel; balanced"""
+    window_taps: int = number(0, low=0, high=1 << 20)
+    """first lags that a window of the last inputs takes over exactly; balanced"""
     gradient_steps: int = number(2000, low=1, high=100_000_000)
     """steps of Adam; gradient"""
     gradient_lr: float = number(1e-2, above=0, high=100)

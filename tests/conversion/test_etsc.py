@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tnnlm.conversion import etsc, window
+from tnnlm.conversion.etsc import roots_of_unity
 from tnnlm.ops import ssm
 
 LENGTHS = (1, 2, 3, 63, 64, 100, 511, 512)
@@ -23,6 +26,27 @@ def test_etsc_reproduces_n_taps(n: int, decay: float) -> None:
     _, rates, k = random_taps(n, decay)
     found = ssm.taps(etsc(k, rates), n)
     assert (found - k).norm() <= 1e-12 * k.norm()
+
+
+@pytest.mark.parametrize("n", [4096, 8191, 8192, 16384])
+@pytest.mark.parametrize("decay", [1.0, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_etsc_reproduces_as_many_taps_as_in_the_paper(n: int, decay: float, dtype: torch.dtype) -> None:
+    _, rates, k = random_taps(n, decay)
+    k = k.to(dtype)
+    found = ssm.taps(etsc(k, rates), n)
+    assert (found - k).norm() <= (1e-12 if dtype == torch.float64 else 5e-6) * k.norm()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 16, 513, 1000])
+def test_roots_of_unity_lie_in_every_octant(n: int) -> None:
+    expected = torch.polar(
+        torch.ones(n // 2 + 1, dtype=torch.float64), 2 * math.pi * torch.arange(n // 2 + 1).double() / n
+    )
+    found = torch.complex(*roots_of_unity(n))
+    assert (found - expected).abs().max() <= 1e-15
+    if n % 2 == 0:
+        assert found[-1] == -1
 
 
 @pytest.mark.parametrize("n", LENGTHS)

@@ -103,6 +103,33 @@ def test_order_of_damped_cosines_is_found() -> None:
     )
 
 
+@pytest.mark.parametrize("poles", ["shared", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_window_taps_absorb_a_rough_beginning(poles: str, dtype: torch.dtype) -> None:
+    k = damped_cosines()
+    k[:, :16] += torch.randn(12, 16, dtype=torch.float64)
+    k = k.to(dtype)
+    with pytest.raises(UserError, match="can't be met"):
+        convert_taps(k, tolerance=1e-4, poles=poles, window_taps=8)
+    params, report = convert_taps(k, tolerance=1e-4, poles=poles, window_taps=16)
+    assert params.window.shape == (12, 16)
+    assert report.order <= 16 + 10
+    assert report.relative_tap_error <= 1e-4
+    assert (ssm.taps(params, 16) - k[:, :16]).norm() <= 1e-5 * k.norm()
+    # Residues that cancel each other would lose float32's digits in the step.
+    assert params.residues.abs().max() <= 100 * k.abs().max()
+
+
+def test_an_order_counts_the_window_taps() -> None:
+    k = damped_cosines()
+    _, report = convert_taps(k, order=12, window_taps=4)
+    assert report.order <= 12
+    with pytest.raises(UserError, match="window taps"):
+        convert_taps(k, order=4, window_taps=4)
+    with pytest.raises(UserError, match="horizon"):
+        convert_taps(k, window_taps=LENGTH)
+
+
 @pytest.mark.parametrize("order", [2, 4, 8, 12])
 def test_balanced_is_near_the_hankel_bound(order: int) -> None:
     _, report = convert_taps(implicit_filter(), order=order)

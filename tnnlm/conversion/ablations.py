@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tnnlm.conversion.etsc import roots_of_unity
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -21,16 +22,14 @@ def without_balancing(k: Tensor) -> SSMParams:
     """
     n = k.shape[1]
     spectrum = torch.fft.rfft(k.double()) / n
-    modes = torch.arange(spectrum.shape[1], dtype=torch.float64, device=k.device)
-    weight = torch.full_like(modes, 2.0)
+    poles = roots_of_unity(n, k.device)
+    weight = torch.full_like(poles[0], 2.0)
+    # The constant mode, and at an even n the one at -1, have no partner.
     weight[0] = 1.0
-    angle = 2 * math.pi * modes / n
-    real, imag = torch.cos(angle), torch.sin(angle)
-    imag[0] = 0.0
     if n % 2 == 0:
-        weight[-1], imag[-1] = 1.0, 0.0
+        weight[-1] = 1.0
     residues = torch.stack((spectrum.real * weight, spectrum.imag * weight), dim=1)
-    return SSMParams(residues.new_zeros(len(k), 0), torch.stack((real, imag)), residues)
+    return SSMParams(residues.new_zeros(len(k), 0), poles, residues)
 
 
 def vandermonde(k: Tensor, eigenvalues: str, seed: int = 0) -> tuple[SSMParams, float]:

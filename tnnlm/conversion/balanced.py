@@ -8,20 +8,22 @@ one small set of poles fits them all:
    shifting them by one lag is the state matrix, A = V[1:]^T V[:-1] (Kung 1978; Ho and Kalman 1966).
    For taps that die out A is a contraction: no pole leaves the unit circle;
 3. output weights by least squares on the taps of every channel, then modal form: poles, residues;
+   where window taps absorb the first lags all this is done on the lags behind them;
 4. the smallest order whose measured error meets the tolerance.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks
+from tnnlm.conversion.blocks import channel_blocks, channels_of
 from tnnlm.conversion.hankel import compress, hankel_svd
 from tnnlm.errors import UserError
-from tnnlm.ops.ssm import SSMParams
+from tnnlm.ops.ssm import SSMParams, pole_powers, taps
 
 RANK = 128
 """combinations of channels that choose the poles"""
@@ -29,6 +31,8 @@ MAX_ORDER = 128
 """largest order that a tolerance is sought with"""
 _STATE_BYTES = 1 << 28
 """of states of per-channel problems at a time"""
+_SMALLEST_GAIN = 1e-4
+"""singular values behind the window, over the largest, below which residues would cancel in float32"""
 LARGEST_POLE = 1 - 1e-7
 """poles are kept inside: the recurrence must forget its rounding"""
 
@@ -88,18 +92,24 @@ def realize(f: Tensor, max_order: int) -> Realization:
 
 
 def balanced(
-    k: Tensor, *, order: int | None = None, tolerance: float = 1e-3, poles: str = "shared"
+    k: Tensor,
+    *,
+    order: int | None = None,
+    tolerance: float = 1e-3,
+    poles: str = "shared",
+    window_taps: int = 0,
 ) -> SSMParams:
     """Reduce taps to a recurrence of small order.
 
     Args:
         k: taps (E, T), finite, long enough to hold what matters of the kernel.
-        order: real state numbers per channel, at most T; None takes the smallest that meets
-            ``tolerance``.
+        order: real state numbers per channel, window taps included, at most T; None takes the
+            smallest that meets ``tolerance``.
         tolerance: largest relative error ||k - k^|| / ||k|| (Frobenius norm); of the worst channel
             where poles are per channel.
         poles: ``shared`` by all channels, or one set per ``channel`` for kernels whose channels
             have nothing in common.
+        window_taps: P < T, the first lags that a window of the last inputs takes over exactly.
 
     Returns:
         parameters in float64.
@@ -107,61 +117,79 @@ def balanced(
     Raises:
         UserError: if no order up to ``MAX_ORDER`` meets the tolerance; says what was reached.
     """
+    tail = k[:, window_taps:]
+    modes = None if order is None else order - window_taps
     if poles == "shared":
-        f = compress(k, RANK).unsqueeze(0)
-        norm = torch.linalg.vector_norm(torch.stack([block.norm() for _, block in channel_blocks(k)]))
-        realization, n = _fit(f, norm[None], order, tolerance)
-        return _shared(realization, n, k)
-    width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
-    fits = []
-    for part in k.split(width):
-        f = part.double().unsqueeze(1)
-        fits.append((f, *_fit(f, f.flatten(1).norm(dim=1), order, tolerance)))
-    n = max(found for _, _, found in fits)
-    return _per_channel([(f, realization) for f, realization, _ in fits], n)
+        # The whole is one problem: norms of all channels together.
+        norms = [torch.stack([block.norm() for _, block in channel_blocks(x)]).norm() for x in (tail, k)]
+        problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None])
+        realization, n = _fit(problem, modes, tolerance)
+        params = _shared(realization, n, tail)
+    else:
+        width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
+        fits = []
+        for whole in k.split(width):
+            f = whole[:, None, window_taps:].double()
+            problem = Problem(f, f.flatten(1).norm(dim=1), whole.double().norm(dim=1))
+            fits.append((f, *_fit(problem, modes, tolerance)))
+        n = max(found for _, _, found in fits)
+        params = _per_channel([(f, realization) for f, realization, _ in fits], n)
+    return _behind_window(k, params.poles, window_taps) if window_taps else params
 
 
-def _fit(f: Tensor, norm: Tensor, order: int | None, tolerance: float) -> tuple[Realization, int]:
-    """A realization of f (G, R, T) and the order to use; ``norm`` (G,) is that of the whole taps."""
+class Problem(NamedTuple):
+    """What is fitted, G problems at once."""
+
+    f: Tensor
+    """(combinations of) the taps behind the window, (G, R, T)"""
+    norm: Tensor
+    """(G,) of those taps, before they were combined"""
+    whole: Tensor
+    """(G,) of all taps: what errors are relative to"""
+
+
+def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realization, int]:
+    """A realization and the order to use."""
     if order is not None:
-        realization = realize(f, order)
+        realization = realize(problem.f, order)
         return realization, min(order, realization.start.shape[1])
     tried, below, reached = 0, 0, 1.0
     for limit in (32, MAX_ORDER):
-        realization = realize(f, limit)
+        realization = realize(problem.f, limit)
         largest = realization.start.shape[1]
         # Upwards: states beyond the taps' own rank are noise, and fit worse.
         while tried < largest:
             tried = min(max(tried + 1, tried * 3 // 2), largest)
-            error = _error(f, realization, tried, norm)
+            error = _error(problem, realization, tried)
             reached = min(reached, error)
             if error <= tolerance:
-                return realization, _bisect(f, realization, norm, tolerance, below, tried)
+                return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
     raise UserError(
         f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}; "
-        "raise the tolerance, or use --method window, --poles channel or --method auto"
+        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto"
     )
 
 
-def _bisect(f: Tensor, realization: Realization, norm: Tensor, tolerance: float, low: int, high: int) -> int:
+def _bisect(problem: Problem, realization: Realization, tolerance: float, low: int, high: int) -> int:
     """The smallest order above ``low`` that meets the tolerance; ``high`` does."""
     while high - low > 1:
         middle = (low + high) // 2
-        if _error(f, realization, middle, norm) <= tolerance:
+        if _error(problem, realization, middle) <= tolerance:
             high = middle
         else:
             low = middle
     return high
 
 
-def _error(f: Tensor, realization: Realization, order: int, norm: Tensor) -> float:
+def _error(problem: Problem, realization: Realization, order: int) -> float:
     """Relative error of the best fit at an order, of the worst problem: what the states don't span."""
+    f = problem.f
     basis = torch.linalg.qr(realization.states(order, f.shape[2]))[0]
     missed = (f - (f @ basis) @ basis.transpose(1, 2)).square().sum((1, 2))
-    left_out = (norm.square() - f.square().sum((1, 2))).clamp(min=0)
+    left_out = (problem.norm.square() - f.square().sum((1, 2))).clamp(min=0)
     tiny = torch.finfo(torch.float64).tiny
-    return float(((missed + left_out) / norm.square().clamp(min=tiny)).max().sqrt())
+    return float(((missed + left_out) / problem.whole.square().clamp(min=tiny)).max().sqrt())
 
 
 def _shared(realization: Realization, order: int, k: Tensor) -> SSMParams:
@@ -192,6 +220,31 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
         for parts in (poles, residues)
     ]
     return SSMParams(padded[1].new_zeros(len(padded[1]), 0), *padded)
+
+
+def _behind_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
+    """Residues by least squares on the lags from ``width`` on; the window takes what they leave before.
+
+    Not lam^-P times those of the tail: a pole that is dead by lag P would get a residue as large as its
+    power is small. The singular values that belong to such poles are dropped.
+    """
+    channels = k.shape[0]
+    params = SSMParams(
+        k.new_zeros(channels, width, dtype=torch.float64),
+        poles,
+        k.new_zeros(channels, 2, poles.shape[-1], dtype=torch.float64),
+    )
+    for part, block in channel_blocks(k):
+        own = channels_of(params, part)
+        powers = pole_powers(own.poles, k.shape[1])[..., width:]
+        basis = torch.cat((powers.select(-3, 0), -powers.select(-3, 1)), dim=-2)
+        left, sigma, right = torch.linalg.svd(basis, full_matrices=False)
+        usable = sigma > _SMALLEST_GAIN * sigma[..., :1]
+        inverse = torch.where(usable, 1 / sigma.where(usable, torch.ones_like(sigma)), 0.0)
+        weights = (block[:, None, width:] @ right.mT) * inverse.unsqueeze(-2) @ left.mT
+        params.residues[part] = weights.reshape(-1, 2, poles.shape[-1])
+        params.window[part] = block[:, :width] - taps(channels_of(params, part), width)
+    return params
 
 
 def _modal(realization: Realization, order: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks
+from tnnlm.conversion.blocks import channel_blocks, channels_of
+from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -40,23 +41,47 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
     rate = torch.ones(channels, dtype=torch.float64, device=k.device) if decay is None else decay.double()
     if not bool(((rate > 0) & (rate <= 1)).all()):
         raise ValueError("etsc needs decays in (0, 1]")
-    # Angles come from a float64 arange: an integer one makes them complex64, good to 2e-4 only.
-    modes = torch.arange(1, (n + 1) // 2 + 1, dtype=torch.float64, device=k.device)
-    weight = torch.full_like(modes, 2.0 / (n + 1))
-    angle = 2 * math.pi * modes / (n + 1)
-    real, imag = torch.cos(angle), torch.sin(angle)
+    unit = roots_of_unity(n + 1, k.device)[:, 1:]
+    weight = torch.full_like(unit[0], 2.0 / (n + 1))
     if n % 2 == 1:
         # n + 1 is even: the last mode is the real pole -1, which has no partner.
-        weight[-1], real[-1], imag[-1] = 1.0 / (n + 1), -1.0, 0.0
-    residues = k.new_empty(channels, 2, len(modes))
-    for part, block in channel_blocks(k):
-        t = _undecayed(block, rate[part])
-        spectrum = torch.fft.rfft(torch.cat((t, -t.sum(1, keepdim=True)), dim=1))[:, 1:] * weight
-        residues[part] = torch.view_as_real(spectrum).transpose(1, 2)
-    unit = torch.stack((real, imag))
+        weight[-1] = 1.0 / (n + 1)
     shared = bool((rate == rate[0]).all())
     poles = unit * rate[0] if shared else unit * rate[:, None, None]
-    return SSMParams(k.new_zeros(channels, 0), poles, residues)
+    params = SSMParams(k.new_zeros(channels, 0), poles, k.new_zeros(channels, 2, len(weight)))
+    for part, block in channel_blocks(k):
+        params.residues[part] = _residues(block, rate[part], weight)
+        if k.dtype == torch.float64:
+            # Poles are off by rounding, and lag n multiplies that: one step of iterative refinement
+            # fits the residues to the poles as they are. In float32 their own rounding is larger.
+            rest = block - ssm.taps(channels_of(params, part), n)
+            params.residues[part] += _residues(rest, rate[part], weight)
+    return params
+
+
+def _residues(k: Tensor, rate: Tensor, weight: Tensor) -> Tensor:
+    """Planes (E, 2, N): the balanced, un-decayed taps' discrete Fourier transform, a pair counted once."""
+    t = _undecayed(k, rate)
+    spectrum = torch.fft.rfft(torch.cat((t, -t.sum(1, keepdim=True)), dim=1))[:, 1:] * weight
+    return torch.view_as_real(spectrum).transpose(1, 2)
+
+
+def roots_of_unity(n: int, device: torch.device | None = None) -> Tensor:
+    """cos and sin of 2 pi m / n for m = 0 .. n // 2 as planes (2, n // 2 + 1), to the last digit of float64.
+
+    The angle itself is rounded at most at pi / 4: integers fold it into the first octant. Rounding
+    2 pi m / n directly costs three times as much, and an integer ``arange`` times a complex number is
+    complex64, good to 2e-4 only.
+    """
+    m = torch.arange(n // 2 + 1, device=device)
+    # In eighths of a turn, m = 8 m / n of them: odd octants are counted back from their end.
+    octant = 8 * m // n
+    folded = torch.where(octant % 2 == 0, 8 * m - octant * n, (octant + 1) * n - 8 * m)
+    angle = folded.double() * (math.pi / 4) / n
+    near, far = torch.cos(angle), torch.sin(angle)
+    swapped = (octant == 1) | (octant == 2)
+    cos, sin = torch.where(swapped, far, near), torch.where(swapped, near, far)
+    return torch.stack((torch.where(octant >= 2, -cos, cos), sin))
 
 
 def _undecayed(k: Tensor, rate: Tensor) -> Tensor:

@@ -87,13 +87,19 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
         raise UserError(f"poles {recipe.poles!r}: must be shared or channel")
     if recipe.order is not None and not 1 <= recipe.order <= lags:
         raise UserError(f"order {recipe.order}: must be from 1 to the horizon, {lags}")
+    if not 0 <= recipe.window_taps < lags:
+        raise UserError(f"window taps {recipe.window_taps}: must be from 0 to below the horizon, {lags}")
+    if recipe.method == "balanced" and recipe.order is not None and recipe.order <= recipe.window_taps:
+        raise UserError(f"order {recipe.order}: must be above the {recipe.window_taps} window taps it counts")
     if not 0 < recipe.tolerance < 1:
         raise UserError(f"tolerance {recipe.tolerance:g}: must be above 0 and below 1")
 
 
 def _balanced(k: Tensor, recipe: ConversionConfig, poles: str) -> SSMParams:
     """Balanced, and measured once more as it is stored: float32 can't hold every tolerance."""
-    params = balanced(k, order=recipe.order, tolerance=recipe.tolerance, poles=poles)
+    params = balanced(
+        k, order=recipe.order, tolerance=recipe.tolerance, poles=poles, window_taps=recipe.window_taps
+    )
     stored = ssm.to_dtype(params, k.dtype)
     if recipe.order is None:
         reached = relative_error(k, stored)
@@ -101,7 +107,8 @@ def _balanced(k: Tensor, recipe: ConversionConfig, poles: str) -> SSMParams:
             kept = str(k.dtype).removeprefix("torch.")
             raise UserError(
                 f"tolerance {recipe.tolerance:g} can't be met: stored in {kept}, order "
-                f"{ssm.order(stored)} leaves a relative error of {reached:.1e}; raise the tolerance"
+                f"{ssm.order(stored)} leaves a relative error of {reached:.1e}; raise the tolerance, "
+                "or give window taps"
             )
     return stored
 

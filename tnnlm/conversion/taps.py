@@ -25,6 +25,7 @@ def convert_taps(
     horizon: int | None = None,
     decay: float | Tensor | ArrayLike | None = None,
     poles: str = "shared",
+    window_taps: int = 0,
     **options: Any,
 ) -> tuple[SSMParams, ConversionReport]:
     """Turn the taps of any long convolution into a linear recurrence.
@@ -38,6 +39,7 @@ def convert_taps(
         horizon: lags to match; the rest of ``k`` is only compared with. None: all of them.
         decay: factor per lag, one or one per channel, that ETSC moves into the poles.
         poles: ``shared`` by all channels, or a set per ``channel``.
+        window_taps: first lags that ``balanced`` keeps exactly, in a window of the last inputs.
         options: more fields of :class:`tnnlm.config.ConversionConfig`.
 
     Returns:
@@ -59,7 +61,9 @@ def convert_taps(
     lags = taps.shape[1] if horizon is None else horizon
     if not 1 <= lags <= taps.shape[1]:
         raise UserError(f"horizon {lags}: must be from 1 to the number of taps, {taps.shape[1]}")
-    recipe = ConversionConfig(method=method, tolerance=tolerance, order=order, poles=poles, **options)
+    recipe = ConversionConfig(
+        method=method, tolerance=tolerance, order=order, poles=poles, window_taps=window_taps, **options
+    )
     with torch.no_grad():
         converted = convert(taps[:, :lags], _per_channel(decay, taps), recipe)
         return converted.params, certify(taps, converted, lags)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,20 +176,25 @@ def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tup
 def taps(params: SSMParams, length: int) -> Tensor:
     """The effective taps k^[i] = h[i] + Re sum_m c[m] lam[m]^i, (E, ``length``), in float64.
 
-    What a conversion is judged by: computed from the stored numbers, so rounding shows.
+    What a conversion is judged by: computed from the stored numbers, so rounding shows, and with
+    powers in the CPU's widest type, so that their own rounding does not.
     """
     channels = params.window.shape[0]
-    block = min(length, max(64, _POWERS_BYTES // (16 * params.poles[..., 0, :].numel() + 1)))
-    powers = pole_powers(params.poles, block + 1)
-    turn = torch.complex(*powers[..., block].unbind(-2))
-    c = params.residues.double()
-    k = c.new_empty(channels, length)
+    wanted = min(length, max(64, _POWERS_BYTES // (16 * params.poles[..., 0, :].numel() + 1)))
+    squares = [torch.complex(*params.poles.double().cpu().unbind(-2)).numpy().astype(np.clongdouble)]
+    while 1 << (len(squares) - 1) < wanted:
+        squares.append(squares[-1] * squares[-1])
+    block, turn = 1 << (len(squares) - 1), squares[-1]
+    powers = _power_table(_as_tensors(squares[:-1] or squares, params.poles.device), block)
+    residues = torch.complex(*params.residues.double().unbind(-2))
+    k = powers.new_empty(channels, length)
     # In blocks, the residues turned on by lam^block each time: memory stays at one block of powers.
+    c, turned = residues, np.ones_like(turn)
     for start in range(0, length, block):
         stop = min(start + block, length)
-        k[:, start:stop] = _mode_taps(c, powers[..., : stop - start])
-        turned = torch.complex(*c.unbind(-2)) * turn
-        c = torch.stack((turned.real, turned.imag), dim=-2)
+        k[:, start:stop] = _mode_taps(torch.stack((c.real, c.imag), dim=-2), powers[..., : stop - start])
+        turned = turned * turn
+        c = residues * _as_tensors([turned], residues.device)[0]
     width = min(length, params.window.shape[1])
     k[:, :width] += params.window[:, :width].double()
     return k
@@ -197,17 +203,26 @@ def taps(params: SSMParams, length: int) -> Tensor:
 def pole_powers(poles: Tensor, length: int) -> Tensor:
     """lam^0 .. lam^(length-1) as planes, (2, N, length) or (E, 2, N, length), in float64.
 
-    By repeated doubling: each power is a product of at most log2(length) factors, so the
-    error stays at float64 rounding instead of growing with the exponent.
+    By repeated squaring: a square's rounding doubles with the next, and is length float64 roundings
+    in the end.
     """
-    lam = torch.complex(*poles.double().unbind(-2))
-    powers = torch.ones((*lam.shape, 1), dtype=lam.dtype, device=lam.device)
-    square = lam.unsqueeze(-1)
-    while powers.shape[-1] < length:
-        powers = torch.cat((powers, powers * square), dim=-1)
-        square = square * square
+    squares = [torch.complex(*poles.double().unbind(-2))]
+    while 1 << len(squares) < length:
+        squares.append(squares[-1] * squares[-1])
+    return _power_table(squares, length)
+
+
+def _power_table(squares: list[Tensor], length: int) -> Tensor:
+    """lam^0 .. lam^(length-1) as planes from lam^(2^j), j = 0, 1, ..."""
+    powers = torch.ones((*squares[0].shape, 1), dtype=squares[0].dtype, device=squares[0].device)
+    for square in squares:
+        powers = torch.cat((powers, powers * square.unsqueeze(-1)), dim=-1)
     powers = powers[..., :length]
     return torch.stack((powers.real, powers.imag), dim=-3)
+
+
+def _as_tensors(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    return [torch.from_numpy(array.astype(np.complex128)).to(device) for array in arrays]
 
 
 def _mode_taps(residues: Tensor, powers: Tensor) -> Tensor:
