@@ -8,7 +8,8 @@ Examples:
   python convert.py runs/demo --method etsc --out runs/demo/etsc
 
 Methods: balanced (few poles within a tolerance), etsc (exact, as published), window (the last inputs
-themselves), auto (the smallest of these that meets the tolerance, per layer), gradient (fitted by Adam).
+themselves), companion (the recurrence that an rtf kernel has by itself), auto (the smallest of these that
+meets the tolerance, per layer), gradient (fitted by Adam).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 import convert as convert_script
 import generate as generate_script
 import train as train_script
-from tnnlm.config import ModelConfig, TNOConfig
+from tnnlm.config import KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
 from tnnlm.model import CausalLM
 
@@ -21,6 +21,14 @@ ROOT = Path(__file__).parents[1]
 """of the repository"""
 
 SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generate_script}
+
+
+FAMILIES: dict[str, Callable[[], KernelConfig]] = {
+    "tno": lambda: TNOConfig(rpe_dim=8, rpe_layers=2),
+    "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
+    "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
+}
+"""settings of a small kernel of every family"""
 
 
 class Result(NamedTuple):
@@ -44,7 +52,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def tiny_config(**changes: object) -> ModelConfig:
     """A model of a few thousand parameters."""
     settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
-    return ModelConfig(**{**settings, "kernel": TNOConfig(rpe_dim=8, rpe_layers=2), **changes})
+    return ModelConfig(**{**settings, "kernel": FAMILIES["tno"](), **changes})
 
 
 @pytest.fixture

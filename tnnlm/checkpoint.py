@@ -28,7 +28,8 @@ from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.model import CausalLM
 from tnnlm.modules import RecurrentConv
-from tnnlm.ops.ssm import SSMParams
+from tnnlm.ops import recurrence
+from tnnlm.ops.recurrence import Params
 from tnnlm.tokenizer import TextTokenizer
 
 ENTRY = "tnnlm"
@@ -44,7 +45,7 @@ class AttachedSSM:
 
     method: str
     horizon: int
-    layers: list[SSMParams]
+    layers: list[Params]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
     check_tokenizer(tokenizer, model, path)
     attached = entry["ssm"]
     ssm = attached and AttachedSSM(
-        attached["method"], attached["horizon"], [SSMParams(**layer) for layer in attached["layers"]]
+        attached["method"],
+        attached["horizon"],
+        [recurrence.from_tensors(layer) for layer in attached["layers"]],
     )
     return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
 
@@ -202,9 +205,10 @@ def load_converted(folder: Path) -> ConvertedModel:
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged ({str(error).splitlines()[0]}); convert again") from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
+    # Without its kernels: code that a user registered need not be here.
+    convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
     with torch.device("meta"):
-        model = CausalLM(model_config)
-    model = attach(model, [_layer_params(tensors, index, folder) for index in range(model_config.n_layers)])
+        model = CausalLM(model_config, convs).eval().requires_grad_(False)
     _load_weights(model, tensors, folder)
     check_tokenizer(tokenizer, model, folder)
     if tokenizer.fingerprint != fingerprint:
@@ -227,7 +231,7 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
 
 def attached_ssm(layers: list[Converted], method: str, horizon: int) -> AttachedSSM:
     """Recurrences on the CPU, as a checkpoint stores them."""
-    params = [SSMParams(*(t.detach().cpu() for t in layer.params)) for layer in layers]
+    params = [type(layer.params)(*(t.detach().cpu() for t in layer.params)) for layer in layers]
     return AttachedSSM(method, horizon, params)
 
 
@@ -243,10 +247,11 @@ def check_tokenizer(tokenizer: TextTokenizer, model: CausalLM, where: Path) -> N
         )
 
 
-def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> SSMParams:
+def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Params:
     prefix = f"blocks.{index}.mixer.conv."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     try:
-        return SSMParams(*(tensors[prefix + name] for name in SSMParams._fields))
+        return recurrence.from_tensors(own)
     except KeyError as error:
         raise CheckpointError(f"{folder}: model.safetensors has no {error}; convert again") from None
 

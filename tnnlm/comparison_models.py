@@ -23,7 +23,7 @@ from tnnlm.conversion.methods import relative_error
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
-from tnnlm.ops import ssm
+from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.packing import PackedRows
 
@@ -108,7 +108,7 @@ def _describe(
     if form is None:
         return row
     layers = recurrences(form)
-    row["state_bytes"] = sum(ssm.state_bytes(params) for params in layers)
+    row["state_bytes"] = sum(recurrence.state_bytes(params) for params in layers)
     with torch.no_grad():
         taps = [kernel(max(trained, EXTENT * horizon)) for kernel in kernels(model)]
     for key, lags in (("error", trained), ("error_past", None)):

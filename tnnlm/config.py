@@ -28,6 +28,8 @@ class KernelConfig:
 
     name: str = "tno"
     """which kernel; see tnnlm/kernels"""
+    module: str | None = None
+    """a Python file or module that registers this kernel; null: one of the package's own"""
 
 
 @dataclass(kw_only=True)
@@ -42,8 +44,37 @@ class TNOConfig(KernelConfig):
     """its hidden layers"""
 
 
-KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {"tno": TNOConfig}
-"""settings of each kernel, by name"""
+@dataclass(kw_only=True)
+class SGConvConfig(KernelConfig):
+    """SGConv: sub-kernels stretched over ever longer lags, each fainter than the one before."""
+
+    kernel_dim: int = number(16, low=1, high=65_536)
+    """parameters of each sub-kernel; the first two span as many lags, the next twice as many ..."""
+    decay_min: float = number(2.0, low=1, high=100)
+    """amplitude of a scale over that of the next, of the first channel"""
+    decay_max: float = number(2.0, low=1, high=100)
+    """and of the last; evenly spaced between"""
+    length: int | None = number(None, low=1, high=1 << 24)
+    """lags of the whole kernel, zero from there on; null: the training length"""
+
+
+@dataclass(kw_only=True)
+class RTFConfig(KernelConfig):
+    """RTF: a rational transfer function, numerator over denominator."""
+
+    state_size: int = number(16, low=1, high=65_536)
+    """n, the degree of both; below the training length"""
+    denominators: int | None = number(None, low=1, high=1_000_000)
+    """how many denominators, each for as many channels; null: one per channel"""
+    init: str = choice("zero", "zero", "xavier")
+    """zero: the identity, h0 = 1; xavier: uniform in both"""
+    constraint: str = choice("none", "none", "montel")
+    """montel: coefficients of a denominator sum to less than 1 in modulus, so that no pole leaves the
+    unit circle"""
+
+
+KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {}
+"""settings of each kernel, by name; filled by ``tnnlm.kernels.register_kernel``"""
 
 
 @dataclass(kw_only=True)
@@ -174,9 +205,10 @@ class CheckpointConfig:
 class ConversionConfig:
     """How checkpoints become recurrences."""
 
-    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "gradient")
+    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
     """balanced: few poles within a tolerance; etsc: exact, as published; window: the last inputs
-    themselves; auto: the smallest of these three; gradient: fitted by Adam, the slow baseline"""
+    themselves; companion: the kernel's own recurrence, where it has one (rtf); auto: the smallest of
+    these; gradient: fitted by Adam, the slow baseline"""
     horizon: Union[int, str] = "auto"  # noqa: UP007
     """lags that must be right; auto: until the kernel's remaining energy is float32 rounding"""
     tolerance: float = number(1e-3, above=0, high=0.999)

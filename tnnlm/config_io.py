@@ -7,8 +7,12 @@ defaults < yaml < command line. Unknown keys, wrong types and values out of boun
 from __future__ import annotations
 
 import difflib
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnnlm.config import KERNEL_SCHEMAS, Config, ModelConfig
+from tnnlm.config import KERNEL_SCHEMAS, Config, KernelConfig, ModelConfig
 from tnnlm.errors import ConfigError
 
 
@@ -41,8 +45,16 @@ def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
 
 
 def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
-    """The ``model`` group alone, as converted models store it."""
-    return config_from_dict({"model": data}, where).model
+    """The ``model`` group alone, as converted models store it.
+
+    Of the kernel only its name and module are kept: a converted model has none, and what
+    registered it need not be here.
+    """
+    kernel = data["kernel"]
+    rest = {key: value for key, value in data.items() if key != "kernel"}
+    config = config_from_dict({"model": rest}, where).model
+    config.kernel = KernelConfig(name=str(kernel["name"]), module=kernel.get("module"))
+    return config
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -65,11 +77,24 @@ def _merge(layers: list[tuple[DictConfig, str]]) -> Config:
 
 def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     schema = OmegaConf.structured(Config)
-    name = "tno"
+    name, module = "tno", None
+    names = []
     for layer, where in layers:
-        name = _kernel_name(layer, where) or name
+        name = _kernel_setting(layer, "name", where) or name
+        module = _kernel_setting(layer, "module", where) or module
+        names.append(name)
+    # Who names another kernel on the command line has no use for the file's settings of the first.
+    for (layer, _), meant in zip(layers, names, strict=True):
+        if meant != name and "model" in layer:
+            layer.model.pop("kernel", None)
+    import_module("tnnlm.kernels")
+    if module is not None:
+        _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
-        raise ConfigError(f"model.kernel.name={name}: unknown kernel; there is {', '.join(KERNEL_SCHEMAS)}")
+        raise ConfigError(
+            f"model.kernel.name={name}: unknown kernel; there is {', '.join(KERNEL_SCHEMAS)}; "
+            "model.kernel.module=FILE names the file of another one"
+        )
     schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
     for layer, where in layers:
         _check_keys(layer, schema, "", where)
@@ -122,7 +147,31 @@ def _as_dict_config(data: Any, where: str) -> DictConfig:
     return node
 
 
-def _kernel_name(layer: DictConfig, where: str) -> str | None:
+def _import_kernel(module: str) -> None:
+    """Run the file, or import the module, in which a user registers a kernel; a file only once."""
+    name = module
+    try:
+        if module.endswith(".py"):
+            path = Path(module).resolve()
+            name = f"tnnlm_kernel_{path.stem}_{zlib.crc32(bytes(path)):08x}"
+            if name in sys.modules:
+                return
+            spec = spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            loaded = module_from_spec(spec)
+            # Before it runs: dataclasses look their module up.
+            sys.modules[name] = loaded
+            spec.loader.exec_module(loaded)
+        else:
+            import_module(module)
+    except Exception as error:  # whatever the user's file raises
+        sys.modules.pop(name, None)
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError(f"model.kernel.module={module}: can't be imported ({reason})") from error
+
+
+def _kernel_setting(layer: DictConfig, setting: str, where: str) -> str | None:
     node: Any = layer
     for key in ("model", "model.kernel"):
         node = node.get(key.rpartition(".")[2])
@@ -130,8 +179,8 @@ def _kernel_name(layer: DictConfig, where: str) -> str | None:
             return None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{key}={node}: expected a group of settings, {key}.NAME=... ({where})")
-    name = node.get("name")
-    return None if name is None else str(name)
+    value = node.get(setting)
+    return None if value is None else str(value)
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) -> None:

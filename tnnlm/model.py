@@ -6,6 +6,7 @@ projection, so decoding can't drift from training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from tnnlm.config import ModelConfig
 from tnnlm.kernels import build_kernel
-from tnnlm.modules import GLU, Block, GatedMixer, LongConv, SimpleRMSNorm
-from tnnlm.ops.ssm import SSMState
+from tnnlm.modules import GLU, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
+from tnnlm.ops.recurrence import State
 
 
 class ModelState(NamedTuple):
     """What is carried between tokens: one convolution state per layer."""
 
-    layers: tuple[SSMState, ...]
+    layers: tuple[State, ...]
 
 
 class CausalLM(nn.Module):
@@ -29,20 +30,26 @@ class CausalLM(nn.Module):
     Training rows are packed: an eos stands between documents, and the convolution reads across it.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, convs: Sequence[LongConv | RecurrentConv] | None = None) -> None:
+        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names."""
         super().__init__()
         self.config = config
         d_inner = config.expand * config.d_model
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
+        if convs is None:
+            convs = [
+                LongConv(build_kernel(config.kernel, d_inner, config.max_length))
+                for _ in range(config.n_layers)
+            ]
         self.blocks = nn.ModuleList(
             Block(
-                GatedMixer(config.d_model, d_inner, LongConv(build_kernel(config.kernel, d_inner))),
+                GatedMixer(config.d_model, d_inner, conv),
                 GLU(config.d_model, config.glu_dim or config.d_model),
                 config.dropout,
             )
-            for _ in range(config.n_layers)
+            for conv in convs
         )
         self.norm = SimpleRMSNorm()
 

@@ -11,7 +11,7 @@ import torch
 from tnnlm.conversion.convert import recurrences
 from tnnlm.errors import UserError
 from tnnlm.generation import MAX_NEW_TOKENS, Context, Continuation, Sampling, TextGenerator
-from tnnlm.ops.ssm import state_bytes
+from tnnlm.ops.recurrence import state_bytes
 from tnnlm.runs import load_for_decoding
 
 

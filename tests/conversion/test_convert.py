@@ -18,7 +18,6 @@ from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import ssm
-from tnnlm.ops.ssm import SSMState
 
 LENGTH = 40
 EXACT = ("etsc", "window")
@@ -32,41 +31,6 @@ def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple
     return torch.stack(outputs, dim=1), state
 
 
-def assert_same_state(a: ModelState, b: ModelState, atol: float) -> None:
-    for left, right in zip(a.layers, b.layers, strict=True):
-        for x, y in zip(left, right, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_step_and_prefill_match_forward(tiny_model: CausalLM, method: str) -> None:
-    converted = convert_model(tiny_model, method=method, horizon=LENGTH)
-    tokens = torch.randint(300, (3, LENGTH))
-    expected = tiny_model(tokens)
-    prefilled, after_prefill = converted.prefill(tokens, converted.init_state(3))
-    stepped, after_steps = run_steps(converted, tokens, converted.init_state(3))
-    torch.testing.assert_close(prefilled, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(stepped, expected, rtol=0, atol=1e-9)
-    assert_same_state(after_prefill, after_steps, 1e-9)
-    torch.testing.assert_close(converted(tokens), expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("chunk", [1, 2, 7, LENGTH])
-def test_prefill_in_any_split_goes_on_from_a_warm_state(
-    tiny_model: CausalLM, method: str, chunk: int
-) -> None:
-    converted = convert_model(tiny_model, method=method, horizon=2 * LENGTH)
-    tokens = torch.randint(300, (2, 2 * LENGTH))
-    expected = tiny_model(tokens)[:, LENGTH:]
-    _, state = converted.prefill(tokens[:, :LENGTH], converted.init_state(2))
-    outputs = []
-    for part in tokens[:, LENGTH:].split(chunk, dim=1):
-        logits, state = converted.prefill(part, state)
-        outputs.append(logits)
-    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-9)
-
-
 @pytest.mark.parametrize("method", EXACT)
 def test_step_matches_forward_in_float32(method: str) -> None:
     model = CausalLM(tiny_config(d_model=32)).eval()
@@ -74,41 +38,6 @@ def test_step_matches_forward_in_float32(method: str) -> None:
     tokens = torch.randint(300, (2, 64))
     stepped, _ = run_steps(converted, tokens, converted.init_state(2))
     torch.testing.assert_close(stepped, model(tokens), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_padded_batch_equals_single_prompts(tiny_model: CausalLM, method: str) -> None:
-    converted = convert_model(tiny_model, method=method, horizon=LENGTH)
-    tokens, lengths = torch.randint(300, (3, 12)), torch.tensor([12, 5, 1])
-    for warm in (False, True):
-        state = converted.init_state(3)
-        if warm:
-            _, state = converted.prefill(torch.randint(300, (3, 9)), state)
-        logits, after = converted.prefill(tokens, state, lengths)
-        for row, length in enumerate(lengths.tolist()):
-            start = ModelState(tuple(SSMState(*(p[row : row + 1] for p in layer)) for layer in state.layers))
-            single, last = converted.prefill(tokens[row : row + 1, :length], start)
-            torch.testing.assert_close(logits[row : row + 1, :length], single, rtol=0, atol=1e-9)
-            ended = ModelState(tuple(SSMState(*(p[row : row + 1] for p in layer)) for layer in after.layers))
-            assert_same_state(ended, last, 1e-9)
-
-
-@pytest.mark.parametrize("method", ["balanced", "auto", "gradient"])
-def test_step_and_prefill_of_a_reduced_model_match(method: str) -> None:
-    model = CausalLM(tiny_config()).double().eval()
-    options = {"order": 6, "gradient_steps": 3} if method == "gradient" else {}
-    converted = convert_model(model, method=method, **options)
-    tokens = torch.randint(300, (2, LENGTH))
-    expected = converted(tokens)
-    stepped, after_steps = run_steps(converted, tokens, converted.init_state(2))
-    torch.testing.assert_close(stepped, expected, rtol=0, atol=1e-9)
-    for chunk in (1, 7, LENGTH):
-        outputs, state = [], converted.init_state(2)
-        for part in tokens.split(chunk, dim=1):
-            logits, state = converted.prefill(part, state)
-            outputs.append(logits)
-        torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-9)
-        assert_same_state(state, after_steps, 1e-9)
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
@@ -127,43 +56,12 @@ def test_balanced_meets_its_tolerance_at_the_horizon_and_at_8_times_the_training
         assert ssm.order(params) <= 64
 
 
-def test_inactive_rows_keep_their_state(tiny_model: CausalLM) -> None:
-    converted = convert_model(tiny_model, horizon=LENGTH)
-    _, state = converted.prefill(torch.randint(300, (2, 9)), converted.init_state(2))
-    _, after = converted.step(torch.randint(300, (2,)), state, torch.tensor([False, True]))
-    for old, new in zip(state.layers, after.layers, strict=True):
-        assert torch.equal(old.real[0], new.real[0])
-        assert not torch.equal(old.real[1], new.real[1])
-
-
 def test_prefill_keeps_only_the_last_logits(tiny_model: CausalLM) -> None:
     converted = convert_model(tiny_model, horizon=LENGTH)
     tokens = torch.randint(300, (2, 9))
     every, _ = converted.prefill(tokens, converted.init_state(2))
     last, _ = converted.prefill(tokens, converted.init_state(2), keep=1)
     torch.testing.assert_close(last, every[:, -1:])
-
-
-def test_forward_and_recurrence_are_causal(tiny_model: CausalLM) -> None:
-    converted = convert_model(tiny_model, horizon=LENGTH)
-    tokens = torch.randint(300, (1, LENGTH))
-    changed = tokens.clone()
-    changed[:, 25:] = (changed[:, 25:] + 1) % 300
-    for model in (tiny_model, converted):
-        torch.testing.assert_close(model(changed)[:, :25], model(tokens)[:, :25], rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_casts_never_touch_poles_residues_and_state(method: str) -> None:
-    model = CausalLM(tiny_config()).eval()
-    converted = convert_model(model, method=method, horizon=LENGTH)
-    before = {name: buffer.clone() for name, buffer in converted.named_buffers()}
-    for cast in (torch.bfloat16, torch.float16, torch.float32):
-        converted.to(cast)
-        for name, buffer in converted.named_buffers():
-            assert torch.equal(buffer, before[name]), name
-            assert buffer.dtype == before[name].dtype
-    assert converted.init_state(1).layers[0].real.dtype == torch.float32
 
 
 def test_autocast_leaves_the_recurrence_in_float32() -> None:

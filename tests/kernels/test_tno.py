@@ -26,7 +26,7 @@ def test_tno_taps_are_the_published_formula() -> None:
 
 
 def test_tno_is_registered_and_has_frozen_decays() -> None:
-    kernel = build_kernel(TNOConfig(decay=0.97), 6)
+    kernel = build_kernel(TNOConfig(decay=0.97), 6, 32)
     assert isinstance(kernel, TNOKernel)
     assert kernel.decay is not None
     assert kernel.decay.shape == (6,)

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks, channels_of
+from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.hankel import compress, hankel_svd
 from tnnlm.errors import UserError
-from tnnlm.ops.ssm import SSMParams, pole_powers, taps
+from tnnlm.ops.ssm import SSMParams, channels_of, pole_powers, taps
 
 RANK = 128
 """combinations of channels that choose the poles"""
@@ -70,15 +70,15 @@ class Realization:
         return torch.linalg.solve(vectors, vectors * inside.unsqueeze(1), left=False).real
 
 
-def realize(f: Tensor, max_order: int) -> Realization:
+def realize(f: Tensor, max_order: int, finite: bool = False) -> Realization:
     """States of the taps f (G, R, T) up to ``max_order``.
 
-    Taps that have died out by T are taken as zero from there on. Of others nothing is assumed:
-    half of them are outputs that the other half predicts, and A is fitted by least squares.
+    Taps that have died out by T, or are ``finite``, are taken as zero from there on. Of others nothing
+    is assumed: half of them are outputs that the other half predicts, and A is fitted by least squares.
     """
     length = f.shape[2]
     energy = f.square().sum((0, 1))
-    dead = bool(energy[-max(1, length // 8) :].sum() <= 1e-6 * energy.sum())
+    dead = finite or bool(energy[-max(1, length // 8) :].sum() <= 1e-6 * energy.sum())
     columns = length if dead else max(1, length // 2)
     # As many states as columns would leave the shift undetermined.
     largest = max_order if dead else max(1, min(max_order, columns // 2))
@@ -98,6 +98,7 @@ def balanced(
     tolerance: float = 1e-3,
     poles: str = "shared",
     window_taps: int = 0,
+    finite: bool = False,
 ) -> SSMParams:
     """Reduce taps to a recurrence of small order.
 
@@ -110,6 +111,7 @@ def balanced(
         poles: ``shared`` by all channels, or one set per ``channel`` for kernels whose channels
             have nothing in common.
         window_taps: P < T, the first lags that a window of the last inputs takes over exactly.
+        finite: whether the taps are zero from T on even if the last ones are not small.
 
     Returns:
         parameters in float64.
@@ -122,7 +124,7 @@ def balanced(
     if poles == "shared":
         # The whole is one problem: norms of all channels together.
         norms = [torch.stack([block.norm() for _, block in channel_blocks(x)]).norm() for x in (tail, k)]
-        problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None])
+        problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None], finite)
         realization, n = _fit(problem, modes, tolerance)
         params = _shared(realization, n, tail)
     else:
@@ -130,7 +132,7 @@ def balanced(
         fits = []
         for whole in k.split(width):
             f = whole[:, None, window_taps:].double()
-            problem = Problem(f, f.flatten(1).norm(dim=1), whole.double().norm(dim=1))
+            problem = Problem(f, f.flatten(1).norm(dim=1), whole.double().norm(dim=1), finite)
             fits.append((f, *_fit(problem, modes, tolerance)))
         n = max(found for _, _, found in fits)
         params = _per_channel([(f, realization) for f, realization, _ in fits], n)
@@ -146,16 +148,17 @@ class Problem(NamedTuple):
     """(G,) of those taps, before they were combined"""
     whole: Tensor
     """(G,) of all taps: what errors are relative to"""
+    finite: bool
 
 
 def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realization, int]:
     """A realization and the order to use."""
     if order is not None:
-        realization = realize(problem.f, order)
+        realization = realize(problem.f, order, problem.finite)
         return realization, min(order, realization.start.shape[1])
     tried, below, reached = 0, 0, 1.0
     for limit in (32, MAX_ORDER):
-        realization = realize(problem.f, limit)
+        realization = realize(problem.f, limit, problem.finite)
         largest = realization.start.shape[1]
         # Upwards: states beyond the taps' own rank are noise, and fit worse.
         while tried < largest:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tnnlm.ops.ssm import SSMParams
-
 CHANNELS = 256
 """channels that are held in float64 at a time"""
 
@@ -17,9 +15,3 @@ def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, k.shape[0], CHANNELS):
         part = slice(start, min(start + CHANNELS, k.shape[0]))
         yield part, k[part].double()
-
-
-def channels_of(params: SSMParams, part: slice) -> SSMParams:
-    """The recurrence of some channels alone."""
-    poles = params.poles if params.poles.dim() == 2 else params.poles[part]
-    return SSMParams(params.window[part], poles, params.residues[part])

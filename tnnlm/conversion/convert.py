@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from tnnlm.config import ConversionConfig
-from tnnlm.conversion.horizon import auto_horizon
-from tnnlm.conversion.methods import Converted, convert
+from tnnlm.conversion.horizon import ROUNDING, auto_horizon, tail_energy
+from tnnlm.conversion.methods import Converted, Source, convert
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM
 from tnnlm.modules import LongConv, RecurrentConv
-from tnnlm.ops.ssm import SSMParams
+from tnnlm.ops.recurrence import Params
 
 
 def convert_kernel(
@@ -30,7 +30,10 @@ def convert_kernel(
         UserError: for taps that are not finite, and settings that don't fit them.
     """
     with torch.no_grad():
-        return convert(kernel(horizon), kernel.decay, recipe, progress)
+        k = kernel(2 * horizon)
+        finite = tail_energy(k, horizon) <= ROUNDING**2
+        source = Source(k[:, :horizon], kernel.decay, kernel.recurrence(), finite)
+        return convert(source, recipe, progress)
 
 
 def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
@@ -58,8 +61,13 @@ def convert_layers(
         UserError: if the model is converted already, or a kernel can't be converted.
     """
     n = model_horizon(model, recipe.horizon)
-    layers = progress(kernels(model), f"{recipe.method}, layers")
-    return n, [convert_kernel(kernel, recipe, n, progress) for kernel in layers]
+    layers = []
+    for index, kernel in enumerate(progress(kernels(model), f"{recipe.method}, layers")):
+        try:
+            layers.append(convert_kernel(kernel, recipe, n, progress))
+        except UserError as error:
+            raise UserError(f"layer {index}: {error}") from None
+    return n, layers
 
 
 def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **options: Any) -> CausalLM:
@@ -77,7 +85,7 @@ def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **opt
     return attach(model, [converted.params for converted in layers])
 
 
-def attach(model: CausalLM, layers: list[SSMParams]) -> CausalLM:
+def attach(model: CausalLM, layers: list[Params]) -> CausalLM:
     """A copy of ``model`` whose long convolutions are replaced by the given recurrences."""
     # Kernels are not copied: the recurrences stand in their place.
     memo = {id(block.mixer.conv): None for block in model.layers}
@@ -100,7 +108,7 @@ def kernels(model: CausalLM) -> list[Kernel]:
     return parallel
 
 
-def recurrences(model: CausalLM) -> list[SSMParams]:
+def recurrences(model: CausalLM) -> list[Params]:
     """The recurrence of every layer of a converted model."""
     found = [block.mixer.conv for block in model.layers]
     return [conv.params for conv in found if isinstance(conv, RecurrentConv)]

@@ -9,58 +9,73 @@ from torch import Tensor
 
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.blocks import channel_blocks, channels_of
+from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
-from tnnlm.ops import ssm
+from tnnlm.ops import recurrence, ssm
+from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
-METHODS = ("balanced", "auto", "etsc", "window", "gradient")
+METHODS = ("balanced", "auto", "etsc", "window", "companion", "gradient")
 
 
 class Converted(NamedTuple):
     """A recurrence, the method that made it, and why that one."""
 
-    params: SSMParams
+    params: Params
     method: str
     reason: str
 
 
-def convert(
-    k: Tensor, decay: Tensor | None, recipe: ConversionConfig, progress: Progress = silent
-) -> Converted:
+class Source(NamedTuple):
+    """What is known of a convolution."""
+
+    k: Tensor
+    """taps (E, T), float32 or float64; all of them count"""
+    decay: Tensor | None = None
+    """per-channel decay (E,) that ETSC moves into the poles"""
+    own: Params | None = None
+    """the recurrence that the kernel has by itself, for ``companion`` and ``auto``"""
+    finite: bool = False
+    """whether the kernel is zero from lag T on, however large its last taps are"""
+
+
+def convert(source: Source, recipe: ConversionConfig, progress: Progress = silent) -> Converted:
     """Convert taps by ``recipe.method``.
 
     Args:
-        k: taps (E, T), float32 or float64; all of them count, whatever ``recipe.horizon`` says.
-        decay: per-channel decay (E,) that ETSC moves into the poles, or None.
+        source: the convolution; ``recipe.horizon`` is not looked at.
         recipe: method, order, tolerance and the like.
         progress: wraps what takes long, for a bar.
 
     Returns:
-        parameters in the dtype of ``k`` (poles in float64).
+        parameters in the dtype of the taps (poles in float64).
 
     Raises:
         UserError: for unusable taps or settings, and for a tolerance that can't be met.
     """
+    k = source.k
     check_taps(k)
     check_recipe(recipe, k.shape[1])
     if recipe.method == "auto":
-        return _auto(k, decay, recipe)
-    if recipe.method == "etsc":
-        params = etsc(k, decay)
+        return _auto(source, recipe)
+    params: Params
+    if recipe.method == "companion":
+        params = _companion(source.own)
+    elif recipe.method == "etsc":
+        params = etsc(k, source.decay)
     elif recipe.method == "window":
         params = window(k)
     elif recipe.method == "balanced":
-        return Converted(_balanced(k, recipe, recipe.poles), recipe.method, "as asked")
+        params = _balanced(source, recipe, recipe.poles)
     else:
         params = gradient(
             k, order=recipe.order or 16, steps=recipe.gradient_steps, lr=recipe.gradient_lr, progress=progress
         )
-    return Converted(ssm.to_dtype(params, k.dtype), recipe.method, "as asked")
+    return Converted(recurrence.to_dtype(params, k.dtype), recipe.method, "as asked")
 
 
 def check_taps(k: Tensor) -> None:
@@ -95,10 +110,16 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
         raise UserError(f"tolerance {recipe.tolerance:g}: must be above 0 and below 1")
 
 
-def _balanced(k: Tensor, recipe: ConversionConfig, poles: str) -> SSMParams:
+def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams:
     """Balanced, and measured once more as it is stored: float32 can't hold every tolerance."""
+    k = source.k
     params = balanced(
-        k, order=recipe.order, tolerance=recipe.tolerance, poles=poles, window_taps=recipe.window_taps
+        k,
+        order=recipe.order,
+        tolerance=recipe.tolerance,
+        poles=poles,
+        window_taps=recipe.window_taps,
+        finite=source.finite,
     )
     stored = ssm.to_dtype(params, k.dtype)
     if recipe.order is None:
@@ -113,28 +134,53 @@ def _balanced(k: Tensor, recipe: ConversionConfig, poles: str) -> SSMParams:
     return stored
 
 
-def relative_error(k: Tensor, params: SSMParams) -> float:
+def relative_error(k: Tensor, params: Params) -> float:
     """||k - k^|| / ||k|| of the stored numbers, on the lags of k (E, T)."""
     squares = torch.zeros(2, dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
-        difference = block - ssm.taps(channels_of(params, part), k.shape[1])
+        difference = block - recurrence.taps(recurrence.channels_of(params, part), k.shape[1])
         squares += torch.stack([x.square().sum() for x in (difference, block)])
     return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
 
-def _auto(k: Tensor, decay: Tensor | None, recipe: ConversionConfig) -> Converted:
+def _companion(own: Params | None) -> Params:
+    """The kernel's own recurrence, if it forgets.
+
+    Raises:
+        UserError: if there is none, or it blows up.
+    """
+    if own is None:
+        raise UserError("this kernel has no recurrence of its own: use --method balanced, auto or window")
+    radius = recurrence.largest_pole(own)
+    if radius >= 1:
+        raise UserError(
+            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would "
+            "blow up; use --method window, or train with model.kernel.constraint=montel"
+        )
+    return own
+
+
+def _auto(source: Source, recipe: ConversionConfig) -> Converted:
     """The cheapest that meets the tolerance: fewest state bytes, then multiply-adds per token."""
-    exact = {"window": ssm.to_dtype(window(k), k.dtype), "etsc": ssm.to_dtype(etsc(k, decay), k.dtype)}
-    candidates = dict(exact)
+    k = source.k
+    candidates: dict[str, Params] = {
+        "window": ssm.to_dtype(window(k), k.dtype),
+        "etsc": ssm.to_dtype(etsc(k, source.decay), k.dtype),
+    }
     failed = ""
+    if source.own is not None:
+        try:
+            candidates["companion"] = recurrence.to_dtype(_companion(source.own), k.dtype)
+        except UserError as error:
+            failed = f"; companion: {str(error).split(';')[0]}"
     for poles in ("shared", "channel"):
         try:
-            candidates["balanced"] = _balanced(k, recipe, poles)
+            candidates["balanced"] = _balanced(source, recipe, poles)
         except UserError as error:
-            failed = f"; balanced with {poles} poles: {str(error).split(';')[0]}{failed}"
+            failed += f"; balanced with {poles} poles: {str(error).split(';')[0]}"
             continue
         break
-    cost = {name: (ssm.state_bytes(params), ssm.multiply_adds(params)) for name, params in candidates.items()}
+    cost = {name: (recurrence.state_bytes(p), recurrence.multiply_adds(p)) for name, p in candidates.items()}
     best = min(cost, key=lambda name: cost[name])
     table = ", ".join(
         f"{name} {size / 1024:,.0f} KiB" for name, (size, _) in sorted(cost.items(), key=lambda i: i[1])

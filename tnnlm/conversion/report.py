@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks, channels_of
+from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.methods import Converted
 from tnnlm.model import CausalLM
-from tnnlm.ops import ssm
+from tnnlm.ops import recurrence
+from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
 EXTENT = 4
@@ -97,7 +98,11 @@ def measure(
     reports = []
     for kernel, converted in zip(kernels(model), layers, strict=True):
         with torch.no_grad():
-            reports.append(certify(kernel(EXTENT * horizon), converted, horizon))
+            k = kernel(EXTENT * horizon)
+        if bool(torch.isfinite(k).all()):
+            reports.append(certify(k, converted, horizon))
+        else:  # a kernel that grows without bound, as one with poles outside the unit circle
+            reports.append(replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0))
     config = model.config
     channels = config.n_layers * config.expand * config.d_model
     published = 2 * ((config.max_length + 1) // 2)
@@ -133,7 +138,7 @@ def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
     error = torch.empty_like(k[:, : 2 * horizon]) if _has_ratio(params, k.shape[1]) else None
     squares, l1_error, tail = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0, 0.0
     for part, block in channel_blocks(k):
-        difference = block - ssm.taps(channels_of(params, part), k.shape[1])
+        difference = block - recurrence.taps(recurrence.channels_of(params, part), k.shape[1])
         if error is not None:
             error[part] = difference[:, : 2 * horizon]
         squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, block)])
@@ -143,25 +148,27 @@ def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
     return ConversionReport(
         method=converted.method,
         reason=converted.reason,
-        order=ssm.order(params),
+        order=recurrence.order(params),
         relative_tap_error=float((squares[0] / squares[1].clamp(min=tiny)).sqrt()),
         l1_error=l1_error,
         tail_energy=tail,
         hankel_ratio=None if error is None else _hankel_ratio(k[:, : 2 * horizon], error, params),
-        largest_pole=ssm.largest_pole(params),
-        state_bytes=ssm.state_bytes(params),
+        largest_pole=recurrence.largest_pole(params),
+        state_bytes=recurrence.state_bytes(params),
     )
 
 
-def _has_ratio(params: SSMParams, lags: int) -> bool:
-    return params.poles.dim() == 2 and 0 < ssm.order(params) < min(LARGEST_RATIO_ORDER, lags // 2)
+def _has_ratio(params: Params, lags: int) -> bool:
+    if not isinstance(params, SSMParams):
+        return False
+    return params.poles.dim() == 2 and 0 < recurrence.order(params) < min(LARGEST_RATIO_ORDER, lags // 2)
 
 
-def _hankel_ratio(k: Tensor, error: Tensor, params: SSMParams) -> float | None:
+def _hankel_ratio(k: Tensor, error: Tensor, params: Params) -> float | None:
     # The half of the Hankel matrix that the taps determine: nothing is assumed past the last one,
     # and no matrix of rank N comes closer than the (N+1)-st singular value of that half either.
     columns = (k.shape[1] + 1) // 2
-    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), ssm.order(params) + 1, columns)[0][0]
+    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), recurrence.order(params) + 1, columns)[0][0]
     leading = compress(error, _RANK, drop=1e-3)
     # Float32 rounding, of the taps or of the residues, is spread over all channels: no few
     # combinations hold it, and its singular values say nothing about the kernel.

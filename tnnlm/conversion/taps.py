@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tnnlm.config import ConversionConfig
-from tnnlm.conversion.methods import check_taps, convert
+from tnnlm.conversion.methods import Source, check_taps, convert
 from tnnlm.conversion.report import ConversionReport, certify
 from tnnlm.errors import UserError
 from tnnlm.ops.ssm import SSMParams
@@ -26,6 +26,7 @@ def convert_taps(
     decay: float | Tensor | ArrayLike | None = None,
     poles: str = "shared",
     window_taps: int = 0,
+    finite: bool = False,
     **options: Any,
 ) -> tuple[SSMParams, ConversionReport]:
     """Turn the taps of any long convolution into a linear recurrence.
@@ -40,6 +41,7 @@ def convert_taps(
         decay: factor per lag, one or one per channel, that ETSC moves into the poles.
         poles: ``shared`` by all channels, or a set per ``channel``.
         window_taps: first lags that ``balanced`` keeps exactly, in a window of the last inputs.
+        finite: the kernel is zero past the lags given, however large the last of them.
         options: more fields of :class:`tnnlm.config.ConversionConfig`.
 
     Returns:
@@ -65,7 +67,8 @@ def convert_taps(
         method=method, tolerance=tolerance, order=order, poles=poles, window_taps=window_taps, **options
     )
     with torch.no_grad():
-        converted = convert(taps[:, :lags], _per_channel(decay, taps), recipe)
+        converted = convert(Source(taps[:, :lags], _per_channel(decay, taps), finite=finite), recipe)
+        assert isinstance(converted.params, SSMParams)  # only kernels have a recurrence of another form
         return converted.params, certify(taps, converted, lags)
 
 

@@ -1,6 +1,8 @@
-"""Kernels: parameters -> taps (E, L)."""
+"""Kernels: parameters -> taps (E, L). Importing this package registers all of its own."""
 
 from tnnlm.kernels.base import Kernel, build_kernel, register_kernel
+from tnnlm.kernels.rtf import RTFKernel
+from tnnlm.kernels.sgconv import SGConvKernel
 from tnnlm.kernels.tno import TNOKernel
 
-__all__ = ["Kernel", "TNOKernel", "build_kernel", "register_kernel"]
+__all__ = ["Kernel", "RTFKernel", "SGConvKernel", "TNOKernel", "build_kernel", "register_kernel"]

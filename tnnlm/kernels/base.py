@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tnnlm.config import KernelConfig
+from tnnlm.config import KERNEL_SCHEMAS, KernelConfig
+from tnnlm.errors import ConfigError
+from tnnlm.ops.recurrence import Params
 from tnnlm.precision import KeepsFloat32
 
 
@@ -26,6 +28,10 @@ class Kernel(KeepsFloat32, ABC):
     def forward(self, length: int) -> Tensor:
         """The first ``length`` taps, (E, ``length``). Any length, also beyond the training length."""
 
+    def recurrence(self) -> Params | None:
+        """The kernel's own exact recurrence, if it has one: another form beside the converted ones."""
+        return None
+
     @property
     def decay(self) -> Tensor | None:
         """Per-channel factor (E,) such that k[i] = decay^i t[i] with t of even size over the lags,
@@ -33,24 +39,44 @@ class Kernel(KeepsFloat32, ABC):
         return None
 
 
-Builder = Callable[[Any, int], Kernel]
+Builder = Callable[[Any, int, int], Kernel]
 _BUILDERS: dict[str, Builder] = {}
+_B = TypeVar("_B", bound=Builder)
 
 
-def register_kernel(name: str) -> Callable[[Builder], Builder]:
-    """Class decorator: build kernels named ``name`` by calling the class with (config, n_channels)."""
+def register_kernel(name: str, schema: type[KernelConfig]) -> Callable[[_B], _B]:
+    """Class decorator: ``model.kernel.name=NAME`` builds kernels by this class.
 
-    def register(builder: Builder) -> Builder:
+    Args:
+        name: as in configurations.
+        schema: a keyword-only dataclass under :class:`tnnlm.config.KernelConfig`, its settings.
+
+    Returns:
+        a decorator for a class that is called with (settings, n_channels, max_length).
+    """
+
+    def register(builder: _B) -> _B:
+        KERNEL_SCHEMAS[name] = schema
         _BUILDERS[name] = builder
         return builder
 
     return register
 
 
-def build_kernel(config: KernelConfig, n_channels: int) -> Kernel:
-    """The kernel that ``config.name`` names, with ``n_channels`` convolutions.
+def build_kernel(config: KernelConfig, n_channels: int, max_length: int) -> Kernel:
+    """The kernel that ``config.name`` names.
+
+    Args:
+        config: its settings.
+        n_channels: how many convolutions.
+        max_length: the training length.
 
     Raises:
-        KeyError: if no kernel of that name was registered.
+        ConfigError: if no kernel of that name was registered, or its settings don't fit together.
     """
-    return _BUILDERS[config.name](config, n_channels)
+    if config.name not in _BUILDERS:
+        raise ConfigError(
+            f"model.kernel.name={config.name}: unknown kernel; there is {', '.join(_BUILDERS)}; "
+            "model.kernel.module=FILE names the file of another one"
+        )
+    return _BUILDERS[config.name](config, n_channels, max_length)

@@ -33,13 +33,13 @@ class RelativePositionEncoder(nn.Module):
         return values
 
 
-@register_kernel("tno")
+@register_kernel("tno", TNOConfig)
 class TNOKernel(Kernel):
     """The kernel of a Toeplitz neural network; its decay is fixed, a buffer that checkpoints carry."""
 
     decays: Tensor
 
-    def __init__(self, config: TNOConfig, n_channels: int) -> None:
+    def __init__(self, config: TNOConfig, n_channels: int, max_length: int = 0) -> None:
         super().__init__()
         self.n_channels = n_channels
         self.rpe = RelativePositionEncoder(config.rpe_dim, config.rpe_layers, n_channels)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tnnlm.modules.glu import GLU
 from tnnlm.modules.mixer import GatedMixer
 from tnnlm.modules.norm import SimpleRMSNorm
-from tnnlm.ops.ssm import SSMState
+from tnnlm.ops.recurrence import State
 
 
 class Block(nn.Module):
@@ -25,12 +25,12 @@ class Block(nn.Module):
         x = x + self.dropout(self.mixer(self.norm(x)))
         return self._mix_channels(x)
 
-    def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Advance by the tokens of x (B, L, D)."""
         y, state = self.mixer.prefill(self.norm(x), state, lengths)
         return self._mix_channels(x + self.dropout(y)), state
 
-    def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
         """Advance by one token x (B, D)."""
         y, state = self.mixer.step(self.norm(x), state, active)
         return self._mix_channels(x + self.dropout(y)), state

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tnnlm.errors import CheckpointError
 from tnnlm.kernels import Kernel
-from tnnlm.ops.ssm import SSMState
+from tnnlm.ops.recurrence import State
 from tnnlm.ops.toeplitz import toeplitz
 
 
@@ -23,15 +23,15 @@ class LongConv(nn.Module):
         """(B, L, E) -> (B, L, E)."""
         return toeplitz(x, self.kernel(x.shape[1]))
 
-    def init_state(self, batch_size: int) -> SSMState:
+    def init_state(self, batch_size: int) -> State:
         """Always raises: this form has no state."""
         _not_converted()
 
-    def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Always raises: this form has no state."""
         _not_converted()
 
-    def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
         """Always raises: this form has no state."""
         _not_converted()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tnnlm.modules.long_conv import LongConv
 from tnnlm.modules.recurrent_conv import RecurrentConv
-from tnnlm.ops.ssm import SSMState
+from tnnlm.ops.recurrence import State
 
 
 class GatedMixer(nn.Module):
@@ -31,13 +31,13 @@ class GatedMixer(nn.Module):
         y: Tensor = self.out_proj(gate * self.conv(value))
         return y
 
-    def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Advance by the tokens of x (B, L, D)."""
         gate, value = self._project(x)
         y, state = self.conv.prefill(value, state, lengths)
         return self.out_proj(gate * y), state
 
-    def step(self, x: Tensor, state: SSMState, active: Tensor | None = None) -> tuple[Tensor, SSMState]:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
         """Advance by one token x (B, D)."""
         gate, value = self._project(x)
         y, state = self.conv.step(value, state, active)

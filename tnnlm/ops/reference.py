@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tnnlm.ops.companion import CompanionParams
+from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -17,8 +19,30 @@ def toeplitz_dense(x: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("etj,bje->bte", matrix, x)
 
 
-def recurrence_loop(params: SSMParams, x: Tensor) -> Tensor:
-    """The recurrence by a Python loop in complex128: x (B, L, E) -> (B, L, E) in float64."""
+def recurrence_loop(params: Params, x: Tensor) -> Tensor:
+    """The recurrence by a Python loop in float64: x (B, L, E) -> (B, L, E) in float64."""
+    return _companion_loop(params, x) if isinstance(params, CompanionParams) else _modes_loop(params, x)
+
+
+def _companion_loop(params: CompanionParams, x: Tensor) -> Tensor:
+    """By the companion matrix A: s = A s + B x, with the newest value of w first."""
+    direct, c, a = (part.double() for part in params)
+    channels, n = c.shape
+    a = a.repeat_interleave(channels // len(a), dim=0)
+    matrix = torch.zeros(channels, n, n, dtype=torch.float64)
+    matrix[:, 1:, :-1] = torch.eye(n - 1, dtype=torch.float64)
+    matrix[:, 0] = -a
+    x = x.double()
+    state = torch.zeros(x.shape[0], channels, n, dtype=torch.float64)
+    outputs = []
+    for token in x.unbind(1):
+        outputs.append(direct * token + (c * state).sum(-1))
+        state = torch.einsum("eij,bej->bei", matrix, state)
+        state[..., 0] += token
+    return torch.stack(outputs, dim=1)
+
+
+def _modes_loop(params: SSMParams, x: Tensor) -> Tensor:
     poles = torch.complex(*params.poles.double().unbind(-2))
     residues = torch.complex(*params.residues.double().unbind(-2))
     window = params.window.double()

@@ -57,11 +57,6 @@ def init_state(params: SSMParams, batch_size: int) -> SSMState:
     return SSMState(new(batch_size, channels, inputs), *planes)
 
 
-def state_bytes(params: SSMParams) -> int:
-    """Bytes of state per sequence."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in init_state(params, 1))
-
-
 def multiply_adds(params: SSMParams) -> int:
     """Multiply-adds of one step: six per channel and complex mode, one per window tap."""
     channels, _, modes = params.residues.shape
@@ -276,6 +271,12 @@ def _powers_at(table: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     if table.dim() == 3:
         return real[:, last].T.unsqueeze(1), imag[:, last].T.unsqueeze(1)
     return real[..., last].permute(2, 0, 1), imag[..., last].permute(2, 0, 1)
+
+
+def channels_of(params: SSMParams, part: slice) -> SSMParams:
+    """The recurrence of some channels alone."""
+    poles = params.poles if params.poles.dim() == 2 else params.poles[part]
+    return SSMParams(params.window[part], poles, params.residues[part])
 
 
 def to_dtype(params: SSMParams, dtype: torch.dtype) -> SSMParams:

@@ -1,0 +1,68 @@
+"""A kernel of one's own: the worked example trains, converts and generates without touching the package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from training_runs import SETTINGS, write_text
+
+from tnnlm.config_io import load_config
+from tnnlm.errors import ConfigError
+from tnnlm.model import CausalLM
+
+EXAMPLE = ROOT / "examples" / "hyena_kernel.py"
+
+
+def test_example_trains_converts_and_generates(script: Any) -> None:
+    write_text()
+    shutil.copy(EXAMPLE, "hyena_kernel.py")
+    words = [word for word in SETTINGS if not word.startswith("model.kernel.")]
+    words += ["model.kernel.name=hyena", "model.kernel.module=hyena_kernel.py", "model.kernel.bands=4"]
+    trained = script("train", *words, "conversion.method=auto", "name=hyena")
+    assert trained.code == 0, trained.err
+    converted = script("convert", "runs/hyena", "--method", "auto", "--verify")
+    assert converted.code == 0, converted.err
+    report = json.loads(Path("runs/hyena/converted/conversion.json").read_text())
+    assert {layer["method"] for layer in report["layers"]} <= {"balanced", "etsc", "window"}
+    # Decoding needs the recurrence alone.
+    Path("hyena_kernel.py").unlink()
+    written = script(
+        "generate", "--model", "runs/hyena/converted", "--prompt", "The ", "--max-new-tokens", "3"
+    )
+    assert written.code == 0, written.err
+
+
+def test_example_is_a_causal_kernel_of_any_length() -> None:
+    config = load_config(
+        overrides=["model.kernel.name=hyena", f"model.kernel.module={EXAMPLE}", "model.max_length=64"]
+    )
+    kernel = CausalLM(config.model).blocks[0].mixer.conv.kernel
+    torch.testing.assert_close(kernel(40), kernel(200)[:, :40])
+    assert kernel(400)[:, 300:].abs().max() < 1e-3 * kernel(400).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "FileNotFoundError"),
+        ("import nothing_of_that_name", "nothing_of_that_name"),
+        ("1 +", "SyntaxError"),
+    ],
+)
+def test_module_that_cannot_be_imported_is_named(text: str | None, reason: str) -> None:
+    if text is not None:
+        Path("mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"model\.kernel\.module=mine\.py: can't be imported .*{reason}"):
+        load_config(overrides=["model.kernel.module=mine.py"])
+
+
+def test_module_that_registers_something_else_is_named() -> None:
+    Path("mine.py").write_text("")
+    with pytest.raises(ConfigError, match="unknown kernel"):
+        load_config(overrides=["model.kernel.module=mine.py", "model.kernel.name=mine"])
