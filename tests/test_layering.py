@@ -28,10 +28,25 @@ LAYERS = (
         "comparison",
         "comparison_models",
         "comparison_plots",
+        "families",
+        "family_training",
+        "family_measure",
+        "family_run",
+        "family_report",
+        "finite_forms",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TRAINING_ONLY = {"lightning", "torchmetrics", "datasets", "matplotlib", "rich", "tensorboard", "tqdm"}
+TRAINING_ONLY = {
+    "lightning",
+    "torchmetrics",
+    "datasets",
+    "matplotlib",
+    "rich",
+    "tensorboard",
+    "tqdm",
+    "transformers",
+}
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 
 

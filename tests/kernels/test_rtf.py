@@ -14,6 +14,7 @@ from tnnlm.kernels import RTFKernel
 from tnnlm.model import CausalLM
 from tnnlm.ops import companion
 from tnnlm.ops.reference import recurrence_loop
+from tnnlm.ops.toeplitz import toeplitz
 
 CHANNELS, LENGTH = 4, 64
 
@@ -149,3 +150,23 @@ def test_a_pole_outside_the_unit_circle_is_named_with_its_layer() -> None:
 def test_taps_alone_have_no_companion_form() -> None:
     with pytest.raises(UserError, match="no recurrence of its own"):
         convert_model(CausalLM(tiny_config()), method="companion")
+
+
+@pytest.mark.parametrize("denominators", [None, 4])
+def test_memory_of_a_training_step_does_not_depend_on_the_state_size(denominators: int | None) -> None:
+    def saved_bytes(state_size: int) -> int:
+        """What backward keeps of kernel and convolution, each storage once."""
+        kernel = RTFKernel(RTFConfig(name="rtf", state_size=state_size, denominators=denominators), 64, 8192)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = toeplitz(torch.randn(1, 8192, 64), kernel(8192))
+        y.sum().backward()
+        return sum(kept.values())
+
+    assert saved_bytes(1024) <= 1.1 * saved_bytes(16)

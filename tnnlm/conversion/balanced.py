@@ -33,6 +33,8 @@ _STATE_BYTES = 1 << 28
 """of states of per-channel problems at a time"""
 _SMALLEST_GAIN = 1e-4
 """singular values behind the window, over the largest, below which residues would cancel in float32"""
+_SAMPLE = 8
+"""channels that are tried first where each has poles of its own"""
 LARGEST_POLE = 1 - 1e-7
 """poles are kept inside: the recurrence must forget its rounding"""
 
@@ -128,6 +130,10 @@ def balanced(
         realization, n = _fit(problem, modes, tolerance)
         params = _shared(realization, n, tail)
     else:
+        if order is None and len(k) > _SAMPLE:
+            # A few channels show at once, where all of them would take minutes, that nothing fits.
+            chosen = torch.linspace(0, len(k) - 1, _SAMPLE, device=k.device).round().long()
+            balanced(k[chosen], tolerance=tolerance, poles=poles, window_taps=window_taps, finite=finite)
         width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
         fits = []
         for whole in k.split(width):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **opt
     return attach(model, [converted.params for converted in layers])
 
 
-def attach(model: CausalLM, layers: list[Params]) -> CausalLM:
+def attach(model: CausalLM, layers: Sequence[Params]) -> CausalLM:
     """A copy of ``model`` whose long convolutions are replaced by the given recurrences."""
     # Kernels are not copied: the recurrences stand in their place.
     memo = {id(block.mixer.conv): None for block in model.layers}
