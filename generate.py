@@ -6,6 +6,9 @@ Examples:
   python generate.py --model runs/demo --prompt "import " --temperature 0 --max-new-tokens 100
   cat story.txt | python generate.py --prompt - --json
   python generate.py --interactive
+  python generate.py --prompts lines.txt                   # a prompt per line, written together
+  python generate.py --prompt "Once" --save-state once.state   # and go on some other day:
+  python generate.py --load-state once.state --prompt " more"
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
     parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt per line, written as one batch"
+    )
+    parser.add_argument(
         "--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
@@ -42,13 +48,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends"
     )
+    parser.add_argument(
+        "--save-state", type=Path, metavar="FILE", help="keep what was read and written, to go on from there"
+    )
+    parser.add_argument(
+        "--load-state", type=Path, metavar="FILE", help="go on from there; --prompt may be left out then"
+    )
     parser.add_argument("--json", action="store_true", help="text and measurements as JSON")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)"
     )
     args = parser.parse_args()
-    if args.prompt is None and not args.interactive:
-        parser.error("give --prompt TEXT, or --interactive")
+    if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
+        parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
+    if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
+        raise UserError("--prompts: goes without --prompt, --interactive and --num-samples")
+    if args.save_state and args.num_samples > 1:
+        raise UserError("--save-state: which of several samples? leave --num-samples out")
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -61,21 +77,42 @@ def main() -> int:
     prompt = args.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
-    if prompt == "" or (prompt is None and not args.interactive):
+    if prompt == "":
         raise UserError("the prompt is empty: give at least one character")
+    prompts = read_prompts(args.prompts) if args.prompts else []
     from tnnlm.generation import Sampling
     from tnnlm.terminal import Decoder
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     decoder = Decoder.load(args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed)
+    if args.load_state:
+        decoder.load_state(args.load_state, reseed=args.seed is not None)
     if args.interactive:
         decoder.converse(prompt, sys.stdin, sys.stdout)
+    elif prompts and args.json:
+        print(json.dumps(decoder.measure_batch(prompts), ensure_ascii=False))
+    elif prompts:
+        decoder.show_batch(prompts, sys.stdout)
     elif args.json:
         print(json.dumps(decoder.measure(prompt, args.num_samples), ensure_ascii=False))
     else:
         decoder.show(prompt, args.num_samples, sys.stdout)
+    if args.save_state:
+        decoder.save_state(args.save_state)
     return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: is not a text file with a prompt per line") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: has no prompt")
+    return prompts
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ LAYERS = (
     ("modules",),
     ("model",),
     ("conversion", "checkpoint", "runs"),
-    ("generation", "evaluation", "terminal"),
+    ("generation", "evaluation", "state_file", "terminal"),
     (
         "corpus",
         "packing",

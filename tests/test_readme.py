@@ -29,6 +29,7 @@ def commands(script: str) -> list[list[str]]:
 def test_readme_commands_run(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text()
     write_text(Path("book.txt"))
+    Path("lines.txt").write_text("The first\nA second line\n")
     training = commands("train")
     assert ["--resume"] in training
     for words in training:

@@ -145,15 +145,20 @@ def save_converted(
     }
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
-        _save_tensors(tensors, temporary / "model.safetensors")
+        save_tensors(tensors, temporary / "model.safetensors")
         write_text(temporary / "config.json", json.dumps(config, indent=2))
         write_text(temporary / "tokenizer.json", tokenizer.to_json())
         write_text(temporary / "conversion.json", json.dumps(report.to_dict(), indent=2))
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: if the disk is full.
+    """
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
     except SafetensorError as error:
         # The library wraps the operating system's errors: a full disk is one the user can mend.
         number = re.search(r"os error (\d+)", str(error))

@@ -42,13 +42,41 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Context:
-    """What has been read: the state and the logits of the next token. Immutable, so it can be forked."""
+    """What has been read, by one or several rows: states and the logits of the next token. Immutable, so
+    it can be forked."""
 
     state: ModelState
     logits: Tensor
-    """(1, V)"""
-    n_tokens: int
+    """(B, V)"""
+    lengths: tuple[int, ...]
+    """tokens that each row has read"""
     seconds: float
+    """that reading took"""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read, by all rows together."""
+        return sum(self.lengths)
+
+    def select(self, rows: Sequence[int]) -> Context:
+        """Some rows; ``[0] * n`` forks a single one."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.logits.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return Context(self.state.select(index), self.logits.index_select(0, index), lengths, self.seconds)
+
+
+def join(contexts: Sequence[Context]) -> Context:
+    """Rows of several contexts of one model as one batch."""
+    layers = (
+        type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        for parts in zip(*(context.state.layers for context in contexts), strict=True)
+    )
+    return Context(
+        ModelState(tuple(layers)),
+        torch.cat([context.logits for context in contexts]),
+        tuple(length for context in contexts for length in context.lengths),
+        max(context.seconds for context in contexts),
+    )
 
 
 @dataclass
@@ -66,6 +94,16 @@ class Continuation:
     def seconds_per_token(self) -> float:
         """0 before the first token."""
         return self.seconds / max(1, len(self.tokens))
+
+
+def check_new_tokens(n: int) -> None:
+    """Refuse a number of new tokens that is negative or absurd.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not 0 <= n <= MAX_NEW_TOKENS:
+        raise UserError(f"{n} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -100,24 +138,51 @@ class TextGenerator:
         Raises:
             UserError: if the text is empty or not valid Unicode.
         """
-        try:
-            ids = self.tokenizer.encode(text)
-        except (TypeError, UnicodeEncodeError):
-            raise UserError("the prompt is not valid UTF-8") from None
-        if not ids:
-            raise UserError("the prompt is empty: give at least one character")
-        return self.read_tokens(ids, context)
+        return self.read_batch([text], context)
 
     @torch.inference_mode()
-    def read_tokens(self, ids: Sequence[int], context: Context | None = None) -> Context:
-        """Prefill token ids (at least one), in chunks of bounded memory."""
+    def read_batch(self, texts: Sequence[str], context: Context | None = None) -> Context:
+        """Prefill several texts at once, a row each; ``context`` has as many rows.
+
+        Raises:
+            UserError: if a text is empty or not valid Unicode.
+        """
+        rows = []
+        for text in texts:
+            try:
+                rows.append(self.tokenizer.encode(text))
+            except (TypeError, UnicodeEncodeError):
+                raise UserError("the prompt is not valid UTF-8") from None
+            if not rows[-1]:
+                raise UserError("the prompt is empty: give at least one character")
+        return self.read_tokens(rows, context)
+
+    @torch.inference_mode()
+    def read_tokens(self, rows: Sequence[Sequence[int]], context: Context | None = None) -> Context:
+        """Prefill rows of token ids, at least one each, in chunks of bounded memory.
+
+        Rows of different lengths are padded at their end; a pad leaves the state as it is.
+        """
         started = time.perf_counter()
-        state = context.state if context else self.model.init_state(1)
-        tokens = torch.tensor([list(ids)], device=self.device)
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            logits, state = self.model.prefill(chunk, state, keep=1)
-        seconds = time.perf_counter() - started
-        return Context(state, logits[:, -1], len(ids) + (context.n_tokens if context else 0), seconds)
+        state = context.state if context else self.model.init_state(len(rows))
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        longest = int(lengths.max())
+        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        even = bool((lengths == longest).all())
+        logits: Tensor | None = None
+        for start in range(0, longest, PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            own = None if even else (lengths - start).clamp(0, chunk.shape[1])
+            last, state = self.model.prefill(chunk, state, own, keep=1)
+            # A row that ended in an earlier chunk keeps the logits from there.
+            if logits is None or own is None:
+                logits = last[:, 0]
+            else:
+                logits = torch.where((own > 0)[:, None], last[:, 0], logits)
+        assert logits is not None
+        before = context.lengths if context else (0,) * len(rows)
+        read = tuple(old + len(row) for old, row in zip(before, rows, strict=True))
+        return Context(state, logits, read, time.perf_counter() - started)
 
     def write(
         self,
@@ -126,18 +191,58 @@ class TextGenerator:
         sampling: Sampling,
         generator: torch.Generator | None = None,
     ) -> tuple[Continuation, Iterator[str]]:
-        """Continue ``context``: a record that fills up, and the pieces of text, correct UTF-8 each.
+        """Continue a single row: a record that fills up, and the pieces of text, correct UTF-8 each.
 
         Ends after ``max_new_tokens`` or at the end-of-document token, which is not shown.
 
         Raises:
             UserError: if ``max_new_tokens`` is negative or absurd.
         """
-        if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
-            raise UserError(f"{max_new_tokens} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
+        check_new_tokens(max_new_tokens)
         record = Continuation(context)
         tokens = self._tokens(record, max_new_tokens, sampling, generator)
         return record, self._pieces(record, tokens)
+
+    @torch.inference_mode()
+    def write_batch(
+        self,
+        context: Context,
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
+    ) -> list[Continuation]:
+        """Continue all rows of ``context`` together, a token each per step.
+
+        A row that reaches the end-of-document token leaves the batch; the others go on. Greedy rows are
+        what :meth:`write` gives for each alone; drawn ones share one random stream.
+
+        Raises:
+            UserError: if ``max_new_tokens`` is negative or absurd.
+        """
+        check_new_tokens(max_new_tokens)
+        records = [Continuation(context) for _ in context.lengths]
+        rows, current = list(range(len(records))), context
+        started = time.perf_counter()
+        for _ in range(max_new_tokens):
+            tokens = sample(current.logits[:, : self.tokenizer.size], sampling, generator)
+            kept = [i for i, token in enumerate(tokens.tolist()) if token != self.tokenizer.eos_id]
+            if len(kept) < len(rows):
+                for i in {*range(len(rows))} - {*kept}:
+                    records[rows[i]].context = current.select([i])
+                tokens = tokens[torch.tensor(kept, dtype=torch.long, device=tokens.device)]
+                current, rows = current.select(kept), [rows[i] for i in kept]
+            if not rows:
+                break
+            logits, state = self.model.step(tokens, current.state)
+            current = Context(state, logits, tuple(n + 1 for n in current.lengths), 0.0)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                records[row].tokens.append(token)
+                records[row].seconds = time.perf_counter() - started
+        for i, row in enumerate(rows):
+            records[row].context = current.select([i])
+        for record in records:
+            record.text = self.tokenizer.decode(record.tokens)
+        return records
 
     def _pieces(self, record: Continuation, tokens: Iterator[int]) -> Iterator[str]:
         for piece in self.tokenizer.stream(tokens):
@@ -156,7 +261,7 @@ class TextGenerator:
                 if chosen == self.tokenizer.eos_id:
                     return
                 logits, state = self.model.step(token, record.context.state)
-            record.context = Context(state, logits, record.context.n_tokens + 1, 0.0)
+            record.context = Context(state, logits, (record.context.n_tokens + 1,), 0.0)
             record.tokens.append(chosen)
             record.seconds += time.perf_counter() - started
             yield chosen

@@ -23,6 +23,11 @@ class ModelState(NamedTuple):
 
     layers: tuple[State, ...]
 
+    def select(self, rows: Tensor) -> ModelState:
+        """The states of some rows of the batch, by index (R,); a row may come up more than once."""
+        chosen = (type(layer)(*(part.index_select(0, rows) for part in layer)) for layer in self.layers)
+        return ModelState(tuple(chosen))
+
 
 class CausalLM(nn.Module):
     """A Toeplitz neural network language model (arXiv 2305.04749), prenorm, tied embeddings.
@@ -87,7 +92,7 @@ class CausalLM(nn.Module):
             tokens: (B, L); rows shorter than L are padded at their end.
             state: from :meth:`init_state`, or warm.
             lengths: (B,) tokens per row; None means L each. Logits at pads mean nothing.
-            keep: compute logits for the last ``keep`` positions only; None means all.
+            keep: compute logits for each row's last ``keep`` tokens only; None means all positions.
 
         Returns:
             logits (B, keep or L, V) and the state after each row's last token.
@@ -100,7 +105,7 @@ class CausalLM(nn.Module):
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.prefill(x, layer, lengths)
             states.append(layer)
-        return self._head(x if keep is None else x[:, -keep:]), ModelState(tuple(states))
+        return self._head(x if keep is None else _last(x, keep, lengths)), ModelState(tuple(states))
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
@@ -125,3 +130,11 @@ class CausalLM(nn.Module):
 
     def _head(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(self.norm(x), self.embedding.weight)
+
+
+def _last(x: Tensor, keep: int, lengths: Tensor | None) -> Tensor:
+    """The last ``keep`` positions of every row of (B, L, D), which end after ``lengths``."""
+    if lengths is None:
+        return x[:, -keep:]
+    index = lengths.to(x.device)[:, None] + torch.arange(-keep, 0, device=x.device)
+    return x.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,21 +11,23 @@ import torch
 
 from tnnlm.conversion.convert import recurrences
 from tnnlm.errors import UserError
-from tnnlm.generation import MAX_NEW_TOKENS, Context, Continuation, Sampling, TextGenerator
+from tnnlm.generation import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
 from tnnlm.ops.recurrence import state_bytes
 from tnnlm.runs import load_for_decoding
+from tnnlm.state_file import load_context, save_context
 
 
 class Decoder:
     """A loaded model with its sampling settings and random stream."""
 
     def __init__(self, generator: TextGenerator, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
-        if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
-            raise UserError(f"{max_new_tokens} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
+        check_new_tokens(max_new_tokens)
         self.generator = generator
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.random = torch.Generator(generator.device).manual_seed(seed)
+        self.context: Context | None = None
+        """after the last token, or as loaded"""
 
     @classmethod
     def load(
@@ -51,36 +54,62 @@ class Decoder:
         _, (model, tokenizer) = load_for_decoding(target, runs_dir)
         return cls(TextGenerator(model.to(where), tokenizer), sampling, max_new_tokens, seed)
 
-    def show(self, prompt: str, n_samples: int, out: TextIO) -> None:
-        """Write the prompt and its continuation as it comes; several samples under a line each."""
-        context = self.generator.read(prompt)
-        for index in range(n_samples):
-            if n_samples > 1:
-                out.write(f"--- sample {index + 1}\n")
-            out.write(prompt)
-            self._stream(context, out)
-            out.write("\n")
+    def load_state(self, path: Path, reseed: bool) -> None:
+        """Go on from a saved context, and from its random stream unless ``reseed``.
 
-    def measure(self, prompt: str, n_samples: int) -> dict[str, Any]:
+        Raises:
+            CheckpointError: if it is missing, damaged, or another model's.
+        """
+        self.context, random = load_context(path, self.generator)
+        if random is not None and not reseed:
+            self.random.set_state(random)
+
+    def save_state(self, path: Path) -> None:
+        """Write the context after the last token."""
+        assert self.context is not None
+        save_context(path, self.generator, self.context, self.random)
+
+    def show(self, prompt: str | None, n_samples: int, out: TextIO) -> None:
+        """Write the prompt and its continuation as it comes; several samples, written together, in turn."""
+        context = self._read(prompt)
+        if n_samples == 1:
+            out.write(prompt or "")
+            self.context = self._stream(context, out).context
+            out.write("\n")
+            return
+        for index, record in enumerate(self._batch(context.select([0] * n_samples))):
+            out.write(f"--- sample {index + 1}\n{prompt or ''}{record.text}\n")
+
+    def show_batch(self, prompts: Sequence[str], out: TextIO) -> None:
+        """Continue several prompts together, then write each with its continuation."""
+        self._check_rows(len(prompts))
+        for prompt, record in zip(prompts, self._batch(self._read_all(prompts)), strict=True):
+            out.write(f"--- {prompt}\n{record.text}\n")
+
+    def measure(self, prompt: str | None, n_samples: int) -> dict[str, Any]:
         """Text and measurements as plain data; ``text`` and the times are the first sample's."""
-        context = self.generator.read(prompt)
-        records = [self._stream(context, None) for _ in range(n_samples)]
-        result = {
-            "prompt": prompt,
-            "text": records[0].text,
-            "prompt_tokens": context.n_tokens,
-            "new_tokens": len(records[0].tokens),
-            "prefill_seconds": context.seconds,
-            "seconds_per_token": records[0].seconds_per_token,
-            "state_bytes": sum(state_bytes(params) for params in recurrences(self.generator.model)),
-        }
+        context = self._read(prompt)
+        if n_samples == 1:
+            records = [self._stream(context, None)]
+            self.context = records[0].context
+        else:
+            records = self._batch(context.select([0] * n_samples))
+        result = self._measured(context, records[0]) | {"prompt": prompt or "", "text": records[0].text}
         if n_samples > 1:
             result["samples"] = [record.text for record in records]
         return result
 
+    def measure_batch(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Texts and measurements of a batch; times are those of the whole."""
+        self._check_rows(len(prompts))
+        context = self._read_all(prompts)
+        records = self._batch(context)
+        longest = max(records, key=lambda record: len(record.tokens))
+        texts = [{"prompt": p, "text": r.text} for p, r in zip(prompts, records, strict=True)]
+        return self._measured(context, longest) | {"samples": texts}
+
     def converse(self, prompt: str | None, source: TextIO, out: TextIO) -> None:
         """Read lines and continue each on top of everything before; the state stays the same size."""
-        context: Context | None = None
         while True:
             if prompt is None:
                 if source.isatty():
@@ -90,9 +119,40 @@ class Decoder:
                 if not prompt:
                     return
             if prompt.strip():
-                context = self._stream(self.generator.read(prompt, context), out).context
+                self.context = self._stream(self._read(prompt), out).context
                 out.write("\n")
             prompt = None
+
+    def _measured(self, context: Context, record: Continuation) -> dict[str, Any]:
+        return {
+            "prompt_tokens": context.n_tokens,
+            "new_tokens": len(record.tokens),
+            "prefill_seconds": context.seconds,
+            "seconds_per_token": record.seconds_per_token,
+            "state_bytes": sum(state_bytes(params) for params in recurrences(self.generator.model)),
+        }
+
+    def _read(self, prompt: str | None) -> Context:
+        """The prompt on top of what was read before; without one, that alone."""
+        self._check_rows(1)
+        if prompt is None and self.context is not None:
+            return self.context
+        return self._read_all([prompt or ""])
+
+    def _read_all(self, prompts: Sequence[str]) -> Context:
+        return self.generator.read_batch(prompts, self.context)
+
+    def _check_rows(self, prompts: int) -> None:
+        if self.context is not None and len(self.context.lengths) != prompts:
+            raise UserError(
+                f"the loaded state has {len(self.context.lengths)} rows, and there are {prompts} prompts: "
+                "give as many"
+            )
+
+    def _batch(self, context: Context) -> list[Continuation]:
+        records = self.generator.write_batch(context, self.max_new_tokens, self.sampling, self.random)
+        self.context = join([record.context for record in records])
+        return records
 
     def _stream(self, context: Context, out: TextIO | None) -> Continuation:
         record, pieces = self.generator.write(context, self.max_new_tokens, self.sampling, self.random)

@@ -48,7 +48,7 @@ def main() -> int:
     folder, (model, tokenizer) = load_for_decoding(args.model, Path("runs"))
     writer = TextGenerator(model, tokenizer)
     contexts = {
-        n: writer.read_tokens(torch.arange(n).remainder(tokenizer.size).tolist()) for n in args.contexts
+        n: writer.read_tokens([torch.arange(n).remainder(tokenizer.size).tolist()]) for n in args.contexts
     }
     times: dict[int, list[float]] = {n: [] for n in contexts}
     for turn in tqdm(range(args.repeats + 2), desc="turns", disable=None):

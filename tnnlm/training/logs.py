@@ -130,7 +130,7 @@ class SampleWriter(Callback):
         tokenizer = corpus_of(trainer).tokenizer
         writer = TextGenerator(pl_module.recurrent[0], tokenizer)
         generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
-        context = writer.read(self.prompt) if self.prompt else writer.read_tokens([tokenizer.eos_id])
+        context = writer.read(self.prompt) if self.prompt else writer.read_tokens([[tokenizer.eos_id]])
         record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
         for _ in pieces:
             pass

@@ -1,0 +1,145 @@
+"""A saved state: going on from it equals never having stopped, and no other model takes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config
+from training_runs import tiny_run
+
+from tnnlm.conversion import convert_model
+from tnnlm.errors import CheckpointError
+from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.model import CausalLM
+from tnnlm.state_file import load_context, model_fingerprint, save_context
+from tnnlm.tokenizer import train_bpe
+from tnnlm.training.run import train
+
+HOT = Sampling(temperature=1.5)
+
+
+def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerator:
+    torch.manual_seed(0)
+    kernel = FAMILIES["rtf" if method == "companion" else "tno"]()
+    model = convert_model(CausalLM(tiny_config(kernel=kernel)).eval(), method=method)
+    return TextGenerator(model, train_bpe([text], 300, "<|endoftext|>", 1, False))
+
+
+@pytest.mark.parametrize("method", ["balanced", "window", "companion"])
+def test_going_on_from_a_file_equals_never_having_stopped(method: str) -> None:
+    writer, random = writer_of(method), torch.Generator().manual_seed(3)
+    first, pieces = writer.write(writer.read("the cat"), 10, HOT, random)
+    list(pieces)
+    save_context(Path("a.state"), writer, first.context, random)
+    expected, pieces = writer.write(first.context, 10, HOT, random)
+    list(pieces)
+    context, stream = load_context(Path("a.state"), writer_of(method))
+    assert context.n_tokens == first.context.n_tokens
+    assert stream is not None
+    other = torch.Generator().manual_seed(99)
+    other.set_state(stream)
+    found, pieces = writer.write(context, 10, HOT, other)
+    list(pieces)
+    assert found.tokens == expected.tokens
+    assert torch.equal(found.context.logits, expected.context.logits)
+
+
+def test_several_rows_are_kept_and_the_stream_is_optional() -> None:
+    writer = writer_of("balanced")
+    context = writer.read_batch(["the", "cat sat"])
+    save_context(Path("b.state"), writer, context)
+    found, stream = load_context(Path("b.state"), writer)
+    assert stream is None
+    assert found.lengths == context.lengths
+    assert torch.equal(found.logits, context.logits)
+    assert not list(Path().glob("*.tmp"))
+
+
+def test_another_model_or_tokenizer_or_file_is_refused() -> None:
+    writer = writer_of("balanced")
+    save_context(Path("a.state"), writer, writer.read("the"))
+    with pytest.raises(CheckpointError, match="another model"):
+        load_context(Path("a.state"), writer_of("window"))
+    other = TextGenerator(writer.model, writer_of("balanced", "quite other words for a tokenizer").tokenizer)
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        load_context(Path("a.state"), other)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_context(Path("none.state"), writer)
+    data = Path("a.state").read_bytes()
+    for damaged in (data[:-7], b"", b"text"):
+        Path("bad.state").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"bad\.state: is not a saved state"):
+            load_context(Path("bad.state"), writer)
+
+
+def test_fingerprint_follows_every_weight() -> None:
+    writer = writer_of("balanced")
+    before = model_fingerprint(writer.model)
+    assert model_fingerprint(writer_of("balanced").model) == before
+    writer.model.blocks[1].mixer.conv.poles[0, 0] += 1e-12
+    assert model_fingerprint(writer.model) != before
+
+
+def test_generate_saves_goes_on_and_writes_batches(script: Any) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
+    assert script("convert", "runs/tiny").code == 0
+    whole = script("generate", "--prompt", "The text", "--seed", "1", "--max-new-tokens", "12", "--json")
+    start = script(
+        *("generate", "--prompt", "The text", "--seed", "1", "--max-new-tokens", "5"),
+        *("--json", "--save-state", "t.state"),
+    )
+    rest = script("generate", "--load-state", "t.state", "--max-new-tokens", "7", "--json")
+    assert rest.code == 0, rest.err
+    texts = [json.loads(result.out)["text"] for result in (whole, start, rest)]
+    assert texts[0] == texts[1] + texts[2]
+    more = script(
+        *("generate", "--load-state", "t.state", "--prompt", " and", "--temperature", "0"),
+        *("--max-new-tokens", "3", "--save-state", "t.state"),
+    )
+    assert more.code == 0, more.err
+    assert more.out.startswith(" and")
+    Path("lines.txt").write_text("The first\n\nA second line of words\n")
+    batch = script("generate", "--prompts", "lines.txt", "--max-new-tokens", "4", "--save-state", "two.state")
+    assert batch.code == 0, batch.err
+    assert batch.out.count("--- ") == 2
+    lines = json.loads(script("generate", "--prompts", "lines.txt", "--json", "--temperature", "0").out)
+    for sample in lines["samples"]:
+        alone = script("generate", "--prompt", sample["prompt"], "--json", "--temperature", "0")
+        assert json.loads(alone.out)["text"] == sample["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompts", "none.txt"], "none.txt"),
+        (["--prompts", "empty.txt"], "no prompt"),
+        (["--prompts", "one.txt", "--prompt", "a"], "--prompts"),
+        (["--prompt", "a", "--save-state", "x", "--num-samples", "2"], "--save-state"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(script: Any, words: list[str], said: str) -> None:
+    Path("empty.txt").write_text("\n \n")
+    Path("one.txt").write_text("one\n")
+    result = script("generate", *words)
+    assert result.code == 2
+    assert said in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_state_of_two_rows_wants_two_prompts(script: Any) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
+    assert script("convert", "runs/tiny").code == 0
+    Path("lines.txt").write_text("The first\nA second\n")
+    assert (
+        script("generate", "--prompts", "lines.txt", "--max-new-tokens", "2", "--save-state", "s").code == 0
+    )
+    assert (
+        script("generate", "--prompts", "lines.txt", "--load-state", "s", "--max-new-tokens", "2").code == 0
+    )
+    refused = script("generate", "--prompt", "one", "--load-state", "s")
+    assert refused.code == 2
+    assert "2 rows" in refused.err

@@ -1,0 +1,112 @@
+"""A context on disk: states, next logits and random stream of what has been read, as safetensors.
+
+Continuing a loaded context equals never having stopped. The file names the model and the tokenizer it
+belongs to by their hashes; under any other it is refused, since a state means nothing there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tnnlm.atomic import atomic_file
+from tnnlm.checkpoint import save_tensors
+from tnnlm.errors import CheckpointError
+from tnnlm.generation import Context, TextGenerator
+from tnnlm.model import CausalLM
+
+FORMAT = "tnnlm-state-1"
+
+
+class SavedContext(NamedTuple):
+    """What a file holds."""
+
+    context: Context
+    random: Tensor | None
+    """state of the random stream, for :meth:`torch.Generator.set_state`"""
+
+
+def model_fingerprint(model: CausalLM) -> str:
+    """Hash of all weights and recurrences, names and dtypes included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_context(
+    path: Path, generator: TextGenerator, context: Context, random: torch.Generator | None = None
+) -> None:
+    """Write a context; the file appears whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        generator: the model and tokenizer that read it.
+        context: one or several rows.
+        random: the stream that goes on with it, if it matters.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    tensors = {
+        f"layers.{index}.{name}": part
+        for index, layer in enumerate(context.state.layers)
+        for name, part in layer._asdict().items()
+    }
+    tensors["logits"] = context.logits
+    if random is not None:
+        tensors["random"] = random.get_state()
+    metadata = {
+        "kind": FORMAT,
+        "model": model_fingerprint(generator.model),
+        "tokenizer": generator.tokenizer.fingerprint,
+        "lengths": json.dumps(context.lengths),
+    }
+    with atomic_file(path) as temporary:
+        save_tensors({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def load_context(path: Path, generator: TextGenerator) -> SavedContext:
+    """Read a context back, onto the model's device.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another model or tokenizer.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise CheckpointError(f"{path}: is not a saved state, or damaged") from None
+    if metadata.get("kind") != FORMAT:
+        raise CheckpointError(f"{path}: is not a saved state of this project's generate.py")
+    expected = {
+        "model": model_fingerprint(generator.model),
+        "tokenizer": generator.tokenizer.fingerprint,
+    }
+    for part, fingerprint in expected.items():
+        if metadata.get(part) != fingerprint:
+            raise CheckpointError(
+                f"{path}: was saved with another {part}; load it with the one that wrote it"
+            )
+    random = tensors.pop("random", None)
+    lengths = tuple(json.loads(metadata["lengths"]))
+    empty = generator.model.init_state(len(lengths))
+    device = generator.device
+    layers = tuple(
+        type(layer)(*(tensors[f"layers.{index}.{name}"].to(device) for name in layer._fields))
+        for index, layer in enumerate(empty.layers)
+    )
+    context = Context(type(empty)(layers), tensors["logits"].to(device), lengths, 0.0)
+    return SavedContext(context, random)
