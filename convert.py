@@ -6,6 +6,7 @@ Examples:
   python convert.py runs/demo --verify       # and compare with the slow references; exit 1 if off
   python convert.py runs/demo --order 16 --out runs/demo/order16
   python convert.py runs/demo --method etsc --out runs/demo/etsc
+  python convert.py runs/demo --force --compile float32 int8    # compiled steps for generate.py
 
 Methods: balanced (few poles within a tolerance), etsc (exact, as published), window (the last inputs
 themselves), companion (the recurrence that an rtf kernel has by itself), auto (the smallest of these that
@@ -21,6 +22,7 @@ from pathlib import Path
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import METHODS
 from tnnlm.errors import UserError, run_script
+from tnnlm.packed import DTYPES
 
 
 def parse() -> argparse.Namespace:
@@ -59,6 +61,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
     parser.add_argument("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=DTYPES,
+        metavar="DTYPE",
+        help="compile the decoding step, for float32 (default), bfloat16, int8 weights; needs a C++ compiler",
+    )
     parser.add_argument("--verify", action="store_true", help="compare with slow references; exit 1 if off")
     parser.add_argument("--force", action="store_true", help="replace a converted model at --out")
     args = parser.parse_args()
@@ -88,7 +97,10 @@ def main() -> int:
         gradient_steps=args.steps,
         gradient_lr=args.lr,
     )
-    done = convert_checkpoint(args.target, recipe, out=args.out, force=args.force, verify=args.verify)
+    dtypes = () if args.compile is None else args.compile or ("float32",)
+    done = convert_checkpoint(
+        args.target, recipe, out=args.out, force=args.force, verify=args.verify, compiled=dtypes
+    )
     show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) else 1
 

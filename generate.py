@@ -58,6 +58,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)"
     )
+    parser.add_argument(
+        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
+    )
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="compiled, packed or eager; auto (default) takes the first that is there",
+    )
     args = parser.parse_args()
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
         parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
@@ -85,7 +94,11 @@ def main() -> int:
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
-    decoder = Decoder.load(args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed)
+    decoder = Decoder.load(
+        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+    )
+    if not args.json:
+        print(f"[{decoder.engine}]", file=sys.stderr)
     if args.load_state:
         decoder.load_state(args.load_state, reseed=args.seed is not None)
     if args.interactive:

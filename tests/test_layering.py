@@ -16,8 +16,8 @@ LAYERS = (
     ("kernels",),
     ("modules",),
     ("model",),
-    ("conversion", "checkpoint", "runs"),
-    ("generation", "evaluation", "state_file", "terminal"),
+    ("conversion", "checkpoint", "runs", "packed", "compiled"),
+    ("generation", "evaluation", "engine", "state_file", "terminal"),
     (
         "corpus",
         "packing",

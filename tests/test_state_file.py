@@ -11,11 +11,12 @@ import torch
 from conftest import FAMILIES, tiny_config
 from training_runs import tiny_run
 
+from tnnlm.checkpoint import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.model import CausalLM
-from tnnlm.state_file import load_context, model_fingerprint, save_context
+from tnnlm.state_file import load_context, save_context
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 
@@ -26,7 +27,8 @@ def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerato
     torch.manual_seed(0)
     kernel = FAMILIES["rtf" if method == "companion" else "tno"]()
     model = convert_model(CausalLM(tiny_config(kernel=kernel)).eval(), method=method)
-    return TextGenerator(model, train_bpe([text], 300, "<|endoftext|>", 1, False))
+    tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
+    return TextGenerator(model, tokenizer, model_fingerprint(model))
 
 
 @pytest.mark.parametrize("method", ["balanced", "window", "companion"])
@@ -64,7 +66,7 @@ def test_another_model_or_tokenizer_or_file_is_refused() -> None:
     save_context(Path("a.state"), writer, writer.read("the"))
     with pytest.raises(CheckpointError, match="another model"):
         load_context(Path("a.state"), writer_of("window"))
-    other = TextGenerator(writer.model, writer_of("balanced", "quite other words for a tokenizer").tokenizer)
+    other = writer_of("balanced", "quite other words for a tokenizer")
     with pytest.raises(CheckpointError, match="another tokenizer"):
         load_context(Path("a.state"), other)
     with pytest.raises(CheckpointError, match="no such file"):
@@ -77,11 +79,12 @@ def test_another_model_or_tokenizer_or_file_is_refused() -> None:
 
 
 def test_fingerprint_follows_every_weight() -> None:
-    writer = writer_of("balanced")
-    before = model_fingerprint(writer.model)
-    assert model_fingerprint(writer_of("balanced").model) == before
-    writer.model.blocks[1].mixer.conv.poles[0, 0] += 1e-12
-    assert model_fingerprint(writer.model) != before
+    model = writer_of("balanced").model
+    assert isinstance(model, CausalLM)
+    before = model_fingerprint(model)
+    assert writer_of("balanced").fingerprint == before
+    model.blocks[1].mixer.conv.poles[0, 0] += 1e-12
+    assert model_fingerprint(model) != before
 
 
 def test_generate_saves_goes_on_and_writes_batches(script: Any) -> None:

@@ -7,6 +7,7 @@ model.safetensors, tokenizer.json, conversion.json. This module imports nothing 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -65,6 +66,17 @@ class ConvertedModel(NamedTuple):
 
     model: CausalLM
     tokenizer: TextTokenizer
+    fingerprint: str
+    """hash of the model as it was converted, whatever its weights are packed or rounded to later"""
+
+
+def model_fingerprint(model: CausalLM) -> str:
+    """Hash of all weights and recurrences, names and dtypes included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM | None) -> dict[str, Any]:
@@ -142,6 +154,7 @@ def save_converted(
         "model": config_to_dict(model.config),
         "eos_token": tokenizer.eos_token,
         "tokenizer_sha256": tokenizer.fingerprint,
+        "model_sha256": model_fingerprint(model),
     }
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
@@ -218,7 +231,7 @@ def load_converted(folder: Path) -> ConvertedModel:
     check_tokenizer(tokenizer, model, folder)
     if tokenizer.fingerprint != fingerprint:
         raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
-    return ConvertedModel(model, tokenizer)
+    return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 
 
 def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
@@ -231,7 +244,8 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
         raise CheckpointError(
             f"{checkpoint.path}: is not converted; run: python convert.py {checkpoint.path}"
         )
-    return ConvertedModel(attach(checkpoint.model, checkpoint.ssm.layers), checkpoint.tokenizer)
+    model = attach(checkpoint.model, checkpoint.ssm.layers)
+    return ConvertedModel(model, checkpoint.tokenizer, model_fingerprint(model))
 
 
 def attached_ssm(layers: list[Converted], method: str, horizon: int) -> AttachedSSM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.checkpoint import TrainedCheckpoint, check_out_folder, load_checkpoint, save_converted
+from tnnlm.compiled import compile_step
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.errors import DataError
+from tnnlm.engine import pack
+from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
 from tnnlm.packing import PackedCorpus, prepare
@@ -37,6 +40,8 @@ class Conversion:
     source: TrainedCheckpoint
     report: ModelReport
     checks: list[Check] = field(default_factory=list)
+    packages: list[Path] = field(default_factory=list)
+    """compiled steps"""
     note: str | None = None
     """why there are no perplexities, if there are none"""
 
@@ -48,6 +53,7 @@ def convert_checkpoint(
     out: Path | None,
     force: bool,
     verify: bool,
+    compiled: Sequence[str] = (),
     runs_dir: Path = Path("runs"),
 ) -> Conversion:
     """Convert, measure and write.
@@ -58,6 +64,7 @@ def convert_checkpoint(
         out: folder to write; None is ``RUN/converted``.
         force: replace a converted model at ``out``.
         verify: fill ``checks``.
+        compiled: dtypes of weights to compile a step for, beside the model.
 
     Raises:
         UserError: for unusable input; nothing was written then.
@@ -83,6 +90,11 @@ def convert_checkpoint(
     if verify:
         _verify(source.model, converted, recipe, done)
     save_converted(folder, converted, source.tokenizer, report, force)
+    for dtype in _bar(compiled, "compiling"):
+        try:
+            done.packages.append(compile_step(copy.deepcopy(converted), folder, dtype))
+        except UserError as error:
+            raise UserError(f"{folder} is written, but not compiled: {error}") from None
     return done
 
 
@@ -97,6 +109,8 @@ def _measure_perplexities(
     config = done.source.config
     trained = config.model.max_length
     forms = {"recurrent": converted}
+    for dtype in ("bfloat16", "int8"):
+        forms[f"{dtype} weights"] = pack(copy.deepcopy(converted), dtype)
     for method in ("etsc", "window"):
         forms[f"{method} {trained}"] = convert_model(model, method=method, horizon=trained)
     ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}

@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.model import ModelState
 from tnnlm.tokenizer import TextTokenizer
 
 PREFILL_CHUNK = 512
@@ -123,12 +124,38 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-class TextGenerator:
-    """A converted model and its tokenizer, ready to read prompts and write text."""
+class Decodes(Protocol):
+    """What decoding needs of a model: a converted ``CausalLM``, or one whose step was compiled."""
 
-    def __init__(self, model: CausalLM, tokenizer: TextTokenizer) -> None:
+    embedding: torch.nn.Embedding
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        ...
+
+    def prefill(
+        self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Read tokens (B, L) in parallel."""
+        ...
+
+    def step(
+        self, tokens: Tensor, state: ModelState, active: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Read one token per row (B,)."""
+        ...
+
+
+class TextGenerator:
+    """A converted model and its tokenizer, ready to read prompts and write text.
+
+    ``fingerprint`` names the model in saved states. :func:`tnnlm.engine.open_engine` makes a fast one.
+    """
+
+    def __init__(self, model: Decodes, tokenizer: TextTokenizer, fingerprint: str = "") -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
         self.device = model.embedding.weight.device
 
     @torch.inference_mode()

@@ -29,6 +29,11 @@ class ModelState(NamedTuple):
         return ModelState(tuple(chosen))
 
 
+def state_bytes(state: ModelState) -> int:
+    """Bytes of a state, of all its rows together."""
+    return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
+
+
 class CausalLM(nn.Module):
     """A Toeplitz neural network language model (arXiv 2305.04749), prenorm, tied embeddings.
 
@@ -57,6 +62,8 @@ class CausalLM(nn.Module):
             for conv in convs
         )
         self.norm = SimpleRMSNorm()
+        self.head: nn.Module | None = None
+        """in the place of the tied embedding, for decoding"""
 
     @property
     def layers(self) -> list[Block]:
@@ -129,7 +136,11 @@ class CausalLM(nn.Module):
         return x
 
     def _head(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.norm(x), self.embedding.weight)
+        x = self.norm(x)
+        if self.head is not None:
+            logits: Tensor = self.head(x)
+            return logits
+        return torch.nn.functional.linear(x, self.embedding.weight)
 
 
 def _last(x: Tensor, keep: int, lengths: Tensor | None) -> Tensor:

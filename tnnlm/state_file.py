@@ -6,7 +6,6 @@ belongs to by their hashes; under any other it is refused, since a state means n
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Context, TextGenerator
-from tnnlm.model import CausalLM
 
 FORMAT = "tnnlm-state-1"
 
@@ -30,15 +28,6 @@ class SavedContext(NamedTuple):
     context: Context
     random: Tensor | None
     """state of the random stream, for :meth:`torch.Generator.set_state`"""
-
-
-def model_fingerprint(model: CausalLM) -> str:
-    """Hash of all weights and recurrences, names and dtypes included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def save_context(
@@ -65,7 +54,7 @@ def save_context(
         tensors["random"] = random.get_state()
     metadata = {
         "kind": FORMAT,
-        "model": model_fingerprint(generator.model),
+        "model": generator.fingerprint,
         "tokenizer": generator.tokenizer.fingerprint,
         "lengths": json.dumps(context.lengths),
     }
@@ -92,7 +81,7 @@ def load_context(path: Path, generator: TextGenerator) -> SavedContext:
     if metadata.get("kind") != FORMAT:
         raise CheckpointError(f"{path}: is not a saved state of this project's generate.py")
     expected = {
-        "model": model_fingerprint(generator.model),
+        "model": generator.fingerprint,
         "tokenizer": generator.tokenizer.fingerprint,
     }
     for part, fingerprint in expected.items():

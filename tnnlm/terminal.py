@@ -9,10 +9,10 @@ from typing import Any, TextIO
 
 import torch
 
-from tnnlm.conversion.convert import recurrences
+from tnnlm.engine import open_engine
 from tnnlm.errors import UserError
 from tnnlm.generation import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
-from tnnlm.ops.recurrence import state_bytes
+from tnnlm.model import state_bytes
 from tnnlm.runs import load_for_decoding
 from tnnlm.state_file import load_context, save_context
 
@@ -20,11 +20,20 @@ from tnnlm.state_file import load_context, save_context
 class Decoder:
     """A loaded model with its sampling settings and random stream."""
 
-    def __init__(self, generator: TextGenerator, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        generator: TextGenerator,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        engine: str = "",
+    ) -> None:
         check_new_tokens(max_new_tokens)
         self.generator = generator
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self.engine = engine
+        """what runs, in one line"""
         self.random = torch.Generator(generator.device).manual_seed(seed)
         self.context: Context | None = None
         """after the last token, or as loaded"""
@@ -38,6 +47,8 @@ class Decoder:
         sampling: Sampling,
         max_new_tokens: int,
         seed: int,
+        dtype: str = "float32",
+        engine: str = "auto",
     ) -> Decoder:
         """Find and load a converted model.
 
@@ -51,8 +62,10 @@ class Decoder:
             torch.zeros(1, device=where)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-        _, (model, tokenizer) = load_for_decoding(target, runs_dir)
-        return cls(TextGenerator(model.to(where), tokenizer), sampling, max_new_tokens, seed)
+        found, converted = load_for_decoding(target, runs_dir)
+        folder = found if found.is_dir() else None
+        generator, line = open_engine(converted, folder, device=where, dtype=dtype, engine=engine)
+        return cls(generator, sampling, max_new_tokens, seed, line)
 
     def load_state(self, path: Path, reseed: bool) -> None:
         """Go on from a saved context, and from its random stream unless ``reseed``.
@@ -129,7 +142,8 @@ class Decoder:
             "new_tokens": len(record.tokens),
             "prefill_seconds": context.seconds,
             "seconds_per_token": record.seconds_per_token,
-            "state_bytes": sum(state_bytes(params) for params in recurrences(self.generator.model)),
+            "state_bytes": state_bytes(self.generator.model.init_state(1)),
+            "engine": self.engine,
         }
 
     def _read(self, prompt: str | None) -> Context:

@@ -1,0 +1,148 @@
+"""Engines: packed, narrow and compiled steps against the plain float32 modules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config
+from torch import nn
+from training_runs import tiny_run
+
+from tnnlm.checkpoint import ConvertedModel, model_fingerprint
+from tnnlm.compiled import compile_step, load_step
+from tnnlm.conversion import convert_model
+from tnnlm.engine import open_engine, pack
+from tnnlm.errors import UserError
+from tnnlm.model import CausalLM
+from tnnlm.packed import DTYPES, Int8Linear, decoding_linear
+from tnnlm.tokenizer import train_bpe
+from tnnlm.training.run import train
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
+"""of logits around 1: float32 but for the order of sums, the others by the rounding of the weights"""
+METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
+
+
+def converted(method: str = "balanced") -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(tiny_config(kernel=FAMILIES[METHODS[method]](), d_model=32)).eval()
+    return convert_model(model, method=method)
+
+
+def whole(model: CausalLM) -> ConvertedModel:
+    return ConvertedModel(model, train_bpe(["the cat sat"], 300, "<eos>", 1, False), model_fingerprint(model))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 7), (2, 5, 7), (1, 40, 7), (1, 64), (2, 5, 64), (1, 40, 96)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_for_decoding_equal_the_plain_ones(bias: bool, shape: tuple[int, ...], dtype: str) -> None:
+    plain = nn.Linear(shape[-1], 64, bias=bias)
+    layer = decoding_linear(plain.weight, plain.bias, dtype)
+    x = torch.randn(*shape)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    limit = 1e-5 if dtype == "float32" else 0.02
+    assert (y - plain(x)).norm() <= limit * plain(x).norm()
+
+
+def test_int8_weights_are_symmetric_and_use_their_range() -> None:
+    weight = torch.randn(16, 40)
+    weight[3] = 0
+    layer = Int8Linear(weight, None)
+    assert layer.weight.abs().amax(1)[torch.arange(16) != 3].min() >= 126
+    assert not layer.weight[3].any()
+    back = layer.weight * layer.scale.float()[:, None]
+    assert (back - weight).abs().max() <= 0.51 * layer.scale.float().max() * 1.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_model_gives_the_logits_of_the_plain_one(method: str, dtype: str) -> None:
+    plain, packed = converted(method), pack(converted(method), dtype)
+    tokens = torch.randint(300, (2, 30))
+    expected, after = plain.prefill(tokens, plain.init_state(2))
+    logits, state = packed.prefill(tokens, packed.init_state(2))
+    scale = expected.std()
+    assert (logits - expected).abs().max() <= TOLERANCE[dtype] * scale * 3
+    for part, reference in zip(state.layers[0], after.layers[0], strict=True):
+        assert part.dtype == reference.dtype == torch.float32
+    one, _ = packed.step(tokens[:, 0], state)
+    two, _ = plain.step(tokens[:, 0], after)
+    assert (one - two).abs().max() <= TOLERANCE[dtype] * scale * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    plain = converted(method)
+    compile_step(converted(method), Path("out"), "float32")
+    engine, line = open_engine(whole(converted(method)), Path("out"))
+    assert line == "compiled engine, cpu, float32"
+    state, expected_state = engine.model.init_state(1), plain.init_state(1)
+    with torch.inference_mode():
+        for token in torch.randint(300, (40, 1)):
+            logits, state = engine.model.step(token, state)
+            expected, expected_state = plain.step(token, expected_state)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    # Batches go by another way, and on from the same state.
+    both = state.select(torch.tensor([0, 0]))
+    logits, _ = engine.model.step(torch.tensor([5, 5]), both)
+    expected, _ = plain.step(torch.tensor([5]), expected_state)
+    torch.testing.assert_close(logits, expected.expand(2, -1), rtol=0, atol=1e-4)
+
+
+def test_compiled_step_of_another_machine_is_left_alone() -> None:
+    Path("out").mkdir()
+    model = converted()
+    assert "convert.py --compile" in load_step(model, Path("out"), "float32")
+    Path("out/step-float32.pt2").write_bytes(b"damaged")
+    Path("out/step-float32.json").write_text(json.dumps({"torch": "1.0"}))
+    assert "another machine" in load_step(model, Path("out"), "float32")
+    engine, line = open_engine(whole(model), Path("out"))
+    assert line.startswith("packed engine, cpu, float32 (the compiled step is for another machine")
+    assert engine.read("the cat").logits.shape == (1, 300)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "fast"}, "--engine fast"),
+        ({"dtype": "int4"}, "--dtype int4"),
+        ({"engine": "eager", "dtype": "int8"}, "float32 only"),
+        ({"engine": "compiled"}, "--engine compiled: no"),
+    ],
+)
+def test_engines_that_cannot_be_had_are_named(options: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_engine(whole(converted()), None, **options)
+
+
+def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
+    compiler = shutil.which("g++") is not None
+    assert script("convert", "runs/tiny", *(["--compile", "float32"] if compiler else [])).code == 0
+    report = json.loads(Path("runs/tiny/converted/conversion.json").read_text())
+    assert {"bfloat16 weights", "int8 weights"} <= report["ppl"].keys()
+    for dtype in ("bfloat16", "int8"):
+        near = report["ppl"][f"{dtype} weights"]["32"] / report["ppl"]["recurrent"]["32"] - 1
+        assert abs(near) < 0.005
+    texts = {}
+    for engine in ("auto", "packed", "eager"):
+        words = ("--prompt", "The ", "--temperature", "0", "--max-new-tokens", "8", "--json")
+        done = script("generate", *words, "--engine", engine)
+        assert done.code == 0, done.err
+        data = json.loads(done.out)
+        texts[engine] = data["text"]
+        assert data["engine"].startswith({"auto": "compiled" if compiler else "packed"}.get(engine, engine))
+    assert len(set(texts.values())) == 1
+    assert script("generate", "--prompt", "The ", "--dtype", "int8", "--max-new-tokens", "4").code == 0
+    refused = script("generate", "--prompt", "The ", "--dtype", "int4")
+    assert refused.code == 2
+    assert "int4" in refused.err

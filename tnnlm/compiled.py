@@ -1,0 +1,140 @@
+"""A decoding step compiled ahead of time: made by ``convert.py --compile``, run without Python in between.
+
+``step`` for a single row is exported and compiled by AOTInductor, which packs the weights and fuses what
+lies between them. The package stands beside the converted model; it holds for one version of PyTorch
+and one kind of processor, which it is checked for.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tnnlm.atomic import atomic_file, write_text
+from tnnlm.errors import UserError
+from tnnlm.model import CausalLM, ModelState
+from tnnlm.packed import Int8Linear, cast_linear, replace_linears
+
+
+class _Step(nn.Module):
+    """``step`` with the state as a flat row of tensors, as export wants it."""
+
+    def __init__(self, model: CausalLM, structure: TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.structure = structure
+
+    def forward(self, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        logits, state = self.model.step(tokens, tree_unflatten(list(parts), self.structure))
+        return (logits, *(part.contiguous() for part in tree_flatten(state)[0]))
+
+
+class CompiledModel:
+    """A model whose single rows step by the package; batches and prompts go to ``model``."""
+
+    def __init__(self, model: CausalLM, run: Callable[..., Any]) -> None:
+        self.model = model
+        self.embedding = model.embedding
+        self.init_state = model.init_state
+        self.prefill = model.prefill
+        self._run = run
+        self._structure = tree_flatten(model.init_state(1))[1]
+
+    def step(
+        self, tokens: Tensor, state: ModelState, active: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """As :meth:`CausalLM.step`."""
+        if tokens.shape[0] != 1 or active is not None:
+            return self.model.step(tokens, state, active)
+        # The package takes the strides of its inputs for granted.
+        logits, *parts = self._run(tokens, *(part.contiguous() for part in tree_flatten(state)[0]))
+        return logits, tree_unflatten(parts, self._structure)
+
+
+def package_path(folder: Path, dtype: str) -> Path:
+    """Of the step with weights of ``dtype``."""
+    return folder / f"step-{dtype}.pt2"
+
+
+def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
+    """Compile ``step`` of a converted model into ``folder``; minutes at the most.
+
+    Args:
+        model: converted, unpacked, on the CPU; its linear layers are replaced or cast.
+        folder: of the converted model.
+        dtype: of the weights.
+
+    Raises:
+        UserError: if there is no C++ compiler.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InductorError
+
+    _narrow(model, dtype)
+    parts, structure = tree_flatten(model.init_state(1))
+    path = package_path(folder, dtype)
+    example = (torch.zeros(1, dtype=torch.long), *parts)
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as scratch,
+        atomic_file(path) as temporary,
+    ):
+        warnings.simplefilter("ignore")  # torch's compiler uses what torch itself deprecates
+        exported = torch.export.export(_Step(model.eval(), structure), example)
+        packaged = str(Path(scratch) / path.name)
+        try:
+            aoti_compile_and_package(exported, package_path=packaged, inductor_configs={"freezing": True})
+        except InductorError as error:
+            raise UserError(f"no working C++ compiler: {str(error).splitlines()[0][:120]}") from None
+        shutil.copyfile(packaged, temporary)
+    write_text(path.with_suffix(".json"), json.dumps(_made_for(), indent=2))
+    return path
+
+
+def load_step(model: CausalLM, folder: Path, dtype: str) -> CompiledModel | str:
+    """The model with its compiled step, or in words why there is none."""
+    path = package_path(folder, dtype)
+    if not path.is_file():
+        return "no compiled step: convert.py --compile makes one"
+    try:
+        made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made_for = None
+    if made_for != _made_for():
+        return "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
+    from torch._inductor import aoti_load_package
+
+    try:
+        return CompiledModel(model, aoti_load_package(str(path)))
+    except Exception as error:  # whatever the loader raises, the plain engine runs
+        return f"the compiled step can't be loaded ({str(error).splitlines()[0][:80]})"
+
+
+def _made_for() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _narrow(model: CausalLM, dtype: str) -> None:
+    """Weights of ``dtype`` in plain layers: the compiler packs them itself."""
+
+    def narrow(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return (
+            Int8Linear(weight, bias) if dtype == "int8" else cast_linear(weight, bias, getattr(torch, dtype))
+        )
+
+    replace_linears(model, narrow)

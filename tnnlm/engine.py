@@ -1,0 +1,88 @@
+"""What runs a converted model: a compiled step, packed weights, or its plain modules.
+
+``packed`` replaces the linear layers and the head by those of :mod:`tnnlm.packed`; all else is the same
+code. ``compiled`` runs single rows by the package that ``convert.py --compile`` made of ``step``
+(:mod:`tnnlm.compiled`), batches and prompts packed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tnnlm.checkpoint import ConvertedModel
+from tnnlm.compiled import CompiledModel, load_step
+from tnnlm.errors import UserError
+from tnnlm.generation import TextGenerator
+from tnnlm.model import CausalLM
+from tnnlm.packed import DTYPES, decoding_linear, replace_linears
+
+ENGINES = ("auto", "compiled", "packed", "eager")
+"""auto: the first that is there"""
+
+
+class Engine(NamedTuple):
+    """A generator, and in one line what runs it."""
+
+    generator: TextGenerator
+    line: str
+
+
+def open_engine(
+    converted: ConvertedModel,
+    folder: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    engine: str = "auto",
+) -> Engine:
+    """The fastest way to run a converted model.
+
+    Args:
+        converted: it is moved, and its layers are replaced: load another to have it as it was.
+        folder: it was read from, where a compiled step is looked for.
+        device: to run on.
+        dtype: of the weights of linear layers and head: float32, bfloat16 or int8. Embedding, recurrences
+            and states stay float32.
+        engine: one of ``ENGINES``.
+
+    Raises:
+        UserError: for an engine or dtype that is unknown or can't be had.
+    """
+    where = torch.device(device)
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    model = converted.model.to(where)
+    if engine == "eager":
+        if dtype != "float32":
+            raise UserError("--engine eager: runs in float32 only; leave --dtype out")
+        return Engine(TextGenerator(model, *converted[1:]), f"eager engine, {where.type}, float32")
+    pack(model, dtype)
+    reason = "only on a CPU"
+    if engine != "packed" and where.type == "cpu":
+        found = load_step(model, folder, dtype) if folder else "no folder to look for a compiled step in"
+        if isinstance(found, CompiledModel):
+            return Engine(TextGenerator(found, *converted[1:]), f"compiled engine, {where.type}, {dtype}")
+        reason = found
+    if engine == "compiled":
+        raise UserError(f"--engine compiled: {reason}")
+    note = "" if engine == "packed" else f" ({reason})"
+    return Engine(TextGenerator(model, *converted[1:]), f"packed engine, {where.type}, {dtype}{note}")
+
+
+def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:
+    """Give a converted model fast linear layers and head, in place; returns it.
+
+    Args:
+        model: converted, on the device it will run on; it can't be saved afterwards.
+        dtype: of the weights.
+
+    Raises:
+        UserError: for a dtype that this device has no operation for.
+    """
+    replace_linears(model, lambda weight, bias: decoding_linear(weight, bias, dtype))
+    return model
