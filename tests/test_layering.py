@@ -34,6 +34,7 @@ LAYERS = (
         "family_run",
         "family_report",
         "finite_forms",
+        "benchmark",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,105 @@
+"""The decode benchmark: every subject runs, rows have all fields, tables and pictures are made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+
+from tnnlm.benchmark.peers import PEERS, peer
+from tnnlm.benchmark.report import plot, table
+from tnnlm.benchmark.subjects import CONVERSIONS, ours
+from tnnlm.benchmark.timing import Effort, read_bandwidth, time_prefill, time_steps
+from tnnlm.errors import run_script
+
+SHAPE = tiny_config(d_model=64, n_layers=2, glu_dim=64)
+LITTLE = Effort(rounds=2, settle=1, steps=2)
+FIELDS = {"name", "dtype", "batch", "context", "seconds_per_token", "tokens_per_second", "spread"}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_our_models_step_and_read_at_every_context(conversion: str, dtype: str, tmp_path: Path) -> None:
+    subject = ours(conversion, "packed", dtype, SHAPE, tmp_path)
+    assert subject.name == f"tnnlm-{conversion}-packed"
+    # Six products per layer, and the head.
+    block = 64 * (2 * 192 + 192 + 2 * 64 + 64)
+    assert subject.weight_bytes == (2 * block + 300 * 64) * {"float32": 4, "int8": 1}[dtype]
+    bandwidth, rows = time_steps([subject], [(1, 5), (3, 9)], LITTLE)
+    assert bandwidth > 0
+    assert [(row["batch"], row["context"]) for row in rows] == [(1, 5), (3, 9)]
+    assert rows[0].keys() >= FIELDS | {"state_bytes", "bandwidth_share"}
+    assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
+    assert [row["context"] for row in time_prefill([subject], [3, 600], 300, LITTLE)] == [3, 600]
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_peers_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    subject = peer(kind, "float32", SHAPE, 64)
+    target = ours("balanced", "eager", "float32", SHAPE, tmp_path).weight_bytes
+    assert abs(subject.weight_bytes - target) <= 0.25 * target
+    stepper = subject.step_at(2, 7)
+    with torch.inference_mode():
+        for _ in range(3):
+            stepper.step()
+            stepper.undo()
+    assert subject.state_at(7) > 0
+    _, rows = time_steps([subject], [(1, 5), (1, 65)], LITTLE)
+    assert [row["context"] for row in rows] == [5], "a context that it can't hold is left out"
+
+
+def test_tables_and_pictures(tmp_path: Path) -> None:
+    rows = [
+        {
+            "name": name,
+            "dtype": "float32",
+            "batch": 1,
+            "context": context,
+            "seconds_per_token": 1e-3 * (index + 1),
+            "tokens_per_second": 1e3 / (index + 1),
+            "spread": 0.1,
+            "bandwidth_share": 0.5,
+        }
+        for index, name in enumerate(("tnnlm-balanced-packed", "transformers-llama"))
+        for context in (128, 512)
+    ]
+    result = {"mode": "decode", "results": rows}
+    assert "| tnnlm-balanced-packed | float32 | 1.00 (50%) | 1.00 (50%) |" in table(result)
+    for mode in ("decode", "batch", "prefill"):
+        plot({"mode": mode, "results": rows}, tmp_path / "times.png")
+        assert (tmp_path / "times.png").stat().st_size > 5_000
+
+
+def test_bandwidth_is_that_of_a_memory() -> None:
+    assert 0.1 < read_bandwidth() < 100_000
+
+
+def test_tool_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    small = ["--quick", "--d-model", "32", "--peers", "--json", "out.json", "--png", "out.png"]
+    for mode, words in (
+        ("decode", ["--contexts", "8"]),
+        ("batch", ["--batches", "2"]),
+        ("prefill", ["--contexts", "8"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", mode, *small, *words])
+        assert run_script(tool.main) == 0
+        data = json.loads(Path("out.json").read_text())
+        assert data["bandwidth_gbs"] > 0
+        assert all(row.keys() >= FIELDS for row in data["results"])
+        assert "tnnlm-balanced-packed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--contexts", "0"])
+    assert run_script(tool.main) == 2

@@ -1,0 +1,1 @@
+"""How fast a converted model reads and writes, beside peers of equal weight bytes and the machine's limit."""

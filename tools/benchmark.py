@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Time a converted model of 24M weights beside Llama, GPT-2 and Mamba of transformers of the same size.
+
+All subjects take turns in one run; medians, quartiles, and the bandwidth the machine was measured to
+read memory with. Random weights: speed does not depend on them.
+
+Examples:
+  python tools/benchmark.py decode                       # time per token against context
+  python tools/benchmark.py prefill --quick              # prompts, smaller and fewer, in about a minute
+  python tools/benchmark.py batch --json batch.json --png batch.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tnnlm.allocator import keep_large_blocks
+from tnnlm.atomic import write_text
+from tnnlm.benchmark.peers import PEERS, peer
+from tnnlm.benchmark.report import plot, table
+from tnnlm.benchmark.subjects import CONVERSIONS, SHAPE, Subject, ours
+from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
+from tnnlm.errors import UserError, run_script
+
+CONTEXTS = (128, 512, 2048, 8192)
+OURS = {
+    "decode": [
+        *(("balanced", engine, "float32") for engine in ("compiled", "packed", "eager")),
+        *(("balanced", engine, dtype) for engine in ("compiled", "packed") for dtype in ("bfloat16", "int8")),
+        *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
+    ],
+    "prefill": [("balanced", "packed", dtype) for dtype in ("float32", "bfloat16", "int8")],
+    "batch": [
+        *(("balanced", "packed", dtype) for dtype in ("float32", "bfloat16", "int8")),
+        *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
+    ],
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mode", choices=tuple(OURS), help="what is timed")
+    parser.add_argument("--quick", action="store_true", help="less of everything, nothing compiled")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens (default: 128 to 8,192)")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="rows (default: 1 to 256)")
+    parser.add_argument(
+        "--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all; without a name: none"
+    )
+    parser.add_argument("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="default: 512")
+    args = parser.parse_args()
+    for number in (*(args.contexts or ()), *(args.batches or ()), args.d_model):
+        if not 1 <= number <= 1 << 20:
+            raise UserError(f"{number}: must be from 1 to {1 << 20:,}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    keep_large_blocks()
+    shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
+    contexts = args.contexts or ((128, 2048) if args.quick else CONTEXTS)
+    batches = args.batches or ((1, 16) if args.quick else (1, 4, 16, 64, 256))
+    effort = QUICK if args.quick else Effort()
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = gather(args, shape, max(contexts), Path(folder))
+        if args.mode == "prefill":
+            bandwidth = read_bandwidth()
+            rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
+        else:
+            cases = [(1, n) for n in contexts] if args.mode == "decode" else [(b, 128) for b in batches]
+            bandwidth, rows = time_steps(subjects, cases, effort)
+    result = {
+        "mode": args.mode,
+        "threads": torch.get_num_threads(),
+        "bandwidth_gbs": bandwidth,
+        "results": rows,
+    }
+    if args.json:
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    if args.png:
+        plot(result, args.png)
+    what = {"decode": "ms per token (share of the bandwidth)"}.get(args.mode, "tokens per second")
+    print(f"{what}; {result['threads']} threads read memory at {bandwidth:.1f} GB/s\n\n{table(result)}")
+    return 0
+
+
+def gather(args: argparse.Namespace, shape: object, longest: int, folder: Path) -> list[Subject]:
+    """Ours, then the peers; what can't be had is left out with a line."""
+    wanted = [case for case in OURS[args.mode] if not args.quick or case[1] != "compiled"]
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        print("left out: compiled engines, there is no C++ compiler", file=sys.stderr)
+        wanted = [case for case in wanted if case[1] != "compiled"]
+    assert all(conversion in CONVERSIONS for conversion, _, _ in wanted)
+    subjects = [ours(*case, shape, folder) for case in wanted]  # type: ignore[arg-type]
+    for kind in args.peers:
+        for dtype in ("float32",) if kind == "mamba" or args.quick else ("float32", "bfloat16"):
+            if kind == "mamba" and args.mode == "prefill":
+                print("left out: mamba reads prompts in a loop without its GPU kernels", file=sys.stderr)
+                continue
+            try:
+                subjects.append(peer(kind, dtype, shape, longest))  # type: ignore[arg-type]
+            except UserError as error:
+                print(f"left out: {kind}: {error}", file=sys.stderr)
+    return subjects
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
