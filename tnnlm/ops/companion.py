@@ -39,7 +39,7 @@ class CompanionState(NamedTuple):
     """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
 
     recent: Tensor
-    """the last n values of w, oldest first, (B, E, n)"""
+    """the last n values of w, newest first as the coefficients are, (B, E, n)"""
 
 
 def init_state(params: CompanionParams, batch_size: int) -> CompanionState:
@@ -64,10 +64,9 @@ def step(
     """Advance by one token x (B, E); rows where ``active`` (B,) is False keep their state."""
     recent = state.recent
     u = x.to(recent.dtype)
-    # Lag 1 is the last of the recent values.
-    w = u - torch.einsum("bep,ep->be", recent, _per_channel(params).flip(-1))
-    y = params.direct * u + torch.einsum("bep,ep->be", recent, params.numerator.flip(-1))
-    after = torch.cat((recent[..., 1:], w.unsqueeze(-1)), dim=-1)
+    w = u - torch.einsum("bep,ep->be", recent, _per_channel(params))
+    y = params.direct * u + torch.einsum("bep,ep->be", recent, params.numerator)
+    after = torch.cat((w.unsqueeze(-1), recent[..., :-1]), dim=-1)
     if active is not None:
         after = torch.where(active[:, None, None], after, recent)
     return y.to(x.dtype), CompanionState(after)
@@ -90,7 +89,7 @@ def prefill(
     """
     u = x.to(state.recent.dtype)
     length, n = x.shape[1], order(params)
-    past = state.recent.transpose(1, 2)
+    past = state.recent.flip(-1).transpose(1, 2)
     # What the state does to the next n values of w is what these inputs would do from rest.
     reach = min(n, length)
     old = torch.cat((past, past.new_zeros(past.shape[0], reach, past.shape[2])), dim=1)
@@ -108,7 +107,7 @@ def prefill(
     else:
         index = lengths.to(x.device)[:, None] + torch.arange(n, device=x.device)
         recent = history.gather(1, index[:, :, None].expand(-1, -1, u.shape[2]))
-    return y.to(x.dtype), CompanionState(recent.transpose(1, 2).contiguous())
+    return y.to(x.dtype), CompanionState(recent.flip(1).transpose(1, 2).contiguous())
 
 
 def taps(params: CompanionParams, length: int) -> Tensor:

@@ -41,7 +41,7 @@ class SSMState(NamedTuple):
     """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
 
     window: Tensor
-    """the last P - 1 inputs, oldest first, (B, E, max(P - 1, 0))"""
+    """the last P - 1 inputs, newest first as the taps are, (B, E, max(P - 1, 0))"""
     real: Tensor
     """Re s, (B, E, N)"""
     imag: Tensor
@@ -96,9 +96,9 @@ def step(
     y, real, imag = _step_modes(params, u, state.real, state.imag)
     window = state.window
     if params.window.shape[1]:
-        recent = torch.cat((window, u.unsqueeze(-1)), dim=-1)
-        y = y + torch.einsum("bep,ep->be", recent, params.window.flip(-1))
-        window = recent[..., 1:]
+        recent = torch.cat((u.unsqueeze(-1), window), dim=-1)
+        y = y + torch.einsum("bep,ep->be", recent, params.window)
+        window = recent[..., :-1]
     if active is not None:
         row = active[:, None, None]
         window, real, imag = (
@@ -138,12 +138,12 @@ def prefill(
         aligned = u if lengths is None else _align_right(u, last)
         real, imag = _advance_modes(powers.to(dtype), aligned, real, imag, last)
     if params.window.shape[1]:
-        history = torch.cat((window.transpose(1, 2), u), dim=1)
+        history = torch.cat((window.flip(-1).transpose(1, 2), u), dim=1)
         y = y + toeplitz(history, params.window)[:, window.shape[2] :]
         # Row b's last inputs end at history position lengths[b] + P - 1.
         take = last[:, None] + torch.arange(window.shape[2], device=x.device)
         index = take[:, :, None].expand(-1, -1, u.shape[2])
-        window = history.gather(1, index).transpose(1, 2).contiguous()
+        window = history.gather(1, index).flip(1).transpose(1, 2).contiguous()
     return y.to(x.dtype), SSMState(window, real, imag)
 
 
