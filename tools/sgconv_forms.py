@@ -59,7 +59,6 @@ def main() -> int:
         "form",
         "numbers per channel",
         "tap error",
-        "Hankel error",
         "bound",
         *(f"gap, {n}" for n in rows),
     )
