@@ -199,7 +199,11 @@ def test_pole_radius_without_poles_is_zero() -> None:
 
 @pytest.mark.parametrize("radius", [0.5, 0.999, 1.0])
 @pytest.mark.parametrize("length", [1, 2, 7, 100, 1000])
-def test_rational_series_is_long_division(radius: float, length: int) -> None:
+@pytest.mark.parametrize("small", [0, 48])
+def test_rational_series_is_long_division(
+    radius: float, length: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tnnlm.ops.companion._SMALL", small)
     # Poles at angles 0.5 and 2, numerators shorter and longer than what is asked for.
     a = np.convolve([1, -2 * radius * np.cos(0.5), radius**2], [1, -2 * radius * np.cos(2), radius**2])
     c = np.array([0.3, -1.0, 0.5])

@@ -20,6 +20,8 @@ from tnnlm.precision import working_dtype
 
 _WRAP = 8
 """points of an FFT over coefficients of a power series"""
+_SMALL = 48
+"""state size up to which n^3 is less than FFTs of ``_WRAP`` lengths: five times at n = 16"""
 _BISECTIONS = 30
 """of the largest pole's modulus: to 1e-9"""
 
@@ -121,12 +123,13 @@ def taps(params: CompanionParams, length: int) -> Tensor:
 def rational_series(numerator: Tensor, a: Tensor, length: int, radius: float = 1.0) -> Tensor:
     """The first ``length`` coefficients of (c[1] + c[2] z + ..) / (1 + a[1] z + .. + a[n] z^n), in float64.
 
-    By FFT, on a circle so small that what wraps round has faded: with ``_WRAP`` times as many points as
-    coefficients and a damping that leaves eps^(1 / _WRAP) at the last of them, both what wraps round and
-    what undoing the damping adds are float64 rounding, wherever the poles are up to ``radius``.
+    Of small systems by powers of the state matrix. Of large ones by FFT, on a circle so small that what
+    wraps round has faded: with ``_WRAP`` times as many points as coefficients and a damping that leaves
+    eps^(1 / _WRAP) at the last of them, both what wraps round and what undoing the damping adds are
+    float64 rounding, wherever the poles are up to ``radius``.
 
     Args:
-        numerator: (G, m).
+        numerator: (G, m), m <= n.
         a: (G, n).
         length: at least 1.
         radius: largest modulus of a pole, or more.
@@ -134,12 +137,30 @@ def rational_series(numerator: Tensor, a: Tensor, length: int, radius: float = 1
     Returns:
         (G, ``length``); not finite where it grows out of range.
     """
+    if a.shape[1] <= _SMALL:
+        return _series_by_states(numerator.double(), a.double(), length)
     points = fft_length(_WRAP * max(length, a.shape[1] + 1, numerator.shape[1]))
     damping = torch.finfo(torch.float64).eps ** (1 / points) / radius
     scale = damping ** torch.arange(max(length, a.shape[1] + 1, numerator.shape[1]), device=a.device).double()
     whole = torch.nn.functional.pad(a.double(), (1, 0), value=1.0) * scale[: a.shape[1] + 1]
     above = torch.fft.rfft(numerator.double() * scale[: numerator.shape[1]], n=points)
     return torch.fft.irfft(above / torch.fft.rfft(whole, n=points), n=points)[:, :length] / scale[:length]
+
+
+def _series_by_states(numerator: Tensor, a: Tensor, length: int) -> Tensor:
+    """c A^i b in the companion form: rows c A^r for r < m, columns A^(q m) b, and all their products."""
+    n = a.shape[1]
+    matrix = torch.diag_embed(a.new_ones(len(a), n - 1), offset=-1)
+    matrix[:, 0] = -a
+    rows = torch.nn.functional.pad(numerator, (0, n - numerator.shape[1]))[:, None]
+    columns = torch.nn.functional.pad(a.new_ones(len(a), 1), (0, n - 1))[:, :, None]
+    while rows.shape[1] ** 2 < length:
+        rows = torch.cat((rows, rows @ matrix), dim=1)
+        matrix = matrix @ matrix
+    while rows.shape[1] * columns.shape[2] < length:
+        columns = torch.cat((columns, matrix @ columns), dim=2)
+        matrix = matrix @ matrix
+    return (columns.transpose(1, 2) @ rows.transpose(1, 2)).flatten(1)[:, :length]
 
 
 def largest_pole(params: CompanionParams) -> float:
