@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, tiny_config
+from training_runs import tiny_run
 
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
 from tnnlm.benchmark.subjects import CONVERSIONS, ours
 from tnnlm.benchmark.timing import Effort, read_bandwidth, time_prefill, time_steps
 from tnnlm.errors import run_script
+from tnnlm.training.run import train
 
 SHAPE = tiny_config(d_model=64, n_layers=2, glu_dim=64)
 LITTLE = Effort(rounds=2, settle=1, steps=2)
@@ -81,14 +83,31 @@ def test_bandwidth_is_that_of_a_memory() -> None:
     assert 0.1 < read_bandwidth() < 100_000
 
 
-def test_tool_writes_what_it_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
+def tool_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     tool: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_constant_cost_measures_a_converted_run(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
+    assert script("convert", "runs/tiny").code == 0
+    words = ["runs/tiny", "--contexts", "4", "8", "--repeats", "1", "--tokens", "2", "--json", "c.json"]
+    monkeypatch.setattr(sys, "argv", ["constant_cost.py", *words])
+    assert run_script(tool_of("constant_cost").main) == 0
+    assert "state bytes" in capsys.readouterr().out
+    assert Path("c.json").stat().st_size > 100
+
+
+def test_tool_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tool_of("benchmark")
     small = ["--quick", "--d-model", "32", "--peers", "--json", "out.json", "--png", "out.png"]
     for mode, words in (
         ("decode", ["--contexts", "8"]),

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    folder, (model, tokenizer) = load_for_decoding(args.model, Path("runs"))
+    folder, (model, tokenizer, _) = load_for_decoding(args.model, Path("runs"))
     writer = TextGenerator(model, tokenizer)
     contexts = {
         n: writer.read_tokens([torch.arange(n).remainder(tokenizer.size).tolist()]) for n in args.contexts
