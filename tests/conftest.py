@@ -15,7 +15,7 @@ import generate as generate_script
 import train as train_script
 from tnnlm.config import KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
-from tnnlm.model import CausalLM
+from tnnlm.model import CausalLM, ModelState
 
 ROOT = Path(__file__).parents[1]
 """of the repository"""
@@ -53,6 +53,15 @@ def tiny_config(**changes: object) -> ModelConfig:
     """A model of a few thousand parameters."""
     settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
     return ModelConfig(**{**settings, "kernel": FAMILIES["tno"](), **changes})
+
+
+def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+    """Logits of tokens (B, L), one step after the other, and the last state."""
+    outputs = []
+    for t in range(tokens.shape[1]):
+        logits, state = model.step(tokens[:, t], state)
+        outputs.append(logits)
+    return torch.stack(outputs, dim=1), state
 
 
 @pytest.fixture

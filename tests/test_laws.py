@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
+from conftest import FAMILIES, run_steps, tiny_config
 
 from tnnlm.checkpoint import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model, model_horizon
@@ -50,14 +50,6 @@ def converted_by(model: CausalLM, method: str, horizon: int | str = LENGTH) -> C
     if method == "balanced":
         options = {"poles": "channel", "tolerance": 0.05}
     return convert_model(model, method=method, horizon=horizon, **options)
-
-
-def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
-    outputs = []
-    for t in range(tokens.shape[1]):
-        logits, state = model.step(tokens[:, t], state)
-        outputs.append(logits)
-    return torch.stack(outputs, dim=1), state
 
 
 def row_of(state: ModelState, row: int) -> ModelState:

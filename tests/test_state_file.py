@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,18 @@ def test_words_that_do_not_fit_are_refused(script: Any, words: list[str], said: 
     assert result.code == 2
     assert said in result.err
     assert result.err.count("\n") == 1
+
+
+def test_a_conversation_without_a_word_has_no_state_to_keep(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
+    assert script("convert", "runs/tiny").code == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    refused = script("generate", "--interactive", "--save-state", "s")
+    assert refused.code == 2
+    assert "nothing was read" in refused.err
+    assert not Path("s").exists()
 
 
 def test_state_of_two_rows_wants_two_prompts(script: Any) -> None:

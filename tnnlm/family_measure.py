@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from tnnlm.config import Config, ConversionConfig
@@ -20,6 +19,7 @@ from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll
 from tnnlm.families import Transformer
 from tnnlm.model import CausalLM, ModelState
+from tnnlm.model import state_bytes as model_state_bytes
 from tnnlm.ops import recurrence
 from tnnlm.packing import PackedCorpus, PackedRows
 
@@ -174,9 +174,8 @@ def decoding(forms: Mapping[str, Form], tokens: Tensor, sizes: Sizes) -> dict[st
 def state_bytes(state: Any) -> int:
     """Bytes of all tensors of a state, which may be a Transformer's cache."""
     if isinstance(state, ModelState):
-        tensors = tree_leaves(state)
-    else:
-        tensors = [part for layer in state.layers for part in (layer.keys, layer.values)]
+        return model_state_bytes(state)
+    tensors = [part for layer in state.layers for part in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

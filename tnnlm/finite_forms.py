@@ -39,7 +39,7 @@ _RANK = 64
 
 
 def finite_forms(model: CausalLM, rows: dict[int, Tensor], chunk: int = 256) -> list[dict[str, Any]]:
-    """Tap error, Hankel error and perplexity of every form, by state numbers per channel.
+    """Tap error and perplexity of every form, by state numbers per channel.
 
     Args:
         model: in its parallel form.

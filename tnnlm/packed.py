@@ -51,8 +51,9 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach().float()
-        # The scale is rounded first, so that the integers belong to the one that is used.
-        scale = (weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127).bfloat16()
+        # A row of zeros keeps a scale that bfloat16 can hold; rounded first, so that the integers belong to
+        # the one that is used.
+        scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()
         integers = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer("weight", integers)
         self.register_buffer("scale", scale)

@@ -78,8 +78,13 @@ class Decoder:
             self.random.set_state(random)
 
     def save_state(self, path: Path) -> None:
-        """Write the context after the last token."""
-        assert self.context is not None
+        """Write the context after the last token.
+
+        Raises:
+            UserError: if nothing was read.
+        """
+        if self.context is None:
+            raise UserError(f"--save-state {path}: nothing was read, there is no state to keep")
         save_context(path, self.generator, self.context, self.random)
 
     def show(self, prompt: str | None, n_samples: int, out: TextIO) -> None:

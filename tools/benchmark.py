@@ -26,8 +26,9 @@ from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
-from tnnlm.benchmark.subjects import CONVERSIONS, SHAPE, Subject, ours
+from tnnlm.benchmark.subjects import SHAPE, Subject, ours
 from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
+from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
 
 CONTEXTS = (128, 512, 2048, 8192)
@@ -96,21 +97,20 @@ def main() -> int:
     return 0
 
 
-def gather(args: argparse.Namespace, shape: object, longest: int, folder: Path) -> list[Subject]:
+def gather(args: argparse.Namespace, shape: ModelConfig, longest: int, folder: Path) -> list[Subject]:
     """Ours, then the peers; what can't be had is left out with a line."""
     wanted = [case for case in OURS[args.mode] if not args.quick or case[1] != "compiled"]
     if shutil.which("c++") is None and shutil.which("g++") is None:
         print("left out: compiled engines, there is no C++ compiler", file=sys.stderr)
         wanted = [case for case in wanted if case[1] != "compiled"]
-    assert all(conversion in CONVERSIONS for conversion, _, _ in wanted)
-    subjects = [ours(*case, shape, folder) for case in wanted]  # type: ignore[arg-type]
+    subjects = [ours(*case, shape, folder) for case in wanted]
     for kind in args.peers:
         for dtype in ("float32",) if kind == "mamba" or args.quick else ("float32", "bfloat16"):
             if kind == "mamba" and args.mode == "prefill":
                 print("left out: mamba reads prompts in a loop without its GPU kernels", file=sys.stderr)
                 continue
             try:
-                subjects.append(peer(kind, dtype, shape, longest))  # type: ignore[arg-type]
+                subjects.append(peer(kind, dtype, shape, longest))
             except UserError as error:
                 print(f"left out: {kind}: {error}", file=sys.stderr)
     return subjects

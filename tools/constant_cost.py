@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tnnlm.benchmark.timing import read_bandwidth
 from tnnlm.errors import UserError, run_script
 from tnnlm.generation import Context, TextGenerator
+from tnnlm.model import state_bytes
 from tnnlm.runs import load_for_decoding
 
 
@@ -76,17 +78,6 @@ def time_steps(writer: TextGenerator, context: Context, n: int) -> float:
     return (time.perf_counter() - started) / n
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing a tensor far larger than the caches, the best of nine."""
-    block = torch.ones(1 << 26)
-    best = float("inf")
-    for _ in range(9):
-        started = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - started)
-    return block.numel() * block.element_size() / best
-
-
 def summarise(
     writer: TextGenerator, contexts: dict[int, Context], times: dict[int, list[float]]
 ) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def summarise(
     weights = sum(t.numel() * t.element_size() for t in writer.model.state_dict().values())
     rows = []
     for n, context in contexts.items():
-        state = sum(part.numel() * part.element_size() for layer in context.state.layers for part in layer)
+        state = state_bytes(context.state)
         ordered = sorted(times[n])
         spread = (ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]) / statistics.median(ordered)
         rows.append(
@@ -106,10 +97,10 @@ def summarise(
                 "state_bytes": state,
             }
         )
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth()  # GB/s
     return {
-        "bandwidth_gbs": bandwidth / 1e9,
-        "floor_seconds": (weights + 2 * rows[0]["state_bytes"]) / bandwidth,
+        "bandwidth_gbs": bandwidth,
+        "floor_seconds": (weights + 2 * rows[0]["state_bytes"]) / (1e9 * bandwidth),
         "ratio_longest_to_shortest": rows[-1]["seconds_per_token"] / rows[0]["seconds_per_token"],
         "results": rows,
     }

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import run_steps, tiny_config
 from torch import nn
 
 from tnnlm.config import TNOConfig
@@ -21,14 +21,6 @@ from tnnlm.ops import ssm
 
 LENGTH = 40
 EXACT = ("etsc", "window")
-
-
-def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
-    outputs = []
-    for t in range(tokens.shape[1]):
-        logits, state = model.step(tokens[:, t], state)
-        outputs.append(logits)
-    return torch.stack(outputs, dim=1), state
 
 
 @pytest.mark.parametrize("method", EXACT)

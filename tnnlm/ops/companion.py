@@ -77,18 +77,8 @@ def step(
 def prefill(
     params: CompanionParams, x: Tensor, state: CompanionState, lengths: Tensor | None = None
 ) -> tuple[Tensor, CompanionState]:
-    """Advance by L tokens at once, by FFT convolutions: no loop over tokens.
-
-    Args:
-        params: the recurrence.
-        x: inputs (B, L, E).
-        state: the state before the first of them; it may be warm.
-        lengths: (B,) integers: row b holds ``lengths[b]`` tokens and then pads, which leave
-            its state as it is. Outputs at pads mean nothing.
-
-    Returns:
-        outputs (B, L, E) in the dtype of ``x``, and the state after each row's last token.
-    """
+    """Advance by the tokens of x (B, L, E) at once, by FFT convolutions; arguments and what is returned
+    are those of :func:`tnnlm.ops.ssm.prefill`."""
     u = x.to(state.recent.dtype)
     length, n = x.shape[1], order(params)
     past = state.recent.flip(-1).transpose(1, 2)
