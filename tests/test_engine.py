@@ -19,7 +19,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
-from tnnlm.packed import DTYPES, Int8Linear, decoding_linear
+from tnnlm.packed import DTYPES, Int8Linear, RowLinear, decoding_linear, replace_linears
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 
@@ -96,6 +96,23 @@ def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
     logits, _ = engine.model.step(torch.tensor([5, 5]), both)
     expected, _ = plain.step(torch.tensor([5]), expected_state)
     torch.testing.assert_close(logits, expected.expand(2, -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_compiled_step_rounds_the_weights_and_nothing_else(dtype: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    compile_step(converted(), Path("out"), dtype)
+    engine, line = open_engine(whole(converted()), Path("out"), dtype=dtype)
+    assert line == f"compiled engine, cpu, {dtype}"
+    rounded = converted()
+    replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
+    state, expected_state = engine.model.init_state(1), rounded.init_state(1)
+    with torch.inference_mode():
+        for token in torch.randint(300, (20, 1)):
+            logits, state = engine.model.step(token, state)
+            expected, expected_state = rounded.step(token, expected_state)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_compiled_step_of_another_machine_is_left_alone() -> None:

@@ -1,8 +1,9 @@
 """A decoding step compiled ahead of time: made by ``convert.py --compile``, run without Python in between.
 
-``step`` for a single row is exported and compiled by AOTInductor, which packs the weights and fuses what
-lies between them. The package stands beside the converted model; it holds for one version of PyTorch
-and one kind of processor, which it is checked for.
+``step`` for a single row is exported and compiled by AOTInductor, which makes one loop nest of it: no
+library is called, the threads are started once per token, and weights are read at the memory's speed. The
+package stands beside the converted model; it holds for one version of PyTorch and one kind of
+processor, which it is checked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tnnlm.atomic import atomic_file, write_text
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM, ModelState
-from tnnlm.packed import Int8Linear, cast_linear, replace_linears
+from tnnlm.packed import RowLinear, replace_linears
 
 
 class _Step(nn.Module):
@@ -70,7 +71,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
     """Compile ``step`` of a converted model into ``folder``; minutes at the most.
 
     Args:
-        model: converted, unpacked, on the CPU; its linear layers are replaced or cast.
+        model: converted, unpacked, on the CPU; its linear layers are replaced.
         folder: of the converted model.
         dtype: of the weights.
 
@@ -80,7 +81,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError
 
-    _narrow(model, dtype)
+    replace_linears(model, lambda weight, bias: RowLinear(weight, bias, dtype))
     parts, structure = tree_flatten(model.init_state(1))
     path = package_path(folder, dtype)
     example = (torch.zeros(1, dtype=torch.long), *parts)
@@ -94,7 +95,8 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
         exported = torch.export.export(_Step(model.eval(), structure), example)
         packaged = str(Path(scratch) / path.name)
         try:
-            aoti_compile_and_package(exported, package_path=packaged, inductor_configs={"freezing": True})
+            # Not frozen: the compiler would widen narrow weights once and for all.
+            aoti_compile_and_package(exported, package_path=packaged)
         except InductorError as error:
             raise UserError(f"no working C++ compiler: {str(error).splitlines()[0][:120]}") from None
         shutil.copyfile(packaged, temporary)
@@ -127,14 +129,3 @@ def _made_for() -> dict[str, str]:
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _narrow(model: CausalLM, dtype: str) -> None:
-    """Weights of ``dtype`` in plain layers: the compiler packs them itself."""
-
-    def narrow(weight: Tensor, bias: Tensor | None) -> nn.Module:
-        return (
-            Int8Linear(weight, bias) if dtype == "int8" else cast_linear(weight, bias, getattr(torch, dtype))
-        )
-
-    replace_linears(model, narrow)

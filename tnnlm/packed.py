@@ -50,11 +50,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        weight = weight.detach().float()
-        # A row of zeros keeps a scale that bfloat16 can hold; rounded first, so that the integers belong to
-        # the one that is used.
-        scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()
-        integers = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        integers, scale = to_int8(weight)
         self.register_buffer("weight", integers)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
@@ -70,6 +66,47 @@ class Int8Linear(nn.Module):
             y = torch.nn.functional.linear(rows, self.weight.bfloat16() * self.scale[:, None])
         y = y.to(x.dtype)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+class RowLinear(nn.Module):
+    """y = x W^T + b for one row, as a product and a sum: for a compiler, which makes of it a loop over W.
+
+    That loop reads W as it lies, at the speed of the memory, and widens it in registers: x stays float32
+    under any dtype of weights. Written as a matrix product it would be a call of a library, with
+    whatever stands around it cut off.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        scale = None
+        if dtype == "int8":
+            weight, scale = to_int8(weight)
+            scale = scale.float()
+        else:
+            weight = weight.detach().to(getattr(torch, dtype))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, I) -> (1, O)."""
+        y = (x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1)
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding of W (O, I): integers, and a scale per output (O,) in bfloat16."""
+    weight = weight.detach().float()
+    # A row of zeros keeps a scale that bfloat16 can hold; rounded first, so that the integers belong to
+    # the one that is used.
+    scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()
+    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def can_pack(device: torch.device) -> bool:
