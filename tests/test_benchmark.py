@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, tiny_config
 from training_runs import tiny_run
 
+from tnnlm.benchmark.llamacpp import llama_cpp
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
 from tnnlm.benchmark.subjects import CONVERSIONS, ours
@@ -55,6 +56,20 @@ def test_peers_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: 
     assert subject.state_at(7) > 0
     _, rows = time_steps([subject], [(1, 5), (1, 65)], LITTLE)
     assert [row["context"] for row in rows] == [5], "a context that it can't hold is left out"
+
+
+def test_llama_cpp_has_as_many_weights_and_keeps_its_context(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    target = ours("balanced", "eager", "float32", SHAPE, tmp_path).weight_bytes
+    for dtype, width in (("float32", 4), ("int8", 34 / 32)):
+        subject = llama_cpp(dtype, SHAPE, 64, 2, tmp_path)
+        assert abs(subject.weight_bytes / width - target / 4) <= 0.25 * target / 4
+        stepper = subject.step_at(2, 7)
+        for _ in range(3):
+            stepper.step()
+            stepper.undo()
+        assert time_prefill([subject], [20], 300, LITTLE)[0]["tokens_per_second"] > 0
 
 
 def test_tables_and_pictures(tmp_path: Path) -> None:

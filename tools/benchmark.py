@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time a converted model of 24M weights beside Llama, GPT-2 and Mamba of transformers of the same size.
+"""Time a converted model of 24M weights beside Llama, GPT-2 and Mamba of transformers, and llama.cpp.
 
 All subjects take turns in one run; medians, quartiles, and the bandwidth the machine was measured to
 read memory with. Random weights: speed does not depend on them.
@@ -21,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
+from tnnlm.benchmark.llamacpp import llama_cpp
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
 from tnnlm.benchmark.subjects import SHAPE, Subject, ours
@@ -31,7 +33,9 @@ from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, 
 from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
 
+LLAMA_CPP = "llama.cpp"
 CONTEXTS = (128, 512, 2048, 8192)
+BATCH_CONTEXT = 128
 OURS = {
     "decode": [
         *(("balanced", engine, "float32") for engine in ("compiled", "packed", "eager")),
@@ -57,7 +61,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens (default: 128 to 8,192)")
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="rows (default: 1 to 256)")
     parser.add_argument(
-        "--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all; without a name: none"
+        "--peers",
+        nargs="*",
+        default=(LLAMA_CPP, *PEERS),
+        choices=(LLAMA_CPP, *PEERS),
+        help="default: all; without a name: none",
     )
     parser.add_argument("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="default: 512")
     args = parser.parse_args()
@@ -75,12 +83,14 @@ def main() -> int:
     batches = args.batches or ((1, 16) if args.quick else (1, 4, 16, 64, 256))
     effort = QUICK if args.quick else Effort()
     with tempfile.TemporaryDirectory() as folder:
-        subjects = gather(args, shape, max(contexts), Path(folder))
+        longest, rows = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
+        subjects = gather(args, shape, longest, rows, Path(folder))
         if args.mode == "prefill":
             bandwidth = read_bandwidth()
             rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
         else:
-            cases = [(1, n) for n in contexts] if args.mode == "decode" else [(b, 128) for b in batches]
+            cases = [(1, n) for n in contexts] if args.mode == "decode" else []
+            cases += [(b, BATCH_CONTEXT) for b in batches] if args.mode == "batch" else []
             bandwidth, rows = time_steps(subjects, cases, effort)
     result = {
         "mode": args.mode,
@@ -97,23 +107,40 @@ def main() -> int:
     return 0
 
 
-def gather(args: argparse.Namespace, shape: ModelConfig, longest: int, folder: Path) -> list[Subject]:
+def gather(
+    args: argparse.Namespace, shape: ModelConfig, longest: int, rows: int, folder: Path
+) -> list[Subject]:
     """Ours, then the peers; what can't be had is left out with a line."""
     wanted = [case for case in OURS[args.mode] if not args.quick or case[1] != "compiled"]
     if shutil.which("c++") is None and shutil.which("g++") is None:
-        print("left out: compiled engines, there is no C++ compiler", file=sys.stderr)
+        left_out("compiled engines", "there is no C++ compiler")
         wanted = [case for case in wanted if case[1] != "compiled"]
-    subjects = [ours(*case, shape, folder) for case in wanted]
+    subjects = []
+    for case in tqdm(wanted, desc="converting and compiling", leave=False, disable=None):
+        subjects.append(ours(*case, shape, folder))
     for kind in args.peers:
-        for dtype in ("float32",) if kind == "mamba" or args.quick else ("float32", "bfloat16"):
-            if kind == "mamba" and args.mode == "prefill":
-                print("left out: mamba reads prompts in a loop without its GPU kernels", file=sys.stderr)
-                continue
-            try:
-                subjects.append(peer(kind, dtype, shape, longest))
-            except UserError as error:
-                print(f"left out: {kind}: {error}", file=sys.stderr)
+        if kind == "mamba" and args.mode == "prefill":
+            left_out(kind, "it reads prompts in a loop without its GPU kernels")
+            continue
+        try:
+            for dtype in peer_dtypes(kind, args.quick):
+                if kind == LLAMA_CPP:
+                    subjects.append(llama_cpp(dtype, shape, longest, rows, folder))
+                else:
+                    subjects.append(peer(kind, dtype, shape, longest))
+        except UserError as error:
+            left_out(kind, str(error))
     return subjects
+
+
+def peer_dtypes(kind: str, quick: bool) -> tuple[str, ...]:
+    if kind == LLAMA_CPP:
+        return ("float32",) if quick else ("float32", "bfloat16", "int8")
+    return ("float32",) if kind == "mamba" or quick else ("float32", "bfloat16")
+
+
+def left_out(what: str, why: str) -> None:
+    print(f"left out: {what}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -71,11 +71,10 @@ def peer(kind: str, dtype: str, shape: ModelConfig, longest: int) -> Subject:
 
 def _llama(library: ModuleType, shape: ModelConfig, longest: int) -> Any:
     width = shape.d_model
-    target = _block_weights(shape)
     config = library.LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=width,
-        intermediate_size=max(1, round((target - 4 * width * width) / (3 * width))),
+        intermediate_size=llama_hidden(shape),
         num_hidden_layers=shape.n_layers,
         num_attention_heads=max(1, width // 64),
         num_key_value_heads=max(1, width // 64),
@@ -116,6 +115,13 @@ def _mamba(library: ModuleType, shape: ModelConfig, longest: int) -> Any:
 
 _PEERS = {"llama": _llama, "gpt2": _gpt2, "mamba": _mamba}
 PEERS = tuple(_PEERS)
+
+
+def llama_hidden(shape: ModelConfig) -> int:
+    """Width of a Llama's feed-forward layer with which a layer has as many weights as ours; a multiple of 32
+    for the block formats."""
+    width = shape.d_model
+    return max(32, 32 * round((_block_weights(shape) - 4 * width * width) / (96 * width)))
 
 
 def _block_weights(shape: ModelConfig) -> int:
