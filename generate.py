@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         "--engine",
         default="auto",
         metavar="NAME",
-        help="compiled, packed or eager; auto (default) takes the first that is there",
+        help="compiled (CPU), graph (GPU), packed or eager; auto (default) takes the first that is there",
     )
     args = parser.parse_args()
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):

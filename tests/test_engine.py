@@ -134,6 +134,7 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
         ({"dtype": "int4"}, "--dtype int4"),
         ({"engine": "eager", "dtype": "int8"}, "float32 only"),
         ({"engine": "compiled"}, "--engine compiled: no"),
+        ({"engine": "graph"}, "--engine graph: only on a GPU"),
     ],
 )
 def test_engines_that_cannot_be_had_are_named(options: dict[str, str], said: str) -> None:

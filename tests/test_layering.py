@@ -16,7 +16,7 @@ LAYERS = (
     ("kernels",),
     ("modules",),
     ("model",),
-    ("conversion", "checkpoint", "runs", "packed", "compiled"),
+    ("conversion", "checkpoint", "runs", "packed", "compiled", "graphs"),
     ("generation", "evaluation", "engine", "state_file", "terminal"),
     (
         "corpus",

@@ -2,7 +2,8 @@
 
 ``packed`` replaces the linear layers and the head by those of :mod:`tnnlm.packed`; all else is the same
 code. ``compiled`` runs single rows by the package that ``convert.py --compile`` made of ``step``
-(:mod:`tnnlm.compiled`), batches and prompts packed.
+(:mod:`tnnlm.compiled`), batches and prompts packed. ``graph``, on a GPU, replays packed steps as a CUDA
+graph (:mod:`tnnlm.graphs`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from tnnlm.checkpoint import ConvertedModel
 from tnnlm.compiled import CompiledModel, load_step
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
+from tnnlm.graphs import GraphedModel
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, decoding_linear, replace_linears
 
-ENGINES = ("auto", "compiled", "packed", "eager")
+ENGINES = ("auto", "compiled", "graph", "packed", "eager")
 """auto: the first that is there"""
 
 
@@ -62,16 +64,32 @@ def open_engine(
             raise UserError("--engine eager: runs in float32 only; leave --dtype out")
         return Engine(TextGenerator(model, *converted[1:]), f"eager engine, {where.type}, float32")
     pack(model, dtype)
-    reason = "only on a CPU"
-    if engine != "packed" and where.type == "cpu":
-        found = load_step(model, folder, dtype) if folder else "no folder to look for a compiled step in"
-        if isinstance(found, CompiledModel):
-            return Engine(TextGenerator(found, *converted[1:]), f"compiled engine, {where.type}, {dtype}")
-        reason = found
-    if engine == "compiled":
-        raise UserError(f"--engine compiled: {reason}")
-    note = "" if engine == "packed" else f" ({reason})"
+    found = _faster(model, folder, where, dtype, engine)
+    if not isinstance(found, str):
+        name = "graph" if isinstance(found, GraphedModel) else "compiled"
+        return Engine(TextGenerator(found, *converted[1:]), f"{name} engine, {where.type}, {dtype}")
+    if engine in ("compiled", "graph"):
+        raise UserError(f"--engine {engine}: {found}")
+    note = f" ({found})" if found else ""
     return Engine(TextGenerator(model, *converted[1:]), f"packed engine, {where.type}, {dtype}{note}")
+
+
+def _faster(
+    model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str
+) -> CompiledModel | GraphedModel | str:
+    """A compiled or a recorded step of a packed model, or in words why there is none."""
+    if engine == "packed":
+        return ""
+    if where.type == "cpu":
+        if engine == "graph":
+            return "only on a GPU"
+        return load_step(model, folder, dtype) if folder else "no folder to look for a compiled step in"
+    if engine == "compiled":
+        return "only on a CPU"
+    try:
+        return GraphedModel(model)
+    except (RuntimeError, AssertionError) as error:  # what torch raises where there are no CUDA graphs
+        return f"the step can't be recorded ({str(error).splitlines()[0][:80]})"
 
 
 def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:

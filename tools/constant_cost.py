@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tnnlm.benchmark.subjects import WIDTHS, linear_weights
 from tnnlm.benchmark.timing import read_bandwidth
+from tnnlm.engine import ENGINES, open_engine
 from tnnlm.errors import UserError, run_script
 from tnnlm.generation import Context, TextGenerator
 from tnnlm.model import state_bytes
+from tnnlm.packed import DTYPES
 from tnnlm.runs import load_for_decoding
 
 
@@ -37,6 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192], metavar="N")
     parser.add_argument("--repeats", type=int, default=15, help="turns of each context (default: 15)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens timed per turn (default: 16)")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest there is")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -47,8 +52,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    folder, (model, tokenizer, _) = load_for_decoding(args.model, Path("runs"))
-    writer = TextGenerator(model, tokenizer)
+    folder, converted = load_for_decoding(args.model, Path("runs"))
+    tokenizer = converted.tokenizer
+    weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
+    writer, line = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
     contexts = {
         n: writer.read_tokens([torch.arange(n).remainder(tokenizer.size).tolist()]) for n in args.contexts
     }
@@ -58,7 +65,7 @@ def main() -> int:
             seconds = time_steps(writer, context, args.tokens)
             if turn >= 2:  # the first two warm up
                 times[n].append(seconds)
-    result = summarise(writer, contexts, times)
+    result = {"engine": line} | summarise(weights * WIDTHS[args.dtype], contexts, times)
     show(folder, result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
@@ -79,10 +86,9 @@ def time_steps(writer: TextGenerator, context: Context, n: int) -> float:
 
 
 def summarise(
-    writer: TextGenerator, contexts: dict[int, Context], times: dict[int, list[float]]
+    weight_bytes: int, contexts: dict[int, Context], times: dict[int, list[float]]
 ) -> dict[str, Any]:
     """Medians, spreads, sizes and the floor."""
-    weights = sum(t.numel() * t.element_size() for t in writer.model.state_dict().values())
     rows = []
     for n, context in contexts.items():
         state = state_bytes(context.state)
@@ -100,14 +106,14 @@ def summarise(
     bandwidth = read_bandwidth()  # GB/s
     return {
         "bandwidth_gbs": bandwidth,
-        "floor_seconds": (weights + 2 * rows[0]["state_bytes"]) / (1e9 * bandwidth),
+        "floor_seconds": (weight_bytes + 2 * rows[0]["state_bytes"]) / (1e9 * bandwidth),
         "ratio_longest_to_shortest": rows[-1]["seconds_per_token"] / rows[0]["seconds_per_token"],
         "results": rows,
     }
 
 
 def show(folder: Path, result: dict[str, Any]) -> None:
-    print(f"{folder}, {torch.get_num_threads()} threads")
+    print(f"{folder}, {result['engine']}, {torch.get_num_threads()} threads")
     print(f"{'context':>9} {'ms per token':>13} {'quartiles':>10} {'prefill s':>10} {'state bytes':>12}")
     for row in result["results"]:
         print(
