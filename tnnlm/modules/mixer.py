@@ -27,9 +27,10 @@ class GatedMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        gate, value = self._project(x)
-        y: Tensor = self.out_proj(gate * self.conv(value))
-        return y
+        gate, value = torch.nn.functional.silu(_channels_first(self.in_proj, x)).chunk(2)
+        y = gate * self.conv(value.permute(1, 2, 0)).permute(2, 0, 1)
+        out: Tensor = self.out_proj(y.flatten(1).T)
+        return out.unflatten(0, x.shape[:2])
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Advance by the tokens of x (B, L, D)."""
@@ -45,3 +46,17 @@ class GatedMixer(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return torch.nn.functional.silu(self.in_proj(x)).chunk(2, dim=-1)
+
+
+def _channels_first(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer on (B, L, D) as (O, B, L): the layout that transforms along the length want.
+
+    The matrix product writes it at no cost, and the next product reads it as a transposed operand: nothing
+    is copied to be transposed, forward or backward.
+    """
+    if not isinstance(layer, nn.Linear):
+        return layer(x).permute(2, 0, 1)
+    y = layer.weight @ x.flatten(0, 1).T
+    if layer.bias is not None:
+        y = y + layer.bias[:, None].to(y.dtype)
+    return y.unflatten(1, x.shape[:2])
