@@ -34,6 +34,7 @@ from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
 
 LLAMA_CPP = "llama.cpp"
+ENGINES = ("compiled", "packed", "eager")
 CONTEXTS = (128, 512, 2048, 8192)
 BATCH_CONTEXT = 128
 OURS = {
@@ -66,6 +67,9 @@ def parse() -> argparse.Namespace:
         default=(LLAMA_CPP, *PEERS),
         choices=(LLAMA_CPP, *PEERS),
         help="default: all; without a name: none",
+    )
+    parser.add_argument(
+        "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="of ours (default: all)"
     )
     parser.add_argument("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="default: 512")
     args = parser.parse_args()
@@ -111,7 +115,9 @@ def gather(
     args: argparse.Namespace, shape: ModelConfig, longest: int, rows: int, folder: Path
 ) -> list[Subject]:
     """Ours, then the peers; what can't be had is left out with a line."""
-    wanted = [case for case in OURS[args.mode] if not args.quick or case[1] != "compiled"]
+    wanted = [case for case in OURS[args.mode] if case[1] in args.engines]
+    if args.quick:
+        wanted = [case for case in wanted if case[1] != "compiled"]
     if shutil.which("c++") is None and shutil.which("g++") is None:
         left_out("compiled engines", "there is no C++ compiler")
         wanted = [case for case in wanted if case[1] != "compiled"]
