@@ -49,7 +49,7 @@ class CompiledModel:
         self.init_state = model.init_state
         self.prefill = model.prefill
         self._run = run
-        self._structure = tree_flatten(model.init_state(1))[1]
+        self._forms = [type(layer) for layer in model.init_state(1).layers]
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
@@ -57,9 +57,12 @@ class CompiledModel:
         """As :meth:`CausalLM.step`."""
         if tokens.shape[0] != 1 or active is not None:
             return self.model.step(tokens, state, active)
-        # The package takes the strides of its inputs for granted.
-        logits, *parts = self._run(tokens, *(part.contiguous() for part in tree_flatten(state)[0]))
-        return logits, tree_unflatten(parts, self._structure)
+        # The package takes the strides of its inputs for granted. By hand: pytrees take a tenth of a
+        # millisecond per token.
+        outputs = iter(self._run(tokens, *(part.contiguous() for layer in state.layers for part in layer)))
+        logits = next(outputs)
+        layers = tuple(form(*(next(outputs) for _ in form._fields)) for form in self._forms)
+        return logits, ModelState(layers)
 
 
 def package_path(folder: Path, dtype: str) -> Path:

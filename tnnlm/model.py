@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config import ModelConfig
 from tnnlm.kernels import build_kernel
@@ -62,6 +63,8 @@ class CausalLM(nn.Module):
             for conv in convs
         )
         self.norm = SimpleRMSNorm()
+        self.recompute = False
+        """keep a block's input alone for the backward pass, and compute the rest again: a third more work"""
         self.head: nn.Module | None = None
         """in the place of the tied embedding, for decoding"""
 
@@ -75,12 +78,22 @@ class CausalLM(nn.Module):
         """Trainable parameters; the tied embedding counts once, frozen decays not at all."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def compile_blocks(self) -> None:
+        """Compile every block in place: names of parameters stay, and one compilation serves all blocks."""
+        for block in self.layers:
+            block.compile()
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) for tokens (B, L), all positions at once."""
+        return self._head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the head reads, normalised: (B, L, D) for tokens (B, L)."""
         x = self._embed(tokens)
+        again = self.recompute and self.training
         for block in self.layers:
-            x = block(x)
-        return self._head(x)
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return self.norm(x)
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token.
@@ -112,7 +125,8 @@ class CausalLM(nn.Module):
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.prefill(x, layer, lengths)
             states.append(layer)
-        return self._head(x if keep is None else _last(x, keep, lengths)), ModelState(tuple(states))
+        x = self.norm(x if keep is None else _last(x, keep, lengths))
+        return self._head(x), ModelState(tuple(states))
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
@@ -129,14 +143,13 @@ class CausalLM(nn.Module):
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.step(x, layer, active)
             states.append(layer)
-        return self._head(x), ModelState(tuple(states))
+        return self._head(self.norm(x)), ModelState(tuple(states))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.dropout(self.embedding(tokens))
         return x
 
     def _head(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
         if self.head is not None:
             logits: Tensor = self.head(x)
             return logits

@@ -2,12 +2,14 @@
 """Time a converted model of 24M weights beside Llama, GPT-2 and Mamba of transformers, and llama.cpp.
 
 All subjects take turns in one run; medians, quartiles, and the bandwidth the machine was measured to
-read memory with. Random weights: speed does not depend on them.
+read memory with. Random weights: speed does not depend on them. ``train`` times whole training steps beside
+GPT-2 of as many parameters and a TNN as tnn-pytorch computes it.
 
 Examples:
   python tools/benchmark.py decode                       # time per token against context
   python tools/benchmark.py prefill --quick              # prompts, smaller and fewer, in about a minute
   python tools/benchmark.py batch --json batch.json --png batch.png
+  python tools/benchmark.py train                        # tokens per second, memory, the convolution's share
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,9 +30,10 @@ from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
 from tnnlm.benchmark.llamacpp import llama_cpp
 from tnnlm.benchmark.peers import PEERS, peer
-from tnnlm.benchmark.report import plot, table
+from tnnlm.benchmark.report import memory_table, plot, table
 from tnnlm.benchmark.subjects import SHAPE, Subject, ours
 from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
+from tnnlm.benchmark.train_timing import time_training
 from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
 
@@ -37,6 +41,8 @@ LLAMA_CPP = "llama.cpp"
 ENGINES = ("compiled", "packed", "eager")
 CONTEXTS = (128, 512, 2048, 8192)
 BATCH_CONTEXT = 128
+LONGEST_PEER = 8192
+"""tokens of a row that all models train on"""
 OURS = {
     "decode": [
         *(("balanced", engine, "float32") for engine in ("compiled", "packed", "eager")),
@@ -55,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=tuple(OURS), help="what is timed")
+    parser.add_argument("mode", choices=(*OURS, "train"), help="what is timed")
     parser.add_argument("--quick", action="store_true", help="less of everything, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
@@ -83,12 +89,37 @@ def main() -> int:
     args = parse()
     keep_large_blocks()
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
+    result = training(args, shape) if args.mode == "train" else decoding(args, shape)
+    if args.json:
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    if args.png:
+        plot(result, args.png)
+    show(result)
+    return 0
+
+
+def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Steps, on rows of every length."""
+    lengths = args.contexts or ((512, 2048) if args.quick else (512, 2048, 8192, 65_536))
+    rounds, longest = (3, 2048) if args.quick else (5, LONGEST_PEER)
+    rate, rows = time_training(shape, lengths, rounds, not args.quick, longest)
+    return {
+        "mode": "train",
+        "threads": torch.get_num_threads(),
+        "bandwidth_gbs": read_bandwidth(),
+        "gemm_flops": rate,
+        "results": rows,
+    }
+
+
+def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Steps or prompts of converted models and peers."""
     contexts = args.contexts or ((128, 2048) if args.quick else CONTEXTS)
     batches = args.batches or ((1, 16) if args.quick else (1, 4, 16, 64, 256))
     effort = QUICK if args.quick else Effort()
     with tempfile.TemporaryDirectory() as folder:
-        longest, rows = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
-        subjects = gather(args, shape, longest, rows, Path(folder))
+        longest, most = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
+        subjects = gather(args, shape, longest, most, Path(folder))
         if args.mode == "prefill":
             bandwidth = read_bandwidth()
             rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
@@ -96,19 +127,25 @@ def main() -> int:
             cases = [(1, n) for n in contexts] if args.mode == "decode" else []
             cases += [(b, BATCH_CONTEXT) for b in batches] if args.mode == "batch" else []
             bandwidth, rows = time_steps(subjects, cases, effort)
-    result = {
+    return {
         "mode": args.mode,
         "threads": torch.get_num_threads(),
         "bandwidth_gbs": bandwidth,
         "results": rows,
     }
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
-    if args.png:
-        plot(result, args.png)
-    what = {"decode": "ms per token (share of the bandwidth)"}.get(args.mode, "tokens per second")
-    print(f"{what}; {result['threads']} threads read memory at {bandwidth:.1f} GB/s\n\n{table(result)}")
-    return 0
+
+
+def show(result: dict[str, Any]) -> None:
+    """The limit that was measured, and the table."""
+    mode, threads = result["mode"], result["threads"]
+    if mode == "train":
+        print(
+            f"tokens per second (share of the FLOP rate); {threads} threads multiply matrices at "
+            f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s\n\n{table(result)}\n\n{memory_table(result)}"
+        )
+        return
+    what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
+    print(f"{what}; {threads} threads read memory at {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
 
 
 def gather(

@@ -85,6 +85,15 @@ def _llama(library: ModuleType, shape: ModelConfig, longest: int) -> Any:
     return library.LlamaForCausalLM(config)
 
 
+def gpt2(shape: ModelConfig, longest: int) -> Any:
+    """GPT-2 with about as many parameters as our model has, and rows of up to ``longest`` tokens.
+
+    Raises:
+        UserError: if ``transformers`` is missing.
+    """
+    return _gpt2(_transformers(), shape, longest)
+
+
 def _gpt2(library: ModuleType, shape: ModelConfig, longest: int) -> Any:
     width = shape.d_model
     config = library.GPT2Config(
@@ -94,6 +103,11 @@ def _gpt2(library: ModuleType, shape: ModelConfig, longest: int) -> Any:
         n_head=max(1, width // 64),
         n_inner=max(1, round((_block_weights(shape) - 4 * width * width) / (2 * width))),
         n_positions=longest + 8,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
         attn_implementation="sdpa",
     )
     return library.GPT2LMHeadModel(config)

@@ -7,6 +7,12 @@ from typing import Any
 
 from tnnlm.atomic import atomic_file
 
+_X = {
+    "decode": "tokens read before",
+    "batch": "rows",
+    "prefill": "prompt tokens",
+    "train": "tokens per row, about as many in all",
+}
 _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
 
 
@@ -28,7 +34,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(result: dict[str, Any]) -> str:
+    """Peak memory in MiB by name, a column per length; and what the convolution takes of our step."""
+    rows = result["results"]
+    lengths = list(dict.fromkeys(row["context"] for row in rows))
+    lines = [
+        "| peak MiB | " + " | ".join(f"{n:,} tokens" for n in lengths) + " |",
+        "|---" + "|---:" * len(lengths) + "|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        held = {row["context"]: f"{row['peak_bytes'] / 2**20:,.0f}" for row in rows if row["name"] == name}
+        lines.append(f"| {name} | " + " | ".join(held.get(n, "-") for n in lengths) + " |")
+    shares = [f"{r['convolution_share']:.0%}" for r in rows if "convolution_share" in r]
+    lines.append("| convolution's share of the step | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
 def _cell(row: dict[str, Any], mode: str) -> str:
+    if mode == "train":
+        return f"{row['tokens_per_second']:,.0f} ({row['flop_share']:.0%})"
     if mode != "decode":
         return f"{row['tokens_per_second']:,.0f}"
     share = f" ({row['bandwidth_share']:.0%})" if "bandwidth_share" in row else ""
@@ -67,7 +91,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-    axes.set_xlabel({"decode": "tokens read before", "batch": "rows", "prefill": "prompt tokens"}[mode])
+    axes.set_xlabel(_X[mode])
     axes.set_ylabel("ms per token" if mode == "decode" else "tokens per second")
     axes.grid(True, which="major", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)

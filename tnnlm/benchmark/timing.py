@@ -111,7 +111,6 @@ def time_prefill(
 
 def _row(subject: Subject, batch: int, context: int, seconds: list[float]) -> dict[str, Any]:
     median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "name": subject.name,
         "dtype": subject.dtype,
@@ -119,8 +118,14 @@ def _row(subject: Subject, batch: int, context: int, seconds: list[float]) -> di
         "context": context,
         "seconds_per_token": median,
         "tokens_per_second": batch / median,
-        "spread": (high - low) / median,
+        "spread": quartile_range(seconds),
     }
+
+
+def quartile_range(seconds: list[float]) -> float:
+    """Distance of the quartiles, over the median."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / median
 
 
 def _named(subjects: Sequence[Subject], row: dict[str, Any]) -> Subject:

@@ -15,7 +15,7 @@ from tnnlm.ops.norm import simple_rms_norm
 
 
 class RelativePositionEncoder(nn.Module):
-    """Lags (L, 1) -> (L, E): Linear(1, r), ``layers`` times [norm, ReLU, Linear(r, r)], then norm,
+    """Lags (L, 1) -> (E, L): Linear(1, r), ``layers`` times [norm, ReLU, Linear(r, r)], then norm,
     ReLU, Linear(r, E)."""
 
     def __init__(self, width: int, layers: int, n_channels: int) -> None:
@@ -25,12 +25,12 @@ class RelativePositionEncoder(nn.Module):
         self.output = nn.Linear(width, n_channels)
 
     def forward(self, lags: Tensor) -> Tensor:
-        """Values at the given lags, (L, 1) -> (L, E)."""
+        """Values at the given lags, (L, 1) -> (E, L), written as transforms want them."""
         h = self.input(lags)
         for layer in self.hidden:
             h = layer(torch.relu(simple_rms_norm(h)))
-        values: Tensor = self.output(torch.relu(simple_rms_norm(h)))
-        return values
+        last = torch.relu(simple_rms_norm(h))
+        return torch.addmm(self.output.bias[:, None], self.output.weight, last.T)
 
 
 @register_kernel("tno", TNOConfig)
@@ -57,4 +57,4 @@ class TNOKernel(Kernel):
             # The dtype is named: under bf16-true the default is bf16, where 4,096 lags become 769.
             lags = torch.arange(length, device=weight.device, dtype=weight.dtype)
             envelope = self.decays.to(weight.dtype)[:, None] ** lags
-            return self.rpe(lags[:, None]).T * envelope
+            return self.rpe(lags[:, None]) * envelope
