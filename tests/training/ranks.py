@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import matplotlib.pyplot  # noqa: F401  all that a run needs, before processes are forked
+import pytest
 import torch
+import torch.distributed.checkpoint.state_dict
+import torch.utils.tensorboard
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from training_runs import SETTINGS
@@ -45,14 +49,17 @@ def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, 
     context.set_forkserver_preload(["ranks"])
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
-        changes = [*SETTINGS, *changes]
+        own_kernel = any(word.startswith("model.kernel.name=") for word in words)
+        changes = [w for w in SETTINGS if not (own_kernel and w.startswith("model.kernel."))] + changes
     port = str(free_port())
     processes = [
         context.Process(target=_rank, args=(rank, n, port, os.getcwd(), dict(os.environ), changes, resume))
         for rank in range(n)
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server would not find its preload
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(timeout=120)
     codes = [process.exitcode for process in processes]

@@ -16,11 +16,10 @@ from tnnlm.config_io import load_config
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.plan import make_plan
 
-# The same 8 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.
+# The same 4 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.
 COMMON = (
     "data.max_val_tokens=544",
     "trainer.precision=32-true",
-    "trainer.accumulate=2",
     "trainer.max_steps=50",
     "trainer.val_every_n_steps=25",
     "trainer.log_every_n_steps=1",
@@ -100,17 +99,32 @@ def test_any_number_of_ranks_equals_one_process(strategy: str, ranks: int) -> No
     assert_same_model(name, "auto1")
     assert_same_model(name, "auto1", "best.ckpt")
     assert Path(f"runs/{name}/samples.txt").read_text().count("--- step") == 2
-    if ranks > 1:
-        # Of the two batches of a step only the second reduces gradients.
-        first, second = zip(*(h["gradients"][:2] for h in held), strict=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once_a_step(strategy: str) -> None:
+    name = f"{strategy}_twice"
+    held = run_ranks(
+        2,
+        *words(strategy, 2),
+        "trainer.accumulate=2",
+        "data.batch_size=1",
+        "trainer.max_steps=3",
+        "trainer.sample_tokens=0",
+        f"name={name}",
+    )
+    for step in range(3):
+        first, second = zip(*(h["gradients"][2 * step : 2 * step + 2] for h in held), strict=True)
+        assert set(first) == {None} if strategy == "fsdp" else len(set(first)) == 2
         assert len(set(second)) == 1
-        assert set(first) == {None} if strategy == "fsdp" else len(set(first)) == ranks
+    # The same rows in each step as without accumulation.
+    assert losses(name) == pytest.approx(losses("auto1")[:3], abs=1e-5, rel=0)
 
 
 def test_resume_goes_on_under_another_strategy_and_number_of_ranks() -> None:
-    run_ranks(2, *words("ddp", 2), "trainer.max_steps=20", "name=moved")
+    run_ranks(2, *words("ddp", 2), "trainer.max_steps=5", "name=moved")
     run = "runs/moved"
-    run_ranks(4, "trainer.strategy=fsdp", "data.batch_size=1", "trainer.max_steps=35", resume=run)
+    run_ranks(4, "trainer.strategy=fsdp", "data.batch_size=1", "trainer.max_steps=10", resume=run)
     run_ranks(1, "trainer.strategy=auto", "data.batch_size=4", "trainer.max_steps=50", resume=run)
     assert losses("moved") == pytest.approx(losses("auto1"), abs=1e-5, rel=0)
     assert_same_model("moved", "auto1")
@@ -123,11 +137,15 @@ def test_resume_goes_on_under_another_strategy_and_number_of_ranks() -> None:
             torch.testing.assert_close(values[key], moments[1][index][key], rtol=1e-3, atol=1e-6)
 
 
-def test_convert_reads_a_sharded_runs_checkpoint(script: Any) -> None:
-    run_ranks(2, *words("fsdp", 2), "trainer.max_steps=4", "name=short", "model.kernel.name=rtf")
-    result = script("convert", "runs/short", "--method", "companion", "--verify")
+@pytest.mark.parametrize(("kernel", "method"), [("rtf", "companion"), ("sgconv", "window")])
+def test_other_kernels_are_sharded_and_converted(script: Any, kernel: str, method: str) -> None:
+    kind = (f"model.kernel.name={kernel}", f"conversion.method={method}")
+    for name, (strategy, ranks) in {"one": ("auto", 1), "two": ("fsdp", 2)}.items():
+        run_ranks(ranks, *words(strategy, ranks), *kind, "trainer.max_steps=5", f"name={kernel}_{name}")
+    assert_same_model(f"{kernel}_one", f"{kernel}_two")
+    result = script("convert", f"runs/{kernel}_two", "--method", method, "--verify")
     assert result.code == 0, result.err
-    assert Path("runs/short/converted/model.safetensors").is_file()
+    assert Path(f"runs/{kernel}_two/converted/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -34,7 +34,10 @@ def convert_kernel(
     with torch.no_grad():
         k = kernel(2 * horizon)
         finite = tail_energy(k, horizon) <= ROUNDING**2
-        source = Source(k[:, :horizon], kernel.decay, kernel.recurrence(), finite)
+        own = kernel.recurrence()
+        if own is not None:  # it may hold the very parameters that train
+            own = type(own)(*(tensor.detach() for tensor in own))
+        source = Source(k[:, :horizon], kernel.decay, own, finite)
         return convert(source, recipe, progress)
 
 
