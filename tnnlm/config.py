@@ -182,7 +182,8 @@ class TrainerConfig:
     num_nodes: int = number(1, low=1, high=100_000)
     """machines"""
     strategy: str = "auto"
-    """auto, ddp ...: Lightning's names"""
+    """auto, ddp: a whole model on every device; fsdp: parameters, gradients and moments sharded over
+    devices; or another of Lightning's names"""
     accumulate: int = number(1, low=1, high=1_000_000)
     """batches per optimizer step"""
     compile: bool = False

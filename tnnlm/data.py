@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,11 +127,21 @@ class TextDataModule(lightning.LightningDataModule):
         return self._loader(self.train_rows, sampler)
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
-        """Every row once: ranks take every world_size-th, none twice, uneven shares included."""
+        """Ranks take every world_size-th row, none twice. Where that is uneven, row 0 stands in at
+        the end and doesn't count: a rank with a batch less would leave the others waiting for its
+        share of the weights, where they are sharded."""
         trainer = self._trainer()
-        mine = list(range(trainer.global_rank, len(self.val_rows), trainer.world_size))
-        size = self.config.data.batch_size
+        rows, ranks, size = len(self.val_rows), trainer.world_size, self.config.data.batch_size
+        places = range(trainer.global_rank, math.ceil(rows / ranks) * ranks, ranks)
+        mine = [row if row < rows else 0 for row in places]
         return self._loader(self.val_rows, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def val_counted(self, batch_idx: int) -> int:
+        """How many rows of this rank's validation batch count: the first ones; 0 for none."""
+        trainer = self._trainer()
+        mine = len(range(trainer.global_rank, len(self.val_rows), trainer.world_size))
+        size = self.config.data.batch_size
+        return min(size, max(0, mine - batch_idx * size))
 
     def samples_at(self, global_step: int) -> int:
         """Samples that all ranks together have read after ``global_step`` optimizer steps."""

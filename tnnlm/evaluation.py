@@ -43,22 +43,28 @@ def ppl_gap(parallel: float, recurrent: float) -> float:
 
 
 @torch.no_grad()
-def parallel_nll(model: CausalLM, rows: Tensor) -> NLL:
-    """Score rows (B, L + 1) by one parallel pass: tokens 1..L given those before."""
+def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> NLL:
+    """Score rows (B, L + 1) by one parallel pass: tokens 1..L given those before.
+
+    ``counted``: only the first so many rows count; the others are there to fill the batch.
+    """
     with torch.autocast(rows.device.type, enabled=False):
-        return _score(model(rows[:, :-1]), rows[:, 1:])
+        return _score(model(rows[:, :-1])[:counted], rows[:counted, 1:])
 
 
 @torch.no_grad()
-def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int) -> NLL:
-    """Score rows (B, L + 1) by the recurrence, in chunks that carry the state across their borders."""
+def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | None = None) -> NLL:
+    """Score rows (B, L + 1) by the recurrence, in chunks that carry the state across their borders.
+
+    ``counted``: as for :func:`parallel_nll`.
+    """
     parts = []
     with torch.autocast(rows.device.type, enabled=False):
         state = converted.init_state(rows.shape[0])
         for start in range(0, rows.shape[1] - 1, chunk):
             part = rows[:, start : start + chunk + 1]
             logits, state = converted.prefill(part[:, :-1], state)
-            parts.append(_score(logits, part[:, 1:]))
+            parts.append(_score(logits[:counted], part[:counted, 1:]))
     return add(parts)
 
 

@@ -18,9 +18,13 @@ class SaveRank(Callback):
     """Weights and metrics of this rank, at the end."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write rank<N>.pt into the run's parent."""
+        """Write rank<N>.pt into the working folder; under FSDP the first rank has all weights."""
         metrics: dict[str, Any] = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        held = {"weights": pl_module.state_dict(), "metrics": metrics, "world_size": trainer.world_size}
+        held = {
+            "weights": trainer.strategy.lightning_module_state_dict(),
+            "metrics": metrics,
+            "world_size": trainer.world_size,
+        }
         torch.save(held, f"rank{trainer.global_rank}.pt")
 
 

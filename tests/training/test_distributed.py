@@ -1,4 +1,4 @@
-"""Two real processes over gloo: equal ranks, and the single process's metrics on uneven shards."""
+"""Real launchers over gloo: Lightning's own processes, and two machines as two torchrun groups."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from ranks import free_port
 from training_runs import SETTINGS, write_text
 
 from tnnlm.training.logs import read_metrics
@@ -18,25 +19,37 @@ from tnnlm.training.logs import read_metrics
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
-def run_worker(*words: str) -> str:
-    """Run to the end; loopback only, one thread a process."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(
-        [sys.executable, str(WORKER), *SETTINGS, *words],
-        capture_output=True,
+def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+    """Start the worker; loopback only, one thread a process."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        timeout=240,
-        check=False,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONWARNINGS": "ignore",
+            **environment,
+        },
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait for them, and show what went wrong."""
+    for process in processes:
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            process.kill()
+        assert process.returncode == 0, errors
+
+
+def run_worker(*words: str) -> None:
+    """Run to the end."""
+    finish(start(str(WORKER), *SETTINGS, *words))
 
 
 def load(path: str) -> Any:
@@ -66,3 +79,34 @@ def test_two_ranks_equal_each_other_and_one_process(monkeypatch: pytest.MonkeyPa
     assert sorted(path.name for path in Path("runs").iterdir()) == ["one", "two"]
     assert Path("runs/two/summary.json").is_file()
     assert load("runs/two/checkpoints/last.ckpt")["TextDataModule"] == {"samples_seen": 80, "step": 20}
+
+
+def test_two_torchrun_groups_are_one_run() -> None:
+    write_text()
+    common = ("trainer.precision=32-true", "trainer.max_steps=8", "data.max_val_tokens=544")
+    run_worker(*common, "data.batch_size=4", "name=one")
+    port = str(free_port())
+    words = (
+        "data.batch_size=1",
+        "trainer.devices=2",
+        "trainer.num_nodes=2",
+        "trainer.strategy=fsdp",
+        "name=two",
+    )
+    nodes = [
+        start(
+            *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}"),
+            *("--master-addr=127.0.0.1", f"--master-port={port}"),
+            *(str(WORKER), *SETTINGS, *common, *words),
+            TNNLM_CACHE=f"cache of node {node}",  # machines needn't share it
+        )
+        for node in range(2)
+    ]
+    finish(*nodes)
+    assert [load(f"rank{rank}.pt")["world_size"] for rank in range(4)] == [4] * 4
+    one, two = (load(f"runs/{name}/checkpoints/last.ckpt") for name in ("one", "two"))
+    assert one["TextDataModule"] == two["TextDataModule"]
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-6)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["one", "two"]

@@ -1,7 +1,15 @@
 """Conversion: taps -> recurrence, in closed form."""
 
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.convert import attach, convert_kernel, convert_layers, convert_model, model_horizon
+from tnnlm.conversion.convert import (
+    attach,
+    convert_kernel,
+    convert_kernels,
+    convert_layers,
+    convert_model,
+    in_recurrent_form,
+    model_horizon,
+)
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.horizon import auto_horizon
@@ -20,11 +28,13 @@ __all__ = [
     "balanced",
     "certify",
     "convert_kernel",
+    "convert_kernels",
     "convert_layers",
     "convert_model",
     "convert_taps",
     "etsc",
     "gradient",
+    "in_recurrent_form",
     "measure",
     "measure_model",
     "model_horizon",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ def convert_kernel(
     with torch.no_grad():
         k = kernel(2 * horizon)
         finite = tail_energy(k, horizon) <= ROUNDING**2
-        source = Source(k[:, :horizon], kernel.decay, kernel.recurrence(), finite)
+        own = kernel.recurrence()
+        if own is not None:  # it may hold the very parameters that train
+            own = type(own)(*(tensor.detach() for tensor in own))
+        source = Source(k[:, :horizon], kernel.decay, own, finite)
         return convert(source, recipe, progress)
 
 
@@ -42,10 +46,7 @@ def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
 
     A kernel that never dies out (no decay) is converted on the training length.
     """
-    if horizon != "auto":
-        return int(horizon)
-    found = [auto_horizon(kernel, model.config.max_length) for kernel in kernels(model)]
-    return max(n if n is not None else model.config.max_length for n in found)
+    return _horizon(kernels(model), model.config.max_length, horizon)
 
 
 def convert_layers(
@@ -61,9 +62,26 @@ def convert_layers(
     Raises:
         UserError: if the model is converted already, or a kernel can't be converted.
     """
-    n = model_horizon(model, recipe.horizon)
+    return convert_kernels(kernels(model), model.config.max_length, recipe, progress)
+
+
+def convert_kernels(
+    found: Sequence[Kernel], max_length: int, recipe: ConversionConfig, progress: Progress = silent
+) -> tuple[int, list[Converted]]:
+    """As :func:`convert_layers`, for the kernels of a model that is not at hand as a whole.
+
+    Args:
+        found: one per layer.
+        max_length: the training length.
+        recipe: method, horizon, tolerance and the like.
+        progress: wraps what takes long, for a bar.
+
+    Raises:
+        UserError: if a kernel can't be converted.
+    """
+    n = _horizon(found, max_length, recipe.horizon)
     layers = []
-    for index, kernel in enumerate(progress(kernels(model), f"{recipe.method}, layers")):
+    for index, kernel in enumerate(progress(found, f"{recipe.method}, layers")):
         try:
             layers.append(convert_kernel(kernel, recipe, n, progress))
         except UserError as error:
@@ -96,6 +114,20 @@ def attach(model: CausalLM, layers: Sequence[Params]) -> CausalLM:
     return converted.eval().requires_grad_(False)
 
 
+@contextmanager
+def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterator[CausalLM]:
+    """``model`` itself, with the given recurrences in the place of its long convolutions for the length
+    of a block: no second copy of its weights, which may be many or lie on other devices."""
+    own = [block.mixer.conv for block in model.layers]
+    try:
+        for block, conv in zip(model.layers, convs, strict=True):
+            block.mixer.conv = conv
+        yield model
+    finally:
+        for block, before in zip(model.layers, own, strict=True):
+            block.mixer.conv = before
+
+
 def kernels(model: CausalLM) -> list[Kernel]:
     """The kernel of every layer.
 
@@ -107,6 +139,13 @@ def kernels(model: CausalLM) -> list[Kernel]:
     if len(parallel) < len(found):
         raise UserError("this model is converted already: convert the checkpoint it came from")
     return parallel
+
+
+def _horizon(found: Sequence[Kernel], max_length: int, horizon: int | str) -> int:
+    if horizon != "auto":
+        return int(horizon)
+    needed = [auto_horizon(kernel, max_length) for kernel in found]
+    return max(n if n is not None else max_length for n in needed)
 
 
 def recurrences(model: CausalLM) -> list[Params]:

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
-from tnnlm.conversion import convert_layers
+from tnnlm.conversion import convert_kernels
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
+from tnnlm.training.sharding import gather_kernels
 
 
 class TrainingStopped(Exception):
@@ -53,8 +54,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class ConversionCallback(Callback):
     """Attaches configuration, tokenizer and the converted kernels to every checkpoint.
 
-    Runs on every rank and inside signal handlers: pure, no files, no collectives. If the
-    conversion fails the checkpoint is saved without it, and a warning says why.
+    Runs on every rank, before the file is written: no files. Sharded kernels are gathered on all
+    ranks first, as Lightning has gathered the weights just before; the rest is done by the rank that
+    writes. If the conversion fails the checkpoint is saved without it, and a warning says why.
     """
 
     def __init__(self, config: Config) -> None:
@@ -66,9 +68,12 @@ class ConversionCallback(Callback):
         """Add our entry."""
         assert isinstance(pl_module, LitCausalLM)
         recipe = self.config.conversion
+        found = gather_kernels(pl_module.model)
+        if not trainer.is_global_zero:
+            return
         ssm = None
         try:
-            horizon, layers = convert_layers(pl_module.model, recipe)
+            horizon, layers = convert_kernels(found, self.config.model.max_length, recipe)
             ssm = attached_ssm(layers, recipe.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import Metric
 
 from tnnlm.config import Config
-from tnnlm.conversion import convert_model
+from tnnlm.conversion import convert_kernels, in_recurrent_form
 from tnnlm.data import TextDataModule
 from tnnlm.evaluation import NLL, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
+from tnnlm.modules import RecurrentConv
 from tnnlm.packing import PackedCorpus
 from tnnlm.training.optim import build_optimizer, build_scheduler
+from tnnlm.training.sharding import gather_kernels, gradient_sync, is_sharded, number_like_model, shard, whole
 
 
 class NLLMetric(Metric):
@@ -49,17 +54,20 @@ class LitCausalLM(lightning.LightningModule):
         super().__init__()
         self.config = config
         self.model = CausalLM(config.model)
-        self.recurrent: list[CausalLM] = []
-        """the converted model of this validation; in a list, so that it is no submodule"""
+        self.recurrences: list[RecurrentConv] = []
+        """of the kernels of this validation; in a list, so that they are no submodules"""
         self.nll_parallel = NLLMetric()
         self.nll_recurrent = NLLMetric()
         self._last_log = (0, 0.0)
         self._losses: list[Tensor] = []
 
     def configure_model(self) -> None:
-        """Compile in place, so that checkpoint keys stay the same."""
+        """Compile and shard in place, so that checkpoint keys stay the same."""
         if self.config.trainer.compile:
             self.model.compile()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimizer step."""
@@ -87,6 +95,7 @@ class LitCausalLM(lightning.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
         micro = batch_idx % self.config.trainer.accumulate
+        gradient_sync(self.model, micro == self.config.trainer.accumulate - 1)
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -104,7 +113,8 @@ class LitCausalLM(lightning.LightningModule):
         now = time.perf_counter()
         tokens = (step - last_step) * tokens_per_update(self.config, self.trainer.world_size)
         values = {
-            "train/loss": float(torch.stack(self._losses).mean()),
+            # Ranks have equal batches, so that the mean of their means is the global batch's.
+            "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/tokens_per_second": tokens / (now - last_time),
         }
@@ -114,18 +124,32 @@ class LitCausalLM(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Convert the current kernels; a failure costs the second perplexity, not the run."""
+        found = gather_kernels(self.model)
+        self.recurrences = []
         try:
-            self.recurrent = [convert_model(self.model, self.config.conversion)]
+            _, layers = convert_kernels(found, self.config.model.max_length, self.config.conversion)
+            self.recurrences = [RecurrentConv(converted.params) for converted in layers]
         except Exception as error:  # whatever it is, training must go on
             warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
-            self.recurrent = []
+        # All ranks score the recurrence or none does: one that went on alone would wait for ever.
+        if not self.trainer.strategy.reduce_boolean_decision(bool(self.recurrences)):
+            self.recurrences = []
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score the same rows by FFT and by the recurrence."""
-        self.nll_parallel.update(parallel_nll(self.model, batch))
-        if self.recurrent:
+        counted = data_of(self.trainer).val_counted(batch_idx)
+        self.nll_parallel.update(parallel_nll(self.model, batch, counted))
+        if self.recurrences:
             chunk = self.config.conversion.chunk
-            self.nll_recurrent.update(recurrent_nll(self.recurrent[0], batch, chunk))
+            with in_recurrent_form(self.model, self.recurrences):
+                self.nll_recurrent.update(recurrent_nll(self.model, batch, chunk, counted))
+
+    @contextmanager
+    def recurrent_form(self) -> Iterator[CausalLM]:
+        """The model whole and in the recurrent form of this validation, for the length of a block, in
+        which ranks may do different things. To be entered on all of them."""
+        with whole(self.model), in_recurrent_form(self.model, self.recurrences):
+            yield self.model
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, then exponentiate once."""
@@ -136,7 +160,7 @@ class LitCausalLM(lightning.LightningModule):
             "val/ppl": parallel.ppl,
             "val/bpb": bits_per_byte(parallel.mean, bytes_per_token),
         }
-        if self.recurrent:
+        if self.recurrences:
             recurrent = self.nll_recurrent.compute()
             values["val/ppl_recurrent"] = recurrent.ppl
             values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
@@ -144,6 +168,13 @@ class LitCausalLM(lightning.LightningModule):
         self._write(values, ("val/ppl", "val/bpb"))
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Number the optimizer's states so that every strategy can read them."""
+        if not is_sharded(self.model):  # else Lightning has done so
+            states = checkpoint.get("optimizer_states", ())
+            for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
+                number_like_model(state, optimizer, self)
 
     def on_validation_end(self) -> None:
         """The clock of the throughput leaves validation out."""
@@ -164,9 +195,14 @@ class LitCausalLM(lightning.LightningModule):
 
 def corpus_of(trainer: lightning.Trainer) -> PackedCorpus:
     """The tokenized corpus that ``trainer`` reads."""
+    return data_of(trainer).corpus
+
+
+def data_of(trainer: lightning.Trainer) -> TextDataModule:
+    """The data module of ``trainer``."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit
     assert isinstance(data, TextDataModule)
-    return data.corpus
+    return data
 
 
 def tokens_per_update(config: Config, world_size: int) -> int:

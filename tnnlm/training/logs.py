@@ -121,15 +121,18 @@ class SampleWriter(Callback):
         self.prompt = prompt
         self.n_tokens = n_tokens
 
-    @rank_zero_only
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write one sample, from a random stream of its own."""
         assert isinstance(pl_module, LitCausalLM)
-        if not pl_module.recurrent or not self.n_tokens:
+        if not pl_module.recurrences or not self.n_tokens:
             return
-        tokenizer = corpus_of(trainer).tokenizer
-        writer = TextGenerator(pl_module.recurrent[0], tokenizer)
-        generator = torch.Generator(pl_module.device).manual_seed(trainer.global_step)
+        with pl_module.recurrent_form() as model:
+            if trainer.is_global_zero:
+                self._write(trainer, TextGenerator(model, corpus_of(trainer).tokenizer))
+
+    def _write(self, trainer: lightning.Trainer, writer: TextGenerator) -> None:
+        tokenizer = writer.tokenizer
+        generator = torch.Generator(writer.device).manual_seed(trainer.global_step)
         context = writer.read(self.prompt) if self.prompt else writer.read_tokens([[tokenizer.eos_id]])
         record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
         for _ in pieces:

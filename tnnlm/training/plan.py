@@ -11,6 +11,9 @@ from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.model import CausalLM
 
+FSDP = "fsdp"
+"""the strategy that shards parameters, gradients and moments over devices"""
+
 _BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true": 8}
 
 
@@ -47,7 +50,7 @@ def make_plan(config: Config) -> Plan:
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,
         total_tokens=per_update * config.trainer.max_steps,
-        memory_bytes=_memory(config, model.n_params, rows, _BYTES[precision]),
+        memory_bytes=_weights(config, model, devices) + _activations(config, rows, _BYTES[precision]),
         precision=precision,
         devices=devices,
     )
@@ -72,8 +75,23 @@ def resolve_devices(config: Config) -> int:
     return torch.cuda.device_count() if on_gpu else 1
 
 
-def _memory(config: Config, params: int, rows: int, width: int) -> int:
-    """Weights, gradients and two moments in float32, and what backward needs.
+def _weights(config: Config, model: CausalLM, devices: int) -> int:
+    """Weights, gradients and two moments in float32.
+
+    Sharded: a share of them; gathered, the embedding and two blocks, one at work and one on its way, with
+    their gradients, or with all gradients where they wait for the last of several batches.
+    """
+    params = model.n_params
+    if config.trainer.strategy != FSDP:
+        return 16 * params
+    embedding = model.embedding.weight.numel()
+    gathered = embedding + 2 * (params - embedding) // config.model.n_layers
+    waiting = gathered if config.trainer.accumulate == 1 else params
+    return 16 * params // devices + 4 * (gathered + waiting)
+
+
+def _activations(config: Config, rows: int, width: int) -> int:
+    """What backward needs.
 
     Counted per token and layer as autograd keeps it: the mixer's two projections before and after
     SiLU, gate times output and the convolution's output (6 E at compute width), its spectrum of
@@ -84,4 +102,4 @@ def _memory(config: Config, params: int, rows: int, width: int) -> int:
     hidden = model.glu_dim or model.d_model
     layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
     logits = model.vocab_size * (width + 8)
-    return 16 * params + rows * (model.n_layers * layer + logits)
+    return rows * (model.n_layers * layer + logits)

@@ -13,6 +13,7 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
@@ -29,9 +30,10 @@ from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
-from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
+from tnnlm.training.plan import FSDP, make_plan, resolve_devices, resolve_precision
 from tnnlm.training.progress import TrainingBar
 from tnnlm.training.schedule import ValidationSchedule
+from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 
 _FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
@@ -56,6 +58,7 @@ def train(
     """
     keep_large_blocks()
     _quieten()
+    strategy = choose_strategy(config)
     resume_step = None if run is None else _check_resumable(config, run)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         # Before anything is written, so that unusable text leaves no run behind. The other ranks
@@ -69,7 +72,7 @@ def train(
         folder = run or Path(config.runs_dir)
     lightning.seed_everything(config.seed, verbose=False)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build_trainer(config, folder, resume_step, [last, *(extra_callbacks or [])])
+    trainer = _build_trainer(config, strategy, folder, resume_step, [last, *(extra_callbacks or [])])
     module, data = LitCausalLM(config), TextDataModule(config)
     if trainer.global_rank == 0:
         write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
@@ -104,7 +107,11 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
 
 
 def _build_trainer(
-    config: Config, folder: Path, resume_step: int | None, callbacks: list[Callback]
+    config: Config,
+    strategy: str | Strategy,
+    folder: Path,
+    resume_step: int | None,
+    callbacks: list[Callback],
 ) -> lightning.Trainer:
     settings = config.trainer
     best = ModelCheckpoint(
@@ -124,7 +131,9 @@ def _build_trainer(
         accelerator=settings.accelerator,
         devices=resolve_devices(config),
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=strategy,
+        # Lightning's inference mode makes tensors that FSDP2 can't train on when it gathers into them.
+        inference_mode=settings.strategy != FSDP,
         precision=resolve_precision(config),
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,

@@ -1,0 +1,109 @@
+"""Runs of several real processes over gloo on loopback, each forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning
+import matplotlib.pyplot  # noqa: F401  all that a run needs, before processes are forked
+import pytest
+import torch
+import torch.distributed.checkpoint.state_dict
+import torch.utils.tensorboard
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from training_runs import SETTINGS
+
+from tnnlm.config_io import load_config
+from tnnlm.training.run import resumed_config, train
+
+
+class Watch(Callback):
+    """Notes on every rank whether gradients were reduced, and the metrics at the end."""
+
+    def __init__(self) -> None:
+        self.gradients: list[float | None] = []
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A fingerprint of this rank's gradient; None while a sharded one waits to be reduced."""
+        gradient = pl_module.model.embedding.weight.grad  # type: ignore[union-attr]
+        self.gradients.append(None if gradient is None else _total(gradient))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write rank<N>.pt into the working folder."""
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        held = {"metrics": metrics, "gradients": self.gradients, "world_size": trainer.world_size}
+        torch.save(held, f"rank{trainer.global_rank}.pt")
+
+
+def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
+    """Train on ``n`` processes, started as torchrun starts them; what each rank noted."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks"])
+    changes = [f"trainer.devices={n}", *words]
+    if resume is None:
+        own_kernel = any(word.startswith("model.kernel.name=") for word in words)
+        changes = [w for w in SETTINGS if not (own_kernel and w.startswith("model.kernel."))] + changes
+    port = str(free_port())
+    processes = [
+        context.Process(target=_rank, args=(rank, n, port, os.getcwd(), dict(os.environ), changes, resume))
+        for rank in range(n)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server would not find its preload
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(timeout=120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that still waits for another that failed
+    logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
+    assert codes == [0] * n, f"{codes}\n{logs}"
+    return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank(
+    rank: int, n: int, port: str, folder: str, environment: dict[str, str], words: list[str], run: str | None
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
+    rank_zero_only.rank = rank  # set from the environment when lightning is imported, which was before
+    torch.set_num_threads(1)
+    with (
+        open(f"rank{rank}.log", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            config = load_config(None, words) if run is None else resumed_config(Path(run), words)
+            train(config, None if run is None else Path(run), extra_callbacks=[Watch()])
+        except BaseException:
+            traceback.print_exc()
+            log.flush()
+            # At once: the others wait for this rank in a collective.
+            os._exit(1)
+    sys.stdout.flush()
+
+
+def _total(gradient: torch.Tensor) -> float:
+    full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return float(full.double().abs().sum())
