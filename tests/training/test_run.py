@@ -20,7 +20,8 @@ from tnnlm.config_io import load_config
 from tnnlm.errors import UserError
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
-from tnnlm.training.run import resumed_config, train
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
 
 
 class Recorder(Callback):
