@@ -144,7 +144,8 @@ def test_from_goes_with_resume(script: Any) -> None:
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny_run(*WORDS, "name=whole"))
+    write_text()
+    assert script("train", *SETTINGS, *WORDS, "name=whole").code == 0
     save = torch.save
 
     def full(checkpoint: Any, file: Any) -> None:
@@ -211,7 +212,7 @@ def test_signals_reach_loader_processes_too_and_do_no_harm(number: int) -> None:
     train(tiny_run(*words, "name=whole"))
 
     class SignalAll(Callback):
-        def on_before_backward(self, trainer: lightning.Trainer, *args: Any) -> None:
+        def on_before_zero_grad(self, trainer: lightning.Trainer, *args: Any) -> None:
             if trainer.global_step == 9:
                 children = multiprocessing.active_children()
                 assert children

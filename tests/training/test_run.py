@@ -93,6 +93,15 @@ def test_checkpoint_reads_back_with_its_recurrence() -> None:
     assert len(checkpoint.ssm.layers) == 2
 
 
+def test_the_best_checkpoint_is_of_the_best_validation() -> None:
+    # A rate at which it learns, then falls apart.
+    train(tiny_run("trainer.max_steps=24", "optim.lr=1", "optim.warmup_steps=20", "optim.grad_clip=0"))
+    rows = [row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["val/ppl"]]
+    best = min(rows, key=lambda row: float(row["val/ppl"]))
+    assert best["step"] != "24"
+    assert load_checkpoint(Path("runs/demo/checkpoints/best.ckpt")).step == int(best["step"])
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("crash", [False, True], ids=["ctrl-c", "crash"])
 def test_resume_is_exact(accumulate: int, crash: bool) -> None:

@@ -115,7 +115,12 @@ def _build_trainer(
 ) -> lightning.Trainer:
     settings = config.trainer
     best = ModelCheckpoint(
-        dirpath=folder / BEST.parent, filename=BEST.stem, monitor="val/ppl", enable_version_counter=False
+        dirpath=folder / BEST.parent,
+        filename=BEST.stem,
+        monitor="val/ppl",
+        enable_version_counter=False,
+        # A run is one epoch: at its end the best model would be long gone.
+        save_on_train_epoch_end=False,
     )
     samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
     # What came after the checkpoint will be logged again.
