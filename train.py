@@ -6,6 +6,7 @@ Examples:
   python train.py data.source=files data.files=book.txt name=book
   python train.py --config configs/tnn_wt103.yaml --dry-run
   python train.py --resume                                       # the newest run; or --resume NAME
+  python train.py --job nightly name=book data.files=book.txt    # begin, or go on: the same command each time
 """
 
 from __future__ import annotations
@@ -34,38 +35,98 @@ def parse() -> argparse.Namespace:
         metavar="RUN",
         help="continue a run by name or folder (default: the newest)",
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=("last", "previous"),
+        default="last",
+        help="with --resume: the checkpoint to go on from (default: last)",
+    )
+    parser.add_argument(
+        "--job",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="continue the run that this job began, else begin one (default NAME: the SLURM job's number); "
+        "on the time limit's signal, SIGUSR1, it is saved and the SLURM job requeued",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show settings and sizes, train nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    # "--resume key=value" means the newest run, "--job key=value" the SLURM job: no name has a "=".
+    for option in ("resume", "job"):
+        if "=" in (getattr(args, option) or ""):
+            args.overrides.insert(0, getattr(args, option))
+            setattr(args, option, "")
+    if args.job is not None and args.resume is not None:
+        parser.error("--job finds its own run: leave --resume out")
+    if args.source != "last" and args.resume is None:
+        parser.error("--from goes with --resume")
+    return args
 
 
 def main() -> int:
     args = parse()
-    run = None
-    if args.resume is None:
-        config = load_config(args.config or DEMO, args.overrides)
-    else:
-        from tnnlm.runs import find_run
-        from tnnlm.training.run import resumed_config
-
-        # "--resume key=value" means the newest run: a run's name has no "=".
-        if "=" in args.resume:
-            args.overrides.insert(0, args.resume)
-            args.resume = ""
-        run = find_run(args.resume or None, Path("runs"))
-        config = resumed_config(run, args.overrides)
     if args.dry_run:
-        show(config, args.json)
+        show(choose(args)[0], args.json)
         return 0
-    from tnnlm.training.checkpointing import TrainingStopped
-    from tnnlm.training.run import train
+    from tnnlm.training.checkpointing import TrainingDiverged, TrainingStopped
+    from tnnlm.training.jobs import TimeLimit, time_limit_noticed
+    from tnnlm.training.resume import SOURCES, is_complete
+    from tnnlm.training.run import is_main_process, train
 
     try:
-        train(config, run)
+        with time_limit_noticed():
+            config, run, job = choose(args)
+            if job is not None and run is not None and is_complete(config, run):
+                print(f"{run}: is complete, nothing is left to do")
+                return 0
+            train(config, run, source=SOURCES[args.source], job=job)
     except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
+        # One process speaks for all; Lightning would end the others' on a code of theirs.
+        return on_stop(args, str(stopped), stopped.time_limit) if is_main_process() else 0
+    except TimeLimit:
+        return on_stop(args, "stopped outside of training", True) if is_main_process() else 0
+    except TrainingDiverged:
+        if is_main_process():
+            raise
+    return 0
+
+
+def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
+    """Settings, the run to continue if there is one, and the job it belongs to."""
+    if args.resume is not None:
+        from tnnlm.runs import find_run
+        from tnnlm.training.resume import resumed_config
+
+        run = find_run(args.resume or None, Path("runs"))
+        return resumed_config(run, args.overrides), run, None
+    config = load_config(args.config or DEMO, args.overrides)
+    if args.job is None:
+        return config, None, None
+    from tnnlm.training.jobs import find_job, job_name
+
+    job = job_name(args.job)
+    found = find_job(job, config)
+    if found is not None:
+        config.name = found.name
+    return config, found, job
+
+
+def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
+    """Say how to go on; on a cluster's time limit see to it that the job does."""
+    from tnnlm.training.jobs import requeue, slurm_job
+
+    print(line, file=sys.stderr)
+    if not time_limit:
         return 130
+    if slurm_job() is None:
+        return 0
+    if args.job is None and not args.resume:
+        print("not requeued: without --job the same command would begin another run", file=sys.stderr)
+        return 0
+    print(f"requeued job {requeue()}", file=sys.stderr)
     return 0
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from tnnlm.config import Config
 from tnnlm.config_io import load_config
+from tnnlm.training.logs import read_metrics
 
 SETTINGS = (
     "data.source=files",
@@ -42,3 +45,20 @@ def tiny_run(*overrides: str) -> Config:
     if not Path("text.txt").exists():
         write_text()
     return load_config(None, [*SETTINGS, *overrides])
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, moments and schedules are equal to the last bit, and every row is there once."""
+    left, right = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (a, b))
+    assert left["global_step"] == right["global_step"]
+    assert left["lr_schedulers"] == right["lr_schedulers"]
+    for key, value in left["state_dict"].items():
+        assert torch.equal(value, right["state_dict"][key]), key
+    moments = [part["optimizer_states"][0]["state"] for part in (left, right)]
+    for index, state in moments[0].items():
+        assert all(torch.equal(state[key], moments[1][index][key]) for key in ("exp_avg", "exp_avg_sq"))
+    # Speed alone may differ.
+    kept = ("step", "train/loss", "train/lr", "train/skipped", "val/loss", "val/ppl_recurrent")
+    rows = [[[row[key] for key in kept] for row in read_metrics(run / "metrics.csv")] for run in (a, b)]
+    assert rows[0] == rows[1]
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()

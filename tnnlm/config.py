@@ -186,6 +186,12 @@ class TrainerConfig:
     devices; or another of Lightning's names"""
     accumulate: int = number(1, low=1, high=1_000_000)
     """batches per optimizer step"""
+    skip_nonfinite: bool = True
+    """leave out a step whose loss or gradient is NaN or infinite"""
+    spike_factor: float = number(0.0, low=0, high=1e6)
+    """leave out a step whose loss is above so many times the running mean of the last 50 or so; 0: none"""
+    max_skipped: int = number(10, low=1, high=1_000_000)
+    """stop after so many left out in a row; the last good checkpoint is kept"""
     compile: bool = False
     """torch.compile the model; the first steps take minutes"""
     sample_prompt: str = "def "
@@ -199,7 +205,7 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every_n_steps: int = number(500, low=1)
-    """optimizer steps between saves of last.ckpt"""
+    """optimizer steps between saves of last.ckpt; the one before is kept as previous.ckpt"""
 
 
 @dataclass(kw_only=True)

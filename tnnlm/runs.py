@@ -10,6 +10,8 @@ from tnnlm.errors import CheckpointError
 
 BEST = Path("checkpoints") / "best.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
+PREVIOUS = Path("checkpoints") / "previous.ckpt"
+"""the last.ckpt before"""
 CONVERTED = Path("converted")
 
 
@@ -27,7 +29,8 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
             )
         return newest.parents[1]
     for candidate in (Path(name), runs_dir / name):
-        if (candidate / "checkpoints").is_dir():
+        # A run that was killed before its first checkpoint has settings only.
+        if (candidate / "checkpoints").is_dir() or (candidate / "config.yaml").is_file():
             return candidate
     raise CheckpointError(f"{name}: no such run, neither as a folder nor under {runs_dir}/")
 

@@ -14,25 +14,44 @@ import lightning
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
 from tnnlm.conversion import convert_kernels
+from tnnlm.errors import CheckpointError
+from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
 from tnnlm.training.sharding import gather_kernels
 
+TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
+"""what a cluster sends some time before it ends a job; Windows has no such signal"""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if TIME_LIMIT is None else [TIME_LIMIT]))
+"""those that end a training at the next step border"""
+
 
 class TrainingStopped(Exception):
-    """The user stopped the training; the run was saved at a step border."""
+    """The training was asked to stop; the run was saved at a step border.
 
-    def __init__(self, step: int, run: Path) -> None:
+    ``time_limit`` is set if a cluster asked for it, whose time for the job is nearly up.
+    """
+
+    def __init__(self, step: int, run: Path, time_limit: bool = False) -> None:
         super().__init__(f"stopped after step {step}, saved; go on with: python train.py --resume {run}")
         self.step = step
+        self.time_limit = time_limit
+
+
+class TrainingDiverged(CheckpointError):
+    """The model is lost, or about to be: the run was stopped, the last good checkpoint kept."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all: a full disk leaves the one before."""
+    """Checkpoints that appear whole or not at all: a full disk leaves the one before.
+
+    Of ``last.ckpt`` the one before is kept as ``previous.ckpt``.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside, flush to the disk, rename.
@@ -40,15 +59,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: if the disk is full.
         """
-        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # torch stumbles once more while it closes the file that could not be written.
-                cause = error.__context__
-                if not isinstance(cause, OSError) or cause.errno is None:
-                    raise
-                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
+        path = Path(path)
+        with atomic_file(path) as temporary:
+            with temporary.open("wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:
+                    # torch stumbles once more while it closes the file that could not be written.
+                    cause = error.__context__
+                    if not isinstance(cause, OSError) or cause.errno is None:
+                        raise
+                    raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
+                file.flush()
+                os.fsync(file.fileno())
+            # Not before the new one is on the disk: until then the older one may be needed.
+            if path.name == LAST.name and path.exists():
+                second_name(path, path.with_name(PREVIOUS.name))
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of what had it: at no moment is ``path`` missing.
+
+    Where the file system knows no hard links, ``path`` gets the name and loses its own.
+    """
+    beside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:
+        os.replace(path, name)
+        return
+    os.replace(beside, name)
+    # Renaming does nothing where both are names of one file already.
+    beside.unlink(missing_ok=True)
 
 
 class ConversionCallback(Callback):
@@ -81,18 +124,22 @@ class ConversionCallback(Callback):
 
 
 class SaveLast(Callback):
-    """Keeps ``last.ckpt``: every so many steps, at the end, and when the user presses Ctrl-C.
+    """Keeps ``last.ckpt``: at the start, every so many steps, at the end, and when asked to stop.
 
-    The first Ctrl-C (or SIGTERM) finishes the step, saves and raises :class:`TrainingStopped`; a
-    second one interrupts at once. On several ranks all stop at the same step.
+    It is saved once a step is logged and validated, so that what a killed run wrote up to its
+    checkpoint is complete. The first Ctrl-C, SIGTERM, or SIGUSR1 (a cluster's time limit) finishes
+    the step, saves and raises :class:`TrainingStopped`; a second Ctrl-C interrupts at once. On
+    several ranks all stop at the same step. A model that is not finite is never saved.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
         self.seconds_before = 0.0
+        self.saved_step: int | None = None
+        """step of the checkpoint that a killed run would go on from"""
         self._started = time.perf_counter()
-        self._requested = False
+        self._received: set[int] = set()
         self._step = 0
         self._at_border = True
         self._handlers: dict[int, Any] = {}
@@ -101,6 +148,11 @@ class SaveLast(Callback):
     def train_seconds(self) -> float:
         """Seconds of training and validation, earlier parts of a resumed run included."""
         return self.seconds_before + time.perf_counter() - self._started
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.path.parents[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far."""
@@ -111,21 +163,31 @@ class SaveLast(Callback):
         self.seconds_before = state_dict["train_seconds"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take over Ctrl-C."""
+        """Take the signals over; save a new run, so that it can be resumed whenever it is killed."""
         self._started = time.perf_counter()
         self._step = trainer.global_step
         self.path = trainer.strategy.broadcast(self.path)
-        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in self._handlers:
             signal.signal(number, self._request)
+        if self._step == 0:
+            self._save(trainer, pl_module)
+        self.saved_step = self._step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, after the last step was logged and validated, and at step borders only."""
-        if self._at_border and trainer.strategy.reduce_boolean_decision(self._requested, all=False):
-            trainer.save_checkpoint(self.path)
-            raise TrainingStopped(trainer.global_step, self.path.parents[1])
+        """Save and stop here, after the last step was logged and validated, and at step borders only:
+        between micro-batches the gradient would be lost."""
+        if not self._at_border:
+            return
+        stop = trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+        if self._step != self.saved_step and (stop or self._step % self.every_n_steps == 0):
+            self._save(trainer, pl_module)
+        if stop:
+            limit = TIME_LIMIT is not None and TIME_LIMIT in self._received
+            limit = trainer.strategy.reduce_boolean_decision(limit, all=False)
+            raise TrainingStopped(self._step, self.run, limit)
 
     def on_train_batch_end(
         self,
@@ -135,29 +197,60 @@ class SaveLast(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save at step borders only: between micro-batches the gradient would be lost."""
+        """Notice whether this batch ended an optimizer step."""
         self._at_border = trainer.global_step != self._step
         self._step = trainer.global_step
-        if self._at_border and self._step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuse to validate, and so to save as the best, a model that is not finite."""
+        self.check_finite(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the finished run."""
-        trainer.save_checkpoint(self.path)
+        self._save(trainer, pl_module)
         self._restore()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give Ctrl-C back."""
+        """Give the signals back."""
         self._restore()
 
+    def check_finite(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop on all ranks if a weight on any of them is NaN or infinite.
+
+        Raises:
+            TrainingDiverged: naming the last good checkpoint.
+        """
+        with torch.no_grad():
+            finite = [_local(parameter).isfinite().all() for parameter in pl_module.parameters()]
+        if not trainer.strategy.reduce_boolean_decision(bool(torch.stack(finite).all()), all=True):
+            raise self.diverged(trainer.global_step, "the weights are no longer finite")
+
+    def diverged(self, step: int, reason: str) -> TrainingDiverged:
+        """What to raise when training can't go on, saying how it can."""
+        return TrainingDiverged(
+            f"stopped after step {step}: {reason}; the last good checkpoint is {self.path} of step "
+            f"{self.saved_step}; go on from it with other settings, for example: "
+            f"python train.py --resume {self.run} optim.lr=..."
+        )
+
+    def _save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.check_finite(trainer, pl_module)
+        trainer.save_checkpoint(self.path)
+        self.saved_step = trainer.global_step
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
+        if number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
-        self._requested = True
+        self._received.add(number)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter that several share."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

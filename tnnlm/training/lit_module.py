@@ -60,6 +60,8 @@ class LitCausalLM(lightning.LightningModule):
         self.nll_recurrent = NLLMetric()
         self._last_log = (0, 0.0)
         self._losses: list[Tensor] = []
+        self.skipped: Tensor | float = 0.0
+        """steps that the guard left out"""
 
     def configure_model(self) -> None:
         """Compile and shard in place, so that checkpoint keys stay the same."""
@@ -105,6 +107,19 @@ class LitCausalLM(lightning.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
+    def step_loss(self) -> Tensor:
+        """Mean loss of this rank's batches since the last optimizer step; for the guard."""
+        return torch.stack(self._losses[-self.config.trainer.accumulate :]).mean()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next row of the log averages over."""
+        checkpoint["losses_since_log"] = [float(loss) for loss in self._losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on averaging."""
+        losses = checkpoint.get("losses_since_log", [])
+        self._losses = [torch.tensor(loss, device=self.device) for loss in losses]
+
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Log the mean loss since the last log, throughput and learning rate."""
         step, (last_step, last_time) = self.global_step, self._last_log
@@ -116,6 +131,7 @@ class LitCausalLM(lightning.LightningModule):
             # Ranks have equal batches, so that the mean of their means is the global batch's.
             "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "train/skipped": float(self.skipped),
             "train/tokens_per_second": tokens / (now - last_time),
         }
         self._write(values, ("train/loss", "train/tokens_per_second"))

@@ -24,6 +24,7 @@ COLUMNS = (
     "train/loss",
     "train/lr",
     "train/tokens_per_second",
+    "train/skipped",
     "val/loss",
     "val/ppl",
     "val/bpb",
@@ -39,6 +40,13 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv but for a last one that was cut short."""
+    rows = read_metrics(path)
+    cut = bool(rows) and not path.read_bytes().endswith(b"\n")
+    return rows[:-1] if cut else rows
 
 
 class MetricsCSV(Logger):
@@ -73,7 +81,8 @@ class MetricsCSV(Logger):
     def _start(self) -> None:
         # A resumed run goes on from its checkpoint: rows that came after it will be logged again.
         border = self.resume_step
-        rows = [] if border is None else [r for r in read_metrics(self.path) if int(r["step"]) <= border]
+        # A row that a full disk cut short is one of these: a checkpoint is saved after its rows.
+        rows = [] if border is None else [r for r in whole_rows(self.path) if int(r["step"]) <= border]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
         writer.writeheader()

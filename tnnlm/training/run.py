@@ -19,28 +19,33 @@ from rich.console import Console
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
-from tnnlm.checkpoint import read_checkpoint
 from tnnlm.config import Config
-from tnnlm.config_io import config_to_yaml, load_config
+from tnnlm.config_io import config_to_yaml
 from tnnlm.data import TextDataModule, open_rows
-from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
+from tnnlm.training.guard import Guard
+from tnnlm.training.jobs import JOB, cluster_plugins, record_job
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
 from tnnlm.training.plan import FSDP, make_plan, resolve_devices, resolve_precision
 from tnnlm.training.progress import TrainingBar
+from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resumable
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 
-_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
-
 
 def train(
-    config: Config, run: Path | None = None, extra_callbacks: list[Callback] | None = None
+    config: Config,
+    run: Path | None = None,
+    extra_callbacks: list[Callback] | None = None,
+    *,
+    source: Path = LAST,
+    job: str | None = None,
 ) -> dict[str, Any]:
     """Train, validate and save a run.
 
@@ -48,37 +53,48 @@ def train(
         config: all settings.
         run: folder of a run to continue; None starts a new one under ``config.runs_dir``.
         extra_callbacks: appended to the run's own.
+        source: the checkpoint to continue from, LAST or PREVIOUS.
+        job: name under which a new run is recorded, so that the job can find it again. ``run`` may
+            then be one that was killed before its first checkpoint: it begins anew.
 
     Returns:
         the content of summary.json (empty on ranks other than 0).
 
     Raises:
         UserError: for unusable input; nothing was written then.
-        TrainingStopped: when the user stopped it; the run was saved.
+        TrainingStopped: when it was asked to stop; the run was saved.
+        TrainingDiverged: when loss or weights are beyond use; the last good checkpoint is kept.
     """
     keep_large_blocks()
     _quieten()
     strategy = choose_strategy(config)
-    resume_step = None if run is None else _check_resumable(config, run)
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    resume_step = None
+    if run is not None and (job is None or began(run)):
+        resume_step = check_resumable(config, run, source)
+    if is_main_process():
         # Before anything is written, so that unusable text leaves no run behind. The other ranks
         # find it in the cache, after Lightning's barrier.
         corpus = prepare(config.data, config.model.vocab_size, config.seed)
         open_rows(corpus, config)
         folder = run or _new_folder(config)
-        _check_tokenizer(folder, corpus.tokenizer)
+        if job is not None:
+            record_job(folder, job)
+        if resume_step is not None:
+            _check_tokenizer(folder, corpus.tokenizer)
+            begin_at(folder, source, resume_step)
     else:
         # Rank 0 chooses the name: it is broadcast to the callbacks that write.
         folder = run or Path(config.runs_dir)
     lightning.seed_everything(config.seed, verbose=False)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build_trainer(config, strategy, folder, resume_step, [last, *(extra_callbacks or [])])
+    guards: list[Callback] = [last, Guard(config.trainer, last), ResumedSettings(config)]
+    trainer = _build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
     module, data = LitCausalLM(config), TextDataModule(config)
     if trainer.global_rank == 0:
         write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
         write_text(folder / "config.yaml", config_to_yaml(config))
         _show_start(config, folder, resume_step)
-    trainer.fit(module, data, ckpt_path=None if resume_step is None else folder / LAST, weights_only=True)
+    _fit(trainer, module, data, None if resume_step is None else folder / source, last)
     if trainer.global_rank != 0:
         return {}
     summary = write_summary(
@@ -92,18 +108,9 @@ def train(
     return summary
 
 
-def resumed_config(run: Path, overrides: list[str]) -> Config:
-    """The configuration of a run, with changes from the command line.
-
-    Raises:
-        ConfigError: if a change would make it another run.
-    """
-    for word in overrides:
-        if word.startswith(_FIXED_ON_RESUME):
-            raise ConfigError(f"{word}: can't be changed on resume; start a new run")
-    config = load_config(run / "config.yaml", overrides)
-    config.name, config.runs_dir = run.name, str(run.parent)
-    return config
+def is_main_process() -> bool:
+    """Whether this process is rank 0 of the training, or will be."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def _build_trainer(
@@ -115,12 +122,19 @@ def _build_trainer(
 ) -> lightning.Trainer:
     settings = config.trainer
     best = ModelCheckpoint(
-        dirpath=folder / BEST.parent, filename=BEST.stem, monitor="val/ppl", enable_version_counter=False
+        dirpath=folder / BEST.parent,
+        filename=BEST.stem,
+        monitor="val/ppl",
+        enable_version_counter=False,
+        # A run is one epoch: at its end the best model would be long gone.
+        save_on_train_epoch_end=False,
     )
     samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
+    # What came after the checkpoint will be logged again.
+    redone = None if resume_step is None else resume_step + 1
     loggers: list[Logger] = [
         MetricsCSV(folder / "metrics.csv", resume_step),
-        TensorBoardLogger(folder, name="", version="tensorboard"),
+        TensorBoardLogger(folder, name="", version="tensorboard", purge_step=redone),
     ]
     shown: list[Callback] = []
     if sys.stdout.isatty():
@@ -144,7 +158,7 @@ def _build_trainer(
         enable_model_summary=False,
         enable_progress_bar=bool(shown),
         default_root_dir=folder,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
         logger=loggers,
         callbacks=[
             *shown,
@@ -158,22 +172,30 @@ def _build_trainer(
     try:
         return lightning.Trainer(**options)
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        if resume_step is None:
+            (folder / JOB).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only if it is new, and so empty
         chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
         raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
 
 
-def _check_resumable(config: Config, run: Path) -> int:
-    path = run / LAST
-    if not path.is_file():
-        raise CheckpointError(f"{run}: has no {LAST} to continue from; start it again with: python train.py")
-    step = int(read_checkpoint(path)["global_step"])
-    if step >= config.trainer.max_steps:
+def _fit(
+    trainer: lightning.Trainer, module: LitCausalLM, data: TextDataModule, path: Path | None, last: SaveLast
+) -> None:
+    try:
+        trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    except OSError as error:
+        if error.errno not in OS_ADVICE:
+            raise
+        what = OS_ADVICE[error.errno].partition(":")[0]
+        go_on = "nothing was saved yet; start again"
+        if last.saved_step is not None:
+            go_on = f"go on from step {last.saved_step} with: python train.py --resume {last.run}"
         raise CheckpointError(
-            f"{run}: is complete at step {step}; to train on, add trainer.max_steps={2 * step} or more"
-        )
-    return step
+            f"{error.filename or last.run}: {what}; stopped after step {trainer.global_step}; when that is "
+            f"mended {go_on}"
+        ) from None
 
 
 def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:

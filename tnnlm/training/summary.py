@@ -34,6 +34,12 @@ def write_summary(run: Path, *, params: int, tokens_seen: int, train_seconds: fl
     return summary
 
 
+def read_summary(run: Path) -> dict[str, Any]:
+    """The content of summary.json; empty if the run has none."""
+    path = run / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def plot_loss(run: Path) -> None:
     """Draw loss.png: training loss and both validation losses over steps."""
     import matplotlib as mpl

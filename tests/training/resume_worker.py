@@ -1,0 +1,67 @@
+"""One process of a run that is stopped, killed or poisoned at a step, and notes the rows it read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from tnnlm.config_io import load_config
+from tnnlm.errors import run_script
+from tnnlm.training.checkpointing import TrainingStopped
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
+
+
+class Scenario(Callback):
+    """What happens at which step."""
+
+    def __init__(self, name: str, steps: dict[str, int]) -> None:
+        self.name = name
+        self.steps = steps
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note a fingerprint of every row."""
+        rows = (batch * torch.arange(1, batch.shape[1] + 1)).sum(1).tolist()
+        path = Path(f"order-{self.name}-{trainer.world_size}-{trainer.global_rank}.jsonl")
+        with path.open("a") as file:
+            file.write(json.dumps([trainer.global_step, trainer.global_rank, rows]) + "\n")
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Any
+    ) -> None:
+        """Stop, die, or measure a loss that is not finite: the last rank alone."""
+        step, last_rank = trainer.global_step, trainer.global_rank == trainer.world_size - 1
+        if step == self.steps.get("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == self.steps.get("kill") and last_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.steps.get("nan") and last_rank:
+            pl_module._losses[-1].fill_(torch.nan)
+
+
+def main() -> int:
+    """Train."""
+    steps = {key: int(value) for key, _, value in (w.partition("=") for w in sys.argv[1:]) if value.isdigit()}
+    words = [word for word in sys.argv[1:] if word.split("=")[0] not in ("stop", "kill", "nan", "resume")]
+    resumed = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("resume=")]
+    run = Path(resumed[0]) if resumed else None
+    config = load_config(None, words) if run is None else resumed_config(run, words)
+    try:
+        train(config, run, extra_callbacks=[Scenario(config.name, steps)])
+    except TrainingStopped:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
