@@ -112,8 +112,13 @@ class LitCausalLM(lightning.LightningModule):
         return torch.stack(self._losses[-self.config.trainer.accumulate :]).mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next row of the log averages over."""
+        """Keep what the next row of the log averages over, and number the optimizer's states so that every
+        strategy can read them."""
         checkpoint["losses_since_log"] = [float(loss) for loss in self._losses]
+        if not is_sharded(self.model):  # else Lightning has done so
+            states = checkpoint.get("optimizer_states", ())
+            for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
+                number_like_model(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on averaging."""
@@ -184,13 +189,6 @@ class LitCausalLM(lightning.LightningModule):
         self._write(values, ("val/ppl", "val/bpb"))
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Number the optimizer's states so that every strategy can read them."""
-        if not is_sharded(self.model):  # else Lightning has done so
-            states = checkpoint.get("optimizer_states", ())
-            for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
-                number_like_model(state, optimizer, self)
 
     def on_validation_end(self) -> None:
         """The clock of the throughput leaves validation out."""
