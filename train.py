@@ -34,6 +34,9 @@ def parse() -> argparse.Namespace:
         metavar="RUN",
         help="continue a run by name or folder (default: the newest)",
     )
+    parser.add_argument(
+        "--find-lr", action="store_true", help="try 100 rising learning rates, suggest one, train nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show settings and sizes, train nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
@@ -58,6 +61,9 @@ def main() -> int:
     if args.dry_run:
         show(config, args.json)
         return 0
+    if args.find_lr:
+        search(config)
+        return 0
     from tnnlm.training.checkpointing import TrainingStopped
     from tnnlm.training.run import train
 
@@ -67,6 +73,16 @@ def main() -> int:
         print(stopped, file=sys.stderr)
         return 130
     return 0
+
+
+def search(config: Config) -> None:
+    from tnnlm.training.find_lr import find_lr, plot_rates
+
+    found = find_lr(config)
+    path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
+    plot_rates(found, path)
+    print(f"suggested: optim.lr={found.suggestion:.1e}, where the loss falls fastest")
+    print(f"it is lowest at {found.lowest:.1e}: stay below that; drawn in {path}")
 
 
 def show(config: Config, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
 from tnnlm.conversion import convert_layers
+from tnnlm.training.averaging import AveragedWeights
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
 
 
@@ -53,22 +54,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class ConversionCallback(Callback):
     """Attaches configuration, tokenizer and the converted kernels to every checkpoint.
 
-    Runs on every rank and inside signal handlers: pure, no files, no collectives. If the
+    Where weights are averaged the kernels of the average are converted: those that the checkpoint
+    holds. Runs on every rank and inside signal handlers: pure, no files, no collectives. If the
     conversion fails the checkpoint is saved without it, and a warning says why.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, average: AveragedWeights | None = None) -> None:
         self.config = config
+        self.average = average
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add our entry."""
-        assert isinstance(pl_module, LitCausalLM)
+        saved = self.average.averaged(pl_module) if self.average else pl_module
+        assert isinstance(saved, LitCausalLM)
         recipe = self.config.conversion
         ssm = None
         try:
-            horizon, layers = convert_layers(pl_module.model, recipe)
+            horizon, layers = convert_layers(saved.model, recipe)
             ssm = attached_ssm(layers, recipe.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)

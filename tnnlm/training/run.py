@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +26,7 @@ from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.averaging import averaging
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
@@ -33,8 +34,10 @@ from tnnlm.training.plan import make_plan, resolve_devices, resolve_precision
 from tnnlm.training.progress import TrainingBar
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
+from tnnlm.training.wandb_log import wandb_logger
+from tnnlm.training.watch import DataWait
 
-_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.")
+_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.", "trainer.ema_decay")
 
 
 def train(
@@ -69,7 +72,12 @@ def train(
         folder = run or Path(config.runs_dir)
     lightning.seed_everything(config.seed, verbose=False)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build_trainer(config, folder, resume_step, [last, *(extra_callbacks or [])])
+    try:
+        trainer = _build_trainer(config, folder, resume_step, [last, *(extra_callbacks or [])])
+    except ConfigError:
+        if run is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            shutil.rmtree(folder)  # new, with nothing trained in it
+        raise
     module, data = LitCausalLM(config), TextDataModule(config)
     if trainer.global_rank == 0:
         write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
@@ -112,7 +120,7 @@ def _build_trainer(
     )
     samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
     loggers: list[Logger] = [
-        MetricsCSV(folder / "metrics.csv", resume_step),
+        MetricsCSV(folder / "metrics.csv", config.model.n_layers, resume_step),
         TensorBoardLogger(folder, name="", version="tensorboard"),
     ]
     shown: list[Callback] = []
@@ -120,6 +128,9 @@ def _build_trainer(
         shown.append(TrainingBar(Console()))
     else:
         loggers.append(PlainLines(settings.max_steps))
+    if settings.wandb is not None:
+        loggers.append(wandb_logger(config, folder))
+    average = averaging(config)
     options = dict[str, Any](
         accelerator=settings.accelerator,
         devices=resolve_devices(config),
@@ -136,11 +147,13 @@ def _build_trainer(
         enable_progress_bar=bool(shown),
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO()],
+        profiler=DataWait(),
         logger=loggers,
         callbacks=[
             *shown,
             ValidationSchedule(settings.val_every_n_steps),
-            ConversionCallback(config),
+            *average,  # before what saves
+            ConversionCallback(config, *average),
             samples,
             *callbacks,
             best,
@@ -149,8 +162,6 @@ def _build_trainer(
     try:
         return lightning.Trainer(**options)
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is new, and so empty
         chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
         raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
 
@@ -207,5 +218,6 @@ def _quieten() -> None:
         ".*exists and is not empty.*",  # the run's folder is ours
         ".*your dataloader is not resumable.*",  # the sampler starts where the checkpoint says
         ".*LeafSpec.*is deprecated.*",  # inside Lightning
+        ".*WeightAveraging callback with a model that overrides.*",  # which only compiles
     ):
         warnings.filterwarnings("ignore", message=message)
