@@ -17,7 +17,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import atomic_file
@@ -61,6 +61,12 @@ class _Probe(LitCausalLM):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log nothing."""
+
+    def losses(self, accumulate: int) -> list[float]:
+        """Of every optimizer step. Lightning's own are running means over 50 steps: half of the search."""
+        return [
+            float(torch.stack(part).mean()) for part in zip(*[iter(self._losses)] * accumulate, strict=False)
+        ]
 
 
 def find_lr(config: Config) -> FoundRate:
@@ -109,7 +115,7 @@ def find_lr(config: Config) -> FoundRate:
             update_attr=False,
         )
     assert found is not None
-    return suggest(found.results["lr"], found.results["loss"])
+    return suggest(found.results["lr"], module.losses(config.trainer.accumulate))
 
 
 def suggest(rates: list[float], losses: list[float]) -> FoundRate:

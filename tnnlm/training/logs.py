@@ -165,4 +165,4 @@ class SampleWriter(Callback):
                 # As code: Markdown would swallow line breaks and indentation.
                 logger.experiment.add_text("sample", f"```\n{text}\n```", step)
             elif isinstance(logger, WandbLogger):
-                logger.log_text("sample", columns=["step", "text"], data=[[step, text]], step=step)
+                logger.log_text("sample", columns=["step", "text"], data=[[str(step), text]], step=step)
