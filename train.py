@@ -82,7 +82,8 @@ def search(config: Config) -> None:
     path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
     plot_rates(found, path)
     print(f"suggested: optim.lr={found.suggestion:.1e}, where the loss falls fastest")
-    print(f"it is lowest at {found.lowest:.1e}: stay below that; drawn in {path}")
+    print(f"it is lowest at {found.lowest:.1e}: stay below that")
+    print(f"drawn in {path}; a rate found in 100 steps is a start, not an optimum")
 
 
 def show(config: Config, as_json: bool) -> None:

@@ -25,14 +25,16 @@ from tnnlm.config import Config
 from tnnlm.data import TextDataModule
 from tnnlm.errors import DataError
 from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.optim import build_optimizer
 from tnnlm.training.plan import make_plan, resolve_precision
+from tnnlm.training.run import quieten
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0
 _DIVERGED = 4.0
 """times the best loss: the search ends there"""
-_SKIPPED = 10
-"""points at the beginning that the running mean of the loss has not settled in"""
+_WINDOW = 9
+"""steps that a loss is averaged over"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class FoundRate:
 
     rates: list[float]
     losses: list[float]
-    """running means, as many"""
+    """of the step at each"""
+    smooth: list[float]
+    """averaged over the steps around"""
     suggestion: float
     """where the loss falls fastest against the logarithm of the rate"""
     lowest: float
@@ -52,21 +56,23 @@ class _Probe(LitCausalLM):
     """Trains at the rates that the finder sets, without schedule, log or checkpoint of ours."""
 
     def configure_optimizers(self) -> Any:
-        """The optimizer alone; the finder overwrites the rate of every group with one and the same."""
-        optimizer = super().configure_optimizers()["optimizer"]
+        """The optimizer without its schedule. The finder gives every group the same rate: kernels'
+        factor is put on it at each step."""
+        optimizer = build_optimizer(
+            self.model, self.config.optim, self.config.trainer.precision != "16-mixed"
+        )
         factors = [group["lr"] / self.config.optim.lr for group in optimizer.param_groups]
-        # A schedule would be taken away, and its start has scaled the rates by now: no LambdaLR here.
         optimizer.register_step_pre_hook(lambda *_: _scale(optimizer, factors))
         return optimizer
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log nothing."""
 
-    def losses(self, accumulate: int) -> list[float]:
+    def losses(self) -> list[float]:
         """Of every optimizer step. Lightning's own are running means over 50 steps: half of the search."""
-        return [
-            float(torch.stack(part).mean()) for part in zip(*[iter(self._losses)] * accumulate, strict=False)
-        ]
+        count = self.config.trainer.accumulate
+        whole = torch.stack(self._losses[: len(self._losses) // count * count])
+        return [float(loss) for loss in whole.view(-1, count).mean(1)]
 
 
 def find_lr(config: Config) -> FoundRate:
@@ -79,13 +85,13 @@ def find_lr(config: Config) -> FoundRate:
     keep_large_blocks()
     devices = make_plan(config).devices
     config.trainer.accumulate *= devices
-    config.trainer.max_steps = max(STEPS, 1)
+    config.trainer.max_steps = STEPS
     config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = "auto", 1, 1
     lightning.seed_everything(config.seed, verbose=False)
     module, data = _Probe(config), TextDataModule(config)
+    quieten()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*have no `val_dataloader`.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
         trainer = lightning.Trainer(
             accelerator=config.trainer.accelerator,
             devices=1,
@@ -115,7 +121,7 @@ def find_lr(config: Config) -> FoundRate:
             update_attr=False,
         )
     assert found is not None
-    return suggest(found.results["lr"], module.losses(config.trainer.accumulate))
+    return suggest(found.results["lr"], module.losses())
 
 
 def suggest(rates: list[float], losses: list[float]) -> FoundRate:
@@ -127,16 +133,20 @@ def suggest(rates: list[float], losses: list[float]) -> FoundRate:
     Raises:
         DataError: if the loss never falls.
     """
-    points = [(r, x) for r, x in zip(rates, losses, strict=False) if math.isfinite(x)][_SKIPPED:]
-    if len(points) < 3:
+    points = [(rate, loss) for rate, loss in zip(rates, losses, strict=False) if math.isfinite(loss)]
+    if len(points) < 2 * _WINDOW:
         raise DataError("too few finite losses to suggest a learning rate: the first steps diverge already")
-    logs, kept = np.log([r for r, _ in points]), np.array([x for _, x in points])
-    best = int(kept.argmin())
-    slope = np.gradient(kept, logs)[: best + 1]
+    tried, seen = (np.array(values) for values in zip(*points, strict=True))
+    padded = np.pad(seen, _WINDOW // 2, mode="edge")
+    smooth = np.convolve(padded, np.full(_WINDOW, 1 / _WINDOW), mode="valid")
+    best = int(smooth.argmin())
+    slope = np.gradient(smooth, np.log(tried))[: best + 1]
     steepest = int(slope.argmin())
-    if slope[steepest] >= 0:
-        raise DataError("the loss does not fall at any learning rate: look at the data and the model's sizes")
-    return FoundRate(rates, losses, float(points[steepest][0]), float(points[best][0]))
+    if smooth[0] - smooth[best] < 0.01 * smooth[0]:
+        raise DataError("the loss falls at no learning rate: look at the data and the sizes of the model")
+    return FoundRate(
+        tried.tolist(), seen.tolist(), smooth.tolist(), float(tried[steepest]), float(tried[best])
+    )
 
 
 def plot_rates(found: FoundRate, path: Path) -> None:
@@ -147,16 +157,15 @@ def plot_rates(found: FoundRate, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    n = min(len(found.rates), len(found.losses))
-    axis.semilogx(found.rates[:n], found.losses[:n], color="#08519c")
+    axis.semilogx(found.rates, found.losses, color="#9ecae1", linewidth=1, label="loss of each step")
+    axis.semilogx(found.rates, found.smooth, color="#08519c", label=f"mean of {_WINDOW} steps")
     for rate, colour, label in (
         (found.suggestion, "#31a354", "steepest fall"),
         (found.lowest, "#e6550d", "lowest loss"),
     ):
         axis.axvline(rate, color=colour, linestyle="--", label=f"{label}: {rate:.1e}")
-    finite = [x for x in found.losses if math.isfinite(x)]
-    axis.set_ylim(min(finite) - 0.2, min(max(finite), 2 * finite[0]) + 0.2)
-    axis.set(xlabel="learning rate", ylabel="training loss, nats per token (running mean)")
+    axis.set_ylim(min(found.losses) - 0.2, min(max(found.losses), 1.5 * found.losses[0]) + 0.2)
+    axis.set(xlabel="learning rate", ylabel="training loss, nats per token")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     with atomic_file(path) as temporary:

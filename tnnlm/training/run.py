@@ -58,7 +58,7 @@ def train(
         TrainingStopped: when the user stopped it; the run was saved.
     """
     keep_large_blocks()
-    _quieten()
+    quieten()
     resume_step = None if run is None else _check_resumable(config, run)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         # Before anything is written, so that unusable text leaves no run behind. The other ranks
@@ -210,7 +210,7 @@ def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Lightning's greetings, and warnings about choices that were made on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
