@@ -81,8 +81,8 @@ def search(config: Config) -> None:
     found = find_lr(config)
     path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
     plot_rates(found, path)
-    print(f"suggested: optim.lr={found.suggestion:.1e}, where the loss falls fastest")
-    print(f"it is lowest at {found.lowest:.1e}: stay below that")
+    print(f"suggested: optim.lr={found.suggestion:.1e}")
+    print(f"the loss falls fastest at {found.steepest:.1e}, and is lowest at {found.lowest:.1e}")
     print(f"drawn in {path}; a rate found in 100 steps is a start, not an optimum")
 
 

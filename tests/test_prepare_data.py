@@ -105,12 +105,8 @@ def test_stopped_preparation_goes_on(
     Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())
     config = config_of(streaming=streaming, max_documents=280 if streaming else None, tokenizer=tokenizer)
     whole = prepare(config, 300, 0)
-    assert sorted(p.name for p in whole.folder.iterdir()) == [
-        "meta.json",
-        "tokenizer.json",
-        "train.bin",
-        "val.bin",
-    ]
+    names = {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+    assert {p.name for p in whole.folder.iterdir()} == names
     monkeypatch.setenv("TNNLM_CACHE", "other")
     encoded: list[str] = []
     limit = 40 * place
@@ -127,9 +123,7 @@ def test_stopped_preparation_goes_on(
         prepare(config, 300, 0, resumable=True)
     assert cached()[0].endswith(".part")
     before = len(encoded)
-    monkeypatch.setattr(
-        packing.TextTokenizer, "encode_batch", lambda self, t: encoded.extend(t) or encode(self, t)
-    )
+    limit = 10**9
     resumed = prepare(config, 300, 0, resumable=True)
     assert tokens(resumed) == tokens(whole)
     assert (resumed.train, resumed.val) == (whole.train, whole.val)

@@ -33,7 +33,7 @@ def test_rates_rise_and_kernels_keep_their_factor(monkeypatch: pytest.MonkeyPatc
         assert rates == pytest.approx([tried, tried, 0.25 * tried])
     assert found.rates[0] == pytest.approx(LOWEST, rel=0.2)
     assert found.rates[-1] == pytest.approx(HIGHEST, rel=0.2)
-    assert LOWEST < found.suggestion <= found.lowest < HIGHEST
+    assert LOWEST < found.steepest <= found.suggestion <= found.lowest < HIGHEST
 
 
 def recorded(build: Any, seen: list[list[float]]) -> Any:
@@ -56,8 +56,9 @@ def test_suggestion_is_the_steepest_fall_not_noise_at_the_low_end() -> None:
     losses = 8 - 3 / (1 + np.exp(-4 * (logs + 3))) + np.where(logs > -1.5, 4 * (logs + 1.5) ** 2, 0)
     losses += np.random.default_rng(0).normal(0, 0.02, 100)
     found = suggest(rates.tolist(), losses.tolist())
-    assert found.suggestion == pytest.approx(1e-3, rel=0.6)
+    assert found.steepest == pytest.approx(1e-3, rel=0.6)
     assert 5e-3 < found.lowest < 1e-1
+    assert found.suggestion**2 == pytest.approx(found.steepest * found.lowest)
     cut = [*losses[:80], *[math.nan] * 20]
     assert suggest(rates.tolist(), cut).suggestion == pytest.approx(found.suggestion)
 

@@ -46,10 +46,15 @@ class FoundRate:
     """of the step at each"""
     smooth: list[float]
     """averaged over the steps around"""
-    suggestion: float
+    steepest: float
     """where the loss falls fastest against the logarithm of the rate"""
     lowest: float
     """where it is lowest: the peak rate should stay below"""
+
+    @property
+    def suggestion(self) -> float:
+        """The geometric mean of the two: a peak after a warm-up may lie above the steepest fall."""
+        return math.sqrt(self.steepest * self.lowest)
 
 
 class _Probe(LitCausalLM):
@@ -125,7 +130,7 @@ def find_lr(config: Config) -> FoundRate:
 
 
 def suggest(rates: list[float], losses: list[float]) -> FoundRate:
-    """The rate at which the loss falls fastest against log(rate).
+    """Find where the loss falls fastest against log(rate), and where it is lowest.
 
     Lightning's own suggestion divides by differences of the rates themselves: at the low end, where
     these are 1e-7, noise of the loss looks like the steepest fall.
@@ -160,7 +165,8 @@ def plot_rates(found: FoundRate, path: Path) -> None:
     axis.semilogx(found.rates, found.losses, color="#9ecae1", linewidth=1, label="loss of each step")
     axis.semilogx(found.rates, found.smooth, color="#08519c", label=f"mean of {_WINDOW} steps")
     for rate, colour, label in (
-        (found.suggestion, "#31a354", "steepest fall"),
+        (found.steepest, "#9e9ac8", "steepest fall"),
+        (found.suggestion, "#31a354", "suggested"),
         (found.lowest, "#e6550d", "lowest loss"),
     ):
         axis.axvline(rate, color=colour, linestyle="--", label=f"{label}: {rate:.1e}")
