@@ -50,6 +50,9 @@ def parse() -> argparse.Namespace:
         help="continue the run that this job began, else begin one (default NAME: the SLURM job's number); "
         "on the time limit's signal, SIGUSR1, it is saved and the SLURM job requeued",
     )
+    parser.add_argument(
+        "--find-lr", action="store_true", help="try 100 rising learning rates, suggest one, train nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show settings and sizes, train nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
@@ -70,6 +73,9 @@ def main() -> int:
     args = parse()
     if args.dry_run:
         show(choose(args)[0], args.json)
+        return 0
+    if args.find_lr:
+        search(choose(args)[0])
         return 0
     from tnnlm.training.checkpointing import TrainingDiverged, TrainingStopped
     from tnnlm.training.jobs import TimeLimit, time_limit_noticed
@@ -128,6 +134,17 @@ def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
         return 0
     print(f"requeued job {requeue()}", file=sys.stderr)
     return 0
+
+
+def search(config: Config) -> None:
+    from tnnlm.training.find_lr import find_lr, plot_rates
+
+    found = find_lr(config)
+    path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
+    plot_rates(found, path)
+    print(f"suggested: optim.lr={found.suggestion:.1e}")
+    print(f"the loss falls fastest at {found.steepest:.1e}, and is lowest at {found.lowest:.1e}")
+    print(f"drawn in {path}; a rate found in 100 steps is a start, not an optimum")
 
 
 def show(config: Config, as_json: bool) -> None:

@@ -54,7 +54,7 @@ def documents(n: int) -> list[str]:
 def read(*files: str, seed: int = 0, **changes: Any) -> tuple[list[str], list[str]]:
     """Both splits of ``files``."""
     corpus = load_corpus(DataConfig(**{"source": "files", "files": list(files), **changes}), seed)
-    return corpus.train, corpus.val
+    return list(corpus.train), list(corpus.val)
 
 
 def error_of(*files: str, **changes: Any) -> str:

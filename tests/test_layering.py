@@ -19,6 +19,8 @@ LAYERS = (
     ("conversion", "checkpoint", "runs", "packed", "compiled", "graphs"),
     ("generation", "evaluation", "engine", "state_file", "terminal"),
     (
+        "documents",
+        "holdout",
         "corpus",
         "packing",
         "data",

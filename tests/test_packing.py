@@ -237,10 +237,13 @@ def test_failed_build_leaves_nothing_in_the_cache() -> None:
 
 
 def test_interrupted_build_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    write_text = packing.write_text
 
-    # As late as can be: both splits are written by then.
+    def interrupt(path: Path, text: str) -> None:
+        if path.name == "meta.json":  # as late as can be: both splits are written by then
+            raise KeyboardInterrupt
+        write_text(path, text)
+
     monkeypatch.setattr(packing, "write_text", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepared()

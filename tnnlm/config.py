@@ -194,6 +194,10 @@ class TrainerConfig:
     """stop after so many left out in a row; the last good checkpoint is kept"""
     compile: bool = False
     """torch.compile the model; the first steps take minutes"""
+    ema_decay: float | None = number(None, above=0, high=0.999999)
+    """average the weights with this decay per step, and validate, save and convert the average; null: off"""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well (extra [wandb]; WANDB_MODE=offline works); null: none"""
     sample_prompt: str = "def "
     """a sample continues this text at each validation"""
     sample_tokens: int = number(64, low=0, high=100_000)

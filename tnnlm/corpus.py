@@ -18,29 +18,19 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from tnnlm.config import DataConfig
+from tnnlm.documents import TEXT, Survey, spool, survey
 from tnnlm.errors import OS_ADVICE, DataError
+from tnnlm.holdout import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
-FEW_DOCUMENTS = 10
-"""below this, every document is cut in two: a split by document would hold out too much or nothing"""
-
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The two splits, a document each entry."""
-
-    train: list[str]
-    val: list[str]
 
 
 def source_files(config: DataConfig) -> list[Path]:
@@ -99,16 +89,28 @@ def source_fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """Read and split the documents.
+def load_corpus(config: DataConfig, seed: int, scratch: Path | None = None) -> Corpus:
+    """Read and split the documents; those of a hub data set stay on the disk.
+
+    Args:
+        config: where from.
+        seed: of the split.
+        scratch: a folder to keep intermediate files in, for going on after a kill; a stream without
+            one is held in memory.
 
     Raises:
         DataError: for missing, empty, binary or damaged input.
     """
-    texts = _collect(config, _documents(config))
-    if config.source == "hub" and config.hub_val_split:
-        return Corpus(texts, _collect(config, _hub_documents(config, config.hub_val_split)))
-    return _split(texts, config.val_fraction, seed)
+    if config.source != "hub":
+        return split_texts(_collect(config, _documents(config)), config.val_fraction, seed)
+    rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
+    if config.hub_val_split:
+        held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
+        return Corpus(found.documents(rows, column), val.documents(held_out, val_column))
+    if len(found.chosen) < FEW_DOCUMENTS:
+        return split_texts(list(found.documents(rows, column)), config.val_fraction, seed)
+    some = hold_out(found.lengths, found.hashes, config.val_fraction)
+    return Corpus(found.documents(rows, column, ~some), found.documents(rows, column, some))
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -124,9 +126,6 @@ def _collect(config: DataConfig, documents: Iterator[str]) -> list[str]:
 
 
 def _documents(config: DataConfig) -> Iterator[str]:
-    if config.source == "hub":
-        yield from _hub_documents(config, config.hub_split)
-        return
     for path in source_files(config):
         suffix = _suffix(path)
         if suffix in TEXT_SUFFIXES:
@@ -152,20 +151,40 @@ def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
     )
 
 
-def _hub_documents(config: DataConfig, split: str) -> Iterator[str]:
+def _hub_table(
+    config: DataConfig, split: str, seed: int, scratch: Path | None
+) -> tuple[datasets.Dataset, str, Survey]:
+    """A split of a hub data set on the disk, its column, and which rows hold text."""
     if not config.hub_name:
         raise DataError("data.hub_name is empty: name a data set, for example Salesforce/wikitext")
     if config.streaming and config.max_documents is None:
         raise DataError("data.streaming=true needs data.max_documents: a stream has no end to split at")
+    name, column = config.hub_name, config.text_column
     rows = _load(
-        config.hub_name,
-        config.hub_name,
+        name,
+        name,
         name=config.hub_config,
         split=split,
         streaming=config.streaming,
         cache_dir=str(cache_folder(config) / "datasets"),
     )
-    yield from _rows(rows, config, config.hub_name)
+    _check_column(rows, config, name)
+    limit = config.max_documents
+    if config.streaming:
+        assert limit is not None
+        if scratch is None:
+            texts = list(itertools.islice((t for t in _rows(rows, config, name) if t.strip()), limit))
+            rows = datasets.Dataset.from_dict({TEXT: texts})
+        else:
+            with _readable(name):
+                rows = spool(rows, column, name, limit=limit, folder=scratch, name=split)
+        column = TEXT
+    kept = None if scratch is None else scratch / f"{split}.survey.npz"
+    with _readable(name):
+        found = survey(rows, column, name, seed=seed, limit=limit, kept=kept)
+    if not len(found.chosen):
+        raise DataError(f"{name}: no text in it")
+    return rows, column, found
 
 
 def _load(what: str, builder: str, **options: Any) -> Any:
@@ -193,12 +212,16 @@ def _readable(what: str) -> Iterator[None]:
         raise DataError(f"{what}: can't be read: {reason}") from None
 
 
-def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
+def _check_column(rows: Any, config: DataConfig, where: str) -> None:
     if rows.column_names is not None and config.text_column not in rows.column_names:
         raise DataError(
             f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}; "
             "choose one with data.text_column=..."
         )
+
+
+def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
+    _check_column(rows, config, where)
     with _readable(where):
         for index, row in enumerate(rows):
             text = row.get(config.text_column)
@@ -229,38 +252,3 @@ def _describe(config: DataConfig) -> str:
     return {"stdlib": "standard library", "files": ", ".join(config.files), "hub": str(config.hub_name)}[
         config.source
     ]
-
-
-def _split(texts: list[str], fraction: float, seed: int) -> Corpus:
-    """Hold out documents in the order of their hashes until ``fraction`` of the characters is reached."""
-    if len(texts) < FEW_DOCUMENTS:
-        pairs = [_cut(text, fraction) for text in texts]
-        return Corpus([a for a, _ in pairs if a], [b for _, b in pairs if b])
-    total = sum(map(len, texts))
-    budget = fraction * total
-    # One huge document would be most of the held-out text, and no fair sample of the rest.
-    largest = max(budget / 4, total / len(texts))
-    held_out: set[int] = set()
-    taken = 0
-    last: str | None = None
-    for index in sorted(range(len(texts)), key=lambda i: _hash(seed, texts[i])):
-        # Equal texts have equal hashes and come in a row: none may stay behind in training.
-        again = texts[index] == last and len(held_out) < len(texts) - 1
-        if (taken < budget or again) and len(texts[index]) <= largest:
-            held_out.add(index)
-            last = texts[index]
-            taken += len(texts[index])
-    train = [text for i, text in enumerate(texts) if i not in held_out]
-    return Corpus(train, [texts[i] for i in sorted(held_out)])
-
-
-def _hash(seed: int, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
-
-
-def _cut(text: str, fraction: float) -> tuple[str, str]:
-    """The beginning and the last ``fraction`` of a text, cut at a line where there is one."""
-    at = round(len(text) * (1 - fraction))
-    line = text.rfind("\n", 0, at) + 1
-    at = line if line > at / 2 else at
-    return text[:at], text[at:]

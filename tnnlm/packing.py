@@ -6,14 +6,20 @@ it. The convolution of a row reads across the eos between documents.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +29,7 @@ from tqdm import tqdm
 from tnnlm.atomic import atomic_folder, write_text
 from tnnlm.config import DataConfig
 from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
+from tnnlm.documents import Documents, remove_scratch
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
@@ -30,6 +37,8 @@ PACKING_VERSION = 2
 """part of the cache's key: raise it when the packed tokens change"""
 PIECE = 1 << 18
 """characters of a long document that are tokenized at a time"""
+SAVE_SECONDS = 5.0
+"""between the notes that a killed preparation goes on from"""
 _BORDER = re.compile(r"\n(?=\S)")
 
 
@@ -79,11 +88,18 @@ class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
 
-def prepare(config: DataConfig, vocab_size: int, seed: int) -> PackedCorpus:
+def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = False) -> PackedCorpus:
     """Tokenize the corpus, or find it tokenized.
 
+    Args:
+        config: where the text comes from and how it becomes tokens.
+        vocab_size: of the model; a tokenizer is trained for it if none is given.
+        seed: of the split.
+        resumable: keep what is done when stopped, to go on from there the next time.
+
     Raises:
-        DataError: for unusable text or tokenizer. Nothing is left in the cache then.
+        DataError: for unusable text or tokenizer, and if another process prepares the same. Nothing is
+            left in the cache then, unless it is ``resumable``.
     """
     given = load_tokenizer(config.tokenizer, config.eos_token) if config.tokenizer else None
     if given is not None and given.size > vocab_size:
@@ -93,7 +109,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> PackedCorpus:
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
     if not (folder / "meta.json").is_file():
-        with atomic_folder(folder, replace=False) as temporary:
+        made = _resumable_folder(folder) if resumable else atomic_folder(folder, replace=False)
+        with made as temporary:
             _build(config, vocab_size, seed, given, temporary)
     return _open(folder, config.eos_token)
 
@@ -118,13 +135,52 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
     return PackedCorpus(folder, tokenizer, SplitInfo(**meta["train"]), SplitInfo(**meta["val"]))
 
 
+@contextmanager
+def _resumable_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that stays if the block fails, and is moved there when it ends."""
+    part = path.with_name(f"{path.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    lock = part / "lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{part}: another process prepares the same data: wait until it is done"
+            ) from None
+        try:
+            yield part
+        except BaseException:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+                part.rmdir()  # only if nothing was done yet
+            raise
+        lock.unlink()
+        for done in part.iterdir():
+            with done.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():  # made by a training in the meantime
+            shutil.rmtree(part)
+        else:
+            os.replace(part, path)
+
+
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:
-    corpus = load_corpus(config, seed)
+    """Fill ``folder``, going on from what an earlier attempt left in it."""
+    if not (folder / "meta.json").is_file():
+        _tokenize(config, vocab_size, seed, given, folder)
+    for journal in folder.glob("*.progress"):
+        journal.unlink()
+    remove_scratch(folder)
+
+
+def _tokenize(
+    config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path
+) -> None:
+    corpus = load_corpus(config, seed, folder)
     if not corpus.train or not corpus.val:
         raise DataError("too little text to hold some out for validation: give more of it")
-    progress = sys.stderr.isatty()
-    pieces = [piece.text for piece in _pieces(corpus.train)]
-    tokenizer = given or train_bpe(pieces, vocab_size, config.eos_token, len(pieces), progress)
+    tokenizer = given or _trained(corpus.train, vocab_size, config.eos_token, folder / "tokenizer.json")
     meta = {}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
         meta[split] = asdict(_pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}"))
@@ -132,21 +188,64 @@ def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer 
     write_text(folder / "meta.json", json.dumps(meta))
 
 
-def _pack(texts: list[str], tokenizer: TextTokenizer, path: Path, title: str) -> SplitInfo:
-    n_tokens = 1
-    n_bytes = 0
-    bar = tqdm(total=sum(map(len, texts)), desc=title, unit="char", unit_scale=True, disable=None)
-    with path.open("wb") as file, bar:
-        file.write(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
-        for batch in _batches(texts):
+def _trained(texts: Sequence[str], vocab_size: int, eos_token: str, path: Path) -> TextTokenizer:
+    if path.is_file():
+        return TextTokenizer.from_json(path.read_text(encoding="utf-8"), eos_token, str(path))
+    pieces = (piece.text for piece in _pieces(texts))
+    tokenizer = train_bpe(pieces, vocab_size, eos_token, len(texts), sys.stderr.isatty())
+    write_text(path, tokenizer.to_json())
+    return tokenizer
+
+
+def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str) -> SplitInfo:
+    """Write the tokens of ``texts``; every few seconds a note of what is safely on the disk."""
+    done = _packed_before(path)
+    if done is None:
+        path.write_bytes(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
+        done = SplitInfo(documents=0, tokens=1, bytes=0)
+    n_documents, n_tokens, n_bytes = done.documents, done.tokens, done.bytes
+    rest = texts[n_documents:]
+    size = texts.size if isinstance(texts, Documents) else sum(map(len, rest))
+    bar = tqdm(total=size, desc=title, unit="char", unit_scale=True, disable=None)
+    if isinstance(texts, Documents) and texts:
+        bar.update(size * n_documents // len(texts))  # about: lengths are not kept
+    noted = time.monotonic()
+    with path.open("r+b") as file, bar:
+        file.truncate(4 * n_tokens)
+        file.seek(0, os.SEEK_END)
+        for batch in _batches(rest):
             for ids, piece in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
                 if piece.ends_document:
                     ids.append(tokenizer.eos_id)
+                    n_documents += 1
                 file.write(np.array(ids, dtype=np.int32).tobytes())
                 n_tokens += len(ids)
             n_bytes += sum(len(piece.text.encode("utf-8", "surrogatepass")) for piece in batch)
             bar.update(sum(len(piece.text) for piece in batch))
-    return SplitInfo(documents=len(texts), tokens=n_tokens, bytes=n_bytes)
+            if batch[-1].ends_document and time.monotonic() - noted >= SAVE_SECONDS:
+                noted = time.monotonic()
+                _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes))
+        _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes))
+    return SplitInfo(n_documents, n_tokens, n_bytes)
+
+
+def _journal(path: Path) -> Path:
+    return path.with_suffix(".progress")
+
+
+def _note(path: Path, file: BinaryIO, done: SplitInfo) -> None:
+    """Say that ``done`` is on the disk, once it is."""
+    file.flush()
+    os.fsync(file.fileno())
+    write_text(_journal(path), json.dumps(asdict(done)))
+
+
+def _packed_before(path: Path) -> SplitInfo | None:
+    """What an earlier attempt brought safely to the disk."""
+    if not _journal(path).is_file() or not path.is_file():
+        return None
+    done = SplitInfo(**json.loads(_journal(path).read_text()))
+    return done if path.stat().st_size >= 4 * done.tokens else None
 
 
 class _Piece(NamedTuple):
@@ -169,8 +268,9 @@ def _pieces(texts: Iterable[str], characters: int = PIECE) -> Iterator[_Piece]:
             start = stop
 
 
-def _batches(texts: list[str], characters: int = 4 * PIECE) -> Iterator[list[_Piece]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
     """Batches of about equal text: the tokenizer works on one with all cores."""
+    characters = PIECE * max(4, os.cpu_count() or 1)
     batch: list[_Piece] = []
     size = 0
     for piece in _pieces(texts):

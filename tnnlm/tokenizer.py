@@ -115,7 +115,7 @@ def train_bpe(
 
 
 def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
-    """A tokenizer.json by path, or a hub tokenizer by name (the network is used for a name only).
+    """A tokenizer.json by path, or a hub tokenizer by name: downloaded once, then read from the hub's cache.
 
     Raises:
         DataError: if there is none, it can't be read, or it has no ``eos_token``.
@@ -129,6 +129,13 @@ def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
     if path.suffix == ".json" or path.exists() or name.count("/") > 1:
         raise DataError(f"{name}: no such tokenizer file")
     try:
+        from huggingface_hub import try_to_load_from_cache  # slow to import, and decoding needs it never
+
+        # What lies in the hub's cache is not asked for again: a node may have no network, and a
+        # tokenizer that changes there would be another one here.
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(cached, str):
+            return TextTokenizer(Tokenizer.from_file(cached), eos_token, name)
         return TextTokenizer(Tokenizer.from_pretrained(name), eos_token, name)
     except DataError:
         raise

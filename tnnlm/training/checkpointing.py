@@ -22,6 +22,7 @@ from tnnlm.config import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
 from tnnlm.runs import LAST, PREVIOUS
+from tnnlm.training.averaging import AveragedWeights
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
 from tnnlm.training.sharding import gather_kernels
 
@@ -97,21 +98,24 @@ def second_name(path: Path, name: Path) -> None:
 class ConversionCallback(Callback):
     """Attaches configuration, tokenizer and the converted kernels to every checkpoint.
 
-    Runs on every rank, before the file is written: no files. Sharded kernels are gathered on all
+    Where weights are averaged the kernels of the average are converted: those that the checkpoint
+    holds. Runs on every rank, before the file is written: no files. Sharded kernels are gathered on all
     ranks first, as Lightning has gathered the weights just before; the rest is done by the rank that
     writes. If the conversion fails the checkpoint is saved without it, and a warning says why.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, average: AveragedWeights | None = None) -> None:
         self.config = config
+        self.average = average
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add our entry."""
-        assert isinstance(pl_module, LitCausalLM)
+        saved = self.average.averaged(pl_module) if self.average else pl_module
+        assert isinstance(saved, LitCausalLM)
         recipe = self.config.conversion
-        found = gather_kernels(pl_module.model)
+        found = gather_kernels(saved.model)
         if not trainer.is_global_zero:
             return
         ssm = None

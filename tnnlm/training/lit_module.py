@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tnnlm.modules import RecurrentConv
 from tnnlm.packing import PackedCorpus
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.sharding import gather_kernels, gradient_sync, is_sharded, number_like_model, shard, whole
+from tnnlm.training.watch import StepWatch, memory_values
 
 
 class NLLMetric(Metric):
@@ -58,10 +58,12 @@ class LitCausalLM(lightning.LightningModule):
         """of the kernels of this validation; in a list, so that they are no submodules"""
         self.nll_parallel = NLLMetric()
         self.nll_recurrent = NLLMetric()
-        self._last_log = (0, 0.0)
+        self.watch = StepWatch(config)
+        self._last_log = 0
         self._losses: list[Tensor] = []
         self.skipped: Tensor | float = 0.0
         """steps that the guard left out"""
+        self._memory: dict[str, float] = {}
 
     def configure_model(self) -> None:
         """Compile and shard in place, so that checkpoint keys stay the same."""
@@ -85,14 +87,18 @@ class LitCausalLM(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm. Lightning refuses a fused optimizer under every mixed precision, bf16 too,
-        though only 16-mixed scales gradients."""
+        """Clip by norm, and keep the norm for the log. Lightning refuses a fused optimizer under every
+        mixed precision, bf16 too, though only 16-mixed scales gradients."""
+        parameters = list(self.trainer.precision_plugin.main_params(optimizer))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if gradient_clip_val:
-            self.trainer.precision_plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.watch.norms.append(norm)
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
-        self._last_log = (self.global_step, time.perf_counter())
+        """Start the clocks."""
+        self._last_log = self.global_step
+        self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
@@ -126,29 +132,29 @@ class LitCausalLM(lightning.LightningModule):
         self._losses = [torch.tensor(loss, device=self.device) for loss in losses]
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Log the mean loss since the last log, throughput and learning rate."""
-        step, (last_step, last_time) = self.global_step, self._last_log
-        if step == last_step or step % self.config.trainer.log_every_n_steps:
+        """Log the mean loss since the last log, learning rate, speed, gradient norm and memory."""
+        step = self.global_step
+        if step == self._last_log or step % self.config.trainer.log_every_n_steps:
             return
-        now = time.perf_counter()
-        tokens = (step - last_step) * tokens_per_update(self.config, self.trainer.world_size)
         values = {
             # Ranks have equal batches, so that the mean of their means is the global batch's.
             "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
-            "train/tokens_per_second": tokens / (now - last_time),
+            **self.watch.read(self.trainer, tokens_per_update(self.config, self.trainer.world_size)),
         }
-        self._write(values, ("train/loss", "train/tokens_per_second"))
+        self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
         self._losses = []
-        self._last_log = (step, now)
+        self._last_log = step
 
     def on_validation_epoch_start(self) -> None:
-        """Convert the current kernels; a failure costs the second perplexity, not the run."""
+        """Measure and convert the current kernels; a failure costs the second perplexity, not the run."""
         found = gather_kernels(self.model)
-        self.recurrences = []
+        self.recurrences, self._memory = [], {}
         try:
-            _, layers = convert_kernels(found, self.config.model.max_length, self.config.conversion)
+            length, recipe = self.config.model.max_length, self.config.conversion
+            self._memory = memory_values(found, length, recipe.tolerance)
+            _, layers = convert_kernels(found, length, recipe)
             self.recurrences = [RecurrentConv(converted.params) for converted in layers]
         except Exception as error:  # whatever it is, training must go on
             warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
@@ -186,13 +192,14 @@ class LitCausalLM(lightning.LightningModule):
             values["val/ppl_recurrent"] = recurrent.ppl
             values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
-        self._write(values, ("val/ppl", "val/bpb"))
+        self._write(values | self._memory, ("val/ppl", "val/bpb"))
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
 
     def on_validation_end(self) -> None:
-        """The clock of the throughput leaves validation out."""
-        self._last_log = (self.global_step, time.perf_counter())
+        """The clocks leave validation out."""
+        self._last_log = self.global_step
+        self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """To the loggers at this optimizer step, and ``shown`` to the progress bar and callbacks.

@@ -11,13 +11,14 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.atomic import write_text
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
+from tnnlm.training.watch import LENGTH, memory_columns
 
 COLUMNS = (
     "step",
@@ -25,6 +26,11 @@ COLUMNS = (
     "train/lr",
     "train/tokens_per_second",
     "train/skipped",
+    "train/step_seconds",
+    "train/data_seconds",
+    "train/grad_norm",
+    "train/tflops",
+    "train/memory_gib",
     "val/loss",
     "val/ppl",
     "val/bpb",
@@ -32,6 +38,19 @@ COLUMNS = (
     "val/bpb_recurrent",
     "val/ppl_gap",
 )
+"""of metrics.csv; behind them come those of every layer, see ``watch.memory_columns``"""
+_SHOWN = (
+    "train/loss",
+    "train/lr",
+    "train/tokens_per_second",
+    "train/data_seconds",
+    "train/grad_norm",
+    "val/ppl",
+    "val/bpb",
+    "val/ppl_recurrent",
+    "val/ppl_gap",
+)
+"""on the lines of a batch log"""
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -52,9 +71,10 @@ def whole_rows(path: Path) -> list[dict[str, str]]:
 class MetricsCSV(Logger):
     """metrics.csv, a row per log, on the disk at once. Lightning's own deletes the file on resume."""
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, n_layers: int, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
+        self.columns = (*COLUMNS, *memory_columns(n_layers))
         self.resume_step = resume_step
 
     @property
@@ -76,7 +96,7 @@ class MetricsCSV(Logger):
         if not self.path.exists() or self.resume_step is not None:
             self._start()
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow({"step": step, **metrics})
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow({"step": step, **metrics})
 
     def _start(self) -> None:
         # A resumed run goes on from its checkpoint: rows that came after it will be logged again.
@@ -84,7 +104,7 @@ class MetricsCSV(Logger):
         # A row that a full disk cut short is one of these: a checkpoint is saved after its rows.
         rows = [] if border is None else [r for r in whole_rows(self.path) if int(r["step"]) <= border]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
@@ -115,15 +135,18 @@ class PlainLines(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write the line."""
-        shown = (
-            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in COLUMNS
-        )
+        shown = [
+            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in _SHOWN
+        ]
+        lags = [int(value) for key, value in metrics.items() if key.startswith(LENGTH)]
+        if lags:
+            shown.append(f"lags {min(lags)} to {max(lags)}")
         line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class SampleWriter(Callback):
-    """Appends a text of the converted model to samples.txt at each validation."""
+    """Appends a text of the converted model to samples.txt at each validation, and logs it as text."""
 
     def __init__(self, path: Path, prompt: str, n_tokens: int) -> None:
         self.path = path
@@ -146,5 +169,12 @@ class SampleWriter(Callback):
         record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
         for _ in pieces:
             pass
+        text, step = f"{self.prompt}{record.text}", trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {trainer.global_step}\n{self.prompt}{record.text}\n\n")
+            file.write(f"--- step {step}\n{text}\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # As code: Markdown would swallow line breaks and indentation.
+                logger.experiment.add_text("sample", f"```\n{text}\n```", step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_text("sample", columns=["step", "text"], data=[[str(step), text]], step=step)

@@ -43,7 +43,12 @@ class TrainingBar(ProgressBar):
         """Advance with the optimizer step."""
         if self._training is not None:
             metrics = trainer.progress_bar_metrics
-            names = (("train/loss", "loss"), ("train/tokens_per_second", "tokens/s"), ("val/bpb", "val bpb"))
+            names = (
+                ("train/loss", "loss"),
+                ("train/grad_norm", "norm"),
+                ("train/tokens_per_second", "tokens/s"),
+                ("val/bpb", "val bpb"),
+            )
             shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in names if key in metrics)
             self.bar.update(self._training, completed=trainer.global_step, shown=shown)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -26,9 +26,10 @@ from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.averaging import averaging
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
 from tnnlm.training.guard import Guard
-from tnnlm.training.jobs import JOB, cluster_plugins, record_job
+from tnnlm.training.jobs import cluster_plugins, record_job
 from tnnlm.training.lit_module import LitCausalLM
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
 from tnnlm.training.plan import FSDP, make_plan, resolve_devices, resolve_precision
@@ -37,6 +38,8 @@ from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resuma
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
+from tnnlm.training.wandb_log import wandb_logger
+from tnnlm.training.watch import DataWait
 
 
 def train(
@@ -66,7 +69,7 @@ def train(
         TrainingDiverged: when loss or weights are beyond use; the last good checkpoint is kept.
     """
     keep_large_blocks()
-    _quieten()
+    quieten()
     strategy = choose_strategy(config)
     resume_step = None
     if run is not None and (job is None or began(run)):
@@ -88,7 +91,12 @@ def train(
     lightning.seed_everything(config.seed, verbose=False)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
     guards: list[Callback] = [last, Guard(config.trainer, last), ResumedSettings(config)]
-    trainer = _build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
+    try:
+        trainer = _build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
+    except ConfigError:
+        if run is None and is_main_process():
+            shutil.rmtree(folder)  # new, with nothing trained in it
+        raise
     module, data = LitCausalLM(config), TextDataModule(config)
     if trainer.global_rank == 0:
         write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
@@ -133,7 +141,7 @@ def _build_trainer(
     # What came after the checkpoint will be logged again.
     redone = None if resume_step is None else resume_step + 1
     loggers: list[Logger] = [
-        MetricsCSV(folder / "metrics.csv", resume_step),
+        MetricsCSV(folder / "metrics.csv", config.model.n_layers, resume_step),
         TensorBoardLogger(folder, name="", version="tensorboard", purge_step=redone),
     ]
     shown: list[Callback] = []
@@ -141,6 +149,9 @@ def _build_trainer(
         shown.append(TrainingBar(Console()))
     else:
         loggers.append(PlainLines(settings.max_steps))
+    if settings.wandb is not None:
+        loggers.append(wandb_logger(config, folder))
+    average = averaging(config)
     options = dict[str, Any](
         accelerator=settings.accelerator,
         devices=resolve_devices(config),
@@ -159,11 +170,13 @@ def _build_trainer(
         enable_progress_bar=bool(shown),
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
+        profiler=DataWait(),
         logger=loggers,
         callbacks=[
             *shown,
             ValidationSchedule(settings.val_every_n_steps),
-            ConversionCallback(config),
+            *average,  # before what saves
+            ConversionCallback(config, *average),
             samples,
             *callbacks,
             best,
@@ -172,10 +185,6 @@ def _build_trainer(
     try:
         return lightning.Trainer(**options)
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        if resume_step is None:
-            (folder / JOB).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is new, and so empty
         chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
         raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
 
@@ -230,7 +239,7 @@ def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Lightning's greetings, and warnings about choices that were made on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
@@ -238,5 +247,6 @@ def _quieten() -> None:
         ".*exists and is not empty.*",  # the run's folder is ours
         ".*your dataloader is not resumable.*",  # the sampler starts where the checkpoint says
         ".*LeafSpec.*is deprecated.*",  # inside Lightning
+        ".*WeightAveraging callback with a model that overrides.*",  # which only compiles
     ):
         warnings.filterwarnings("ignore", message=message)

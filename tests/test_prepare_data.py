@@ -1,0 +1,272 @@
+"""Preparing data: the tokens of train.py, resumed after a kill at any place, and no network afterwards."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from conftest import ROOT, Result
+from training_runs import SETTINGS
+
+from tnnlm import documents, packing
+from tnnlm.config import DataConfig
+from tnnlm.config_io import load_config
+from tnnlm.corpus import load_corpus
+from tnnlm.data import open_rows
+from tnnlm.documents import Documents, survey
+from tnnlm.errors import DataError, run_script
+from tnnlm.packing import PackedCorpus, prepare
+from tnnlm.tokenizer import train_bpe
+
+TEXTS = [f"document {i} says\n" + f"word{i % 17} and {i} " * (5 + i % 11) for i in range(300)]
+TOOL = ROOT / "tools/prepare_data.py"
+HUB = ("data.source=hub", "data.hub_name=corpus")
+
+
+@pytest.fixture(autouse=True)
+def _hub() -> Any:
+    datasets.disable_progress_bars()
+    write_hub()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write_hub(texts: list[str] = TEXTS) -> None:
+    Path("corpus").mkdir(exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:150], " \n", *texts[150:]])
+    Path("corpus/train.jsonl").write_text(rows)
+
+
+def config_of(**changes: Any) -> DataConfig:
+    return DataConfig(**{"source": "hub", "hub_name": "corpus", "val_fraction": 0.1, **changes})
+
+
+def tokens(corpus: PackedCorpus) -> list[list[int]]:
+    return [np.fromfile(corpus.folder / f"{s}.bin", np.int32).tolist() for s in ("train", "val")]
+
+
+def cached() -> list[str]:
+    return sorted(p.name for p in Path(os.environ["TNNLM_CACHE"]).iterdir() if p.name != "datasets")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("n", [5, 300])
+def test_documents_on_disk_give_the_split_of_those_in_memory(n: int, streaming: bool, tmp_path: Path) -> None:
+    write_hub(TEXTS[:n])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:n])
+    Path("same.jsonl").write_text(lines)
+    inside = load_corpus(DataConfig(source="files", files=["same.jsonl"], val_fraction=0.1), 7)
+    config = config_of(streaming=streaming, max_documents=n if streaming else None)
+    for scratch in (None, tmp_path):
+        outside = load_corpus(config, 7, scratch)
+        assert list(outside.train) == list(inside.train)
+        assert list(outside.val) == list(inside.val)
+    if n > 5:
+        assert isinstance(outside.train, Documents)
+
+
+def test_documents_are_a_sequence() -> None:
+    rows = datasets.Dataset.from_dict({"text": ["", "a", "b", None, "c", "d", " "]})
+    found = survey(rows, "text", "here", seed=0, limit=None).documents(rows, "text")
+    assert list(found) == ["a", "b", "c", "d"]
+    assert (len(found), found.size, found[1], found[-1]) == (4, 4, "b", "d")
+    assert list(found[2:]) == ["c", "d"]
+    assert list(survey(rows, "text", "here", seed=0, limit=3).documents(rows, "text")) == ["a", "b", "c"]
+    numbers = datasets.Dataset.from_dict({"n": [1, 2]})
+    with pytest.raises(DataError, match="here: row 1: column 'n' is not text"):
+        survey(numbers, "n", "here", seed=0, limit=None)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("tokenizer", [None, "given.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", [1, 3, 6])
+def test_stopped_preparation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, place: int, streaming: bool, tokenizer: str | None
+) -> None:
+    monkeypatch.setattr(packing, "PIECE", 300)
+    monkeypatch.setattr(packing, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(documents, "CHARACTERS", 4000)
+    Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())
+    config = config_of(streaming=streaming, max_documents=280 if streaming else None, tokenizer=tokenizer)
+    whole = prepare(config, 300, 0)
+    names = {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+    assert {p.name for p in whole.folder.iterdir()} == names
+    monkeypatch.setenv("TNNLM_CACHE", "other")
+    encoded: list[str] = []
+    limit = 40 * place
+    encode = packing.TextTokenizer.encode_batch
+
+    def killing(self: Any, texts: list[str]) -> list[list[int]]:
+        if len(encoded) >= limit:
+            raise Killed
+        encoded.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(packing.TextTokenizer, "encode_batch", killing)
+    with pytest.raises(Killed):
+        prepare(config, 300, 0, resumable=True)
+    assert cached()[0].endswith(".part")
+    before = len(encoded)
+    limit = 10**9
+    resumed = prepare(config, 300, 0, resumable=True)
+    assert tokens(resumed) == tokens(whole)
+    assert (resumed.train, resumed.val) == (whole.train, whole.val)
+    # What was noted is not done again: at most one batch is.
+    assert len(encoded) - len([*resumed_documents(config)]) <= max(20, before // 4)
+    assert cached() == [resumed.folder.name]
+    assert {p.name for p in resumed.folder.iterdir()} == names
+
+
+def resumed_documents(config: DataConfig) -> list[str]:
+    corpus = load_corpus(config, 0)
+    return [*corpus.train, *corpus.val]
+
+
+def test_stream_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHARACTERS", 4000)
+    config = config_of(streaming=True, max_documents=280)
+    killed: list[Path] = []
+    read: list[str] = []
+    write_table = documents._write_table
+
+    def killing(texts: list[str], path: Path) -> None:
+        if path.name.endswith("3.arrow") and not killed:
+            killed.append(path)
+            raise Killed
+        write_table(texts, path)
+        read.extend(texts)
+
+    monkeypatch.setattr(documents, "_write_table", killing)
+    Path("scratch").mkdir()
+    with pytest.raises(Killed):
+        load_corpus(config, 0, Path("scratch"))
+    kept = {p.name: p.read_bytes() for p in Path("scratch").glob("*.arrow")}
+    assert len(kept) == 3
+    before = len(read)
+    found = load_corpus(config, 0, Path("scratch"))
+    assert sorted([*found.train, *found.val]) == sorted(TEXTS[:280])
+    assert all((Path("scratch") / name).read_bytes() == data for name, data in kept.items())
+    assert before > 50
+    assert sorted(read) == sorted(TEXTS[:280])  # each once: the first three files were not read again
+
+
+def test_data_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+    load_corpus(config_of(), 0, tmp_path)
+    write_hub(TEXTS[:200])
+    with pytest.raises(DataError, match=r"corpus: has changed since .*remove"):
+        load_corpus(config_of(), 0, tmp_path)
+
+
+def test_bad_input_leaves_nothing_behind() -> None:
+    with pytest.raises(DataError):
+        prepare(config_of(hub_split="nope"), 300, 0, resumable=True)
+    assert cached() == []
+
+
+def test_two_at_once_are_refused() -> None:
+    config = config_of()
+    folder = packing.cache_folder(config) / packing._key(config, 300, 0, None)
+    with (
+        packing._resumable_folder(folder),
+        pytest.raises(DataError, match="another process prepares the same"),
+    ):
+        prepare(config, 300, 0, resumable=True)
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call tools/prepare_data.py in this process."""
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
+        capsys.readouterr()
+        return Result(run_script(module.main), *capsys.readouterr())
+
+    return call
+
+
+def test_preparation_survives_sigkill(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hub([f"text {i} " + " ".join(f"w{(i * j) % 977}" for j in range(400)) for i in range(4000)])
+    words = [*SETTINGS, *HUB]
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    cache = Path(os.environ["TNNLM_CACHE"])
+    while process.poll() is None and not list(cache.glob("*.part/train.bin")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert list(cache.glob("*.part"))
+    done = tool(*words)
+    assert done.code == 0, done.err
+    for shown in ("train: ", "validation: ", "tokenizer: ", "passes over"):
+        assert shown in done.out
+    config = load_config(None, words)
+    made = prepare(config.data, 400, 0)
+    assert str(made.folder) in done.out
+    assert cached() == [made.folder.name]
+    printed = shlex.split(done.out.splitlines()[-1].partition("HF_HUB_OFFLINE=1 ")[2])
+    assert printed == ["python", "train.py", *words]
+    monkeypatch.setenv("TNNLM_CACHE", "fresh")
+    assert tokens(prepare(config.data, 400, 0)) == tokens(made)
+
+
+def test_tool_refuses_bad_input(tool: Any) -> None:
+    for words in (("data.source=hub",), ("data.hub=x",), ("--config", "nowhere.yaml")):
+        refused = tool(*words)
+        assert refused.code == 2
+        assert refused.err.startswith("error: ")
+        assert refused.err.count("\n") == 1
+
+
+def test_training_on_prepared_data_touches_no_network(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The hub's cache as a download leaves it.
+    snapshot = tmp_path / "hub/models--some--tokenizer"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs/main").write_text("abc")
+    (snapshot / "snapshots/abc").mkdir(parents=True)
+    text = train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json()
+    (snapshot / "snapshots/abc/tokenizer.json").write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = load_config(None, [*SETTINGS, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"])
+    corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
+    open_rows(corpus, config)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    words = [*SETTINGS, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"]
+    result = script("train", *words)
+    assert result.code == 0, result.err
+    assert cached() == [corpus.folder.name]

@@ -1,0 +1,183 @@
+"""Pictures of runs from their metrics.csv: everything about one, or what matters of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tnnlm.atomic import atomic_file
+from tnnlm.errors import CheckpointError
+from tnnlm.training.logs import read_metrics
+from tnnlm.training.watch import ENERGY, LENGTH, ORDER
+
+FINAL = {
+    "step": "step",
+    "train/loss": "training loss",
+    "val/ppl": "perplexity",
+    "val/ppl_recurrent": "recurrent",
+    "val/bpb": "bits/byte",
+    "train/tokens_per_second": "tokens/s (median)",
+    "train/memory_gib": "GiB",
+    LENGTH: "lags",
+    ORDER: "order",
+}
+"""figures of the table, and what they are called there"""
+_TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
+
+
+class Curves(NamedTuple):
+    """A run's metrics: for each name the steps and values that were logged."""
+
+    name: str
+    values: dict[str, tuple[list[int], list[float]]]
+
+    def of(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of ``key``; empty if it was never logged."""
+        return self.values.get(key, ([], []))
+
+    def layers(self, prefix: str) -> list[str]:
+        """Names of the per-layer values that were logged, in the order of the layers."""
+        found = [key for key in self.values if key.startswith(f"{prefix}/")]
+        return sorted(found, key=lambda key: int(key.rpartition("/")[2]))
+
+
+def read_run(run: Path) -> Curves:
+    """Read a run's metrics.csv.
+
+    Raises:
+        CheckpointError: if there is none, or nothing in it.
+    """
+    path = run / "metrics.csv"
+    values: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(path):
+        for key, cell in row.items():
+            if key != "step" and cell and math.isfinite(float(cell)):
+                steps, numbers = values.setdefault(key, ([], []))
+                steps.append(int(row["step"]))
+                numbers.append(float(cell))
+    if not values:
+        raise CheckpointError(f"{path}: nothing was logged yet, or it is not the folder of a run")
+    return Curves(run.name, values)
+
+
+def final_figures(run: Curves) -> dict[str, str]:
+    """The figures of :data:`FINAL` as text: the last logged, speed's median, the range over layers."""
+    figures = {"step": f"{max(steps[-1] for steps, _ in run.values.values()):,}"}
+    for key in FINAL:
+        _, values = run.of(key)
+        if key in (LENGTH, ORDER):
+            last = [run.of(layer)[1][-1] for layer in run.layers(key)]
+            figures[key] = f"{min(last):.0f} to {max(last):.0f}" if last else "-"
+        elif key == "train/tokens_per_second" and values:
+            figures[key] = f"{sorted(values)[len(values) // 2]:,.0f}"
+        elif key != "step":
+            figures[key] = f"{values[-1]:.4f}" if values else "-"
+    return figures
+
+
+def plot_runs(runs: Sequence[Curves], path: Path) -> None:
+    """Draw one run in full, or several over each other; whole or not at all."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = _draw_one(runs[0], plt) if len(runs) == 1 else _draw_several(runs, plt)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _draw_one(run: Curves, plt: Any) -> Any:
+    figure, axes = plt.subplots(4, 2, figsize=(13, 15), layout="constrained")
+    figure.suptitle(run.name, fontsize=14)
+    (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
+    _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
+    _line(loss, run, "val/loss", "validation", "o-", color=_VAL)
+    _finish(loss, "Loss", "nats per token")
+    _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL)
+    _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=9)
+    _finish(ppl, "Validation perplexity of both forms", "perplexity", log=True)
+    _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
+    speed.set_ylim(bottom=0)
+    _finish(speed, "Throughput", "tokens per second")
+    other = speed.twinx()
+    _line(other, run, "train/tflops", "TFLOP/s", color=_OTHER, linewidth=0)
+    other.set_ylim(bottom=0)
+    other.set_ylabel("model TFLOP/s per device")
+    _line(wait, run, "train/step_seconds", "step", color=_VAL)
+    _line(wait, run, "train/data_seconds", "of which waiting for data", color=_OTHER)
+    _finish(wait, "Time per optimizer step", "seconds", log=True)
+    _line(norm, run, "train/grad_norm", "before clipping", color=_VAL, linewidth=1)
+    _finish(norm, "Gradient norm", "norm, mean since the last row", log=True)
+    _line(rate, run, "train/lr", "learning rate", color=_VAL)
+    _finish(rate, "Learning rate", "learning rate")
+    _layers(length, run, LENGTH, plt)
+    _finish(length, f"Effective length: lags with {ENERGY:.0%} of a kernel's energy", "lags", columns=2)
+    _layers(order, run, ORDER, plt)
+    _finish(order, "Hankel order: state numbers per channel", "order", columns=2)
+    return figure
+
+
+def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
+    figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
+    panels = {
+        "train/loss": ("Training loss", "nats per token", False),
+        "val/ppl": ("Validation perplexity", "perplexity, parallel form", True),
+        "train/tokens_per_second": ("Throughput", "tokens per second", False),
+        "train/grad_norm": ("Gradient norm", "norm before clipping", True),
+        LENGTH: ("Effective length, mean and range of the layers", "lags", False),
+        ORDER: ("Hankel order, mean and range of the layers", "state numbers per channel", False),
+    }
+    for axis, (key, (title, unit, log)) in zip(axes.flat, panels.items(), strict=True):
+        for index, run in enumerate(runs):
+            colour = plt.get_cmap("tab10")(index % 10)
+            if key in (LENGTH, ORDER):
+                _range(axis, run, key, colour)
+            else:
+                marker = "o-" if key == "val/ppl" else "-"
+                _line(axis, run, key, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+        _finish(axis, title, unit, log=log)
+        if key == "train/tokens_per_second":
+            axis.set_ylim(bottom=0)
+    return figure
+
+
+def _line(axis: Any, run: Curves, key: str, label: str, marker: str = "-", **style: Any) -> None:
+    steps, values = run.of(key)
+    if steps:
+        # A single point has no line.
+        axis.plot(steps, values, marker if len(steps) > 1 else "o", label=label, **style)
+
+
+def _layers(axis: Any, run: Curves, prefix: str, plt: Any) -> None:
+    names = run.layers(prefix)
+    for index, key in enumerate(names):
+        colour = plt.get_cmap("viridis")(index / max(1, len(names) - 1) * 0.92)
+        label = f"layer {key.rpartition('/')[2]}"
+        _line(axis, run, key, label if len(names) <= 12 or index % 4 == 0 else "", "o-", color=colour)
+    axis.set_ylim(bottom=0)
+
+
+def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
+    found = [run.of(key) for key in run.layers(prefix)]
+    if not found:
+        return
+    steps = found[0][0]
+    rows = [values for at, values in found if at == steps]  # a layer whose taps were not finite has gaps
+    columns = list(zip(*rows, strict=True))
+    axis.plot(steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=run.name)
+    axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
+
+
+def _finish(axis: Any, title: str, unit: str, log: bool = False, columns: int = 1) -> None:
+    axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axis.grid(alpha=0.3, which="both" if log else "major")
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="grey")
+        return
+    if log:
+        axis.set_yscale("log")
+    axis.legend(fontsize="small", ncols=columns)
