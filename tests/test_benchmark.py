@@ -18,6 +18,8 @@ from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
 from tnnlm.benchmark.subjects import CONVERSIONS, ours
 from tnnlm.benchmark.timing import Effort, read_bandwidth, time_prefill, time_steps
+from tnnlm.benchmark.train_timing import peak_bytes
+from tnnlm.benchmark.training import NAMES, OURS, trainee
 from tnnlm.errors import run_script
 from tnnlm.training.run import train
 
@@ -94,6 +96,14 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
         assert (tmp_path / "times.png").stat().st_size > 5_000
 
 
+def test_trainees_learn_and_hold_memory() -> None:
+    rows = torch.randint(300, (2, 17))
+    model = trainee(OURS, SHAPE, 16, compiled=False, recompute=True)
+    losses = [model.step(rows) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert peak_bytes("tnn-pytorch", SHAPE, 16, False) > 4 * trainee("tnn-pytorch", SHAPE, 16, False).params
+
+
 def test_bandwidth_is_that_of_a_memory() -> None:
     assert 0.1 < read_bandwidth() < 100_000
 
@@ -135,5 +145,16 @@ def test_tool_writes_what_it_prints(
         assert data["bandwidth_gbs"] > 0
         assert all(row.keys() >= FIELDS for row in data["results"])
         assert "tnnlm-balanced-packed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *small, "--contexts", "16"])
+    assert run_script(tool.main) == 0
+    data = json.loads(Path("out.json").read_text())
+    assert [row["name"] for row in data["results"]] == list(NAMES)
+    for row in data["results"]:
+        assert row.keys() >= FIELDS
+        assert row["peak_bytes"] > 0
+        assert 0 < row["flop_share"] < 1
+    sizes = {row["name"]: row["params"] for row in data["results"]}
+    assert sizes["tnn-pytorch"] == sizes["tnnlm-tno"]
+    assert "convolution's share" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--contexts", "0"])
     assert run_script(tool.main) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,29 @@ def test_rows_of_a_batch_are_independent() -> None:
     tokens = torch.randint(300, (3, 20))
     single = model(tokens[1:2])
     torch.testing.assert_close(model(tokens)[1:2], single, rtol=0, atol=1e-12)
+
+
+# torch's compiler uses what torch itself deprecates.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_activations_give_the_same_loss_and_gradients(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr("tnnlm.model.LOGITS", 7)
+    torch.manual_seed(0)
+    model = CausalLM(tiny_config()).train()
+    rows = torch.randint(300, (2, 12))
+    expected = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(model.loss(rows), expected)
+    model.recompute = True
+    names = [name for name, _ in model.named_parameters()]
+    if compiled:
+        model.compile_blocks()
+    loss = model.loss(rows)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert [name for name, _ in model.named_parameters()] == names

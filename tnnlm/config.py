@@ -193,7 +193,10 @@ class TrainerConfig:
     max_skipped: int = number(10, low=1, high=1_000_000)
     """stop after so many left out in a row; the last good checkpoint is kept"""
     compile: bool = False
-    """torch.compile the model; the first steps take minutes"""
+    """torch.compile the blocks: a tenth faster on a CPU, after half a minute"""
+    recompute: bool = False
+    """keep each block's input alone for the backward pass and compute the rest again, logits in pieces: for
+    long sequences; a third more work"""
     ema_decay: float | None = number(None, above=0, high=0.999999)
     """average the weights with this decay per step, and validate, save and convert the average; null: off"""
     wandb: str | None = None

@@ -18,6 +18,9 @@ from tnnlm.kernels import build_kernel
 from tnnlm.modules import GLU, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
 from tnnlm.ops.recurrence import State
 
+LOGITS = 4096
+"""tokens whose logits are held at a time where activations are recomputed"""
+
 
 class ModelState(NamedTuple):
     """What is carried between tokens: one convolution state per layer."""
@@ -95,6 +98,16 @@ class CausalLM(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return self.norm(x)
 
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
+        features, targets = self.features(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+        if not self.recompute:
+            return nn.functional.cross_entropy(self._head(features).float(), targets)
+        # All logits together would be the largest tensor of all.
+        pieces = zip(features.split(LOGITS), targets.split(LOGITS), strict=True)
+        total = sum(checkpoint(self._nll, *piece, use_reentrant=False) for piece in pieces)
+        return total / len(targets)
+
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token.
 
@@ -148,6 +161,9 @@ class CausalLM(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.dropout(self.embedding(tokens))
         return x
+
+    def _nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self._head(features).float(), targets, reduction="sum")
 
     def _head(self, x: Tensor) -> Tensor:
         if self.head is not None:

@@ -22,7 +22,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from training_runs import SETTINGS
 
 from tnnlm.config_io import load_config
-from tnnlm.training.run import resumed_config, train
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
 
 
 class Watch(Callback):

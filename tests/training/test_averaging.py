@@ -19,7 +19,8 @@ from tnnlm.errors import ConfigError, UserError
 from tnnlm.evaluation import add, parallel_nll
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
-from tnnlm.training.run import resumed_config, train
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
 
 EMA = ("trainer.ema_decay=0.8", "trainer.precision=32-true")
 LAST = Path("runs/demo/checkpoints/last.ckpt")

@@ -15,7 +15,8 @@ import pytest
 from training_runs import SETTINGS, tiny_run, write_text
 
 from tnnlm.errors import ConfigError
-from tnnlm.training.run import resumed_config, train
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
 
 
 class Run:

@@ -18,7 +18,6 @@ from tnnlm.config import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.model import CausalLM
 from tnnlm.modules import SimpleRMSNorm
-from tnnlm.training.loss import next_token_loss
 from tnnlm.training.optim import build_optimizer
 
 OURS, WITHOUT, PYPI, GPT2 = "tnnlm-tno", "tnnlm-without-convolution", "tnn-pytorch", "transformers-gpt2"
@@ -69,7 +68,7 @@ def trainee(name: str, shape: ModelConfig, length: int, compiled: bool, recomput
         model.blocks = nn.ModuleList(_PyPIBlock(shape) for _ in range(shape.n_layers))
     elif compiled:
         model.compile_blocks()
-    step = _stepper(model, build_optimizer(model, OptimConfig()), next_token_loss)
+    step = _stepper(model, build_optimizer(model, OptimConfig()), CausalLM.loss)
     return Trainee(name, model.n_params, _matrices(model), step)
 
 

@@ -67,8 +67,9 @@ class LitCausalLM(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Compile and shard in place, so that checkpoint keys stay the same."""
+        self.model.recompute = self.config.trainer.recompute
         if self.config.trainer.compile:
-            self.model.compile()
+            self.model.compile_blocks()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
@@ -108,8 +109,7 @@ class LitCausalLM(lightning.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
-        logits = self.model(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = self.model.loss(batch)
         self._losses.append(loss.detach())
         return loss
 

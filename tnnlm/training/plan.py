@@ -9,7 +9,7 @@ import torch
 
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
-from tnnlm.model import CausalLM
+from tnnlm.model import LOGITS, CausalLM
 
 FSDP = "fsdp"
 """the strategy that shards parameters, gradients and moments over devices"""
@@ -102,4 +102,6 @@ def _activations(config: Config, rows: int, width: int) -> int:
     hidden = model.glu_dim or model.d_model
     layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
     logits = model.vocab_size * (width + 8)
+    if config.trainer.recompute:
+        return rows * (model.n_layers * 4 * model.d_model + layer) + min(rows, LOGITS) * logits
     return rows * (model.n_layers * layer + logits)

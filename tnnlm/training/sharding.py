@@ -66,6 +66,7 @@ def shard(model: CausalLM, mesh: DeviceMesh) -> None:
     for module in (model, *model.layers):
         # Recurrent validation enters here, and must find the weights gathered as forward does.
         register_fsdp_forward_method(module, "prefill")
+    register_fsdp_forward_method(model, "loss")
 
 
 def is_sharded(model: nn.Module) -> bool:
