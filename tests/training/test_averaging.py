@@ -110,8 +110,10 @@ def test_resume_is_exact(accumulate: int, crash: bool) -> None:
 
 
 def test_a_finished_run_goes_on_from_the_weights_not_the_average() -> None:
-    train(tiny_run(*EMA, "optim.schedule=constant", "name=whole"))
-    train(tiny_run(*EMA, "optim.schedule=constant", "name=longer", "trainer.max_steps=10"))
+    # Both validate after step 10, the last of the first part.
+    settings = (*EMA, "optim.schedule=constant", "trainer.val_every_n_steps=5")
+    train(tiny_run(*settings, "name=whole"))
+    train(tiny_run(*settings, "name=longer", "trainer.max_steps=10"))
     run = Path("runs/longer")
     train(resumed_config(run, ["trainer.max_steps=20"]), run)
     assert_same_run(Path("runs/whole"), run)
