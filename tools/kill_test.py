@@ -7,7 +7,7 @@ runs are compared to the last bit, weights and the optimizer's moments, and the 
 Exit code 0 if nothing differs, 1 otherwise.
 
 Examples:
-  python tools/kill_test.py                              # 50 kills: about ten minutes
+  python tools/kill_test.py                              # 50 kills: eight minutes
   python tools/kill_test.py --kills 3 --json kills.json
   python tools/kill_test.py --seed 1 model.kernel.name=rtf trainer.accumulate=2
 """
@@ -198,7 +198,7 @@ class Attempt:
         """When and where the kill came, as far as what it left shows."""
         rows = read_metrics(run / "metrics.csv")
         step = int(rows[-1]["step"]) if rows else 0
-        if any((run / "checkpoints").glob(".*.tmp")):
+        if any((run / "checkpoints").glob(f".*.{self.process.pid}.tmp")):
             place = "in a save"
         elif self.first_step is None:
             place = "in the start"

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT
 from killed_run import train_until_killed
 from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 from tnnlm.config_io import load_config
@@ -61,6 +62,9 @@ def test_a_killed_run_ends_as_an_unkilled_one(place: str, kept: int) -> None:
     assert_same_run(Path("runs/whole"), RUN)
     assert summary["tokens_seen"] == 18 * 2 * 4 * 32
     assert (RUN / "loss.png").is_file()
+    events = EventAccumulator(str(RUN / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16]
+    assert [event.step for event in events.Scalars("val/ppl")] == [8, 16, 18]
     assert not list(RUN.glob("**/.*.tmp"))
 
 

@@ -35,7 +35,7 @@ def time_training(
     Args:
         shape: of our model.
         lengths: tokens per row; rows are as many as make ``TOKENS``.
-        rounds: timed steps of each, in turns; two steps before are not.
+        rounds: timed steps of each, in turns, two where rows are ``RECOMPUTED``; two steps before are not.
         compiled: by torch.compile.
         longest_peer: above, ours alone is timed.
 
@@ -59,7 +59,8 @@ def time_training(
             for _ in range(2):
                 models[name].step(data)
         times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in tqdm(range(rounds), desc=f"rows of {length} tokens", leave=False, disable=None):
+        turns = rounds if length < RECOMPUTED else 2
+        for _ in tqdm(range(turns), desc=f"rows of {length} tokens", leave=False, disable=None):
             rates.append(_gemm_rate())
             for name, model in models.items():
                 started = time.perf_counter()
