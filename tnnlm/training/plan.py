@@ -73,7 +73,7 @@ def resolve_devices(config: Config) -> int:
 
 
 def _memory(config: Config, params: int, rows: int, width: int) -> int:
-    """Weights, gradients and two moments in float32, and what backward needs.
+    """Weights, gradients, two moments and averages, if asked for, in float32, and what backward needs.
 
     Counted per token and layer as autograd keeps it: the mixer's two projections before and after
     SiLU, gate times output and the convolution's output (6 E at compute width), its spectrum of
@@ -84,4 +84,5 @@ def _memory(config: Config, params: int, rows: int, width: int) -> int:
     hidden = model.glu_dim or model.d_model
     layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
     logits = model.vocab_size * (width + 8)
-    return 16 * params + rows * (model.n_layers * layer + logits)
+    copies = 4 if config.trainer.ema_decay is None else 5
+    return 4 * copies * params + rows * (model.n_layers * layer + logits)
