@@ -13,7 +13,7 @@ from training_runs import tiny_run
 
 from tnnlm.errors import run_script
 from tnnlm.training.run import train
-from tnnlm.training.run_plots import final_figures, plot_runs, read_run
+from tnnlm.training.run_plots import FINAL, final_figures, plot_runs, read_run
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def test_one_run_and_several_are_drawn(tool: Any) -> None:
     several = tool("runs/one", "two", "--out", "both.png")
     assert several.code == 0
     assert Path("both.png").read_bytes().startswith(b"\x89PNG")
-    for run in ("one", "two"):
-        figures = final_figures(read_run(Path("runs") / run))
-        row = next(line for line in several.out.splitlines() if f" {run} " in line)
-        assert all(value in row for value in figures.values())
-        assert figures["step"] == "20"
+    figures = [final_figures(read_run(Path("runs") / run)) for run in ("one", "two")]
+    assert figures[0]["step"] == "20"
+    for key, title in FINAL.items():
+        row = next(line for line in several.out.splitlines() if f" {title} " in line)
+        assert [cell.strip() for cell in row.split("│")[2:4]] == [of_run[key] for of_run in figures]
 
 
 def test_every_panel_of_one_run_holds_its_values(monkeypatch: pytest.MonkeyPatch) -> None:

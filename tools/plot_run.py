@@ -39,12 +39,10 @@ def main() -> int:
     runs = [read_run(folder) for folder in folders]
     out = args.out or (folders[0] / "run.png" if len(folders) == 1 else Path("runs.png"))
     plot_runs(runs, out)
-    table = Table()
-    for column in ("run", *FINAL.values()):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for run in runs:
-        figures = final_figures(run)
-        table.add_row(run.name, *(figures[key] for key in FINAL))
+    table = Table("at the end", *(run.name for run in runs))
+    figures = [final_figures(run) for run in runs]
+    for key, title in FINAL.items():
+        table.add_row(title, *(of_run[key] for of_run in figures))
     Console().print(table)
     print(f"drawn in {out}")
     return 0

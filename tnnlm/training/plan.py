@@ -76,14 +76,14 @@ def resolve_devices(config: Config) -> int:
 
 
 def _weights(config: Config, model: CausalLM, devices: int) -> int:
-    """Weights, gradients and two moments in float32.
+    """Weights, gradients, two moments and averages, if asked for, in float32.
 
     Sharded: a share of them; gathered, the embedding and two blocks, one at work and one on its way, with
     their gradients, or with all gradients where they wait for the last of several batches.
     """
     params = model.n_params
     if config.trainer.strategy != FSDP:
-        return 16 * params
+        return 4 * params * (4 if config.trainer.ema_decay is None else 5)
     embedding = model.embedding.weight.numel()
     gathered = embedding + 2 * (params - embedding) // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params

@@ -19,9 +19,9 @@ FINAL = {
     "val/ppl_recurrent": "recurrent",
     "val/bpb": "bits/byte",
     "train/tokens_per_second": "tokens/s (median)",
-    "train/memory_gib": "GiB",
-    LENGTH: "lags",
-    ORDER: "order",
+    "train/memory_gib": "memory, GiB",
+    LENGTH: "effective length, lags",
+    ORDER: "Hankel order",
 }
 """figures of the table, and what they are called there"""
 _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
@@ -95,14 +95,15 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     figure.suptitle(run.name, fontsize=14)
     (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
     _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
-    _line(loss, run, "val/loss", "validation", "o-", color=_VAL)
+    _line(loss, run, "val/loss", "validation", "o-", color=_VAL, markersize=4)
     _finish(loss, "Loss", "nats per token")
-    _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL)
-    _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=9)
+    _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL, markersize=4)
+    _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=7)
     _finish(ppl, "Validation perplexity of both forms", "perplexity", log=True)
     _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
     speed.set_ylim(bottom=0)
     _finish(speed, "Throughput", "tokens per second")
+    speed.yaxis.set_major_formatter("{x:,.0f}")
     other = speed.twinx()
     _line(other, run, "train/tflops", "TFLOP/s", color=_OTHER, linewidth=0)
     other.set_ylim(bottom=0)
@@ -115,7 +116,7 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     _line(rate, run, "train/lr", "learning rate", color=_VAL)
     _finish(rate, "Learning rate", "learning rate")
     _layers(length, run, LENGTH, plt)
-    _finish(length, f"Effective length: lags with {ENERGY:.0%} of a kernel's energy", "lags", columns=2)
+    _finish(length, f"Effective length: lags with {ENERGY:.0%} of a layer's energy", "lags", columns=2)
     _layers(order, run, ORDER, plt)
     _finish(order, "Hankel order: state numbers per channel", "order", columns=2)
     return figure
@@ -142,6 +143,9 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
         _finish(axis, title, unit, log=log)
         if key == "train/tokens_per_second":
             axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+        elif key in (LENGTH, ORDER):
+            _from_zero(axis)
     return figure
 
 
@@ -157,8 +161,16 @@ def _layers(axis: Any, run: Curves, prefix: str, plt: Any) -> None:
     for index, key in enumerate(names):
         colour = plt.get_cmap("viridis")(index / max(1, len(names) - 1) * 0.92)
         label = f"layer {key.rpartition('/')[2]}"
-        _line(axis, run, key, label if len(names) <= 12 or index % 4 == 0 else "", "o-", color=colour)
-    axis.set_ylim(bottom=0)
+        _line(
+            axis,
+            run,
+            key,
+            label if len(names) <= 12 or index % 4 == 0 else "",
+            "o-",
+            color=colour,
+            markersize=3,
+        )
+    _from_zero(axis)
 
 
 def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
@@ -174,10 +186,34 @@ def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
 
 def _finish(axis: Any, title: str, unit: str, log: bool = False, columns: int = 1) -> None:
     axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-    axis.grid(alpha=0.3, which="both" if log else "major")
+    axis.grid(alpha=0.3)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     if not axis.lines:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="grey")
         return
     if log:
-        axis.set_yscale("log")
+        _plain_logarithmic(axis)
     axis.legend(fontsize="small", ncols=columns)
+
+
+def _plain_logarithmic(axis: Any) -> None:
+    """A logarithmic axis whose ticks are plain numbers, also within one decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high / low > 5 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    if high / low > 1e3:
+        steps = (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _from_zero(axis: Any) -> None:
+    """Whole numbers from zero, so that a change by one looks like one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(0, 1.15 * max(1.0, axis.get_ylim()[1]))
