@@ -45,8 +45,10 @@ def memory_table(result: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["name"] for row in rows):
         held = {row["context"]: f"{row['peak_bytes'] / 2**20:,.0f}" for row in rows if row["name"] == name}
         lines.append(f"| {name} | " + " | ".join(held.get(n, "-") for n in lengths) + " |")
-    shares = [f"{r['convolution_share']:.0%}" for r in rows if "convolution_share" in r]
-    lines.append("| convolution's share of the step | " + " | ".join(shares) + " |")
+    shares = {r["context"]: f"{r['convolution_share']:.0%}" for r in rows if "convolution_share" in r}
+    lines.append(
+        "| convolution's share of the step | " + " | ".join(shares.get(n, "-") for n in lengths) + " |"
+    )
     return "\n".join(lines)
 
 
