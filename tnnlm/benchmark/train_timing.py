@@ -35,7 +35,7 @@ def time_training(
     Args:
         shape: of our model.
         lengths: tokens per row; rows are as many as make ``TOKENS``.
-        rounds: timed steps of each, in turns, two where rows are ``RECOMPUTED``; steps before, which warm up, are not.
+        rounds: timed steps of each, in turns, after some that warm up; two where rows are ``RECOMPUTED``.
         compiled: by torch.compile.
         longest_peer: above, ours alone is timed.
 
