@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,16 @@ def test_a_killed_run_ends_as_an_unkilled_one(place: str, kept: int) -> None:
     assert_same_run(Path("runs/whole"), RUN)
     assert summary["tokens_seen"] == 18 * 2 * 4 * 32
     assert (RUN / "loss.png").is_file()
+    assert not list(RUN.glob("**/.*.tmp"))
+
+
+def test_tensorboard_shows_each_step_once() -> None:
+    kill_at("rename")
+    time.sleep(1.1)  # it reads its files in the order of the seconds in which they began
+    train(resumed_config(RUN, []), RUN)
     events = EventAccumulator(str(RUN / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16]
     assert [event.step for event in events.Scalars("val/ppl")] == [8, 16, 18]
-    assert not list(RUN.glob("**/.*.tmp"))
 
 
 def test_a_kill_before_the_first_checkpoint_blocks_nothing(script: Any) -> None:
