@@ -203,7 +203,9 @@ def _plain_logarithmic(axis: Any) -> None:
 
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    steps = (1.0, 2.0, 5.0) if high / low > 5 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    steps: tuple[float, ...] = (
+        (1.0, 2.0, 5.0) if high / low > 5 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    )
     if high / low > 1e3:
         steps = (1.0,)
     axis.yaxis.set_major_locator(LogLocator(subs=steps))
