@@ -118,12 +118,22 @@ def load_step(model: CausalLM, folder: Path, dtype: str) -> CompiledModel | str:
         made_for = None
     if made_for != _made_for():
         return "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
-    from torch._inductor import aoti_load_package
-
     try:
-        return CompiledModel(model, aoti_load_package(str(path)))
+        return CompiledModel(model, _runner(path))
     except Exception as error:  # whatever the loader raises, the plain engine runs
         return f"the compiled step can't be loaded ({str(error).splitlines()[0][:80]})"
+
+
+def _runner(path: Path) -> Callable[..., Any]:
+    """The package as a function. By torch's loader itself, where it is as known: the public function
+    imports the whole compiler first, a second of the start-up."""
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except (AttributeError, TypeError):
+        from torch._inductor import aoti_load_package
+
+        return aoti_load_package(str(path))
+    return lambda *inputs: loader.run(list(inputs))
 
 
 def _made_for() -> dict[str, str]:

@@ -20,7 +20,7 @@ def table(result: dict[str, Any]) -> str:
     """Milliseconds per token by name and dtype, a column per case; the share of the bandwidth in brackets."""
     rows = result["results"]
     cases = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
-    batches = len({batch for batch, _ in cases}) > 1
+    batches = result["mode"] == "batch"
     head = ["name", "dtype", *(f"batch {b}" if batches else f"{c:,} tokens" for b, c in cases)]
     lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * len(cases) + "|"]
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):
