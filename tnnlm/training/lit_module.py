@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from tnnlm.config import Config
@@ -94,7 +95,8 @@ class LitCausalLM(lightning.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        self.watch.norms.append(norm)
+        # Of sharded gradients, each rank holds a part of the norm.
+        self.watch.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_start(self) -> None:
         """Start the clocks."""
