@@ -9,8 +9,9 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from test_distributed import run_worker
 from test_run import StopAt, assert_same_run
-from training_runs import tiny_run
+from training_runs import tiny_run, write_text
 
 from tnnlm.checkpoint import load_checkpoint
 from tnnlm.conversion import convert_layers
@@ -152,3 +153,14 @@ def test_resume_can_not_switch_averaging() -> None:
     train(tiny_run(*EMA, "trainer.max_steps=4"))
     with pytest.raises(UserError, match="can't be changed on resume"):
         resumed_config(Path("runs/demo"), ["trainer.ema_decay=null"])
+
+
+def test_two_ranks_average_as_one_process() -> None:
+    write_text()
+    common = (*EMA, "trainer.max_steps=8", "trainer.sample_tokens=0")
+    run_worker(*common, "data.batch_size=4", "name=one")
+    run_worker(*common, "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", "name=two")
+    one, two = (load(Path(f"runs/{name}/checkpoints/last.ckpt")) for name in ("one", "two"))
+    for part in ("state_dict", "current_model_state"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=0, atol=1e-5)
