@@ -11,7 +11,7 @@ _X = {
     "decode": "tokens read before",
     "batch": "rows",
     "prefill": "prompt tokens",
-    "train": "tokens per row, about as many in all",
+    "train": "tokens per row",
 }
 _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
 
@@ -61,6 +61,11 @@ def _cell(row: dict[str, Any], mode: str) -> str:
     return f"{1e3 * row['seconds_per_token']:.2f}{share}"
 
 
+def _family(name: str) -> str:
+    """What has one colour: llama.cpp's names say the dtype too, which the dashes show."""
+    return "llama.cpp" if name.startswith("llama.cpp") else name
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time per token against context, tokens per second against batch or prompt length."""
     import matplotlib as mpl
@@ -72,13 +77,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows, mode = result["results"], result["mode"]
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     key = "batch" if mode == "batch" else "context"
-    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
+    families = dict.fromkeys(_family(row["name"]) for row in rows)
+    colours = {family: f"C{index}" for index, family in enumerate(families)}
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["name"], row["dtype"]) == (name, dtype)]
         scale = "seconds_per_token" if mode == "decode" else "tokens_per_second"
         y = [row[scale] * (1e3 if mode == "decode" else 1) for row in own]
         style: dict[str, Any] = {
-            "color": colours[name],
+            "color": colours[_family(name)],
             "linestyle": _DASHES[dtype],
             "marker": "o",
             "markersize": 4,
