@@ -125,9 +125,9 @@ class _Runner:
         if not self._model:
             raise UserError(f"llama.cpp can't load {path.name}")
         settings = library.llama_context_default_params()
-        settings.n_ctx = max(context, rows * 256)
+        settings.n_ctx = rows * max(context, 256)
         settings.n_seq_max = rows
-        settings.kv_unified = True
+        settings.kv_unified = False  # in one cache every row would read past all others' keys
         settings.n_batch = settings.n_ubatch = max(CHUNK, rows)
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         self._context = library.llama_init_from_model(self._model, settings)
