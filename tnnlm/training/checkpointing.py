@@ -24,7 +24,7 @@ from tnnlm.errors import CheckpointError
 from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.averaging import AveragedWeights
 from tnnlm.training.lit_module import LitCausalLM, corpus_of
-from tnnlm.training.sharding import gather_kernels
+from tnnlm.training.sharding import gather_kernels, is_sharded
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
 """what a cluster sends some time before it ends a job; Windows has no such signal"""
@@ -174,7 +174,9 @@ class SaveLast(Callback):
         self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in self._handlers:
             signal.signal(number, self._request)
-        if self._step == 0:
+        assert isinstance(pl_module, LitCausalLM)
+        # To gather moments of shards that aren't there yet, torch takes a step of zeros, which counts.
+        if self._step == 0 and not is_sharded(pl_module.model):
             self._save(trainer, pl_module)
         self.saved_step = self._step
 

@@ -73,6 +73,9 @@ class _Probe(LitCausalLM):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log nothing."""
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses: the finder puts the weights back when it is through."""
+
     def losses(self) -> list[float]:
         """Of every optimizer step. Lightning's own are running means over 50 steps: half of the search."""
         count = self.config.trainer.accumulate
