@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from tnnlm.allocator import keep_large_blocks
 from tnnlm.benchmark.timing import quartile_range
 from tnnlm.benchmark.training import NAMES, OURS, WITHOUT, Trainee, trainee
 from tnnlm.config import ModelConfig
+from tnnlm.training.watch import resident_peak
 
 TOKENS = 4096
 """per step, or one row where that is longer"""
@@ -87,23 +85,12 @@ def peak_bytes(name: str, shape: ModelConfig, length: int, compiled: bool) -> in
 
 
 def _peak(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
-    before = _high_water()
+    before = resident_peak()
     keep_large_blocks()
     model, data = _ready(name, shape, length, compiled), _rows(shape, length)
     for _ in range(2):
         model.step(data)
-    return _high_water() - before
-
-
-def _high_water() -> int:
-    """Most bytes that this process was resident with. Not by getrusage where it can be helped: a process
-    inherits its parent's figure there."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident_peak() - before
 
 
 def _ready(name: str, shape: ModelConfig, length: int, compiled: bool) -> Trainee:

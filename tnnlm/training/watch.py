@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
@@ -90,8 +91,19 @@ def peak_memory(device: torch.device) -> float:
     """Largest memory so far in GiB: allocated on a GPU, resident of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    return resident_peak() / 2**30
+
+
+def resident_peak() -> int:
+    """Most bytes that this process was resident with. Not by getrusage where it can be helped: a process
+    inherits its parent's figure there."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class DataWait(Profiler):
