@@ -16,8 +16,8 @@ LAYERS = (
     ("kernels",),
     ("modules",),
     ("model",),
-    ("conversion", "checkpoint", "runs", "packed", "compiled", "graphs"),
-    ("generation", "evaluation", "engine", "state_file", "terminal"),
+    ("conversion", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
+    ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
         "documents",
         "holdout",
@@ -37,6 +37,8 @@ LAYERS = (
         "family_report",
         "finite_forms",
         "benchmark",
+        "hf",
+        "model_card",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -49,6 +51,9 @@ TRAINING_ONLY = {
     "tensorboard",
     "tqdm",
     "transformers",
+    "lm_eval",
+    "onnx",
+    "onnxruntime",
 }
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 
