@@ -1,0 +1,332 @@
+"""The documentation's commands run as they stand there, on a tiny model and text; its links lead somewhere.
+
+A fenced block of ``sh`` or ``python`` is run, in the order of its page and in one folder per page, unless
+the words after its language say what it needs: ``gpu``, ``cluster``, ``network``, ``long`` (minutes) or
+``interactive``. Then the words of its commands are parsed and checked all the same. A block of Python
+with a file's name after the language is written to that file.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT, SCRIPTS
+from training_runs import SETTINGS, write_text
+
+from tnnlm.config import KERNEL_SCHEMAS, Config
+from tnnlm.config_io import load_config
+from tnnlm.errors import run_script
+
+OWN_TESTS = {"docs/export.md", "docs/serving.md", "docs/transformers.md"}
+"""pages whose commands tests of their own run"""
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "tools/slurm/README.md"]
+LINKING = [ROOT / "README.md", *PAGES]
+MARKS = {"gpu", "cluster", "network", "long", "interactive"}
+LANGUAGES = {"sh", "python", "yaml", "text", ""}
+SHELL = ("cat", "cp", "head", "ls", "mkdir", "tail")
+"""what may stand in a block beside our own scripts"""
+STEPS = ("trainer.max_steps=4", "trainer.val_every_n_steps=4", "checkpoint.every_n_steps=4")
+SMALL = [
+    *(w for w in SETTINGS if w.startswith(("model.d", "model.n", "model.max", "data.batch", "trainer."))),
+    *STEPS,
+    "conversion.horizon=64",
+]
+"""sizes: they win over those of a page, all other settings of a page stand"""
+TNO = [word for word in SETTINGS if word.startswith("model.kernel.")]
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    words: tuple[str, ...]
+    """after the language"""
+    text: str
+
+    @property
+    def marked(self) -> bool:
+        return bool(MARKS & set(self.words))
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = re.findall(r"^```([^\n`]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = []
+    for info, text in found:
+        language, *words = info.split() or [""]
+        blocks.append(Block(name_of(page), language, tuple(words), text))
+    return blocks
+
+
+def commands_of(text: str) -> list[str]:
+    """The lines of a shell block, continued ones joined, comments left out."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.page not in OWN_TESTS]
+RUN = {
+    page: list(blocks)
+    for page, blocks in itertools.groupby(
+        (b for b in BLOCKS if b.language in ("sh", "python") and not b.marked), key=lambda b: b.page
+    )
+}
+
+
+@cache
+def script_module(name: str) -> ModuleType:
+    """``train.py`` or ``tools/plot_run.py`` as a module."""
+    if Path(name).stem in SCRIPTS:
+        return SCRIPTS[Path(name).stem]
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_python(name: str, words: list[str], stdin: bytes = b"") -> int:
+    """A script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            return run_script(script_module(name).main)
+        except SystemExit as stop:  # argparse
+            return int(stop.code or 0)
+
+
+def tiny(name: str, words: list[str]) -> list[str]:
+    """A page's words of a script, made to take a second."""
+    if name == "generate.py":
+        return [*words, "--max-new-tokens", "4"]
+    if name not in ("train.py", "tools/prepare_data.py") or "--dry-run" in words:
+        return words
+    if "--resume" in words:
+        return [*words, "trainer.max_steps=6"]
+    config = words[words.index("--config") + 1] if "--config" in words else ROOT / "configs/demo.yaml"
+    given = [word for word in words if "=" in word]
+    own = load_config(config, given).model.kernel.name == "tno" and not any("model.kernel" in w for w in given)
+    before = [word for word in SETTINGS if word not in TNO] + (TNO if own else [])
+    return [*before, *words, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader has it after the demo: a run, converted, and texts."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TNNLM_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        write_texts()
+        assert run_python("train.py", [*SETTINGS, *SMALL]) == 0
+        assert run_python("convert.py", ["runs/demo"]) == 0
+    return folder
+
+
+def write_texts() -> None:
+    """Files of every kind that the pages train on."""
+    import datasets
+
+    text = write_text().read_text(encoding="utf-8")
+    write_text(Path("book.txt"))
+    Path("lines.txt").write_text("The first\nA second line\n")
+    Path("texts/more").mkdir(parents=True)
+    pieces = [text[i : i + 4000] for i in range(0, len(text), 4000)]
+    for index, piece in enumerate(pieces):
+        Path("texts/more" if index % 2 else "texts", f"{index}.txt").write_text(piece, encoding="utf-8")
+    rows = datasets.Dataset.from_dict({"text": pieces, "body": pieces})
+    Path("corpus").mkdir()
+    rows.to_json("corpus/train.jsonl")
+    rows.to_json("records.jsonl")
+    rows.to_parquet("pages.parquet")
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """A page's own copy of it, with the repository's files where commands look for them."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for name in ("configs", "examples", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_of_a_page_run(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in RUN[page]:
+        if block.language == "sh":
+            for line in commands_of(block.text):
+                capsys.readouterr()
+                code = run_line(line)
+                assert code == 0, f"{page}: {line}: {capsys.readouterr().err}"
+        elif block.words:
+            Path(block.words[0]).write_text(block.text, encoding="utf-8")
+        else:
+            exec(compile(block.text, page, "exec"), {"__name__": "__main__"})
+
+
+def run_line(line: str) -> int:
+    """A line of a shell block: one of our scripts, perhaps behind a pipe, or a harmless command."""
+    before, _, after = line.partition(" | ")
+    if after:
+        piped = subprocess.run(["bash", "-c", before], capture_output=True, check=True).stdout
+        assert before.split()[0] in SHELL, line
+    else:
+        piped, after = b"", before
+    words = shlex.split(after, comments=True)
+    if words[0] in SHELL:
+        return subprocess.run(words if not after.count("*") else ["bash", "-c", after], check=False).returncode
+    assert words[0] == "python", f"{line}: neither run nor marked by one of {', '.join(sorted(MARKS))}"
+    return run_python(words[1], tiny(words[1], words[2:]), piped)
+
+
+def test_languages_and_marks_are_known() -> None:
+    for block in BLOCKS:
+        assert block.language in LANGUAGES, block
+        allowed = all(word in MARKS or word.endswith(".py") for word in block.words)
+        assert allowed, f"{block.page}: {block.words}: expected some of {MARKS}"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.marked], ids=lambda b: f"{b.page}:{b.text[:30]!r}")
+def test_words_of_commands_that_are_not_run_are_known(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in commands_of(block.text):
+        found = ours(shlex.split(line, comments=True))
+        if found is None:
+            continue
+        name, words = found
+        assert (ROOT / name).is_file(), line
+        module = script_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        args = module.parse()
+        if name in ("train.py", "tools/prepare_data.py"):
+            config = args.config if args.config and not args.config.startswith("my") else None
+            load_config(config, args.overrides)
+
+
+def ours(words: list[str]) -> tuple[str, list[str]] | None:
+    """The script of this repository that a command runs, also through a launcher, and its words."""
+    for index, word in enumerate(words):
+        if " " in word and ".py" in word:  # sbatch --wrap "..."
+            return ours(shlex.split(word))
+        if word.endswith(".py"):
+            return word, words[index + 1 :]
+        if word.endswith(".sbatch"):
+            return "train.py", words[index + 1 :]
+    return None
+
+
+def settings() -> set[str]:
+    """Every setting and group of settings by its full name."""
+    found: set[str] = set()
+
+    def collect(schema: Any, prefix: str) -> None:
+        for entry in fields(schema):
+            found.add(prefix + entry.name)
+            inner = getattr(schema(), entry.name)
+            if is_dataclass(inner):
+                collect(type(inner), f"{prefix}{entry.name}.")
+
+    collect(Config, "")
+    for schema in KERNEL_SCHEMAS.values():
+        collect(schema, "model.kernel.")
+    return found
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_settings_that_a_page_names_exist(page: Path) -> None:
+    own = set(re.findall(r"^    (\w+): \w+ = number", page.read_text(encoding="utf-8"), re.MULTILINE))
+    known = settings() | {f"model.kernel.{name}" for name in own | {"bands", "width"}}
+    pattern = r"(?<![\w./-])((?:model|data|optim|trainer|checkpoint|conversion)\.[a-z][\w.]*\w)(?![\w/])"
+    for name in re.findall(pattern, page.read_text(encoding="utf-8")):
+        if not name.endswith((".py", ".json", ".safetensors", ".onnx", ".md")):
+            assert name in known, name
+
+
+def test_options_that_pages_name_exist() -> None:
+    scripts = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "tools").glob("*.py")]
+    known = set(re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
+    text = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(--[a-z-]+)", text, flags=re.MULTILINE))
+    options = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "convert.py").read_text(encoding="utf-8"))
+    assert rows == set(options)
+    for page in PAGES:
+        if name_of(page) in OWN_TESTS or "slurm" in str(page):  # they name options of other programs
+            continue
+        for word in re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")):
+            assert word in known, (name_of(page), word)
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """Of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)) for title in titles]
+    return frozenset(title.strip().lower().replace(" ", "-") for title in plain)
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert ROOT in found.parents, target
+        if anchor:
+            assert anchor in anchors(found), target
+
+
+def test_the_index_names_every_page() -> None:
+    text = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        if page.name != "README.md":
+            assert f"]({page.name})" in text, page.name
+    assert "](../tools/slurm/README.md)" in text
+
+
+@cache
+def messages() -> list[str]:
+    """Every text in the package and its scripts; what is put in at run time is a zero byte."""
+    found = []
+    for path in (*(ROOT / "tnnlm").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_that_troubleshooting_quotes_are_ours() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [m for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for m in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 30
+    for message in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)
+        assert any(pattern.search(text) for text in messages()), message
