@@ -264,9 +264,17 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
             assert name in known, name
 
 
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_metrics_that_a_page_names_are_logged(page: Path) -> None:
+    logged = "\n".join(messages())
+    for name in re.findall(r"`((?:train|val|kernel)/[a-z_]+)", page.read_text(encoding="utf-8")):
+        group, _, column = name.partition("/")
+        assert name in logged or (f"{group}/" in logged and column in logged), name
+
+
 def test_options_that_pages_name_exist() -> None:
     scripts = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "tools").glob("*.py")]
-    known = set(re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
+    known = {"--help"} | set(re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
     text = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(--[a-z-]+)", text, flags=re.MULTILINE))
     options = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "convert.py").read_text(encoding="utf-8"))
@@ -325,8 +333,11 @@ def messages() -> list[str]:
 
 def test_messages_that_troubleshooting_quotes_are_ours() -> None:
     text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    quoted = [m for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for m in re.findall(r"`([^`]+)`", row)]
+    rows = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) > 30
+    missing: list[str] = []
     for message in quoted:
         pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)
-        assert any(pattern.search(text) for text in messages()), message
+        missing += [message] if not any(pattern.search(text) for text in messages()) else []
+    assert not missing

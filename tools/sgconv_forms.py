@@ -24,7 +24,7 @@ from tnnlm.packing import prepare
 from tnnlm.runs import find_checkpoint
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,6 +40,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: must be at least 1")
+    return args
+
+
+def main() -> int:
+    args = parse()
     keep_large_blocks()
     source = load_checkpoint(find_checkpoint(args.target, Path("runs")))
     config = source.config
