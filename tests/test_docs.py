@@ -69,7 +69,9 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    found = re.findall(r"^```([^\n`]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^```([^\n`]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     blocks = []
     for info, text in found:
         language, *words = info.split() or [""]
@@ -126,7 +128,9 @@ def tiny(name: str, words: list[str]) -> list[str]:
         return [*words, "trainer.max_steps=6"]
     config = words[words.index("--config") + 1] if "--config" in words else ROOT / "configs/demo.yaml"
     given = [word for word in words if "=" in word]
-    own = load_config(config, given).model.kernel.name == "tno" and not any("model.kernel" in w for w in given)
+    own = load_config(config, given).model.kernel.name == "tno" and not any(
+        "model.kernel" in w for w in given
+    )
     before = [word for word in SETTINGS if word not in TNO] + (TNO if own else [])
     return [*before, *words, *SMALL]
 
@@ -196,7 +200,9 @@ def run_line(line: str) -> int:
         piped, after = b"", before
     words = shlex.split(after, comments=True)
     if words[0] in SHELL:
-        return subprocess.run(words if not after.count("*") else ["bash", "-c", after], check=False).returncode
+        return subprocess.run(
+            words if not after.count("*") else ["bash", "-c", after], check=False
+        ).returncode
     assert words[0] == "python", f"{line}: neither run nor marked by one of {', '.join(sorted(MARKS))}"
     return run_python(words[1], tiny(words[1], words[2:]), piped)
 
@@ -274,7 +280,9 @@ def test_metrics_that_a_page_names_are_logged(page: Path) -> None:
 
 def test_options_that_pages_name_exist() -> None:
     scripts = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "tools").glob("*.py")]
-    known = {"--help"} | set(re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
+    known = {"--help"} | set(
+        re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts))
+    )
     text = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(--[a-z-]+)", text, flags=re.MULTILINE))
     options = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "convert.py").read_text(encoding="utf-8"))
