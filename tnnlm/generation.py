@@ -68,12 +68,8 @@ class Context:
 
 def join(contexts: Sequence[Context]) -> Context:
     """Rows of several contexts of one model as one batch."""
-    layers = (
-        type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        for parts in zip(*(context.state.layers for context in contexts), strict=True)
-    )
     return Context(
-        ModelState(tuple(layers)),
+        ModelState.join([context.state for context in contexts]),
         torch.cat([context.logits for context in contexts]),
         tuple(length for context in contexts for length in context.lengths),
         max(context.seconds for context in contexts),

@@ -32,6 +32,15 @@ class ModelState(NamedTuple):
         chosen = (type(layer)(*(part.index_select(0, rows) for part in layer)) for layer in self.layers)
         return ModelState(tuple(chosen))
 
+    @classmethod
+    def join(cls, states: Sequence[ModelState]) -> ModelState:
+        """Rows of several states of one model as one batch."""
+        layers = (
+            type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            for parts in zip(*(state.layers for state in states), strict=True)
+        )
+        return cls(tuple(layers))
+
 
 def state_bytes(state: ModelState) -> int:
     """Bytes of a state, of all its rows together."""

@@ -17,6 +17,22 @@ from tnnlm.runs import load_for_decoding
 from tnnlm.state_file import load_context, save_context
 
 
+def usable_device(name: str) -> torch.device:
+    """A device by name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: if it can't be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(name)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return where
+
+
 class Decoder:
     """A loaded model with its sampling settings and random stream."""
 
@@ -55,13 +71,7 @@ class Decoder:
         Raises:
             UserError: if there is none, it is damaged, or the device or a number can't be used.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            where = torch.device(device)
-            torch.zeros(1, device=where)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        where = usable_device(device)
         found, converted = load_for_decoding(target, runs_dir)
         folder = found if found.is_dir() else None
         generator, line = open_engine(converted, folder, device=where, dtype=dtype, engine=engine)

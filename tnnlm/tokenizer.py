@@ -75,18 +75,35 @@ class TextTokenizer:
 
         Bytes of a character that the last token left open are shown as U+FFFD, as ``decode`` does.
         """
-        stream = DecodeStream(skip_special_tokens=True)
-        seen: list[int] = []
-        shown = 0
+        stream = TextStream(self)
         for token in ids:
-            seen.append(token)
-            piece = stream.step(self.tokenizer, token)
+            piece = stream.push(token)
             if piece:
-                shown += len(piece)
                 yield piece
-        rest = self.decode(seen)[shown:]
+        rest = stream.finish()
         if rest:
             yield rest
+
+
+class TextStream:
+    """Text of ids that come one at a time, in pieces that are correct UTF-8 each."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._owner = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._seen: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """What ``token`` makes certain; empty in the middle of a character."""
+        self._seen.append(token)
+        piece = str(self._stream.step(self._owner.tokenizer, token) or "")
+        self._shown += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What was left open, as ``decode`` shows it: bytes of a broken character as U+FFFD."""
+        return self._owner.decode(self._seen)[self._shown :]
 
 
 def train_bpe(

@@ -1,0 +1,153 @@
+"""The HTTP application: routes, keys, limits, and the way from a request to the batcher and back."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from tnnlm.generation import TextGenerator
+from tnnlm.serving.answers import Answer
+from tnnlm.serving.batcher import TIMEOUT
+from tnnlm.serving.body import WholeBody
+from tnnlm.serving.protocol import ApiError, CompletionRequest, on_http_error, on_invalid_request
+from tnnlm.serving.service import Service, Settings
+
+PAGE = Path(__file__).parent / "page"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""of the page: nothing from elsewhere, nothing inline"""
+
+
+def create_app(generator: TextGenerator, settings: Settings) -> FastAPI:
+    """The application for one model.
+
+    Args:
+        generator: from :func:`tnnlm.engine.open_engine`.
+        settings: name, key, limits.
+    """
+    service = Service(generator, settings)
+    # Without the framework's documentation pages: they load scripts from elsewhere.
+    app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_request)
+    app.add_middleware(WholeBody, limit=settings.limits.max_body_bytes)
+    key = Depends(_key_check(settings.api_key))
+
+    @app.middleware("http")
+    async def count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call(request)
+        if request.url.path.startswith("/v1/"):
+            service.metrics.responses.labels(str(response.status_code)).inc()
+        return response
+
+    @app.get("/v1/models", dependencies=[key])
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.card()]}
+
+    @app.get("/v1/models/{name:path}", dependencies=[key])
+    def model(name: str) -> dict[str, Any]:
+        service.intake.check_model(name)
+        return service.card()
+
+    @app.post("/v1/completions", dependencies=[key], response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _complete(service, body, request)
+
+    @app.post("/v1/chat/completions", dependencies=[key])
+    def chat() -> None:
+        raise ApiError(404, "this model continues text and has no chat format: use /v1/completions")
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        return JSONResponse(service.health(), 200 if service.batcher.alive else 503)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    def page() -> FileResponse:
+        return _page_file("index.html")
+
+    @app.get("/page.{kind}", include_in_schema=False)
+    def page_part(kind: str) -> FileResponse:
+        if kind not in ("css", "js"):
+            raise ApiError(404, "not found")
+        return _page_file(f"page.{kind}")
+
+    return app
+
+
+async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
+    # Tokenizing a long prompt must not hold up the streams of others.
+    work = await asyncio.to_thread(service.intake.take, body)
+    answer = work.answer
+    service.submit(answer, work.readings)
+    if body.stream:
+        options = body.stream_options
+        pieces = answer.stream(options.include_usage, options.include_timing)
+        stream = _cancelled_with(service, answer, pieces)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+    whole = asyncio.ensure_future(answer.whole())
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not whole.done():
+            return Response(status_code=499)  # to nobody
+        return JSONResponse(whole.result())
+    except RuntimeError as error:
+        if str(error) == TIMEOUT:
+            raise ApiError(503, "no place became free in time; try again later") from None
+        raise ApiError(500, str(error)) from None
+    finally:
+        service.batcher.cancel(answer.jobs)
+        whole.cancel()
+        gone.cancel()
+
+
+async def _cancelled_with(
+    service: Service, answer: Answer, pieces: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """A stream whose texts are given up with it, as when its client goes away."""
+    try:
+        async for piece in pieces:
+            yield piece
+    finally:
+        service.batcher.cancel(answer.jobs)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _key_check(api_key: str | None) -> Callable[[Request], None]:
+    def check(request: Request) -> None:
+        if api_key is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            message = "missing or wrong API key (Authorization: Bearer KEY)"
+            error = ApiError(401, message, None, "invalid_api_key")
+            error.headers = {"WWW-Authenticate": "Bearer"}
+            raise error
+
+    return check
+
+
+def _page_file(name: str) -> FileResponse:
+    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+    return FileResponse(PAGE / name, headers=headers | {"Cache-Control": "no-cache"})

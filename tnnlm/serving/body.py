@@ -1,0 +1,59 @@
+"""ASGI middleware: a request's body in full before anything looks at it, or a refusal."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tnnlm.serving.protocol import error_response
+
+BODY_SECONDS = 30.0
+"""for a body to arrive"""
+
+
+class WholeBody:
+    """Refuses bodies that are too large (413) or too slow (408), whatever they say of their length."""
+
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
+        self.app = app
+        self.limit = limit
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return await self.app(scope, receive, send)
+        try:
+            body = await asyncio.wait_for(self._read(receive), self.seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            answer = error_response(408, f"the body did not arrive within {self.seconds:g} seconds")
+            return await answer(scope, receive, send)
+        if body is None:
+            # What is left of it is never read.
+            headers = {"Connection": "close"}
+            answer = error_response(413, f"the body is larger than {self.limit:,} bytes", headers=headers)
+            return await answer(scope, receive, send)
+        replayed = False
+
+        async def again() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return await self.app(scope, again, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.limit:
+                return None
+            if not message.get("more_body"):
+                return b"".join(parts)

@@ -1,0 +1,111 @@
+"""From a request as it came to what the batcher takes, or a refusal that says why."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from tnnlm.generation import Sampling
+from tnnlm.serving.answers import Answer
+from tnnlm.serving.draw import RowSampler
+from tnnlm.serving.job import Job, Reading, StoppedText
+from tnnlm.serving.limits import PROMPTS, Limits
+from tnnlm.serving.protocol import ApiError, CompletionRequest
+from tnnlm.tokenizer import TextTokenizer
+
+
+class Work(NamedTuple):
+    """A request that was taken."""
+
+    answer: Answer
+    readings: list[Reading]
+
+
+class Intake:
+    """Checks what a schema can't: ids, lengths, names; tokenizes."""
+
+    def __init__(self, tokenizer: TextTokenizer, model: str, limits: Limits) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.limits = limits
+
+    def check_model(self, name: str) -> None:
+        """Refuse any model but the one that is served.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name not in ("", self.model):
+            raise ApiError(404, f"no model {name!r} here: it is {self.model!r}", "model", "model_not_found")
+
+    def take(self, request: CompletionRequest) -> Work:
+        """The texts that a request asks for, ready to be submitted.
+
+        Raises:
+            ApiError: 400 or 404, with the parameter that is wrong.
+        """
+        arrived = time.monotonic()
+        self.check_model(request.model)
+        if request.max_tokens > self.limits.max_tokens:
+            raise ApiError(400, f"max_tokens: at most {self.limits.max_tokens:,} here", "max_tokens")
+        given = request.prompts()
+        most = min(PROMPTS, self.limits.max_batch)
+        if len(given) * request.n > most:
+            raise ApiError(400, f"prompts times n: at most {most} texts per request", "n")
+        prompts = [self._tokens(prompt) for prompt in given]
+        bias = self._bias(request.logit_bias)
+        sampling = Sampling(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
+        readings: list[Reading] = []
+        jobs: list[Job] = []
+        echo = []
+        for tokens in prompts:
+            own = []
+            for _ in range(request.n):
+                sampler = RowSampler(
+                    sampling,
+                    self.tokenizer.size,
+                    seed=request.seed,
+                    index=len(jobs),
+                    bias=bias,
+                    presence=request.presence_penalty,
+                    frequency=request.frequency_penalty,
+                )
+                text = StoppedText(self.tokenizer, request.stop)
+                deadline = arrived + self.limits.timeout
+                own.append(Job(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs))
+                jobs.append(own[-1])
+                echo.append(self.tokenizer.decode(tokens) if request.echo else "")
+            scored = request.logprobs if request.echo else None
+            readings.append(Reading(tokens, own, scored))
+        answer = Answer(self.model, self.tokenizer, prompts, jobs)
+        answer.echo = echo
+        return Work(answer, readings)
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            try:
+                tokens = self.tokenizer.encode(prompt)
+            except (TypeError, UnicodeEncodeError):
+                raise ApiError(400, "prompt: is not valid Unicode", "prompt") from None
+        else:
+            tokens = prompt
+            if not all(0 <= token < self.tokenizer.size for token in tokens):
+                raise ApiError(400, f"prompt: token ids are from 0 to {self.tokenizer.size - 1}", "prompt")
+        if not tokens:
+            raise ApiError(400, "prompt: is empty; give at least one character", "prompt")
+        if len(tokens) > self.limits.max_prompt_tokens:
+            limit = f"at most {self.limits.max_prompt_tokens:,} here"
+            raise ApiError(
+                400, f"prompt: {len(tokens):,} tokens; {limit}", "prompt", "context_length_exceeded"
+            )
+        return tokens
+
+    def _bias(self, given: dict[str, float]) -> dict[int, float]:
+        bias = {}
+        for key, value in given.items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size):
+                raise ApiError(400, f"logit_bias: {key[:32]!r} is no token id", "logit_bias")
+            if not -100 <= value <= 100:
+                raise ApiError(400, f"logit_bias: {value} is not from -100 to 100", "logit_bias")
+            bias[int(key)] = value
+        return bias

@@ -1,0 +1,152 @@
+"""The completions API as OpenAI's clients speak it: what a request may hold, and what errors look like."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from starlette.exceptions import HTTPException
+
+from tnnlm.serving.limits import LOGPROBS, PROMPTS, STOPS
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+_KINDS |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class ApiError(HTTPException):
+    """A refusal: HTTP status, one line, and the parameter it is about."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message)
+        self.param, self.code = param, code
+
+
+def _without_nulls(data: Any) -> Any:
+    # Many clients send null for what they leave out.
+    return (
+        {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+    )
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(part) is int for part in value)
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside text."""
+
+    model_config = _STRICT
+    include_usage: bool = False
+    include_timing: bool = False
+    """ours: context length and time of the step with every piece"""
+    include_obfuscation: bool = False
+    """accepted, of no effect"""
+
+    _nulls = model_validator(mode="before")(_without_nulls)
+
+
+class CompletionRequest(BaseModel):
+    """POST /v1/completions."""
+
+    model_config = _STRICT
+    model: str = Field("", max_length=512)
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(16, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """ours; 0 is off"""
+    n: int = Field(1, ge=1, le=PROMPTS)
+    best_of: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: list[str] = Field(default_factory=list, max_length=STOPS)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    logprobs: int | None = Field(None, ge=0, le=LOGPROBS)
+    echo: bool = False
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    suffix: str | None = None
+    user: str | None = None
+
+    _nulls = model_validator(mode="before")(_without_nulls)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _known_prompt(cls, value: Any) -> Any:
+        """One message instead of one for each kind there is."""
+        parts = value if isinstance(value, list) else [value]
+        texts = all(isinstance(part, str) for part in parts)
+        ids = value is parts and (_are_ids(parts) or all(_are_ids(part) for part in parts))
+        if not parts or not (texts or ids):
+            raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _list_of_stops(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_of_length(cls, value: list[str]) -> list[str]:
+        if not all(0 < len(stop) <= 512 for stop in value):
+            raise ValueError("a stop string has from 1 to 512 characters")
+        return value
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("not supported: this model writes left to right")
+        return value
+
+    @model_validator(mode="after")
+    def _no_best_of(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: not supported other than equal to n")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several, all texts or all ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return cast("list[list[int]]", [self.prompt] if isinstance(self.prompt[0], int) else self.prompt)
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
+) -> JSONResponse:
+    """An error as OpenAI's clients read it; ``message`` may quote what is no valid Unicode."""
+    clean = message.encode("utf-8", "replace").decode()
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": clean, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers=headers)
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """For refusals of ours and of the framework."""
+    assert isinstance(error, HTTPException)
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return error_response(error.status_code, str(error.detail), param, code, error.headers)
+
+
+async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """For a body that is no JSON, or not the right one: its first fault, in one line."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return error_response(400, "the body is not valid JSON")
+    where = [str(part).encode("utf-8", "replace").decode()[:64] for part in first["loc"][1:]]
+    name = where[0] if where else None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "no such parameter"
+    if first["type"] == "missing" and not where:
+        message = "the request has no JSON body (Content-Type: application/json)"
+    return error_response(400, f"{'.'.join(where)}: {message}" if where else message, name)

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Serve a converted model: OpenAI's completions API, a page to try it at /, /health and /metrics.
+
+Texts of many clients are written together; each takes a few hundred kilobytes of state, whatever its length.
+
+Examples:
+  python tools/serve.py                                # the newest converted model, on http://127.0.0.1:8000
+  python tools/serve.py --model runs/demo --port 9000
+  TNNLM_API_KEY=secret python tools/serve.py --host 0.0.0.0
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def "}'
+
+Needs: pip install 'tnnlm[serve]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from tnnlm.errors import UserError, run_script
+
+GRACE = 30
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
+    add("--name", help="that clients know the model by (default: its run's)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
+    add("--api-key", metavar="KEY", help="that clients must send (better: in the variable TNNLM_API_KEY)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    add(
+        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
+    )
+    add(
+        "--engine",
+        default="packed",
+        metavar="NAME",
+        help="packed (default): on a CPU a text does not depend on what runs beside it; auto is faster "
+        "for a single client where there is a compiled step",
+    )
+    add("--max-batch", type=int, default=256, metavar="N", help="texts written at once (default: 256)")
+    add("--max-queue", type=int, default=1024, metavar="N", help="texts that may wait (default: 1024)")
+    add("--max-prompt-tokens", type=int, default=131_072, metavar="N", help="default: 131072")
+    add("--max-tokens", type=int, default=131_072, metavar="N", help="new tokens of a text (default: 131072)")
+    add("--timeout", type=float, default=600, metavar="S", help="seconds for a request (default: 600)")
+    add(
+        "--cache-mb",
+        type=int,
+        default=256,
+        metavar="N",
+        help="for states of prompts (default: 256; 0 is off)",
+    )
+    add("--grace", type=int, default=GRACE, metavar="S", help=f"seconds for texts to end at a stop ({GRACE})")
+    add("--allow-origin", action="append", metavar="URL", help="web pages that may use the API; repeatable")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port {args.port}: must be from 0 to 65535")
+    try:
+        import uvicorn
+
+        from tnnlm.serving.app import create_app
+        from tnnlm.serving.limits import Limits
+        from tnnlm.serving.service import Settings
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; run: pip install 'tnnlm[serve]'") from None
+    limits = Limits(
+        max_batch=args.max_batch,
+        max_queue=args.max_queue,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        timeout=args.timeout,
+        cache_bytes=args.cache_mb << 20 if args.cache_mb >= 0 else -1,
+    )
+    listener = listen(args.host, args.port)
+    api_key = args.api_key or os.environ.get("TNNLM_API_KEY") or None
+    generator, engine, name, parameters = load(args)
+    settings = Settings(
+        name=args.name or name, engine=engine, parameters=parameters, api_key=api_key, limits=limits
+    )
+    app = create_app(generator, settings)
+    if args.allow_origin:
+        from fastapi.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.allow_origin, allow_methods=["*"], allow_headers=["*"]
+        )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{settings.name}: {engine}", file=sys.stderr)
+    print(f"http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)", file=sys.stderr, flush=True)
+    if api_key is None and args.host not in LOOPBACK:
+        print(
+            "open to everyone who reaches this address: set TNNLM_API_KEY to ask for a key", file=sys.stderr
+        )
+    serve(uvicorn, app, listener, args.grace)
+    return 0
+
+
+def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
+    """The generator, what runs in a line, the model's name, and its number of parameters."""
+    from tnnlm.engine import open_engine
+    from tnnlm.runs import CONVERTED, load_for_decoding
+    from tnnlm.terminal import usable_device
+
+    found, converted = load_for_decoding(args.model, Path("runs"))
+    parameters = sum(p.numel() for p in converted.model.parameters())
+    folder = found if found.is_dir() else found.parent
+    own = folder.resolve()
+    name = own.parent.name if own.name in (str(CONVERTED), "checkpoints") else own.name
+    device = usable_device(args.device)
+    generator, line = open_engine(converted, folder, device=device, dtype=args.dtype, engine=args.engine)
+    return generator, line, name, parameters
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: if the address can't be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--host {host} --port {port}: {reason}") from None
+
+
+def serve(uvicorn: Any, app: Any, listener: socket.socket, grace: int) -> None:
+    """Until SIGTERM or Ctrl-C; then running texts have ``grace`` seconds to end."""
+    # Once it has shut down, the server raises the signal again, for whoever else waits for it: nobody.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=grace, timeout_keep_alive=30, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
