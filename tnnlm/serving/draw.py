@@ -87,7 +87,7 @@ def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1]
     if cut:
         some = logits[cut]
-        least = _least_kept(some, [rows[i].sampling for i in cut])
+        least = least_kept(some, [rows[i].sampling for i in cut])
         logits[cut] = some.masked_fill(some < least[:, None], -math.inf)
     mass = logits.double().softmax(-1).cumsum(-1)
     uniform = mass.new_tensor([row.random.random() for row in rows])[:, None]
@@ -96,7 +96,7 @@ def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()
 
 
-def _least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """The smallest logit that the cuts keep, (B,): k first, then p of what k kept."""
     vocabulary = logits.shape[1]
     k = torch.tensor([s.top_k or vocabulary for s in settings], device=logits.device)
