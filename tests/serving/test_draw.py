@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.generation import Sampling, sample
+from tnnlm.generation import Sampling, sample, tempered
 from tnnlm.serving.draw import RowSampler, draw, least_kept
 from tnnlm.serving.scores import score_tokens
 
@@ -47,9 +47,17 @@ def test_a_wide_vocabulary_is_cut_exactly(scale: float) -> None:
             order = order[: settings.top_k]
         mass = chances[order] / chances[order].sum()
         kept = set(order[mass.cumsum(0) - mass < settings.top_p].tolist())
-        scaled = logits / settings.temperature
+        scaled = tempered(logits, settings.temperature)
         assert set((scaled >= least_kept(scaled, [settings])).nonzero()[:, 1].tolist()) == kept
         assert set(draw(logits.expand(300, -1), samplers([settings] * 300, 6000, 1))) <= kept
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 100.0])
+def test_any_temperature_is_finite(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 5.0, -4.0]])
+    settings = Sampling(temperature=temperature, top_p=0.9)
+    tokens = {*draw(logits, samplers([settings], 3, 0)), *sample(logits, settings).tolist()}
+    assert tokens <= ({0, 1, 2} if temperature > 1 else {1})
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:
