@@ -84,3 +84,20 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def generator() -> Any:
+    """A tiny converted model, packed."""
+    from servers import tiny_generator  # not every test needs a server's packages
+
+    return tiny_generator()
+
+
+@pytest.fixture(scope="module")
+def server(generator: Any) -> Iterator[Any]:
+    """It behind a server with small limits and no key."""
+    from servers import run_server
+
+    with run_server(generator, max_prompt_tokens=2000, max_tokens=3000) as running:
+        yield running

@@ -103,11 +103,18 @@ def check_new_tokens(n: int) -> None:
         raise UserError(f"{n} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
 
 
+def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Logits (B, V) over temperatures above 0, one or (B, 1), in float64, the likeliest at 0: that of a
+    temperature however small stays finite."""
+    logits = logits.double()
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Draw the next token of every row: logits (B, V) -> (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits = tempered(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -223,6 +223,8 @@ class Batcher:
                 event.finish = "length"
         if event.finish:
             event.text += job.text.finish()
+            if job.text.stopped:  # by what was held back
+                event.finish = "stop"
         self._emit(event)
         return event.finish is None
 

@@ -15,19 +15,18 @@ BODY_SECONDS = 30.0
 class WholeBody:
     """Refuses bodies that are too large (413) or too slow (408), whatever they say of their length."""
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
         self.limit = limit
-        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         try:
-            body = await asyncio.wait_for(self._read(receive), self.seconds)
+            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except (asyncio.TimeoutError, TimeoutError):
-            answer = error_response(408, f"the body did not arrive within {self.seconds:g} seconds")
+            answer = error_response(408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
             return await answer(scope, receive, send)
         if body is None:
             # What is left of it is never read.

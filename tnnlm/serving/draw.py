@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnnlm.generation import Sampling
+from tnnlm.generation import Sampling, tempered
 
 _HEAD = 1024
 """likeliest tokens that are sorted first; all of them only where these don't reach ``top_p``"""
@@ -74,8 +74,9 @@ def draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         chosen = [rows[i] for i in drawn]
-        temperatures = logits.new_tensor([row.sampling.temperature for row in chosen])
-        for i, token in zip(drawn, _draw(logits[drawn] / temperatures[:, None], chosen), strict=True):
+        temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
+        scaled = tempered(logits[drawn], temperatures.to(logits.device))
+        for i, token in zip(drawn, _draw(scaled, chosen), strict=True):
             tokens[i] = token
     for token, row in zip(tokens, rows, strict=True):
         row.took(token)
@@ -83,20 +84,20 @@ def draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
 
 
 def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """By inverting the distribution function at one uniform number per row."""
+    """From logits (B, V) in float64, by inverting the distribution function at a uniform number per row."""
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1]
     if cut:
         some = logits[cut]
-        least = _least_kept(some, [rows[i].sampling for i in cut])
+        least = least_kept(some, [rows[i].sampling for i in cut])
         logits[cut] = some.masked_fill(some < least[:, None], -math.inf)
-    mass = logits.double().softmax(-1).cumsum(-1)
+    mass = logits.softmax(-1).cumsum(-1)
     uniform = mass.new_tensor([row.random.random() for row in rows])[:, None]
     tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]
     # Past the end only by rounding.
     return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()
 
 
-def _least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """The smallest logit that the cuts keep, (B,): k first, then p of what k kept."""
     vocabulary = logits.shape[1]
     k = torch.tensor([s.top_k or vocabulary for s in settings], device=logits.device)
@@ -105,10 +106,10 @@ def _least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     few = k[k < vocabulary]
     width = min(vocabulary, max(_HEAD, int(few.max()) if len(few) else 0))
     while True:
-        top = logits.topk(width).values.double()
+        top = logits.topk(width).values
         inside = torch.arange(width, device=logits.device) < k
         kept_by_k = top.masked_fill(~inside, -math.inf).logsumexp(-1, keepdim=True)
-        total = torch.where(k < vocabulary, kept_by_k, logits.double().logsumexp(-1, keepdim=True))
+        total = torch.where(k < vocabulary, kept_by_k, logits.logsumexp(-1, keepdim=True))
         mass = (top - total).exp()
         # A token stays while the mass before it is below p, so the likeliest always does.
         kept = inside & ((mass.cumsum(-1) - mass < p) | (p >= 1))
@@ -116,4 +117,4 @@ def _least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
         if width == vocabulary or bool(((k <= width) | (count < width)).all()):
             break
         width = vocabulary
-    return top.gather(-1, count - 1)[:, 0].float()
+    return top.gather(-1, count - 1)[:, 0]

@@ -51,7 +51,7 @@ class StoppedText:
 
     def push(self, token: int) -> str:
         """What can be shown after one more token."""
-        return self._show(self._stream.push(token), False)
+        return "" if self.stopped else self._show(self._stream.push(token), False)
 
     def finish(self) -> str:
         """What was held back, once no token follows."""

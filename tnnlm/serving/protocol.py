@@ -122,11 +122,14 @@ class CompletionRequest(BaseModel):
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> JSONResponse:
-    """An error as OpenAI's clients read it; ``message`` may quote what is no valid Unicode."""
-    clean = message.encode("utf-8", "replace").decode()
+    """An error as OpenAI's clients read it; ``message`` may quote control characters and broken Unicode."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": clean, "type": kind, "param": param, "code": code}
+    error = {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
     return JSONResponse({"error": error}, status, headers=headers)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -142,7 +145,7 @@ async def on_invalid_request(request: Request, error: Exception) -> JSONResponse
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(400, "the body is not valid JSON")
-    where = [str(part).encode("utf-8", "replace").decode()[:64] for part in first["loc"][1:]]
+    where = [str(part)[:64] for part in first["loc"][1:]]
     name = where[0] if where else None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

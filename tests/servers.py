@@ -1,0 +1,64 @@
+"""A tiny model behind a real server, on a real socket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import uvicorn
+from conftest import tiny_config
+
+from tnnlm.conversion import convert_model
+from tnnlm.engine import pack
+from tnnlm.generation import TextGenerator
+from tnnlm.model import CausalLM
+from tnnlm.serving.app import create_app
+from tnnlm.serving.limits import Limits
+from tnnlm.serving.service import Service, Settings
+from tnnlm.tokenizer import train_bpe
+
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 3
+
+
+class Running(NamedTuple):
+    """A server that listens."""
+
+    url: str
+    service: Service
+
+
+def tiny_generator() -> TextGenerator:
+    """A converted model of random weights; large enough ones that greedy text is no single word."""
+    torch.manual_seed(0)
+    model = CausalLM(tiny_config(n_layers=2, d_model=32)).eval()
+    with torch.no_grad():
+        model.embedding.weight.mul_(3)
+        for name, weight in model.named_parameters():
+            if "mixer" in name and weight.dim() == 2:
+                weight.mul_(3)
+    tokenizer = train_bpe([TEXT], 300, "<eos>", 1, False)
+    return TextGenerator(pack(convert_model(model)), tokenizer)
+
+
+@contextmanager
+def run_server(generator: TextGenerator, key: str | None = None, **limits: float) -> Iterator[Running]:
+    """Serve in a thread, on a free port."""
+    settings = Settings(name="tiny", parameters=1, api_key=key, limits=Limits(**limits))  # type: ignore[arg-type]
+    app = create_app(generator, settings)
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", app.state.service)
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,102 @@
+"""Drawing per row: the same distribution as the plain sampler's, and every row on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tnnlm.generation import Sampling, sample, tempered
+from tnnlm.serving.draw import RowSampler, draw, least_kept
+from tnnlm.serving.scores import score_tokens
+
+SETTINGS = [
+    Sampling(temperature=0),
+    Sampling(temperature=1),
+    Sampling(temperature=0.7, top_k=5),
+    Sampling(temperature=1.3, top_p=0.6),
+    Sampling(temperature=1, top_k=40, top_p=0.9),
+    Sampling(temperature=1, top_k=10_000, top_p=0.999),
+]
+
+
+def samplers(settings: list[Sampling], vocabulary: int, seed: int) -> list[RowSampler]:
+    return [RowSampler(s, vocabulary, seed=seed, index=i) for i, s in enumerate(settings)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_frequencies_are_those_of_the_plain_sampler(settings: Sampling) -> None:
+    logits = 2 * torch.randn(1, 50)
+    n = 20_000
+    rows = samplers([settings] * n, 50, 0)
+    drawn = torch.tensor(draw(logits.expand(n, -1), rows)).bincount(minlength=50) / n
+    plain = (
+        sample(logits.expand(n, -1), settings, torch.Generator().manual_seed(0)).bincount(minlength=50) / n
+    )
+    assert (drawn - plain).abs().max() < 0.02
+    assert not ((drawn > 0) & (plain == 0) & (drawn > 1e-3)).any()
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0])
+def test_a_wide_vocabulary_is_cut_exactly(scale: float) -> None:
+    # Nearly even: the nucleus is wider than what is sorted first.
+    logits = scale * torch.randn(1, 6000)
+    for settings in SETTINGS[2:]:
+        chances = (logits / settings.temperature).double().softmax(-1)[0]
+        order = chances.argsort(descending=True)
+        if settings.top_k:
+            order = order[: settings.top_k]
+        mass = chances[order] / chances[order].sum()
+        kept = set(order[mass.cumsum(0) - mass < settings.top_p].tolist())
+        scaled = tempered(logits, settings.temperature)
+        assert set((scaled >= least_kept(scaled, [settings])).nonzero()[:, 1].tolist()) == kept
+        assert set(draw(logits.expand(300, -1), samplers([settings] * 300, 6000, 1))) <= kept
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 100.0])
+def test_any_temperature_is_finite(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 5.0, -4.0]])
+    settings = Sampling(temperature=temperature, top_p=0.9)
+    tokens = {*draw(logits, samplers([settings], 3, 0)), *sample(logits, settings).tolist()}
+    assert tokens <= ({0, 1, 2} if temperature > 1 else {1})
+
+
+def test_a_row_does_not_depend_on_its_company() -> None:
+    logits = torch.randn(len(SETTINGS), 3000)
+    together = [draw(logits, rows) for rows in [samplers(SETTINGS, 3000, 7)] for _ in range(5)]
+    alone = samplers(SETTINGS, 3000, 7)
+    for tokens in together:
+        for i, token in enumerate(tokens):
+            assert draw(logits[i : i + 1], [alone[i]]) == [token]
+
+
+def test_seeds() -> None:
+    logits = torch.zeros(1, 1000)
+
+    def run(seed: int | None, index: int = 0) -> list[int]:
+        row = RowSampler(Sampling(temperature=1), 1000, seed=seed, index=index)
+        return [draw(logits, [row])[0] for _ in range(5)]
+
+    assert run(3) == run(3)
+    assert run(-1) == run(-1)
+    assert len({tuple(run(*args)) for args in ((3,), (4,), (3, 1), (None,), (None,))}) == 5
+
+
+def test_bias_and_penalties() -> None:
+    logits = torch.tensor([[3.0, 2.5, 1.0]])
+    greedy = Sampling(temperature=0)
+    assert draw(logits, [RowSampler(greedy, 3, bias={2: 5.0})]) == [2]
+    row = RowSampler(greedy, 3, frequency=0.4)
+    assert [draw(logits, [row])[0] for _ in range(4)] == [0, 0, 1, 0]
+    row = RowSampler(greedy, 3, presence=1.0)
+    assert [draw(logits, [row])[0] for _ in range(4)] == [0, 1, 0, 0]
+    assert logits.tolist() == [[3.0, 2.5, 1.0]]
+
+
+def test_scores_are_log_probabilities() -> None:
+    logits = torch.randn(2, 9)
+    expected = logits.double().log_softmax(-1)
+    first, second = score_tokens(logits, [4, 8], 3)
+    assert first.logprob == pytest.approx(expected[0, 4].item())
+    assert second.token == 8
+    assert [token for token, _ in second.top] == expected[1].argsort(descending=True)[:3].tolist()
+    assert score_tokens(logits[:1], [4], 0)[0].top == ()
