@@ -6,20 +6,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import uvicorn
 from conftest import tiny_config
 
-from tnnlm.conversion import convert_model
+from tnnlm.checkpoint import save_converted
+from tnnlm.config import ConversionConfig
+from tnnlm.conversion import attach, convert_layers, convert_model, measure
 from tnnlm.engine import pack
 from tnnlm.generation import TextGenerator
 from tnnlm.model import CausalLM
 from tnnlm.serving.app import create_app
 from tnnlm.serving.limits import Limits
 from tnnlm.serving.service import Service, Settings
-from tnnlm.tokenizer import train_bpe
+from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 3
 
@@ -32,7 +35,22 @@ class Running(NamedTuple):
 
 
 def tiny_generator() -> TextGenerator:
-    """A converted model of random weights; large enough ones that greedy text is no single word."""
+    """A converted model of random weights, packed."""
+    model, tokenizer = _tiny_parts()
+    return TextGenerator(pack(convert_model(model)), tokenizer)
+
+
+def tiny_converted(folder: Path) -> Path:
+    """The same as a converted folder."""
+    model, tokenizer = _tiny_parts()
+    horizon, layers = convert_layers(model, ConversionConfig())
+    report = measure(model, layers, method="balanced", horizon=horizon, seconds=0.0)
+    save_converted(folder, attach(model, [layer.params for layer in layers]), tokenizer, report)
+    return folder
+
+
+def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
+    """Weights large enough that greedy text is no single word."""
     torch.manual_seed(0)
     model = CausalLM(tiny_config(n_layers=2, d_model=32)).eval()
     with torch.no_grad():
@@ -40,8 +58,7 @@ def tiny_generator() -> TextGenerator:
         for name, weight in model.named_parameters():
             if "mixer" in name and weight.dim() == 2:
                 weight.mul_(3)
-    tokenizer = train_bpe([TEXT], 300, "<eos>", 1, False)
-    return TextGenerator(pack(convert_model(model)), tokenizer)
+    return model, train_bpe([TEXT], 300, "<eos>", 1, False)
 
 
 @contextmanager

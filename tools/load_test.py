@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""Put a server under load: many greedy streams at once, each checked against the same request alone.
+
+Reports what was lost or mixed up, tokens per second, the time to the first token and between tokens, and
+the server's memory while it runs. Several numbers of streams are compared with the first.
+
+Examples:
+  python tools/load_test.py --model runs/demo                        # starts a server of its own
+  python tools/load_test.py --streams 1,32 --seconds 20              # batching against one at a time
+  python tools/load_test.py --url http://127.0.0.1:8000 --streams 200 --seconds 120 --json load.json
+
+Needs: pip install 'tnnlm[serve]' aiohttp
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tnnlm.atomic import write_text
+from tnnlm.errors import UserError, run_script
+
+SERVE = Path(__file__).with_name("serve.py")
+KINDS = 48
+"""different requests; each stream takes them in an order of its own"""
+WORDS = __doc__.split()
+
+
+@dataclass
+class Tally:
+    """What a number of streams saw."""
+
+    streams: int
+    seconds: float = 0.0
+    texts: int = 0
+    lost: int = 0
+    mixed: int = 0
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    """MiB, once a second"""
+
+    def summary(self) -> dict[str, Any]:
+        """Medians and 99th percentiles, in milliseconds."""
+        warm = self.memory[len(self.memory) // 4 :] or [0.0]
+        return {
+            "streams": self.streams,
+            "seconds": round(self.seconds, 1),
+            "texts": self.texts,
+            "lost": self.lost,
+            "mixed": self.mixed,
+            "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1),
+            "first_token_ms": [round(1e3 * percentile(self.first, p), 1) for p in (50, 99)],
+            "between_tokens_ms": [round(1e3 * percentile(self.between, p), 1) for p in (50, 99)],
+            "memory_mib": [round(min(warm)), round(max(warm))],
+        }
+
+
+def percentile(values: list[float], p: float) -> float:
+    """By nearest rank; 0 of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] if ordered else 0.0
+
+
+def requests(longest: int) -> list[dict[str, Any]]:
+    """Greedy ones of many lengths, prompt and text."""
+    draw = random.Random(0)
+    made = []
+    for index in range(KINDS):
+        words = draw.choices(WORDS, k=draw.choice((3, 10, 40, 200)))
+        text = f"{index} {' '.join(words)}"
+        made.append({"prompt": text, "max_tokens": draw.randint(16, longest), "temperature": 0})
+    return made
+
+
+class Client:
+    """Streams of one server."""
+
+    def __init__(self, session: Any, url: str) -> None:
+        self.session = session
+        self.url = f"{url}/v1/completions"
+
+    async def stream(self, request: dict[str, Any], tally: Tally) -> str | None:
+        """The text, or None if it was not finished; times go to the tally."""
+        text, last, started = [], None, time.perf_counter()
+        finish = None
+        body = request | {"stream": True, "stream_options": {"include_usage": True}}
+        async with self.session.post(self.url, json=body) as response:
+            if response.status != 200:
+                return None
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                now = time.perf_counter()
+                chunk = json.loads(line[6:])
+                if chunk.get("usage"):
+                    tally.tokens += chunk["usage"]["completion_tokens"]
+                for choice in chunk.get("choices", ()):
+                    (tally.first if last is None else tally.between).append(now - (last or started))
+                    last = now
+                    text.append(choice["text"])
+                    finish = choice["finish_reason"] or finish
+        return "".join(text) if finish else None
+
+
+async def load(
+    client: Client,
+    tally: Tally,
+    seconds: float,
+    work: list[dict[str, Any]],
+    expected: list[str],
+    pid: int | None,
+) -> None:
+    """Keep ``tally.streams`` streams busy; what runs at the end is finished."""
+    started = time.perf_counter()
+    bar = tqdm(total=round(seconds), desc=f"{tally.streams} streams", unit="s", leave=False, disable=None)
+
+    async def worker(number: int) -> None:
+        draw = random.Random(number)
+        while time.perf_counter() - started < seconds:
+            index = draw.randrange(len(work))
+            text = await client.stream(work[index], tally)
+            tally.texts += 1
+            tally.lost += text is None
+            tally.mixed += text is not None and text != expected[index]
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(1)
+            bar.update(1)
+            if pid:
+                tally.memory.append(resident(pid))
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*(worker(number) for number in range(tally.streams)))
+    tally.seconds = time.perf_counter() - started
+    watching.cancel()
+    bar.close()
+
+
+async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[str, Any]]:
+    """All numbers of streams, one after the other."""
+    try:
+        import aiohttp
+    except ModuleNotFoundError:
+        raise UserError("aiohttp is not installed; run: pip install aiohttp") from None
+
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+        client = Client(session, url)
+        work = requests(args.max_tokens)
+        expected = []
+        try:
+            for request in tqdm(work, desc="each alone", leave=False, disable=None):
+                text = await client.stream(request, Tally(1))
+                if text is None:
+                    raise UserError(f"{url}: refuses requests (is a key needed? --api-key)")
+                expected.append(text)
+            summaries = []
+            for streams in args.streams:
+                tally = Tally(streams)
+                await load(client, tally, args.seconds, work, expected, pid)
+                summaries.append(tally.summary())
+        except aiohttp.ClientError as error:
+            raise UserError(f"{url}: {error}") from None
+    return summaries
+
+
+def resident(pid: int) -> float:
+    """MiB of a process in memory."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@contextmanager
+def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """A server of its own: address and process.
+
+    Raises:
+        UserError: if it doesn't start.
+    """
+    words = [sys.executable, str(SERVE), "--port", "0", "--dtype", args.dtype, "--engine", args.engine]
+    words += ["--model", args.model] if args.model else []
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = []
+        for line in process.stderr:
+            seen.append(line.strip())
+            if line.startswith("http"):
+                break
+        else:
+            raise UserError(seen[-1].removeprefix("error: ") if seen else "the server did not start")
+        try:
+            yield line.split()[0].rstrip("/"), process.pid
+        finally:
+            process.terminate()
+
+
+def show(summaries: list[dict[str, Any]]) -> None:
+    """A table; the last column compares with the first line."""
+    print(
+        " streams   texts  lost  mixed  tokens/s   first token p50/p99    between p50/p99    memory   times"
+    )
+    for line in summaries:
+        first, between, memory = line["first_token_ms"], line["between_tokens_ms"], line["memory_mib"]
+        print(
+            f"{line['streams']:8} {line['texts']:7} {line['lost']:5} {line['mixed']:6} "
+            f"{line['tokens_per_s']:9,.0f} {first[0]:9,.0f} / {first[1]:,.0f} ms "
+            f"{between[0]:9,.1f} / {between[1]:,.1f} ms {memory[0]:5}-{memory[1]} MiB "
+            f"{line['tokens_per_s'] / max(summaries[0]['tokens_per_s'], 1e-9):6.2f}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--url", help="of a server that runs (default: start one)")
+    add("--model", metavar="DIR|RUN|CKPT", help="for a server of its own")
+    add("--dtype", default="float32", metavar="NAME", help="for a server of its own")
+    add("--engine", default="packed", metavar="NAME", help="for a server of its own")
+    add("--api-key", metavar="KEY", default=os.environ.get("TNNLM_API_KEY"))
+    add("--streams", default="1,32", metavar="N,N", help="at once, one after the other (default: 1,32)")
+    add("--seconds", type=float, default=20, metavar="S", help="for each (default: 20)")
+    add("--max-tokens", type=int, default=200, metavar="N", help="of the longest text (default: 200)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    try:
+        args.streams = [int(word) for word in args.streams.split(",")]
+    except ValueError:
+        args.streams = []
+    if not args.streams or not all(1 <= n <= 10_000 for n in args.streams):
+        raise UserError("--streams: expected numbers from 1 to 10,000, as 1,32")
+    if args.max_tokens < 16 or not 0 < args.seconds < 1e6:
+        raise UserError("--max-tokens must be at least 16, --seconds above 0")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.url:
+        summaries = asyncio.run(run(args.url.rstrip("/"), args, None))
+    else:
+        with own_server(args) as (url, pid):
+            summaries = asyncio.run(run(url, args, pid))
+    show(summaries)
+    if args.json:
+        write_text(args.json, json.dumps(summaries, indent=2))
+    return 1 if any(line["lost"] or line["mixed"] for line in summaries) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
