@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "seed"];
 const FIELDS = [...NUMBERS, "stop_strings"];
 const BLOCK = 4000; // characters after which the text goes on in a new element: layout stays cheap
+const BORDERS = [[1, 5], [1.5, 3], [2, 4], [2.5, 5], [3, 3], [4, 4], [5, 5], [6, 3], [8, 4], [10, 5]]; // and parts
 const count = (n) => n.toLocaleString("en");
 
 let model = "";
@@ -144,7 +145,8 @@ async function write(goOn) {
   running = new AbortController();
   refreshButtons();
   tell("Reading the prompt …");
-  const began = { tokens: points.length, time: 0, new: 0 };
+  const began = { tokens: points.length, time: 0, new: 0, position: 0 };
+  latest = null;
   let end = "";
   try {
     end = await stream(body, began);
@@ -177,7 +179,8 @@ async function stream(body, began) {
     const { position, step_ms: steps } = chunk.tnnlm;
     steps.forEach((ms, i) => points.push([position - steps.length + 1 + i, ms]));
     began.new = points.length - began.tokens + 1; // the first comes with the prompt, without a step
-    append(choice.text, position, began);
+    began.position = position;
+    append(choice.text, began);
     if (choice.finish_reason) end = choice.finish_reason === "stop" ? "Came to an end" : "Done";
   }
   throw new Error("The connection broke off.");
@@ -186,7 +189,7 @@ async function stream(body, began) {
 // ---- the text box ------------------------------------------------------------------------------
 
 let waiting = "";
-let latest = null; // numbers that came since they were last drawn
+let latest = null; // how far the request under way has come
 let frame = 0;
 let drawn = 0; // when the plot was last drawn
 let scale = 10; // ms at its top
@@ -212,10 +215,10 @@ function addBlock(prompt) {
   $("text").append(block);
 }
 
-function append(text, position, began) {
+function append(text, began) {
   shown.written += text;
   waiting += text;
-  latest = { position, began };
+  latest = began;
   if (!frame) frame = requestAnimationFrame(flush);
 }
 
@@ -225,28 +228,29 @@ function flush() {
   frame = 0;
   const box = $("text");
   const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
-  let node = box.lastElementChild?.lastElementChild.firstChild;
-  const border = node && node.length > BLOCK ? waiting.indexOf("\n") : -1;
-  if (border >= 0) {
+  while (waiting) {
+    const node = box.lastElementChild.lastElementChild.firstChild;
+    const border = waiting.indexOf("\n", Math.max(0, BLOCK - node.length));
+    if (border < 0) {
+      node.appendData(waiting);
+      break;
+    }
     node.appendData(waiting.slice(0, border));
-    waiting = waiting.slice(border + 1); // the new block begins a line
+    waiting = waiting.slice(border + 1); // a new block begins a line
     addBlock("");
-    node = box.lastElementChild.lastElementChild.firstChild;
   }
-  node?.appendData(waiting);
   waiting = "";
   if (atEnd) box.scrollTop = box.scrollHeight;
   if (latest) showNumbers(latest);
-  latest = null;
 }
 
-function showNumbers({ position, began }) {
-  $("context").textContent = count(position);
+function showNumbers(began) {
+  $("context").textContent = count(began.position);
   const own = points.length - began.tokens;
   if (!own) return;
   $("step").textContent = median(recent(2000)).toFixed(2);
   const seconds = (performance.now() - began.time) / 1000;
-  if (seconds > 0.2) $("speed").textContent = count(Math.round(own / seconds));
+  if (!running || seconds > 0.2) $("speed").textContent = count(Math.round(own / seconds));
   // The more points, the longer it takes, and the less a new one shows.
   if (!running || performance.now() - drawn > points.length / 20) draw();
 }
@@ -292,10 +296,9 @@ function recent(most) {
 // A round border at or above a value, and three to five ticks up to it.
 function axis(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  const parts = { 1: 5, 2: 4, 3: 3, 4: 4, 5: 5, 6: 3, 8: 4, 10: 5 };
-  const first = Object.keys(parts).find((n) => n * power >= value * 0.999);
-  const top = first * power;
-  return { top, ticks: Array.from({ length: parts[first] + 1 }, (_, i) => (i * top) / parts[first]) };
+  const [first, parts] = BORDERS.find(([n]) => n * power >= value * 0.999);
+  const ticks = Array.from({ length: parts + 1 }, (_, i) => (i * first * power) / parts);
+  return { top: first * power, ticks };
 }
 
 function binned(bins, top) {
@@ -315,12 +318,13 @@ function draw() {
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const typical = points.length ? median(recent(2000)) : 5;
-  // Rare slow steps would flatten all others: those above are marked at the edge, and counted. The scale
-  // stays as long as the points lie well in it.
-  if (typical > 0.6 * scale || typical < 0.25 * scale) scale = axis(2 * typical).top;
-  const y = axis(scale);
   const x = axis(Math.max(100, ...points.slice(-1).map((point) => point[0])));
+  const line = binned(40, x.top);
+  // Rare slow steps would flatten all others: those above the scale are marked at its edge, and counted.
+  // It stays as long as the line lies well in it.
+  const highest = line.length ? Math.max(...line.map((point) => point[1])) : 5;
+  if (highest > 0.85 * scale || highest < 0.4 * scale) scale = axis(1.6 * highest).top;
+  const y = axis(scale);
   const [left, top, right, bottom] = [52, 12, 12, 44];
   const across = (n) => left + (n / x.top) * (width - left - right);
   const up = (ms) => height - bottom - (Math.min(ms, y.top) / y.top) * (height - top - bottom);
@@ -347,10 +351,10 @@ function draw() {
   pen.rotate(-Math.PI / 2);
   pen.fillText("ms per token", 0, 0);
   pen.restore();
-  if (points.length) drawPoints(pen, across, up, y.top, x.top, colour);
+  if (points.length) drawPoints(pen, line, across, up, colour);
 }
 
-function drawPoints(pen, across, up, highest, longest, colour) {
+function drawPoints(pen, line, across, up, colour) {
   pen.fillStyle = colour("point");
   const every = Math.ceil(points.length / 20000);
   for (let i = 0; i < points.length; i += every) {
@@ -361,9 +365,9 @@ function drawPoints(pen, across, up, highest, longest, colour) {
   pen.lineWidth = 2;
   pen.lineJoin = "round";
   pen.beginPath();
-  for (const [n, ms] of binned(40, longest)) pen.lineTo(across(n), up(ms));
+  for (const [n, ms] of line) pen.lineTo(across(n), up(ms));
   pen.stroke();
-  const above = points.filter((point) => point[1] > highest).length;
+  const above = points.filter((point) => point[1] > scale).length;
   const span = (part) => `${median(part.map((point) => point[1])).toFixed(2)} ms`;
   const half = Math.min(100, Math.ceil(points.length / 2));
   $("plot-summary").textContent =

@@ -1,0 +1,465 @@
+"""The page at /: in a browser, against a real server; and against one that sends what a network may do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+from conftest import ROOT
+from servers import Running, run_server
+
+from tnnlm.generation import TextGenerator
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+CARD = {
+    "id": "fake",
+    "tnnlm": {"parameters": 24_100_000, "state_bytes": 565_248, "engine": "packed", "max_tokens": 100},
+}
+WAIT = 20_000
+"""milliseconds; the machine may be busy"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page in a fresh profile; at the end nothing may have gone wrong in it, nor left its server."""
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(url: str, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+        page.on("request", lambda r: None if r.url.startswith((url, "data:")) else problems.append(r.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    # Refused requests are logged by the browser itself.
+    assert [line for line in problems if not line.startswith("Failed to load resource")] == []
+
+
+@pytest.fixture
+def page(visit: Any, server: Running) -> Any:
+    opened = visit(server.url)
+    expect(opened.locator("#model")).to_have_text("tiny")
+    return opened
+
+
+def write(page: Any, prompt: str = "the quick", tokens: int = 40, temperature: float = 0) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#max_tokens", str(tokens))
+    page.fill("#temperature", str(temperature))
+    page.click("#generate")
+
+
+def finished(page: Any) -> None:
+    expect(page.locator("#status")).to_have_text(re.compile(r"^(Done|Came to an end): "), timeout=WAIT)
+
+
+def text_of(page: Any) -> str:
+    return "\n".join(page.locator("#text > div").evaluate_all("blocks => blocks.map(b => b.textContent)"))
+
+
+def whole_answer(server: Running, **body: Any) -> str:
+    """The same text, not streamed."""
+    data = json.dumps(body).encode()
+    request = Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["text"])
+
+
+def test_text_streams_in(page: Any, server: Running) -> None:
+    page.fill("#seed", "5")
+    write(page, tokens=1000, temperature=1)
+    lengths = set()
+    while len(lengths) < 4:
+        expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+        lengths.add(len(text_of(page)))
+    finished(page)
+    text = whole_answer(server, prompt="the quick", max_tokens=1000, temperature=1, seed=5)
+    assert text_of(page) == "the quick" + text
+    assert page.locator("#text .prompt").first.text_content() == "the quick"
+    colours = [
+        page.locator(f"#text .{part}").first.evaluate("e => getComputedStyle(e).color")
+        for part in ("prompt", "written")
+    ]
+    assert colours[0] != colours[1]
+    assert page.inner_text("#status").startswith("Done: 1,000 tokens in ")
+
+
+def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGenerator) -> None:
+    row_bytes = server.service.batcher.row_bytes
+    state = f"{row_bytes / 2**20:.1f} MiB" if row_bytes >= 2**20 else f"{row_bytes / 1024:,.0f} KiB"
+    expect(page.locator("#state")).to_have_text(state)
+    write(page, tokens=60)
+    finished(page)
+    # The last token was written, and not yet read.
+    prompt = len(generator.tokenizer.encode("the quick"))
+    expect(page.locator("#context")).to_have_text(str(prompt + 59))
+    assert float(page.inner_text("#step")) > 0
+    assert int(page.inner_text("#speed").replace(",", "")) > 0
+
+
+def test_stop_keeps_what_was_written_and_frees_the_server(page: Any, server: Running) -> None:
+    write(page, tokens=3000)
+    expect(page.locator("#text .written").first).not_to_be_empty(timeout=WAIT)
+    page.click("#stop")
+    expect(page.locator("#status")).to_have_text(re.compile("^Stopped: .* tokens in "))
+    kept = text_of(page)
+    expect(page.locator("#generate")).to_have_attribute("aria-disabled", "false")
+    for _ in range(100):
+        if not any(server.service.health()[name] for name in server.service.batcher.load):
+            break
+        page.wait_for_timeout(50)
+    assert text_of(page) == kept
+    assert len(kept) > len("the quick")
+
+
+def test_continue_goes_on_from_the_text(page: Any) -> None:
+    write(page, tokens=20)
+    finished(page)
+    before, context = text_of(page), int(page.inner_text("#context"))
+    page.fill("#prompt", "something else that is not used")
+    page.click("#continue")
+    expect(page.locator("#status")).to_have_text(re.compile("^(Reading|Writing)"))
+    finished(page)
+    assert text_of(page).startswith(before)
+    assert len(text_of(page)) > len(before)
+    assert int(page.inner_text("#context")) >= context + 15
+    write(page, "another")
+    finished(page)
+    assert text_of(page).startswith("another")
+
+
+def test_stop_strings_and_escapes_are_sent(page: Any) -> None:
+    page.fill("#stop_strings", "END\n\\n\\n")
+    page.fill("#seed", "3")
+    with page.expect_request("**/v1/completions") as sent:
+        write(page, tokens=5, temperature=0.7)
+    body = sent.value.post_data_json
+    assert body["stop"] == ["END", "\n\n"]
+    assert (body["seed"], body["temperature"], body["top_k"], body["max_tokens"]) == (3, 0.7, 0, 5)
+    finished(page)
+
+
+def test_errors_are_one_clear_line(page: Any) -> None:
+    write(page, prompt="the quick " * 1500)
+    expect(page.locator("#error")).to_have_text(re.compile("2,?000"))
+    assert page.inner_text("#status") == ""
+    write(page, temperature=-1)
+    expect(page.locator("#error")).to_have_text(re.compile("^Temperature: "))
+    assert page.evaluate("document.activeElement.id") == "temperature"
+    write(page, tokens=4000)
+    expect(page.locator("#error")).to_have_text(re.compile("^New tokens: "))
+    page.route("**/v1/completions", lambda route: route.abort())
+    write(page)
+    expect(page.locator("#error")).to_have_text("The server can't be reached.")
+    page.unroute("**/v1/completions")
+    page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<html>no</html>"))
+    write(page)
+    expect(page.locator("#error")).to_have_text(re.compile("^The server answers 502"))
+    page.unroute("**/v1/completions")
+    write(page)
+    finished(page)
+    assert page.inner_text("#error") == ""
+
+
+def test_keyboard_alone(page: Any) -> None:
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("the quick")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "generate"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    finished(page)
+    assert page.evaluate("document.activeElement.id") == "generate", "focus stays where it was"
+    order = []
+    for _ in range(11):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert order[:2] == ["stop", "continue"]
+    fields = ["temperature", "max_tokens", "top_p", "top_k", "seed", "stop_strings", "copy", "text"]
+    assert [name for name in order if name in fields] == fields
+    page.locator("#max_tokens").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("3000")
+    page.keyboard.press("Control+Shift+Enter")
+    expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text(re.compile("^Stopped"))
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text(re.compile("^Stopped"))
+
+
+def test_everything_has_a_name(page: Any) -> None:
+    names = ("Prompt", "Temperature", "New tokens", "Top-p", "Top-k", "Seed", "Stop at")
+    for name in names:
+        assert page.get_by_label(name, exact=True).count() == 1, name
+    for name in ("Generate", "Stop", "Continue", "Copy"):
+        assert page.get_by_role("button", name=name, exact=True).count() == 1, name
+    assert page.get_by_role("region", name="Text").count() >= 1
+    assert page.get_by_role("status").count() == page.get_by_role("alert").count() == 1
+    assert page.get_by_role("img").count() == 1
+
+
+def pixels(page: Any, name: str) -> int:
+    """Pixels of the plot that are nearly of one of the page's colours."""
+    return int(
+        page.evaluate(
+            """name => {
+            const canvas = document.getElementById("plot");
+            const probe = document.createElement("i");
+            document.body.append(probe);
+            probe.style.color = getComputedStyle(document.documentElement).getPropertyValue("--" + name);
+            const [r, g, b] = getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number);
+            probe.remove();
+            const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            let found = 0;
+            for (let i = 0; i < data.length; i += 4) {
+                const near = Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b) < 30;
+                if (near && data[i + 3] > 40) found += 1;
+            }
+            return found;
+        }""",
+            name,
+        )
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_plot_has_points_and_their_median(visit: Any, server: Running, scheme: str) -> None:
+    page = visit(server.url, color_scheme=scheme)
+    expect(page.locator("#model")).to_have_text("tiny")
+    assert pixels(page, "point") == 0
+    write(page, tokens=200)
+    finished(page)
+    assert pixels(page, "point") > 300
+    assert pixels(page, "accent") > 50
+    assert re.search(r"First 100: [\d.]+ ms, last 100: [\d.]+ ms", page.inner_text("#plot-summary"))
+    # The other scheme's colours are drawn at once.
+    before = page.locator("#plot").screenshot()
+    page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
+    page.wait_for_timeout(200)
+    assert pixels(page, "point") > 300
+    assert page.locator("#plot").screenshot() != before
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_nothing_scrolls_sideways_nor_moves(visit: Any, server: Running, width: int) -> None:
+    page = visit(server.url, viewport={"width": width, "height": 844})
+    expect(page.locator("#model")).to_have_text("tiny")
+    page.evaluate("document.getElementById('sampling').open = true")
+    page.wait_for_timeout(200)
+    page.evaluate(
+        """() => {
+        window.shifts = [];
+        new PerformanceObserver((list) => window.shifts.push(...list.getEntries().map((e) => e.value)))
+            .observe({type: "layout-shift"});
+    }"""
+    )
+    write(page, prompt="longwordwithoutaspace" * 20, tokens=300)
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(
+        "[...document.querySelectorAll('main > *')].every(e => e.scrollWidth <= e.clientWidth)"
+    )
+    assert sum(page.evaluate("window.shifts")) < 0.001
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_both_schemes(visit: Any, server: Running, scheme: str) -> None:
+    page = visit(server.url, color_scheme=scheme)
+    for selector in ("#text", ".hint", "#generate", "h1", "#status", ".legend .prompt", "#prompt"):
+        colours = page.locator(selector).first.evaluate(
+            """e => {
+            const colour = getComputedStyle(e).color;
+            while (getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)") e = e.parentElement;
+            return [colour, getComputedStyle(e).backgroundColor];
+        }"""
+        )
+        bright, dim = sorted(map(luminance, colours), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5, selector
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_key_is_asked_for_and_kept_in_the_tab(visit: Any, generator: TextGenerator) -> None:
+    with run_server(generator, key="secret") as locked:
+        page = visit(locked.url)
+        field = page.get_by_label("API key", exact=True)
+        expect(field).to_be_focused()
+        field.fill("wrong")
+        field.press("Enter")
+        expect(page.locator("#error")).to_have_text(re.compile("API key"))
+        expect(field).to_be_focused()
+        field.fill("secret")
+        field.press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny")
+        expect(field).to_be_hidden()
+        write(page)
+        finished(page)
+        page.reload()
+        expect(page.locator("#model")).to_have_text("tiny")
+        expect(field).to_be_hidden()
+        assert "secret" not in json.dumps(page.evaluate("({...localStorage})"))
+
+
+def test_no_key_is_asked_for_where_none_is_needed(page: Any) -> None:
+    expect(page.get_by_label("API key", exact=True)).to_be_hidden()
+
+
+def test_settings_are_kept_in_the_browser(page: Any) -> None:
+    page.fill("#top_k", "17")
+    page.fill("#stop_strings", "}")
+    page.locator("#stop_strings").blur()
+    page.reload()
+    expect(page.locator("#top_k")).to_have_value("17")
+    expect(page.locator("#stop_strings")).to_have_value("}")
+    page.evaluate("localStorage.setItem('tnnlm.sampling', '{broken')")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.locator("#top_k")).to_have_value("0")
+
+
+def test_page_allows_nothing_from_elsewhere_nor_inline() -> None:
+    for name in ("index.html", "page.css", "page.js"):
+        text = (ROOT / "tnnlm/serving/page" / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|\bstyle=|\son\w+=|innerHTML|insertAdjacentHTML|eval\(", text), name
+
+
+@contextmanager
+def odd_server(stream: bytes, piece: int) -> Iterator[str]:
+    """A server that sends ``stream`` as the answer, ``piece`` bytes at a time, and then hangs up."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            name = FILES.get(self.path)
+            body = json.dumps({"data": [CARD]}).encode()
+            if name:
+                body = (ROOT / "tnnlm/serving/page" / name).read_bytes()
+            kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
+            self.send_header("Content-Type", kinds.get(self.path, "application/json"))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for start in range(0, len(stream), piece):
+                part = stream[start : start + piece]
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+                self.wfile.flush()
+            self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def event(text: str, position: int, finish: str | None = None) -> bytes:
+    steps = [2.5] if position > 5 else []
+    data = {
+        "choices": [{"index": 0, "text": text, "finish_reason": finish}],
+        "tnnlm": {"position": position, "step_ms": steps},
+    }
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+STRANGE = [
+    "naïve ",
+    "😀漢字",
+    "<b>bold</b><script>window.harm = 1</script>",
+    "\n\n  data: [DONE]\n",
+    "&amp; end",
+]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_stream_cut_anywhere_is_read_right(visit: Any, piece: int, newline: bytes) -> None:
+    events = [event(text, 5 + i) for i, text in enumerate(STRANGE)]
+    usage = b'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\n'
+    stream = b": a comment\n\n" + b"".join(events) + event("", 9, "stop") + usage + b"data: [DONE]\n\n"
+    with odd_server(stream.replace(b"\n", newline), piece) as url:
+        page = visit(url)
+        expect(page.locator("#about")).to_have_text("24.1M parameters · packed")
+        expect(page.locator("#state")).to_have_text("552 KiB")
+        write(page, prompt="é<i>")
+        expect(page.locator("#status")).to_have_text(re.compile("^Came to an end: 5 tokens in "))
+        assert text_of(page) == "é<i>" + "".join(STRANGE)
+        assert page.locator("#text b, #text i, #text script").count() == 0
+        assert page.evaluate("window.harm") is None
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (b"", "The connection broke off."),
+        (b'data: {"error": {"message": "out of memory"}}\n\n', "out of memory"),
+    ],
+)
+def test_stream_that_fails_keeps_its_text(visit: Any, last: bytes, message: str) -> None:
+    with odd_server(event("some ", 5) + event("text", 6) + last, 50) as url:
+        page = visit(url)
+        expect(page.locator("#model")).to_have_text("fake")
+        write(page, prompt="a ")
+        expect(page.locator("#error")).to_have_text(message)
+        assert text_of(page) == "a some text"
+        expect(page.locator("#continue")).to_have_attribute("aria-disabled", "false")
+
+
+def test_long_text_is_laid_out_in_blocks_and_stays_whole(visit: Any) -> None:
+    lines = [f"line {i} of a long text\n" for i in range(3000)]
+    stream = b"".join(event(line, 5 + i) for i, line in enumerate(lines))
+    with odd_server(stream + event("", 4000, "length") + b"data: [DONE]\n\n", 999) as url:
+        page = visit(url)
+        expect(page.locator("#model")).to_have_text("fake")
+        write(page, prompt="a")
+        finished(page)
+        assert text_of(page) == "a" + "".join(lines)
+        assert page.locator("#text > div").count() > 3
