@@ -27,7 +27,7 @@ from tnnlm.packing import prepare
 from tnnlm.runs import BEST, LAST
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.averaging import averaging
-from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
+from tnnlm.training.checkpointing import NOTHING_SAVED, AtomicCheckpointIO, ConversionCallback, SaveLast
 from tnnlm.training.guard import Guard
 from tnnlm.training.jobs import cluster_plugins, record_job
 from tnnlm.training.lit_module import LitCausalLM
@@ -198,7 +198,7 @@ def _fit(
         if error.errno not in OS_ADVICE:
             raise
         what = OS_ADVICE[error.errno].partition(":")[0]
-        go_on = "nothing was saved yet; start again"
+        go_on = NOTHING_SAVED
         if last.saved_step is not None:
             go_on = f"go on from step {last.saved_step} with: python train.py --resume {last.run}"
         raise CheckpointError(
