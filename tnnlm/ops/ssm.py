@@ -94,8 +94,9 @@ def step(
         outputs (B, E) in the dtype of ``x``, and the state after this token.
     """
     u = x.to(state.real.dtype)
-    y, real, imag = _step_modes(params, u, state.real, state.imag)
-    window = state.window
+    y, (window, real, imag) = torch.zeros_like(u), state
+    if params.residues.shape[2]:
+        y, real, imag = _step_modes(params, u, real, imag)
     if params.window.shape[1]:
         recent = torch.cat((u.unsqueeze(-1), window), dim=-1)
         y = y + torch.einsum("bep,ep->be", recent, params.window)

@@ -48,7 +48,7 @@ def prefill_modes(
         part = u[:, start : start + block]
         _add_free_response(y[:, start : start + block], c, powers, s)
         if last is None:
-            taken = torch.full((len(u),), part.shape[1], device=u.device)
+            taken = torch.full((u.shape[0],), part.shape[1], device=u.device)
         else:
             taken = (last - start).clamp(0, part.shape[1])
             part = _align_right(part, taken)
@@ -78,7 +78,7 @@ def _add_free_response(y: Tensor, c: Tensor, powers: Tensor, s: Tensor) -> None:
     w[:, 1].neg_()
     later = powers[..., 1 : y.shape[1] + 1]
     if powers.dim() == 3:
-        y.baddbmm_(later.flatten(0, 1).T.expand(len(y), -1, -1), w.flatten(1, 2))
+        y.baddbmm_(later.flatten(0, 1).T.expand(y.shape[0], -1, -1), w.flatten(1, 2))
     else:
         y += torch.einsum("bcne,cnel->ble", w, later)
 
@@ -86,10 +86,10 @@ def _add_free_response(y: Tensor, c: Tensor, powers: Tensor, s: Tensor) -> None:
 def _advance_modes(powers: Tensor, u: Tensor, s: Tensor, last: Tensor) -> Tensor:
     """The state after ``last[b]`` tokens, lam^last s + sum_{j<last} lam^(last-1-j) u[j], for right-aligned
     u (B, L, E)."""
-    after = _times(powers[..., last].movedim(-1, 0).reshape(len(u), *powers.shape[:2], -1), s)
+    after = _times(powers[..., last].movedim(-1, 0).reshape(u.shape[0], *powers.shape[:2], -1), s)
     reverse = powers[..., : u.shape[1]].flip(-1)
     if powers.dim() == 3:
-        after.flatten(1, 2).baddbmm_(reverse.flatten(0, 1).expand(len(u), -1, -1), u)
+        after.flatten(1, 2).baddbmm_(reverse.flatten(0, 1).expand(u.shape[0], -1, -1), u)
     else:
         after += torch.einsum("ble,cnel->bcne", u, reverse)
     return after
