@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from training_runs import tiny_run, write_text
 
 from tnnlm import export
-from tnnlm.checkpoint import ConvertedModel, model_fingerprint
+from tnnlm.checkpoint import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.export import PREFILL_CHUNK, export_onnx, export_torch
@@ -178,41 +178,25 @@ def run_alone(code: str) -> str:
 def test_documented_programs_write_our_text_without_this_package(script: Any) -> None:
     pytest.importorskip("onnxruntime")
     train(tiny_run("name=demo", "trainer.max_steps=20"), None)
-    assert script("convert", "runs/demo").code == 0
-    for word, folder in (("--export", "export"), ("--onnx", "onnx")):
-        done = script("convert", "runs/demo/converted", word)
-        assert done.code == 0, done.err
-        assert done.out == f"wrote runs/demo/converted/{folder}\n"
-    converted = export_source()
-    generator = TextGenerator(*converted)
-    # A prompt of more than one chunk.
-    for prompt in ("The first ", "The statement is a statement. " * 20):
-        record, pieces = generator.write(generator.read(prompt), 40, Sampling(temperature=0.0))
-        "".join(pieces)
-        assert len(SNIPPETS) == 2
-        for snippet in SNIPPETS:
-            printed = run_alone(snippet.replace("The first ", prompt) + "print(written)\n")
-            assert printed == f"{record.text}\n{record.tokens}\n"
-
-
-def export_source() -> ConvertedModel:
-    from tnnlm.checkpoint import load_converted
-
-    return load_converted(Path("runs/demo/converted"))
-
-
-def test_convert_exports_with_the_conversion(script: Any) -> None:
-    pytest.importorskip("onnx")
-    train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
-    done = script("convert", "runs/tiny", "--export", "--onnx")
+    folder = Path("runs/demo/converted")
+    # Along with the conversion, or of what is converted already.
+    done = script("convert", "runs/demo", "--onnx")
     assert done.code == 0, done.err
-    folder = Path("runs/tiny/converted")
+    assert f"wrote {folder / 'onnx'}\n" in done.out
+    assert script("convert", str(folder), "--export") == (0, f"wrote {folder / 'export'}\n", "")
     names = {"interface.json", "tokenizer.json"}
     assert {path.name for path in (folder / "export").iterdir()} == names | {"step.pt2", "prefill.pt2"}
     assert {path.name for path in (folder / "onnx").iterdir()} == names | {"step.onnx"}
-    assert "wrote runs/tiny/converted/onnx" in done.out
+    generator = TextGenerator(*load_converted(folder))
+    prompt = "The statement is a statement. " * 20  # of more than one chunk
+    record, pieces = generator.write(generator.read(prompt), 40, Sampling(temperature=0.0))
+    "".join(pieces)
+    assert len(SNIPPETS) == 2
+    for snippet in SNIPPETS:
+        printed = run_alone(snippet.replace("The first ", prompt) + "print(written)\n")
+        assert printed == f"{record.text}\n{record.tokens}\n"
     # A new conversion leaves no export of the old one behind.
-    assert script("convert", "runs/tiny", "--force").code == 0
+    assert script("convert", "runs/demo", "--force").code == 0
     assert not (folder / "export").exists()
     assert not (folder / "onnx").exists()
 

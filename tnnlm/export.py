@@ -35,6 +35,8 @@ PREFILL_CHUNK = 64
 """tokens that the exported prefill reads at a time: a fixed length, shorter ones padded"""
 _INTERFACE = "interface.json"
 _BATCH = "batch"
+_FOLDED = 1 << 28
+"""numbers of a constant that may be worked out in advance; the library's own limit is less than a layer's"""
 _ROWS = 2
 """of the example: one row would be taken for a constant"""
 
@@ -77,6 +79,10 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
             verbose=False,
         )
         assert program is not None
+        from onnxscript.optimizer import optimize_ir
+
+        # Poles are split into float32 once and for all, however many: many runtimes have no float64.
+        optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
         program.save(temporary / "step.onnx")
         _describe(converted, temporary, ("step",))
     return target
