@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_checkpoint import write_converted
 
@@ -66,6 +67,16 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
         if "extra ==" not in line
     }
     assert needed == {"torch", "tokenizers", "safetensors", "omegaconf", "numpy"}
+
+
+def test_citation_and_changelog_name_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == tnnlm.__version__
+    for paper in citation["references"]:
+        assert {"type", "title", "authors", "year"} <= paper.keys()
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{tnnlm.__version__}] - {citation['date-released']}" in changes
 
 
 def test_source_distribution_has_scripts_tests_and_documents(distributions: Path) -> None:
