@@ -165,6 +165,24 @@ def test_onnx_of_poles_per_channel_holds_no_float64() -> None:
     assert "Cast" not in {node.op_type for node in written.graph.node}
 
 
+def test_layers_without_a_state_have_no_inputs() -> None:
+    def layer(taps: int) -> RecurrentConv:
+        return RecurrentConv(
+            SSMParams(torch.randn(96, taps), torch.zeros(2, 0).double(), torch.zeros(96, 2, 0))
+        )
+
+    for taps, names in (((1, 1), []), ((1, 3), ["layer1_window"])):
+        model = CausalLM(tiny_config(d_model=32), [layer(number) for number in taps]).eval()
+        folder = export_torch(whole(model), Path("out"))
+        inputs = json.loads((folder / "interface.json").read_text())["step"]["inputs"]
+        assert [part["name"] for part in inputs] == ["tokens", *names]
+        step = torch.export.load(folder / "step.pt2").module()
+        state = [torch.zeros(3, *part["shape"][1:]) for part in inputs[1:]]
+        logits, *_ = step(torch.tensor([1, 2, 3]), *state)
+        expected, _ = model.step(torch.tensor([1, 2, 3]), model.init_state(3))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def run_alone(code: str) -> str:
     """What a program prints that can't import this package."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -7,6 +7,7 @@ description of inputs and outputs. States and the step's arithmetic are real, in
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -51,6 +52,7 @@ def export_torch(converted: ConvertedModel, folder: Path) -> Path:
     Returns:
         the folder that was written, whole or not at all.
     """
+    converted = _frozen(converted)
     model, target = converted.model, folder / FOLDERS["torch"]
     with atomic_folder(target) as temporary, _quiet():
         for name, function in (("step", _Step(model)), ("prefill", _Prefill(model))):
@@ -60,7 +62,8 @@ def export_torch(converted: ConvertedModel, folder: Path) -> Path:
 
 
 def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
-    """Write ``folder``/onnx: step.onnx, interface.json, tokenizer.json; arguments as above.
+    """Write ``folder``/onnx: step.onnx, interface.json, tokenizer.json; arguments and what is returned are
+    those of :func:`export_torch`.
 
     The step alone: prefill needs complex powers, which ONNX has no type for.
 
@@ -68,6 +71,7 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
         UserError: if the extra ``[onnx]`` isn't installed.
     """
     check_onnx()
+    converted = _frozen(converted)
     function, target = _Step(converted.model), folder / FOLDERS["onnx"]
     names = _names(function)
     with atomic_folder(target) as temporary, _quiet():
@@ -99,12 +103,17 @@ def check_onnx() -> None:
         raise UserError(f"--onnx: needs {' and '.join(missing)}: pip install 'tnnlm[onnx]'")
 
 
+def _frozen(converted: ConvertedModel) -> ConvertedModel:
+    """A copy without gradients, which a loaded program would compute otherwise."""
+    return converted._replace(model=copy.deepcopy(converted.model).eval().requires_grad_(False))
+
+
 class _Flat(nn.Module):
     """A function of the model on the state's tensors in a row, those without numbers left out."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         parts, self._structure = tree_flatten(model.init_state(_ROWS))
         self._kept = [bool(part.numel()) for part in parts]
 
@@ -167,7 +176,8 @@ def _program(function: _Flat) -> ExportedProgram:
 def _shapes(function: _Flat, batch: Any) -> dict[str, Any]:
     """What is free: the first dimension of all inputs, as ``batch``."""
     free = {0: batch}
-    return {**dict.fromkeys(function.inputs, free), "state": tuple(free for _ in function.state)}
+    state = {"state": tuple(free for _ in function.state)} if function.state else {}
+    return {**dict.fromkeys(function.inputs, free), **state}
 
 
 def _names(function: _Flat) -> dict[str, list[str]]:
