@@ -39,31 +39,7 @@ def parse() -> argparse.Namespace:
         "--compile, --export and --onnx alone",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/converted")
-    parser.add_argument("--method", choices=METHODS, default="balanced", help="default: balanced")
-    parser.add_argument(
-        "--horizon",
-        default="auto",
-        metavar="N|auto",
-        help="lags that must be right; auto (default): until the kernel's rest is float32 rounding",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-3,
-        metavar="X",
-        help="relative tap error for balanced, auto (default: 1e-3)",
-    )
-    parser.add_argument(
-        "--order", type=int, metavar="N", help="state numbers per channel, instead of a tolerance"
-    )
-    parser.add_argument(
-        "--poles", choices=("shared", "channel"), default="shared", help="one set per layer, or per channel"
-    )
-    parser.add_argument(
-        "--window-taps", type=int, default=0, metavar="P", help="balanced: keep the first P lags exactly"
-    )
-    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
-    parser.add_argument("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
+    add_recipe(parser)
     parser.add_argument(
         "--compile",
         nargs="*",
@@ -96,6 +72,35 @@ def parse() -> argparse.Namespace:
     if args.converted:
         refuse_recipe(parser, args)
     return args
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """How kernels are converted."""
+    parser.add_argument("--method", choices=METHODS, default="balanced", help="default: balanced")
+    parser.add_argument(
+        "--horizon",
+        default="auto",
+        metavar="N|auto",
+        help="lags that must be right; auto (default): until the kernel's rest is float32 rounding",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="relative tap error for balanced, auto (default: 1e-3)",
+    )
+    parser.add_argument(
+        "--order", type=int, metavar="N", help="state numbers per channel, instead of a tolerance"
+    )
+    parser.add_argument(
+        "--poles", choices=("shared", "channel"), default="shared", help="one set per layer, or per channel"
+    )
+    parser.add_argument(
+        "--window-taps", type=int, default=0, metavar="P", help="balanced: keep the first P lags exactly"
+    )
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
+    parser.add_argument("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
 
 
 def refuse_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
