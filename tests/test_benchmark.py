@@ -14,13 +14,18 @@ from conftest import ROOT, tiny_config
 from training_runs import tiny_run
 
 from tnnlm.benchmark.llamacpp import llama_cpp
+from tnnlm.benchmark.onnx import OnnxModel
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import plot, table
 from tnnlm.benchmark.subjects import CONVERSIONS, ours
 from tnnlm.benchmark.timing import Effort, read_bandwidth, time_prefill, time_steps
 from tnnlm.benchmark.train_timing import peak_bytes
 from tnnlm.benchmark.training import NAMES, OURS, trainee
+from tnnlm.checkpoint import ConvertedModel
+from tnnlm.conversion import convert_model
 from tnnlm.errors import run_script
+from tnnlm.model import CausalLM
+from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 
 SHAPE = tiny_config(d_model=64, n_layers=2, glu_dim=64)
@@ -42,6 +47,21 @@ def test_our_models_step_and_read_at_every_context(conversion: str, dtype: str, 
     assert rows[0].keys() >= FIELDS | {"state_bytes", "bandwidth_share"}
     assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
     assert [row["context"] for row in time_prefill([subject], [3, 600], 300, LITTLE)] == [3, 600]
+
+
+@pytest.mark.parametrize("conversion", ["balanced", "window512"])
+def test_onnxruntime_takes_our_steps(conversion: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = convert_model(CausalLM(SHAPE).eval(), **CONVERSIONS[conversion])
+    whole = ConvertedModel(model, train_bpe([" "], 257, "<eos>", 1, False), "")
+    other = OnnxModel(whole, tmp_path)
+    state = expected_state = model.init_state(2)
+    for tokens in torch.randint(300, (5, 2)):
+        logits, state = other.step(tokens, state)
+        expected, expected_state = model.step(tokens, expected_state)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    subject = ours("balanced", "onnxruntime", "float32", SHAPE, tmp_path)
+    assert time_steps([subject], [(1, 5), (3, 9)], LITTLE)[1][1]["name"] == "tnnlm-balanced-onnxruntime"
 
 
 @pytest.mark.parametrize("kind", PEERS)

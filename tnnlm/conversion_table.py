@@ -31,7 +31,7 @@ def show_conversion(done: Conversion, console: Console) -> None:
     for check in done.checks:
         verdict = "ok" if check.passed else "FAILED"
         lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")
-    lines += [f"compiled {path}" for path in done.packages]
+    lines += [f"wrote {path}" for path in done.packages]
     lines.append(f"wrote {done.folder}/; next: python generate.py --model {done.folder} --prompt TEXT")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

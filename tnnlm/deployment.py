@@ -13,7 +13,15 @@ import torch
 from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
-from tnnlm.checkpoint import TrainedCheckpoint, check_out_folder, load_checkpoint, save_converted
+from tnnlm.checkpoint import (
+    ConvertedModel,
+    TrainedCheckpoint,
+    check_out_folder,
+    load_checkpoint,
+    load_converted,
+    model_fingerprint,
+    save_converted,
+)
 from tnnlm.compiled import compile_step
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
@@ -21,6 +29,7 @@ from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.engine import pack
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.export import check_onnx, export_onnx, export_torch
 from tnnlm.model import CausalLM
 from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
@@ -41,7 +50,7 @@ class Conversion:
     report: ModelReport
     checks: list[Check] = field(default_factory=list)
     packages: list[Path] = field(default_factory=list)
-    """compiled steps"""
+    """compiled steps, and exports"""
     note: str | None = None
     """why there are no perplexities, if there are none"""
 
@@ -54,6 +63,7 @@ def convert_checkpoint(
     force: bool,
     verify: bool,
     compiled: Sequence[str] = (),
+    exported: Sequence[str] = (),
     runs_dir: Path = Path("runs"),
 ) -> Conversion:
     """Convert, measure and write.
@@ -65,11 +75,14 @@ def convert_checkpoint(
         force: replace a converted model at ``out``.
         verify: fill ``checks``.
         compiled: dtypes of weights to compile a step for, beside the model.
+        exported: of ``torch`` and ``onnx``, to export it as, beside the model.
 
     Raises:
         UserError: for unusable input; nothing was written then.
     """
     keep_large_blocks()
+    if "onnx" in exported:
+        check_onnx()
     path = find_checkpoint(target, runs_dir)
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)
@@ -90,12 +103,38 @@ def convert_checkpoint(
     if verify:
         _verify(source.model, converted, recipe, done)
     save_converted(folder, converted, source.tokenizer, report, force)
+    whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
+    done.packages = _write_packages(whole, folder, compiled, exported)
+    return done
+
+
+def package_converted(folder: Path, compiled: Sequence[str] = (), exported: Sequence[str] = ()) -> list[Path]:
+    """Compile or export a model that is converted already; arguments are those of
+    :func:`convert_checkpoint`.
+
+    Returns:
+        what was written beside it.
+
+    Raises:
+        UserError: if there is none at ``folder``, or what is asked for can't be made here.
+    """
+    if "onnx" in exported:
+        check_onnx()
+    return _write_packages(load_converted(folder), folder, compiled, exported)
+
+
+def _write_packages(
+    converted: ConvertedModel, folder: Path, compiled: Sequence[str], exported: Sequence[str]
+) -> list[Path]:
+    written = []
     for dtype in _bar(compiled, "compiling"):
         try:
-            done.packages.append(compile_step(copy.deepcopy(converted), folder, dtype))
+            written.append(compile_step(copy.deepcopy(converted.model), folder, dtype))
         except UserError as error:
             raise UserError(f"{folder} is written, but not compiled: {error}") from None
-    return done
+    for form in _bar(exported, "exporting"):
+        written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
+    return written
 
 
 def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:

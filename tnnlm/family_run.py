@@ -23,7 +23,7 @@ from tnnlm.errors import UserError
 from tnnlm.families import Family
 from tnnlm.family_measure import Form, Sizes, decoding, forms_of, held_out_bits, perplexities
 from tnnlm.family_training import device_of, train_family
-from tnnlm.packing import PackedCorpus, prepare
+from tnnlm.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.training.plan import resolve_precision
 
 VERSION = 1
@@ -122,28 +122,7 @@ def compare_families(
     results = Results(out, common)
     for family in families.values():
         results.family(family)
-    failed: dict[str, str] = {}
-    for seed in seeds:
-        for name, family in families.items():
-            known = results.family(family)
-            first = seed == seeds[0]
-            done = str(seed) in known["seeds"] and (not first or results.weights(name).exists())
-            if name in failed or done:
-                continue
-            try:
-                model, cell = train_family(family, rows, seed)
-            except UserError as error:
-                failed[name] = str(error)
-                print(f"left out: {name}: {error}", file=sys.stderr)
-                continue
-            cell["bits_per_byte"] = held_out_bits(model, corpus, family.config, sizes)
-            if first:
-                with atomic_file(results.weights(name)) as temporary:
-                    torch.save(model.state_dict(), temporary)
-                known["measured"] = None
-                results.data["decoding"] = {}
-            known["seeds"][str(seed)] = cell
-            results.save()
+    failed = _train_all(results, families, seeds, corpus, rows, sizes)
     left = {name: family for name, family in families.items() if name not in failed}
     reasons = left_out | failed
     if not left:
@@ -177,6 +156,40 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0]
+
+
+def _train_all(
+    results: Results,
+    families: dict[str, Family],
+    seeds: Sequence[int],
+    corpus: PackedCorpus,
+    rows: PackedRows,
+    sizes: Sizes,
+) -> dict[str, str]:
+    """Train what is not finished; why families failed, by name."""
+    failed: dict[str, str] = {}
+    for seed in seeds:
+        for name, family in families.items():
+            known = results.family(family)
+            first = seed == seeds[0]
+            done = str(seed) in known["seeds"] and (not first or results.weights(name).exists())
+            if name in failed or done:
+                continue
+            try:
+                model, cell = train_family(family, rows, seed)
+            except UserError as error:
+                failed[name] = str(error)
+                print(f"left out: {name}: {error}", file=sys.stderr)
+                continue
+            cell["bits_per_byte"] = held_out_bits(model, corpus, family.config, sizes)
+            if first:
+                with atomic_file(results.weights(name)) as temporary:
+                    torch.save(model.state_dict(), temporary)
+                known["measured"] = None
+                results.data["decoding"] = {}
+            known["seeds"][str(seed)] = cell
+            results.save()
+    return failed
 
 
 def _measure(results: Results, families: dict[str, Family], corpus: PackedCorpus, sizes: Sizes) -> None:

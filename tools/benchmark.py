@@ -38,14 +38,15 @@ from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
 
 LLAMA_CPP = "llama.cpp"
-ENGINES = ("compiled", "packed", "eager")
+ONNX = "onnxruntime"
+ENGINES = ("compiled", "packed", "eager", ONNX)
 CONTEXTS = (128, 512, 2048, 8192)
 BATCH_CONTEXT = 128
 LONGEST_PEER = 8192
 """tokens of a row that all models train on"""
 OURS = {
     "decode": [
-        *(("balanced", engine, "float32") for engine in ("compiled", "packed", "eager")),
+        *(("balanced", engine, "float32") for engine in ENGINES),
         *(("balanced", engine, dtype) for engine in ("compiled", "packed") for dtype in ("bfloat16", "int8")),
         *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
     ],
@@ -160,7 +161,12 @@ def gather(
         wanted = [case for case in wanted if case[1] != "compiled"]
     subjects = []
     for case in tqdm(wanted, desc="converting and compiling", leave=False, disable=None):
-        subjects.append(ours(*case, shape, folder))
+        try:
+            subjects.append(ours(*case, shape, folder))
+        except UserError as error:
+            if case[1] != ONNX:
+                raise
+            left_out(ONNX, str(error))
     for kind in args.peers:
         if kind == "mamba" and args.mode == "prefill":
             left_out(kind, "it reads prompts in a loop without its GPU kernels")

@@ -164,7 +164,7 @@ def test_broken_http(small: Running, client: httpx2.Client) -> None:
 
 
 def test_a_body_that_never_comes(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnnlm.serving.body.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("tnnlm.serving.middleware.BODY_SECONDS", 0.3)
     with run_server(generator) as running:
         address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
         with socket.create_connection(address, timeout=10) as connection:

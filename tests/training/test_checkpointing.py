@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from training_runs import tiny_run
 
 from tnnlm.allocator import keep_large_blocks
-from tnnlm.training.checkpointing import AtomicCheckpointIO
+from tnnlm.training.checkpointing import AtomicCheckpointIO, TrainingStopped
 from tnnlm.training.run import train
 
 
@@ -32,6 +35,21 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch,
         AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_stop_before_the_first_step_says_what_is_saved(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopAtOnce(Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # A sharded run begins without a checkpoint.
+    monkeypatch.setattr("tnnlm.training.checkpointing.is_sharded", lambda _: sharded)
+    with pytest.raises(TrainingStopped, match="nothing was saved" if sharded else "step 0, saved"):
+        train(tiny_run(), extra_callbacks=[StopAtOnce()])
+    assert Path("runs/demo/checkpoints/last.ckpt").exists() is not sharded
 
 
 def test_checkpoints_hold_plain_data_and_tensors_only() -> None:

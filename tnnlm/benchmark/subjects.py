@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tnnlm.benchmark.onnx import OnnxModel
 from tnnlm.checkpoint import ConvertedModel
 from tnnlm.compiled import compile_step
 from tnnlm.config import ModelConfig
@@ -66,13 +67,14 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
 
     Args:
         conversion: one of ``CONVERSIONS``.
-        engine: ``compiled``, ``packed`` or ``eager``; ``compiled`` compiles into ``folder`` if need be.
+        engine: ``compiled``, ``packed``, ``eager`` or ``onnxruntime``; the first and the last compile or
+            export into ``folder``.
         dtype: of the weights.
         shape: of the model.
         folder: for compiled steps.
 
     Raises:
-        UserError: if there is no compiler.
+        UserError: if there is no compiler, or no onnxruntime.
     """
     torch.manual_seed(0)
     model = convert_model(CausalLM(shape).eval(), **CONVERSIONS[conversion])  # type: ignore[arg-type]
@@ -82,8 +84,7 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
     weights = linear_weights(model) + model.embedding.weight.numel()
     tokenizer = train_bpe([" "], 257, "<eos>", 1, False)
     whole = ConvertedModel(model, tokenizer, "")
-    generator, _ = open_engine(whole, own, dtype=dtype, engine=engine)
-    decoder = generator.model
+    decoder = _decoder(whole, own, dtype, engine)
 
     def step_at(batch: int, context: int) -> Stepper:
         state = decoder.init_state(batch)
@@ -101,6 +102,12 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
         return state_bytes(decoder.init_state(1))
 
     return Subject(f"tnnlm-{conversion}-{engine}", dtype, weights * WIDTHS[dtype], step_at, prefill, size)
+
+
+def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -> Any:
+    if engine == "onnxruntime":
+        return OnnxModel(converted, folder)
+    return open_engine(converted, folder, dtype=dtype, engine=engine).generator.model
 
 
 def linear_weights(model: Any) -> int:

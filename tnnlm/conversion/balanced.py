@@ -23,7 +23,8 @@ from torch import Tensor
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.hankel import compress, hankel_svd
 from tnnlm.errors import UserError
-from tnnlm.ops.ssm import SSMParams, channels_of, pole_powers, taps
+from tnnlm.ops.powers import pole_powers
+from tnnlm.ops.ssm import SSMParams, channels_of, taps
 
 RANK = 128
 """combinations of channels that choose the poles"""

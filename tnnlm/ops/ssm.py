@@ -15,15 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnnlm.ops.toeplitz import toeplitz, toeplitz_direct
+from tnnlm.ops.powers import mode_taps, power_table
+from tnnlm.ops.ssm_blocks import convolve, prefill_modes
 from tnnlm.precision import working_dtype
 
 _POWERS_BYTES = 1 << 25
 """of powers of the poles that ``taps`` holds at a time"""
-_DIRECT_TAPS = 128
-"""up to so many a direct convolution is faster than an FFT"""
-_SMALL_BLOCK, _FFT_BLOCK = 64, 512
-"""tokens of a block of ``prefill`` at least, and with an FFT inside it"""
 
 
 class SSMParams(NamedTuple):
@@ -97,8 +94,9 @@ def step(
         outputs (B, E) in the dtype of ``x``, and the state after this token.
     """
     u = x.to(state.real.dtype)
-    y, real, imag = _step_modes(params, u, state.real, state.imag)
-    window = state.window
+    y, (window, real, imag) = torch.zeros_like(u), state
+    if params.residues.shape[2]:
+        y, real, imag = _step_modes(params, u, real, imag)
     if params.window.shape[1]:
         recent = torch.cat((u.unsqueeze(-1), window), dim=-1)
         y = y + torch.einsum("bep,ep->be", recent, params.window)
@@ -132,63 +130,19 @@ def prefill(
     dtype = state.real.dtype
     u = x.to(dtype)
     length = x.shape[1]
-    last = torch.full((x.shape[0],), length, device=x.device) if lengths is None else lengths.to(x.device)
+    own = None if lengths is None else lengths.to(x.device)
     y, (window, real, imag) = torch.zeros_like(u), state
     if params.residues.shape[2]:
-        y, real, imag = _prefill_modes(params, u, real, imag, None if lengths is None else last)
+        y, real, imag = prefill_modes(params.poles, params.residues, u, real, imag, own)
     if params.window.shape[1]:
         history = torch.cat((window.flip(-1).transpose(1, 2), u), dim=1)
-        y = y + _convolve(history, params.window)[:, window.shape[2] :]
+        y = y + convolve(history, params.window)[:, window.shape[2] :]
+        last = torch.full((x.shape[0],), length, device=x.device) if own is None else own
         # Row b's last inputs end at history position lengths[b] + P - 1.
         take = last[:, None] + torch.arange(window.shape[2], device=x.device)
         index = take[:, :, None].expand(-1, -1, u.shape[2])
         window = history.gather(1, index).flip(1).transpose(1, 2).contiguous()
     return y.to(x.dtype), SSMState(window, real, imag)
-
-
-def _prefill_modes(
-    params: SSMParams, u: Tensor, real: Tensor, imag: Tensor, last: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the modes add to the outputs (B, L, E), and their state after ``last[b]`` tokens, or all."""
-    length = u.shape[1]
-    block = min(length, _block_length(u, params.residues.shape[2]))
-    powers = pole_powers(params.poles, block + 1)
-    # The sum over the modes in float64: ETSC's terms are hundreds of times the taps they leave.
-    k = _mode_taps(params.residues.double(), powers[..., :block]).to(u.dtype)
-    whole = torch.nn.functional.pad(u, (0, 0, 0, -length % block)) if length % block else u
-    y = _convolve(whole.reshape(-1, block, u.shape[2]), k).reshape(whole.shape)[:, :length]
-    # Modes before channels, real parts over imaginary ones: with shared poles both products of a block are
-    # of row-major matrices then, which BLAS is up to seven times faster at for a handful of modes.
-    s = torch.stack((real, imag), dim=1).transpose(2, 3).contiguous()
-    c = params.residues.permute(1, 2, 0).contiguous()
-    powers = powers.to(u.dtype)
-    powers = powers if powers.dim() == 3 else powers.permute(1, 2, 0, 3)
-    for start in range(0, length, block):
-        part = u[:, start : start + block]
-        _add_free_response(y[:, start : start + block], c, powers, s)
-        if last is None:
-            taken = torch.full((len(u),), part.shape[1], device=u.device)
-        else:
-            taken = (last - start).clamp(0, part.shape[1])
-            part = _align_right(part, taken)
-        s = _advance_modes(powers, part, s, taken)
-    real, imag = (plane.transpose(1, 2).contiguous() for plane in s.unbind(1))
-    return y, real, imag
-
-
-def _block_length(u: Tensor, modes: int) -> int:
-    """Tokens between which the state is carried on. Inside a block a convolution costs in proportion to its
-    length, or by FFT next to nothing more; between blocks every mode costs."""
-    if u.device.type != "cpu" or modes > _DIRECT_TAPS:
-        return _FFT_BLOCK
-    return max(_SMALL_BLOCK, 1 << (modes - 1).bit_length())
-
-
-def _convolve(u: Tensor, k: Tensor) -> Tensor:
-    """``k`` applied to (B, L, E): directly where taps are few and the library is fast at it."""
-    fast = u.device.type == "cpu" and u.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    few = min(k.shape[1], u.shape[1]) <= _DIRECT_TAPS
-    return toeplitz_direct(u, k) if fast and few and not torch.is_grad_enabled() else toeplitz(u, k)
 
 
 def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,14 +178,14 @@ def taps(params: SSMParams, length: int) -> Tensor:
     while 1 << (len(squares) - 1) < wanted:
         squares.append(squares[-1] * squares[-1])
     block, turn = 1 << (len(squares) - 1), squares[-1]
-    powers = _power_table(_as_tensors(squares[:-1] or squares, params.poles.device), block)
+    powers = power_table(_as_tensors(squares[:-1] or squares, params.poles.device), block)
     residues = torch.complex(*params.residues.double().unbind(-2))
     k = powers.new_empty(channels, length)
     # In blocks, the residues turned on by lam^block each time: memory stays at one block of powers.
     c, turned = residues, np.ones_like(turn)
     for start in range(0, length, block):
         stop = min(start + block, length)
-        k[:, start:stop] = _mode_taps(torch.stack((c.real, c.imag), dim=-2), powers[..., : stop - start])
+        k[:, start:stop] = mode_taps(torch.stack((c.real, c.imag), dim=-2), powers[..., : stop - start])
         turned = turned * turn
         c = residues * _as_tensors([turned], residues.device)[0]
     width = min(length, params.window.shape[1])
@@ -239,78 +193,8 @@ def taps(params: SSMParams, length: int) -> Tensor:
     return k
 
 
-def pole_powers(poles: Tensor, length: int) -> Tensor:
-    """lam^0 .. lam^(length-1) as planes, (2, N, length) or (E, 2, N, length), in float64.
-
-    By repeated squaring: a square's rounding doubles with the next, and is length float64 roundings
-    in the end.
-    """
-    squares = [torch.complex(*poles.double().unbind(-2))]
-    while 1 << len(squares) < length:
-        squares.append(squares[-1] * squares[-1])
-    return _power_table(squares, length)
-
-
-def _power_table(squares: list[Tensor], length: int) -> Tensor:
-    """lam^0 .. lam^(length-1) as planes from lam^(2^j), j = 0, 1, ..."""
-    powers = torch.ones((*squares[0].shape, 1), dtype=squares[0].dtype, device=squares[0].device)
-    for square in squares:
-        powers = torch.cat((powers, powers * square.unsqueeze(-1)), dim=-1)
-    powers = powers[..., :length]
-    return torch.stack((powers.real, powers.imag), dim=-3)
-
-
 def _as_tensors(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     return [torch.from_numpy(array.astype(np.complex128)).to(device) for array in arrays]
-
-
-def _mode_taps(residues: Tensor, powers: Tensor) -> Tensor:
-    """Re sum_m c[m] lam[m]^i, (E, L), in the residues' dtype."""
-    powers = powers.to(residues.dtype)
-    signed = torch.stack((residues[:, 0], -residues[:, 1]), dim=1)
-    if powers.dim() == 3:
-        return signed.flatten(1) @ powers.flatten(0, 1)
-    return torch.einsum("ecn,ecnl->el", signed, powers)
-
-
-def _add_free_response(y: Tensor, c: Tensor, powers: Tensor, s: Tensor) -> None:
-    """Add to y (B, L, E) what the state (B, 2, N, E) alone contributes: Re sum_m c[m] lam[m]^(j+1) s_m."""
-    w = _times(c, s)
-    w[:, 1].neg_()
-    later = powers[..., 1 : y.shape[1] + 1]
-    if powers.dim() == 3:
-        y.baddbmm_(later.flatten(0, 1).T.expand(len(y), -1, -1), w.flatten(1, 2))
-    else:
-        y += torch.einsum("bcne,cnel->ble", w, later)
-
-
-def _advance_modes(powers: Tensor, u: Tensor, s: Tensor, last: Tensor) -> Tensor:
-    """The state after ``last[b]`` tokens, lam^last s + sum_{j<last} lam^(last-1-j) u[j], for right-aligned
-    u (B, L, E)."""
-    after = _times(powers[..., last].movedim(-1, 0).reshape(len(u), *powers.shape[:2], -1), s)
-    reverse = powers[..., : u.shape[1]].flip(-1)
-    if powers.dim() == 3:
-        after.flatten(1, 2).baddbmm_(reverse.flatten(0, 1).expand(len(u), -1, -1), u)
-    else:
-        after += torch.einsum("ble,cnel->bcne", u, reverse)
-    return after
-
-
-def _times(a: Tensor, s: Tensor) -> Tensor:
-    """The product of complex numbers as planes: a ([B,] 2, N, E or 1) and s (B, 2, N, E)."""
-    (a_re, a_im), (s_re, s_im) = a.unbind(-3), s.unbind(1)
-    product = torch.empty_like(s)
-    torch.mul(a_re, s_re, out=product[:, 0]).addcmul_(a_im, s_im, value=-1)
-    torch.mul(a_re, s_im, out=product[:, 1]).addcmul_(a_im, s_re)
-    return product
-
-
-def _align_right(u: Tensor, last: Tensor) -> Tensor:
-    """Shift every row's ``last[b]`` tokens to the right end of (B, L, E), zeros in front: one table of
-    powers serves all rows then."""
-    source = torch.arange(u.shape[1], device=u.device) - (u.shape[1] - last[:, None])
-    index = source.clamp(min=0)[:, :, None].expand_as(u)
-    return u.gather(1, index) * (source >= 0)[:, :, None]
 
 
 def channels_of(params: SSMParams, part: slice) -> SSMParams:

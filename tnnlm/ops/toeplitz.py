@@ -76,6 +76,16 @@ def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(padded, weight, groups=len(k)).squeeze(2).transpose(1, 2)
 
 
+def fft_convolution(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op ``tnnlm::causal_conv`` returns for x (E, B, L) and k (E, K), in one piece and in PyTorch's
+    own operations: an exported program goes where ours is not known."""
+    length, taps, n, dtype = _sizes(x, k)
+    k_spectrum = torch.fft.rfft(k[:, :taps].to(dtype), n=n, norm="forward")
+    x_spectrum = torch.fft.rfft(x.to(dtype), n=n)
+    y = _inverse(x_spectrum * k_spectrum[:, None], n)[..., :length]
+    return y.to(x.dtype), x_spectrum, k_spectrum
+
+
 @torch.library.custom_op("tnnlm::causal_conv", mutates_args=())
 def _causal_conv(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs for x (E, B, L) and k (E, K), and the spectra of both for the backward pass.

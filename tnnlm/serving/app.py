@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from tnnlm.generation import TextGenerator
 from tnnlm.serving.answers import Answer
 from tnnlm.serving.batcher import TIMEOUT
-from tnnlm.serving.body import WholeBody
+from tnnlm.serving.middleware import CountAnswers, WholeBody
 from tnnlm.serving.protocol import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.service import Service, Settings
 
@@ -43,14 +43,8 @@ def create_app(generator: TextGenerator, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_middleware(WholeBody, limit=settings.limits.max_body_bytes)
+    app.add_middleware(CountAnswers, counter=service.metrics.responses)
     key = Depends(_key_check(settings.api_key))
-
-    @app.middleware("http")
-    async def count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call(request)
-        if request.url.path.startswith("/v1/"):
-            service.metrics.responses.labels(str(response.status_code)).inc()
-        return response
 
     @app.get("/v1/models", dependencies=[key])
     def models() -> dict[str, Any]:

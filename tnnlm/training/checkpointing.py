@@ -32,14 +32,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if TIME_LIMIT is None else [
 """those that end a training at the next step border"""
 
 
+NOTHING_SAVED = "nothing was saved yet; start again"
+
+
 class TrainingStopped(Exception):
-    """The training was asked to stop; the run was saved at a step border.
+    """The training was asked to stop; the run was saved at a step border, if there was a step.
 
     ``time_limit`` is set if a cluster asked for it, whose time for the job is nearly up.
     """
 
-    def __init__(self, step: int, run: Path, time_limit: bool = False) -> None:
-        super().__init__(f"stopped after step {step}, saved; go on with: python train.py --resume {run}")
+    def __init__(self, step: int, run: Path, time_limit: bool = False, saved: bool = True) -> None:
+        go_on = f"saved; go on with: python train.py --resume {run}"
+        super().__init__(f"stopped after step {step}, {go_on if saved else NOTHING_SAVED}")
         self.step = step
         self.time_limit = time_limit
 
@@ -175,10 +179,11 @@ class SaveLast(Callback):
         for number in self._handlers:
             signal.signal(number, self._request)
         assert isinstance(pl_module, LitCausalLM)
+        if self._step:
+            self.saved_step = self._step
         # To gather moments of shards that aren't there yet, torch takes a step of zeros, which counts.
-        if self._step == 0 and not is_sharded(pl_module.model):
+        elif not is_sharded(pl_module.model):
             self._save(trainer, pl_module)
-        self.saved_step = self._step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -188,12 +193,13 @@ class SaveLast(Callback):
         if not self._at_border:
             return
         stop = trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
-        if self._step != self.saved_step and (stop or self._step % self.every_n_steps == 0):
+        new = self._step not in (0, self.saved_step)
+        if new and (stop or self._step % self.every_n_steps == 0):
             self._save(trainer, pl_module)
         if stop:
             limit = TIME_LIMIT is not None and TIME_LIMIT in self._received
             limit = trainer.strategy.reduce_boolean_decision(limit, all=False)
-            raise TrainingStopped(self._step, self.run, limit)
+            raise TrainingStopped(self._step, self.run, limit, self.saved_step is not None)
 
     def on_train_batch_end(
         self,
@@ -235,11 +241,13 @@ class SaveLast(Callback):
 
     def diverged(self, step: int, reason: str) -> TrainingDiverged:
         """What to raise when training can't go on, saying how it can."""
-        return TrainingDiverged(
-            f"stopped after step {step}: {reason}; the last good checkpoint is {self.path} of step "
-            f"{self.saved_step}; go on from it with other settings, for example: "
-            f"python train.py --resume {self.run} optim.lr=..."
-        )
+        go_on = NOTHING_SAVED
+        if self.saved_step is not None:
+            go_on = (
+                f"the last good checkpoint is {self.path} of step {self.saved_step}; go on from it with "
+                f"other settings, for example: python train.py --resume {self.run} optim.lr=..."
+            )
+        return TrainingDiverged(f"stopped after step {step}: {reason}; {go_on}")
 
     def _save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.check_finite(trainer, pl_module)

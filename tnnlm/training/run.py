@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
@@ -24,22 +20,17 @@ from tnnlm.config_io import config_to_yaml
 from tnnlm.data import TextDataModule, open_rows
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.packing import prepare
-from tnnlm.runs import BEST, LAST
+from tnnlm.runs import LAST
 from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.averaging import averaging
-from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback, SaveLast
+from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
 from tnnlm.training.guard import Guard
-from tnnlm.training.jobs import cluster_plugins, record_job
+from tnnlm.training.jobs import record_job
 from tnnlm.training.lit_module import LitCausalLM
-from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
-from tnnlm.training.plan import FSDP, make_plan, resolve_devices, resolve_precision
-from tnnlm.training.progress import TrainingBar
+from tnnlm.training.plan import make_plan
 from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resumable
-from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
-from tnnlm.training.wandb_log import wandb_logger
-from tnnlm.training.watch import DataWait
+from tnnlm.training.trainer import build_trainer
 
 
 def train(
@@ -74,32 +65,20 @@ def train(
     resume_step = None
     if run is not None and (job is None or began(run)):
         resume_step = check_resumable(config, run, source)
-    if is_main_process():
-        # Before anything is written, so that unusable text leaves no run behind. The other ranks
-        # find it in the cache, after Lightning's barrier.
-        corpus = prepare(config.data, config.model.vocab_size, config.seed)
-        open_rows(corpus, config)
-        folder = run or _new_folder(config)
-        if job is not None:
-            record_job(folder, job)
-        if resume_step is not None:
-            _check_tokenizer(folder, corpus.tokenizer)
-            begin_at(folder, source, resume_step)
-    else:
-        # Rank 0 chooses the name: it is broadcast to the callbacks that write.
-        folder = run or Path(config.runs_dir)
+    folder, tokenizer = _open_folder(config, run, source, job, resume_step)
     lightning.seed_everything(config.seed, verbose=False)
     last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
     guards: list[Callback] = [last, Guard(config.trainer, last), ResumedSettings(config)]
     try:
-        trainer = _build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
+        trainer = build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
     except ConfigError:
         if run is None and is_main_process():
             shutil.rmtree(folder)  # new, with nothing trained in it
         raise
     module, data = LitCausalLM(config), TextDataModule(config)
     if trainer.global_rank == 0:
-        write_text(folder / "tokenizer.json", corpus.tokenizer.to_json())
+        assert tokenizer is not None
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
         write_text(folder / "config.yaml", config_to_yaml(config))
         _show_start(config, folder, resume_step)
     _fit(trainer, module, data, None if resume_step is None else folder / source, last)
@@ -121,72 +100,24 @@ def is_main_process() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
-def _build_trainer(
-    config: Config,
-    strategy: str | Strategy,
-    folder: Path,
-    resume_step: int | None,
-    callbacks: list[Callback],
-) -> lightning.Trainer:
-    settings = config.trainer
-    best = ModelCheckpoint(
-        dirpath=folder / BEST.parent,
-        filename=BEST.stem,
-        monitor="val/ppl",
-        enable_version_counter=False,
-        # A run is one epoch: at its end the best model would be long gone.
-        save_on_train_epoch_end=False,
-    )
-    samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
-    # What came after the checkpoint will be logged again.
-    redone = None if resume_step is None else resume_step + 1
-    loggers: list[Logger] = [
-        MetricsCSV(folder / "metrics.csv", config.model.n_layers, resume_step),
-        TensorBoardLogger(folder, name="", version="tensorboard", purge_step=redone),
-    ]
-    shown: list[Callback] = []
-    if sys.stdout.isatty():
-        shown.append(TrainingBar(Console()))
-    else:
-        loggers.append(PlainLines(settings.max_steps))
-    if settings.wandb is not None:
-        loggers.append(wandb_logger(config, folder))
-    average = averaging(config)
-    options = dict[str, Any](
-        accelerator=settings.accelerator,
-        devices=resolve_devices(config),
-        num_nodes=settings.num_nodes,
-        strategy=strategy,
-        # Lightning's inference mode makes tensors that FSDP2 can't train on when it gathers into them.
-        inference_mode=settings.strategy != FSDP,
-        precision=resolve_precision(config),
-        max_steps=settings.max_steps,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=config.optim.grad_clip or None,
-        log_every_n_steps=1,  # the module keeps its own interval
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=bool(shown),
-        default_root_dir=folder,
-        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
-        profiler=DataWait(),
-        logger=loggers,
-        callbacks=[
-            *shown,
-            ValidationSchedule(settings.val_every_n_steps),
-            *average,  # before what saves
-            ConversionCallback(config, *average),
-            samples,
-            *callbacks,
-            best,
-        ],
-    )
-    try:
-        return lightning.Trainer(**options)
-    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
-        raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
+def _open_folder(
+    config: Config, run: Path | None, source: Path, job: str | None, resume_step: int | None
+) -> tuple[Path, TextTokenizer | None]:
+    """The run's folder, ready to be written to, and on the main process the tokenizer of its text."""
+    if not is_main_process():
+        # Rank 0 chooses the name: it is broadcast to the callbacks that write.
+        return run or Path(config.runs_dir), None
+    # Before anything is written, so that unusable text leaves no run behind. The other ranks find it in
+    # the cache, after Lightning's barrier.
+    corpus = prepare(config.data, config.model.vocab_size, config.seed)
+    open_rows(corpus, config)
+    folder = run or _new_folder(config)
+    if job is not None:
+        record_job(folder, job)
+    if resume_step is not None:
+        _check_tokenizer(folder, corpus.tokenizer)
+        begin_at(folder, source, resume_step)
+    return folder, corpus.tokenizer
 
 
 def _fit(
@@ -198,7 +129,7 @@ def _fit(
         if error.errno not in OS_ADVICE:
             raise
         what = OS_ADVICE[error.errno].partition(":")[0]
-        go_on = "nothing was saved yet; start again"
+        go_on = NOTHING_SAVED
         if last.saved_step is not None:
             go_on = f"go on from step {last.saved_step} with: python train.py --resume {last.run}"
         raise CheckpointError(

@@ -1,9 +1,13 @@
-"""ASGI middleware: a request's body in full before anything looks at it, or a refusal."""
+"""ASGI middleware: a request's body in full before anything looks at it, or a refusal; counted answers.
+
+Written as plain ASGI: a framework's would hand every piece of a stream through a queue of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tnnlm.serving.protocol import error_response
@@ -56,3 +60,22 @@ class WholeBody:
                 return None
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+class CountAnswers:
+    """Counts the answers of the API by status."""
+
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+        self.app = app
+        self.counter = counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.counter.labels(str(message["status"])).inc()
+            await send(message)
+
+        api = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await self.app(scope, receive, counted if api else send)

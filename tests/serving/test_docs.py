@@ -1,0 +1,45 @@
+"""What docs/serving.md shows works as it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+
+from conftest import ROOT
+from servers import Running
+
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_curl(server: Running) -> None:
+    (command,) = (block for block in blocks("bash") if "curl" in block)
+    done = subprocess.run(command.replace(ADDRESS, server.url), shell=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["choices"][0]["finish_reason"] == "length"
+
+
+def test_python(server: Running) -> None:
+    (code,) = blocks("python")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace(ADDRESS, server.url), {})
+    assert len(printed.getvalue()) > 20
+
+
+def test_limits_are_the_defaults() -> None:
+    from tnnlm.serving.limits import Limits
+
+    limits = Limits()
+    rows = dict(re.findall(r"\| `--([a-z-]+)` \| ([\d,]+)", PAGE))
+    assert int(rows["max-batch"]) == limits.max_batch
+    assert int(rows["max-queue"].replace(",", "")) == limits.max_queue
+    assert int(rows["max-prompt-tokens"].replace(",", "")) == limits.max_prompt_tokens
+    assert int(rows["max-tokens"].replace(",", "")) == limits.max_tokens
+    assert int(rows["timeout"]) == limits.timeout

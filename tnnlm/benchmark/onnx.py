@@ -1,0 +1,47 @@
+"""Our step in onnxruntime: what ``convert.py --onnx`` writes, timed beside our own engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tnnlm.checkpoint import ConvertedModel
+from tnnlm.errors import UserError
+from tnnlm.export import export_onnx
+from tnnlm.model import ModelState
+
+
+class OnnxModel:
+    """A converted model whose steps onnxruntime takes; prompts go to the model itself."""
+
+    def __init__(self, converted: ConvertedModel, folder: Path) -> None:
+        """Export it into ``folder`` and open it, on as many threads as torch has.
+
+        Raises:
+            UserError: if the extra ``[onnx]`` isn't installed.
+        """
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError("it needs onnxruntime: pip install 'tnnlm[onnx]'") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        path = export_onnx(converted, folder) / "step.onnx"
+        self._session = onnxruntime.InferenceSession(path, options)
+        self._names = [part.name for part in self._session.get_inputs()]
+        self.init_state = converted.model.init_state
+        self.prefill = converted.model.prefill
+
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """As :meth:`tnnlm.model.CausalLM.step`; tensors and arrays share their memory."""
+        given = [tokens, *(part for layer in state.layers for part in layer if part.numel())]
+        feeds = {name: part.numpy() for name, part in zip(self._names, given, strict=True)}
+        outputs = iter(self._session.run(None, feeds))
+        logits = torch.from_numpy(next(outputs))
+        layers = [
+            type(layer)(*(torch.from_numpy(next(outputs)) if part.numel() else part for part in layer))
+            for layer in state.layers
+        ]
+        return logits, ModelState(tuple(layers))

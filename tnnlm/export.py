@@ -1,0 +1,232 @@
+"""A converted model for other runtimes: ``torch.export`` of step and prefill, and the step as ONNX.
+
+The state goes in and comes out as plain tensors, the batch dimension is free, and what is written runs
+without this package: torch, or an ONNX runtime, alone. A folder is whole in itself, with the tokenizer and a
+description of inputs and outputs. States and the step's arithmetic are real, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.checkpoint import ConvertedModel
+from tnnlm.errors import UserError
+from tnnlm.model import CausalLM, ModelState
+from tnnlm.ops.toeplitz import fft_convolution
+
+FORMAT = 1
+"""of interface.json: raised when what it says changes"""
+FOLDERS = {"torch": Path("export"), "onnx": Path("onnx")}
+"""of each form, beside the converted model"""
+PREFILL_CHUNK = 64
+"""tokens that the exported prefill reads at a time: a fixed length, shorter ones padded"""
+_INTERFACE = "interface.json"
+_BATCH = "batch"
+_FOLDED = 1 << 28
+"""numbers of a constant that may be worked out in advance; the library's own limit is less than a layer's"""
+_ROWS = 2
+"""of the example: one row would be taken for a constant"""
+
+
+def export_torch(converted: ConvertedModel, folder: Path) -> Path:
+    """Write ``folder``/export: step.pt2, prefill.pt2, interface.json, tokenizer.json; seconds.
+
+    Args:
+        converted: on the CPU, in float32, unpacked.
+        folder: of the converted model.
+
+    Returns:
+        the folder that was written, whole or not at all.
+    """
+    converted = _frozen(converted)
+    model, target = converted.model, folder / FOLDERS["torch"]
+    with atomic_folder(target) as temporary, _quiet():
+        for name, function in (("step", _Step(model)), ("prefill", _Prefill(model))):
+            torch.export.save(_program(function), temporary / f"{name}.pt2")
+        _describe(converted, temporary, ("step", "prefill"))
+    return target
+
+
+def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
+    """Write ``folder``/onnx: step.onnx, interface.json, tokenizer.json; arguments and what is returned are
+    those of :func:`export_torch`.
+
+    The step alone: prefill needs complex powers, which ONNX has no type for.
+
+    Raises:
+        UserError: if the extra ``[onnx]`` isn't installed.
+    """
+    check_onnx()
+    converted = _frozen(converted)
+    function, target = _Step(converted.model), folder / FOLDERS["onnx"]
+    names = _names(function)
+    with atomic_folder(target) as temporary, _quiet():
+        program = torch.onnx.export(
+            _program(function),
+            dynamic_shapes=_shapes(function, _BATCH),
+            input_names=names["inputs"],
+            output_names=names["outputs"],
+            verbose=False,
+        )
+        assert program is not None
+        from onnxscript.optimizer import optimize_ir
+
+        # Poles are split into float32 once and for all, however many: many runtimes have no float64.
+        optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+        program.save(temporary / "step.onnx")
+        _describe(converted, temporary, ("step",))
+    return target
+
+
+def check_onnx() -> None:
+    """Whether ONNX can be written.
+
+    Raises:
+        UserError: if not, saying what to install.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--onnx: needs {' and '.join(missing)}: pip install 'tnnlm[onnx]'")
+
+
+def _frozen(converted: ConvertedModel) -> ConvertedModel:
+    """A copy without gradients, which a loaded program would compute otherwise."""
+    return converted._replace(model=copy.deepcopy(converted.model).eval().requires_grad_(False))
+
+
+class _Flat(nn.Module):
+    """A function of the model on the state's tensors in a row, those without numbers left out."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+        parts, self._structure = tree_flatten(model.init_state(_ROWS))
+        self._kept = [bool(part.numel()) for part in parts]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """An empty state, by name."""
+        layers = self.model.init_state(_ROWS).layers
+        parts = {f"layer{i}_{name}": part for i, s in enumerate(layers) for name, part in s._asdict().items()}
+        return {name: part for name, part in parts.items() if part.numel()}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Examples of what comes before the state, by name."""
+        return {"tokens": torch.zeros(_ROWS, dtype=torch.long)}
+
+    def _state(self, rows: int, parts: tuple[Tensor, ...]) -> ModelState:
+        given = iter(parts)
+        whole = tree_flatten(self.model.init_state(rows))[0]
+        leaves = [next(given) if kept else part for part, kept in zip(whole, self._kept, strict=True)]
+        state: ModelState = tree_unflatten(leaves, self._structure)
+        return state
+
+    def _outputs(self, logits: Tensor, state: ModelState) -> tuple[Tensor, ...]:
+        parts = zip(tree_flatten(state)[0], self._kept, strict=True)
+        return (logits, *(part.contiguous() for part, kept in parts if kept))
+
+
+class _Step(_Flat):
+    """(tokens (B,), state) -> (logits (B, V), state)."""
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        return self._outputs(*self.model.step(tokens, self._state(tokens.shape[0], state)))
+
+
+class _Prefill(_Flat):
+    """(tokens (B, C), lengths (B,), state) -> (logits after each row's last token (B, V), state)."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {
+            "tokens": torch.zeros(_ROWS, PREFILL_CHUNK, dtype=torch.long),
+            "lengths": torch.full((_ROWS,), PREFILL_CHUNK),
+        }
+
+    def forward(self, tokens: Tensor, lengths: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, after = self.model.prefill(tokens, self._state(tokens.shape[0], state), lengths, keep=1)
+        return self._outputs(logits[:, 0], after)
+
+
+def _program(function: _Flat) -> ExportedProgram:
+    """The function as a graph of PyTorch's own operations."""
+    example = (*function.inputs.values(), *function.state.values())
+    with torch.no_grad():
+        program = torch.export.export(function, example, dynamic_shapes=_shapes(function, Dim(_BATCH, min=1)))
+        # Our own operation can't be known elsewhere.
+        table: dict[Any, Callable[..., Any]] = {torch.ops.tnnlm.causal_conv.default: fft_convolution}
+        return program.run_decompositions(table)
+
+
+def _shapes(function: _Flat, batch: Any) -> dict[str, Any]:
+    """What is free: the first dimension of all inputs, as ``batch``."""
+    free = {0: batch}
+    state = {"state": tuple(free for _ in function.state)} if function.state else {}
+    return {**dict.fromkeys(function.inputs, free), **state}
+
+
+def _names(function: _Flat) -> dict[str, list[str]]:
+    return {
+        "inputs": [*function.inputs, *function.state],
+        "outputs": ["logits", *(f"next_{name}" for name in function.state)],
+    }
+
+
+def _describe(converted: ConvertedModel, folder: Path, functions: tuple[str, ...]) -> None:
+    """Write interface.json and tokenizer.json."""
+    model, tokenizer, fingerprint = converted
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "model_sha256": fingerprint,
+        "vocab_size": model.config.vocab_size,
+        "tokenizer_size": tokenizer.size,
+        "eos_id": tokenizer.eos_id,
+    }
+    kinds: dict[str, type[_Flat]] = {"step": _Step, "prefill": _Prefill}
+    for name in functions:
+        data[name] = _interface(kinds[name](model))
+    write_text(folder / _INTERFACE, json.dumps(data, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+
+
+def _interface(function: _Flat) -> dict[str, Any]:
+    """Names, shapes and dtypes in order; of the state also where it begins, and where it goes on from."""
+    inputs = [_tensor(name, part) for name, part in function.inputs.items()]
+    state = [_tensor(name, part) | {"initial": 0.0} for name, part in function.state.items()]
+    logits = {"name": "logits", "shape": [_BATCH, function.model.config.vocab_size], "dtype": "float32"}
+    after = [_tensor(f"next_{name}", part) | {"feeds": name} for name, part in function.state.items()]
+    return {"inputs": inputs + state, "outputs": [logits, *after]}
+
+
+def _tensor(name: str, part: Tensor) -> dict[str, Any]:
+    dtype = str(part.dtype).removeprefix("torch.")
+    return {"name": name, "shape": [_BATCH, *part.shape[1:]], "dtype": dtype}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says about itself: what it deprecates, and what isn't installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

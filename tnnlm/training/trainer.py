@@ -1,0 +1,113 @@
+"""Lightning's Trainer as a configuration asks for it: callbacks, loggers, devices, precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
+from rich.console import Console
+
+from tnnlm.config import Config
+from tnnlm.errors import ConfigError
+from tnnlm.runs import BEST
+from tnnlm.training.averaging import averaging
+from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback
+from tnnlm.training.jobs import cluster_plugins
+from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
+from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
+from tnnlm.training.progress import TrainingBar
+from tnnlm.training.schedule import ValidationSchedule
+from tnnlm.training.wandb_log import wandb_logger
+from tnnlm.training.watch import DataWait
+
+
+def build_trainer(
+    config: Config,
+    strategy: str | Strategy,
+    folder: Path,
+    resume_step: int | None,
+    callbacks: list[Callback],
+) -> lightning.Trainer:
+    """The trainer of one run.
+
+    Args:
+        config: all settings.
+        strategy: as Lightning takes it.
+        folder: of the run.
+        resume_step: the step it goes on from, if any.
+        callbacks: of the caller; what saves the best model comes after them.
+
+    Raises:
+        ConfigError: for an accelerator or a strategy that can't be had here.
+    """
+    settings = config.trainer
+    at_terminal = sys.stdout.isatty()
+    options = dict[str, Any](
+        accelerator=settings.accelerator,
+        devices=resolve_devices(config),
+        num_nodes=settings.num_nodes,
+        strategy=strategy,
+        # Lightning's inference mode makes tensors that FSDP2 can't train on when it gathers into them.
+        inference_mode=settings.strategy != FSDP,
+        precision=resolve_precision(config),
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=config.optim.grad_clip or None,
+        log_every_n_steps=1,  # the module keeps its own interval
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=at_terminal,
+        default_root_dir=folder,
+        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
+        profiler=DataWait(),
+        logger=_loggers(config, folder, resume_step, at_terminal),
+        callbacks=_callbacks(config, folder, callbacks, at_terminal),
+    )
+    try:
+        return lightning.Trainer(**options)
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
+        raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
+
+
+def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal: bool) -> list[Logger]:
+    # What came after the checkpoint will be logged again.
+    redone = None if resume_step is None else resume_step + 1
+    loggers: list[Logger] = [
+        MetricsCSV(folder / "metrics.csv", config.model.n_layers, resume_step),
+        TensorBoardLogger(folder, name="", version="tensorboard", purge_step=redone),
+    ]
+    if not at_terminal:
+        loggers.append(PlainLines(config.trainer.max_steps))
+    if config.trainer.wandb is not None:
+        loggers.append(wandb_logger(config, folder))
+    return loggers
+
+
+def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal: bool) -> list[Callback]:
+    settings = config.trainer
+    average = averaging(config)
+    best = ModelCheckpoint(
+        dirpath=folder / BEST.parent,
+        filename=BEST.stem,
+        monitor="val/ppl",
+        enable_version_counter=False,
+        # A run is one epoch: at its end the best model would be long gone.
+        save_on_train_epoch_end=False,
+    )
+    return [
+        *([TrainingBar(Console())] if at_terminal else []),
+        ValidationSchedule(settings.val_every_n_steps),
+        *average,  # before what saves
+        ConversionCallback(config, *average),
+        SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens),
+        *given,
+        best,
+    ]
