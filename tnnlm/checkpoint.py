@@ -238,8 +238,7 @@ def load_converted(folder: Path) -> ConvertedModel:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         # save_pretrained of tnnlm.hf writes names under the model's own.
         tensors = {
-            key.removeprefix(_PREFIX): value
-            for key, value in load_file(folder / "model.safetensors").items()
+            key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
         }
         if config["format"] != FORMAT:
             raise CheckpointError(f"{folder}: made by another version of this project; convert again")
@@ -256,7 +255,9 @@ def load_converted(folder: Path) -> ConvertedModel:
         model = CausalLM(model_config, convs).eval().requires_grad_(False)
     _load_weights(model, tensors, folder)
     check_tokenizer(tokenizer, model, folder)
-    if tokenizer.fingerprint != fingerprint and tokenizer.ids_fingerprint != config.get("tokenizer_ids_sha256"):
+    if tokenizer.fingerprint != fingerprint and tokenizer.ids_fingerprint != config.get(
+        "tokenizer_ids_sha256"
+    ):
         raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
     return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 

@@ -21,7 +21,9 @@ from tnnlm.generation import TextGenerator
 from tnnlm.model import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
-TEXT = "The first words, some more words, and then the last words of all; 1, 2, 3 \u2014 na\u00efve caf\u00e9s."
+TEXT = (
+    "The first words, some more words, and then the last words of all; 1, 2, 3 \u2014 na\u00efve caf\u00e9s."
+)
 FORMS = {
     "tno-balanced": ("tno", "balanced"),
     "tno-etsc": ("tno", "etsc"),
@@ -50,7 +52,7 @@ def lively_model(family: str = "tno", **changes: Any) -> CausalLM:
     """A random model whose greedy text doesn't repeat one token, its blocks outweigh the residual stream,
     and doesn't end, for the end token comes last."""
     torch.manual_seed(1)
-    model = CausalLM(tiny_config(kernel=FAMILIES[family](), **changes)).eval()
+    model = CausalLM(tiny_config(**{"kernel": FAMILIES[family](), **changes})).eval()
     with torch.no_grad():
         model.embedding.weight[0] = 0
         for block in model.layers:

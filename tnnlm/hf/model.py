@@ -24,7 +24,7 @@ from tnnlm.model import CausalLM, ModelState
 class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
     """A converted language model: constant time and memory per token, any number of tokens.
 
-    For inference: recurrences are converted, not trained. Poles are float64, residues, windows and states
+    For inference: recurrences are converted, not trained, and ``forward`` builds no graph. Poles are float64, residues, windows and states
     float32 at least, whatever ``dtype`` the weights have.
     """
 
@@ -39,7 +39,6 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TnnlmConfig) -> None:
         super().__init__(config)
         self.model = CausalLM(config.sizes(), config.convs())
-        self.requires_grad_(False)
         self.post_init()
         self.eval()
 
