@@ -22,6 +22,7 @@ from tnnlm.engine import pack
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.model import CausalLM
+from tnnlm.model_card import model_card
 from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
 
@@ -89,7 +90,8 @@ def convert_checkpoint(
         done.note = f"no perplexities: {error}"
     if verify:
         _verify(source.model, converted, recipe, done)
-    save_converted(folder, converted, source.tokenizer, report, force)
+    card = model_card(source.config, source.step, source.model, report, done.note)
+    save_converted(folder, converted, source.tokenizer, report, force, card)
     for dtype in _bar(compiled, "compiling"):
         try:
             done.packages.append(compile_step(copy.deepcopy(converted), folder, dtype))

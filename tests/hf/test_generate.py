@@ -116,9 +116,7 @@ def best_by_beams(opened: Opened, prompt: Tensor, beams: int, n: int) -> tuple[l
     """Plain beam search that recomputes everything from the first token."""
     running: list[tuple[list[int], float]] = [([], 0.0)]
     for _ in range(n):
-        rows = torch.stack(
-            [torch.cat((prompt[0], torch.tensor(row, dtype=torch.long))) for row, _ in running]
-        )
+        rows = torch.tensor([prompt[0].tolist() + row for row, _ in running])
         logits, _ = opened.inner.prefill(rows, opened.inner.init_state(len(rows)), keep=1)
         steps = logits[:, -1].log_softmax(-1)[:, : opened.own.tokenizer.size]
         total = steps + torch.tensor([score for _, score in running])[:, None]

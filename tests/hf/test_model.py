@@ -166,9 +166,7 @@ def test_saved_again_serves_both(opened: Opened, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["loaded", "cast"])
-def test_recurrences_keep_their_precision(
-    opened: Opened, dtype: torch.dtype, how: str, tmp_path: Path
-) -> None:
+def test_recurrences_stay_precise(opened: Opened, dtype: torch.dtype, how: str, tmp_path: Path) -> None:
     if how == "loaded":
         model = open_folder(opened.folder, dtype=dtype).model
     else:
