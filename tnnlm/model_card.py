@@ -21,8 +21,8 @@ KERNELS = {
 METHODS = {
     "balanced": "balanced reduction: few poles per layer, as many as the tolerance needed",
     "auto": "per layer the smallest of several forms that met the tolerance",
-    "etsc": "exact Toeplitz-to-SSM conversion ([arXiv 2311.08756](https://arxiv.org/abs/2311.08756)): exact at "
-    "lags below the horizon",
+    "etsc": "exact Toeplitz-to-SSM conversion (ETSC, [arXiv 2311.08756](https://arxiv.org/abs/2311.08756)): "
+    "exact at lags below the horizon",
     "window": "the last inputs themselves: exact at lags below the horizon, zero from there on",
     "companion": "the recurrence that the kernel has by itself: exact at every lag",
     "gradient": "a recurrence of fixed order, fitted by Adam",
@@ -130,8 +130,8 @@ def _perplexities(report: ModelReport) -> str | None:
             cells = [f"{cell} ({gap:+.1e})" for cell, gap in zip(cells, gaps, strict=True)]
         rows.append([names.get(form, form), *cells])
     return (
-        "Per token of held-out text, in rows of so many tokens; in brackets the difference to the parallel form, "
-        "relative.\n\n" + _table(["form", *(f"{int(length):,} tokens" for length in parallel)], rows)
+        "Per token of held-out text, in rows of so many tokens; in brackets the relative difference to the "
+        "parallel form.\n\n" + _table(["form", *(f"{int(length):,} tokens" for length in parallel)], rows)
     )
 
 
@@ -166,9 +166,9 @@ def _conversion(report: ModelReport) -> str:
         f"{text}\n\n{_table(head, rows)}\n\n"
         "Measured on the stored numbers. Order: real state numbers per channel. Tap error: of the kernel, "
         "relative, below the horizon. l1 error: of the worst channel, relative, past the horizon too; times "
-        "the kernel's own l1 norm it bounds the error of an output for inputs within 1. Tail energy: the worst "
-        "channel's share past the horizon. Hankel ratio: the error over the smallest that any recurrence of this "
-        "order can have; - where that is rounding or not defined."
+        "the kernel's own l1 norm it bounds the error of an output for inputs within 1. Tail energy: the "
+        "worst channel's share past the horizon. Hankel ratio: the error over the smallest that any "
+        "recurrence of this order can have; - where that is rounding or not defined."
     )
 
 

@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when Transformers is imported: the file that auto_map names is copied there.
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))
+# Read when the libraries are imported: the file that auto_map names, and texts of tasks, are copied there.
+_CACHE = tempfile.mkdtemp(prefix="hf-cache-")
+os.environ.setdefault("HF_MODULES_CACHE", f"{_CACHE}/modules")
+os.environ.setdefault("HF_DATASETS_CACHE", f"{_CACHE}/datasets")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest

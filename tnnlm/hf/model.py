@@ -24,8 +24,8 @@ from tnnlm.model import CausalLM, ModelState
 class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
     """A converted language model: constant time and memory per token, any number of tokens.
 
-    For inference: recurrences are converted, not trained, and ``forward`` builds no graph. Poles are float64, residues, windows and states
-    float32 at least, whatever ``dtype`` the weights have.
+    For inference: recurrences are converted, not trained, and ``forward`` builds no graph. Poles are
+    float64, residues, windows and states float32 at least, whatever ``dtype`` the weights have.
     """
 
     config_class = TnnlmConfig
