@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Read when the libraries are imported: the file that auto_map names, and texts of tasks, are copied there.
-_CACHE = tempfile.mkdtemp(prefix="hf-cache-")
-os.environ.setdefault("HF_MODULES_CACHE", f"{_CACHE}/modules")
-os.environ.setdefault("HF_DATASETS_CACHE", f"{_CACHE}/datasets")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf-modules-"))
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf-datasets-"))
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
