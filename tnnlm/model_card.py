@@ -106,7 +106,7 @@ def _data(data: DataConfig, vocab_size: int) -> str:
     if data.source == "hub" and data.hub_val_split:
         text += f" Validated on split `{data.hub_val_split}`."
     else:
-        text += f" {data.val_fraction:.3g} of the text, by document, was held out for validation."
+        text += f" {100 * data.val_fraction:.3g} % of the text, by document, was held out for validation."
     if data.tokenizer:
         return f"{text}\n\nTokenizer: `{Path(data.tokenizer).name}`."
     return f"{text}\n\nTokenizer: byte-level BPE of at most {vocab_size:,} entries, trained on the same text."
@@ -131,7 +131,8 @@ def _perplexities(report: ModelReport) -> str | None:
         rows.append([names.get(form, form), *cells])
     return (
         "Per token of held-out text, in rows of so many tokens; in brackets the relative difference to the "
-        "parallel form.\n\n" + _table(["form", *(f"{int(length):,} tokens" for length in parallel)], rows)
+        "parallel form. Further rows are other forms of the same model, measured beside it.\n\n"
+        + _table(["form", *(f"{int(length):,} tokens" for length in parallel)], rows)
     )
 
 
