@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,15 @@ def open_folder(folder: Path, **options: Any) -> Opened:
     loaded = load_converted(folder)
     own = TextGenerator(loaded.model, loaded.tokenizer)
     return Opened(folder, model, AutoTokenizer.from_pretrained(folder), own)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=FORMS)
