@@ -20,6 +20,7 @@ from hf.conftest import TEXT, Opened
 from tnnlm.evaluation import recurrent_nll
 from tnnlm.generation import Sampling
 
+pytest.importorskip("lm_eval")
 TASKS = Path(__file__).parent / "tasks"
 TEXTS = (TEXT * 5, "The last words.")
 

@@ -79,6 +79,8 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("this model reads token ids: give input_ids, not inputs_embeds")
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids is {tuple(input_ids.shape)}: expected rows of at least one token")
         if output_hidden_states or output_attentions:
             raise ValueError("this model returns logits and its state: no hidden_states, no attentions")
         cache = past_key_values if past_key_values is not None else RecurrentCache()
