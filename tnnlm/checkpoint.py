@@ -2,7 +2,8 @@
 
 A checkpoint is Lightning's dict plus one entry ``tnnlm`` of plain data and tensors, so that
 ``torch.load(weights_only=True)`` reads it. A converted model is a folder: config.json,
-model.safetensors, tokenizer.json, conversion.json. This module imports nothing of training.
+model.safetensors, tokenizer.json, conversion.json, and what Transformers wants beside them
+(``hf_files``). This module imports nothing of training.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tnnlm.conversion.convert import attach
 from tnnlm.conversion.methods import Converted
 from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError
+from tnnlm.hf_files import config_entries, hf_files
 from tnnlm.model import CausalLM
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
@@ -141,9 +143,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_converted(
-    folder: Path, model: CausalLM, tokenizer: TextTokenizer, report: ModelReport, force: bool = False
+    folder: Path,
+    model: CausalLM,
+    tokenizer: TextTokenizer,
+    report: ModelReport,
+    force: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write a converted model; the folder appears whole or not at all.
+
+    Args:
+        folder: where to.
+        model: converted.
+        tokenizer: the one it was trained with.
+        report: for conversion.json.
+        force: replace a converted model.
+        card: the text of README.md; None writes none.
 
     Raises:
         CheckpointError: if ``folder`` exists and ``force`` is not set, or is no converted model's.
@@ -155,13 +170,21 @@ def save_converted(
         "eos_token": tokenizer.eos_token,
         "tokenizer_sha256": tokenizer.fingerprint,
         "model_sha256": model_fingerprint(model),
+        **config_entries(model, tokenizer, report),
     }
+    texts = {
+        "config.json": json.dumps(config, indent=2),
+        "tokenizer.json": tokenizer.to_json(),
+        "conversion.json": json.dumps(report.to_dict(), indent=2),
+        **hf_files(model, tokenizer),
+    }
+    if card is not None:
+        texts["README.md"] = card
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         save_tensors(tensors, temporary / "model.safetensors")
-        write_text(temporary / "config.json", json.dumps(config, indent=2))
-        write_text(temporary / "tokenizer.json", tokenizer.to_json())
-        write_text(temporary / "conversion.json", json.dumps(report.to_dict(), indent=2))
+        for name, text in texts.items():
+            write_text(temporary / name, text)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -213,7 +236,10 @@ def load_converted(folder: Path) -> ConvertedModel:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        tensors = load_file(folder / "model.safetensors")
+        # save_pretrained of tnnlm.hf writes names under the model's own.
+        tensors = {
+            key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
+        }
         if config["format"] != FORMAT:
             raise CheckpointError(f"{folder}: made by another version of this project; convert again")
         model_config = model_config_from_dict(config["model"], str(folder))
@@ -229,7 +255,9 @@ def load_converted(folder: Path) -> ConvertedModel:
         model = CausalLM(model_config, convs).eval().requires_grad_(False)
     _load_weights(model, tensors, folder)
     check_tokenizer(tokenizer, model, folder)
-    if tokenizer.fingerprint != fingerprint:
+    if tokenizer.fingerprint != fingerprint and tokenizer.ids_fingerprint != config.get(
+        "tokenizer_ids_sha256"
+    ):
         raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
     return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 

@@ -31,6 +31,7 @@ from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.export import check_onnx, export_onnx, export_torch
 from tnnlm.model import CausalLM
+from tnnlm.model_card import model_card
 from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
 
@@ -102,7 +103,8 @@ def convert_checkpoint(
         done.note = f"no perplexities: {error}"
     if verify:
         _verify(source.model, converted, recipe, done)
-    save_converted(folder, converted, source.tokenizer, report, force)
+    card = model_card(source.config, source.step, source.model, report, done.note)
+    save_converted(folder, converted, source.tokenizer, report, force, card)
     whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
     done.packages = _write_packages(whole, folder, compiled, exported)
     return done

@@ -142,13 +142,23 @@ class CausalLM(nn.Module):
         Raises:
             CheckpointError: if the model is not converted.
         """
+        x, state = self.read(tokens, state, lengths)
+        return self.logits(x if keep is None else _last(x, keep, lengths)), state
+
+    def read(
+        self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """As :meth:`prefill`, without the head: what :meth:`logits` reads, (B, L, D), and the state."""
         x = self._embed(tokens)
         states = []
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.prefill(x, layer, lengths)
             states.append(layer)
-        x = self.norm(x if keep is None else _last(x, keep, lengths))
-        return self._head(x), ModelState(tuple(states))
+        return x, ModelState(tuple(states))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, K, V) at some of the positions that :meth:`read` returned, (B, K, D)."""
+        return self._head(self.norm(x))
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None

@@ -6,6 +6,7 @@ Needs no network unless a hub name was asked for.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,14 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer: equal fingerprints give equal ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def ids_fingerprint(self) -> str:
+        """Hash without the post-processor, which adds tokens that :meth:`encode` never asks for, and which
+        Transformers replaces when it saves a tokenizer."""
+        content = json.loads(self.to_json())
+        del content["post_processor"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of tokenizer.json."""

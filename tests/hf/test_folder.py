@@ -1,0 +1,138 @@
+"""A converted folder in Transformers' hands: its files, dtypes, and what is saved again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
+from tnnlm.checkpoint import load_converted
+from tnnlm.config import TNOConfig
+from tnnlm.model import CausalLM
+from tnnlm.tokenizer import TextTokenizer
+
+
+def test_tokenizer_gives_the_same_ids(balanced: Opened) -> None:
+    own: TextTokenizer = balanced.own.tokenizer
+    for text in (
+        TEXT,
+        "",
+        " <|endoftext|> spelt out<|endoftext|>",
+        "\n\n\t  caf\u00e9 \U0001f600",
+        "'s . , n't",
+    ):
+        ids = balanced.tokenizer(text)["input_ids"]
+        assert ids == own.encode(text)
+        assert balanced.tokenizer.decode(ids) == own.decode(ids) == text
+    ends = [*own.encode("The"), own.eos_id]
+    assert balanced.tokenizer.decode(ends, skip_special_tokens=True) == own.decode(ends) == "The"
+    assert balanced.tokenizer.eos_token_id == balanced.tokenizer.pad_token_id == own.eos_id
+    assert balanced.tokenizer.bos_token_id is None
+    assert set(balanced.tokenizer(TEXT)) == {"input_ids", "attention_mask"}
+
+
+def test_config_has_the_names_that_others_look_for(balanced: Opened) -> None:
+    config = balanced.model.config
+    sizes = balanced.inner.config
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (300, 16, 2)
+    assert config.sizes() == sizes
+    assert not hasattr(config, "max_position_embeddings")
+    assert balanced.model.num_parameters() == sum(p.numel() for p in balanced.inner.parameters())
+
+
+def test_saved_again_serves_both(opened: Opened, tmp_path: Path) -> None:
+    opened.model.save_pretrained(tmp_path / "again")
+    opened.tokenizer.save_pretrained(tmp_path / "again")
+    again = open_folder(tmp_path / "again")
+    tokens = some_tokens(2, 30)
+    assert torch.equal(again.model(tokens).logits, opened.model(tokens).logits)
+    assert torch.equal(again.inner(tokens), opened.inner(tokens))
+    assert again.own.tokenizer.encode(TEXT) == opened.own.tokenizer.encode(TEXT)
+    assert load_converted(tmp_path / "again").fingerprint == load_converted(opened.folder).fingerprint
+    assert again.model.generation_config.suppress_tokens == opened.model.generation_config.suppress_tokens
+    # The model's code isn't copied: one small file points to the package.
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == {"modeling_tnnlm.py"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["loaded", "cast"])
+def test_recurrences_stay_precise(opened: Opened, dtype: torch.dtype, how: str, tmp_path: Path) -> None:
+    if how == "loaded":
+        model = open_folder(opened.folder, dtype=dtype).model
+    else:
+        model = copy.deepcopy(opened.model)
+        model = model.half() if dtype == torch.float16 else model.to(dtype)
+    assert model.dtype == dtype
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    stored = dict(opened.inner.named_buffers())
+    for name, buffer in model.model.named_buffers():
+        assert torch.equal(buffer, stored[name])
+        assert buffer.dtype == (torch.float64 if name.endswith("poles") else torch.float32)
+    out = model(some_tokens(1, 9))
+    assert out.logits.dtype == dtype
+    parts = [part for layer in out.past_key_values.state.layers for part in layer]
+    assert {part.dtype for part in parts} == {torch.float32}
+    model.save_pretrained(tmp_path / "rounded")
+    assert json.loads((tmp_path / "rounded/config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+
+
+def test_float64_runs_in_float64(balanced: Opened) -> None:
+    model = open_folder(balanced.folder, dtype=torch.float64).model
+    tokens = some_tokens(1, 30)
+    out = model(tokens)
+    assert out.logits.dtype == torch.float64
+    assert {part.dtype for layer in out.past_key_values.state.layers for part in layer} == {torch.float64}
+    torch.testing.assert_close(out.logits.float(), balanced.model(tokens).logits, **CLOSE)
+
+
+def test_import_of_the_package_makes_the_architecture_known(balanced: Opened) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import tnnlm.hf
+
+    model = AutoModelForCausalLM.from_pretrained(balanced.folder)
+    assert type(model) is tnnlm.hf.TnnlmForCausalLM
+    assert type(AutoConfig.from_pretrained(balanced.folder)) is tnnlm.hf.TnnlmConfig
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    assert isinstance(fresh.model, CausalLM)
+    assert torch.isfinite(fresh(some_tokens(1, 4)).logits).all()
+
+
+def test_folder_without_the_files_of_transformers_still_loads(balanced: Opened, tmp_path: Path) -> None:
+    """As one written before there were any."""
+    old = {"format", "model", "eos_token", "tokenizer_sha256", "model_sha256"}
+    for name in ("tokenizer.json", "model.safetensors", "conversion.json"):
+        (tmp_path / name).write_bytes((balanced.folder / name).read_bytes())
+    config = json.loads((balanced.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in old}))
+    tokens = some_tokens(1, 9)
+    assert torch.equal(load_converted(tmp_path).model(tokens), balanced.inner(tokens))
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "window"),
+    [("tno", "etsc", 40), ("rtf", "companion", 2048), ("tno", "auto", 4096)],
+)
+def test_evaluations_read_no_further_than_a_conversion_is_right(
+    family: str, method: str, window: int, tmp_path: Path
+) -> None:
+    """The kernel's rest past the horizon of 40 lags counts, unless the recurrence has it as well."""
+    changes = {}
+    if window > 2048:  # dies out within the horizon, and was trained on longer rows than the default
+        changes = {"max_length": 4096, "kernel": TNOConfig(rpe_dim=8, rpe_layers=2, decay=0.5)}
+    folder = write_folder(tmp_path / "out", family, method, **changes)
+    assert json.loads((folder / "config.json").read_text())["n_ctx"] == window
+
+
+def test_resized_embedding_is_saved_with_its_size(balanced: Opened, tmp_path: Path) -> None:
+    model = open_folder(balanced.folder).model
+    model.resize_token_embeddings(310)
+    model.save_pretrained(tmp_path / "more")
+    balanced.tokenizer.save_pretrained(tmp_path / "more")
+    again = open_folder(tmp_path / "more")
+    assert again.model.config.vocab_size == again.inner.config.vocab_size == 310
+    assert again.model(some_tokens(1, 3)).logits.shape == (1, 3, 310)

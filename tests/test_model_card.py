@@ -1,0 +1,80 @@
+"""The model card of a converted folder says what the run and its conversion measured, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny_config
+from training_runs import SETTINGS, write_text
+
+from tnnlm.config import Config, DataConfig
+from tnnlm.conversion import convert_model, measure_model
+from tnnlm.model import CausalLM
+from tnnlm.model_card import model_card
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, head, _ = card.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def make_card(**data: Any) -> str:
+    model = CausalLM(tiny_config()).eval()
+    report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
+    return model_card(Config(name="mine", model=model.config, data=DataConfig(**data)), 7, model, report)
+
+
+def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
+    write_text()
+    assert script("train", *SETTINGS, "name=tiny").code == 0
+    assert script("convert", "tiny").code == 0
+    card = Path("runs/tiny/converted/README.md").read_text()
+    report = json.loads(Path("runs/tiny/converted/conversion.json").read_text())
+    head = front_matter(card)
+    assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "license" not in head
+    assert "datasets" not in head
+    assert "`text.txt`" in card
+    for form in ("parallel", "recurrent", "int8 weights"):
+        for value in report["ppl"][form].values():
+            assert f"{value:.4f}" in card
+    for layer in report["layers"]:
+        assert f"{layer['relative_tap_error']:.1e}" in card
+        assert f"{layer['largest_pole']:.5f}" in card
+    assert f"{report['state_bytes']:,} bytes" in card
+    assert f"{report['horizon']:,} lags" in card
+    assert "Not measured" not in card
+    # Without its text there is nothing to measure perplexity on, and the card says so.
+    Path("text.txt").write_text("another text " * 2000)
+    assert script("convert", "tiny", "--out", "later").code == 0
+    later = Path("later/README.md").read_text()
+    assert "Not measured (the text of this run has changed)." in later
+    assert "| recurrent" not in later
+
+
+def test_card_names_where_the_data_came_from() -> None:
+    hub = make_card(source="hub", hub_name="someone/texts", hub_config="raw", hub_val_split="validation")
+    assert front_matter(hub)["datasets"] == ["someone/texts"]
+    assert "`someone/texts`, `raw`, `split train`" in hub
+    assert "Validated on split `validation`" in hub
+    assert "standard library" in make_card()
+    private = make_card(source="files", files=["/home/someone/secret/book.txt"], tokenizer="/home/x/t.json")
+    assert "`book.txt`" in private
+    assert "/home" not in private
+    local = make_card(source="hub", hub_name=str(Path.cwd()))
+    assert "datasets" not in front_matter(local)
+    assert str(Path.cwd()) not in local
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.1])
+def test_card_warns_of_what_the_horizon_leaves_out(tail: float) -> None:
+    model = CausalLM(tiny_config()).eval()
+    report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
+    report.layers = [replace(layer, tail_energy=tail) for layer in report.layers]
+    card = model_card(Config(model=model.config), 7, model, report)
+    assert ("**Limit:**" in card) == (tail > 0)
