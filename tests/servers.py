@@ -13,9 +13,9 @@ import torch
 import uvicorn
 from conftest import tiny_config
 
-from tnnlm.checkpoint import save_converted
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import attach, convert_layers, convert_model, measure
+from tnnlm.converted import save_converted
 from tnnlm.engine import pack
 from tnnlm.generation import TextGenerator
 from tnnlm.model import CausalLM

@@ -21,8 +21,8 @@ from tnnlm.benchmark.subjects import CONVERSIONS, ours
 from tnnlm.benchmark.timing import Effort, read_bandwidth, time_prefill, time_steps
 from tnnlm.benchmark.train_timing import peak_bytes
 from tnnlm.benchmark.training import NAMES, OURS, trainee
-from tnnlm.checkpoint import ConvertedModel
 from tnnlm.conversion import convert_model
+from tnnlm.converted import ConvertedModel
 from tnnlm.errors import run_script
 from tnnlm.model import CausalLM
 from tnnlm.tokenizer import train_bpe

@@ -15,11 +15,10 @@ from tnnlm.checkpoint import (
     checkpoint_entry,
     from_attached,
     load_checkpoint,
-    load_converted,
-    save_converted,
 )
 from tnnlm.config import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure_model
+from tnnlm.converted import load_converted, save_converted
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
 from tnnlm.runs import find_checkpoint, find_run, load_for_decoding

@@ -13,9 +13,9 @@ from conftest import FAMILIES, tiny_config
 from torch import nn
 from training_runs import tiny_run
 
-from tnnlm.checkpoint import ConvertedModel, model_fingerprint
 from tnnlm.compiled import compile_step, load_step
 from tnnlm.conversion import convert_model
+from tnnlm.converted import ConvertedModel, model_fingerprint
 from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM

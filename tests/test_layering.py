@@ -16,7 +16,7 @@ LAYERS = (
     ("kernels",),
     ("modules",),
     ("model",),
-    ("conversion", "hf_files", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
+    ("conversion", "hf_files", "converted", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
         "documents",

@@ -13,8 +13,8 @@ import torch
 from conftest import FAMILIES, tiny_config
 from training_runs import tiny_run
 
-from tnnlm.checkpoint import model_fingerprint
 from tnnlm.conversion import convert_model
+from tnnlm.converted import model_fingerprint
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.model import CausalLM

@@ -13,19 +13,18 @@ import torch
 from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
-from tnnlm.checkpoint import (
-    ConvertedModel,
-    TrainedCheckpoint,
-    check_out_folder,
-    load_checkpoint,
-    load_converted,
-    model_fingerprint,
-    save_converted,
-)
+from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
 from tnnlm.compiled import compile_step
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
+from tnnlm.converted import (
+    ConvertedModel,
+    check_out_folder,
+    load_converted,
+    model_fingerprint,
+    save_converted,
+)
 from tnnlm.engine import pack
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from tnnlm.checkpoint import ConvertedModel
 from tnnlm.compiled import CompiledModel, load_step
+from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.graphs import GraphedModel

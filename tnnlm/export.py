@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tnnlm.atomic import atomic_folder, write_text
-from tnnlm.checkpoint import ConvertedModel
+from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.ops.toeplitz import fft_convolution

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnnlm.atomic import atomic_file
-from tnnlm.checkpoint import save_tensors
+from tnnlm.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Context, TextGenerator
 

@@ -19,8 +19,8 @@ import torch
 from conftest import FAMILIES, tiny_config
 from torch import Tensor
 
-from tnnlm.checkpoint import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model
+from tnnlm.converted import load_converted, save_converted
 from tnnlm.generation import TextGenerator
 from tnnlm.model import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe

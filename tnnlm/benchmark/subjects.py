@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tnnlm.benchmark.onnx import OnnxModel
-from tnnlm.checkpoint import ConvertedModel
 from tnnlm.compiled import compile_step
 from tnnlm.config import ModelConfig
 from tnnlm.conversion import convert_model
+from tnnlm.converted import ConvertedModel
 from tnnlm.engine import open_engine
 from tnnlm.model import CausalLM, state_bytes
 from tnnlm.tokenizer import train_bpe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tnnlm.checkpoint import model_fingerprint
+from tnnlm.converted import model_fingerprint
 from tnnlm.generation import PREFILL_CHUNK
 from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig

@@ -1,0 +1,211 @@
+"""Converted models on disk: config.json, model.safetensors, tokenizer.json, conversion.json in a folder.
+
+What lies beside them for others is made by :mod:`tnnlm.hf_files`. This module imports nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.config_io import config_to_dict, model_config_from_dict
+from tnnlm.conversion.report import ModelReport
+from tnnlm.errors import CheckpointError, UserError
+from tnnlm.hf_files import config_entries, hf_files
+from tnnlm.model import CausalLM
+from tnnlm.modules import RecurrentConv
+from tnnlm.ops import recurrence
+from tnnlm.ops.recurrence import Params
+from tnnlm.tokenizer import TextTokenizer
+
+FORMAT = 1
+"""raised when what lies on disk changes"""
+_PREFIX = "model."
+
+
+class ConvertedModel(NamedTuple):
+    """What decoding needs."""
+
+    model: CausalLM
+    tokenizer: TextTokenizer
+    fingerprint: str
+    """hash of the model as it was converted, whatever its weights are packed or rounded to later"""
+
+
+def model_fingerprint(model: CausalLM) -> str:
+    """Hash of all weights and recurrences, names and dtypes included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_converted(
+    folder: Path,
+    model: CausalLM,
+    tokenizer: TextTokenizer,
+    report: ModelReport,
+    force: bool = False,
+    card: str | None = None,
+) -> None:
+    """Write a converted model; the folder appears whole or not at all.
+
+    Args:
+        folder: where to.
+        model: converted.
+        tokenizer: the one it was trained with.
+        report: for conversion.json.
+        force: replace a converted model.
+        card: the text of README.md; None writes none.
+
+    Raises:
+        CheckpointError: if ``folder`` exists and ``force`` is not set, or is no converted model's.
+    """
+    check_out_folder(folder, force)
+    config = {
+        "format": FORMAT,
+        "model": config_to_dict(model.config),
+        "eos_token": tokenizer.eos_token,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "model_sha256": model_fingerprint(model),
+        **config_entries(model, tokenizer, report),
+    }
+    texts = {
+        "config.json": json.dumps(config, indent=2),
+        "tokenizer.json": tokenizer.to_json(),
+        "conversion.json": json.dumps(report.to_dict(), indent=2),
+        **hf_files(model, tokenizer),
+    }
+    if card is not None:
+        texts["README.md"] = card
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with atomic_folder(folder) as temporary:
+        save_tensors(tensors, temporary / "model.safetensors")
+        for name, text in texts.items():
+            write_text(temporary / name, text)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+    except SafetensorError as error:
+        # The library wraps the operating system's errors: a full disk is one the user can mend.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def check_out_folder(folder: Path, force: bool) -> None:
+    """Refuse to write over anything but, with ``force``, another converted model.
+
+    Raises:
+        CheckpointError: if ``folder`` may not be written.
+    """
+    if not folder.exists():
+        return
+    if not force:
+        raise CheckpointError(f"{folder}: exists already; give another --out, or --force to replace it")
+    if not is_converted(folder):
+        raise CheckpointError(
+            f"{folder}: is not a converted model, --force won't replace it; give another --out"
+        )
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether ``folder`` looks like a converted model."""
+    return (folder / "conversion.json").is_file() and (folder / "config.json").is_file()
+
+
+def load_converted(folder: Path) -> ConvertedModel:
+    """Read a converted model on the CPU.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or the files don't fit together.
+    """
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing; convert again")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        # save_pretrained of tnnlm.hf writes names under the model's own.
+        tensors = {
+            key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
+        }
+        if config["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: made by another version of this project; convert again")
+        model_config = model_config_from_dict(config["model"], str(folder))
+        eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged ({str(error).splitlines()[0]}); convert again") from None
+    tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
+    # Without its kernels: code that a user registered need not be here.
+    convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
+    with torch.device("meta"):
+        model = CausalLM(model_config, convs).eval().requires_grad_(False)
+    load_weights(model, tensors, folder)
+    check_tokenizer(tokenizer, model, folder)
+    if tokenizer.fingerprint != fingerprint and tokenizer.ids_fingerprint != config.get(
+        "tokenizer_ids_sha256"
+    ):
+        raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
+    return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
+
+
+def check_tokenizer(tokenizer: TextTokenizer, model: CausalLM, where: Path) -> None:
+    """Refuse a tokenizer that has more entries than the model's embedding.
+
+    Raises:
+        CheckpointError: naming both sizes.
+    """
+    if tokenizer.size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.size} tokens, the model only {model.config.vocab_size}"
+        )
+
+
+def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Params:
+    prefix = f"blocks.{index}.mixer.conv."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    try:
+        return recurrence.from_tensors(own)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: model.safetensors has no {error}; convert again") from None
+
+
+def load_weights(model: CausalLM, weights: dict[str, Tensor], where: Path) -> None:
+    # The recurrences were put in as they are; everything else is still on the meta device.
+    own = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, RecurrentConv)
+        for buffer, _ in module.named_buffers()
+    }
+    try:
+        missing, unexpected = model.load_state_dict(weights, assign=True, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where}: its weights don't fit its configuration: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    wrong = [key for key in (*missing, *unexpected) if key not in own]
+    if wrong:
+        raise CheckpointError(f"{where}: its weights don't fit its configuration: {wrong[0]}")
