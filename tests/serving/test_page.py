@@ -148,7 +148,6 @@ def test_continue_goes_on_from_the_text(page: Any) -> None:
     before, context = text_of(page), int(page.inner_text("#context"))
     page.fill("#prompt", "something else that is not used")
     page.click("#continue")
-    expect(page.locator("#status")).to_have_text(re.compile("^(Reading|Writing)"))
     finished(page)
     assert text_of(page).startswith(before)
     assert len(text_of(page)) > len(before)
