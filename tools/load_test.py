@@ -55,8 +55,9 @@ class Tally:
     """MiB, once a second"""
 
     def summary(self) -> dict[str, Any]:
-        """Medians and 99th percentiles, in milliseconds."""
-        warm = self.memory[len(self.memory) // 4 :] or [0.0]
+        """Medians and 99th percentiles, in milliseconds; memory as the medians of four parts of the time."""
+        quarter = max(1, len(self.memory) // 4)
+        parts = [self.memory[at * quarter : (at + 1) * quarter] or [0.0] for at in range(4)]
         return {
             "streams": self.streams,
             "seconds": round(self.seconds, 1),
@@ -66,7 +67,7 @@ class Tally:
             "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1),
             "first_token_ms": [round(1e3 * percentile(self.first, p), 1) for p in (50, 99)],
             "between_tokens_ms": [round(1e3 * percentile(self.between, p), 1) for p in (50, 99)],
-            "memory_mib": [round(min(warm)), round(max(warm))],
+            "memory_mib": [round(percentile(part, 50)) for part in parts],
         }
 
 
@@ -222,7 +223,7 @@ def show(summaries: list[dict[str, Any]]) -> None:
         print(
             f"{line['streams']:8} {line['texts']:7} {line['lost']:5} {line['mixed']:6} "
             f"{line['tokens_per_s']:9,.0f} {first[0]:9,.0f} / {first[1]:,.0f} ms "
-            f"{between[0]:9,.1f} / {between[1]:,.1f} ms {memory[0]:5}-{memory[1]} MiB "
+            f"{between[0]:9,.1f} / {between[1]:,.1f} ms   {' '.join(f'{part:5}' for part in memory)} "
             f"{line['tokens_per_s'] / max(summaries[0]['tokens_per_s'], 1e-9):6.2f}"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ _POLICY = (
 """of the page: nothing from elsewhere, nothing inline"""
 
 
-def create_app(generator: TextGenerator, settings: Settings) -> FastAPI:
+def create_app(generator: TextGenerator, settings: Settings, executor: Executor | None = None) -> FastAPI:
     """The application for one model.
 
     Args:
         generator: from :func:`tnnlm.engine.open_engine`.
         settings: name, key, limits.
+        executor: of one thread, best that which loaded the model; see :class:`Batcher`.
     """
-    service = Service(generator, settings)
+    service = Service(generator, settings, executor)
     # Without the framework's documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
     app.state.service = service

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,10 +38,12 @@ class Settings:
 class Service:
     """A generator behind a batcher, for one event loop."""
 
-    def __init__(self, generator: TextGenerator, settings: Settings) -> None:
+    def __init__(
+        self, generator: TextGenerator, settings: Settings, executor: Executor | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.batcher = Batcher(generator, settings.limits, self.metrics, self._deliver)
+        self.batcher = Batcher(generator, settings.limits, self.metrics, self._deliver, executor)
         self.intake = Intake(generator.tokenizer, settings.name, settings.limits)
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
