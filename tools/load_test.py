@@ -216,7 +216,8 @@ def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def show(summaries: list[dict[str, Any]]) -> None:
     """A table; the last column compares with the first line."""
     print(
-        " streams   texts  lost  mixed  tokens/s   first token p50/p99    between p50/p99    memory   times"
+        " streams   texts  lost  mixed  tokens/s   first token p50/p99    between p50/p99  "
+        "  MiB, by quarters of the time   times"
     )
     for line in summaries:
         first, between, memory = line["first_token_ms"], line["between_tokens_ms"], line["memory_mib"]
