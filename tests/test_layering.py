@@ -39,6 +39,7 @@ LAYERS = (
         "benchmark",
         "hf",
         "model_card",
+        "reproduce",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Measure a claim of the papers behind this project: a table, a plot, and what holds.
+
+Writes OUT/NAME.json, NAME.md, NAME.png and OUT/README.md, the table of all claims. Every cell is saved as
+it is measured: the same command goes on where it was stopped.
+
+Examples:
+  python tools/reproduce.py --list
+  python tools/reproduce.py stability                # two cores, at most 40 minutes
+  python tools/reproduce.py stability --size paper --out results-paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tnnlm.errors import UserError, run_script
+from tnnlm.reproduce.experiment import SIZES, Experiment, Row
+from tnnlm.reproduce.run import reproduce
+from tnnlm.reproduce.stability import Stability
+
+EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability,)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--list", action="store_true", help="name the experiments")
+    parser.add_argument("--size", choices=SIZES, default="small", help="default: small")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: docs/results; results-SIZE if not small"
+    )
+    args = parser.parse_args()
+    if not args.list and args.name not in EXPERIMENTS:
+        raise UserError(f"{args.name or 'no name'}: expected one of {', '.join(EXPERIMENTS)}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.list:
+        print("\n".join(f"{name:14} {one.title}" for name, one in EXPERIMENTS.items()))
+        return 0
+    out = args.out or Path("docs/results" if args.size == "small" else f"results-{args.size}")
+
+    def bar(cells: Iterable[Row]) -> Iterable[Row]:
+        return tqdm(cells, desc=args.name, unit="cell", disable=None)
+
+    verdicts = reproduce(EXPERIMENTS[args.name](), args.size, out, bar)
+    for verdict in verdicts:
+        print(f"{'holds         ' if verdict.holds else 'DOES NOT HOLD '} {verdict.claim}: {verdict.ours}")
+    print(f"wrote {out}/{args.name}.md, .json, .png and {out}/README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
