@@ -33,6 +33,7 @@ class Results:
             raise UserError(f"{out}: is not a folder; give another --out")
         self.path = out / f"{experiment.name}.json"
         self.data: dict[str, Any] = {"name": experiment.name, "size": size, "seconds": 0.0, "cells": {}}
+        self.data["made by"] = _machine()
         if self.path.exists():
             try:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
@@ -42,7 +43,6 @@ class Results:
             if before[:2] != (experiment.name, size):
                 raise UserError(f"{self.path}: holds size {before[1]}; remove it or give another --out")
             self.data = found
-        self.data["made by"] = _machine()
 
     def missing(self, cells: list[Row]) -> list[Row]:
         """Cells that are not measured yet."""
@@ -52,6 +52,7 @@ class Results:
         """Save one."""
         self.data["cells"][_key(cell)] = measured
         self.data["seconds"] += seconds
+        self.data["made by"] = _machine()
         self.save()
 
     def save(self) -> None:

@@ -144,6 +144,9 @@ def plot(rows: list[Row], path: Path) -> None:
                 points = [(_position(row), max(row[key], 1e-9)) for row in own if _finite(row, key)]
                 if points:
                     ax.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=method)
+            if not ax.lines:  # of whole models only the one error is measured
+                ax.set_axis_off()
+                continue
             ax.axhline(FAILED, color="#a50f15", linewidth=0.8, linestyle=":")
             ax.set_xscale("log")
             ax.set_yscale("log")
@@ -152,7 +155,6 @@ def plot(rows: list[Row], path: Path) -> None:
         line[0].set_ylabel(f"relative error of outputs\n{what}")
     for ax, sweep in zip(axes[1], panels, strict=True):
         ax.set_xlabel("1 - decay (none drawn at 1e-5)" if sweep == "decay" else _LABELS[sweep])
-    axes[0][-1].set_axis_off()
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     with atomic_file(path) as temporary:
