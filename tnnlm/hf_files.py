@@ -10,7 +10,6 @@ import json
 from typing import Any
 
 from tnnlm.conversion.convert import recurrences
-from tnnlm.conversion.horizon import ROUNDING
 from tnnlm.conversion.report import ModelReport
 from tnnlm.model import CausalLM
 from tnnlm.tokenizer import TextTokenizer
@@ -62,11 +61,10 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
 def evaluation_window(report: ModelReport, trained: int) -> int:
     """Tokens that lm-evaluation-harness shall read at a time: no limit of the model, it cuts text to this.
 
-    At least the training length. A conversion that is right up to its horizon only, because the kernel
-    has not died out by then, must not be measured past it.
+    At least the training length. A conversion that is right up to its horizon only must not be measured
+    past it.
     """
-    beyond = (layer.tail_energy > ROUNDING**2 and layer.method != "companion" for layer in report.layers)
-    return report.horizon if any(beyond) else max(EVALUATION_WINDOW, trained)
+    return report.horizon if report.warning else max(EVALUATION_WINDOW, trained)
 
 
 def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:

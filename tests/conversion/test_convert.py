@@ -6,11 +6,18 @@ import math
 
 import pytest
 import torch
-from conftest import run_steps, tiny_config
+from conftest import FAMILIES, run_steps, tiny_config
 from torch import nn
 
-from tnnlm.config import TNOConfig
-from tnnlm.conversion import auto_horizon, convert_model, measure_model, model_horizon
+from tnnlm.config import ConversionConfig, TNOConfig
+from tnnlm.conversion import (
+    auto_horizon,
+    convert_layers,
+    convert_model,
+    measure,
+    measure_model,
+    model_horizon,
+)
 from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError
@@ -133,6 +140,18 @@ def test_report_of_a_short_horizon_names_the_lag() -> None:
     assert report.layers[0].l1_error > 0.1
     assert report.warning is not None
     assert "from lag 20 on outputs will differ" in report.warning
+
+
+def test_a_finite_kernel_that_goes_on_is_told() -> None:
+    # Without a decay ETSC's modes never forget: past the horizon they repeat a kernel that is over.
+    model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"]())).eval()
+    told = {}
+    for method in ("etsc", "window"):
+        horizon, layers = convert_layers(model, ConversionConfig(method=method))
+        told[method] = measure(model, layers, method=method, horizon=horizon, seconds=0.0).warning
+    assert told["window"] is None
+    assert told["etsc"] is not None
+    assert "this recurrence goes on" in told["etsc"]
 
 
 def test_verify_notices_a_damaged_recurrence() -> None:

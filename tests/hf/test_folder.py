@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,15 @@ def test_resized_embedding_is_saved_with_its_size(balanced: Opened, tmp_path: Pa
     again = open_folder(tmp_path / "more")
     assert again.model.config.vocab_size == again.inner.config.vocab_size == 310
     assert again.model(some_tokens(1, 3)).logits.shape == (1, 3, 310)
+
+
+def test_loading_leaves_device_contexts_as_they_are(balanced: Opened) -> None:
+    # In a process of its own, whose first device context is the one that Transformers enters.
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
+        "A.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "with torch.device('meta'): print(torch.linspace(0, 1, 3).device)"
+    )
+    command = [sys.executable, "-c", code, str(balanced.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "meta"

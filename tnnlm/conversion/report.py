@@ -24,6 +24,8 @@ LARGEST_RATIO_ORDER = 256
 """above this order no Hankel ratio is worked out: the singular value would be rounding"""
 KV_CONTEXT = 2048
 """tokens of the Transformer's cache that state sizes are compared with"""
+USELESS_L1 = 0.5
+"""L1 error that no conversion within its tolerance comes near, and one that is wrong past its horizon does"""
 _RANK = 128
 
 
@@ -75,14 +77,23 @@ class ModelReport:
 
     @property
     def warning(self) -> str | None:
-        """In words, what the horizon leaves out; None if that is float32 rounding or less."""
-        worst = max(layer.tail_energy for layer in self.layers)
-        if worst <= ROUNDING**2:
-            return None
-        return (
-            f"the horizon of {self.horizon} leaves {worst**0.5:.1e} of the kernel's norm outside: from lag "
-            f"{self.horizon} on outputs will differ from the parallel model's; use --horizon auto"
-        )
+        """In words, what is wrong past the horizon: the kernel goes on there, or the recurrence does where
+        the kernel is over. None if neither matters."""
+        # A kernel's own recurrence knows of no horizon.
+        layers = [layer for layer in self.layers if layer.method != "companion"]
+        worst = max((layer.tail_energy for layer in layers), default=0.0)
+        if worst > ROUNDING**2:
+            return (
+                f"the horizon of {self.horizon} leaves {worst**0.5:.1e} of the kernel's norm outside: from "
+                f"lag {self.horizon} on outputs will differ from the parallel model's; use --horizon auto"
+            )
+        beyond = max((layer.l1_error for layer in layers), default=0.0)
+        if beyond > USELESS_L1:
+            return (
+                f"from lag {self.horizon} on, where the kernel is over, this recurrence goes on: outputs may "
+                f"be off by {beyond:.1f} times the largest there can be; use --method auto or window"
+            )
+        return None
 
 
 def measure(

@@ -20,6 +20,11 @@ from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig
 from tnnlm.model import CausalLM, ModelState
 
+# Transformers replaces torch.linspace while it builds a model. PyTorch notes at the first use of a device
+# context which functions it sends there, for good: used first inside that time, it would leave linspace out.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
     """A converted language model: constant time and memory per token, any number of tokens.
