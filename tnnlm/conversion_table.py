@@ -43,16 +43,7 @@ def _layers(report: ModelReport, title: str) -> Table:
     for name in ("layer", "order", "taps", "l1", "tail", "Hankel", "pole", "KiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, layer in enumerate(report.layers):
-        table.add_row(
-            str(index),
-            str(layer.order),
-            f"{layer.relative_tap_error:.1e}",
-            f"{layer.l1_error:.1e}",
-            f"{layer.tail_energy:.1e}",
-            "-" if layer.hankel_ratio is None else f"{layer.hankel_ratio:.2f}",
-            f"{layer.largest_pole:.5f}",
-            f"{layer.state_bytes / 1024:,.1f}",
-        )
+        table.add_row(str(index), *layer.figures(), f"{layer.state_bytes / 1024:,.1f}")
     return table
 
 

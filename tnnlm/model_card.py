@@ -150,19 +150,7 @@ def _conversion(report: ModelReport) -> str:
         "Hankel ratio",
         "largest pole",
     ]
-    rows = [
-        [
-            str(index),
-            layer.method,
-            str(layer.order),
-            f"{layer.relative_tap_error:.1e}",
-            f"{layer.l1_error:.1e}",
-            f"{layer.tail_energy:.1e}",
-            "-" if layer.hankel_ratio is None else f"{layer.hankel_ratio:.2f}",
-            f"{layer.largest_pole:.5f}",
-        ]
-        for index, layer in enumerate(report.layers)
-    ]
+    rows = [[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)]
     return (
         f"{text}\n\n{_table(head, rows)}\n\n"
         "Measured on the stored numbers. Order: real state numbers per channel. Tap error: of the kernel, "

@@ -53,6 +53,17 @@ class ConversionReport:
     state_bytes: int
     """per sequence"""
 
+    def figures(self) -> list[str]:
+        """As tables show them: order, errors of the taps and in l1, tail, Hankel ratio, largest pole."""
+        return [
+            str(self.order),
+            f"{self.relative_tap_error:.1e}",
+            f"{self.l1_error:.1e}",
+            f"{self.tail_energy:.1e}",
+            "-" if self.hankel_ratio is None else f"{self.hankel_ratio:.2f}",
+            f"{self.largest_pole:.5f}",
+        ]
+
 
 @dataclass
 class ModelReport:
