@@ -16,7 +16,7 @@ from torch import nn
 from training_runs import write_text
 
 from tnnlm.errors import UserError, run_script
-from tnnlm.families import TRANSFORMER, Family, load_families, match_width
+from tnnlm.families import PEERS, TRANSFORMER, Family, load_families, match_width
 from tnnlm.family_measure import Sizes, forms_of, state_bytes
 from tnnlm.family_report import plot
 from tnnlm.family_training import train_family
@@ -85,7 +85,7 @@ def test_width_is_the_closest() -> None:
 
 @pytest.mark.parametrize("size", [(), TINY])
 def test_parameters_are_equal_within_three_percent(size: tuple[str, ...]) -> None:
-    names = [*FILES, *([TRANSFORMER] if importlib.util.find_spec("transformers") else [])]
+    names = [*FILES, *(PEERS if importlib.util.find_spec("transformers") else [])]
     files = {name: CONFIGS / f"{FILES[name]}.yaml" if name in FILES else None for name in names}
     base, families, left_out = load_families(files, CONFIGS / "demo.yaml", size, {"rtf": 1e-3})
     assert not left_out
@@ -109,7 +109,7 @@ def test_a_family_that_is_too_large_is_left_out_by_name() -> None:
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", ["tnn", TRANSFORMER])
+@pytest.mark.parametrize("name", ["tnn", *PEERS])
 def test_both_forms_of_a_family_agree(name: str) -> None:
     family = tiny(name)[name]
     model = family.build(3).eval()
@@ -128,7 +128,7 @@ def test_both_forms_of_a_family_agree(name: str) -> None:
             step, state = form.model.step(tokens[:, 32], state)
             # The tolerance of auto, on kernels that are not trained yet.
             torch.testing.assert_close(step, logits[:, -1], rtol=0, atol=2e-2)
-            assert before == (2 * 2 * 32 * 32 * 4 if name == TRANSFORMER else state_bytes(state))
+            assert before == (2 * 2 * 32 * 32 * 4 if name in PEERS else state_bytes(state))
 
 
 def test_training_follows_from_the_seed() -> None:

@@ -31,6 +31,7 @@ LAYERS = (
         "comparison_models",
         "comparison_plots",
         "families",
+        "family_peers",
         "family_training",
         "family_measure",
         "family_run",

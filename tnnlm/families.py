@@ -1,4 +1,4 @@
-"""Families of language models of equal size: ours by their kernels, and a Transformer as the peer."""
+"""Families of language models of equal size: ours by their kernels, and Transformers as peers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnnlm.config import Config, ModelConfig
 from tnnlm.config_io import load_config
 from tnnlm.errors import UserError
+from tnnlm.family_peers import LearnedPositions, Peer, Transformer
 from tnnlm.model import CausalLM
 
 TRANSFORMER = "transformer"
+PEERS: dict[str, type[Peer]] = {TRANSFORMER: Transformer, "gpt2": LearnedPositions}
+"""by name: what is compared with ours"""
 TRANSFORMER_LR = 1e-3
-"""its peak learning rate unless one is given: at the demo's, four times as high, it learns worse"""
+"""their peak learning rate unless one is given: at the demo's, four times as high, they learn worse"""
 SIZE_TOLERANCE = 0.03
 """how far parameters may be apart"""
 _OF_FAMILY = ("conversion.", "optim.kernel_lr_scale=")
-_HEAD = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Family:
     @property
     def kernel(self) -> str:
         """What mixes the tokens: a kernel's name, or attention."""
-        return "attention" if self.name == TRANSFORMER else self.config.model.kernel.name
+        return "attention" if self.name in PEERS else self.config.model.kernel.name
 
     def build(self, seed: int) -> nn.Module:
         """The model in its parallel form, initialised under ``seed``."""
@@ -56,7 +56,7 @@ def load_families(
     """Read the families and give each the parameters of ``base_file``'s own model.
 
     Args:
-        files: by name, where kernel, its learning rate and conversion are read; None for the Transformer.
+        files: by name, where kernel, its learning rate and conversion are read; None for ``PEERS``.
         base_file: everything else, for all of them.
         overrides: words ``key=value``, for all of them.
         lrs: peak learning rates that differ, by name.
@@ -129,68 +129,4 @@ def n_params(model: nn.Module) -> int:
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:
-    return Transformer(config) if name == TRANSFORMER else CausalLM(config)
-
-
-class Transformer(nn.Module):
-    """A Llama of ``transformers``, with the methods of a ``CausalLM`` in both forms.
-
-    Rotary positions, tied embeddings, no dropout; ``glu_dim`` is the width of its MLP. Its state is
-    the cache of keys and values, which ``prefill`` and ``step`` change in place.
-
-    Raises:
-        UserError: if ``transformers`` is missing, or the width can't be split into heads.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        library = _transformers()
-        width = config.d_model
-        heads = [n for n in range(1, max(1, width // _HEAD) + 1) if width % (2 * n) == 0]
-        if not heads:
-            raise UserError(f"rotary positions need an even model.d_model, not {width}")
-        settings = library.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=width,
-            intermediate_size=config.glu_dim or width,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=heads[-1],
-            num_key_value_heads=heads[-1],
-            max_position_embeddings=max(1 << 14, 16 * config.max_length),
-            initializer_range=0.02,
-            attention_dropout=0.0,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self._new_cache = library.DynamicCache
-        self.net = library.LlamaForCausalLM(settings)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) for tokens (B, L)."""
-        logits: Tensor = self.net(input_ids=tokens, use_cache=False).logits
-        return logits
-
-    def init_state(self, batch_size: int) -> Any:
-        """An empty cache, of any batch size."""
-        return self._new_cache()
-
-    def prefill(self, tokens: Tensor, state: Any, keep: int = 0) -> tuple[Tensor, Any]:
-        """Read tokens (B, L) on top of the cache: logits (B, keep or L, V)."""
-        out = self.net(input_ids=tokens, past_key_values=state, use_cache=True, logits_to_keep=keep)
-        return out.logits, state
-
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Read one token per row (B,): logits (B, V)."""
-        logits, state = self.prefill(tokens[:, None], state)
-        return logits[:, -1], state
-
-
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"needs the package transformers: pip install -c constraints.txt -e '.[peers]' ({error})"
-        ) from None
-    return transformers
+    return PEERS[name](config) if name in PEERS else CausalLM(config)

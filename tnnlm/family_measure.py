@@ -17,7 +17,7 @@ from tnnlm.config import Config, ConversionConfig
 from tnnlm.conversion.convert import attach, convert_layers
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll
-from tnnlm.families import Transformer
+from tnnlm.family_peers import Peer
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.model import state_bytes as model_state_bytes
 from tnnlm.ops import recurrence
@@ -53,7 +53,7 @@ class Form(NamedTuple):
     """A model that decodes, and what is known of it."""
 
     model: Any
-    """``CausalLM`` or ``Transformer``: ``init_state``, ``prefill``, ``step``"""
+    """``CausalLM`` or ``Peer``: ``init_state``, ``prefill``, ``step``"""
     about: dict[str, Any]
 
 
@@ -75,7 +75,7 @@ def forms_of(model: nn.Module, recipe: ConversionConfig) -> tuple[list[Form], li
 
     A ``CausalLM`` is converted by its family's own settings, then by ``auto``.
     """
-    if isinstance(model, Transformer):
+    if isinstance(model, Peer):
         return [Form(model.eval(), {"form": "KV cache", "methods": [], "orders": []})], []
     assert isinstance(model, CausalLM)
     forms, failed = [], []
@@ -198,7 +198,7 @@ def _stepper(model: Any, state: Any, token: Tensor) -> Callable[[], float]:
         model.step(token, state)[0].argmax(-1)
         _wait(device)
         seconds = time.perf_counter() - started
-        if isinstance(model, Transformer):
+        if isinstance(model, Peer):
             state.crop(-1)  # its cache grew in place
         return seconds
 
