@@ -91,6 +91,8 @@ class LearnedPositions(Peer):
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
             use_cache=False,
             attn_implementation="sdpa",
         )
