@@ -22,10 +22,11 @@ from tqdm import tqdm
 from tnnlm.errors import UserError, run_script
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.extrapolation import Extrapolation
+from tnnlm.reproduce.families import Families
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.stability import Stability
 
-EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Extrapolation, Stability)}
+EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Extrapolation, Families, Stability)}
 
 
 def parse() -> argparse.Namespace:
