@@ -60,7 +60,7 @@ class Form(NamedTuple):
 def held_out_bits(model: nn.Module, corpus: PackedCorpus, config: Config, sizes: Sizes) -> float:
     """Bits per byte of the parallel form at the training length."""
     rows = corpus.rows("val", config.model.max_length, config.data.max_val_tokens)
-    nll = _score(model.eval(), spread(rows, sizes.val_tokens), None)
+    nll = score(model.eval(), spread(rows, sizes.val_tokens), None)
     return bits_per_byte(nll.mean, corpus.val.bytes_per_token)
 
 
@@ -119,17 +119,17 @@ def perplexities(
     chunk = config.conversion.chunk
     return {
         "tokens": spans[:, 1:].numel(),
-        "parallel": {str(length): _score(model.eval(), part, None).ppl for length, part in rows.items()},
+        "parallel": {str(length): score(model.eval(), part, None).ppl for length, part in rows.items()},
         "forms": [
             form.about
-            | {"ppl": {str(length): _score(form.model, part, chunk).ppl for length, part in rows.items()}}
+            | {"ppl": {str(length): score(form.model, part, chunk).ppl for length, part in rows.items()}}
             for form in forms
         ],
     }
 
 
-def _score(model: Any, rows: Tensor, chunk: int | None) -> NLL:
-    """Score rows (B, L + 1), some at a time: in parallel, or recurrently in chunks."""
+def score(model: Any, rows: Tensor, chunk: int | None) -> NLL:
+    """Score rows (B, L + 1), some at a time: in parallel, or recurrently in chunks of so many tokens."""
     device = next(model.parameters()).device
     parts = []
     for part in rows.to(device).split(max(1, _PASS_TOKENS // (rows.shape[1] - 1))):

@@ -20,13 +20,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tnnlm.errors import UserError, run_script
+from tnnlm.reproduce.etsc import ETSC
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.extrapolation import Extrapolation
 from tnnlm.reproduce.families import Families
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.stability import Stability
 
-EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Extrapolation, Families, Stability)}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    one.name: one for one in (Extrapolation, ETSC, Families, Stability)
+}
 
 
 def parse() -> argparse.Namespace:

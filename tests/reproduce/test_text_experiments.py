@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import write_text
 
 from tnnlm.errors import UserError
+from tnnlm.reproduce.etsc import ETSC
+from tnnlm.reproduce.etsc_cost import peak_allocated
 from tnnlm.reproduce.experiment import Experiment, Verdict
 from tnnlm.reproduce.extrapolation import FLAT, Extrapolation
 from tnnlm.reproduce.families import Families
@@ -59,6 +62,32 @@ def test_families_are_equal_in_size_and_convolutions_learn_faster() -> None:
     assert all(row["curve"][-1][1] < row["curve"][0][1] for row in rows)
     assert "| SGConv | " in Path("out/families.md").read_text()
     assert Path("out/families.png").stat().st_size > 10_000
+
+
+def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
+    exact = [v for v in run(ETSC()) if "the same before and after" in v.claim or "exact" in v.claim]
+    assert len(exact) == 3
+    assert all(verdict.holds for verdict in exact)
+    found = json.loads(Path("out/etsc.json").read_text())["cells"]
+    cells = [json.loads(key) | row for key, row in found.items()]
+    converted = [row["methods"] for row in cells if row["part"] == "conversion"]
+    assert all(row["etsc"]["error"] < 1e-2 * row["gradient"]["error"] for row in converted)
+    short, long = (row for row in cells if row["part"] == "cost" and row["sweep"] == "length")
+    for form in ("etsc, n = horizon", "balanced"):
+        assert long["bytes"][form] == short["bytes"][form]
+    for form in ("recompute", "cached history", "etsc, n = length"):
+        assert long["bytes"][form] > 4 * short["bytes"][form]  # eight times as long
+    assert "| SGConv | ETSC, n = length | " in Path("out/etsc.md").read_text()
+    assert Path("out/etsc.png").stat().st_size > 10_000
+
+
+def test_the_peak_is_what_is_held_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000)
+
+    assert 4000 <= peak_allocated(one_after_the_other) < 4200
+    assert 12_000 <= peak_allocated(lambda: [torch.ones(1000) for _ in range(3)]) < 12_400
 
 
 @pytest.mark.parametrize("experiment", [Extrapolation(), Families()])

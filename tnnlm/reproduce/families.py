@@ -14,7 +14,7 @@ from tnnlm.reproduce.experiment import Experiment, Row, Verdict
 from tnnlm.reproduce.text_models import text_models
 
 NAMES = {"tnn": "TNN", "sgconv": "SGConv", "rtf": "RTF", "transformer": "Transformer"}
-_STEPS = {"tiny": 60, "small": 200, "paper": 0}
+_STEPS = {"tiny": 60, "small": 400, "paper": 0}
 _SEEDS = {"tiny": (0,), "small": (0, 1, 2), "paper": (0, 1, 2)}
 _VAL_TOKENS = {"tiny": 1 << 10, "small": 1 << 17, "paper": 1 << 18}
 
