@@ -75,6 +75,9 @@ def test_the_certificate_bounds_what_runs(folder: Path) -> None:
 
 def test_page_picture_and_index(folder: Path) -> None:
     page = (folder / "stability.md").read_text()
+    assert "## Thresholds" in page
+    assert "| decay per lag | etsc | - | " in page
+    assert "`the horizon of 64 leaves" in page
     assert "### Decay per lag" in page
     assert "| 0.9 | " in page
     assert (folder / "stability.png").stat().st_size > 10_000
@@ -130,4 +133,4 @@ def test_the_tool() -> None:
     assert "stability" in run("--list").stdout
     wrong = run("nothing")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "expected one of stability" in wrong.stderr
+    assert "expected one of extrapolation, " in wrong.stderr

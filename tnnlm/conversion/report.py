@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -88,23 +89,28 @@ class ModelReport:
 
     @property
     def warning(self) -> str | None:
-        """In words, what is wrong past the horizon: the kernel goes on there, or the recurrence does where
-        the kernel is over. None if neither matters."""
-        # A kernel's own recurrence knows of no horizon.
-        layers = [layer for layer in self.layers if layer.method != "companion"]
-        worst = max((layer.tail_energy for layer in layers), default=0.0)
-        if worst > ROUNDING**2:
-            return (
-                f"the horizon of {self.horizon} leaves {worst**0.5:.1e} of the kernel's norm outside: from "
-                f"lag {self.horizon} on outputs will differ from the parallel model's; use --horizon auto"
-            )
-        beyond = max((layer.l1_error for layer in layers), default=0.0)
-        if beyond > USELESS_L1:
-            return (
-                f"from lag {self.horizon} on, where the kernel is over, this recurrence goes on: outputs may "
-                f"be off by {beyond:.1f} times the largest there can be; use --method auto or window"
-            )
-        return None
+        """See :func:`horizon_warning`."""
+        return horizon_warning(self.layers, self.horizon)
+
+
+def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | None:
+    """In words, what is wrong past the horizon: the kernel goes on there, or the recurrence does where
+    the kernel is over. None if neither matters."""
+    # A kernel's own recurrence knows of no horizon.
+    layers = [layer for layer in layers if layer.method != "companion"]
+    worst = max((layer.tail_energy for layer in layers), default=0.0)
+    if worst > ROUNDING**2:
+        return (
+            f"the horizon of {horizon} leaves {worst**0.5:.1e} of the kernel's norm outside: from "
+            f"lag {horizon} on outputs will differ from the parallel model's; use --horizon auto"
+        )
+    beyond = max((layer.l1_error for layer in layers), default=0.0)
+    if beyond > USELESS_L1:
+        return (
+            f"from lag {horizon} on, where the kernel is over, this recurrence goes on: outputs may "
+            f"be off by {beyond:.1f} times the largest there can be; use --method auto or window"
+        )
+    return None
 
 
 def measure(

@@ -99,8 +99,8 @@ class Families(Experiment):
             lines.append(
                 f"| {label} | {own[0]['params']:,} | {own[0]['lr']:g} | {shown} | {ppl:.2f} | {speed:,.0f} |"
             )
-        tried = "; its learning rate is the best of 5e-4, 1e-3, 2e-3 and 4e-3 (docs/families.md, which has "
-        tried += "longer runs, a second text, and the cost of decoding)"
+        tried = ", and its learning rate is the best of 1e-3, 2e-3 and 4e-3. docs/families.md has more "
+        tried += "channels, a second text, and the cost of decoding"
         return (
             "## Quality\n\n"
             + "\n".join(lines)

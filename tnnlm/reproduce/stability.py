@@ -16,7 +16,7 @@ from tnnlm.config import ModelConfig, TNOConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.ablations import vandermonde
 from tnnlm.conversion.methods import Converted, relative_error
-from tnnlm.conversion.report import EXTENT
+from tnnlm.conversion.report import EXTENT, horizon_warning
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
@@ -113,6 +113,7 @@ def _measure_taps(cell: Row) -> Row:
         "tail": report.tail_energy**0.5,
         "largest_pole": report.largest_pole,
         "order": report.order,
+        "told": horizon_warning([report], n),
     }
 
 

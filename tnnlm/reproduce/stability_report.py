@@ -50,6 +50,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     reduced = [row for row in rows if row["method"] == "balanced" and row["sweep"] != "precision"]
     made = [row for row in reduced if "tap_error" in row]
     # Rounding of the outputs, in units of the largest possible one.
+    unsaid = [row for row in told if _failed(row) and not row["told"]]
     silent = [row for row in told if not row["bounded_error"] <= row["l1_error"] + 1e-5]
     naive = [row for row in rows if row["method"] == "vandermonde" and row["sweep"] == "length"]
     failing = [row["n"] for row in naive if _failed(row)]
@@ -92,6 +93,14 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             bool(failing),
         ),
         Verdict(
+            "wherever outputs are of no use, the report warns, or the conversion is refused",
+            "-",
+            f"{sum(map(_failed, told))} cells warned of"
+            if not unsaid
+            else f"silent in {len(unsaid)}; first {_name(unsaid[0])}",
+            not unsaid,
+        ),
+        Verdict(
             "float32 steps stay within the certificate's bound on outputs, in every case",
             "-",
             f"{len(told)} cells" if not silent else f"not in {len(silent)}; first {_name(silent[0])}",
@@ -118,11 +127,45 @@ def tables(rows: list[Row]) -> str:
             shown = f"{value:g}" if isinstance(value, int | float) else value
             lines.append(f"| {shown} | {' | '.join(cells[method] for method in methods)} |")
         parts.append("\n".join(lines))
-    refused = dict.fromkeys((row["method"], row["told"]) for row in rows if row.get("refused"))
-    if refused:
-        told = "\n".join(f"- {method}: `{text}`" for method, text in refused)
-        parts.append(f"## What the user is told where a conversion is refused\n\n{told}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _thresholds(rows)])
+
+
+def _thresholds(rows: list[Row]) -> str:
+    """Where each method fails, by factor, and what the user reads there."""
+    lines = [
+        "| factor | method | of no use within the horizon | after four | refused | told at the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for sweep, setting in FACTORS.items():
+        own = [row for row in rows if row["sweep"] == sweep and row["method"] != "vandermonde"]
+        for method in dict.fromkeys(row["method"] for row in own):
+            of_method = [row for row in own if row["method"] == method]
+            inside = [row for row in of_method if _above(row, "inside_error")]
+            after = [row for row in of_method if _above(row, "output_error")]
+            refused = [row for row in of_method if row.get("refused")]
+            first = next((row for row in of_method if row in inside or row in after or row in refused), None)
+            told = "" if first is None else f"`{first.get('told') or 'nothing'}`"
+            where = (_values(part, of_method, setting) for part in (inside, after, refused))
+            lines.append(f"| {_LABELS[sweep]} | {method} | {' | '.join(where)} | {told} |")
+    return (
+        f"## Thresholds\n\nSettings at which outputs are off by more than {FAILED:g}, or a conversion is "
+        "refused, and what `convert.py` says at the first of them.\n\n" + "\n".join(lines)
+    )
+
+
+def _values(failing: list[Row], every: list[Row], setting: str) -> str:
+    """The failing settings: all, none, or by name."""
+    if not failing:
+        return "-"
+    if len(failing) == len(every) > 1:
+        return "all"
+    return ", ".join(
+        f"{row[setting]:g}" if isinstance(row[setting], int | float) else row[setting] for row in failing
+    )
+
+
+def _above(row: Row, key: str) -> bool:
+    return key in row and not row[key] <= FAILED
 
 
 def plot(rows: list[Row], path: Path) -> None:
