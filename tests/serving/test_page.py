@@ -91,7 +91,7 @@ def whole_answer(server: Running, **body: Any) -> str:
     """The same text, not streamed."""
     data = json.dumps(body).encode()
     request = Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as answer:
+    with urlopen(request, timeout=300) as answer:
         return str(json.load(answer)["choices"][0]["text"])
 
 

@@ -62,7 +62,7 @@ def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, 
         for process in processes:
             process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # one that still waits for another that failed

@@ -41,7 +41,7 @@ def finish(*processes: subprocess.Popen[str]) -> None:
     """Wait for them, and show what went wrong."""
     for process in processes:
         try:
-            _, errors = process.communicate(timeout=240)
+            _, errors = process.communicate(timeout=600)
         finally:
             process.kill()
         assert process.returncode == 0, errors

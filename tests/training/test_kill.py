@@ -249,7 +249,7 @@ def worker(*words: str) -> tuple[int, str]:
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("resume_worker.py")), *words],
-        capture_output=True, text=True, env=environment, timeout=120, check=False,
+        capture_output=True, text=True, env=environment, timeout=600, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
 
@@ -292,7 +292,7 @@ def test_one_rank_goes_on_as_two_one_is_killed_and_the_order_stays() -> None:
 
 def test_kill_test_as_a_user_runs_it() -> None:
     command = [sys.executable, str(ROOT / "tools/kill_test.py"), "--kills", "2", "--json", "kills.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(Path("kills.json").read_text())
     assert result["identical"] is True
