@@ -94,26 +94,40 @@ def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar) -> list[Ve
     return verdicts
 
 
-def verdict_table(verdicts: Iterable[Verdict | Row]) -> str:
+def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """Claims as Markdown."""
     lines = ["| claim | published | ours | |", "|---|---|---|---|"]
-    for verdict in verdicts:
-        row = verdict if isinstance(verdict, dict) else verdict._asdict()
-        mark = "holds" if row["holds"] else "**does not hold**"
-        lines.append(f"| {row['claim']} | {row['published']} | {row['ours']} | {mark} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {_claim(verdict)} |" for verdict in verdicts])
+
+
+def _claim(verdict: Verdict) -> str:
+    mark = "holds" if verdict.holds else "**does not hold**"
+    return f"{verdict.claim} | {verdict.published} | {verdict.ours} | {mark}"
 
 
 def index(out: Path) -> str:
     """The one table of all experiments whose results lie in a folder."""
-    parts = ["# The papers' claims, measured\n"]
+    found = []
     for path in sorted(out.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "verdicts" not in data:
-            continue
-        name = data["name"]
-        parts.append(f"## [{name}]({name}.md)\n\n`{_command(data)}`\n\n{verdict_table(data['verdicts'])}\n")
-    return "\n".join(parts)
+        if "verdicts" in data:
+            found.append((data, [Verdict(**verdict) for verdict in data["verdicts"]]))
+    hold = [verdict.holds for _, verdicts in found for verdict in verdicts]
+    lines = [
+        "# The papers' claims, measured",
+        "",
+        f"{sum(hold)} of {len(hold)} hold. A dash: no figure is published, or the claim is our own. Each "
+        "experiment has a page with its tables, its picture, and what was tried where a claim does not hold.",
+        "",
+        "| experiment | claim | published | ours | | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| [{data['name']}]({data['name']}.md) | {_claim(verdict)} | `{_command(data)}` |"
+        for data, verdicts in found
+        for verdict in verdicts
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _page(experiment: Experiment, data: Row, verdicts: list[Verdict], rows: list[Row]) -> str:
@@ -127,7 +141,8 @@ def _page(experiment: Experiment, data: Row, verdicts: list[Verdict], rows: list
 
 
 def _command(data: Row) -> str:
-    return f"python tools/reproduce.py {data['name']} --size {data['size']}"
+    size = "" if data["size"] == "small" else f" --size {data['size']}"
+    return f"python tools/reproduce.py {data['name']}{size}"
 
 
 def _key(cell: Row) -> str:
