@@ -23,8 +23,9 @@ from tnnlm.errors import UserError, run_script
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.stability import Stability
+from tnnlm.reproduce.synthetic import Synthetic
 
-EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability, Synthetic)}
 
 
 def parse() -> argparse.Namespace:

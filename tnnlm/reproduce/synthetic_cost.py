@@ -92,7 +92,7 @@ def _stepper(state_size: int, x: Tensor) -> Callable[[], None]:
     def step() -> None:
         conv.zero_grad()
         loss: Tensor = conv(x).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     return step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,8 @@ def answers(model: Model, inputs: Tensor, last: int) -> Tensor:
 @torch.no_grad()
 def answers_by_steps(model: Model, inputs: Tensor, last: int) -> Tensor:
     """The same of a converted model, which reads one position after the other."""
-    state, outputs = model.init_state(len(inputs)), []
+    state: Any = model.init_state(len(inputs))
+    outputs = []
     for t in range(inputs.shape[1]):
         y, state = model.step(inputs[:, t], state)
         outputs.append(y)
