@@ -43,8 +43,8 @@ _SIZES: dict[str, dict[str, Row]] = {
 _DECAYS = {"tiny": 0.95, "small": 0.99, "paper": 0.999}
 """of TNN's kernel, so that it reaches as far as the task does"""
 _RTF: dict[str, Row] = {
-    "copying": {"init": "xavier", "constraint": "montel"},
-    "delay": {"init": "zero", "constraint": "none"},
+    "copying": {"init": "xavier", "constraint": "montel", "kernel_lr_scale": 4.0},
+    "delay": {"init": "zero", "constraint": "none", "kernel_lr_scale": 1.0},
 }
 
 

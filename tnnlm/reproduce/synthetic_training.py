@@ -58,7 +58,12 @@ def measure_task(cell: Row) -> Row:
 
 def train(model: Model, cell: Row) -> float:
     """Train in place on batches of the cell's seed; returns seconds per step."""
-    config = OptimConfig(lr=cell["lr"], weight_decay=0.0, warmup_steps=min(20, cell["steps"]))
+    config = OptimConfig(
+        lr=cell["lr"],
+        kernel_lr_scale=cell["kernel_lr_scale"],
+        weight_decay=0.0,
+        warmup_steps=min(20, cell["steps"]),
+    )
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config, cell["steps"])
     device = next(model.parameters()).device

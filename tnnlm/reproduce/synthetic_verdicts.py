@@ -37,8 +37,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             perfect is not None,
         ),
         Verdict(
-            "and a quarter of the symbols is state enough",
-            "256 of 1,024, after 62,500 steps",
+            "RTF copies perfectly with a state of a quarter of the symbols",
+            "256 of 1,024; 62,500 steps in the authors' code",
             f"{_scores(copies)}; {copies[0]['steps']:,} steps",
             perfect is not None and 4 * perfect <= symbols,
         ),
@@ -49,19 +49,22 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             errors[largest] <= PUBLISHED_DELAY,
         ),
         Verdict(
-            "the error of the delay falls as the state grows",
-            "falls",
+            "the error of RTF's delay falls as the state grows",
+            "-",
             "; ".join(f"{n}: {errors[n]:.3f}" for n in sorted(errors)),
             all(after <= 1.02 * before for before, after in pairwise(order)) and order[-1] < order[0] / 2,
         ),
         Verdict(
-            "a training step's time does not grow with the state",
+            "the time of RTF's training step does not grow with the state",
             "flat",
             f"{_range(seconds, 1e3)} ms from {_ends(seconds)}",
             _flat(seconds),
         ),
         Verdict(
-            "nor does its memory", "flat", f"{_range(memory, 2**-20)} MiB from {_ends(memory)}", _flat(memory)
+            "the memory of RTF's training step does not grow with the state",
+            "flat",
+            f"{_range(memory, 2**-20)} MiB from {_ends(memory)}",
+            _flat(memory),
         ),
         *_about_forms([*copies, *delays]),
         *_about_families(copies, delays),
