@@ -23,7 +23,7 @@ def tables(rows: list[Row]) -> str:
     parts = [
         f"## Copying\n\n{copy['lag']} of {copy['vocab_size'] - 2} symbols, then as many markers; share of "
         f"symbols told right, mean of the seeds. {copy['layers']} layers of {copy['d_model']} channels, "
-        f"{copy['steps']:,} steps of {copy['batch']} rows, learning rate {copy['lr']:g}; RTF with one "
+        f"{copy['steps']:,} steps of {copy['batch']} rows, learning rate {_rates(copies)}; RTF with one "
         "denominator per layer, Xavier's initialisation and Montel's bound. Layers in series delay by no "
         f"more than the sum of their states unless poles help: {lag_per_layer(copy):g} a layer is the least "
         "of delay lines. (Of numbers alone far less would do: the symbols hold "
@@ -32,8 +32,8 @@ def tables(rows: list[Row]) -> str:
         f"## Delay\n\nA signal of {late['length']} steps without frequencies above 0.25 per step, told again "
         f"{late['lag']} steps later; RMSE over all outputs, mean of the seeds. One linear layer of "
         f"{late['d_model']} channels, {late['steps']:,} steps of {late['batch']} rows, learning rate "
-        f"{late['lr']:g}; RTF from zero, without bound on its poles, as published. What the signal can hold "
-        f"within the delay takes {degrees(late):g} numbers.",
+        f"{_rates(delays)}; RTF as above. What the signal can hold within the delay takes {degrees(late):g} "
+        "numbers.",
         _table(delays),
         f"## Cost of the parallel form\n\nOne RTF layer of {cost['d_model']} channels, forward and backward "
         f"on {cost['batch']} rows of {cost['length']:,}; medians of {cost['rounds']} rounds in turns, and "
@@ -51,6 +51,12 @@ def tables(rows: list[Row]) -> str:
         told = "\n".join(f"- `{text}`" for text in refused)
         parts.append(f"## Conversions that were refused before another was taken\n\n{told}")
     return "\n\n".join(parts)
+
+
+def _rates(rows: list[Row]) -> str:
+    """The peak learning rate, and those of the kernels."""
+    kernels = {NAMES[row["family"]]: row["lr"] * row["kernel_lr_scale"] for row in rows}
+    return f"{rows[0]['lr']:g}, of kernels " + ", ".join(f"{x:g} ({name})" for name, x in kernels.items())
 
 
 def lag_per_layer(cell: Row) -> float:
