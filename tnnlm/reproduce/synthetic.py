@@ -31,7 +31,7 @@ _SIZES: dict[str, dict[str, Row]] = {
     },
     "small": {
         "copying": {"lag": 128, "length": 256, "batch": 8, "steps": 800, "lr": 4e-3, "test_rows": 256},
-        "delay": {"lag": 125, "length": 500, "batch": 16, "steps": 5000, "lr": 3e-3, "test_rows": 256},
+        "delay": {"lag": 125, "length": 500, "batch": 16, "steps": 6000, "lr": 3e-3, "test_rows": 256},
         "cost": {"state_sizes": [*_PUBLISHED], "length": 2048, "rounds": 40},
     },
     "paper": {

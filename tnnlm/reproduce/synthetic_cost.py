@@ -25,7 +25,7 @@ _WARM_UP = 2
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the tensors that live at the same time among those that operations within it meet."""
+    """Counts the bytes of tensors that operations within it made and that live at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,8 @@ def measure_cost(cell: Row) -> Row:
         cell: ``state_sizes``, ``d_model`` (channels), ``length``, ``batch`` (rows), ``rounds``.
 
     Returns:
-        by state size, as strings: ``seconds`` (medians) and ``peak_bytes`` (of tensors).
+        by state size, as strings: ``seconds`` (medians) and ``peak_bytes`` (of tensors that a step
+        makes; parameters, which do grow with the state, are not among them).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cell["seed"])
