@@ -52,7 +52,7 @@ def tables(rows: list[Row]) -> str:
         _table(delays),
         f"## Cost of the parallel form\n\nOne RTF layer of {cost['d_model']} channels, forward and backward "
         f"on {cost['batch']} rows of {cost['length']:,}; medians of {cost['rounds']} rounds in turns, and "
-        "the most bytes of tensors that a step makes and holds at a time. Parameters are apart: one number per "
+        "the most bytes of tensors that a step makes and holds at a time. Parameters are apart: a number per "
         "channel and state number.",
         "\n".join(
             ["| state size | ms | MiB |", "|---|---|---|"]
