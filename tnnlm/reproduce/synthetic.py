@@ -30,7 +30,7 @@ _SIZES: dict[str, dict[str, Row]] = {
         "cost": {"state_sizes": [8, 128], "length": 256, "rounds": 5},
     },
     "small": {
-        "copying": {"lag": 128, "length": 256, "batch": 8, "steps": 800, "lr": 4e-3, "test_rows": 256},
+        "copying": {"lag": 128, "length": 256, "batch": 8, "steps": 1000, "lr": 4e-3, "test_rows": 256},
         "delay": {"lag": 125, "length": 500, "batch": 16, "steps": 6000, "lr": 3e-3, "test_rows": 256},
         "cost": {"state_sizes": [*_PUBLISHED], "length": 2048, "rounds": 40},
     },
