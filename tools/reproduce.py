@@ -26,9 +26,10 @@ from tnnlm.reproduce.extrapolation import Extrapolation
 from tnnlm.reproduce.families import Families
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.stability import Stability
+from tnnlm.reproduce.synthetic import Synthetic
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    one.name: one for one in (Extrapolation, ETSC, Families, Stability)
+    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Stability)
 }
 
 
