@@ -55,8 +55,8 @@ class FDTNOConfig(KernelConfig):
     activation: str = choice("gelu", "gelu", "silu", "relu")
     """the smoother it is, the faster the kernel dies out"""
     rpe_input: str = choice("cosine", "cosine", "angle")
-    """cosine: of the frequency, so that the spectrum is as smooth as the network; angle: the frequency itself,
-    as published, which leaves kinks at its ends and a tail of lag^-2"""
+    """cosine: of the frequency, so that the spectrum is as smooth as the network; angle: the frequency
+    itself, as in the authors' code, which leaves kinks at both ends and a tail of lag^-2"""
     rpe_norm: bool = True
     """normalise hidden features, as published; false: a plain MLP"""
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from tnnlm.errors import UserError, run_script
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.run import reproduce
+from tnnlm.reproduce.ski import Ski
 from tnnlm.reproduce.stability import Stability
 
-EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability, Ski)}
 
 
 def parse() -> argparse.Namespace:

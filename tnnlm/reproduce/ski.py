@@ -1,49 +1,37 @@
 """The frequency-domain TNN beside the TNN: quality, speed, decay of the kernels, and what converts best.
 
 FD-TNN (arXiv 2305.09028, "SKI to go faster") takes the real part of a kernel's spectrum from the position
-encoder and the imaginary part from a Hilbert transform, and no decay. Both models here have the same parameters
-to the number: only the kernels differ. Three kinds of cell: the decay of untrained kernels, the time of a
+encoder and the imaginary part from a Hilbert transform, and no decay. All models here have the same number
+of parameters: only the kernels differ. Three kinds of cell: the decay of untrained kernels, the time of a
 training step with models taking turns, and models trained, scored and converted.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config import Config, FDTNOConfig, KernelConfig, TNOConfig
+from tnnlm.config import Config, FDTNOConfig
 from tnnlm.config_io import load_config
 from tnnlm.conversion.convert import attach, convert_layers, kernels
 from tnnlm.conversion.report import measure as certificate
 from tnnlm.data import open_rows
 from tnnlm.errors import UserError
-from tnnlm.families import Family
 from tnnlm.family_measure import Form, Sizes, held_out_bits, perplexities
 from tnnlm.family_training import device_of, train_family
 from tnnlm.kernels import FDTNOKernel, build_kernel
 from tnnlm.model import CausalLM
 from tnnlm.packing import prepare
-from tnnlm.reproduce import ski_report
+from tnnlm.reproduce import ski_plot, ski_report, ski_tables
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
+from tnnlm.reproduce.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
 from tnnlm.training.plan import resolve_precision
 
-DATA_VARIABLE = "TNNLM_WIKITEXT"
-"""environment variable that names the folder of WikiText-103, for the published size"""
-ACTIVATIONS = ("gelu", "silu", "relu")
-VARIANTS: dict[str, Row | None] = {
-    "tnn": None,
-    **{f"fd {name}": {"activation": name} for name in ACTIVATIONS},
-    "fd relu, angle": {"activation": "relu", "rpe_input": "angle"},
-}
-"""by name, settings of the frequency-domain kernel; the last as in the authors' code; None is the TNN"""
 CONVERSIONS: dict[str, Row] = {
     "balanced 1e-2": {"method": "balanced", "tolerance": 1e-2},
     "balanced 1e-3": {"method": "balanced", "tolerance": 1e-3},
@@ -53,75 +41,6 @@ CONVERSIONS: dict[str, Row] = {
 }
 _CHANNELS = 64
 """of the kernels whose decay is looked at"""
-
-
-class Scale(NamedTuple):
-    """What a size of the experiment means."""
-
-    settings: tuple[str, ...]
-    seeds: tuple[int, ...]
-    sizes: Sizes
-    """of the perplexities in parallel"""
-    form_tokens: int
-    """that recurrent forms are scored on, at one and at eight training lengths"""
-    lengths: tuple[int, ...]
-    """tokens of a timed row"""
-    turns: int
-    grid: int
-    """training length of the kernels whose decay is looked at"""
-
-
-_DEMO = (
-    "data.source=stdlib",
-    "data.batch_size=8",
-    "optim.lr=4e-3",
-    "optim.warmup_steps=30",
-    "trainer.max_steps=150",
-)
-_TINY = (
-    f"data.files=[{sysconfig.get_path('stdlib')}/email/*.py]",
-    "data.source=files",
-    "data.val_fraction=0.2",
-    "data.batch_size=4",
-    "model.d_model=16",
-    "model.n_layers=2",
-    "model.vocab_size=300",
-    "model.max_length=32",
-    "optim.lr=4e-3",
-    "optim.warmup_steps=5",
-    "trainer.max_steps=20",
-    "trainer.accelerator=cpu",
-)
-_PAPER = (
-    "data.source=hub",
-    "data.hub_val_split=validation",
-    "data.batch_size=64",
-    "model.d_model=512",
-    "model.n_layers=7",
-    "model.vocab_size=50264",
-    "model.dropout=0.1",
-    "optim.lr=1e-3",
-    "optim.weight_decay=0.2",
-    "optim.schedule=inverse_sqrt",
-    "optim.warmup_steps=4000",
-    "trainer.accumulate=2",
-    "trainer.max_steps=50000",
-)
-SCALES = {
-    "tiny": Scale(
-        _TINY, (0,), Sizes(val_tokens=1 << 10, tokens=1 << 9, multiples=(1, 2)), 1 << 8, (32, 64), 3, 256
-    ),
-    "small": Scale(
-        _DEMO,
-        (0, 1),
-        Sizes(val_tokens=1 << 17, tokens=1 << 15),
-        1 << 13,
-        (512, 2048, 8192),
-        7,
-        2048,
-    ),
-    "paper": Scale(_PAPER, (0,), Sizes(), 1 << 16, (512, 2048, 8192), 20, 2048),
-}
 
 
 class Ski(Experiment):
@@ -143,8 +62,8 @@ class Ski(Experiment):
         times = [{"kind": "time", "size": size, "length": length} for length in scale.lengths]
         trains = [
             {"kind": "train", "size": size, "variant": variant, "seed": seed}
-            for seed in scale.seeds
-            for variant in VARIANTS
+            for seed, variants in scale.seeds.items()
+            for variant in variants
         ]
         return decays + times + trains
 
@@ -158,44 +77,12 @@ class Ski(Experiment):
         return ski_report.verdicts(rows)
 
     def tables(self, rows: list[Row]) -> str:
-        """Quality, speed, decay, conversions."""
-        return ski_report.tables(rows)
+        """See :mod:`tnnlm.reproduce.ski_tables`."""
+        return ski_tables.tables(rows)
 
     def plot(self, rows: list[Row], path: Path) -> None:
-        """Decay, speed, perplexity against length, state against error."""
-        ski_report.plot(rows, path)
-
-
-def config_of(size: str) -> Config:
-    """Settings that all models of a size share; the kernel is the TNN's.
-
-    Raises:
-        UserError: if the published size is asked for and its text is not named.
-    """
-    words = list(SCALES[size].settings)
-    if size == "paper":
-        folder = os.environ.get(DATA_VARIABLE)
-        if not folder or not Path(folder, "tokenizer.json").exists():
-            raise UserError(
-                f"--size paper reads WikiText-103 from a folder: set {DATA_VARIABLE} to one that holds the data "
-                "set (train and validation, as the hub lays it out) and GPT-2's tokenizer.json"
-            )
-        words += [f"data.hub_name={folder}", f"data.tokenizer={folder}/tokenizer.json"]
-    return load_config(None, words)
-
-
-def family_of(variant: str, config: Config) -> Family:
-    """One of ``VARIANTS``, with the sizes and settings of ``config``, which it changes."""
-    config.model.kernel = kernel_settings(variant)
-    with torch.device("meta"):
-        params = CausalLM(config.model).n_params
-    return Family(variant, config, params)
-
-
-def kernel_settings(variant: str) -> KernelConfig:
-    """Those of the published position encoder: 6 layers of 64."""
-    settings = VARIANTS[variant]
-    return TNOConfig() if settings is None else FDTNOConfig(name="fd_tno", **settings)
+        """See :mod:`tnnlm.reproduce.ski_plot`."""
+        ski_plot.plot(rows, path)
 
 
 def _decay(cell: Row) -> Row:

@@ -1,4 +1,183 @@
-from tnnlm.reproduce.experiment import Row
-def verdicts(r): ...
-def tables(r): ...
-def plot(r,p): ...
+"""What the experiment on the frequency-domain TNN says: verdicts. Tables and picture are made by
+:mod:`tnnlm.reproduce.ski_tables` and :mod:`tnnlm.reproduce.ski_plot`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from tnnlm.reproduce.experiment import Row, Verdict
+
+CLOSE = 0.01
+"""relative difference of bits per byte, or rise of a perplexity, that counts as none"""
+FASTER = 1.02
+"""ratio of speeds that is told from noise"""
+GONE = 1e-6
+"""share of a kernel's norm that counts as nothing left"""
+BASE = "tnn"
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """What holds and what does not."""
+    return [*_quality(rows), *_speed(rows), *_decay(rows), *_converting(rows)]
+
+
+def trained(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of trained models by variant, one per seed."""
+    own = [row for row in rows if row["kind"] == "train"]
+    names = dict.fromkeys(row["variant"] for row in own)
+    return {name: [row for row in own if row["variant"] == name] for name in names}
+
+
+def speedups(row: Row, key: str) -> dict[str, float]:
+    """Seconds of the TNN over those of each other model, the median over the turns."""
+    times = row[key]
+    return {
+        name: statistics.median(base / own for base, own in zip(times[BASE], seconds, strict=True))
+        for name, seconds in times.items()
+        if name != BASE
+    }
+
+
+def mean_bits(rows: Iterable[Row]) -> float:
+    return statistics.mean(row["bits_per_byte"] for row in rows)
+
+
+def _quality(rows: list[Row]) -> list[Verdict]:
+    models = trained(rows)
+    bits = {name: mean_bits(own) for name, own in models.items()}
+    best = min((name for name in bits if name != BASE), key=lambda name: bits[name])
+    rises = {name: max(_rise(row["ppl"]) for row in own) for name, own in models.items()}
+    return [
+        Verdict(
+            "FD-TNN learns as well as TNN, at equal parameters and tokens",
+            "minimal degradation (abstract, Long Range Arena)",
+            f"bits per byte: TNN {bits[BASE]:.3f}, best {best} {bits[best]:.3f}",
+            bits[best] <= (1 + CLOSE) * bits[BASE],
+        ),
+        Verdict(
+            "perplexity does not rise past the training length",
+            "-",
+            "to 8 training lengths: " + ", ".join(f"{name} {rise:+.1%}" for name, rise in rises.items()),
+            all(rise <= CLOSE for rise in rises.values()),
+        ),
+    ]
+
+
+def _rise(ppl: dict[str, float]) -> float:
+    values = list(ppl.values())
+    return max(values) / values[0] - 1
+
+
+def _speed(rows: list[Row]) -> list[Verdict]:
+    timed = [row for row in rows if row["kind"] == "time"]
+    steps = {row["length"]: speedups(row, "step_seconds") for row in timed}
+    alone = {row["length"]: speedups(row, "kernel_seconds") for row in timed}
+    return [
+        Verdict(
+            "a causal FD-TNN trains faster than the TNN",
+            "an absolute speedup (abstract)",
+            "step, times as fast: " + _ratios(steps),
+            all(max(found.values()) >= FASTER for found in steps.values()),
+        ),
+        Verdict(
+            "its kernel is faster to make than the TNN's",
+            "no decay to multiply by",
+            "kernel, times as fast: " + _ratios(alone),
+            all(max(found.values()) >= FASTER for found in alone.values()),
+        ),
+    ]
+
+
+def _ratios(found: dict[int, dict[str, float]]) -> str:
+    parts = (
+        f"{length:,} tokens " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
+        for length, ratios in found.items()
+    )
+    return "; ".join(parts)
+
+
+def reach(tails: dict[str, float]) -> float:
+    """First power of two past which ``GONE`` is left; infinite if there is none."""
+    return min((float(lag) for lag, left in tails.items() if left <= GONE), default=float("inf"))
+
+
+def _decay(rows: list[Row]) -> list[Verdict]:
+    found = {
+        (row["input"], row["norm"], row["activation"]): reach(row["tails"])
+        for row in rows
+        if row["kind"] == "decay"
+    }
+
+    def told(given: str, norm: bool) -> str:
+        own = {key[2]: lag for key, lag in found.items() if key[:2] == (given, norm)}
+        return ", ".join(
+            f"{name} by {lag:g}" if lag < float("inf") else f"{name} never" for name, lag in own.items()
+        )
+
+    def ordered(given: str, norm: bool) -> bool:
+        gelu, silu, relu = (found[given, norm, name] for name in ("gelu", "silu", "relu"))
+        return gelu < relu and silu < relu
+
+    theorem = "GELU super-exponential, SiLU super-polynomial, ReLU square summable"
+    gone = f"share of the norm below {GONE:g}: "
+    return [
+        Verdict(
+            "smooth activations make kernels die out sooner, a plain network of the frequency's cosine",
+            theorem,
+            gone + told("cosine", False),
+            ordered("cosine", False),
+        ),
+        Verdict(
+            "the same with normalised hidden features, as trained",
+            theorem,
+            gone + told("cosine", True),
+            ordered("cosine", True),
+        ),
+        Verdict(
+            "the same where the network takes the frequency itself, as the authors' code does",
+            theorem,
+            gone + told("angle", True),
+            ordered("angle", True),
+        ),
+    ]
+
+
+def _converting(rows: list[Row]) -> list[Verdict]:
+    models = trained(rows)
+    state = {
+        name: statistics.mean(row["conversions"]["auto 1e-3"]["state_bytes"] for row in own)
+        for name, own in models.items()
+    }
+    smooth = {name: size for name, size in state.items() if name != BASE}
+    gaps = {
+        method: max(_gap(row["conversions"][method]) for own in models.values() for row in own)
+        for method in ("balanced 1e-3", "auto 1e-3", "window")
+    }
+    ends = {name: max(_gap(row["conversions"]["etsc"]) for row in own) for name, own in models.items()}
+    least = min(smooth, key=lambda name: smooth[name])
+    return [
+        Verdict(
+            "an FD-TNN converts to no more state than the TNN (auto, 1e-3)",
+            "-",
+            f"bytes: TNN {state[BASE]:,.0f}, " + ", ".join(f"{n} {size:,.0f}" for n, size in smooth.items()),
+            smooth[least] <= state[BASE],
+        ),
+        Verdict(
+            "at a tolerance of 1e-3 the perplexity is the parallel form's at every length, of every kernel",
+            "-",
+            "largest gap: " + ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items()),
+            all(gap <= 1e-3 for gap in gaps.values()),
+        ),
+        Verdict(
+            "ETSC serves an FD-TNN past the training length as it serves a TNN",
+            "exact conversion (arXiv 2311.08756)",
+            "largest gap: " + ", ".join(f"{name} {gap:.0e}" for name, gap in ends.items()),
+            all(gap <= 1e-3 for gap in ends.values()),
+        ),
+    ]
+
+
+def _gap(conversion: Row) -> float:
+    """Largest modulus over the lengths; refused counts as none made."""
+    return max((abs(gap) for gap in conversion.get("gaps", {}).values()), default=0.0)
