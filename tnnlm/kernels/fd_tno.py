@@ -1,9 +1,9 @@
 """The frequency-domain Toeplitz neural operator, causal (FD-TNN, arXiv 2305.09028).
 
 The RPE gives the real part R of the kernel's spectrum at the frequencies pi j / L, j = 0 .. L, of a
-transform of 2L points, L the training length. The imaginary part of a causal spectrum is the Hilbert transform
-of its real part; the same said of taps: the inverse transform r of R is even, and its causal half, doubled, is
-the kernel.
+transform of 2L points, L the training length. The imaginary part of a causal spectrum is the Hilbert
+transform of its real part; the same said of taps: the inverse transform r of R is even, and its causal half,
+doubled, is the kernel.
 
     k[0] = r[0]     k[i] = 2 r[i], 0 < i < L     k[L] = r[L]     k[i] = 0, i > L
 

@@ -45,10 +45,10 @@ def _speed_table(rows: list[Row]) -> str:
         lines.append([f"{row['length']:,}", f"{speed:,.0f}", *shown[:2], f"{kernel:.1f} ms", *shown[2:]])
     head = ["tokens a row", "TNN tokens/s", "fd gelu", "fd relu", "TNN's kernel", "fd gelu", "fd relu"]
     return (
-        "## Speed\n\nForward and backward of a whole model, and of one layer's kernel: how many times as fast as "
-        "the TNN, medians over turns of all models. A causal spectrum saves no transform: its imaginary part "
-        "takes one to the taps and one back, where the TNN's taps take one. Here the first is of the "
-        "encoder's features, not of all channels.\n\n" + _table(head, lines)
+        "## Speed\n\nForward and backward of a whole model, and of one layer's kernel: how many times as "
+        "fast as the TNN, medians over turns of all models. A causal spectrum saves no transform: its "
+        "imaginary part takes one to the taps and one back, where the TNN's taps take one. Here the first "
+        "is of the encoder's features, not of all channels.\n\n" + _table(head, lines)
     )
 
 
