@@ -11,6 +11,7 @@ from tnnlm.reproduce.ski_report import speedups, trained
 
 _COLOURS = {
     "tnn": "#08519c",
+    "tnn, decay 0.9": "#9ecae1",
     "fd gelu": "#31a354",
     "fd silu": "#756bb1",
     "fd relu": "#e6550d",

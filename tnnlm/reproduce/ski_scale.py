@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sysconfig
 from pathlib import Path
@@ -15,17 +16,18 @@ from tnnlm.errors import UserError
 from tnnlm.families import Family
 from tnnlm.family_measure import Sizes
 from tnnlm.model import CausalLM
-from tnnlm.reproduce.experiment import Row
 
 DATA_VARIABLE = "TNNLM_WIKITEXT"
 """environment variable that names the folder of WikiText-103, for the published size"""
 ACTIVATIONS = ("gelu", "silu", "relu")
-VARIANTS: dict[str, Row | None] = {
-    "tnn": None,
-    **{f"fd {name}": {"activation": name} for name in ACTIVATIONS},
-    "fd relu, angle": {"activation": "relu", "rpe_input": "angle"},
+VARIANTS: dict[str, KernelConfig] = {
+    "tnn": TNOConfig(),
+    "tnn, decay 0.9": TNOConfig(decay=0.9),
+    **{f"fd {name}": FDTNOConfig(name="fd_tno", activation=name) for name in ACTIVATIONS},
+    "fd relu, angle": FDTNOConfig(name="fd_tno", activation="relu", rpe_input="angle"),
 }
-"""by name, settings of the frequency-domain kernel; the last as in the authors' code; None is the TNN"""
+"""By name, all with the published position encoder, 6 layers of 64: the TNN, one with a memory as short as
+untrained frequency-domain kernels have, and those; the last as in the authors' code."""
 
 
 class Scale(NamedTuple):
@@ -93,7 +95,7 @@ SCALES = {
     ),
     "small": Scale(
         _DEMO,
-        {0: tuple(VARIANTS), 1: ("tnn", "fd gelu", "fd relu, angle")},
+        {0: tuple(VARIANTS), 1: ("tnn", "fd gelu")},
         Sizes(val_tokens=1 << 16, tokens=1 << 14),
         1 << 12,
         (512, 2048, 8192),
@@ -124,13 +126,7 @@ def config_of(size: str) -> Config:
 
 def family_of(variant: str, config: Config) -> Family:
     """One of ``VARIANTS``, with the sizes and settings of ``config``, which it changes."""
-    config.model.kernel = kernel_settings(variant)
+    config.model.kernel = copy.deepcopy(VARIANTS[variant])
     with torch.device("meta"):
         params = CausalLM(config.model).n_params
     return Family(variant, config, params)
-
-
-def kernel_settings(variant: str) -> KernelConfig:
-    """Those of the published position encoder: 6 layers of 64."""
-    settings = VARIANTS[variant]
-    return TNOConfig() if settings is None else FDTNOConfig(name="fd_tno", **settings)

@@ -32,7 +32,11 @@ def _quality_table(rows: list[Row]) -> str:
         lines.append([name, f"{own[0]['params']:,}", f"{mean_bits(own):.4f}", seeds, f"{speed:,.0f}", *ppl])
     lengths = [f"ppl at {int(length):,}" for length in next(row for row in rows if "ppl" in row)["ppl"]]
     head = ["kernel", "parameters", "bits per byte", "of each seed", "tokens/s", *lengths]
-    return "## Quality\n\nPerplexities are the first seed's, in parallel.\n\n" + _table(head, lines)
+    return (
+        "## Quality\n\nPerplexities are the first seed's, in parallel. Untrained, a TNN's kernels are as long "
+        "as their decay, the frequency-domain ones a few lags: the fewer the steps, the more that weighs.\n\n"
+        + _table(head, lines)
+    )
 
 
 def _speed_table(rows: list[Row]) -> str:
