@@ -66,8 +66,7 @@ def _quality(rows: list[Row]) -> list[Verdict]:
         Verdict(
             "perplexity does not rise past the training length",
             "-",
-            f"to {1 << lengths - 1} training lengths: "
-            + ", ".join(f"{name} {rise:+.1%}" for name, rise in rises.items()),
+            f"to {1 << lengths - 1} training lengths: {_listed(rises, '+.1%')}",
             all(rise <= CLOSE for rise in rises.values()),
         ),
     ]
@@ -75,6 +74,10 @@ def _quality(rows: list[Row]) -> list[Verdict]:
 
 def _frequency_domain(models: dict[str, list[Row]]) -> list[str]:
     return [name for name in models if name.startswith("fd")]
+
+
+def _listed(values: dict[str, float], style: str) -> str:
+    return ", ".join(f"{name} {value:{style}}" for name, value in values.items())
 
 
 def _rise(ppl: dict[str, float]) -> float:
@@ -103,10 +106,7 @@ def _speed(rows: list[Row]) -> list[Verdict]:
 
 
 def _ratios(found: dict[int, dict[str, float]]) -> str:
-    parts = (
-        f"{length:,} tokens " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
-        for length, ratios in found.items()
-    )
+    parts = (f"{length:,} tokens {_listed(ratios, '.2f')}" for length, ratios in found.items())
     return "; ".join(parts)
 
 
@@ -169,9 +169,8 @@ def _converting(rows: list[Row]) -> list[Verdict]:
         for name, own in models.items()
     }
     smooth = {name: state[name] for name in _frequency_domain(models)}
-    refused = sum(
-        "refused" in made for own in models.values() for row in own for made in row["conversions"].values()
-    )
+    every = [made for own in models.values() for row in own for made in row["conversions"].values()]
+    refused = sum("refused" in made for made in every)
     gaps = {
         method: max(_gap(row["conversions"][method]) for own in models.values() for row in own)
         for method in ("balanced 1e-3", "auto 1e-3", "window")
@@ -181,21 +180,19 @@ def _converting(rows: list[Row]) -> list[Verdict]:
         Verdict(
             "an FD-TNN converts to no more state than the TNN (auto, 1e-3)",
             "-",
-            f"bytes: TNN {state[BASE]:,.0f}, " + ", ".join(f"{n} {size:,.0f}" for n, size in smooth.items()),
+            f"bytes: TNN {state[BASE]:,.0f}, " + _listed(smooth, ",.0f"),
             min(smooth.values()) <= state[BASE],
         ),
         Verdict(
             "at a tolerance of 1e-3 the perplexity is the parallel form's at every length, of every kernel",
             "-",
-            "largest gap: "
-            + ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items())
-            + f"; {refused} refused",
+            f"largest gap: {_listed(gaps, '.0e')}; {refused} conversions of {len(every)} refused",
             all(gap <= 1e-3 for gap in gaps.values()),
         ),
         Verdict(
             "ETSC serves an FD-TNN past the training length as it serves a TNN",
             "exact conversion (arXiv 2311.08756)",
-            "largest gap: " + ", ".join(f"{name} {gap:.0e}" for name, gap in ends.items()),
+            "largest gap: " + _listed(ends, ".0e"),
             all(gap <= 1e-3 for gap in ends.values()),
         ),
     ]

@@ -33,9 +33,9 @@ def _quality_table(rows: list[Row]) -> str:
     lengths = [f"ppl at {int(length):,}" for length in next(row for row in rows if "ppl" in row)["ppl"]]
     head = ["kernel", "parameters", "bits per byte", "of each seed", "tokens/s", *lengths]
     return (
-        "## Quality\n\nPerplexities are the first seed's, in parallel. Untrained, a TNN's kernels are as long "
-        "as their decay, the frequency-domain ones a few lags: the fewer the steps, the more that weighs.\n\n"
-        + _table(head, lines)
+        "## Quality\n\nPerplexities are the first seed's, in parallel. Untrained, a TNN's kernels are as "
+        "long as their decay, the frequency-domain ones a few lags: the fewer the steps, the more that "
+        "weighs.\n\n" + _table(head, lines)
     )
 
 
