@@ -13,7 +13,7 @@ import torch
 import convert as convert_script
 import generate as generate_script
 import train as train_script
-from tnnlm.config import KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.config import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
 from tnnlm.model import CausalLM, ModelState
 
@@ -25,6 +25,7 @@ SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generat
 
 FAMILIES: dict[str, Callable[[], KernelConfig]] = {
     "tno": lambda: TNOConfig(rpe_dim=8, rpe_layers=2),
+    "fd_tno": lambda: FDTNOConfig(name="fd_tno", rpe_dim=8, rpe_layers=2),
     "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
     "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
 }

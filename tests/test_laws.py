@@ -19,6 +19,7 @@ from tnnlm.tokenizer import train_bpe
 LENGTH = 40
 EXACT = {
     "tno": ("etsc", "window"),
+    "fd_tno": ("etsc", "window"),
     "sgconv": ("etsc", "window"),
     "rtf": ("etsc", "window", "companion"),
 }
@@ -87,10 +88,10 @@ def test_step_prefill_and_forward_agree(family: str, method: str) -> None:
     assert_same_state(after_prefill, after_steps)
 
 
-@pytest.mark.parametrize("family", ["sgconv", "rtf"])
+@pytest.mark.parametrize("family", ["fd_tno", "sgconv", "rtf"])
 def test_forms_of_a_finite_or_rational_kernel_are_right_at_8_times_the_training_length(family: str) -> None:
     model = trained(family)
-    method = {"sgconv": "window", "rtf": "companion"}[family]
+    method = {"fd_tno": "window", "sgconv": "window", "rtf": "companion"}[family]
     converted = converted_by(model, method, model_horizon(model))
     tokens = torch.randint(300, (1, 8 * 32))
     torch.testing.assert_close(converted(tokens), model(tokens), rtol=0, atol=1e-9)
@@ -139,7 +140,11 @@ def test_inactive_rows_keep_their_state(family: str, method: str) -> None:
 # A finite, rough kernel of 32 lags has no small recurrence: poles for the last digits cancel in float32.
 @pytest.mark.parametrize(
     ("family", "tolerance"),
-    [("tno", 1e-2), ("tno", 1e-3), ("rtf", 1e-2), ("rtf", 1e-3), ("sgconv", 0.3), ("sgconv", 0.05)],
+    [
+        *((family, tolerance) for family in ("tno", "fd_tno", "rtf") for tolerance in (1e-2, 1e-3)),
+        ("sgconv", 0.3),
+        ("sgconv", 0.05),
+    ],
 )
 def test_balanced_meets_its_tolerance_on_the_horizon_and_at_8_times_the_training_length(
     family: str, tolerance: float

@@ -45,6 +45,23 @@ class TNOConfig(KernelConfig):
 
 
 @dataclass(kw_only=True)
+class FDTNOConfig(KernelConfig):
+    """The frequency-domain TNO: an MLP gives the real part of the spectrum, causality the rest."""
+
+    rpe_dim: int = number(64, low=1, high=65_536)
+    """width of the network"""
+    rpe_layers: int = number(6, low=0, high=1_000)
+    """its hidden layers"""
+    activation: str = choice("gelu", "gelu", "silu", "relu")
+    """the smoother it is, the faster the kernel dies out"""
+    rpe_input: str = choice("cosine", "cosine", "angle")
+    """cosine: of the frequency, so that the spectrum is as smooth as the network; angle: the frequency
+    itself, as in the authors' code, which leaves kinks at both ends and a tail of lag^-2"""
+    rpe_norm: bool = True
+    """normalise hidden features, as published; false: a plain MLP"""
+
+
+@dataclass(kw_only=True)
 class SGConvConfig(KernelConfig):
     """SGConv: sub-kernels stretched over ever longer lags, each fainter than the one before."""
 

@@ -15,6 +15,8 @@ from tnnlm.model import CausalLM
 
 KERNELS = {
     "tno": "Toeplitz neural operator kernels (TNN, [arXiv 2305.04749](https://arxiv.org/abs/2305.04749))",
+    "fd_tno": "frequency-domain Toeplitz neural operator kernels "
+    "(FD-TNN, [arXiv 2305.09028](https://arxiv.org/abs/2305.09028))",
     "sgconv": "SGConv kernels ([arXiv 2210.09298](https://arxiv.org/abs/2210.09298))",
     "rtf": "rational transfer functions (RTF, [arXiv 2405.06147](https://arxiv.org/abs/2405.06147))",
 }

@@ -25,11 +25,12 @@ from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.extrapolation import Extrapolation
 from tnnlm.reproduce.families import Families
 from tnnlm.reproduce.run import reproduce
+from tnnlm.reproduce.ski import Ski
 from tnnlm.reproduce.stability import Stability
 from tnnlm.reproduce.synthetic import Synthetic
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Stability)
+    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Stability, Ski)
 }
 
 

@@ -1,36 +1,17 @@
 """The Toeplitz neural operator's kernel: k[i] = decay^i rpe(i) (arXiv 2305.04749, section 3.2).
 
-The relative position encoder (RPE) is an MLP on the raw integer lag, the same for all channels
-up to its last layer. It runs in float32 whatever the precision policy: bf16 can't count to 512.
+The relative position encoder takes the raw integer lag. It runs in float32 whatever the precision policy:
+bf16 can't count to 512.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tnnlm.config import TNOConfig
 from tnnlm.kernels.base import Kernel, register_kernel
-from tnnlm.ops.norm import simple_rms_norm
-
-
-class RelativePositionEncoder(nn.Module):
-    """Lags (L, 1) -> (E, L): Linear(1, r), ``layers`` times [norm, ReLU, Linear(r, r)], then norm,
-    ReLU, Linear(r, E)."""
-
-    def __init__(self, width: int, layers: int, n_channels: int) -> None:
-        super().__init__()
-        self.input = nn.Linear(1, width)
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.output = nn.Linear(width, n_channels)
-
-    def forward(self, lags: Tensor) -> Tensor:
-        """Values at the given lags, (L, 1) -> (E, L), written as transforms want them."""
-        h = self.input(lags)
-        for layer in self.hidden:
-            h = layer(torch.relu(simple_rms_norm(h)))
-        last = torch.relu(simple_rms_norm(h))
-        return torch.addmm(self.output.bias[:, None], self.output.weight, last.T)
+from tnnlm.kernels.rpe import RelativePositionEncoder
 
 
 @register_kernel("tno", TNOConfig)
