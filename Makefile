@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python generate.py --prompt "def "
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

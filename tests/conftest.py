@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 import convert as convert_script
