@@ -107,7 +107,8 @@ def _about_families(copies: list[Row], delays: list[Row]) -> list[Verdict]:
         shown = ", ".join(f"{NAMES[name]} {figure(task, x)}" for name, x in others.items())
         found.append(
             Verdict(
-                f"RTF with its largest state is ahead of TNN and SGConv, whose settings were tried less: {task}",
+                f"RTF with its largest state is ahead of TNN and SGConv, whose settings were tried less: "
+                f"{task}",
                 "-",
                 f"RTF {figure(task, best[n])}, {shown}",
                 ahead,
