@@ -23,6 +23,7 @@ LAYERS = (
         "holdout",
         "corpus",
         "packing",
+        "sequences",
         "data",
         "training",
         "deployment",
@@ -55,6 +56,7 @@ TRAINING_ONLY = {
     "lm_eval",
     "onnx",
     "onnxruntime",
+    "PIL",
 }
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 

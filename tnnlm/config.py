@@ -100,11 +100,43 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+class ListOpsConfig:
+    """Expressions to be generated; the defaults are the Long Range Arena's."""
 
-    source: str = choice("stdlib", "stdlib", "files", "hub")
-    """stdlib: sources of the running Python; files: ``data.files``; hub: a ``datasets`` name"""
+    min_length: int = number(501, low=1, high=1 << 20)
+    """symbols of the shortest expression"""
+    max_length: int = number(1999, low=4, high=1 << 20)
+    """of the longest; at most ``model.max_length``"""
+    max_depth: int = number(10, low=2, high=100)
+    """of nesting, a value counted as 1"""
+    max_args: int = number(10, low=2, high=1_000)
+    """largest number of arguments; drawn evenly from 2 on"""
+    train_rows: int = number(96_000, low=1)
+    """expressions to train on"""
+    val_rows: int = number(2_000, low=1)
+    """to validate on; none of them is trained on"""
+    test_rows: int = number(2_000, low=1)
+    """and to test on when the run ends"""
+
+
+@dataclass(kw_only=True)
+class ArchiveConfig:
+    """A task of the Long Range Arena, read from files as they are published."""
+
+    task: str = choice("listops", "listops", "text", "retrieval", "image", "pathfinder", "pathx")
+    """which; tnnlm/sequences/archive.py says what it reads"""
+    folder: str | None = None
+    """the unpacked lra_release, with aclImdb (text) and cifar-10-batches-py (image) in it"""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the text or the labelled sequences come from, and how they become tokens."""
+
+    source: str = choice("stdlib", "stdlib", "files", "hub", "listops", "lra")
+    """text: stdlib (sources of the running Python), files (``data.files``) or hub (a ``datasets`` name);
+    to classify: listops (expressions generated as ``data.listops`` says) or lra (the files in
+    ``data.lra.folder``)"""
     files: list[str] = field(default_factory=list)
     """paths or globs of .txt .md .py .jsonl .parquet, each also as .gz; files only"""
     text_column: str = "text"
@@ -126,7 +158,8 @@ class DataConfig:
     eos_token: str = "<|endoftext|>"
     """the token that ends a document; a given tokenizer must have it"""
     val_fraction: float = number(0.02, above=0, high=0.5)
-    """share of the text, by document, that is held out"""
+    """share of the text, by document, that is held out; of labelled sequences, where they come without
+    validation split"""
     max_val_tokens: int | None = number(None, low=1)
     """validate on so many tokens at the most"""
     batch_size: int = number(8, low=1, high=1_000_000)
@@ -135,6 +168,10 @@ class DataConfig:
     """loader processes; rows come from a memory-mapped file, so 0 is rarely slow"""
     cache_dir: str | None = None
     """tokenized text is kept here; null: $TNNLM_CACHE or ~/.cache/tnnlm"""
+    listops: ListOpsConfig = field(default_factory=ListOpsConfig)
+    """with source listops"""
+    lra: ArchiveConfig = field(default_factory=ArchiveConfig)
+    """with source lra"""
 
 
 @dataclass(kw_only=True)
