@@ -6,20 +6,25 @@ The heads over it: ``model.CausalLM``, and in ``encoder`` those that see a text 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config import ModelConfig
-from tnnlm.kernels import build_kernel
-from tnnlm.modules import GLU, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
+from tnnlm.kernels import TwoSidedKernel, build_kernel
+from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
 
 
 class Backbone(nn.Module):
     """A stack of prenorm blocks over token embeddings, and a last norm (arXiv 2305.04749)."""
 
-    def __init__(self, config: ModelConfig, convs: Sequence[LongConv | RecurrentConv] | None = None) -> None:
+    causal_by_default: ClassVar[bool] = True
+    """what ``config.causal`` is where it is not set"""
+
+    def __init__(
+        self, config: ModelConfig, convs: Sequence[LongConv | BiConv | RecurrentConv] | None = None
+    ) -> None:
         """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names."""
         super().__init__()
         self.config = config
@@ -27,18 +32,15 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
-        if convs is None:
-            convs = [
-                LongConv(build_kernel(config.kernel, d_inner, config.max_length))
-                for _ in range(config.n_layers)
-            ]
+        self.causal = self.causal_by_default if config.causal is None else config.causal
+        """whether a position sees those before it alone"""
         self.blocks = nn.ModuleList(
             Block(
                 GatedMixer(config.d_model, d_inner, conv),
                 GLU(config.d_model, config.glu_dim or config.d_model),
                 config.dropout,
             )
-            for conv in convs
+            for conv in convs or [self._new_conv(d_inner) for _ in range(config.n_layers)]
         )
         self.norm = SimpleRMSNorm()
         self.recompute = False
@@ -59,14 +61,24 @@ class Backbone(nn.Module):
         for block in self.layers:
             block.compile()
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """What a head reads, normalised: (B, L, D) for tokens (B, L)."""
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What a head reads, normalised: (B, L, D) for tokens (B, L).
+
+        Tokens where ``mask`` (B, L) is False are padding, which no other position sees. Features there mean
+        nothing.
+        """
         x = self._embed(tokens)
         again = self.recompute and self.training
         for block in self.layers:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
         normalised: Tensor = self.norm(x)
         return normalised
+
+    def _new_conv(self, channels: int) -> LongConv | BiConv:
+        kernel, length = self.config.kernel, self.config.max_length
+        if self.causal:
+            return LongConv(build_kernel(kernel, channels, length))
+        return BiConv(TwoSidedKernel(kernel, channels, length))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.dropout(self.embedding(tokens))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnnlm.backbone import Backbone
 from tnnlm.config import ModelConfig
+from tnnlm.errors import ConfigError
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State
 
@@ -54,7 +55,16 @@ class CausalLM(Backbone):
     """
 
     def __init__(self, config: ModelConfig, convs: Sequence[LongConv | RecurrentConv] | None = None) -> None:
-        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names."""
+        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names.
+
+        Raises:
+            ConfigError: if ``config.causal`` is False.
+        """
+        if config.causal is False:
+            raise ConfigError(
+                "model.causal=false: a causal language model may see no later token; leave model.causal out, "
+                "or set task=masked"
+            )
         super().__init__(config, convs)
         self.head: nn.Module | None = None
         """in the place of the tied embedding, for decoding"""
