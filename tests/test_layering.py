@@ -23,6 +23,7 @@ LAYERS = (
         "holdout",
         "corpus",
         "packing",
+        "masking",
         "data",
         "training",
         "deployment",

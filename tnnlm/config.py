@@ -253,6 +253,8 @@ class ConversionConfig:
 
 MASK_TOKEN = "<|mask|>"
 """``data.mask_token`` where none is named"""
+SMALLEST_MASKED = 258
+"""entries of the smallest tokenizer that is trained for task masked: every byte, an end and a mask token"""
 TASKS = ("causal", "masked")
 """what a model can be trained for"""
 

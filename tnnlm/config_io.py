@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnnlm.config import KERNEL_SCHEMAS, MASK_TOKEN, Config, KernelConfig, ModelConfig
+from tnnlm.config import KERNEL_SCHEMAS, MASK_TOKEN, SMALLEST_MASKED, Config, KernelConfig, ModelConfig
 from tnnlm.errors import ConfigError
 
 
@@ -128,6 +128,11 @@ def _settle_task(config: Config) -> None:
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:
             raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token; name another one")
+        if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
+                "task=masked: every byte, an end token and a mask token"
+            )
     elif data.mask_token is not None:
         raise ConfigError(f"data.mask_token={data.mask_token}: belongs to task=masked, not {config.task}")
 
