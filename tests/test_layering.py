@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "allocator", "precision", "atomic", "ops", "config", "config_io", "tokenizer"),
     ("kernels",),
     ("modules",),
-    ("model",),
+    ("backbone", "model", "encoder"),
     ("conversion", "hf_files", "converted", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
@@ -23,6 +23,7 @@ LAYERS = (
         "holdout",
         "corpus",
         "packing",
+        "masking",
         "sequences",
         "data",
         "training",

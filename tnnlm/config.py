@@ -97,6 +97,11 @@ class ModelConfig:
     """on embeddings and both branches of a block"""
     kernel: KernelConfig = field(default_factory=TNOConfig)
     """the convolution kernel"""
+    causal: bool | None = None
+    """whether a position sees those before it alone; null: as the task needs. false: kernels reach both
+    ways, by the network on negative lags too (tno) or a second kernel (all others)"""
+    n_classes: int = number(2, low=2, high=1_000_000)
+    """classes; task classify only"""
 
 
 @dataclass(kw_only=True)
@@ -157,6 +162,11 @@ class DataConfig:
     """a tokenizer.json or the name of a hub tokenizer; null: train byte-level BPE on the training split"""
     eos_token: str = "<|endoftext|>"
     """the token that ends a document; a given tokenizer must have it"""
+    mask_token: str | None = None
+    """the token that hides others, added to a tokenizer that lacks it; null: <|mask|>; task masked only"""
+    mask_fraction: float = number(0.15, above=0, high=0.99)
+    """share of a row's tokens that are to be guessed: of ten of them 8 are hidden, 1 becomes any token and 1
+    stays; task masked only"""
     val_fraction: float = number(0.02, above=0, high=0.5)
     """share of the text, by document, that is held out; of labelled sequences, where they come without
     validation split"""
@@ -278,14 +288,24 @@ class ConversionConfig:
     """tokens per prefill chunk when validating the recurrent form"""
 
 
+MASK_TOKEN = "<|mask|>"
+"""``data.mask_token`` where none is named"""
+SMALLEST_MASKED = 258
+"""entries of the smallest tokenizer that is trained for task masked: every byte, an end and a mask token"""
+TASKS = ("causal", "masked")
+"""what a model can be trained for"""
+
+
 @dataclass(kw_only=True)
 class Config:
     """One run."""
 
     name: str = "demo"
     """folder under ``runs_dir``"""
+    task: str = choice("causal", *TASKS)
+    """causal: guess the next token; masked: guess hidden tokens from both sides"""
     seed: int = number(0, low=0, high=2**32 - 1)
-    """of initialisation, order of the data, dropout and split"""
+    """of initialisation, order of the data, dropout, hidden tokens and split"""
     runs_dir: str = "runs"
     """where runs lie"""
     model: ModelConfig = field(default_factory=ModelConfig)

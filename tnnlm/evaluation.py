@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tnnlm.encoder import MaskedBatch, MaskedLM
 from tnnlm.model import CausalLM
 
 
@@ -66,6 +67,16 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
             logits, state = converted.prefill(part[:, :-1], state)
             parts.append(_score(logits[:counted], part[:counted, 1:]))
     return add(parts)
+
+
+@torch.no_grad()
+def masked_nll(model: MaskedLM, batch: MaskedBatch, counted: int | None = None) -> NLL:
+    """Score the tokens of a batch that are to be guessed.
+
+    ``counted``: as for :func:`parallel_nll`.
+    """
+    with torch.autocast(batch.tokens.device.type, enabled=False):
+        return _score(model(batch.tokens, batch.positions)[:counted], batch.targets[:counted])
 
 
 def add(parts: Iterable[NLL]) -> NLL:

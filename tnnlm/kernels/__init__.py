@@ -1,8 +1,18 @@
 """Kernels: parameters -> taps (E, L). Importing this package registers all of its own."""
 
-from tnnlm.kernels.base import Kernel, build_kernel, register_kernel
+from tnnlm.kernels.base import Kernel, LagKernel, build_kernel, register_kernel
 from tnnlm.kernels.rtf import RTFKernel
 from tnnlm.kernels.sgconv import SGConvKernel
 from tnnlm.kernels.tno import TNOKernel
+from tnnlm.kernels.two_sided import TwoSidedKernel
 
-__all__ = ["Kernel", "RTFKernel", "SGConvKernel", "TNOKernel", "build_kernel", "register_kernel"]
+__all__ = [
+    "Kernel",
+    "LagKernel",
+    "RTFKernel",
+    "SGConvKernel",
+    "TNOKernel",
+    "TwoSidedKernel",
+    "build_kernel",
+    "register_kernel",
+]

@@ -18,6 +18,7 @@ FINAL = {
     "val/ppl": "perplexity",
     "val/ppl_recurrent": "recurrent",
     "val/bpb": "bits/byte",
+    "val/ppl_masked": "masked perplexity",
     "train/tokens_per_second": "tokens/s (median)",
     "train/memory_gib": "memory, GiB",
     LENGTH: "effective length, lags",
@@ -99,7 +100,9 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     _finish(loss, "Loss", "nats per token")
     _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL, markersize=4)
     _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=7)
-    _finish(ppl, "Validation perplexity of both forms", "perplexity", log=True)
+    _line(ppl, run, "val/ppl_masked", "of hidden tokens", "o-", color=_VAL, markersize=4)
+    of_both = " of both forms" if "val/ppl_recurrent" in run.values else ""
+    _finish(ppl, f"Validation perplexity{of_both}", "perplexity", log=True)
     _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
     speed.set_ylim(bottom=0)
     _finish(speed, "Throughput", "tokens per second")
