@@ -85,8 +85,8 @@ class ModelConfig:
     """width of the residual stream"""
     n_layers: int = number(4, low=1, high=10_000)
     """blocks"""
-    vocab_size: int = number(4096, low=257, high=10_000_000)
-    """entries of the embedding; a tokenizer trained here gets at most as many"""
+    vocab_size: int = number(4096, low=2, high=10_000_000)
+    """entries of the embedding; at least 257 for text; a tokenizer trained here gets at most as many"""
     max_length: int = number(512, low=1, high=1 << 24)
     """training length in tokens"""
     expand: int = number(3, low=1, high=64)
@@ -102,6 +102,8 @@ class ModelConfig:
     ways, by the network on negative lags too (tno) or a second kernel (all others)"""
     n_classes: int = number(2, low=2, high=1_000_000)
     """classes; task classify only"""
+    pair: bool = False
+    """classify pairs of sequences, each read by itself; task classify only"""
 
 
 @dataclass(kw_only=True)
@@ -290,9 +292,13 @@ class ConversionConfig:
 
 MASK_TOKEN = "<|mask|>"
 """``data.mask_token`` where none is named"""
+SMALLEST_TEXT = 257
+"""entries of the smallest tokenizer of text: every byte and an end token"""
 SMALLEST_MASKED = 258
 """entries of the smallest tokenizer that is trained for task masked: every byte, an end and a mask token"""
-TASKS = ("causal", "masked")
+LABELLED = ("listops", "lra")
+"""values of ``data.source`` whose rows have labels, which task classify takes"""
+TASKS = ("causal", "masked", "classify")
 """what a model can be trained for"""
 
 
@@ -303,7 +309,8 @@ class Config:
     name: str = "demo"
     """folder under ``runs_dir``"""
     task: str = choice("causal", *TASKS)
-    """causal: guess the next token; masked: guess hidden tokens from both sides"""
+    """causal: guess the next token; masked: guess hidden tokens from both sides; classify: say to which class
+    a whole sequence belongs"""
     seed: int = number(0, low=0, high=2**32 - 1)
     """of initialisation, order of the data, dropout, hidden tokens and split"""
     runs_dir: str = "runs"

@@ -20,7 +20,16 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnnlm.config import KERNEL_SCHEMAS, MASK_TOKEN, SMALLEST_MASKED, Config, KernelConfig, ModelConfig
+from tnnlm.config import (
+    KERNEL_SCHEMAS,
+    LABELLED,
+    MASK_TOKEN,
+    SMALLEST_MASKED,
+    SMALLEST_TEXT,
+    Config,
+    KernelConfig,
+    ModelConfig,
+)
 from tnnlm.errors import ConfigError
 
 
@@ -124,6 +133,12 @@ def _settle_task(config: Config) -> None:
             "out, or set task=masked"
         )
     data = config.data
+    labelled = data.source in LABELLED
+    if labelled != (config.task == "classify"):
+        instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
+        raise ConfigError(f"data.source={data.source}: is not for task={config.task}; {instead}")
+    if not labelled:
+        _check_value("model.vocab_size", config.model.vocab_size, {"low": SMALLEST_TEXT})
     if config.task == "masked":
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:

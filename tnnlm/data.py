@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from tnnlm.config import Config
+from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
 from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.sequences.prepare import prepare_sequences, task_name
+from tnnlm.sequences.symbols import symbol_tokenizer
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -99,7 +102,7 @@ class TaskData(NamedTuple):
     """data set of the held-out rows"""
     tokenizer: TextTokenizer
     bytes_per_token: float
-    """of the held-out text"""
+    """of the held-out text; 1 where that means nothing"""
     numbered: bool = False
     """what a training row gives depends on how often it was read"""
 
@@ -129,7 +132,27 @@ def _open_masked(config: Config) -> TaskData:
     return text._replace(train=train, val=val, numbered=True)
 
 
-OPENERS: dict[str, Callable[[Config], TaskData]] = {"causal": _open_text, "masked": _open_masked}
+def _open_sequences(config: Config) -> TaskData:
+    """Rows as ``LabelledBatch``."""
+    corpus, length = prepare_sequences(config), config.model.max_length
+    train = corpus.split("train", length)
+    val: Dataset[LabelledBatch] = corpus.split("val", length)
+    rows = corpus.rows["val"]
+    if len(train) < config.data.batch_size or not rows:
+        raise DataError(
+            f"too few sequences: {len(train)} to train on, {rows} to validate on; one batch takes "
+            f"{config.data.batch_size}: give more, or lower data.batch_size"
+        )
+    if config.data.max_val_tokens is not None:
+        val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))
+    return TaskData(train, val, symbol_tokenizer(task_name(config), config.data.eos_token), 1.0)
+
+
+OPENERS: dict[str, Callable[[Config], TaskData]] = {
+    "causal": _open_text,
+    "masked": _open_masked,
+    "classify": _open_sequences,
+}
 """by task"""
 
 

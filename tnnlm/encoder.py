@@ -30,9 +30,9 @@ class LabelledBatch(NamedTuple):
     """Sequences and their classes."""
 
     tokens: Tensor
-    """(B, L); rows shorter than L are padded at their end, with any token"""
+    """(B, L); rows shorter than L are padded at their end, with any token; of pairs (B, 2, L)"""
     lengths: Tensor
-    """(B,) tokens per row, at least one"""
+    """(B,) tokens per row, at least one; of pairs (B, 2)"""
     labels: Tensor
     """(B,)"""
 
@@ -59,21 +59,35 @@ class MaskedLM(Backbone):
 
 
 class SequenceClassifier(Backbone):
-    """Classes of whole sequences: a linear layer on the mean of the features, pads left out."""
+    """Classes of whole sequences: a linear layer on the mean of the features, pads left out.
+
+    Of pairs, where ``config.pair``: on [a, b, a * b, a - b] of the two means (arXiv 2011.04006).
+    """
 
     causal_by_default = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.head = nn.Linear(config.d_model, config.n_classes)
+        self.head = nn.Linear((4 if config.pair else 1) * config.d_model, config.n_classes)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count; None: all of them."""
+        """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count; None: all of them.
+
+        Of pairs: tokens (B, 2, L) and lengths (B, 2).
+        """
+        if not self.config.pair:
+            return self._head(self.pooled(tokens, lengths))
+        flat = None if lengths is None else lengths.flatten()
+        a, b = self.pooled(tokens.flatten(0, 1), flat).unflatten(0, (-1, 2)).unbind(1)
+        return self._head(torch.cat((a, b, a * b, a - b), dim=-1))
+
+    def pooled(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean of the features (B, D) of tokens (B, L), over the first ``lengths`` (B,) or all."""
         if lengths is None:
-            return self._head(self.features(tokens).mean(1))
+            return self.features(tokens).mean(1)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         total = self.features(tokens, mask).masked_fill(~mask[:, :, None], 0.0).sum(1)
-        return self._head(total / lengths[:, None])
+        return total / lengths[:, None]
 
     def loss(self, batch: LabelledBatch) -> Tensor:
         """Mean cross-entropy in nats per sequence."""

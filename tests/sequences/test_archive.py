@@ -17,6 +17,8 @@ from tnnlm.sequences.listops import evaluate
 from tnnlm.sequences.prepare import prepare_sequences
 from tnnlm.sequences.rows import SPLITS, TASKS, Example
 
+LISTOPS = ["task=classify", "data.source=listops", "model.n_classes=10"]
+
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
@@ -31,10 +33,10 @@ def read(task: str, folder: Path, seed: int = 0) -> dict[str, list[Example]]:
 
 
 def config_of(task: str, folder: Path, *words: str) -> Any:
-    sizes = [f"model.max_length={TASKS[task].length}", "model.vocab_size=257"]
-    return load_config(
-        None, [*sizes, "data.source=lra", f"data.lra.task={task}", f"data.lra.folder={folder}", *words]
-    )
+    own = TASKS[task]
+    model = [f"model.max_length={own.length}", "model.vocab_size=257", f"model.n_classes={own.n_classes}"]
+    data = ["task=classify", "data.source=lra", f"data.lra.task={task}", f"data.lra.folder={folder}"]
+    return load_config(None, [*model, f"model.pair={own.parts == 2}", *data, *words])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -269,12 +271,22 @@ def test_changed_files_are_read_again(release: Path) -> None:
 
 def test_settings_that_don_t_fit(release: Path) -> None:
     with pytest.raises(ConfigError, match="name the archive's folder"):
-        prepare_sequences(load_config(None, ["data.source=lra"]))
+        prepare_sequences(load_config(None, [*LISTOPS, "data.source=lra"]))
     with pytest.raises(ConfigError, match="pictures of image take 1024"):
         prepare_sequences(config_of("image", release, "model.max_length=1000"))
     with pytest.raises(ConfigError, match=r"above model\.max_length=512"):
-        prepare_sequences(load_config(None, ["data.source=listops"]))
+        prepare_sequences(load_config(None, LISTOPS))
     with pytest.raises(ConfigError, match=r"above data\.listops\.max_length=300"):
-        prepare_sequences(load_config(None, ["data.source=listops", "data.listops.max_length=300"]))
-    with pytest.raises(ConfigError, match="its rows have no labels"):
-        prepare_sequences(load_config(None, []))
+        prepare_sequences(load_config(None, [*LISTOPS, "data.listops.max_length=300"]))
+    with pytest.raises(ConfigError, match=r"model\.n_classes=2: listops takes n_classes=10"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.n_classes=2"]))
+    with pytest.raises(ConfigError, match=r"model\.pair=true: listops takes pair=false"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.pair=true"]))
+    with pytest.raises(ConfigError, match="listops has 15 symbols and one that pads: set it to 16 or more"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.vocab_size=15"]))
+    with pytest.raises(ConfigError, match=r"data\.source=stdlib: is not for task=classify"):
+        load_config(None, ["task=classify"])
+    with pytest.raises(ConfigError, match=r"data\.source=lra: is not for task=causal; set task=classify"):
+        load_config(None, ["data.source=lra"])
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=256: must be at least 257"):
+        load_config(None, ["model.vocab_size=256"])

@@ -10,11 +10,14 @@ import pytest
 from torch.utils.data import default_collate
 
 from tnnlm.config_io import load_config
+from tnnlm.encoder import LabelledBatch
 from tnnlm.sequences.listops import evaluate
 from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import SPLITS, Example, Labelled, LabelledRows, write_rows
+from tnnlm.sequences.rows import SPLITS, Example, LabelledRows, write_rows
 
 SETTINGS = (
+    "task=classify",
+    "model.n_classes=10",
     "data.source=listops",
     "data.listops.min_length=4",
     "data.listops.max_length=30",
@@ -50,7 +53,7 @@ def test_splits_are_disjoint_and_deterministic(tmp_path: Path) -> None:
 def test_rows_are_padded_and_labelled() -> None:
     rows = prepare_sequences(load_config(None, [*SETTINGS])).split("val", 32)
     batch = default_collate([rows[index] for index in range(len(rows))])
-    assert isinstance(batch, Labelled)
+    assert isinstance(batch, LabelledBatch)
     assert (batch.tokens.shape, batch.lengths.shape, batch.labels.shape) == ((20, 32), (20,), (20,))
     for tokens, length, label in zip(batch.tokens, batch.lengths, batch.labels, strict=True):
         assert (tokens[length:] == 0).all()
@@ -69,5 +72,5 @@ def test_majority(tmp_path: Path) -> None:
 def test_empty_sequences(tmp_path: Path, parts: int) -> None:
     write_rows(tmp_path, "train", [Example((b"",) * parts, 0)] * 2, 2)
     row: Any = LabelledRows(tmp_path, "train", 3)[1]
-    assert row.lengths.tolist() == ([0, 0] if parts == 2 else 0)
+    assert row.lengths.tolist() == ([1, 1] if parts == 2 else 1)
     assert row.tokens.sum() == 0

@@ -20,8 +20,6 @@ from tnnlm.sequences.rows import SPLITS, TASKS, Example, LabelledCorpus, read_co
 
 VERSION = 1
 """part of the cache's key: raise it when the rows change"""
-SOURCES = ("listops", "lra")
-"""values of ``data.source`` whose rows have labels"""
 _WHOLE = ("image", "pathfinder", "pathx")
 
 
@@ -39,11 +37,10 @@ def check_sequences(config: Config) -> None:
     """
     name, model = task_name(config), config.model
     task = TASKS[name]
-    if config.data.source not in SOURCES:
-        raise ConfigError(
-            f"data.source={config.data.source}: its rows have no labels; task=classify takes "
-            f"data.source={' or '.join(SOURCES)}"
-        )
+    for key, value in (("n_classes", task.n_classes), ("pair", task.parts == 2)):
+        if getattr(model, key) != value:
+            set_to = str(value).lower()
+            raise ConfigError(f"model.{key}={str(getattr(model, key)).lower()}: {name} takes {key}={set_to}")
     if model.vocab_size <= task.n_symbols:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size}: {name} has {task.n_symbols} symbols and one that pads: "

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
 
 PAD = 0
@@ -31,19 +31,8 @@ class Example(NamedTuple):
     label: int
 
 
-class Labelled(NamedTuple):
-    """One row, or a batch of rows: what a classifier reads."""
-
-    tokens: Tensor
-    """(B, L), padded; of pairs (B, 2, L)"""
-    lengths: Tensor
-    """(B,) tokens before the padding; of pairs (B, 2)"""
-    labels: Tensor
-    """(B,) from 0 on"""
-
-
-class LabelledRows(torch.utils.data.Dataset[Labelled]):
-    """The rows of one split, each padded or cut to ``length`` tokens."""
+class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
+    """The rows of one split, each padded or cut to ``length`` tokens. Stacked, they are a batch."""
 
     def __init__(self, folder: Path, split: str, length: int) -> None:
         self.length = length
@@ -60,7 +49,7 @@ class LabelledRows(torch.utils.data.Dataset[Labelled]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Labelled:
+    def __getitem__(self, index: int) -> LabelledBatch:
         if not 0 <= index < len(self):
             raise IndexError(index)  # ends ``for row in rows``
         tokens = np.full((self.parts, self.length), PAD, dtype=np.int64)
@@ -68,11 +57,12 @@ class LabelledRows(torch.utils.data.Dataset[Labelled]):
         for part in range(self.parts):
             symbols = self.symbols(index, part)[: self.length]
             tokens[part, : len(symbols)] = symbols.astype(np.int64) + 1
-            lengths[part] = len(symbols)
+            # A sequence without content is one pad: a mean over nothing is none.
+            lengths[part] = max(1, len(symbols))
         if self.parts == 1:
             tokens, lengths = tokens[0], lengths[0]
         label = torch.tensor(int(self.labels[index]))
-        return Labelled(torch.from_numpy(tokens), torch.as_tensor(lengths), label)
+        return LabelledBatch(torch.from_numpy(tokens), torch.as_tensor(lengths), label)
 
     def symbols(self, index: int, part: int = 0) -> NDArray[np.uint8]:
         """A sequence as it is stored, whole."""

@@ -47,6 +47,7 @@ _SHOWN = (
     "val/ppl_recurrent",
     "val/ppl_gap",
     "val/ppl_masked",
+    "val/accuracy",
 )
 """on the lines of a batch log"""
 

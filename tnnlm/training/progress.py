@@ -51,6 +51,7 @@ class TrainingBar(ProgressBar):
                 ("train/tokens_per_second", "tokens/s"),
                 ("val/bpb", "val bpb"),
                 ("val/ppl_masked", "val ppl"),
+                ("val/accuracy", "val accuracy"),
             )
             shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in names if key in metrics)
             self.bar.update(self._training, completed=trainer.global_step, shown=shown)

@@ -26,7 +26,17 @@ SOURCES = {"last": LAST, "previous": PREVIOUS}
 """what ``train.py --from`` takes"""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
 """a last.ckpt that was put aside for the one before it"""
-_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "task", "model.", "data.mask", "trainer.ema_decay")
+_FIXED_ON_RESUME = (
+    "name",
+    "runs_dir",
+    "seed",
+    "task",
+    "model.",
+    "data.mask",
+    "data.listops",
+    "data.lra.task",
+    "trainer.ema_decay",
+)
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:

@@ -30,6 +30,7 @@ from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resuma
 from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import TASKS
+from tnnlm.training.testing import final_scores
 from tnnlm.training.trainer import build_trainer
 
 
@@ -85,12 +86,14 @@ def train(
     if trainer.global_rank != 0:
         return {}
     task = TASKS[config.task]
+    tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
         folder,
         task=task,
         params=module.model.n_params,
         tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
         train_seconds=last.train_seconds,
+        tested=tested,
     )
     plot_loss(folder)
     show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console())

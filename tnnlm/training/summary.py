@@ -15,19 +15,43 @@ from tnnlm.runs import BEST
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.tasks import Task
 
-_TITLES = {"val/loss": "loss, nats", "val/ppl_masked": "perplexity of hidden tokens"}
+_TITLES = {
+    "val/loss": "loss, nats",
+    "val/ppl_masked": "perplexity of hidden tokens",
+    "val/accuracy": "accuracy",
+}
 """of validations that don't compare two forms"""
+_TESTED = {
+    "val/accuracy_best": "best accuracy",
+    "test/accuracy": "accuracy of the best on the test split",
+    "test/majority": "of naming its commonest class",
+}
+"""where there is a test split"""
 
 
 def write_summary(
-    run: Path, *, task: type[Task], params: int, tokens_seen: int, train_seconds: float
+    run: Path,
+    *,
+    task: type[Task],
+    params: int,
+    tokens_seen: int,
+    train_seconds: float,
+    tested: dict[str, float],
 ) -> dict[str, Any]:
-    """Write summary.json from the last validation in metrics.csv and what only the trainer knows."""
+    """Write summary.json from the last validation in metrics.csv and what only the trainer knows.
+
+    ``tested``: what the best checkpoint reaches on a test split; empty where the task has none. The best
+    value of what is monitored then stands beside the last.
+    """
     kept = [name for name in task.columns if name != "val/loss" or not task.converts]
     rows = read_metrics(run / "metrics.csv")
     summary: dict[str, Any] = {}
     for row in rows:
         summary.update({key: float(row[key]) for key in kept if row.get(key)})
+    if tested:
+        best = {"min": min, "max": max}[task.mode]
+        values = [float(row[task.monitor]) for row in rows if row.get(task.monitor)]
+        summary |= {f"{task.monitor}_best": best(values), **tested} if values else tested
     speeds = sorted(float(r["train/tokens_per_second"]) for r in rows if r.get("train/tokens_per_second"))
     summary |= {
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
@@ -80,7 +104,8 @@ def plot_loss(run: Path) -> None:
         axis.plot(
             *zip(*recurrent, strict=True), "x", color="#e6550d", markersize=9, label="validation, recurrent"
         )
-    axis.set(xlabel="optimizer step", ylabel="nats per token", title=run.name)
+    unit = "sequence" if any(r.get("val/accuracy") for r in rows) else "token"
+    axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}", title=run.name)
     axis.grid(alpha=0.3)
     if train or val:
         axis.legend()
@@ -129,6 +154,9 @@ def _values(run: Path, summary: dict[str, Any], task: type[Task]) -> Table:
     table = Table("validation", "", title=f"run {run.name}")
     for name in task.columns:
         table.add_row(_TITLES.get(name, name.removeprefix("val/")), _shown(summary.get(name)))
+    for name, title in _TESTED.items():
+        if name in summary:
+            table.add_row(title, _shown(summary[name]))
     return table
 
 

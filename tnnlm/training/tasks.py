@@ -19,8 +19,17 @@ from torchmetrics import Metric
 from tnnlm.config import Config
 from tnnlm.conversion import convert_kernels, in_recurrent_form
 from tnnlm.data import TaskData
-from tnnlm.encoder import MaskedBatch, MaskedLM
-from tnnlm.evaluation import NLL, bits_per_byte, masked_nll, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier
+from tnnlm.evaluation import (
+    NLL,
+    Scores,
+    bits_per_byte,
+    class_scores,
+    masked_nll,
+    parallel_nll,
+    ppl_gap,
+    recurrent_nll,
+)
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.model import CausalLM
 from tnnlm.modules import RecurrentConv
@@ -47,6 +56,29 @@ class NLLMetric(Metric):
     def compute(self) -> NLL:
         """Over all batches of all ranks."""
         return NLL(float(self.total), int(self.tokens))
+
+
+class ScoresMetric(Metric):
+    """Sums over classified sequences, reduced over ranks as those of :class:`NLLMetric`."""
+
+    total: Tensor
+    correct: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in Scores._fields:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, scores: Scores) -> None:
+        """Add a batch."""
+        self.total += scores.total
+        self.correct += scores.correct
+        self.rows += scores.rows
+
+    def compute(self) -> Scores:
+        """Over all batches of all ranks."""
+        return Scores(float(self.total), int(self.correct), int(self.rows))
 
 
 class Task(nn.Module, ABC):
@@ -168,5 +200,28 @@ class MaskedTask(Task):
         return {"val/loss": nll.mean, "val/ppl_masked": nll.ppl}
 
 
-TASKS: dict[str, type[Task]] = {"causal": CausalTask, "masked": MaskedTask}
+class ClassifyTask(Task):
+    """Share of whole sequences whose class is found."""
+
+    columns = ("val/loss", "val/accuracy")
+    shown = ("val/accuracy",)
+    monitor = "val/accuracy"
+    mode = "max"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scores = ScoresMetric()
+
+    def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int) -> None:
+        """Classify a batch."""
+        self.scores.update(class_scores(model, batch, counted))
+
+    def results(self, data: TaskData) -> dict[str, float]:
+        """Reduce over ranks, then divide once."""
+        scores = self.scores.compute()
+        self.scores.reset()
+        return {"val/loss": scores.mean, "val/accuracy": scores.accuracy}
+
+
+TASKS: dict[str, type[Task]] = {"causal": CausalTask, "masked": MaskedTask, "classify": ClassifyTask}
 """by ``config.task``"""
