@@ -75,9 +75,7 @@ def test_train_learns_to_guess_hidden_tokens_and_writes_everything() -> None:
     assert not (run / "samples.txt").exists()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     curves = read_run(run)
-    assert float(final_figures(curves)["val/ppl_masked"]) == pytest.approx(
-        summary["val/ppl_masked"], abs=1e-3
-    )
+    assert final_figures(curves)["val/ppl_masked"] == f"{summary['val/ppl_masked']:.4f}"
     plot_runs([curves], run / "run.png")
 
 
