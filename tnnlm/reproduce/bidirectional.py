@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
 
 from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
-
-
-class Part(ABC):
-    """One kind of task: its cells, and what they say."""
-
-    name: ClassVar[str]
-    """in the cells, as ``part``"""
-    panels: ClassVar[int] = 1
-    """of the picture"""
-
-    @abstractmethod
-    def cells(self, size: str) -> list[Row]:
-        """Settings of every measurement, without ``part``; each has its ``size``."""
-
-    @abstractmethod
-    def measure(self, cell: Row, data: tuple[str, ...]) -> Row:
-        """Measure one; ``data``: as for :class:`Experiment`."""
-
-    @abstractmethod
-    def verdicts(self, rows: list[Row]) -> list[Verdict]:
-        """Of the rows of this part."""
-
-    @abstractmethod
-    def tables(self, rows: list[Row]) -> str:
-        """Markdown, from a second-level heading on."""
-
-    @abstractmethod
-    def draw(self, axes: list[Any], rows: list[Row]) -> None:
-        """Fill its panels."""
+from tnnlm.reproduce.masked import Masked
+from tnnlm.reproduce.part import Part
 
 
 class Bidirectional(Experiment):
-    """Hidden tokens guessed from both sides, and whole sequences classified."""
+    """Hidden tokens guessed from both sides."""
 
     name = "bidirectional"
     title = "Two-sided Toeplitz neural networks"
 
-    def __init__(self) -> None:
-        from tnnlm.reproduce.masked import Masked
-
-        self.parts: tuple[Part, ...] = (Masked(),)
+    parts: tuple[Part, ...] = (Masked(),)
 
     def cells(self, size: str) -> list[Row]:
         """Those of every part."""

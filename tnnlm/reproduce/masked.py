@@ -24,8 +24,8 @@ from tnnlm.family_training import train_plain
 from tnnlm.masking import MaskedRows
 from tnnlm.reproduce import masked_report
 from tnnlm.reproduce.bert import Bert
-from tnnlm.reproduce.bidirectional import Part
 from tnnlm.reproduce.experiment import Row, Verdict
+from tnnlm.reproduce.part import Part
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 """experiments run from a clone, as their tool does"""
