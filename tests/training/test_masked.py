@@ -151,7 +151,7 @@ def test_what_converts_or_writes_says_what_to_do(script: Any) -> None:
     [
         (["task=caus"], "expected one of causal, masked"),
         (["model.causal=false"], "task=causal guesses the next token"),
-        (["data.mask_token=[MASK]"], "belongs to task=masked"),
+        (["data.mask_token=<mask>"], "belongs to task=masked"),
         (["task=masked", "data.mask_fraction=0"], "data.mask_fraction=0"),
         (["task=masked", "data.mask_token=<|endoftext|>"], "is data.eos_token"),
         (["task=masked", "model.vocab_size=257"], "must be at least 258"),
@@ -164,12 +164,14 @@ def test_settings_that_do_not_fit_the_task_are_refused(script: Any, words: list[
 
 
 def test_a_given_tokenizer_gets_the_mask_token() -> None:
-    Path("given.json").write_text(train_bpe(["some text"] * 3, 280, "<|endoftext|>", 3, False).to_json())
-    with pytest.raises(UserError, match="has 267 tokens, the model 266"):
-        train(masked_run("data.tokenizer=given.json", "model.vocab_size=266"))
-    train(masked_run("data.tokenizer=given.json", "trainer.max_steps=1"))
+    given = train_bpe(["some text"] * 3, 280, "<|endoftext|>", 3, False)
+    Path("given.json").write_text(given.to_json())
+    words = ("data.tokenizer=given.json", "trainer.max_steps=1")
+    with pytest.raises(UserError, match=f"has {given.size + 1} tokens, the model {given.size}"):
+        train(masked_run(*words, f"model.vocab_size={given.size}"))
+    train(masked_run(*words))
     read = load_encoder(Path("runs/demo/checkpoints/best.ckpt"))
-    assert read.tokenizer.id_of("<|mask|>") == read.tokenizer.size - 1
+    assert read.tokenizer.id_of("<|mask|>") == given.size
 
 
 def test_the_task_can_not_change_on_resume() -> None:
