@@ -20,11 +20,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tnnlm.errors import UserError, run_script
+from tnnlm.reproduce.bidirectional import Bidirectional
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.stability import Stability
 
-EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Stability,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {one.name: one for one in (Bidirectional, Stability)}
 
 
 def parse() -> argparse.Namespace:
@@ -37,6 +38,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: docs/results; results-SIZE if not small"
     )
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE",
+        help="text to train on, in the place of the standard library's sources (paper: WikiText-103, hub)",
+    )  # fmt: skip
     args = parser.parse_args()
     if not args.list and args.name not in EXPERIMENTS:
         raise UserError(f"{args.name or 'no name'}: expected one of {', '.join(EXPERIMENTS)}")
@@ -53,7 +58,9 @@ def main() -> int:
     def bar(cells: Iterable[Row]) -> Iterable[Row]:
         return tqdm(cells, desc=args.name, unit="cell", disable=None)
 
-    verdicts = reproduce(EXPERIMENTS[args.name](), args.size, out, bar)
+    experiment = EXPERIMENTS[args.name]()
+    experiment.data = tuple(args.data)
+    verdicts = reproduce(experiment, args.size, out, bar)
     for verdict in verdicts:
         print(f"{'holds         ' if verdict.holds else 'DOES NOT HOLD '} {verdict.claim}: {verdict.ours}")
     print(f"wrote {out}/{args.name}.md, .json, .png and {out}/README.md")

@@ -29,7 +29,8 @@ class Experiment(ABC):
     name: ClassVar[str]
     """as tools/reproduce.py takes it"""
     title: ClassVar[str]
-    seeds: ClassVar[tuple[int, ...]] = (0,)
+    data: tuple[str, ...] = ()
+    """files that take the place of an experiment's own text; see --data"""
 
     @abstractmethod
     def cells(self, size: str) -> list[Row]:

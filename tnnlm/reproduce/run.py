@@ -117,7 +117,7 @@ def index(out: Path) -> str:
 
 
 def _page(experiment: Experiment, data: Row, verdicts: list[Verdict], rows: list[Row]) -> str:
-    seeds = ", ".join(map(str, experiment.seeds))
+    seeds = ", ".join(map(str, sorted({row.get("seed", 0) for row in rows})))
     head = (
         f"# {experiment.title}\n\n```sh long\n{_command(data)}\n```\n\n"
         f"{data['seconds'] / 60:.1f} minutes on {data['made by']}; seeds {seeds}."
