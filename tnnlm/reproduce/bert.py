@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor, nn
 
 from tnnlm.config import ModelConfig
@@ -22,26 +25,8 @@ class Bert(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError(
-                f"needs the package transformers: pip install -c constraints.txt -e '.[peers]' ({error})"
-            ) from None
-        width = config.d_model
-        heads = max(n for n in range(1, max(1, width // _HEAD) + 1) if width % n == 0)
-        settings = transformers.BertConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=heads,
-            intermediate_size=config.glu_dim or width,
-            max_position_embeddings=config.max_length,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-            attn_implementation="sdpa",
-        )
-        self.net = transformers.BertForMaskedLM(settings)
+        library, settings = bert_settings(config)
+        self.net = library.BertForMaskedLM(settings)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, M, V) at ``positions`` (B, M) of tokens (B, L)."""
@@ -53,3 +38,31 @@ class Bert(nn.Module):
         """Mean cross-entropy in nats per token to be guessed."""
         logits = self(batch.tokens, batch.positions)
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+
+
+def bert_settings(config: ModelConfig) -> tuple[ModuleType, Any]:
+    """The package, and a ``BertConfig`` of the sizes of one of our models.
+
+    Raises:
+        UserError: if ``transformers`` is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"needs the package transformers: pip install -c constraints.txt -e '.[peers]' ({error})"
+        ) from None
+    width = config.d_model
+    heads = max(n for n in range(1, max(1, width // _HEAD) + 1) if width % n == 0)
+    settings = transformers.BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=heads,
+        intermediate_size=config.glu_dim or width,
+        max_position_embeddings=config.max_length,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        attn_implementation="sdpa",
+    )
+    return transformers, settings

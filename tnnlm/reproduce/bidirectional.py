@@ -6,17 +6,18 @@ from pathlib import Path
 
 from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
+from tnnlm.reproduce.listops_part import ListOps
 from tnnlm.reproduce.masked import Masked
 from tnnlm.reproduce.part import Part
 
 
 class Bidirectional(Experiment):
-    """Hidden tokens guessed from both sides."""
+    """Hidden tokens guessed from both sides, and values of expressions."""
 
     name = "bidirectional"
     title = "Two-sided Toeplitz neural networks"
 
-    parts: tuple[Part, ...] = (Masked(),)
+    parts: tuple[Part, ...] = (Masked(), ListOps())
 
     def cells(self, size: str) -> list[Row]:
         """Those of every part."""
