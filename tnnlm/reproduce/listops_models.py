@@ -60,7 +60,7 @@ class BagOfSymbols(nn.Module):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self.head(counts), labels)
             loss.backward()
-            return float(loss)
+            return loss.item()
 
         optimizer.step(closure)
 

@@ -123,6 +123,8 @@ def model_settings(model: str, size: str) -> Config:
     words = [*_WORDS[size], *KERNELS.get(model, ())]
     if model == "transformer":
         words.append(f"optim.lr={_TRANSFORMER_LR[size]}")
+    elif model == "rtf" and size == "tiny":
+        words.append("model.kernel.state_size=8")  # it must be below the length
     config = load_config(CONFIG, words)
     if model in ("tnn", "bag"):
         return config
@@ -136,9 +138,7 @@ def model_settings(model: str, size: str) -> Config:
 
     config.model.glu_dim = match_width(count, target)
     if abs(count(config.model.glu_dim) - target) > SIZE_TOLERANCE * target:
-        raise UserError(
-            f"no width brings the parameters of {model} within {SIZE_TOLERANCE:.0%} of {target:,}"
-        )
+        raise UserError(f"{model}: no width brings its parameters within {SIZE_TOLERANCE:.0%} of {target:,}")
     return config
 
 
