@@ -23,6 +23,8 @@ class BertClassifier(nn.Module):
         library, settings = bert_settings(config)
         self.net = library.BertModel(settings, add_pooling_layer=False)
         self.head = nn.Linear(config.d_model, config.n_classes)
+        self.n_positions = config.max_length * config.d_model
+        """parameters of the table of positions"""
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count."""

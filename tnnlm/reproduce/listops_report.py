@@ -95,7 +95,7 @@ def tables(rows: list[Row]) -> str:
         f"{first['steps']:,} steps of {first['batch_size']} expressions, the same in the same order, one "
         "seed; ± one standard error of the test split. Width, depth, kernel network and expansion are those "
         "of the TNN paper; its batch norm is left out, and the SGConv and RTF papers' own models are "
-        "larger.\n\n" + "\n".join(lines)
+        "larger. The sizes are equal but for the Transformer's table of positions.\n\n" + "\n".join(lines)
     )
 
 
