@@ -129,7 +129,7 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
     figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
     panels = {
         "train/loss": ("Training loss", "nats per token", False),
-        "val/ppl": ("Validation perplexity", "perplexity, parallel form", True),
+        "val/ppl": ("Validation perplexity", "perplexity", True),
         "train/tokens_per_second": ("Throughput", "tokens per second", False),
         "train/grad_norm": ("Gradient norm", "norm before clipping", True),
         LENGTH: ("Effective length, mean and range of the layers", "lags", False),
@@ -142,7 +142,8 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
                 _range(axis, run, key, colour)
             else:
                 marker = "o-" if key == "val/ppl" else "-"
-                _line(axis, run, key, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+                logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
+                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
         _finish(axis, title, unit, log=log)
         if key == "train/tokens_per_second":
             axis.set_ylim(bottom=0)
