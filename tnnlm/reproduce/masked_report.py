@@ -75,6 +75,7 @@ def draw(axes: list[Any], rows: list[Row]) -> None:
         length.plot(at, [fmean(_ppl(rows, model, n)) for n in at], "o-", color=_COLOURS[model], label=label)
     curve.set(xlabel="tokens read", ylabel="nats per hidden token", title="Training")
     length.set(xlabel="tokens in a row", ylabel="perplexity of hidden tokens", title="Held out", xscale="log")
+    curve.xaxis.set_major_formatter("{x:,.0f}")
     lengths = _lengths(rows)
     length.set_xticks(lengths, [f"{n:,}" for n in lengths])
     length.minorticks_off()

@@ -134,12 +134,14 @@ def _draw_one(run: Curves, plt: Any) -> Any:
 def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
     figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
     accuracy = any("val/accuracy" in run.values for run in runs)
-    scored = ("Validation accuracy", "share that is right", False)
+    scored = "val/accuracy" if accuracy else "val/ppl"
     panels = {
         "train/loss": ("Training loss", f"nats per {'sequence' if accuracy else 'token'}", False),
-        "val/accuracy" if accuracy else "val/ppl": scored
-        if accuracy
-        else ("Validation perplexity", "perplexity, parallel form", True),
+        scored: (
+            ("Validation accuracy", "share that is right", False)
+            if accuracy
+            else ("Validation perplexity", "perplexity", True)
+        ),
         "train/tokens_per_second": ("Throughput", "tokens per second", False),
         "train/grad_norm": ("Gradient norm", "norm before clipping", True),
         LENGTH: ("Effective length, mean and range of the layers", "lags", False),
@@ -151,8 +153,9 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
             if key in (LENGTH, ORDER):
                 _range(axis, run, key, colour)
             else:
-                marker = "o-" if key.startswith("val/") else "-"
-                _line(axis, run, key, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+                marker = "o-" if key == scored else "-"
+                logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
+                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
         _finish(axis, title, unit, log=log)
         if key == "train/tokens_per_second":
             axis.set_ylim(bottom=0)
