@@ -13,6 +13,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from ranks import run_ranks
 from sequences.archive_files import WRITERS
 
 from tnnlm.checkpoint import load_encoder
@@ -221,3 +222,16 @@ def test_byte_tokens_are_the_bytes(text: str) -> None:
     assert tokenizer.encode(text) == [byte + 1 for byte in text.encode()]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.size == 257
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_are_one_process(strategy: str) -> None:
+    # 31 rows to validate on: the ranks' shares are uneven.
+    words = [*SETTINGS, "data.listops.val_rows=31", "trainer.precision=32-true"]
+    (one,) = run_ranks(1, *words, "data.batch_size=8", "name=one")
+    two = run_ranks(2, *words, "data.batch_size=4", f"trainer.strategy={strategy}", "name=two")
+    assert two[0]["metrics"]["val/accuracy"] == two[1]["metrics"]["val/accuracy"]
+    assert two[0]["metrics"]["val/accuracy"] == pytest.approx(one["metrics"]["val/accuracy"], abs=1.01 / 31)
+    found = [json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("one", "two")]
+    assert found[0]["test/loss"] == pytest.approx(found[1]["test/loss"], abs=1e-3)
+    assert found[0]["tokens_seen"] == found[1]["tokens_seen"]
