@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "allocator", "precision", "atomic", "ops", "config", "config_io", "tokenizer"),
     ("kernels",),
     ("modules",),
-    ("model",),
+    ("backbone", "model", "encoder"),
     ("conversion", "hf_files", "converted", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
@@ -23,6 +23,8 @@ LAYERS = (
         "holdout",
         "corpus",
         "packing",
+        "masking",
+        "sequences",
         "data",
         "training",
         "deployment",
@@ -56,6 +58,7 @@ TRAINING_ONLY = {
     "lm_eval",
     "onnx",
     "onnxruntime",
+    "PIL",
 }
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, tiny_config
 
 from tnnlm.config_io import load_config
+from tnnlm.encoder import build_model
 from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM
 from tnnlm.modules import SimpleRMSNorm
@@ -21,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def test_every_config_loads_and_builds(path: Path) -> None:
     config = load_config(path)
     with torch.device("meta"):
-        model = CausalLM(config.model)
+        model = build_model(config)
     assert model.n_params > 0
     assert config.name == path.stem
 

@@ -270,3 +270,13 @@ def test_training_on_prepared_data_touches_no_network(
     result = script("train", *words)
     assert result.code == 0, result.err
     assert cached() == [corpus.folder.name]
+
+
+def test_labelled_sequences_are_prepared_too(tool: Any) -> None:
+    words = ["task=classify", "data.source=listops", "model.n_classes=10", "data.listops.train_rows=30"]
+    words += ["data.listops.min_length=4", "data.listops.max_length=20", "data.listops.test_rows=10"]
+    done = tool(*words, "data.listops.val_rows=10")
+    assert done.code == 0, done.err
+    assert "train: 30 sequences; the commonest class is " in done.out
+    assert "python train.py task=classify" in done.out
+    assert len(cached()) == 1

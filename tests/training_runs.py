@@ -59,6 +59,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(state[key], moments[1][index][key]) for key in ("exp_avg", "exp_avg_sq"))
     # Speed alone may differ.
     kept = ("step", "train/loss", "train/lr", "train/skipped", "val/loss", "val/ppl_recurrent")
-    rows = [[[row[key] for key in kept] for row in read_metrics(run / "metrics.csv")] for run in (a, b)]
+    rows = [[[row.get(key) for key in kept] for row in read_metrics(run / "metrics.csv")] for run in (a, b)]
     assert rows[0] == rows[1]
-    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+    if (a / "samples.txt").exists():
+        assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()

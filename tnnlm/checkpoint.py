@@ -17,6 +17,7 @@ from tnnlm.config_io import config_from_dict, config_to_dict
 from tnnlm.conversion.convert import attach
 from tnnlm.conversion.methods import Converted
 from tnnlm.converted import FORMAT, ConvertedModel, check_tokenizer, load_weights, model_fingerprint
+from tnnlm.encoder import MaskedLM, SequenceClassifier, build_model
 from tnnlm.errors import CheckpointError
 from tnnlm.model import CausalLM
 from tnnlm.ops import recurrence
@@ -49,6 +50,15 @@ class TrainedCheckpoint:
     ssm: AttachedSSM | None
 
 
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """A model that reads a text as a whole, read back."""
+
+    config: Config
+    tokenizer: TextTokenizer
+    model: MaskedLM | SequenceClassifier
+
+
 def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM | None) -> dict[str, Any]:
     """Our entry of a checkpoint: plain dicts, lists, numbers, strings and tensors only."""
     attached = None
@@ -64,12 +74,45 @@ def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM 
 
 
 def load_checkpoint(path: Path) -> TrainedCheckpoint:
-    """Read a checkpoint of training on the CPU.
+    """Read a checkpoint of a causal language model on the CPU.
 
     Raises:
-        CheckpointError: if it is missing, truncated, not ours, or its parts don't fit together.
+        CheckpointError: if it is missing, truncated, not ours, its parts don't fit together, or it is a model
+            of another task.
     """
     data = read_checkpoint(path)
+    config, tokenizer, model = _load_model(data, path)
+    if not isinstance(model, CausalLM):
+        raise CheckpointError(
+            f"{path}: a model of task={config.task} can't be converted and writes no text; train one with "
+            "task=causal, or use this one in Python, by tnnlm.checkpoint.load_encoder"
+        )
+    attached = data[ENTRY]["ssm"]
+    ssm = attached and AttachedSSM(
+        attached["method"],
+        attached["horizon"],
+        [recurrence.from_tensors(layer) for layer in attached["layers"]],
+    )
+    return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
+
+
+def load_encoder(path: Path) -> TrainedEncoder:
+    """Read a checkpoint of any other task on the CPU.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`, and if it is a causal language model.
+    """
+    config, tokenizer, model = _load_model(read_checkpoint(path), path)
+    if isinstance(model, CausalLM):
+        raise CheckpointError(
+            f"{path}: is a causal language model; load it by tnnlm.checkpoint.load_checkpoint"
+        )
+    return TrainedEncoder(config, tokenizer, model.eval())
+
+
+def _load_model(
+    data: dict[str, Any], path: Path
+) -> tuple[Config, TextTokenizer, CausalLM | MaskedLM | SequenceClassifier]:
     entry = data[ENTRY]
     config = config_from_dict(entry["config"], str(path))
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
@@ -79,16 +122,10 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
         if key.startswith(_PREFIX)
     }
     with torch.device("meta"):
-        model = CausalLM(config.model)
+        model = build_model(config)
     load_weights(model, weights, path)
     check_tokenizer(tokenizer, model, path)
-    attached = entry["ssm"]
-    ssm = attached and AttachedSSM(
-        attached["method"],
-        attached["horizon"],
-        [recurrence.from_tensors(layer) for layer in attached["layers"]],
-    )
-    return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
+    return config, tokenizer, model
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

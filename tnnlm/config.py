@@ -102,8 +102,8 @@ class ModelConfig:
     """width of the residual stream"""
     n_layers: int = number(4, low=1, high=10_000)
     """blocks"""
-    vocab_size: int = number(4096, low=257, high=10_000_000)
-    """entries of the embedding; a tokenizer trained here gets at most as many"""
+    vocab_size: int = number(4096, low=2, high=10_000_000)
+    """entries of the embedding; at least 257 for text; a tokenizer trained here gets at most as many"""
     max_length: int = number(512, low=1, high=1 << 24)
     """training length in tokens"""
     expand: int = number(3, low=1, high=64)
@@ -114,14 +114,53 @@ class ModelConfig:
     """on embeddings and both branches of a block"""
     kernel: KernelConfig = field(default_factory=TNOConfig)
     """the convolution kernel"""
+    causal: bool | None = None
+    """whether a position sees those before it alone; null: as the task needs. false: kernels reach both
+    ways, by the network on negative lags too (tno) or a second kernel (all others)"""
+    n_classes: int = number(2, low=2, high=1_000_000)
+    """classes; task classify only"""
+    pair: bool = False
+    """classify pairs of sequences, each read by itself; task classify only"""
+
+
+@dataclass(kw_only=True)
+class ListOpsConfig:
+    """Expressions to be generated; the defaults are the Long Range Arena's."""
+
+    min_length: int = number(501, low=1, high=1 << 20)
+    """symbols of the shortest expression"""
+    max_length: int = number(1999, low=4, high=1 << 20)
+    """of the longest; at most ``model.max_length``"""
+    max_depth: int = number(10, low=2, high=100)
+    """of nesting, a value counted as 1"""
+    max_args: int = number(10, low=2, high=1_000)
+    """largest number of arguments; drawn evenly from 2 on"""
+    train_rows: int = number(96_000, low=1)
+    """expressions to train on"""
+    val_rows: int = number(2_000, low=1)
+    """to validate on; none of them is trained on"""
+    test_rows: int = number(2_000, low=1)
+    """and to test on when the run ends"""
+
+
+@dataclass(kw_only=True)
+class ArchiveConfig:
+    """A task of the Long Range Arena, read from files as they are published."""
+
+    task: str = choice("listops", "listops", "text", "retrieval", "image", "pathfinder", "pathx")
+    """which; tnnlm/sequences/archive.py says what it reads"""
+    folder: str | None = None
+    """the unpacked lra_release, with aclImdb (text) and cifar-10-batches-py (image) in it"""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """Where the text or the labelled sequences come from, and how they become tokens."""
 
-    source: str = choice("stdlib", "stdlib", "files", "hub")
-    """stdlib: sources of the running Python; files: ``data.files``; hub: a ``datasets`` name"""
+    source: str = choice("stdlib", "stdlib", "files", "hub", "listops", "lra")
+    """text: stdlib (sources of the running Python), files (``data.files``) or hub (a ``datasets`` name);
+    to classify: listops (expressions generated as ``data.listops`` says) or lra (the files in
+    ``data.lra.folder``)"""
     files: list[str] = field(default_factory=list)
     """paths or globs of .txt .md .py .jsonl .parquet, each also as .gz; files only"""
     text_column: str = "text"
@@ -142,8 +181,14 @@ class DataConfig:
     """a tokenizer.json or the name of a hub tokenizer; null: train byte-level BPE on the training split"""
     eos_token: str = "<|endoftext|>"
     """the token that ends a document; a given tokenizer must have it"""
+    mask_token: str | None = None
+    """the token that hides others, added to a tokenizer that lacks it; null: <|mask|>; task masked only"""
+    mask_fraction: float = number(0.15, above=0, high=0.99)
+    """share of a row's tokens that are to be guessed: of ten of them 8 are hidden, 1 becomes any token and 1
+    stays; task masked only"""
     val_fraction: float = number(0.02, above=0, high=0.5)
-    """share of the text, by document, that is held out"""
+    """share of the text, by document, that is held out; of labelled sequences, where they come without
+    validation split"""
     max_val_tokens: int | None = number(None, low=1)
     """validate on so many tokens at the most"""
     batch_size: int = number(8, low=1, high=1_000_000)
@@ -152,6 +197,10 @@ class DataConfig:
     """loader processes; rows come from a memory-mapped file, so 0 is rarely slow"""
     cache_dir: str | None = None
     """tokenized text is kept here; null: $TNNLM_CACHE or ~/.cache/tnnlm"""
+    listops: ListOpsConfig = field(default_factory=ListOpsConfig)
+    """with source listops"""
+    lra: ArchiveConfig = field(default_factory=ArchiveConfig)
+    """with source lra"""
 
 
 @dataclass(kw_only=True)
@@ -258,14 +307,29 @@ class ConversionConfig:
     """tokens per prefill chunk when validating the recurrent form"""
 
 
+MASK_TOKEN = "<|mask|>"
+"""``data.mask_token`` where none is named"""
+SMALLEST_TEXT = 257
+"""entries of the smallest tokenizer of text: every byte and an end token"""
+SMALLEST_MASKED = 258
+"""entries of the smallest tokenizer that is trained for task masked: every byte, an end and a mask token"""
+LABELLED = ("listops", "lra")
+"""values of ``data.source`` whose rows have labels, which task classify takes"""
+TASKS = ("causal", "masked", "classify")
+"""what a model can be trained for"""
+
+
 @dataclass(kw_only=True)
 class Config:
     """One run."""
 
     name: str = "demo"
     """folder under ``runs_dir``"""
+    task: str = choice("causal", *TASKS)
+    """causal: guess the next token; masked: guess hidden tokens from both sides; classify: say to which class
+    a whole sequence belongs"""
     seed: int = number(0, low=0, high=2**32 - 1)
-    """of initialisation, order of the data, dropout and split"""
+    """of initialisation, order of the data, dropout, hidden tokens and split"""
     runs_dir: str = "runs"
     """where runs lie"""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -20,7 +20,16 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnnlm.config import KERNEL_SCHEMAS, Config, KernelConfig, ModelConfig
+from tnnlm.config import (
+    KERNEL_SCHEMAS,
+    LABELLED,
+    MASK_TOKEN,
+    SMALLEST_MASKED,
+    SMALLEST_TEXT,
+    Config,
+    KernelConfig,
+    ModelConfig,
+)
 from tnnlm.errors import ConfigError
 
 
@@ -106,6 +115,7 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     config = cast(Config, OmegaConf.to_object(schema))
     for key, value, metadata in _leaves(config):
         _check_value(key, value, metadata)
+    _settle_task(config)
     if config.conversion.horizon != "auto":
         _check_value("conversion.horizon", config.conversion.horizon, {"low": 1})
     if config.trainer.devices != "auto":
@@ -113,6 +123,33 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: a run's name is a single folder name")
     return config
+
+
+def _settle_task(config: Config) -> None:
+    """Refuse settings that another task has, and fill in what the task needs."""
+    if config.task == "causal" and config.model.causal is False:
+        raise ConfigError(
+            "model.causal=false: task=causal guesses the next token and may not see it; leave model.causal "
+            "out, or set task=masked"
+        )
+    data = config.data
+    labelled = data.source in LABELLED
+    if labelled != (config.task == "classify"):
+        instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
+        raise ConfigError(f"data.source={data.source}: is not for task={config.task}; {instead}")
+    if not labelled:
+        _check_value("model.vocab_size", config.model.vocab_size, {"low": SMALLEST_TEXT})
+    if config.task == "masked":
+        data.mask_token = data.mask_token or MASK_TOKEN
+        if data.mask_token == data.eos_token:
+            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token; name another one")
+        if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
+                "task=masked: every byte, an end token and a mask token"
+            )
+    elif data.mask_token is not None:
+        raise ConfigError(f"data.mask_token={data.mask_token}: belongs to task=masked, not {config.task}")
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.backbone import Backbone
 from tnnlm.config_io import config_to_dict, model_config_from_dict
 from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError
@@ -171,7 +172,7 @@ def load_converted(folder: Path) -> ConvertedModel:
     return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 
 
-def check_tokenizer(tokenizer: TextTokenizer, model: CausalLM, where: Path) -> None:
+def check_tokenizer(tokenizer: TextTokenizer, model: Backbone, where: Path) -> None:
     """Refuse a tokenizer that has more entries than the model's embedding.
 
     Raises:
@@ -192,7 +193,7 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
         raise CheckpointError(f"{folder}: model.safetensors has no {error}; convert again") from None
 
 
-def load_weights(model: CausalLM, weights: dict[str, Tensor], where: Path) -> None:
+def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:
     # The recurrences were put in as they are; everything else is still on the meta device.
     own = {
         f"{name}.{buffer}"

@@ -1,23 +1,28 @@
-"""The LightningDataModule: packed rows, in an order that resumes exactly on any number of ranks."""
+"""The LightningDataModule: rows of any task, in an order that resumes exactly on any number of ranks."""
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from tnnlm.config import Config
+from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
+from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.sequences.prepare import prepare_sequences, task_name
+from tnnlm.sequences.symbols import symbol_tokenizer
+from tnnlm.tokenizer import TextTokenizer
 
 
-class GlobalOrderSampler(Sampler[list[int]]):
+class GlobalOrderSampler(Sampler[list[Any]]):
     """Batches of row indices whose order follows from (seed, samples seen) alone.
 
     Training reads one endless sequence: a permutation of the rows, then the next, each seeded by
@@ -35,7 +40,9 @@ class GlobalOrderSampler(Sampler[list[int]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        numbered: bool = False,
     ) -> None:
+        """``numbered``: yield (row, sample) in the place of rows, for what is drawn anew at each reading."""
         self.n_rows = n_rows
         self.batch_size = batch_size
         self.n_batches = n_batches
@@ -43,21 +50,23 @@ class GlobalOrderSampler(Sampler[list[int]]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
+        self.numbered = numbered
 
     def __len__(self) -> int:
         return self.n_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         first = self.start + self.rank * self.batch_size
         for batch in range(self.n_batches):
-            rows = []
+            rows: list[Any] = []
             begin = first + batch * self.world_size * self.batch_size
             for sample in range(begin, begin + self.batch_size):
                 if sample // self.n_rows != epoch:
                     epoch = sample // self.n_rows
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
-                rows.append(int(order[sample % self.n_rows]))
+                row = int(order[sample % self.n_rows])
+                rows.append((row, sample) if self.numbered else row)
             yield rows
 
 
@@ -84,14 +93,77 @@ def open_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedR
     return train_rows, val_rows
 
 
-class TextDataModule(lightning.LightningDataModule):
-    """Packed text for training and validation.
+class TaskData(NamedTuple):
+    """What a run reads."""
 
-    Batches are token ids (B, L + 1): inputs and targets in one tensor. The position in the global
-    order is saved with each checkpoint, so a resumed run reads what an unbroken one would have.
+    train: Any
+    """data set of the training rows; of (row, sample) where ``numbered``"""
+    val: Any
+    """data set of the held-out rows"""
+    tokenizer: TextTokenizer
+    bytes_per_token: float
+    """of the held-out text; 1 where that means nothing"""
+    numbered: bool = False
+    """what a training row gives depends on how often it was read"""
+
+
+def open_data(config: Config) -> TaskData:
+    """Prepare, or find prepared, what ``config.task`` reads.
+
+    Raises:
+        DataError: for unusable data, and too little of it.
+    """
+    return OPENERS[config.task](config)
+
+
+def _open_text(config: Config) -> TaskData:
+    """Rows (L + 1,): inputs and targets in one tensor."""
+    corpus = prepare(config.data, config.model.vocab_size, config.seed)
+    return TaskData(*open_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
+
+
+def _open_masked(config: Config) -> TaskData:
+    """Rows as ``MaskedBatch``."""
+    text, data = _open_text(config), config.data
+    assert data.mask_token is not None  # config_io sees to it
+    tokenizer = text.tokenizer
+    masking = Masking(data.mask_fraction, tokenizer.id_of(data.mask_token), tokenizer.size, config.seed)
+    train, val = MaskedRows(text.train, masking), MaskedRows(text.val, masking)
+    return text._replace(train=train, val=val, numbered=True)
+
+
+def _open_sequences(config: Config) -> TaskData:
+    """Rows as ``LabelledBatch``."""
+    corpus, length = prepare_sequences(config), config.model.max_length
+    train = corpus.split("train", length)
+    val: Dataset[LabelledBatch] = corpus.split("val", length)
+    rows = corpus.rows["val"]
+    if len(train) < config.data.batch_size or not rows:
+        raise DataError(
+            f"too few sequences: {len(train)} to train on, {rows} to validate on; one batch takes "
+            f"{config.data.batch_size}: give more, or lower data.batch_size"
+        )
+    if config.data.max_val_tokens is not None:
+        val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))
+    return TaskData(train, val, symbol_tokenizer(task_name(config), config.data.eos_token), 1.0)
+
+
+OPENERS: dict[str, Callable[[Config], TaskData]] = {
+    "causal": _open_text,
+    "masked": _open_masked,
+    "classify": _open_sequences,
+}
+"""by task"""
+
+
+class TextDataModule(lightning.LightningDataModule):
+    """Rows of a task for training and validation.
+
+    Batches are what its model's ``loss`` takes. The position in the global order is saved with each
+    checkpoint, so a resumed run reads what an unbroken one would have.
     """
 
-    corpus: PackedCorpus
+    opened: TaskData
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -100,20 +172,29 @@ class TextDataModule(lightning.LightningDataModule):
         self._step_at_load = 0
 
     def prepare_data(self) -> None:
-        """Tokenize into the cache: on one rank of each node."""
-        prepare(self.config.data, self.config.model.vocab_size, self.config.seed)
+        """Prepare what is kept in the cache: on one rank of each node."""
+        open_data(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenized corpus.
+        """Open it.
 
         Raises:
-            DataError: if there is too little text for one batch.
+            DataError: if there is too little for one batch.
         """
-        if not hasattr(self, "corpus"):
-            self.corpus = prepare(self.config.data, self.config.model.vocab_size, self.config.seed)
-            self.train_rows, self.val_rows = open_rows(self.corpus, self.config)
+        if not hasattr(self, "opened"):
+            self.opened = open_data(self.config)
 
-    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+    @property
+    def train_rows(self) -> Any:
+        """Data set of the training rows."""
+        return self.opened.train
+
+    @property
+    def val_rows(self) -> Any:
+        """Data set of the held-out rows."""
+        return self.opened.val
+
+    def train_dataloader(self) -> DataLoader[Any]:
         """Everything that is left to train on, as one Lightning epoch: no border to resume across."""
         trainer = self._trainer()
         sampler = GlobalOrderSampler(
@@ -124,10 +205,11 @@ class TextDataModule(lightning.LightningDataModule):
             start=self.samples_seen,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            numbered=self.opened.numbered,
         )
         return self._loader(self.train_rows, sampler)
 
-    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Ranks take every world_size-th row, none twice. Where that is uneven, row 0 stands in at
         the end and doesn't count: a rank with a batch less would leave the others waiting for its
         share of the weights, where they are sharded."""
@@ -160,7 +242,7 @@ class TextDataModule(lightning.LightningDataModule):
         self.samples_seen = state_dict["samples_seen"]
         self._step_at_load = state_dict["step"]
 
-    def _loader(self, rows: Any, batches: Any) -> DataLoader[torch.Tensor]:
+    def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
         workers = self.config.data.num_workers
         return DataLoader(
             rows,

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM
 from tnnlm.model import CausalLM
 
 
@@ -30,6 +31,24 @@ class NLL(NamedTuple):
     def ppl(self) -> float:
         """Perplexity; infinite where the exponential overflows."""
         return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+class Scores(NamedTuple):
+    """Of classified sequences: negative log-likelihood in nats, how many were right, how many there were."""
+
+    total: float
+    correct: int
+    rows: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per sequence."""
+        return self.total / self.rows
+
+    @property
+    def accuracy(self) -> float:
+        """Share that was right."""
+        return self.correct / self.rows
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
@@ -68,10 +87,33 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
     return add(parts)
 
 
+@torch.no_grad()
+def masked_nll(model: MaskedLM, batch: MaskedBatch, counted: int | None = None) -> NLL:
+    """Score the tokens of a batch that are to be guessed.
+
+    ``counted``: as for :func:`parallel_nll`.
+    """
+    with torch.autocast(batch.tokens.device.type, enabled=False):
+        return _score(model(batch.tokens, batch.positions)[:counted], batch.targets[:counted])
+
+
 def add(parts: Iterable[NLL]) -> NLL:
     """The sum of several."""
     scored = list(parts)
     return NLL(sum(nll.total for nll in scored), sum(nll.tokens for nll in scored))
+
+
+@torch.no_grad()
+def class_scores(model: nn.Module, batch: LabelledBatch, counted: int | None = None) -> Scores:
+    """Score the classes of a batch of whole sequences, for logits (B, C) of (tokens, lengths).
+
+    ``counted``: as for :func:`parallel_nll`.
+    """
+    with torch.autocast(batch.tokens.device.type, enabled=False):
+        logits = model(batch.tokens, batch.lengths)[:counted]
+    labels = batch.labels[:counted]
+    total = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    return Scores(float(total), int((logits.argmax(-1) == labels).sum()), len(labels))
 
 
 def _score(logits: Tensor, targets: Tensor) -> NLL:

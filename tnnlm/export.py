@@ -169,7 +169,7 @@ def _program(function: _Flat) -> ExportedProgram:
     with torch.no_grad():
         program = torch.export.export(function, example, dynamic_shapes=_shapes(function, Dim(_BATCH, min=1)))
         # Our own operation can't be known elsewhere.
-        table: dict[Any, Callable[..., Any]] = {torch.ops.tnnlm.causal_conv.default: fft_convolution}
+        table: dict[Any, Callable[..., Any]] = {torch.ops.tnnlm.circular_conv.default: fft_convolution}
         return program.run_decompositions(table)
 
 

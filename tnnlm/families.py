@@ -71,6 +71,8 @@ def load_families(
         if word.startswith("model.kernel"):
             raise UserError(f"{word}: kernels are set in each family's file, --families NAME=FILE")
     base = load_config(base_file, overrides)
+    if base.task != "causal":
+        raise UserError(f"task={base.task}: families are compared as causal language models; leave task out")
     own = [word for word in overrides if word.startswith(_OF_FAMILY)]
     families: dict[str, Family] = {}
     left_out: dict[str, str] = {}

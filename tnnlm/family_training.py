@@ -1,16 +1,18 @@
-"""One family trained on one seed, by a plain loop that is the same for every architecture."""
+"""One model trained on one seed, by a plain loop that is the same for every architecture and loss."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tnnlm.config import Config
@@ -34,40 +36,60 @@ def device_of(config: Config) -> torch.device:
 
 
 def train_family(family: Family, rows: PackedRows, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Train on ``seed``: initialisation and order of the data both follow from it.
+    """Train a family to guess the next token; initialisation and order of the data follow from ``seed``.
+
+    As :func:`train_plain`, on rows of the training split, at least one batch.
+    """
+    model = family.build(seed)
+    return model, train_plain(family.name, model, family.config, rows, seed, _next_token_loss)
+
+
+def train_plain(
+    name: str,
+    model: nn.Module,
+    config: Config,
+    rows: Dataset[Any],
+    seed: int,
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    *,
+    numbered: bool = False,
+) -> dict[str, Any]:
+    """Train ``model`` in place, on a GPU if there is one.
 
     Args:
-        family: what is trained.
+        name: of what is trained, for the progress bar and errors.
+        model: initialised.
+        config: everything but the model.
         rows: of the training split, at least one batch.
-        seed: of everything random.
+        seed: of the order of the data.
+        loss_of: mean loss of a batch, called under autocast.
+        numbered: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
 
     Returns:
-        the model, and ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the
-        windows) and ``curve``: (tokens read, mean loss) per window.
+        ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the windows) and ``curve``:
+        (tokens read, mean loss) per window.
 
     Raises:
         UserError: for a precision that this loop hasn't, and a loss that is not finite.
     """
-    config, device = family.config, device_of(family.config)
-    precision = resolve_precision(config)
+    device, precision = device_of(config), resolve_precision(config)
     if precision not in _DTYPES:
         raise UserError(f"trainer.precision={precision}: families are compared in {' or '.join(_DTYPES)}")
-    model = family.build(seed).to(device).train()
+    model.to(device).train()
     if config.trainer.compile:
         model.compile()
     optimizer = build_optimizer(model, config.optim)
     steps, accumulate = config.trainer.max_steps, config.trainer.accumulate
     scheduler = build_scheduler(optimizer, config.optim, steps)
-    batches = iter(_loader(rows, config, seed))
+    batches = iter(_loader(rows, config, seed, numbered))
     autocast = torch.autocast(device.type, _DTYPES[precision], enabled=precision != "32-true")
     window: list[torch.Tensor] = []
     marks, curve = [time.perf_counter()], []
-    for step in tqdm(range(1, steps + 1), desc=f"{family.name}, seed {seed}", disable=None):
+    for step in tqdm(range(1, steps + 1), desc=f"{name}, seed {seed}", disable=None):
         for _ in range(accumulate):
-            batch = next(batches).to(device, non_blocking=True)
+            batch = move_data_to_device(next(batches), device)
             with autocast:
-                logits = model(batch[:, :-1])
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+                loss = loss_of(model, batch)
             (loss / accumulate).backward()
             window.append(loss.detach())
         if config.optim.grad_clip:
@@ -80,18 +102,23 @@ def train_family(family: Family, rows: PackedRows, seed: int) -> tuple[nn.Module
             if not math.isfinite(mean):
                 raise UserError(
                     f"the loss is not finite by step {step} of seed {seed}; lower its "
-                    f"learning rate, --lr {family.name}=X (it is {config.optim.lr:g})"
+                    f"learning rate, --lr {name}=X (it is {config.optim.lr:g})"
                 )
             window = []
             marks.append(time.perf_counter())
             curve.append([step * _tokens(config), mean])
-    return model, {
+    return {
         "steps": steps,
         "tokens": steps * _tokens(config),
         "seconds": marks[-1] - marks[0],
         "tokens_per_second": _speed(marks, steps, _tokens(config)),
         "curve": curve,
     }
+
+
+def _next_token_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    logits = model(batch[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 def _tokens(config: Config) -> int:
@@ -106,12 +133,13 @@ def _speed(marks: list[float], steps: int, tokens: int) -> float:
     return statistics.median(speeds) if speeds else steps * tokens / (marks[-1] - marks[0])
 
 
-def _loader(rows: PackedRows, config: Config, seed: int) -> DataLoader[torch.Tensor]:
+def _loader(rows: Any, config: Config, seed: int, numbered: bool) -> DataLoader[Any]:
     order = GlobalOrderSampler(
         len(rows),
         batch_size=config.data.batch_size,
         n_batches=config.trainer.max_steps * config.trainer.accumulate,
         seed=seed,
+        numbered=numbered,
     )
     return DataLoader(
         rows,

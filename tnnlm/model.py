@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, tied head. Not a LightningModule.
+"""The language model: a backbone with a tied head. Not a LightningModule.
 
 ``forward`` trains; ``prefill`` and ``step`` decode after conversion. The three share every
 projection, so decoding can't drift from training.
@@ -7,15 +7,16 @@ projection, so decoding can't drift from training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tnnlm.backbone import Backbone
 from tnnlm.config import ModelConfig
-from tnnlm.kernels import build_kernel
-from tnnlm.modules import GLU, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
+from tnnlm.errors import ConfigError
+from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State
 
 LOGITS = 4096
@@ -47,65 +48,30 @@ def state_bytes(state: ModelState) -> int:
     return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Backbone):
     """A Toeplitz neural network language model (arXiv 2305.04749), prenorm, tied embeddings.
 
     Training rows are packed: an eos stands between documents, and the convolution reads across it.
     """
 
     def __init__(self, config: ModelConfig, convs: Sequence[LongConv | RecurrentConv] | None = None) -> None:
-        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names."""
-        super().__init__()
-        self.config = config
-        d_inner = config.expand * config.d_model
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
-        self.dropout = nn.Dropout(config.dropout)
-        if convs is None:
-            convs = [
-                LongConv(build_kernel(config.kernel, d_inner, config.max_length))
-                for _ in range(config.n_layers)
-            ]
-        self.blocks = nn.ModuleList(
-            Block(
-                GatedMixer(config.d_model, d_inner, conv),
-                GLU(config.d_model, config.glu_dim or config.d_model),
-                config.dropout,
+        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names.
+
+        Raises:
+            ConfigError: if ``config.causal`` is False.
+        """
+        if config.causal is False:
+            raise ConfigError(
+                "model.causal=false: a causal language model may see no later token; leave model.causal out, "
+                "or set task=masked"
             )
-            for conv in convs
-        )
-        self.norm = SimpleRMSNorm()
-        self.recompute = False
-        """keep a block's input alone for the backward pass, and compute the rest again: a third more work"""
+        super().__init__(config, convs)
         self.head: nn.Module | None = None
         """in the place of the tied embedding, for decoding"""
-
-    @property
-    def layers(self) -> list[Block]:
-        """The blocks, typed."""
-        return cast(list[Block], list(self.blocks))
-
-    @property
-    def n_params(self) -> int:
-        """Trainable parameters; the tied embedding counts once, frozen decays not at all."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def compile_blocks(self) -> None:
-        """Compile every block in place: names of parameters stay, and one compilation serves all blocks."""
-        for block in self.layers:
-            block.compile()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) for tokens (B, L), all positions at once."""
         return self._head(self.features(tokens))
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """What the head reads, normalised: (B, L, D) for tokens (B, L)."""
-        x = self._embed(tokens)
-        again = self.recompute and self.training
-        for block in self.layers:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        return self.norm(x)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
@@ -176,10 +142,6 @@ class CausalLM(nn.Module):
             x, layer = block.step(x, layer, active)
             states.append(layer)
         return self._head(self.norm(x)), ModelState(tuple(states))
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.dropout(self.embedding(tokens))
-        return x
 
     def _nll(self, features: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self._head(features).float(), targets, reduction="sum")

@@ -102,6 +102,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
             left in the cache then, unless it is ``resumable``.
     """
     given = load_tokenizer(config.tokenizer, config.eos_token) if config.tokenizer else None
+    if given is not None and config.mask_token is not None:
+        given = given.with_special(config.mask_token)
     if given is not None and given.size > vocab_size:
         raise DataError(
             f"{config.tokenizer}: has {given.size} tokens, the model {vocab_size}: "
@@ -124,6 +126,7 @@ def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | 
         seed,
         config.eos_token,
         tokenizer,
+        *([] if config.mask_token is None else [config.mask_token]),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -180,7 +183,7 @@ def _tokenize(
     corpus = load_corpus(config, seed, folder)
     if not corpus.train or not corpus.val:
         raise DataError("too little text to hold some out for validation: give more of it")
-    tokenizer = given or _trained(corpus.train, vocab_size, config.eos_token, folder / "tokenizer.json")
+    tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
     meta = {}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
         meta[split] = asdict(_pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}"))
@@ -188,11 +191,13 @@ def _tokenize(
     write_text(folder / "meta.json", json.dumps(meta))
 
 
-def _trained(texts: Sequence[str], vocab_size: int, eos_token: str, path: Path) -> TextTokenizer:
+def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Path) -> TextTokenizer:
     if path.is_file():
-        return TextTokenizer.from_json(path.read_text(encoding="utf-8"), eos_token, str(path))
+        return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
     pieces = (piece.text for piece in _pieces(texts))
-    tokenizer = train_bpe(pieces, vocab_size, eos_token, len(texts), sys.stderr.isatty())
+    tokenizer = train_bpe(
+        pieces, vocab_size, config.eos_token, len(texts), sys.stderr.isatty(), config.mask_token
+    )
     write_text(path, tokenizer.to_json())
     return tokenizer
 

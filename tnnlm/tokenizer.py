@@ -67,6 +67,22 @@ class TextTokenizer:
         """The text of tokenizer.json."""
         return str(self.tokenizer.to_str(pretty=False))
 
+    def with_special(self, token: str) -> TextTokenizer:
+        """This one with one more special token, unless it has it. Text that spells it out stays text."""
+        self.tokenizer.add_special_tokens([token])
+        return TextTokenizer(self.tokenizer, self.eos_token)
+
+    def id_of(self, token: str) -> int:
+        """The id of an entry.
+
+        Raises:
+            DataError: if there is none of this name.
+        """
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise DataError(f"the tokenizer has no token {token!r}")
+        return int(found)
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, no token added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -116,9 +132,14 @@ class TextStream:
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, eos_token: str, n_texts: int, progress: bool
+    texts: Iterable[str],
+    vocab_size: int,
+    eos_token: str,
+    n_texts: int,
+    progress: bool,
+    mask_token: str | None = None,
 ) -> TextTokenizer:
-    """Train byte-level BPE with at most ``vocab_size`` entries, ``eos_token`` among them.
+    """Train byte-level BPE with at most ``vocab_size`` entries, the special tokens among them.
 
     Args:
         texts: the training split, a document each.
@@ -126,13 +147,14 @@ def train_bpe(
         eos_token: the end-of-document token.
         n_texts: how many texts come, for the progress bar.
         progress: show the bar on stderr.
+        mask_token: another special token, if there is one.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eos_token],
+        special_tokens=[eos_token] if mask_token is None else [eos_token, mask_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )

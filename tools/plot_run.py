@@ -42,7 +42,9 @@ def main() -> int:
     table = Table("at the end", *(run.name for run in runs))
     figures = [final_figures(run) for run in runs]
     for key, title in FINAL.items():
-        table.add_row(title, *(of_run[key] for of_run in figures))
+        shown = [of_run[key] for of_run in figures]
+        if set(shown) != {"-"}:  # tasks log figures of their own
+            table.add_row(title, *shown)
     Console().print(table)
     print(f"drawn in {out}")
     return 0

@@ -23,6 +23,8 @@ from tnnlm.config_io import load_config
 from tnnlm.data import open_rows
 from tnnlm.errors import run_script
 from tnnlm.packing import PackedCorpus, prepare
+from tnnlm.sequences.prepare import prepare_sequences
+from tnnlm.sequences.rows import LabelledCorpus
 from tnnlm.training.plan import make_plan
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -40,6 +42,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     config = load_config(args.config or DEMO, args.overrides)
+    if config.task == "classify":
+        show_sequences(prepare_sequences(config), config)
+        say_next(args)
+        return 0
     try:
         corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
     except KeyboardInterrupt:
@@ -47,13 +53,28 @@ def main() -> int:
         return 130
     open_rows(corpus, config)
     show(corpus, config)
-    words = ["python", "train.py", *(["--config", args.config] if args.config else []), *args.overrides]
-    print(f"train on it, without network: HF_HUB_OFFLINE=1 {shlex.join(words)}")
+    say_next(args)
     return 0
 
 
+def say_next(args: argparse.Namespace) -> None:
+    words = ["python", "train.py", *(["--config", args.config] if args.config else []), *args.overrides]
+    print(f"train on it, without network: HF_HUB_OFFLINE=1 {shlex.join(words)}")
+
+
+def show_sequences(corpus: LabelledCorpus, config: Config) -> None:
+    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
+    for name, rows in corpus.rows.items():
+        share = corpus.split(name, config.model.max_length).majority
+        print(f"{name}: {rows:,} sequences; the commonest class is {share:.2%} of them")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def show(corpus: PackedCorpus, config: Config) -> None:
-    print(f"{corpus.folder}: {sum(p.stat().st_size for p in corpus.folder.iterdir()) / 1e9:,.3f} GB")
+    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
     for name, split in (("train", corpus.train), ("validation", corpus.val)):
         print(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens "

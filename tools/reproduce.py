@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tnnlm.errors import UserError, run_script
+from tnnlm.reproduce.bidirectional import Bidirectional
 from tnnlm.reproduce.etsc import ETSC
 from tnnlm.reproduce.experiment import SIZES, Experiment, Row
 from tnnlm.reproduce.extrapolation import Extrapolation
@@ -30,7 +31,7 @@ from tnnlm.reproduce.stability import Stability
 from tnnlm.reproduce.synthetic import Synthetic
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Stability, Ski)
+    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Bidirectional, Stability, Ski)
 }
 
 

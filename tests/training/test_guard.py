@@ -15,7 +15,7 @@ from training_runs import assert_same_run, tiny_run
 
 from tnnlm.errors import UserError
 from tnnlm.training.checkpointing import TrainingDiverged
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitModel
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.resume import resumed_config
@@ -167,6 +167,6 @@ def test_skipping_can_be_switched_off() -> None:
 
 
 def test_step_loss_is_the_mean_over_the_step() -> None:
-    module = LitCausalLM(tiny_run("trainer.accumulate=2"))
+    module = LitModel(tiny_run("trainer.accumulate=2"))
     module._losses = [torch.tensor(float(value)) for value in (9, 9, 1, 2)]
     assert float(module.step_loss()) == 1.5

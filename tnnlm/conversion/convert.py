@@ -16,7 +16,7 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM
-from tnnlm.modules import LongConv, RecurrentConv
+from tnnlm.modules import BiConv, LongConv, RecurrentConv
 from tnnlm.ops.recurrence import Params
 
 
@@ -136,6 +136,8 @@ def kernels(model: CausalLM) -> list[Kernel]:
     """
     found = [block.mixer.conv for block in model.layers]
     parallel = [conv.kernel for conv in found if isinstance(conv, LongConv)]
+    if any(isinstance(conv, BiConv) for conv in found):
+        raise UserError("a two-sided model has no recurrent form: its outputs depend on tokens to come")
     if len(parallel) < len(found):
         raise UserError("this model is converted already: convert the checkpoint it came from")
     return parallel

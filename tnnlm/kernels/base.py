@@ -39,6 +39,18 @@ class Kernel(KeepsFloat32, ABC):
         return None
 
 
+class LagKernel(Kernel):
+    """A kernel whose taps are a function of the lag, negative lags too: one serves both directions."""
+
+    @abstractmethod
+    def between(self, start: int, stop: int) -> Tensor:
+        """Taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``)."""
+
+    def forward(self, length: int) -> Tensor:
+        """The first ``length`` taps, (E, ``length``)."""
+        return self.between(0, length)
+
+
 Builder = Callable[[Any, int, int], Kernel]
 _BUILDERS: dict[str, Builder] = {}
 _B = TypeVar("_B", bound=Builder)

@@ -1,4 +1,4 @@
-"""The Toeplitz neural operator's kernel: k[i] = decay^i rpe(i) (arXiv 2305.04749, section 3.2).
+"""The Toeplitz neural operator's kernel: k[i] = decay^|i| rpe(i) (arXiv 2305.04749, section 3.2).
 
 The relative position encoder takes the raw integer lag. It runs in float32 whatever the precision policy:
 bf16 can't count to 512.
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tnnlm.config import TNOConfig
-from tnnlm.kernels.base import Kernel, register_kernel
+from tnnlm.kernels.base import LagKernel, register_kernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 
 
 @register_kernel("tno", TNOConfig)
-class TNOKernel(Kernel):
+class TNOKernel(LagKernel):
     """The kernel of a Toeplitz neural network; its decay is fixed, a buffer that checkpoints carry."""
 
     decays: Tensor
@@ -31,11 +31,12 @@ class TNOKernel(Kernel):
         """The frozen decay of every channel, (E,)."""
         return self.decays
 
-    def forward(self, length: int) -> Tensor:
-        """The first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
+    def between(self, start: int, stop: int) -> Tensor:
+        """Taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``), in the parameters' dtype (at
+        least float32); one network serves both signs."""
         weight = self.rpe.input.weight
         with torch.autocast(weight.device.type, enabled=False):
             # The dtype is named: under bf16-true the default is bf16, where 4,096 lags become 769.
-            lags = torch.arange(length, device=weight.device, dtype=weight.dtype)
-            envelope = self.decays.to(weight.dtype)[:, None] ** lags
+            lags = torch.arange(start, stop, device=weight.device, dtype=weight.dtype)
+            envelope = self.decays.to(weight.dtype)[:, None] ** lags.abs()
             return self.rpe(lags[:, None]) * envelope

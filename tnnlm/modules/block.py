@@ -20,9 +20,9 @@ class Block(nn.Module):
         self.glu = glu
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.dropout(self.mixer(self.norm(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); positions where ``mask`` (B, L) is False are padding."""
+        x = x + self.dropout(self.mixer(self.norm(x), mask))
         return self._mix_channels(x)
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:

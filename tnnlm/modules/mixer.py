@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.modules.long_conv import LongConv
+from tnnlm.modules.long_conv import BiConv, LongConv
 from tnnlm.modules.recurrent_conv import RecurrentConv
 from tnnlm.ops.recurrence import State
 
@@ -14,20 +14,26 @@ class GatedMixer(nn.Module):
     """The operator in the place of attention; W_u and W_v are the two halves of one projection.
 
     ``conv`` is a ``LongConv`` while training and a ``RecurrentConv`` after conversion; all else
-    is the same module in both forms.
+    is the same module in both forms. With a ``BiConv`` every position sees all others.
     """
 
-    conv: LongConv | RecurrentConv
+    conv: LongConv | BiConv | RecurrentConv
 
-    def __init__(self, d_model: int, d_inner: int, conv: LongConv | RecurrentConv) -> None:
+    def __init__(self, d_model: int, d_inner: int, conv: LongConv | BiConv | RecurrentConv) -> None:
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_inner)
         self.conv = conv
         self.out_proj = nn.Linear(d_inner, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D).
+
+        Positions where ``mask`` (B, L) is False are padding: nothing of theirs goes into the convolution, so
+        that no other position sees them.
+        """
         gate, value = torch.nn.functional.silu(_channels_first(self.in_proj, x)).chunk(2)
+        if mask is not None:
+            value = value.masked_fill(~mask, 0.0)
         y = gate * self.conv(value.permute(1, 2, 0)).permute(2, 0, 1)
         out: Tensor = self.out_proj(y.flatten(1).T)
         return out.unflatten(0, x.shape[:2])

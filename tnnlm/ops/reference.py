@@ -19,6 +19,14 @@ def toeplitz_dense(x: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("etj,bje->bte", matrix, x)
 
 
+def toeplitz_two_sided_dense(x: Tensor, k: Tensor) -> Tensor:
+    """As :func:`toeplitz_dense` with taps at negative lags too: k (E, 2K - 1), lag 0 in the middle."""
+    length, centre = x.shape[1], k.shape[1] // 2
+    k = torch.nn.functional.pad(k, (max(0, length - 1 - centre),) * 2)
+    lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    return torch.einsum("ets,bse->bte", k[:, lag + k.shape[1] // 2], x)
+
+
 def recurrence_loop(params: Params, x: Tensor) -> Tensor:
     """The recurrence by a Python loop in float64: x (B, L, E) -> (B, L, E) in float64."""
     return _companion_loop(params, x) if isinstance(params, CompanionParams) else _modes_loop(params, x)

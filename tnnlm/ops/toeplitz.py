@@ -1,7 +1,8 @@
-"""Causal Toeplitz products by FFT: y[t] = sum_{i=0..t} k[i] x[t-i] for every channel.
+"""Toeplitz products by FFT, for every channel: causal, y[t] = sum_{i=0..t} k[i] x[t-i], and two-sided,
+y[t] = sum_s k[t-s] x[s].
 
 Pure functions; the only place that knows FFT layouts. Log-linear in length. Equation 1 of
-arXiv 2305.04749. The slow twin is ``ops.reference.toeplitz_dense``.
+arXiv 2305.04749. The slow twins are ``toeplitz_dense`` and ``toeplitz_two_sided_dense`` of ``ops.reference``.
 """
 
 from __future__ import annotations
@@ -52,12 +53,47 @@ def toeplitz(x: Tensor, k: Tensor) -> Tensor:
     Raises:
         ValueError: if the channels of ``x`` and ``k`` differ, or either is empty.
     """
+    _check_shapes(x, k)
+    length = x.shape[1]
+    k = k[:, :length]
+    y: Tensor = _circular_conv(x.permute(2, 0, 1), k, fft_length(length + k.shape[1] - 1))[0]
+    return y.permute(1, 2, 0)
+
+
+def toeplitz_two_sided(x: Tensor, k: Tensor) -> Tensor:
+    """Convolution of every channel of ``x`` with taps at negative lags too: y[t] = sum over s of k[t-s] x[s].
+
+    Precision and layouts as of :func:`toeplitz`, and no larger transforms: negative lags stand at the end of
+    the circle. Inputs that are padding have to be zero: then they reach no output.
+
+    Args:
+        x: inputs (B, L, E).
+        k: taps (E, 2K - 1), of lags -(K-1) .. K-1 in order; lag 0 in the middle. Lags beyond L - 1 on either
+            side can't matter and are ignored; K < L means zeros beyond.
+
+    Returns:
+        outputs (B, L, E) in the dtype of ``x``, laid out in memory as ``x`` is.
+
+    Raises:
+        ValueError: if the channels of ``x`` and ``k`` differ, either is empty, or the number of taps is even.
+    """
+    _check_shapes(x, k)
+    if k.shape[1] % 2 == 0:
+        raise ValueError(f"expected taps of lags -(K-1) .. K-1, got an even number of them, {k.shape[1]}")
+    side = min(x.shape[1], (k.shape[1] + 1) // 2)
+    n = fft_length(x.shape[1] + side - 1)
+    centre = k.shape[1] // 2
+    past, future = k[:, centre : centre + side], k[:, centre - side + 1 : centre]
+    circle = torch.cat((past, k.new_zeros(len(k), n - 2 * side + 1), future), dim=1)
+    y: Tensor = _circular_conv(x.permute(2, 0, 1), circle, n)[0]
+    return y.permute(1, 2, 0)
+
+
+def _check_shapes(x: Tensor, k: Tensor) -> None:
     if x.dim() != 3 or k.dim() != 2 or x.shape[2] != k.shape[0]:
         raise ValueError(f"expected x (B, L, E) and k (E, K), got {tuple(x.shape)} and {tuple(k.shape)}")
     if x.shape[1] == 0 or k.shape[1] == 0:
-        raise ValueError("toeplitz needs at least one token and one tap")
-    y: Tensor = _causal_conv(x.permute(2, 0, 1), k)[0]
-    return y.permute(1, 2, 0)
+        raise ValueError("a Toeplitz product needs at least one token and one tap")
 
 
 def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
@@ -76,19 +112,20 @@ def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(padded, weight, groups=len(k)).squeeze(2).transpose(1, 2)
 
 
-def fft_convolution(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op ``tnnlm::causal_conv`` returns for x (E, B, L) and k (E, K), in one piece and in PyTorch's
-    own operations: an exported program goes where ours is not known."""
-    length, taps, n, dtype = _sizes(x, k)
-    k_spectrum = torch.fft.rfft(k[:, :taps].to(dtype), n=n, norm="forward")
+def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op ``tnnlm::circular_conv`` returns, in one piece and in PyTorch's own operations: an exported
+    program goes where ours is not known."""
+    dtype = _dtype(x, k)
+    k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     x_spectrum = torch.fft.rfft(x.to(dtype), n=n)
-    y = _inverse(x_spectrum * k_spectrum[:, None], n)[..., :length]
+    y = _inverse(x_spectrum * k_spectrum[:, None], n)[..., : x.shape[2]]
     return y.to(x.dtype), x_spectrum, k_spectrum
 
 
-@torch.library.custom_op("tnnlm::causal_conv", mutates_args=())
-def _causal_conv(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs for x (E, B, L) and k (E, K), and the spectra of both for the backward pass.
+@torch.library.custom_op("tnnlm::circular_conv", mutates_args=())
+def _circular_conv(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution of x (E, B, L) and k (E, K) on a circle of n points, both padded by zeros: its first L
+    outputs, and the spectra of both for the backward pass.
 
     An op of our own: autograd's graph of rfft/irfft transforms complex-to-complex in backward and keeps
     four more buffers, and a compiler breaks its graph at complex numbers, where it can take this as a whole.
@@ -96,18 +133,18 @@ def _causal_conv(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     works on a tile of the channels at a time, so that on a CPU transform, product and inverse meet in the
     cache.
     """
-    length, taps, n, dtype = _sizes(x, k)
-    k_spectrum = torch.fft.rfft(k[:, :taps].to(dtype), n=n, norm="forward")
+    dtype = _dtype(x, k)
+    k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     x_spectrum = k_spectrum.new_empty(*x.shape[:2], n // 2 + 1)
     y = torch.empty_like(x)
     for tile, padded in _tiles(x, n, dtype):
         spectrum = torch.fft.rfft(padded, out=x_spectrum[tile])
-        y[tile] = _inverse(spectrum * k_spectrum[tile, None], n)[..., :length]
+        y[tile] = _inverse(spectrum * k_spectrum[tile, None], n)[..., : x.shape[2]]
     return y, x_spectrum, k_spectrum
 
 
-@torch.library.custom_op("tnnlm::causal_conv_backward", mutates_args=())
-def _causal_conv_backward(
+@torch.library.custom_op("tnnlm::circular_conv_backward", mutates_args=())
+def _circular_conv_backward(
     grad: Tensor, x_spectrum: Tensor, k_spectrum: Tensor, n: int, taps: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs, as ``grad`` (E, B, L), and of ``taps`` taps."""
@@ -127,41 +164,36 @@ def _inverse(spectrum: Tensor, n: int) -> Tensor:
     return torch.fft.irfft(spectrum, n=n, norm="forward")
 
 
-def _sizes(x: Tensor, k: Tensor) -> tuple[int, int, int, torch.dtype]:
-    """Length, taps that matter, points of the transforms, and the real dtype that they run in."""
-    length = x.shape[2]
-    taps = min(length, k.shape[1])
-    dtype = torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
-    return length, taps, fft_length(length + taps - 1), dtype
+def _dtype(x: Tensor, k: Tensor) -> torch.dtype:
+    """The real dtype that the transforms run in."""
+    return torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
 
 
-@_causal_conv.register_fake
-def _(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, n, dtype = _sizes(x, k)
-    spectrum = k.new_empty(k.shape[0], n // 2 + 1, dtype=dtype.to_complex())
+@_circular_conv.register_fake
+def _(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    spectrum = k.new_empty(k.shape[0], n // 2 + 1, dtype=_dtype(x, k).to_complex())
     return torch.empty_like(x), spectrum.new_empty(*x.shape[:2], n // 2 + 1), spectrum
 
 
-@_causal_conv_backward.register_fake
+@_circular_conv_backward.register_fake
 def _(grad: Tensor, x_spectrum: Tensor, k_spectrum: Tensor, n: int, taps: int) -> tuple[Tensor, Tensor]:
     k_grad = k_spectrum.new_empty(k_spectrum.shape[0], taps, dtype=k_spectrum.real.dtype)
     return torch.empty_like(grad), k_grad
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, k = inputs
-    _, ctx.taps, ctx.n, _ = _sizes(x, k)
-    ctx.k_dtype, ctx.k_width = k.dtype, k.shape[1]
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, k, ctx.n = inputs
+    ctx.k_dtype, ctx.taps = k.dtype, k.shape[1]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    x_grad, k_grad = _causal_conv_backward(grad, *ctx.saved_tensors, ctx.n, ctx.taps)
-    return x_grad, torch.nn.functional.pad(k_grad.to(ctx.k_dtype), (0, ctx.k_width - ctx.taps))
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+    x_grad, k_grad = _circular_conv_backward(grad, *ctx.saved_tensors, ctx.n, ctx.taps)
+    return x_grad, k_grad.to(ctx.k_dtype), None
 
 
-_causal_conv.register_autograd(_gradients, setup_context=_keep)
+_circular_conv.register_autograd(_gradients, setup_context=_keep)
 
 
 def _tiles(x: Tensor, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -17,13 +17,14 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
 from tnnlm.atomic import atomic_file
-from tnnlm.checkpoint import ENTRY, attached_ssm, checkpoint_entry
+from tnnlm.checkpoint import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
+from tnnlm.kernels import Kernel
 from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.averaging import AveragedWeights
-from tnnlm.training.lit_module import LitCausalLM, corpus_of
+from tnnlm.training.lit_module import LitModel, tokenizer_of
 from tnnlm.training.sharding import gather_kernels, is_sharded
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
@@ -100,7 +101,7 @@ def second_name(path: Path, name: Path) -> None:
 
 
 class ConversionCallback(Callback):
-    """Attaches configuration, tokenizer and the converted kernels to every checkpoint.
+    """Attaches configuration, tokenizer and, where the task has them, converted kernels to every checkpoint.
 
     Where weights are averaged the kernels of the average are converted: those that the checkpoint
     holds. Runs on every rank, before the file is written: no files. Sharded kernels are gathered on all
@@ -117,18 +118,22 @@ class ConversionCallback(Callback):
     ) -> None:
         """Add our entry."""
         saved = self.average.averaged(pl_module) if self.average else pl_module
-        assert isinstance(saved, LitCausalLM)
+        assert isinstance(saved, LitModel)
+        ssm = self._recurrence(trainer, saved) if saved.task.converts else None
+        if trainer.is_global_zero:
+            checkpoint[ENTRY] = checkpoint_entry(self.config, tokenizer_of(trainer), ssm)
+
+    def _recurrence(self, trainer: lightning.Trainer, saved: LitModel) -> AttachedSSM | None:
         recipe = self.config.conversion
-        found = gather_kernels(saved.model)
+        found = [kernel for kernel in gather_kernels(saved.model) if isinstance(kernel, Kernel)]
         if not trainer.is_global_zero:
-            return
-        ssm = None
+            return None
         try:
             horizon, layers = convert_kernels(found, self.config.model.max_length, recipe)
-            ssm = attached_ssm(layers, recipe.method, horizon)
+            return attached_ssm(layers, recipe.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
-        checkpoint[ENTRY] = checkpoint_entry(self.config, corpus_of(trainer).tokenizer, ssm)
+            return None
 
 
 class SaveLast(Callback):
@@ -178,7 +183,7 @@ class SaveLast(Callback):
         self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in self._handlers:
             signal.signal(number, self._request)
-        assert isinstance(pl_module, LitCausalLM)
+        assert isinstance(pl_module, LitModel)
         if self._step:
             self.saved_step = self._step
         # To gather moments of shards that aren't there yet, torch takes a step of zeros, which counts.

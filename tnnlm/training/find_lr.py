@@ -24,7 +24,7 @@ from tnnlm.atomic import atomic_file
 from tnnlm.config import Config
 from tnnlm.data import TextDataModule
 from tnnlm.errors import DataError
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.plan import make_plan, resolve_precision
 from tnnlm.training.run import quieten
@@ -57,7 +57,7 @@ class FoundRate:
         return math.sqrt(self.steepest * self.lowest)
 
 
-class _Probe(LitCausalLM):
+class _Probe(LitModel):
     """Trains at the rates that the finder sets, without schedule, log or checkpoint of ours."""
 
     def configure_optimizers(self) -> Any:

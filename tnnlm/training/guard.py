@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from tnnlm.config import TrainerConfig
 from tnnlm.training.checkpointing import SaveLast
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitModel
 
 _MEMORY = 0.98
 """weight of the past in the running mean of the loss: about the last 50 steps"""
@@ -62,7 +62,7 @@ class Guard(Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Decide whether this step counts, before its gradient is clipped."""
-        assert isinstance(pl_module, LitCausalLM)
+        assert isinstance(pl_module, LitModel)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -118,7 +118,7 @@ class Guard(Callback):
         return skip
 
     def _publish(self, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, LitCausalLM)
+        assert isinstance(pl_module, LitModel)
         pl_module.skipped = self._state[0]
 
     def _reasons(self) -> str:

@@ -1,10 +1,8 @@
-"""The LightningModule: loss, optimizer, and the perplexity of both forms at each validation."""
+"""The LightningModule of every task: loss, optimizer, logs, and validations as the task has them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -12,53 +10,25 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchmetrics import Metric
 
 from tnnlm.config import Config
-from tnnlm.conversion import convert_kernels, in_recurrent_form
 from tnnlm.data import TextDataModule
-from tnnlm.evaluation import NLL, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
-from tnnlm.model import CausalLM
-from tnnlm.modules import RecurrentConv
-from tnnlm.packing import PackedCorpus
+from tnnlm.encoder import build_model
+from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.optim import build_optimizer, build_scheduler
-from tnnlm.training.sharding import gather_kernels, gradient_sync, is_sharded, number_like_model, shard, whole
+from tnnlm.training.sharding import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
+from tnnlm.training.tasks import TASKS
 from tnnlm.training.watch import StepWatch, memory_values
 
 
-class NLLMetric(Metric):
-    """Sums of nll and of tokens, reduced over ranks when computed: means of means are wrong on
-    uneven ranks."""
-
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "tokens"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, nll: NLL) -> None:
-        """Add a batch."""
-        self.total += nll.total
-        self.tokens += nll.tokens
-
-    def compute(self) -> NLL:
-        """Over all batches of all ranks."""
-        return NLL(float(self.total), int(self.tokens))
-
-
-class LitCausalLM(lightning.LightningModule):
-    """Trains a ``CausalLM``; batches are token ids (B, L + 1)."""
+class LitModel(lightning.LightningModule):
+    """Trains the model of ``config.task``; batches are what its ``loss`` takes."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.model = CausalLM(config.model)
-        self.recurrences: list[RecurrentConv] = []
-        """of the kernels of this validation; in a list, so that they are no submodules"""
-        self.nll_parallel = NLLMetric()
-        self.nll_recurrent = NLLMetric()
+        self.model = build_model(config)
+        self.task = TASKS[config.task](config)
         self.watch = StepWatch(config)
         self._last_log = 0
         self._losses: list[Tensor] = []
@@ -103,15 +73,15 @@ class LitCausalLM(lightning.LightningModule):
         self._last_log = self.global_step
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
         micro = batch_idx % self.config.trainer.accumulate
         gradient_sync(self.model, micro == self.config.trainer.accumulate - 1)
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean cross-entropy in nats per token."""
-        loss = self.model.loss(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats per token, or whatever the task guesses."""
+        loss: Tensor = self.model.loss(batch)
         self._losses.append(loss.detach())
         return loss
 
@@ -133,7 +103,7 @@ class LitCausalLM(lightning.LightningModule):
         losses = checkpoint.get("losses_since_log", [])
         self._losses = [torch.tensor(loss, device=self.device) for loss in losses]
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss since the last log, learning rate, speed, gradient norm and memory."""
         step = self.global_step
         if step == self._last_log or step % self.config.trainer.log_every_n_steps:
@@ -150,53 +120,26 @@ class LitCausalLM(lightning.LightningModule):
         self._last_log = step
 
     def on_validation_epoch_start(self) -> None:
-        """Measure and convert the current kernels; a failure costs the second perplexity, not the run."""
+        """Measure the current kernels, and convert them if the task does; a failure costs the second
+        perplexity, not the run."""
         found = gather_kernels(self.model)
-        self.recurrences, self._memory = [], {}
+        self._memory = {}
         try:
-            length, recipe = self.config.model.max_length, self.config.conversion
-            self._memory = memory_values(found, length, recipe.tolerance)
-            _, layers = convert_kernels(found, length, recipe)
-            self.recurrences = [RecurrentConv(converted.params) for converted in layers]
+            length, tolerance = self.config.model.max_length, self.config.conversion.tolerance
+            self._memory = memory_values(found, length, tolerance)
+            self.task.begin(found)
         except Exception as error:  # whatever it is, training must go on
             warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
-        # All ranks score the recurrence or none does: one that went on alone would wait for ever.
-        if not self.trainer.strategy.reduce_boolean_decision(bool(self.recurrences)):
-            self.recurrences = []
+        self.task.agree(self.trainer.strategy)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Score the same rows by FFT and by the recurrence."""
-        counted = data_of(self.trainer).val_counted(batch_idx)
-        self.nll_parallel.update(parallel_nll(self.model, batch, counted))
-        if self.recurrences:
-            chunk = self.config.conversion.chunk
-            with in_recurrent_form(self.model, self.recurrences):
-                self.nll_recurrent.update(recurrent_nll(self.model, batch, chunk, counted))
-
-    @contextmanager
-    def recurrent_form(self) -> Iterator[CausalLM]:
-        """The model whole and in the recurrent form of this validation, for the length of a block, in
-        which ranks may do different things. To be entered on all of them."""
-        with whole(self.model), in_recurrent_form(self.model, self.recurrences):
-            yield self.model
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """As the task scores."""
+        self.task.validate(self.model, batch, data_of(self.trainer).val_counted(batch_idx))
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce over ranks, then exponentiate once."""
-        parallel = self.nll_parallel.compute()
-        bytes_per_token = corpus_of(self.trainer).val.bytes_per_token
-        values = {
-            "val/loss": parallel.mean,
-            "val/ppl": parallel.ppl,
-            "val/bpb": bits_per_byte(parallel.mean, bytes_per_token),
-        }
-        if self.recurrences:
-            recurrent = self.nll_recurrent.compute()
-            values["val/ppl_recurrent"] = recurrent.ppl
-            values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
-            values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
-        self._write(values | self._memory, ("val/ppl", "val/bpb"))
-        self.nll_parallel.reset()
-        self.nll_recurrent.reset()
+        """Log what the task makes of it."""
+        values = self.task.results(data_of(self.trainer).opened)
+        self._write(values | self._memory, self.task.shown)
 
     def on_validation_end(self) -> None:
         """The clocks leave validation out."""
@@ -216,9 +159,9 @@ class LitCausalLM(lightning.LightningModule):
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
 
 
-def corpus_of(trainer: lightning.Trainer) -> PackedCorpus:
-    """The tokenized corpus that ``trainer`` reads."""
-    return data_of(trainer).corpus
+def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
+    """The tokenizer of what ``trainer`` reads."""
+    return data_of(trainer).opened.tokenizer
 
 
 def data_of(trainer: lightning.Trainer) -> TextDataModule:

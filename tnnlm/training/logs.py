@@ -16,8 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.atomic import write_text
+from tnnlm.config import Config
 from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.training.lit_module import LitCausalLM, corpus_of
+from tnnlm.model import CausalLM
+from tnnlm.training.lit_module import LitModel, tokenizer_of
+from tnnlm.training.tasks import TASKS, CausalTask
 from tnnlm.training.watch import LENGTH, memory_columns
 
 COLUMNS = (
@@ -31,14 +34,8 @@ COLUMNS = (
     "train/grad_norm",
     "train/tflops",
     "train/memory_gib",
-    "val/loss",
-    "val/ppl",
-    "val/bpb",
-    "val/ppl_recurrent",
-    "val/bpb_recurrent",
-    "val/ppl_gap",
 )
-"""of metrics.csv; behind them come those of every layer, see ``watch.memory_columns``"""
+"""of metrics.csv; behind them come those of the task's validations, and of every layer"""
 _SHOWN = (
     "train/loss",
     "train/lr",
@@ -49,6 +46,8 @@ _SHOWN = (
     "val/bpb",
     "val/ppl_recurrent",
     "val/ppl_gap",
+    "val/ppl_masked",
+    "val/accuracy",
 )
 """on the lines of a batch log"""
 
@@ -71,10 +70,10 @@ def whole_rows(path: Path) -> list[dict[str, str]]:
 class MetricsCSV(Logger):
     """metrics.csv, a row per log, on the disk at once. Lightning's own deletes the file on resume."""
 
-    def __init__(self, path: Path, n_layers: int, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, config: Config, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.columns = (*COLUMNS, *memory_columns(n_layers))
+        self.columns = (*COLUMNS, *TASKS[config.task].columns, *memory_columns(config.model.n_layers))
         self.resume_step = resume_step
 
     @property
@@ -155,12 +154,15 @@ class SampleWriter(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write one sample, from a random stream of its own."""
-        assert isinstance(pl_module, LitCausalLM)
-        if not pl_module.recurrences or not self.n_tokens:
+        assert isinstance(pl_module, LitModel)
+        task, model = pl_module.task, pl_module.model
+        assert isinstance(task, CausalTask)
+        assert isinstance(model, CausalLM)
+        if not task.recurrences or not self.n_tokens:
             return
-        with pl_module.recurrent_form() as model:
+        with task.recurrent_form(model):
             if trainer.is_global_zero:
-                self._write(trainer, TextGenerator(model, corpus_of(trainer).tokenizer))
+                self._write(trainer, TextGenerator(model, tokenizer_of(trainer)))
 
     def _write(self, trainer: lightning.Trainer, writer: TextGenerator) -> None:
         tokenizer = writer.tokenizer

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from tnnlm.backbone import Backbone
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
-from tnnlm.model import LOGITS, CausalLM
+from tnnlm.encoder import build_model
+from tnnlm.model import LOGITS
 
 FSDP = "fsdp"
 """the strategy that shards parameters, gradients and moments over devices"""
@@ -40,7 +42,7 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Build the model without memory and work out what training it takes."""
     with torch.device("meta"):
-        model = CausalLM(config.model)
+        model = build_model(config)
     precision = resolve_precision(config)
     devices = resolve_devices(config) * config.trainer.num_nodes
     rows = config.data.batch_size * config.model.max_length
@@ -54,6 +56,11 @@ def make_plan(config: Config) -> Plan:
         precision=precision,
         devices=devices,
     )
+
+
+def guessed_share(config: Config) -> float:
+    """Share of the tokens for which there are logits over the vocabulary."""
+    return {"causal": 1.0, "masked": config.data.mask_fraction}.get(config.task, 0.0)
 
 
 def resolve_precision(config: Config) -> str:
@@ -75,7 +82,7 @@ def resolve_devices(config: Config) -> int:
     return torch.cuda.device_count() if on_gpu else 1
 
 
-def _weights(config: Config, model: CausalLM, devices: int) -> int:
+def _weights(config: Config, model: Backbone, devices: int) -> int:
     """Weights, gradients, two moments and averages, if asked for, in float32.
 
     Sharded: a share of them; gathered, the embedding and two blocks, one at work and one on its way, with
@@ -101,7 +108,7 @@ def _activations(config: Config, rows: int, width: int) -> int:
     inner = model.expand * model.d_model
     hidden = model.glu_dim or model.d_model
     layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
-    logits = model.vocab_size * (width + 8)
+    logits = round(guessed_share(config) * model.vocab_size) * (width + 8)
     if config.trainer.recompute:
         return rows * (model.n_layers * 4 * model.d_model + layer) + min(rows, LOGITS) * logits
     return rows * (model.n_layers * layer + logits)

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 
+from tnnlm.training.lit_module import LitModel
+
 
 class TrainingBar(ProgressBar):
     """Counts optimizer steps. Lightning's own counts batches of an "epoch", which a run is not."""
@@ -48,6 +50,8 @@ class TrainingBar(ProgressBar):
                 ("train/grad_norm", "norm"),
                 ("train/tokens_per_second", "tokens/s"),
                 ("val/bpb", "val bpb"),
+                ("val/ppl_masked", "val ppl"),
+                ("val/accuracy", "val accuracy"),
             )
             shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in names if key in metrics)
             self.bar.update(self._training, completed=trainer.global_step, shown=shown)
@@ -55,7 +59,8 @@ class TrainingBar(ProgressBar):
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A second line while it lasts."""
         total = int(sum(trainer.num_val_batches))
-        self._validation = self.bar.add_task("validating", total=total, shown="both forms")
+        both = isinstance(pl_module, LitModel) and pl_module.task.converts
+        self._validation = self.bar.add_task("validating", total=total, shown="both forms" if both else "")
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any

@@ -18,7 +18,7 @@ from tnnlm.config_io import load_config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.checkpointing import second_name
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer, lr_factor
 from tnnlm.training.summary import read_summary
 
@@ -26,7 +26,17 @@ SOURCES = {"last": LAST, "previous": PREVIOUS}
 """what ``train.py --from`` takes"""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
 """a last.ckpt that was put aside for the one before it"""
-_FIXED_ON_RESUME = ("name", "runs_dir", "seed", "model.", "trainer.ema_decay")
+_FIXED_ON_RESUME = (
+    "name",
+    "runs_dir",
+    "seed",
+    "task",
+    "model.",
+    "data.mask",
+    "data.listops",
+    "data.lra.task",
+    "trainer.ema_decay",
+)
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:
@@ -107,7 +117,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Set them again, after the checkpoint was loaded."""
-        assert isinstance(pl_module, LitCausalLM)
+        assert isinstance(pl_module, LitModel)
         optim = self.config.optim
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR)

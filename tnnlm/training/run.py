@@ -17,19 +17,20 @@ from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_yaml
-from tnnlm.data import TextDataModule, open_rows
+from tnnlm.data import TextDataModule, open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
-from tnnlm.packing import prepare
 from tnnlm.runs import LAST
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
 from tnnlm.training.guard import Guard
 from tnnlm.training.jobs import record_job
-from tnnlm.training.lit_module import LitCausalLM
+from tnnlm.training.lit_module import LitModel
 from tnnlm.training.plan import make_plan
 from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resumable
 from tnnlm.training.sharding import choose_strategy
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
+from tnnlm.training.tasks import TASKS
+from tnnlm.training.testing import final_scores
 from tnnlm.training.trainer import build_trainer
 
 
@@ -75,7 +76,7 @@ def train(
         if run is None and is_main_process():
             shutil.rmtree(folder)  # new, with nothing trained in it
         raise
-    module, data = LitCausalLM(config), TextDataModule(config)
+    module, data = LitModel(config), TextDataModule(config)
     if trainer.global_rank == 0:
         assert tokenizer is not None
         write_text(folder / "tokenizer.json", tokenizer.to_json())
@@ -84,14 +85,18 @@ def train(
     _fit(trainer, module, data, None if resume_step is None else folder / source, last)
     if trainer.global_rank != 0:
         return {}
+    task = TASKS[config.task]
+    tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
         folder,
+        task=task,
         params=module.model.n_params,
         tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
         train_seconds=last.train_seconds,
+        tested=tested,
     )
     plot_loss(folder)
-    show_summary(folder, summary, config.trainer.sample_prompt or "The", Console())
+    show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console())
     return summary
 
 
@@ -109,19 +114,18 @@ def _open_folder(
         return run or Path(config.runs_dir), None
     # Before anything is written, so that unusable text leaves no run behind. The other ranks find it in
     # the cache, after Lightning's barrier.
-    corpus = prepare(config.data, config.model.vocab_size, config.seed)
-    open_rows(corpus, config)
+    tokenizer = open_data(config).tokenizer
     folder = run or _new_folder(config)
     if job is not None:
         record_job(folder, job)
     if resume_step is not None:
-        _check_tokenizer(folder, corpus.tokenizer)
+        _check_tokenizer(folder, tokenizer)
         begin_at(folder, source, resume_step)
-    return folder, corpus.tokenizer
+    return folder, tokenizer
 
 
 def _fit(
-    trainer: lightning.Trainer, module: LitCausalLM, data: TextDataModule, path: Path | None, last: SaveLast
+    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, path: Path | None, last: SaveLast
 ) -> None:
     try:
         trainer.fit(module, data, ckpt_path=path, weights_only=True)

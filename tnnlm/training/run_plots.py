@@ -18,6 +18,8 @@ FINAL = {
     "val/ppl": "perplexity",
     "val/ppl_recurrent": "recurrent",
     "val/bpb": "bits/byte",
+    "val/ppl_masked": "masked perplexity",
+    "val/accuracy": "accuracy",
     "train/tokens_per_second": "tokens/s (median)",
     "train/memory_gib": "memory, GiB",
     LENGTH: "effective length, lags",
@@ -96,10 +98,17 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
     _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
     _line(loss, run, "val/loss", "validation", "o-", color=_VAL, markersize=4)
-    _finish(loss, "Loss", "nats per token")
+    classifies = "val/accuracy" in run.values
+    _finish(loss, "Loss", "nats per sequence" if classifies else "nats per token")
     _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL, markersize=4)
     _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=7)
-    _finish(ppl, "Validation perplexity of both forms", "perplexity", log=True)
+    _line(ppl, run, "val/ppl_masked", "of hidden tokens", "o-", color=_VAL, markersize=4)
+    _line(ppl, run, "val/accuracy", "whole sequences", "o-", color=_VAL, markersize=4)
+    of_both = " of both forms" if "val/ppl_recurrent" in run.values else ""
+    if classifies:
+        _finish(ppl, "Validation accuracy", "share that is right")
+    else:
+        _finish(ppl, f"Validation perplexity{of_both}", "perplexity", log=True)
     _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
     speed.set_ylim(bottom=0)
     _finish(speed, "Throughput", "tokens per second")
@@ -124,9 +133,15 @@ def _draw_one(run: Curves, plt: Any) -> Any:
 
 def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
     figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
+    accuracy = any("val/accuracy" in run.values for run in runs)
+    scored = "val/accuracy" if accuracy else "val/ppl"
     panels = {
-        "train/loss": ("Training loss", "nats per token", False),
-        "val/ppl": ("Validation perplexity", "perplexity, parallel form", True),
+        "train/loss": ("Training loss", f"nats per {'sequence' if accuracy else 'token'}", False),
+        scored: (
+            ("Validation accuracy", "share that is right", False)
+            if accuracy
+            else ("Validation perplexity", "perplexity", True)
+        ),
         "train/tokens_per_second": ("Throughput", "tokens per second", False),
         "train/grad_norm": ("Gradient norm", "norm before clipping", True),
         LENGTH: ("Effective length, mean and range of the layers", "lags", False),
@@ -138,8 +153,9 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
             if key in (LENGTH, ORDER):
                 _range(axis, run, key, colour)
             else:
-                marker = "o-" if key == "val/ppl" else "-"
-                _line(axis, run, key, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+                marker = "o-" if key == scored else "-"
+                logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
+                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
         _finish(axis, title, unit, log=log)
         if key == "train/tokens_per_second":
             axis.set_ylim(bottom=0)

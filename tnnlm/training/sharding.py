@@ -19,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from tnnlm.backbone import Backbone
 from tnnlm.config import Config
-from tnnlm.conversion.convert import kernels
 from tnnlm.errors import ConfigError
-from tnnlm.kernels import Kernel
+from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.model import CausalLM
+from tnnlm.modules import RecurrentConv
 from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
 
 
@@ -51,7 +52,7 @@ def choose_strategy(config: Config) -> str | Strategy:
     )
 
 
-def shard(model: CausalLM, mesh: DeviceMesh) -> None:
+def shard(model: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block, and the embedding, over ``mesh``; in place, names stay the same.
 
     A block is gathered for its own forward and backward and freed again. Kernels are sharded with
@@ -63,7 +64,7 @@ def shard(model: CausalLM, mesh: DeviceMesh) -> None:
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for module in (model, *model.layers):
+    for module in (model, *model.layers) if isinstance(model, CausalLM) else ():
         # Recurrent validation enters here, and must find the weights gathered as forward does.
         register_fsdp_forward_method(module, "prefill")
     register_fsdp_forward_method(model, "loss")
@@ -84,13 +85,14 @@ def gradient_sync(model: nn.Module, sync: bool) -> None:
         model.set_requires_gradient_sync(sync)
 
 
-def gather_kernels(model: CausalLM) -> list[Kernel]:
+def gather_kernels(model: Backbone) -> list[Kernel | TwoSidedKernel]:
     """The kernel of every layer with whole parameters: the model's own, or gathered copies on every rank.
 
     Communicates if the model is sharded: call it on all ranks, outside of anything that may fail
     or be skipped on one of them.
     """
-    found = kernels(model)
+    convs = [block.mixer.conv for block in model.layers]
+    found = [conv.kernel for conv in convs if not isinstance(conv, RecurrentConv)]
     return [_gathered(kernel) for kernel in found] if is_sharded(model) else found
 
 
@@ -135,7 +137,7 @@ def number_like_model(state: dict[str, Any], optimizer: torch.optim.Optimizer, m
         saved["params"] = [number[old] for old in saved["params"]]
 
 
-def _gathered(kernel: Kernel) -> Kernel:
+def _gathered(kernel: Kernel | TwoSidedKernel) -> Kernel | TwoSidedKernel:
     # Copying a module copies its parameters, unless the memo has them: whole, instead of sharded.
     memo: dict[int, Any] = {}
     for parameter in kernel.parameters():

@@ -13,16 +13,45 @@ from rich.table import Table
 from tnnlm.atomic import atomic_file, write_text
 from tnnlm.runs import BEST
 from tnnlm.training.logs import read_metrics
+from tnnlm.training.tasks import Task
 
-_KEPT = ("val/ppl", "val/bpb", "val/ppl_recurrent", "val/bpb_recurrent", "val/ppl_gap")
+_TITLES = {
+    "val/loss": "loss, nats",
+    "val/ppl_masked": "perplexity of hidden tokens",
+    "val/accuracy": "accuracy",
+}
+"""of validations that don't compare two forms"""
+_TESTED = {
+    "val/accuracy_best": "best accuracy",
+    "test/accuracy": "accuracy of the best on the test split",
+    "test/majority": "of naming its commonest class",
+}
+"""where there is a test split"""
 
 
-def write_summary(run: Path, *, params: int, tokens_seen: int, train_seconds: float) -> dict[str, Any]:
-    """Write summary.json from the last validation in metrics.csv and what only the trainer knows."""
+def write_summary(
+    run: Path,
+    *,
+    task: type[Task],
+    params: int,
+    tokens_seen: int,
+    train_seconds: float,
+    tested: dict[str, float],
+) -> dict[str, Any]:
+    """Write summary.json from the last validation in metrics.csv and what only the trainer knows.
+
+    ``tested``: what the best checkpoint reaches on a test split; empty where the task has none. The best
+    value of what is monitored then stands beside the last.
+    """
+    kept = [name for name in task.columns if name != "val/loss" or not task.converts]
     rows = read_metrics(run / "metrics.csv")
     summary: dict[str, Any] = {}
     for row in rows:
-        summary.update({key: float(row[key]) for key in _KEPT if row.get(key)})
+        summary.update({key: float(row[key]) for key in kept if row.get(key)})
+    if tested:
+        best = {"min": min, "max": max}[task.mode]
+        values = [float(row[task.monitor]) for row in rows if row.get(task.monitor)]
+        summary |= {f"{task.monitor}_best": best(values), **tested} if values else tested
     speeds = sorted(float(r["train/tokens_per_second"]) for r in rows if r.get("train/tokens_per_second"))
     summary |= {
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
@@ -50,14 +79,17 @@ def plot_loss(run: Path) -> None:
     rows = read_metrics(run / "metrics.csv")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     train = [(int(r["step"]), float(r["train/loss"])) for r in rows if r["train/loss"]]
-    val = [(int(r["step"]), float(r["val/loss"]), float(r["val/bpb"])) for r in rows if r["val/loss"]]
+    val = [(int(r["step"]), float(r["val/loss"])) for r in rows if r["val/loss"]]
     if train:
         axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
     if val:
-        steps, losses, bits = zip(*val, strict=True)
-        axis.plot(steps, losses, "o-", color="#08519c", label="validation, parallel")
+        steps, losses = zip(*val, strict=True)
+        bits = [float(r["val/bpb"]) for r in rows if r.get("val/bpb")]
+        axis.plot(
+            steps, losses, "o-", color="#08519c", label="validation, parallel" if bits else "validation"
+        )
         axis.annotate(
-            f"{bits[-1]:.3f} bits per byte",
+            f"{bits[-1]:.3f} bits per byte" if bits else f"{losses[-1]:.3f}",
             (steps[-1], losses[-1]),
             xytext=(4, -22),
             textcoords="offset points",
@@ -66,13 +98,14 @@ def plot_loss(run: Path) -> None:
     recurrent = [
         (int(r["step"]), float(r["val/loss"]) * float(r["val/bpb_recurrent"]) / float(r["val/bpb"]))
         for r in rows
-        if r["val/bpb_recurrent"]
+        if r.get("val/bpb_recurrent")
     ]
     if recurrent:
         axis.plot(
             *zip(*recurrent, strict=True), "x", color="#e6550d", markersize=9, label="validation, recurrent"
         )
-    axis.set(xlabel="optimizer step", ylabel="nats per token", title=run.name)
+    unit = "sequence" if any(r.get("val/accuracy") for r in rows) else "token"
+    axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}", title=run.name)
     axis.grid(alpha=0.3)
     if train or val:
         axis.legend()
@@ -81,8 +114,25 @@ def plot_loss(run: Path) -> None:
     plt.close(figure)
 
 
-def show_summary(run: Path, summary: dict[str, Any], prompt: str, console: Console) -> None:
-    """Print the table: both forms side by side, where things lie, what to run next."""
+def show_summary(run: Path, summary: dict[str, Any], task: type[Task], prompt: str, console: Console) -> None:
+    """Print the table, where things lie, what to run next."""
+    console.print(_forms(run, summary) if task.converts else _values(run, summary, task))
+    speed = summary["tokens_per_second"]
+    samples = " samples.txt," if task.converts else ""
+    lines = [
+        f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
+        f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
+        f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
+        f"next: python convert.py {run} && python generate.py --model {run} --prompt {shlex.quote(prompt)}"
+        if task.converts
+        else f"next, in Python: tnnlm.checkpoint.load_encoder(Path({str(run / BEST)!r}))",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _forms(run: Path, summary: dict[str, Any]) -> Table:
+    """Both forms side by side."""
     table = Table(title=f"run {run.name}")
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
         table.add_column(column, justify="left" if column == "validation" else "right")
@@ -96,16 +146,18 @@ def show_summary(run: Path, summary: dict[str, Any], prompt: str, console: Conso
     table.add_row(
         "bits per byte", _shown(summary.get("val/bpb")), _shown(summary.get("val/bpb_recurrent")), ""
     )
-    console.print(table)
-    speed = summary["tokens_per_second"]
-    lines = [
-        f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
-        f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
-        f"in {run}/: {BEST}, summary.json, metrics.csv, samples.txt, loss.png",
-        f"next: python convert.py {run} && python generate.py --model {run} --prompt {shlex.quote(prompt)}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return table
+
+
+def _values(run: Path, summary: dict[str, Any], task: type[Task]) -> Table:
+    """What the last validation measured."""
+    table = Table("validation", "", title=f"run {run.name}")
+    for name in task.columns:
+        table.add_row(_TITLES.get(name, name.removeprefix("val/")), _shown(summary.get(name)))
+    for name, title in _TESTED.items():
+        if name in summary:
+            table.add_row(title, _shown(summary[name]))
+    return table
 
 
 def _shown(value: float | None) -> str:

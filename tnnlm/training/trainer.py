@@ -23,6 +23,7 @@ from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
 from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
 from tnnlm.training.progress import TrainingBar
 from tnnlm.training.schedule import ValidationSchedule
+from tnnlm.training.tasks import TASKS
 from tnnlm.training.wandb_log import wandb_logger
 from tnnlm.training.watch import DataWait
 
@@ -81,7 +82,7 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
     # What came after the checkpoint will be logged again.
     redone = None if resume_step is None else resume_step + 1
     loggers: list[Logger] = [
-        MetricsCSV(folder / "metrics.csv", config.model.n_layers, resume_step),
+        MetricsCSV(folder / "metrics.csv", config, resume_step),
         TensorBoardLogger(folder, name="", version="tensorboard", purge_step=redone),
     ]
     if not at_terminal:
@@ -93,11 +94,13 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
 
 def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal: bool) -> list[Callback]:
     settings = config.trainer
-    average = averaging(config)
+    task, average = TASKS[config.task], averaging(config)
+    samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
     best = ModelCheckpoint(
         dirpath=folder / BEST.parent,
         filename=BEST.stem,
-        monitor="val/ppl",
+        monitor=task.monitor,
+        mode=task.mode,
         enable_version_counter=False,
         # A run is one epoch: at its end the best model would be long gone.
         save_on_train_epoch_end=False,
@@ -107,7 +110,7 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
         ValidationSchedule(settings.val_every_n_steps),
         *average,  # before what saves
         ConversionCallback(config, *average),
-        SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens),
+        *([samples] if task.converts else []),
         *given,
         best,
     ]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tnnlm.config import Config, ModelConfig
 from tnnlm.conversion.hankel import compress, hankel_svd
-from tnnlm.kernels import Kernel
+from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.ops.toeplitz import fft_length
+from tnnlm.training.plan import guessed_share
 
 ENERGY = 0.99
 """share of a kernel's energy that its effective length holds"""
@@ -56,12 +57,16 @@ def kernel_memory(k: Tensor, tolerance: float) -> KernelMemory | None:
 
 
 @torch.no_grad()
-def memory_values(layers: Sequence[Kernel], length: int, tolerance: float) -> dict[str, float]:
+def memory_values(
+    layers: Sequence[Kernel | TwoSidedKernel], length: int, tolerance: float
+) -> dict[str, float]:
     """Effective length and order of every layer, on the ``length`` taps that training uses; by name, for
-    the log."""
+    the log. Of two-sided kernels both directions count: a lag is a distance, a direction a recurrence of its
+    own."""
     values: dict[str, float] = {}
     for index, kernel in enumerate(layers):
-        found = kernel_memory(kernel(length), tolerance)
+        k = kernel.folded(length) if isinstance(kernel, TwoSidedKernel) else kernel(length)
+        found = kernel_memory(k, tolerance)
         if found is not None:
             values |= {f"{LENGTH}/{index}": found.length, f"{ORDER}/{index}": found.order}
     return values
@@ -72,19 +77,21 @@ def memory_columns(n_layers: int) -> tuple[str, ...]:
     return tuple(f"{name}/{index}" for name in (LENGTH, ORDER) for index in range(n_layers))
 
 
-def flops_per_token(config: ModelConfig, n_rows: int = 1) -> float:
+def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) -> float:
     """Floating-point operations per token of a training step: forward, and twice that backward.
 
     Counts 6 per weight of a matrix product (Kaplan et al. 2020), the head among them, and the
     convolutions by FFT, 2.5 n log2 n a transform: two forward and two backward of every row, four of
-    the taps, shared by ``n_rows`` rows. Position networks, norms and gates are left out.
+    the taps, shared by ``n_rows`` rows. The head counts for the share of tokens that are ``guessed``.
+    Position networks, norms and gates are left out.
     """
     inner, hidden = config.expand * config.d_model, config.glu_dim or config.d_model
     layer = config.d_model * (3 * inner + 3 * hidden)
     n = fft_length(2 * config.max_length)
     transforms = (4 + 4 / n_rows) * 2.5 * n * math.log2(n) + 3 * 6 * (n // 2)
     convolution = inner * transforms / config.max_length
-    return 6 * (config.n_layers * layer + config.d_model * config.vocab_size) + config.n_layers * convolution
+    head = guessed * config.d_model * config.vocab_size
+    return 6 * (config.n_layers * layer + head) + config.n_layers * convolution
 
 
 def peak_memory(device: torch.device) -> float:
@@ -129,7 +136,7 @@ class StepWatch:
     """Figures of the optimizer steps since the last row of the log."""
 
     def __init__(self, config: Config) -> None:
-        self.flops = flops_per_token(config.model, config.data.batch_size)
+        self.flops = flops_per_token(config.model, config.data.batch_size, guessed_share(config))
         self.norms: list[Tensor] = []
         """of the gradient before clipping, one per step"""
         self._last = (0, 0.0, 0.0)

@@ -1,0 +1,292 @@
+"""The Arena's tasks from files in their published layout, and what is said of files that are not right."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sequences.archive_files import DIFFICULTY, WRITERS
+
+from tnnlm.config_io import load_config
+from tnnlm.errors import ConfigError, DataError
+from tnnlm.sequences.archive import splits
+from tnnlm.sequences.listops import evaluate
+from tnnlm.sequences.prepare import prepare_sequences
+from tnnlm.sequences.rows import SPLITS, TASKS, Example
+
+LISTOPS = ["task=classify", "data.source=listops", "model.n_classes=10"]
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """All tasks in one folder."""
+    for write in WRITERS.values():
+        write(tmp_path / "lra")
+    return tmp_path / "lra"
+
+
+def read(task: str, folder: Path, seed: int = 0) -> dict[str, list[Example]]:
+    return {name: list(rows) for name, rows in splits(task, folder, 0.2, seed)}
+
+
+def config_of(task: str, folder: Path, *words: str) -> Any:
+    own = TASKS[task]
+    model = [f"model.max_length={own.length}", "model.vocab_size=257", f"model.n_classes={own.n_classes}"]
+    data = ["task=classify", "data.source=lra", f"data.lra.task={task}", f"data.lra.folder={folder}"]
+    return load_config(None, [*model, f"model.pair={own.parts == 2}", *data, *words])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_rows_and_labels_of_its_kind(task: str, release: Path) -> None:
+    found = read(task, release)
+    assert tuple(found) == SPLITS
+    for rows in found.values():
+        assert rows
+        for row in rows:
+            assert len(row.parts) == TASKS[task].parts
+            assert 0 <= row.label < TASKS[task].n_classes
+            assert max(max(part) for part in row.parts) < TASKS[task].n_symbols
+    if task in ("image", "pathfinder", "pathx"):
+        assert {len(row.parts[0]) for rows in found.values() for row in rows} == {TASKS[task].length}
+
+
+def test_listops_loses_its_parentheses_alone(release: Path) -> None:
+    for rows in read("listops", release).values():
+        assert len(rows) == 12
+        for row in rows:
+            assert evaluate(np.frombuffer(row.parts[0], dtype=np.uint8)) == row.label
+
+
+def test_retrieval_reads_both_texts_as_they_are(release: Path) -> None:
+    first = read("retrieval", release)["val"][1]
+    assert first.label == 1
+    assert first.parts == (b"b'First eval 1'", b"b'\"Second\" caf\xc3\xa9 1'")
+
+
+def test_text_labels_and_held_out_share(release: Path) -> None:
+    found = read("text", release)
+    assert [len(found[name]) for name in SPLITS] == [8, 2, 10]
+    for name, rows in found.items():
+        for row in rows:
+            assert (b"pos" in row.parts[0]) == (row.label == 1)
+            assert row.parts[0].startswith(b"test" if name == "test" else b"train")
+    texts = [row.parts[0] for rows in found.values() for row in rows]
+    assert len(set(texts)) == 20
+
+
+def test_image_is_grey(release: Path) -> None:
+    found = read("image", release)
+    assert [len(found[name]) for name in SPLITS] == [16, 4, 4]
+    batch = pickle.loads((release / "cifar-10-batches-py/test_batch").read_bytes())
+    red, green, blue = batch[b"data"][2].reshape(3, 1024).astype(float)
+    grey = np.frombuffer(found["test"][2].parts[0], dtype=np.uint8)
+    assert np.abs(0.2989 * red + 0.587 * green + 0.114 * blue - grey).max() <= 0.5
+    assert found["test"][2].label == batch[b"labels"][2]
+
+
+def test_pathfinder_is_split_and_labelled_by_its_metadata(release: Path) -> None:
+    found = read("pathfinder", release)
+    assert [len(found[name]) for name in SPLITS] == [16, 2, 2]
+    for rows in found.values():
+        for row in rows:
+            assert row.parts[0][0] == 255 * row.label
+    assert len({row.parts[0][1] for rows in found.values() for row in rows}) == 20
+    assert [row.parts for row in read("pathfinder", release, seed=1)["train"]] != [
+        row.parts for row in found["train"]
+    ]
+
+
+def test_pictures_without_content_are_left_out(release: Path) -> None:
+    (release / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png").write_bytes(b"")
+    assert sum(map(len, read("pathfinder", release).values())) == 19
+
+
+def test_release_in_its_own_folders(release: Path, tmp_path: Path) -> None:
+    outer = tmp_path / "outer/lra_release"
+    outer.mkdir(parents=True)
+    release.rename(outer / "lra_release")
+    assert len(read("listops", tmp_path / "outer")["train"]) == 12
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_missing_file_is_named(task: str, release: Path) -> None:
+    from tnnlm.sequences.archive import needed
+
+    last = needed(task, release)[-1]
+    last.rename(last.with_name("elsewhere"))
+    with pytest.raises(DataError, match=rf"^{last}: not found; data.lra.task={task} reads "):
+        next(splits(task, release, 0.1, 0))
+    with pytest.raises(DataError, match="no such folder; it should hold"):
+        next(splits(task, release / "nowhere", 0.1, 0))
+
+
+def damage_listops(root: Path) -> Path:
+    path = root / "listops-1000/basic_train.tsv"
+    path.write_text("Source\tTarget\n[AVG 1 2 ]\t1\n")
+    return path
+
+
+def damage_header(root: Path) -> Path:
+    path = root / "listops-1000/basic_train.tsv"
+    path.write_text("[MAX 1 2 ]\t2\n")
+    return path
+
+
+def damage_target(root: Path) -> Path:
+    path = root / "listops-1000/basic_train.tsv"
+    path.write_text("Source\tTarget\n[MAX 1 2 ]\ttwo\n")
+    return path
+
+
+def damage_pairs(root: Path) -> Path:
+    path = root / "tsv_data/new_aan_pairs.train.tsv"
+    path.write_text("1.0\ta\tb\tno second text\n")
+    return path
+
+
+def damage_texts(root: Path) -> Path:
+    path = root / "aclImdb/train/pos"
+    for file in path.iterdir():
+        file.unlink()
+    return path
+
+
+def damage_batch(root: Path) -> Path:
+    path = root / "cifar-10-batches-py/data_batch_2"
+    path.write_bytes(path.read_bytes()[:100])
+    return path
+
+
+def damage_labels(root: Path) -> Path:
+    path = root / "cifar-10-batches-py/data_batch_1"
+    path.write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [1]}))
+    return path
+
+
+def damage_code(root: Path) -> Path:
+    path = root / "cifar-10-batches-py/data_batch_1"
+    path.write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")
+    return path
+
+
+def damage_metadata(root: Path) -> Path:
+    path = root / f"pathfinder32/{DIFFICULTY}/metadata/1.npy"
+    path.write_text("imgs/1 sample_1.png 1 yes\n")
+    return path
+
+
+def damage_few(root: Path) -> Path:
+    folder = root / f"pathfinder32/{DIFFICULTY}/metadata"
+    for file in folder.iterdir():
+        file.unlink()
+    return folder
+
+
+def damage_picture(root: Path) -> Path:
+    path = root / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png"
+    path.write_bytes(b"no picture")
+    return path
+
+
+def damage_size(root: Path) -> Path:
+    path = root / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png"
+    path.write_bytes((root / f"pathfinder128/{DIFFICULTY}/imgs/0/sample_3.png").read_bytes())
+    return path
+
+
+def damage_absent(root: Path) -> Path:
+    path = root / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png"
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "damage", "told"),
+    [
+        ("listops", damage_listops, "line 2: '[AVG' is no symbol"),
+        ("listops", damage_header, "its first line should read"),
+        ("listops", damage_target, "is no label"),
+        ("retrieval", damage_pairs, "line 1 has 4 fields between tabs, expected 5"),
+        ("text", damage_texts, "holds no .txt file"),
+        ("image", damage_batch, "is not a batch of CIFAR-10"),
+        ("image", damage_labels, "holds 2 pictures and 1 labels"),
+        ("image", damage_code, "system is no array"),
+        ("pathfinder", damage_metadata, "line 1: expected FOLDER FILE NUMBER LABEL"),
+        ("pathfinder", damage_few, "describes 0 pictures in 0 .npy files"),
+        ("pathfinder", damage_picture, "is not a readable picture"),
+        ("pathfinder", damage_size, "is 128 x 128, expected 32 x 32"),
+        ("pathfinder", damage_absent, "not found, though"),
+    ],
+)
+def test_damage_is_one_line_and_leaves_no_cache(
+    task: str, damage: Any, told: str, release: Path, tmp_path: Path
+) -> None:
+    path = damage(release)
+    with pytest.raises(DataError) as raised:
+        prepare_sequences(config_of(task, release))
+    assert str(raised.value).startswith(str(path))
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "harmed").exists()
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_labels_out_of_range_are_refused(release: Path) -> None:
+    (release / "listops-1000/basic_val.tsv").write_text("Source\tTarget\n[MAX 1 2 ]\t12\n")
+    with pytest.raises(DataError, match="row 1 of val: label 12, expected 0 to 9"):
+        prepare_sequences(config_of("listops", release))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prepared_rows_are_those_of_the_files(task: str, release: Path) -> None:
+    config = config_of(task, release, "data.val_fraction=0.2")
+    corpus = prepare_sequences(config)
+    expected = read(task, release)
+    assert corpus.rows == {name: len(rows) for name, rows in expected.items()}
+    for name, examples in expected.items():
+        rows = corpus.split(name, 40)
+        assert len(rows) == len(examples)
+        for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
+            assert int(row.labels) == example.label
+            for part, symbols in enumerate(example.parts):
+                tokens = row.tokens if len(example.parts) == 1 else row.tokens[part]
+                length = int(row.lengths.reshape(-1)[part])
+                assert bytes(rows.symbols(index, part)) == symbols
+                assert (tokens[:length] - 1).tolist() == list(symbols[:40])
+                assert tokens[length:].tolist() == [0] * (40 - length)
+    again = prepare_sequences(config)
+    assert again.folder == corpus.folder
+
+
+def test_changed_files_are_read_again(release: Path) -> None:
+    config = config_of("listops", release)
+    before = prepare_sequences(config)
+    (release / "listops-1000/basic_val.tsv").write_text("Source\tTarget\n[MAX 1 2 ]\t2\n")
+    after = prepare_sequences(config)
+    assert (before.rows["val"], after.rows["val"]) == (12, 1)
+
+
+def test_settings_that_don_t_fit(release: Path) -> None:
+    with pytest.raises(ConfigError, match="name the archive's folder"):
+        prepare_sequences(load_config(None, [*LISTOPS, "data.source=lra"]))
+    with pytest.raises(ConfigError, match="pictures of image take 1024"):
+        prepare_sequences(config_of("image", release, "model.max_length=1000"))
+    with pytest.raises(ConfigError, match=r"above model\.max_length=512"):
+        prepare_sequences(load_config(None, LISTOPS))
+    with pytest.raises(ConfigError, match=r"above data\.listops\.max_length=300"):
+        prepare_sequences(load_config(None, [*LISTOPS, "data.listops.max_length=300"]))
+    with pytest.raises(ConfigError, match=r"model\.n_classes=2: listops takes n_classes=10"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.n_classes=2"]))
+    with pytest.raises(ConfigError, match=r"model\.pair=true: listops takes pair=false"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.pair=true"]))
+    with pytest.raises(ConfigError, match="listops has 15 symbols and one that pads: set it to 16 or more"):
+        prepare_sequences(load_config(None, [*LISTOPS, "model.vocab_size=15"]))
+    with pytest.raises(ConfigError, match=r"data\.source=stdlib: is not for task=classify"):
+        load_config(None, ["task=classify"])
+    with pytest.raises(ConfigError, match=r"data\.source=lra: is not for task=causal; set task=classify"):
+        load_config(None, ["data.source=lra"])
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=256: must be at least 257"):
+        load_config(None, ["model.vocab_size=256"])

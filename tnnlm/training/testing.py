@@ -1,0 +1,53 @@
+"""The test split, read once, when a run that classifies ends: by its best checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tnnlm.checkpoint import load_encoder
+from tnnlm.config import Config
+from tnnlm.encoder import LabelledBatch, SequenceClassifier
+from tnnlm.evaluation import Scores, class_scores
+from tnnlm.runs import find_checkpoint
+from tnnlm.sequences.prepare import prepare_sequences
+from tnnlm.sequences.rows import LabelledRows
+
+
+def score_rows(
+    model: nn.Module, rows: LabelledRows, batch_size: int, device: torch.device, title: str = "test"
+) -> Scores:
+    """Classify every row of a data set, in order.
+
+    Args:
+        model: logits of (tokens, lengths), as :class:`tnnlm.encoder.SequenceClassifier`; on ``device``.
+        rows: all of them are read, whole.
+        batch_size: at a time.
+        device: where.
+        title: of the progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in tqdm(DataLoader(rows, batch_size=batch_size), desc=title, leave=False, disable=None):
+        parts.append(class_scores(model, LabelledBatch(*(tensor.to(device) for tensor in batch))))
+    model.train(was_training)
+    return Scores(*(sum(values) for values in zip(*parts, strict=True)))
+
+
+def final_scores(run: Path, config: Config, device: torch.device) -> dict[str, float]:
+    """``test/loss`` and ``test/accuracy`` of a run's best checkpoint, and ``test/majority``: the accuracy of
+    naming the commonest class of that split always."""
+    model = load_encoder(find_checkpoint(str(run), run.parent)).model.to(device)
+    assert isinstance(model, SequenceClassifier)
+    rows = prepare_sequences(config).split("test", config.model.max_length)
+    scores = score_rows(model, rows, config.data.batch_size, device)
+    return {
+        "test/loss": scores.mean,
+        "test/accuracy": scores.accuracy,
+        "test/majority": rows.majority,
+    }
