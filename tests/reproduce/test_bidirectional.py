@@ -14,12 +14,12 @@ from tnnlm.reproduce.bidirectional import Bidirectional
 from tnnlm.reproduce.experiment import Row
 from tnnlm.reproduce.masked import (
     MODELS,
-    _held_out,
-    _joined,
-    _perplexities,
     build,
+    held_out_rows,
+    joined,
     masked_text,
     model_settings,
+    perplexities,
 )
 from tnnlm.reproduce.run import reproduce
 
@@ -94,9 +94,9 @@ def test_cells_are_different_and_their_models_of_equal_size(
 
 def test_hidden_tokens_are_the_same_at_every_length() -> None:
     batch = MaskedBatch(torch.arange(24).view(4, 6), torch.tensor([[1, 4]] * 4), torch.arange(8).view(4, 2))
-    joined = _joined(batch, 2)
-    assert joined.positions.tolist() == [[1, 4, 7, 10]] * 2
-    for one in (batch, joined):
+    longer = joined(batch, 2)
+    assert longer.positions.tolist() == [[1, 4, 7, 10]] * 2
+    for one in (batch, longer):
         assert one.tokens.gather(1, one.positions).flatten().tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
         assert one.targets.flatten().tolist() == list(range(8))
 
@@ -108,7 +108,7 @@ def test_a_user_s_text_takes_the_place_of_the_experiment_s(tmp_path: Path) -> No
     config, data = masked_text("tiny", (str(text),))
     masked_text.cache_clear()
     assert config.data.files == [str(text)]
-    held_out = _held_out(data, 256)
+    held_out = held_out_rows(data, 256)
     assert held_out.tokens.shape == (8, 32)
-    found: dict[str, Any] = _perplexities(MaskedLM(config.model), "two-sided", held_out)
+    found: dict[str, Any] = perplexities(MaskedLM(config.model), "two-sided", held_out)
     assert list(found) == ["32", "64", "128"]

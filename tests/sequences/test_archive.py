@@ -290,3 +290,19 @@ def test_settings_that_don_t_fit(release: Path) -> None:
         load_config(None, ["data.source=lra"])
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256: must be at least 257"):
         load_config(None, ["model.vocab_size=256"])
+
+
+def test_batches_as_python_2_wrote_them_are_read(tmp_path: Path) -> None:
+    # What cs.toronto.edu publishes: strings of bytes, and arrays by numpy's old module name.
+    kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+    content = bytes(range(256)) * 12
+    data = empty + b"(K\x01(K\x01M\x00\x0ct" + kind + b"\x89T\x00\x0c\x00\x00" + content + b"tb"
+    path = tmp_path / "test_batch"
+    path.write_bytes(b"\x80\x02}(U\x06labels](K\x07eU\x04data" + data + b"u.")
+    from tnnlm.sequences.archive import _batch
+
+    pictures, labels = _batch(path)
+    assert labels == [7]
+    assert pictures.shape == (1, 3, 1024)
+    assert pictures.tobytes() == content

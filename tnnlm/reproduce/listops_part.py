@@ -46,8 +46,8 @@ _WORDS = {
         *("optim.warmup_steps=20", "trainer.precision=32-true", "trainer.accelerator=cpu"),
     ),
     "small": (
-        *("data.listops.min_length=24", "data.listops.max_length=64", "data.listops.max_depth=5"),
-        *("data.listops.max_args=5", "data.listops.train_rows=60000", "model.max_length=64"),
+        *("data.listops.min_length=24", "data.listops.max_length=48", "data.listops.max_depth=5"),
+        *("data.listops.max_args=5", "data.listops.train_rows=60000", "model.max_length=48"),
         *("data.batch_size=64", "trainer.max_steps=1500", "optim.lr=2e-3", "optim.warmup_steps=100"),
         "trainer.precision=auto",
     ),

@@ -67,7 +67,7 @@ class Masked(Part):
         model = build(cell["model"], config.model)
         name = f"{cell['model']}, {n_params(model):,} parameters"
         trained = train_plain(name, model, config, rows.train, cell["seed"], _loss, numbered=True)
-        held_out = _held_out(rows, _TOKENS[cell["size"]])
+        held_out = held_out_rows(rows, _TOKENS[cell["size"]])
         return {
             "params": n_params(model),
             "lr": config.optim.lr,
@@ -75,7 +75,7 @@ class Masked(Part):
             "tokens_trained": trained["tokens"],
             "tokens": held_out.targets.numel(),
             "curve": trained["curve"],
-            "ppl": _perplexities(model.eval(), cell["model"], held_out),
+            "ppl": perplexities(model.eval(), cell["model"], held_out),
         }
 
     def verdicts(self, rows: list[Row]) -> list[Verdict]:
@@ -142,7 +142,7 @@ def _loss(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
     return model.loss(batch)
 
 
-def _held_out(data: TaskData, tokens: int) -> MaskedBatch:
+def held_out_rows(data: TaskData, tokens: int) -> MaskedBatch:
     """Runs of as many rows as the longest length takes, evenly spaced: (rows, L), run after run."""
     rows: MaskedRows = data.val
     together = max(MULTIPLES)
@@ -155,12 +155,12 @@ def _held_out(data: TaskData, tokens: int) -> MaskedBatch:
     return MaskedBatch(*(torch.stack(parts) for parts in zip(*items, strict=True)))
 
 
-def _perplexities(model: nn.Module, name: str, held_out: MaskedBatch) -> dict[str, float]:
+def perplexities(model: nn.Module, name: str, held_out: MaskedBatch) -> dict[str, float]:
     """By length, on the same hidden tokens. A BERT has no positions past the first."""
     length, device = held_out.tokens.shape[1], next(model.parameters()).device
     found = {}
     for multiple in MULTIPLES[:1] if name == "bert" else MULTIPLES:
-        batch = _joined(held_out, multiple)
+        batch = joined(held_out, multiple)
         size = max(1, _PASS_TOKENS // (multiple * length))
         pieces = zip(*(part.to(device).split(size) for part in batch), strict=True)
         nll = add([masked_nll(model, MaskedBatch(*piece)) for piece in pieces])  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def _perplexities(model: nn.Module, name: str, held_out: MaskedBatch) -> dict[st
     return found
 
 
-def _joined(batch: MaskedBatch, multiple: int) -> MaskedBatch:
+def joined(batch: MaskedBatch, multiple: int) -> MaskedBatch:
     """So many rows after one another as one row."""
     length, count = batch.tokens.shape[1], batch.positions.shape[1]
     offsets = length * torch.arange(multiple).repeat_interleave(count)

@@ -47,12 +47,13 @@ def make_plan(config: Config) -> Plan:
     devices = resolve_devices(config) * config.trainer.num_nodes
     rows = config.data.batch_size * config.model.max_length
     per_update = rows * config.trainer.accumulate * devices
+    read = rows * (2 if config.model.pair else 1)
     return Plan(
         params=model.n_params,
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,
         total_tokens=per_update * config.trainer.max_steps,
-        memory_bytes=_weights(config, model, devices) + _activations(config, rows, _BYTES[precision]),
+        memory_bytes=_weights(config, model, devices) + _activations(config, read, _BYTES[precision]),
         precision=precision,
         devices=devices,
     )
