@@ -27,7 +27,7 @@ class Peer(nn.Module):
 
     def init_state(self, batch_size: int) -> Any:
         """An empty cache, of any batch size."""
-        return _transformers().DynamicCache()
+        return transformers_library().DynamicCache()
 
     def prefill(self, tokens: Tensor, state: Any, keep: int = 0) -> tuple[Tensor, Any]:
         """Read tokens (B, L) on top of the cache: logits (B, keep or L, V)."""
@@ -49,7 +49,7 @@ class Transformer(Peer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        library = _transformers()
+        library = transformers_library()
         heads = n_heads(config.d_model)
         settings = library.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -80,7 +80,7 @@ class LearnedPositions(Peer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        library = _transformers()
+        library = transformers_library()
         settings = library.GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.max_length,
@@ -132,7 +132,12 @@ def n_heads(width: int) -> int:
     return heads[-1]
 
 
-def _transformers() -> ModuleType:
+def transformers_library() -> ModuleType:
+    """The package.
+
+    Raises:
+        UserError: if it is missing.
+    """
     try:
         import transformers
     except ImportError as error:
