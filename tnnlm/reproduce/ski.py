@@ -110,7 +110,8 @@ def _times(cell: Row) -> Row:
     steps: dict[str, Callable[[], None]] = {}
     taps: dict[str, Callable[[], None]] = {}
     for variant in ("tnn", "fd gelu", "fd relu"):
-        config = load_config(None, list(SCALES[cell["size"]].settings))
+        scale = SCALES[cell["size"]]
+        config = load_config(None, [*scale.settings, *scale.timed])
         config.model.max_length, trained = length, config.model.max_length
         family = family_of(variant, config)
         device = device_of(config)

@@ -45,14 +45,19 @@ class Scale(NamedTuple):
     turns: int
     grid: int
     """training length of the kernels whose decay is looked at"""
+    timed: tuple[str, ...] = ()
+    """settings of the models whose steps are timed, over the others"""
 
 
 _DEMO = (
     "data.source=stdlib",
     "data.batch_size=8",
+    "model.d_model=128",
+    "model.n_layers=3",
+    "model.vocab_size=2048",
     "optim.lr=4e-3",
-    "optim.warmup_steps=30",
-    "trainer.max_steps=150",
+    "optim.warmup_steps=50",
+    "trainer.max_steps=400",
 )
 _TINY = (
     f"data.files=[{sysconfig.get_path('stdlib')}/email/*.py]",
@@ -101,6 +106,7 @@ SCALES = {
         (512, 2048, 8192),
         9,
         2048,
+        ("model.d_model=256", "model.n_layers=4", "model.vocab_size=4096"),
     ),
     "paper": Scale(_PAPER, {0: tuple(VARIANTS)}, Sizes(), 1 << 16, (512, 2048, 8192), 20, 2048),
 }
