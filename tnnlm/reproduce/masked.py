@@ -43,7 +43,12 @@ _WORDS = {
     "paper": (),
 }
 _BERTS = {"bert": Bert, "rotary bert": RotaryBert}
-_BERT_LR = {"tiny": 3e-3, "small": 1e-3, "paper": 5e-4}
+_BERT_LR = {
+    "tiny": {"bert": 3e-3, "rotary bert": 3e-3},
+    "small": {"bert": 1e-3, "rotary bert": 4e-3},
+    "paper": {"bert": 5e-4, "rotary bert": 5e-4},
+}
+"""small: the better of 1e-3 and 3e-3, and of 1e-3 and 4e-3"""
 _TOKENS = {"tiny": 1 << 13, "small": 1 << 17, "paper": 1 << 18}
 """held-out, of which the hidden ones are scored"""
 _PASS_TOKENS = 1 << 13
@@ -111,7 +116,7 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     Raises:
         UserError: if no width brings them near.
     """
-    words = [] if model not in _BERTS else [f"optim.lr={_BERT_LR[size]}"]
+    words = [] if model not in _BERTS else [f"optim.lr={_BERT_LR[size][model]}"]
     own = load_config(CONFIGS / f"{_FILES[size]}.yaml", [*_WORDS[size], *words])
     own.data = config.data
     if model == "causal":
