@@ -50,7 +50,7 @@ def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
     rise = {model: ppl["parallel"]["896"] / ppl["parallel"]["32"] - 1 for model, ppl in by_model.items()}
     assert rise["tnn"] <= FLAT < rise["transformer"]
     page = Path("out/extrapolation.md").read_text()
-    assert "Transformer, learned positions" in page
+    assert "Transformer with learned positions" in page
     assert Path("out/extrapolation.png").stat().st_size > 10_000
 
 

@@ -14,8 +14,8 @@ from tnnlm.reproduce.text_models import text_models
 
 MODELS = {
     "tnn": "TNN",
-    "gpt2": "Transformer, learned positions",
-    "transformer": "Transformer, rotary positions",
+    "gpt2": "Transformer with learned positions",
+    "transformer": "Transformer with rotary positions",
 }
 FLAT = 0.02
 """rise of perplexity over that at the training length, relative, up to which it counts as flat"""
@@ -126,7 +126,7 @@ class Extrapolation(Experiment):
         )
 
     def plot(self, rows: list[Row], path: Path) -> None:
-        """Perplexity over that at the training length, against length."""
+        """Rise of perplexity over that at the training length, against length."""
         import matplotlib as mpl
 
         mpl.use("Agg")
@@ -135,15 +135,14 @@ class Extrapolation(Experiment):
         lengths = _lengths(rows)
         figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
         for model, label in MODELS.items():
-            values = [1 + _rise(rows, model, "parallel", length) for length in lengths]
+            values = [100 * _rise(rows, model, "parallel", length) for length in lengths]
             ax.plot(lengths, values, "o-", color=_COLOURS[model], label=label)
-        values = [1 + _rise(rows, "tnn", _forms(rows)[-1], length) for length in lengths]
+        values = [100 * _rise(rows, "tnn", _forms(rows)[-1], length) for length in lengths]
         ax.plot(lengths, values, "x:", color="black", label="TNN as a recurrence")
-        ax.set(xscale="log", yscale="log", xlabel="tokens in a row")
-        ax.set_ylabel(f"perplexity over that at {lengths[0]:,}, where they were trained")
+        ax.set(xscale="log", xlabel="tokens in a row", ylabel="rise of perplexity in per cent")
+        ax.set_title(f"Perplexity past {lengths[0]:,} tokens, the training length")
         ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
         ax.minorticks_off()
-        ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         ax.grid(alpha=0.3)
         ax.legend()
         with atomic_file(path) as temporary:
