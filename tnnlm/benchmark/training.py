@@ -124,7 +124,8 @@ class _PyPIBlock(nn.Module):
         self.gate, self.value = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.mix = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); no row is padded."""
         silu, length = nn.functional.silu, x.shape[1]
         h = self.norm(self.norm(x))
         u, v = silu(self.u(h)), silu(self.v(h))
