@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
 from tnnlm.reproduce.experiment import Row
 from tnnlm.reproduce.run import reproduce
 from tnnlm.reproduce.ski import Ski, tails
 from tnnlm.reproduce.ski_report import reach
-from tnnlm.reproduce.ski_scale import DATA_VARIABLE, SCALES, VARIANTS, config_of, family_of
+from tnnlm.reproduce.ski_scale import SCALES, VARIANTS, config_of, family_of
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +92,8 @@ def test_cells_are_all_different() -> None:
         assert len(set(cells)) == len(cells)
 
 
-def test_published_size_asks_for_its_text_and_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=DATA_VARIABLE):
-        config_of("paper")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+def test_published_size_builds() -> None:
+    assert config_of("paper", ("wiki.txt",)).data.files == ["wiki.txt"]
     for variant in VARIANTS:
         family = family_of(variant, config_of("paper"))
         assert family.params == 48_665_600  # as published

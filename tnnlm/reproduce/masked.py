@@ -7,7 +7,6 @@ the same hidden tokens at every length.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,8 @@ from tnnlm.reproduce import masked_report
 from tnnlm.reproduce.bert import Bert, RotaryBert
 from tnnlm.reproduce.experiment import Row, Verdict
 from tnnlm.reproduce.part import Part
+from tnnlm.reproduce.text_models import CONFIGS, text_words
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-"""experiments run from a clone, as their tool does"""
 MODELS = ("two-sided", "causal", "bert", "rotary bert")
 MULTIPLES = (1, 2, 4)
 """lengths to score at, in training lengths"""
@@ -104,8 +102,7 @@ def masked_text(size: str, data: tuple[str, ...]) -> tuple[Config, TaskData]:
         from pydoc_data import topics
 
         data = (topics.__file__,)
-    if data:
-        words += ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"]
+    words += text_words(data)
     config = load_config(CONFIGS / f"{_FILES[size]}.yaml", words)
     return config, open_data(config)
 

@@ -69,8 +69,9 @@ class Ski(Experiment):
 
     def measure(self, cell: Row) -> Row:
         """One kernel's decay, one length's times, or one model."""
-        kinds: dict[str, Callable[[Row], Row]] = {"decay": _decay, "time": _times, "train": _train}
-        return kinds[cell["kind"]](cell)
+        if cell["kind"] == "train":
+            return _train(cell, self.data)
+        return _decay(cell) if cell["kind"] == "decay" else _times(cell)
 
     def verdicts(self, rows: list[Row]) -> list[Verdict]:
         """See :mod:`tnnlm.reproduce.ski_report`."""
@@ -111,7 +112,7 @@ def _times(cell: Row) -> Row:
     taps: dict[str, Callable[[], None]] = {}
     for variant in ("tnn", "fd gelu", "fd relu"):
         scale = SCALES[cell["size"]]
-        config = load_config(None, [*scale.settings, *scale.timed])
+        config = config_of(cell["size"], words=scale.timed)
         config.model.max_length, trained = length, config.model.max_length
         family = family_of(variant, config)
         device = device_of(config)
@@ -171,8 +172,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _train(cell: Row) -> Row:
-    scale, config = SCALES[cell["size"]], config_of(cell["size"])
+def _train(cell: Row, data: tuple[str, ...]) -> Row:
+    scale, config = SCALES[cell["size"]], config_of(cell["size"], data)
     family = family_of(cell["variant"], config)
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
     rows, _ = open_rows(corpus, config)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 import sysconfig
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from tnnlm.config import Config, FDTNOConfig, KernelConfig, TNOConfig
 from tnnlm.config_io import load_config
-from tnnlm.errors import UserError
 from tnnlm.families import Family
 from tnnlm.family_measure import Sizes
 from tnnlm.model import CausalLM
+from tnnlm.reproduce.text_models import CONFIGS, text_words
 
-DATA_VARIABLE = "TNNLM_WIKITEXT"
-"""environment variable that names the folder of WikiText-103, for the published size"""
 ACTIVATIONS = ("gelu", "silu", "relu")
 VARIANTS: dict[str, KernelConfig] = {
     "tnn": TNOConfig(),
@@ -73,21 +69,8 @@ _TINY = (
     "trainer.max_steps=20",
     "trainer.accelerator=cpu",
 )
-_PAPER = (
-    "data.source=hub",
-    "data.hub_val_split=validation",
-    "data.batch_size=64",
-    "model.d_model=512",
-    "model.n_layers=7",
-    "model.vocab_size=50264",
-    "model.dropout=0.1",
-    "optim.lr=1e-3",
-    "optim.weight_decay=0.2",
-    "optim.schedule=inverse_sqrt",
-    "optim.warmup_steps=4000",
-    "trainer.accumulate=2",
-    "trainer.max_steps=50000",
-)
+_PAPER = ("optim.lr=1e-3",)
+"""over configs/tnn_wt103.yaml, as the authors' script has it"""
 SCALES = {
     "tiny": Scale(
         _TINY,
@@ -112,22 +95,16 @@ SCALES = {
 }
 
 
-def config_of(size: str) -> Config:
+def config_of(size: str, data: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> Config:
     """Settings that all models of a size share; the kernel is the TNN's.
 
-    Raises:
-        UserError: if the published size is asked for and its text is not named.
+    Args:
+        size: of ``SCALES``.
+        data: text files in the place of its own text.
+        words: more settings, ``key=value``.
     """
-    words = list(SCALES[size].settings)
-    if size == "paper":
-        folder = os.environ.get(DATA_VARIABLE)
-        if not folder or not Path(folder, "tokenizer.json").exists():
-            raise UserError(
-                f"--size paper reads WikiText-103 from a folder: set {DATA_VARIABLE} to one that holds the "
-                "data set (train and validation, as the hub lays it out) and GPT-2's tokenizer.json"
-            )
-        words += [f"data.hub_name={folder}", f"data.tokenizer={folder}/tokenizer.json"]
-    return load_config(None, words)
+    file = CONFIGS / "tnn_wt103.yaml" if size == "paper" else None
+    return load_config(file, [*SCALES[size].settings, *text_words(data), *words])
 
 
 def family_of(variant: str, config: Config) -> Family:

@@ -61,8 +61,7 @@ def text_models(names: tuple[str, ...], size: str, steps: int, data: tuple[str, 
     words = list(_WORDS[size])
     if steps:
         words.append(f"trainer.max_steps={steps}")
-    if data:
-        words += ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"]
+    words += text_words(data)
     lrs = dict.fromkeys(PEERS, _PEER_LR[size])
     base, families, left_out = load_families(files, _file("tnn", size), words, lrs)
     for name, reason in left_out.items():
@@ -73,6 +72,11 @@ def text_models(names: tuple[str, ...], size: str, steps: int, data: tuple[str, 
             kernel.decay **= TRAINED / base.model.max_length
     corpus = prepare(base.data, base.model.vocab_size, base.seed)
     return TextModels(base, families, corpus, open_rows(corpus, base)[0])
+
+
+def text_words(data: tuple[str, ...]) -> list[str]:
+    """Settings ``key=value`` that read the given files or globs; none for none."""
+    return ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"] if data else []
 
 
 def _file(name: str, size: str) -> Path:
