@@ -32,8 +32,8 @@ _COLOURS = {
 _TRIED_AT = 48
 """symbols: the small size"""
 _TRIED = (
-    "\n\nTried: one learning rate for each, and up to 64 symbols, where TNN has 49.5 % and the counts 23.2 %. "
-    "All losses still fall when the training ends."
+    "\n\nTried: one learning rate for each, and up to 64 symbols, where TNN has 49.5 % and the counts "
+    "23.2 %. All losses still fall when the training ends."
 )
 
 
