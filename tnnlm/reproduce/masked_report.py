@@ -20,8 +20,8 @@ FLAT = 0.02
 _TRIED = (
     "\n\nThe BERT with learned positions has not left the plateau on which it knows how often a token "
     "comes, but not where: it says little of longer trainings. The one with rotary positions has. Tried: "
-    "learning rates of 1e-3 and 3e-3 with learned positions (perplexity 392 at 3e-3 after 200 steps), 1e-3 and "
-    "4e-3 with rotary ones (201 and 88 after 300)."
+    "learning rates of 1e-3 and 3e-3 with learned positions (perplexity 392 at 3e-3 after 200 steps), "
+    "1e-3 and 4e-3 with rotary ones (201 and 88 after 300)."
 )
 _COLOURS = {"two-sided": "#08519c", "causal": "#9ecae1", "bert": "#fdae6b", "rotary bert": "#e6550d"}
 
