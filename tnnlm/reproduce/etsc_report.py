@@ -193,7 +193,7 @@ def _cost(rows: list[Row]) -> list[str]:
         "turns, medians. Memory: the state, and what a step allocates at its peak; weights are left out. "
         "recompute: the whole sequence again by FFT. cached history: every input of the past times its tap. "
         "ETSC with as many modes as tokens is exact as far as these; at the horizon where the kernel has "
-        "died out it is so for ever."
+        "died out it is so for ever. At 64 tokens ETSC and our form take what calling the operations takes."
     )
     return parts
 

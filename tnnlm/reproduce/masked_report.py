@@ -46,7 +46,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             fmean(two_sided) <= (1 + MARGIN) * min(fmean(bert), fmean(rotary)),
         ),
         Verdict(
-            f"its perplexity is flat from {trained:,} to {longest:,} tokens",
+            f"the two-sided TNN's perplexity is flat from {trained:,} to {longest:,} tokens",
             "flat to 14,336 after 512, of the causal model (TNN paper)",
             f"largest rise {max(rises):+.1%}",
             max(rises) <= FLAT,
