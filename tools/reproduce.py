@@ -6,7 +6,8 @@ it is measured: the same command goes on where it was stopped.
 
 Examples:
   python tools/reproduce.py --list
-  python tools/reproduce.py stability                # two cores, at most 40 minutes
+  python tools/reproduce.py stability                # what docs/results holds, and what is missing there
+  python tools/reproduce.py stability --again        # all of it: two cores, at most 40 minutes
   python tools/reproduce.py stability --size paper --out results-paper
 """
 
@@ -45,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: docs/results; results-SIZE if not small"
     )
+    parser.add_argument("--again", action="store_true", help="measure what is measured already, too")
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="FILE",
         help="text to train on, in the place of the standard library's sources (paper: WikiText-103, hub)",
@@ -63,11 +65,16 @@ def main() -> int:
     out = args.out or Path("docs/results" if args.size == "small" else f"results-{args.size}")
 
     def bar(cells: Iterable[Row]) -> Iterable[Row]:
-        return tqdm(cells, desc=args.name, unit="cell", disable=None)
+        left = list(cells)
+        if not left:
+            print(
+                f"{out}/{args.name}.json: all is measured already; --again measures it anew", file=sys.stderr
+            )
+        return tqdm(left, desc=args.name, unit="cell", disable=None)
 
     experiment = EXPERIMENTS[args.name]()
     experiment.data = tuple(args.data)
-    verdicts = reproduce(experiment, args.size, out, bar)
+    verdicts = reproduce(experiment, args.size, out, bar, args.again)
     for verdict in verdicts:
         print(f"{'holds         ' if verdict.holds else 'DOES NOT HOLD '} {verdict.claim}: {verdict.ours}")
     print(f"wrote {out}/{args.name}.md, .json, .png and {out}/README.md")

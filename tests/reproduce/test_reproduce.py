@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -106,6 +107,24 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, folder: Path) -> None:
     assert len(measured) == len(Stability().cells("tiny")) - 5
     whole = json.loads((folder / "stability.json").read_text())["verdicts"]
     assert [verdict._asdict() for verdict in verdicts] == whole
+
+
+def test_again_measures_anew(tmp_path: Path, folder: Path) -> None:
+    measured: list[Row] = []
+
+    def counted(cells: Iterable[Row]) -> Iterator[Row]:
+        for cell in cells:
+            measured.append(cell)
+            yield cell
+            return
+
+    shutil.copy(folder / "stability.json", tmp_path)
+    reproduce(Stability(), "tiny", tmp_path, counted)
+    assert not measured
+    with pytest.raises(KeyError):  # stopped after the first
+        reproduce(Stability(), "tiny", tmp_path, counted, again=True)
+    assert len(measured) == 1
+    assert len(json.loads((tmp_path / "stability.json").read_text())["cells"]) == 1
 
 
 def test_results_of_another_size_are_kept(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ Bar = Callable[[Iterable[Row]], Iterable[Row]]
 class Results:
     """OUT/NAME.json: finished cells, to go on from."""
 
-    def __init__(self, experiment: Experiment, size: str, out: Path) -> None:
-        """Open them, or start anew.
+    def __init__(self, experiment: Experiment, size: str, out: Path, again: bool = False) -> None:
+        """Open them, or start anew: ``again``, or if there are none.
 
         Raises:
             UserError: if what is there is damaged, or of another size.
@@ -34,7 +34,7 @@ class Results:
         self.path = out / f"{experiment.name}.json"
         self.data: dict[str, Any] = {"name": experiment.name, "size": size, "seconds": 0.0, "cells": {}}
         self.data["made by"] = _machine()
-        if self.path.exists():
+        if self.path.exists() and not again:
             try:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
                 before = (found["name"], found["size"], found["seconds"], found["cells"])
@@ -65,7 +65,7 @@ class Results:
         return [cell | self.data["cells"][_key(cell)] for cell in cells]
 
 
-def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar) -> list[Verdict]:
+def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar, again: bool = False) -> list[Verdict]:
     """Measure what is missing, and write NAME.json, NAME.md, NAME.png and the index of all experiments.
 
     Args:
@@ -73,12 +73,13 @@ def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar) -> list[Ve
         size: of ``SIZES``.
         out: folder of results; what it holds of the same experiment and size is kept and gone on from.
         bar: wraps the cells that are left, for progress.
+        again: measure all of them; the first one takes the place of what ``out`` holds of this experiment.
 
     Raises:
         UserError: if ``out`` holds something else.
     """
     keep_large_blocks()
-    results = Results(experiment, size, out)
+    results = Results(experiment, size, out, again)
     cells = experiment.cells(size)
     for cell in bar(results.missing(cells)):
         started = time.perf_counter()
@@ -141,7 +142,8 @@ def _page(experiment: Experiment, data: Row, verdicts: list[Verdict], rows: list
 
 
 def _command(data: Row) -> str:
-    size = "" if data["size"] == "small" else f" --size {data['size']}"
+    # A clone holds the small results already.
+    size = " --again" if data["size"] == "small" else f" --size {data['size']}"
     return f"python tools/reproduce.py {data['name']}{size}"
 
 
