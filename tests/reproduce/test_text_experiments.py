@@ -54,12 +54,14 @@ def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
     assert Path("out/extrapolation.png").stat().st_size > 10_000
 
 
-def test_families_are_equal_in_size_and_convolutions_learn_faster() -> None:
+def test_families_are_equal_in_size_and_convolutions_in_quality() -> None:
     verdicts = run(Families())
-    assert all(verdict.holds for verdict in verdicts if "at least as good" in verdict.claim)
     assert verdicts[-1].holds  # parameters and tokens
-    rows = json.loads(Path("out/families.json").read_text())["cells"].values()
-    assert all(row["curve"][-1][1] < row["curve"][0][1] for row in rows)
+    cells = json.loads(Path("out/families.json").read_text())["cells"]
+    rows = {json.loads(key)["family"]: row for key, row in cells.items()}
+    assert all(row["curve"][-1][1] < 0.95 * row["curve"][0][1] for row in rows.values())
+    bits = [rows[name]["bits_per_byte"] for name in ("tnn", "sgconv", "rtf")]
+    assert max(bits) < 1.1 * min(bits)
     assert "| SGConv | " in Path("out/families.md").read_text()
     assert Path("out/families.png").stat().st_size > 10_000
 
