@@ -41,7 +41,8 @@ def train_family(family: Family, rows: PackedRows, seed: int) -> tuple[nn.Module
     As :func:`train_plain`, on rows of the training split, at least one batch.
     """
     model = family.build(seed)
-    return model, train_plain(family.name, model, family.config, rows, seed, _next_token_loss)
+    remedy = f"lower its learning rate, --lr {family.name}=X"
+    return model, train_plain(family.name, model, family.config, rows, seed, _next_token_loss, remedy=remedy)
 
 
 def train_plain(
@@ -53,6 +54,7 @@ def train_plain(
     loss_of: Callable[[nn.Module, Any], torch.Tensor],
     *,
     numbered: bool = False,
+    remedy: str = "lower its learning rate",
 ) -> dict[str, Any]:
     """Train ``model`` in place, on a GPU if there is one.
 
@@ -64,6 +66,7 @@ def train_plain(
         seed: of the order of the data.
         loss_of: mean loss of a batch, called under autocast.
         numbered: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
+        remedy: what to do if the loss is not finite.
 
     Returns:
         ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the windows) and ``curve``:
@@ -101,8 +104,8 @@ def train_plain(
             mean = float(torch.stack(window).mean())  # waits for the device, so the clock below is right
             if not math.isfinite(mean):
                 raise UserError(
-                    f"the loss is not finite by step {step} of seed {seed}; lower its "
-                    f"learning rate, --lr {name}=X (it is {config.optim.lr:g})"
+                    f"the loss is not finite by step {step} of seed {seed}; {remedy} "
+                    f"(it is {config.optim.lr:g})"
                 )
             window = []
             marks.append(time.perf_counter())
