@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
 from tnnlm.reproduce.listops_part import ListOps
 from tnnlm.reproduce.masked import Masked
 from tnnlm.reproduce.part import Part
+from tnnlm.reproduce.picture import save_picture
 
 
 class Bidirectional(Experiment):
@@ -49,9 +49,7 @@ class Bidirectional(Experiment):
         for part in self.parts:
             part.draw(left[: part.panels], _of(part, rows))
             left = left[part.panels :]
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
-        plt.close(figure)
+        save_picture(figure, path)
 
 
 def _of(part: Part, rows: list[Row]) -> list[Row]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tnnlm.atomic import atomic_file
+from tnnlm.comparison_plots import COLOURS
 from tnnlm.reproduce.experiment import Row, Verdict
+from tnnlm.reproduce.picture import save_picture
 
 EXACT = 1e-5
 """relative error of taps, stored in float32, up to which a conversion is exact to rounding"""
@@ -23,15 +24,6 @@ _COLOURS = {
     "etsc, n = length": "#fdae6b",
     "etsc, n = horizon": "#e6550d",
     "balanced": "#08519c",
-}
-_METHODS = {
-    "etsc": "#e6550d",
-    "balanced": "#08519c",
-    "window": "#636363",
-    "gradient": "#31a354",
-    "without balancing": "#fdae6b",
-    "vandermonde, real": "#9e9ac8",
-    "vandermonde, random": "#c51b8a",
 }
 
 
@@ -151,9 +143,9 @@ def _conversion(rows: list[Row]) -> list[str]:
         if not own:
             continue
         fixed = "d" if size == "n" else "n"
-        lines = [f"| {size} | {' | '.join(_METHODS)} |", "|---:|" + "---:|" * len(_METHODS)]
+        lines = [f"| {size} | {' | '.join(COLOURS)} |", "|---:|" + "---:|" * len(COLOURS)]
         for row in own:
-            cells = " | ".join(_made(row["methods"][method]) for method in _METHODS)
+            cells = " | ".join(_made(row["methods"][method]) for method in COLOURS)
             lines.append(f"| {row[size]:,} | {cells} |")
         parts.append(
             f"## Conversion against the {what}\n\n"
@@ -210,7 +202,7 @@ def plot(rows: list[Row], path: Path) -> None:
         own = [row for row in rows if row["part"] == "conversion" and row["sweep"] == sweep]
         for shift, (key, label) in enumerate((("error", "relative error"), ("seconds", "seconds"))):
             ax = axes[0][2 * place + shift]
-            for method, colour in _METHODS.items():
+            for method, colour in COLOURS.items():
                 cells = [(row[size], row["methods"][method]) for row in own]
                 points = [(x, max(cell[key], 1e-9)) for x, cell in cells if key in cell]
                 _line(ax, points, method, colour)
@@ -230,9 +222,7 @@ def plot(rows: list[Row], path: Path) -> None:
         line[0].legend(fontsize=7)
         for ax in line:
             ax.grid(alpha=0.3)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _line(ax: Any, points: Iterable[tuple[float, float]], label: str, colour: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from tnnlm.atomic import atomic_file
 from tnnlm.family_measure import Sizes, forms_of, perplexities
 from tnnlm.family_training import train_family
 from tnnlm.model import CausalLM
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
+from tnnlm.reproduce.picture import save_picture
 from tnnlm.reproduce.text_models import text_models
 
 MODELS = {
@@ -145,9 +145,7 @@ class Extrapolation(Experiment):
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend()
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
-        plt.close(figure)
+        save_picture(figure, path)
 
 
 def _lengths(rows: list[Row]) -> list[int]:

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from tnnlm.atomic import atomic_file
 from tnnlm.family_measure import Sizes, held_out_bits
 from tnnlm.family_report import COLOURS
 from tnnlm.family_training import train_family
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
+from tnnlm.reproduce.picture import save_picture
 from tnnlm.reproduce.text_models import text_models
 
 NAMES = {"tnn": "TNN", "sgconv": "SGConv", "rtf": "RTF", "transformer": "Transformer"}
@@ -132,9 +132,7 @@ class Families(Experiment):
         right.set_ylabel("held-out bits per byte")
         for ax in (left, right):
             ax.grid(alpha=0.3)
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
-        plt.close(figure)
+        save_picture(figure, path)
 
 
 def _of(rows: list[Row], family: str) -> list[float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Row
+from tnnlm.reproduce.picture import save_picture
 from tnnlm.reproduce.ski_report import speedups, trained
 
 _COLOURS = {
@@ -35,9 +35,7 @@ def plot(rows: list[Row], path: Path) -> None:
     for ax in axes:
         ax.grid(True, alpha=0.3)
         ax.legend(frameon=False, fontsize=8)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _draw_untrained(ax: Any, rows: list[Row]) -> None:

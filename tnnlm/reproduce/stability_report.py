@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Row, Verdict
+from tnnlm.reproduce.picture import save_picture
 
 FAILED = 0.1
 """relative error of outputs above which a conversion is of no use"""
@@ -200,9 +200,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ax.set_xlabel("1 - decay (none drawn at 1e-5)" if sweep == "decay" else _LABELS[sweep])
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _position(row: Row) -> float:

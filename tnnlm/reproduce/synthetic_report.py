@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
 from tnnlm.reproduce.experiment import Row
+from tnnlm.reproduce.picture import save_picture
 from tnnlm.reproduce.synthetic_verdicts import NAMES, by_state, figure, mean_of, of_task
 
 _COLOURS = {"rtf": "#08519c", "tnn": "#e6550d", "sgconv": "#31a354"}
@@ -145,9 +145,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ax.set_xlabel("state size")
         ax.grid(True, alpha=0.3)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    with atomic_file(path) as temporary:
-        figure_.savefig(temporary, dpi=110, format="png")
-    plt.close(figure_)
+    save_picture(figure_, path)
 
 
 def _draw_task(ax: Any, rows: list[Row]) -> None:
