@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from simulated import MACHINES, forget_probes
 
 import convert as convert_script
 import generate as generate_script
@@ -90,6 +91,19 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A simulated machine of ``simulated.MACHINES``, by indirect parametrisation; its name."""
+    threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
+    forget_probes()
+    MACHINES[request.param](monkeypatch)
+    yield request.param
+    torch.set_num_threads(threads)
+    torch._C._set_mkldnn_enabled(onednn)
+    monkeypatch.undo()
+    forget_probes()
 
 
 @pytest.fixture(scope="session")

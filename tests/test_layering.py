@@ -12,11 +12,33 @@ from conftest import ROOT
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "allocator", "precision", "atomic", "ops", "config", "config_io", "tokenizer"),
+    (
+        "errors",
+        "allocator",
+        "threads",
+        "capabilities",
+        "precision",
+        "atomic",
+        "ops",
+        "config",
+        "config_io",
+        "tokenizer",
+    ),
     ("kernels",),
     ("modules",),
     ("backbone", "model", "encoder"),
-    ("conversion", "hf_files", "converted", "checkpoint", "runs", "packed", "compiled", "graphs", "export"),
+    (
+        "conversion",
+        "hf_files",
+        "converted",
+        "checkpoint",
+        "runs",
+        "packed",
+        "linear_choice",
+        "compiled",
+        "graphs",
+        "export",
+    ),
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
         "documents",
@@ -29,6 +51,7 @@ LAYERS = (
         "training",
         "deployment",
         "conversion_table",
+        "conversion_ppl",
         "comparison",
         "comparison_models",
         "comparison_plots",

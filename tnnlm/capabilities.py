@@ -1,0 +1,219 @@
+"""What this CPU and this build of PyTorch can do: found by running each operator once on a tiny tensor.
+
+Names of processors say little: an operator can be missing from a build (oneDNN on macOS), need an instruction
+that the CPU lacks (bfloat16 weights without AVX-512), or give wrong results. Each is called and compared with
+the plain product; what raises or differs is unavailable, with the reason. ``python -m tnnlm.capabilities``
+prints the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnnlm.threads import limit_threads
+
+WITHOUT = "TNNLM_WITHOUT"
+"""environment variable: capabilities that are not to be used, by name, separated by blanks"""
+_TOLERANCE = 0.02
+"""largest relative error of a probe, the rounding of its weights included"""
+_COMPILE_SECONDS = 60
+
+
+class Capability(NamedTuple):
+    """Whether something works here; if not, why, in one line."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def capability(name: str) -> Capability:
+    """Whether ``name``, one of ``PROBES``, works on this machine's CPU.
+
+    Probed once per process. The environment variable TNNLM_WITHOUT switches capabilities off.
+
+    Raises:
+        KeyError: for another name.
+    """
+    probe = PROBES[name].run
+    if name in os.environ.get(WITHOUT, "").replace(",", " ").split():
+        return Capability(False, f"switched off by {WITHOUT}")
+    return _probed(probe)
+
+
+@functools.cache
+def _probed(probe: Callable[[], None]) -> Capability:
+    try:
+        with torch.inference_mode():
+            probe()
+    except Exception as error:  # whatever an operator raises, it can't be used
+        lines = str(error).splitlines()
+        return Capability(False, lines[0][:160] if lines else type(error).__name__)
+    return Capability(True, "")
+
+
+def cpu_level() -> str:
+    """The widest vector instructions that PyTorch uses here, in its own words: AVX2, AVX512, DEFAULT ..."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def processor() -> str:
+    """The CPU's name as its maker gives it, where the system tells."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def describe_cpu() -> str:
+    """Processor, vector level and threads in one line, for the head of a benchmark."""
+    return f"{processor()} ({cpu_level()}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+def capability_table() -> dict[str, Any]:
+    """Everything that is known of this machine, as plain data: processor, threads, and every probe."""
+    limit = limit_threads()
+    return {
+        "processor": processor(),
+        "cpu_level": cpu_level(),
+        "threads": limit.threads,
+        "threads_reason": limit.reason,
+        "torch": torch.__version__,
+        **{name: capability(name)._asdict() for name in PROBES},
+    }
+
+
+def cpu_fingerprint() -> str:
+    """Hash of the processor's instructions: native code made for one must not run on another."""
+    said = (platform.machine(), cpu_level(), _cpuinfo("flags", "Features") or platform.processor())
+    return hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
+
+
+def _cpuinfo(*names: str) -> str:
+    """The first line of Linux's list that has one of these names; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return ""
+
+
+def _onednn_linear(dtype: torch.dtype) -> None:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+        return torch.ops.mkldnn._linear_pointwise.default(x.to(dtype), packed, None, "none", [], "")
+
+    _compare(multiply)
+
+
+def _fbgemm_float16() -> None:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        return torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+    _compare(multiply)
+
+
+def _int8_linear() -> None:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        scale = weight.abs().amax(1) / 127
+        integers = (weight / scale[:, None]).round().to(torch.int8)
+        return torch._weight_int8pack_mm(x.bfloat16(), integers, scale.bfloat16())
+
+    _compare(multiply)
+
+
+def _compare(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Run ``multiply(x, weight)`` on one row and on three, against float64.
+
+    Raises:
+        RuntimeError: if a result is off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    for rows in (1, 3):
+        x = torch.randn(rows, 64, generator=generator)
+        expected = x.double() @ weight.double().T
+        error = float((multiply(x, weight).double() - expected).norm() / expected.norm())
+        if not error <= _TOLERANCE:
+            raise RuntimeError(f"gives wrong results (relative error {error:.1e})")
+
+
+def _bfloat16_arithmetic() -> None:
+    # An operator that emulates bfloat16 works too, many times slower than float32, and times on a busy
+    # machine would choose otherwise every other day: what the CPU has decides, as far as PyTorch may use it.
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not has:
+        raise RuntimeError("this CPU has neither AVX512-BF16 nor AMX")
+    if not cpu_level().startswith("AVX512"):
+        raise RuntimeError(f"PyTorch is limited to {cpu_level()} instructions")
+
+
+def _cpp_compiler() -> None:
+    """As PyTorch's own compiler chooses it: ``CXX``, else g++, on macOS clang++."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text('#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n')
+        command = [*name.split(), "-shared", "-fPIC", str(source), "-o", str(target)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"{name}: {getattr(error, 'strerror', None) or 'does not answer'}") from None
+        if done.returncode or not target.is_file():
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+            raise RuntimeError(f"{name}: {said}")
+
+
+class Probe(NamedTuple):
+    """What is tried, in words, and how: ``run`` raises where it doesn't work."""
+
+    title: str
+    run: Callable[[], None]
+
+
+PROBES = {
+    "onednn_float32": Probe(
+        "oneDNN linear layers, float32 weights", functools.partial(_onednn_linear, torch.float32)
+    ),
+    "onednn_bfloat16": Probe(
+        "oneDNN linear layers, bfloat16 weights", functools.partial(_onednn_linear, torch.bfloat16)
+    ),
+    "fbgemm_float16": Probe("FBGEMM linear layers, float16 weights, float32 arithmetic", _fbgemm_float16),
+    "int8": Probe("weight-only int8 linear layers", _int8_linear),
+    "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
+    "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", _cpp_compiler),
+}
+"""by the name that TNNLM_WITHOUT takes"""
+
+
+def main() -> int:
+    """Print the table."""
+    table = capability_table()
+    print(f"{table['processor']}, {table['cpu_level']}, PyTorch {table['torch']}")
+    print(f"{table['threads']} threads ({table['threads_reason']})")
+    for name, probe in PROBES.items():
+        found = capability(name)
+        print(
+            f"{name:20s} {'yes' if found else 'no ':3s}  {probe.title}{'' if found else f': {found.reason}'}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

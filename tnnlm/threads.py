@@ -1,0 +1,110 @@
+"""How many CPU threads this process may use: its affinity, and the quota of its control group.
+
+PyTorch starts one thread per core it sees. In a container with a CPU quota (Docker's ``--cpus``, Kubernetes'
+limits) it sees the cores of the whole host, and threads beyond the quota only stop each other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""variables by which a user, or torchrun, has chosen already"""
+
+
+class ThreadLimit(NamedTuple):
+    """Threads that may compute at the same time, and what limits them."""
+
+    threads: int
+    reason: str
+
+
+def thread_limit(root: Path = Path("/")) -> ThreadLimit:
+    """The smaller of the cores that this process may run on and its control group's CPU quota.
+
+    A quota that is no whole number is rounded up, as Go and the JVM do.
+
+    Args:
+        root: of the file system, where ``proc`` and ``sys`` are looked for.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        limit = ThreadLimit(len(os.sched_getaffinity(0)), "CPU affinity")
+    else:
+        limit = ThreadLimit(os.cpu_count() or 1, "CPU count")
+    quota = cgroup_quota(root)
+    if quota is not None and math.ceil(quota) < limit.threads:
+        return ThreadLimit(max(1, math.ceil(quota)), f"control group's quota of {quota:g} CPUs")
+    return limit
+
+
+def limit_threads() -> ThreadLimit:
+    """Lower PyTorch's number of threads to :func:`thread_limit`, and return the number in use.
+
+    It is never raised, and a choice by OMP_NUM_THREADS or MKL_NUM_THREADS stands.
+    """
+    for name in _CHOSEN:
+        if os.environ.get(name):
+            return ThreadLimit(torch.get_num_threads(), name)
+    limit = thread_limit()
+    if limit.threads >= torch.get_num_threads():
+        return ThreadLimit(torch.get_num_threads(), "PyTorch's default")
+    torch.set_num_threads(limit.threads)
+    return limit
+
+
+def cgroup_quota(root: Path = Path("/")) -> float | None:
+    """CPUs that the control group of this process and its parents may use (versions 1 and 2); None if there
+    is no quota.
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            mount, read = root / "sys/fs/cgroup", _quota_v2
+        elif "cpu" in controllers.split(","):
+            mount, read = root / "sys/fs/cgroup" / "cpu", _quota_v1
+        else:
+            continue
+        # Inside a container the path may be the host's: its own limits lie at the mount itself then.
+        own = mount / path.strip("/")
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(mount))):
+            quota = read(folder)
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def _quota_v2(folder: Path) -> float | None:
+    """Of ``cpu.max``, "QUOTA PERIOD" in microseconds, or "max PERIOD"."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        return _ratio(quota, period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    """Of ``cpu.cfs_quota_us``, -1 for none, and ``cpu.cfs_period_us``."""
+    try:
+        quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+        return _ratio(quota, (folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    if int(quota) <= 0 or int(period) <= 0:
+        return None
+    return int(quota) / int(period)
