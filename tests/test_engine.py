@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from conftest import FAMILIES, tiny_config
 from torch import nn
 from training_runs import tiny_run
 
+from tnnlm.capabilities import capability
 from tnnlm.compiled import compile_step, load_step
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel, model_fingerprint
 from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
+from tnnlm.linear_choice import choose_linear
 from tnnlm.model import CausalLM
-from tnnlm.packed import DTYPES, Int8Linear, RowLinear, decoding_linear, replace_linears
+from tnnlm.packed import DTYPES, Int8Linear, RowLinear, replace_linears
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 
@@ -43,7 +44,7 @@ def whole(model: CausalLM) -> ConvertedModel:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_for_decoding_equal_the_plain_ones(bias: bool, shape: tuple[int, ...], dtype: str) -> None:
     plain = nn.Linear(shape[-1], 64, bias=bias)
-    layer = decoding_linear(plain.weight, plain.bias, dtype)
+    layer = choose_linear(torch.device("cpu"), dtype).make(plain.weight, plain.bias)
     x = torch.randn(*shape)
     y = layer(x)
     assert y.dtype == torch.float32
@@ -79,12 +80,12 @@ def test_packed_model_gives_the_logits_of_the_plain_one(method: str, dtype: str)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
-    if shutil.which("g++") is None:
+    if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
     plain = converted(method)
     compile_step(converted(method), Path("out"), "float32")
-    engine, line = open_engine(whole(converted(method)), Path("out"))
-    assert line == "compiled engine, cpu, float32"
+    engine, info = open_engine(whole(converted(method)), Path("out"))
+    assert str(info) == "compiled engine, cpu, float32"
     state, expected_state = engine.model.init_state(1), plain.init_state(1)
     with torch.inference_mode():
         for token in torch.randint(300, (40, 1)):
@@ -100,11 +101,11 @@ def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_compiled_step_rounds_the_weights_and_nothing_else(dtype: str) -> None:
-    if shutil.which("g++") is None:
+    if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
     compile_step(converted(), Path("out"), dtype)
-    engine, line = open_engine(whole(converted()), Path("out"), dtype=dtype)
-    assert line == f"compiled engine, cpu, {dtype}"
+    engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
+    assert str(info) == f"compiled engine, cpu, {dtype}"
     rounded = converted()
     replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
     state, expected_state = engine.model.init_state(1), rounded.init_state(1)
@@ -122,8 +123,10 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
     Path("out/step-float32.pt2").write_bytes(b"damaged")
     Path("out/step-float32.json").write_text(json.dumps({"torch": "1.0"}))
     assert "another machine" in load_step(model, Path("out"), "float32")
-    engine, line = open_engine(whole(model), Path("out"))
-    assert line.startswith("packed engine, cpu, float32 (the compiled step is for another machine")
+    engine, info = open_engine(whole(model), Path("out"))
+    assert info.name == "packed"
+    assert "the compiled step is for another machine" in info.reason
+    assert info.reason in str(info)
     assert engine.read("the cat").logits.shape == (1, 300)
 
 
@@ -144,7 +147,7 @@ def test_engines_that_cannot_be_had_are_named(options: dict[str, str], said: str
 
 def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
-    compiler = shutil.which("g++") is not None
+    compiler = capability("cpp_compiler").available
     assert script("convert", "runs/tiny", *(["--compile", "float32"] if compiler else [])).code == 0
     report = json.loads(Path("runs/tiny/converted/conversion.json").read_text())
     assert {"bfloat16 weights", "int8 weights"} <= report["ppl"].keys()

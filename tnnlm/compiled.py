@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tnnlm.atomic import atomic_file, write_text
+from tnnlm.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.packed import RowLinear, replace_linears
@@ -81,6 +82,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
     Raises:
         UserError: if there is no C++ compiler.
     """
+    check_compiler()
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError
 
@@ -105,6 +107,19 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
         shutil.copyfile(packaged, temporary)
     write_text(path.with_suffix(".json"), json.dumps(_made_for(), indent=2))
     return path
+
+
+def check_compiler() -> None:
+    """Whether steps can be compiled here.
+
+    Raises:
+        UserError: if there is no C++ compiler, saying what to do.
+    """
+    found = capability("cpp_compiler")
+    if not found:
+        raise UserError(
+            f"--compile: no working C++ compiler ({found.reason}); install g++ or name one in CXX"
+        )
 
 
 def load_step(model: CausalLM, folder: Path, dtype: str) -> CompiledModel | str:
@@ -140,5 +155,7 @@ def _made_for() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu_level(),
+        # The compiler uses every instruction that it finds.
+        "cpu_instructions": cpu_fingerprint(),
     }

@@ -1,35 +1,68 @@
 """What runs a converted model: a compiled step, packed weights, or its plain modules.
 
-``packed`` replaces the linear layers and the head by those of :mod:`tnnlm.packed`; all else is the same
-code. ``compiled`` runs single rows by the package that ``convert.py --compile`` made of ``step``
-(:mod:`tnnlm.compiled`), batches and prompts packed. ``graph``, on a GPU, replays packed steps as a CUDA
-graph (:mod:`tnnlm.graphs`).
+``packed`` replaces the linear layers and the head by the fastest that this machine has an operator for
+(:mod:`tnnlm.linear_choice`); all else is the same code. ``compiled`` runs single rows by the package that
+``convert.py --compile`` made of ``step`` (:mod:`tnnlm.compiled`), batches and prompts packed. ``graph``, on a
+GPU, replays packed steps as a CUDA graph (:mod:`tnnlm.graphs`).
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from tnnlm.capabilities import cpu_level
 from tnnlm.compiled import CompiledModel, load_step
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.graphs import GraphedModel
+from tnnlm.linear_choice import Choice, choose_linear
 from tnnlm.model import CausalLM
-from tnnlm.packed import DTYPES, decoding_linear, replace_linears
+from tnnlm.packed import DTYPES, cast_linear, replace_linears
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")
 """auto: the first that is there"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What runs a model, and why nothing faster does; ``str()`` gives it in one line."""
+
+    name: str
+    """compiled, graph, packed or eager"""
+    device: str
+    dtype: str
+    """of the weights of linear layers and head"""
+    linear: str
+    """operator of the linear layers, in batches and prompts also beside a compiled step"""
+    batch_invariant: bool = False
+    """whether a row has the same bits in any batch of two or more, as the server's batches are"""
+    reason: str = ""
+    """why no faster engine or operator was chosen; empty if there is none"""
+    threads: int | None = None
+    """of the CPU; None on other devices"""
+    cpu_level: str | None = None
+    """widest vector instructions that PyTorch uses; None on other devices"""
+
+    def __str__(self) -> str:
+        operator = f" by {self.linear}" if self.name == "packed" else ""
+        note = f" ({self.reason})" if self.reason else ""
+        return f"{self.name} engine, {self.device}, {self.dtype}{operator}{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
 class Engine(NamedTuple):
-    """A generator, and in one line what runs it."""
+    """A generator, and what runs it."""
 
     generator: TextGenerator
-    line: str
+    info: EngineInfo
 
 
 def open_engine(
@@ -58,20 +91,37 @@ def open_engine(
         raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if engine == "eager" and dtype != "float32":
+        raise UserError("--engine eager: runs in float32 only; leave --dtype out")
     model = converted.model.to(where)
     if engine == "eager":
-        if dtype != "float32":
-            raise UserError("--engine eager: runs in float32 only; leave --dtype out")
-        return Engine(TextGenerator(model, *converted[1:]), f"eager engine, {where.type}, float32")
-    pack(model, dtype)
+        return Engine(
+            TextGenerator(model, *converted[1:]), _info("eager", where, dtype, Choice("plain", cast_linear))
+        )
+    choice = choose_linear(where, dtype)
+    replace_linears(model, choice.make)
     found = _faster(model, folder, where, dtype, engine)
     if not isinstance(found, str):
         name = "graph" if isinstance(found, GraphedModel) else "compiled"
-        return Engine(TextGenerator(found, *converted[1:]), f"{name} engine, {where.type}, {dtype}")
+        return Engine(TextGenerator(found, *converted[1:]), _info(name, where, dtype, choice))
     if engine in ("compiled", "graph"):
         raise UserError(f"--engine {engine}: {found}")
-    note = f" ({found})" if found else ""
-    return Engine(TextGenerator(model, *converted[1:]), f"packed engine, {where.type}, {dtype}{note}")
+    reason = "; ".join(part for part in (choice.reason, found) if part)
+    return Engine(TextGenerator(model, *converted[1:]), _info("packed", where, dtype, choice, reason))
+
+
+def _info(name: str, where: torch.device, dtype: str, linear: Choice, reason: str = "") -> EngineInfo:
+    on_cpu = where.type == "cpu"
+    return EngineInfo(
+        name=name,
+        device=where.type,
+        dtype=dtype,
+        linear=linear.name,
+        batch_invariant=name == "packed" and linear.batch_invariant,
+        reason=reason,
+        threads=torch.get_num_threads() if on_cpu else None,
+        cpu_level=cpu_level() if on_cpu else None,
+    )
 
 
 def _faster(
@@ -93,14 +143,14 @@ def _faster(
 
 
 def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:
-    """Give a converted model fast linear layers and head, in place; returns it.
+    """Give a converted model the fastest linear layers and head for its device, in place; returns it.
 
     Args:
         model: converted, on the device it will run on; it can't be saved afterwards.
         dtype: of the weights.
 
     Raises:
-        UserError: for a dtype that this device has no operation for.
+        UserError: for a dtype that this device has no operator for.
     """
-    replace_linears(model, lambda weight, bias: decoding_linear(weight, bias, dtype))
+    replace_linears(model, choose_linear(model.embedding.weight.device, dtype).make)
     return model

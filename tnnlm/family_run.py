@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from torch import nn
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import atomic_file, write_text
+from tnnlm.capabilities import cpu_level, processor
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.data import open_rows
@@ -24,6 +24,7 @@ from tnnlm.families import Family
 from tnnlm.family_measure import Form, Sizes, decoding, forms_of, held_out_bits, perplexities
 from tnnlm.family_training import device_of, train_family
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.threads import limit_threads
 from tnnlm.training.plan import resolve_precision
 
 VERSION = 1
@@ -109,6 +110,7 @@ def compare_families(
         UserError: for unusable input, and if no family is left.
     """
     keep_large_blocks()
+    limit_threads()
     corpus = prepare(base.data, base.model.vocab_size, base.seed)
     rows, _ = open_rows(corpus, base)
     common = {
@@ -140,22 +142,13 @@ def compare_families(
 def machine(config: Config) -> dict[str, Any]:
     """What speeds depend on."""
     device = device_of(config)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} ({cpu_level()})"
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": resolve_precision(config),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def _train_all(

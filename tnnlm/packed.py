@@ -3,24 +3,33 @@
 A decoded token reads every weight once, so that the matrix-vector product should run at the memory's
 speed. PyTorch's float32 one does not: measured on one core, 15 GB/s where oneDNN with weights it packed
 itself reads 27, and the memory gives 37. Rounding weights to bfloat16 or int8 halves or quarters what
-is read; activations between layers, states and recurrences stay float32.
+is read; activations between layers, states and recurrences stay float32. :mod:`tnnlm.linear_choice` says
+which layer runs where.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from tnnlm.errors import UserError
+from tnnlm.capabilities import capability
 from tnnlm.model import CausalLM
 
 DTYPES = ("float32", "bfloat16", "int8")
 """of weights"""
-_BLOCK = 32
+INT8_BLOCK = 32
+"""sizes that the int8 operator takes are multiples of it"""
 _FEW_ROWS = 16
 """up to so many rows int8 weights are multiplied as they are; above, rounding them back once is faster"""
+_HALF_RANGE = (2.0**-8, 65504.0)
+"""of the largest weight, for which float16 holds all that matter"""
+_HALF_ROWS = 3
+"""a multiple of which FBGEMM never ends in a rest of one or two rows"""
+_TILE_BYTES = 1 << 19
+"""of widened weights: a tile stays in the second-level cache"""
 
 
 class PackedLinear(nn.Module):
@@ -41,29 +50,89 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8 and a scale per output, symmetric; x is rounded to bfloat16."""
+class HalfLinear(nn.Module):
+    """y = x W^T + b with bfloat16 weights that FBGEMM holds in float16 and multiplies in float32.
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
+    From 2^-14 to 65504 float16 holds every bfloat16 number exactly, and smaller ones to 2^-25, so that
+    weights are rounded as in other bfloat16 layers, and x not at all. Weights that are all larger or all
+    smaller are stored times a power of two.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        integers, scale = to_int8(weight)
-        self.register_buffer("weight", integers)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        rounded = weight.detach().bfloat16().float()
+        own = None if bias is None else bias.detach().bfloat16().float()
+        largest = float(rounded.abs().max())
+        self._scale = 1.0
+        if math.isfinite(largest) and largest > 0 and not _HALF_RANGE[0] <= largest <= _HALF_RANGE[1]:
+            self._scale = 2.0 ** math.frexp(largest)[1]
+            rounded = rounded / self._scale
+            own = None if own is None else own / self._scale
+        # Opaque, as above.
+        self._packed = torch.ops.quantized.linear_prepack_fp16(rounded, own)
+        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        # The operation has no tail: on other sizes it reads past the end.
-        whole = self.weight.shape[0] % _BLOCK == 0 and self.weight.shape[1] % _BLOCK == 0
-        if whole and len(rows) <= _FEW_ROWS:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        """(..., I) -> (..., O), in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        # FBGEMM multiplies blocks of rows and sums a rest of one or two in another order: padded, a row has
+        # the same bits in any batch of two or more. Alone it stays, which is faster.
+        rest = -len(rows) % _HALF_ROWS if len(rows) > 1 else 0
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, rest)) if rest else rows.contiguous()
+        y: Tensor = self._multiply(padded, self._packed)[: len(rows)]
+        if self._scale != 1:
+            y = y * self._scale
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class WidenedLinear(nn.Module):
+    """y = x W^T + b with W kept in bfloat16 or int8 and widened to float32 a tile at a time: for machines
+    that have no operator for narrow weights. The memory is read once, at the narrow width."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        narrow, scale, bias = narrowed(weight, bias, dtype)
+        self.register_buffer("weight", narrow)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        tile = max(1, _TILE_BYTES // (4 * rows.shape[1]))
+        y = torch.cat([rows @ part.float().T for part in self.weight.split(tile)], dim=1)
+        if self.scale is not None:
+            y *= self.scale
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Int8Linear(WidenedLinear):
+    """y = x W^T + b with W in int8 and a scale per output, symmetric: by PyTorch's weight-only int8 operator,
+    which takes x in bfloat16, for few rows, and widened for many."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias, "int8")
+        assert self.scale is not None
+        self._scale = self.scale.bfloat16()
+        # The operator has no tail: on other sizes it reads past the end.
+        self._whole = weight.shape[0] % INT8_BLOCK == 0 and weight.shape[1] % INT8_BLOCK == 0
+        self._half = weight.device.type != "cpu" or bool(capability("bfloat16_arithmetic"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._whole and len(rows) <= _FEW_ROWS:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self._scale)
+        elif self._half:
+            y = torch.nn.functional.linear(rows.bfloat16(), self.weight.bfloat16() * self._scale[:, None])
         else:
-            y = torch.nn.functional.linear(rows, self.weight.bfloat16() * self.scale[:, None])
+            return super().forward(x)
         y = y.to(x.dtype)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
@@ -82,15 +151,10 @@ class RowLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
         super().__init__()
-        scale = None
-        if dtype == "int8":
-            weight, scale = to_int8(weight)
-            scale = scale.float()
-        else:
-            weight = weight.detach().to(getattr(torch, dtype))
-        self.register_buffer("weight", weight)
+        narrow, scale, bias = narrowed(weight, bias, dtype)
+        self.register_buffer("weight", narrow)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, I) -> (1, O)."""
@@ -109,35 +173,13 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether :class:`PackedLinear` works there."""
-    return device.type == "cpu" and torch.backends.mkldnn.is_available()
-
-
-def decoding_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
-    """The fastest layer for decoding with weights of ``dtype``.
-
-    Args:
-        weight: (O, I), on the device it will run on.
-        bias: (O,) or None.
-        dtype: one of ``DTYPES``.
-
-    Raises:
-        UserError: for a dtype that this device has no operation for.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if dtype == "int8":
-        layer = Int8Linear(weight, bias)
-        try:
-            layer(weight.new_zeros(1, weight.shape[1]))
-        except RuntimeError as error:
-            raise UserError(f"dtype int8: not on {weight.device} ({str(error).splitlines()[0]})") from None
-        return layer
-    kept = getattr(torch, dtype)
-    if can_pack(weight.device):
-        return PackedLinear(weight, bias, kept)
-    return cast_linear(weight, bias, kept)
+def narrowed(weight: Tensor, bias: Tensor | None, dtype: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """W (O, I) rounded to ``dtype``, its scale per output for int8, and the bias, both in float32."""
+    own = None if bias is None else bias.detach().float()
+    if dtype != "int8":
+        return weight.detach().to(getattr(torch, dtype)), None, own
+    integers, scale = to_int8(weight)
+    return integers, scale.float(), own
 
 
 def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
@@ -150,7 +192,7 @@ def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.
     model.eval().requires_grad_(False)
 
 
-def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> CastLinear:
+def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> CastLinear:
     """A plain linear layer with weights of ``dtype``."""
     layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)

@@ -9,12 +9,13 @@ from typing import Any, TextIO
 
 import torch
 
-from tnnlm.engine import open_engine
+from tnnlm.engine import EngineInfo, open_engine
 from tnnlm.errors import UserError
 from tnnlm.generation import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
 from tnnlm.model import state_bytes
 from tnnlm.runs import load_for_decoding
 from tnnlm.state_file import load_context, save_context
+from tnnlm.threads import limit_threads
 
 
 def usable_device(name: str) -> torch.device:
@@ -42,14 +43,14 @@ class Decoder:
         sampling: Sampling,
         max_new_tokens: int,
         seed: int,
-        engine: str = "",
+        engine: EngineInfo | None = None,
     ) -> None:
         check_new_tokens(max_new_tokens)
         self.generator = generator
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.engine = engine
-        """what runs, in one line"""
+        """what runs"""
         self.random = torch.Generator(generator.device).manual_seed(seed)
         self.context: Context | None = None
         """after the last token, or as loaded"""
@@ -71,11 +72,12 @@ class Decoder:
         Raises:
             UserError: if there is none, it is damaged, or the device or a number can't be used.
         """
+        limit_threads()
         where = usable_device(device)
         found, converted = load_for_decoding(target, runs_dir)
         folder = found if found.is_dir() else None
-        generator, line = open_engine(converted, folder, device=where, dtype=dtype, engine=engine)
-        return cls(generator, sampling, max_new_tokens, seed, line)
+        generator, info = open_engine(converted, folder, device=where, dtype=dtype, engine=engine)
+        return cls(generator, sampling, max_new_tokens, seed, info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
         """Go on from a saved context, and from its random stream unless ``reseed``.
@@ -158,7 +160,8 @@ class Decoder:
             "prefill_seconds": context.seconds,
             "seconds_per_token": record.seconds_per_token,
             "state_bytes": state_bytes(self.generator.model.init_state(1)),
-            "engine": self.engine,
+            "engine": str(self.engine or ""),
+            "engine_info": self.engine.to_dict() if self.engine else {},
         }
 
     def _read(self, prompt: str | None) -> Context:

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
@@ -34,8 +32,10 @@ from tnnlm.benchmark.report import memory_table, plot, table
 from tnnlm.benchmark.subjects import SHAPE, Subject, ours
 from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
 from tnnlm.benchmark.train_timing import time_training
+from tnnlm.capabilities import capability, describe_cpu
 from tnnlm.config import ModelConfig
 from tnnlm.errors import UserError, run_script
+from tnnlm.threads import limit_threads
 
 LLAMA_CPP = "llama.cpp"
 ONNX = "onnxruntime"
@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     keep_large_blocks()
+    limit_threads()
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
     result = training(args, shape) if args.mode == "train" else decoding(args, shape)
     if args.json:
@@ -106,7 +107,7 @@ def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
     rate, rows = time_training(shape, lengths, rounds, not args.quick, longest)
     return {
         "mode": "train",
-        "threads": torch.get_num_threads(),
+        "cpu": describe_cpu(),
         "bandwidth_gbs": read_bandwidth(),
         "gemm_flops": rate,
         "results": rows,
@@ -130,7 +131,7 @@ def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
             bandwidth, rows = time_steps(subjects, cases, effort)
     return {
         "mode": args.mode,
-        "threads": torch.get_num_threads(),
+        "cpu": describe_cpu(),
         "bandwidth_gbs": bandwidth,
         "results": rows,
     }
@@ -138,15 +139,16 @@ def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The limit that was measured, and the table."""
-    mode, threads = result["mode"], result["threads"]
+    mode = result["mode"]
+    print(result["cpu"])
     if mode == "train":
         print(
-            f"tokens per second (share of the FLOP rate); {threads} threads multiply matrices at "
+            "tokens per second (share of the FLOP rate); matrices are multiplied at "
             f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s\n\n{table(result)}\n\n{memory_table(result)}"
         )
         return
     what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
-    print(f"{what}; {threads} threads read memory at {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
+    print(f"{what}; memory is read at {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
 
 
 def gather(
@@ -156,8 +158,9 @@ def gather(
     wanted = [case for case in OURS[args.mode] if case[1] in args.engines]
     if args.quick:
         wanted = [case for case in wanted if case[1] != "compiled"]
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        left_out("compiled engines", "there is no C++ compiler")
+    compiler = capability("cpp_compiler")
+    if not compiler and any(case[1] == "compiled" for case in wanted):
+        left_out("compiled engines", f"there is no C++ compiler ({compiler.reason})")
         wanted = [case for case in wanted if case[1] != "compiled"]
     subjects = []
     for case in tqdm(wanted, desc="converting and compiling", leave=False, disable=None):

@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tnnlm.atomic import write_text
+from tnnlm.capabilities import describe_cpu
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
 from tnnlm.comparison import QUICK, Sizes, kernel_taps, random_taps, scaling
 from tnnlm.comparison_models import orders, perplexity
@@ -80,7 +79,7 @@ def compare(source: TrainedCheckpoint | None, parts: list[str], sizes: Sizes) ->
     """The parts asked for; perplexities only if the run's text is still there."""
     result: dict[str, Any] = {
         "source": "random taps, decay 0.99" if source is None else f"{source.path}, step {source.step}",
-        "about": f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, CPU.",
+        "about": f"{describe_cpu()}.",
         "notes": [],
     }
     if "scaling" in parts:

@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from tnnlm.benchmark.subjects import WIDTHS, linear_weights
 from tnnlm.benchmark.timing import read_bandwidth
+from tnnlm.capabilities import describe_cpu
 from tnnlm.engine import ENGINES, open_engine
 from tnnlm.errors import UserError, run_script
 from tnnlm.generation import Context, TextGenerator
 from tnnlm.model import state_bytes
 from tnnlm.packed import DTYPES
 from tnnlm.runs import load_for_decoding
+from tnnlm.threads import limit_threads
 
 
 def parse() -> argparse.Namespace:
@@ -52,10 +54,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    limit_threads()
     folder, converted = load_for_decoding(args.model, Path("runs"))
     tokenizer = converted.tokenizer
     weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
-    writer, line = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
+    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
     contexts = {
         n: writer.read_tokens([torch.arange(n).remainder(tokenizer.size).tolist()]) for n in args.contexts
     }
@@ -65,7 +68,8 @@ def main() -> int:
             seconds = time_steps(writer, context, args.tokens)
             if turn >= 2:  # the first two warm up
                 times[n].append(seconds)
-    result = {"engine": line} | summarise(weights * WIDTHS[args.dtype], contexts, times)
+    about = {"engine": str(info), "cpu": describe_cpu()}
+    result = about | summarise(weights * WIDTHS[args.dtype], contexts, times)
     show(folder, result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
@@ -113,7 +117,7 @@ def summarise(
 
 
 def show(folder: Path, result: dict[str, Any]) -> None:
-    print(f"{folder}, {result['engine']}, {torch.get_num_threads()} threads")
+    print(f"{folder}, {result['engine']}\n{result['cpu']}")
     print(f"{'context':>9} {'ms per token':>13} {'quartiles':>10} {'prefill s':>10} {'state bytes':>12}")
     for row in result["results"]:
         print(

@@ -118,15 +118,17 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     from tnnlm.engine import open_engine
     from tnnlm.runs import CONVERTED, load_for_decoding
     from tnnlm.terminal import usable_device
+    from tnnlm.threads import limit_threads
 
+    limit_threads()
     found, converted = load_for_decoding(args.model, Path("runs"))
     parameters = sum(p.numel() for p in converted.model.parameters())
     folder = found if found.is_dir() else found.parent
     own = folder.resolve()
     name = own.parent.name if own.name in (str(CONVERTED), "checkpoints") else own.name
     device = usable_device(args.device)
-    generator, line = open_engine(converted, folder, device=device, dtype=args.dtype, engine=args.engine)
-    return generator, line, name, parameters
+    generator, info = open_engine(converted, folder, device=device, dtype=args.dtype, engine=args.engine)
+    return generator, str(info), name, parameters
 
 
 def listen(host: str, port: int) -> socket.socket:

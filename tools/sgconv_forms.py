@@ -22,6 +22,7 @@ from tnnlm.errors import UserError, run_script
 from tnnlm.finite_forms import finite_forms
 from tnnlm.packing import prepare
 from tnnlm.runs import find_checkpoint
+from tnnlm.threads import limit_threads
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +47,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     keep_large_blocks()
+    limit_threads()
     source = load_checkpoint(find_checkpoint(args.target, Path("runs")))
     config = source.config
     if config.model.kernel.name != "sgconv":

@@ -15,7 +15,9 @@ from tqdm import tqdm
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.benchmark.timing import quartile_range
 from tnnlm.benchmark.training import NAMES, OURS, WITHOUT, Trainee, trainee
+from tnnlm.capabilities import capability
 from tnnlm.config import ModelConfig
+from tnnlm.threads import limit_threads
 from tnnlm.training.watch import resident_peak
 
 TOKENS = 4096
@@ -87,6 +89,7 @@ def peak_bytes(name: str, shape: ModelConfig, length: int, compiled: bool) -> in
 def _peak(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
     before = resident_peak()
     keep_large_blocks()
+    limit_threads()
     model, data = _ready(name, shape, length, compiled), _rows(shape, length)
     for _ in range(2):
         model.step(data)
@@ -107,7 +110,7 @@ def _row(model: Trainee, data: Tensor, seconds: list[float]) -> dict[str, Any]:
     median = statistics.median(seconds)
     return {
         "name": model.name,
-        "dtype": "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32",
+        "dtype": "bfloat16" if capability("bfloat16_arithmetic") else "float32",
         "batch": data.shape[0],
         "context": data.shape[1] - 1,
         "seconds_per_token": median,
@@ -120,7 +123,7 @@ def _row(model: Trainee, data: Tensor, seconds: list[float]) -> dict[str, Any]:
 
 def _gemm_rate() -> float:
     """FLOP/s of a large product in the dtype of the training, the best of three."""
-    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if capability("bfloat16_arithmetic") else torch.float32
     a, b = (torch.ones(_GEMM, _GEMM, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(3):

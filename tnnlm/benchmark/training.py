@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.benchmark.peers import gpt2
+from tnnlm.capabilities import capability
 from tnnlm.config import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.model import CausalLM
@@ -86,9 +87,11 @@ def _matrices(model: nn.Module) -> int:
 def _stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[Any, Tensor], Tensor]
 ) -> Callable[[Tensor], float]:
+    half = capability("bfloat16_arithmetic").available
+
     def step(rows: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             loss = loss_of(model, rows)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

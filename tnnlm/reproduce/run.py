@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tnnlm import __version__
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
+from tnnlm.capabilities import describe_cpu
 from tnnlm.errors import UserError
 from tnnlm.reproduce.experiment import Experiment, Row, Verdict
+from tnnlm.threads import limit_threads
 
 Bar = Callable[[Iterable[Row]], Iterable[Row]]
 
@@ -79,6 +78,7 @@ def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar, again: boo
         UserError: if ``out`` holds something else.
     """
     keep_large_blocks()
+    limit_threads()
     results = Results(experiment, size, out, again)
     cells = experiment.cells(size)
     for cell in bar(results.missing(cells)):
@@ -152,7 +152,4 @@ def _key(cell: Row) -> str:
 
 
 def _machine() -> str:
-    return (
-        f"{torch.get_num_threads()} threads of {platform.machine()}, PyTorch {torch.__version__}, "
-        f"tnnlm {__version__}"
-    )
+    return f"{describe_cpu()}, tnnlm {__version__}"

@@ -24,6 +24,7 @@ from tnnlm.atomic import atomic_file
 from tnnlm.config import Config
 from tnnlm.data import TextDataModule
 from tnnlm.errors import DataError
+from tnnlm.threads import limit_threads
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.plan import make_plan, resolve_precision
@@ -91,6 +92,7 @@ def find_lr(config: Config) -> FoundRate:
     """
     config = copy.deepcopy(config)
     keep_large_blocks()
+    limit_threads()
     devices = make_plan(config).devices
     config.trainer.accumulate *= devices
     config.trainer.max_steps = STEPS

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tnnlm.backbone import Backbone
+from tnnlm.capabilities import capability
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.encoder import build_model
@@ -71,7 +72,7 @@ def resolve_precision(config: Config) -> str:
     if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = capability("bfloat16_arithmetic").available
     return "bf16-mixed" if fast else "32-true"
 
 

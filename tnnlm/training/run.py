@@ -20,6 +20,7 @@ from tnnlm.config_io import config_to_yaml
 from tnnlm.data import TextDataModule, open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.runs import LAST
+from tnnlm.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
 from tnnlm.training.guard import Guard
@@ -61,6 +62,7 @@ def train(
         TrainingDiverged: when loss or weights are beyond use; the last good checkpoint is kept.
     """
     keep_large_blocks()
+    limit_threads()
     quieten()
     strategy = choose_strategy(config)
     resume_step = None

@@ -1,0 +1,93 @@
+"""The table of what this machine can do: operators that raise, lie or are switched off, and the compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from simulated import NO_BFLOAT16, forget_probes
+
+from tnnlm import compiled
+from tnnlm.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
+from tnnlm.compiled import load_step, package_path
+from tnnlm.model import CausalLM
+
+
+@pytest.mark.parametrize("machine", ["no-avx512"], indirect=True)
+def test_operator_that_raises_is_unavailable_with_its_reason(machine: str) -> None:
+    assert capability("onednn_bfloat16") == (False, NO_BFLOAT16)
+    assert not capability("bfloat16_arithmetic")
+
+
+@pytest.mark.parametrize("machine", ["this-machine"], indirect=True)
+def test_operator_that_gives_wrong_results_is_unavailable(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, w, s: torch.zeros(len(x), len(w)))
+    found = capability("int8")
+    assert not found
+    assert "wrong results" in found.reason
+
+
+def test_capabilities_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TNNLM_WITHOUT", "int8, cpp_compiler")
+    assert capability("int8") == (False, "switched off by TNNLM_WITHOUT")
+    assert not capability("cpp_compiler")
+    monkeypatch.delenv("TNNLM_WITHOUT")
+    with pytest.raises(KeyError):
+        capability("int9")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"), [("exit 3", "exit code 3"), ("echo no licence >&2; exit 1", "no licence")]
+)
+def test_compiler_that_fails_is_unavailable(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    forget_probes()
+    assert said in capability("cpp_compiler").reason
+    forget_probes()
+
+
+def test_table_names_everything_and_prints() -> None:
+    table = capability_table()
+    assert PROBES.keys() <= table.keys()
+    assert table["threads"] == torch.get_num_threads()
+    assert table["cpu_level"] in describe_cpu()
+    done = subprocess.run(
+        [sys.executable, "-m", "tnnlm.capabilities"],
+        cwd=ROOT,
+        env={**os.environ, "TNNLM_WITHOUT": "int8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(PROBES)
+    assert any(line.startswith("int8 ") and "switched off" in line for line in lines)
+
+
+def test_compiled_step_of_a_cpu_with_other_instructions_is_left_alone(
+    tiny_model: CausalLM,
+) -> None:
+    # Of equal level, another model of processor: native code may hold what this one can't run.
+    Path("out").mkdir()
+    path = package_path(Path("out"), "float32")
+    path.write_bytes(b"native code")
+    made_for = compiled._made_for() | {"cpu_instructions": "0123456789abcdef"}
+    path.with_suffix(".json").write_text(json.dumps(made_for), encoding="utf-8")
+    said = load_step(tiny_model, Path("out"), "float32")
+    assert isinstance(said, str)
+    assert "another machine" in said
+    assert len(cpu_fingerprint()) == 16

@@ -1,0 +1,82 @@
+"""Which linear layer decodes with weights of a dtype on a device: the fastest whose operator works there.
+
+On a CPU the table of capabilities decides (:mod:`tnnlm.capabilities`). Every choice for a dtype rounds the
+weights alike, so that a model gives the same text on different machines but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.capabilities import capability
+from tnnlm.errors import UserError
+from tnnlm.packed import DTYPES, INT8_BLOCK, HalfLinear, Int8Linear, PackedLinear, WidenedLinear, cast_linear
+
+
+class Choice(NamedTuple):
+    """How linear layers of one dtype are multiplied on one device."""
+
+    name: str
+    """of the operator, as the engine's line shows it"""
+    make: Callable[[Tensor, Tensor | None], nn.Module]
+    """(weight, bias) -> layer"""
+    batch_invariant: bool = False
+    """whether a row has the same bits in any batch of two or more"""
+    reason: str = ""
+    """why not by what would be faster"""
+
+
+def choose_linear(device: torch.device, dtype: str) -> Choice:
+    """The fastest operator for weights of ``dtype`` that works on ``device``.
+
+    Raises:
+        UserError: for an unknown dtype, or one that this device has no operator for.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if device.type != "cpu":
+        return _choose_elsewhere(device, dtype)
+    missing: list[str] = []
+    for name, choice in _ON_CPU[dtype]:
+        found = capability(name) if name else None
+        if found is None or found:
+            return choice._replace(reason="; ".join(missing))
+        missing.append(f"no {name}: {found.reason}")
+    raise AssertionError("the last choice needs no capability")
+
+
+def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
+    if dtype != "int8":
+        return Choice("plain", partial(cast_linear, dtype=getattr(torch, dtype)))
+    try:
+        Int8Linear(torch.zeros(INT8_BLOCK, INT8_BLOCK, device=device), None)(
+            torch.zeros(1, INT8_BLOCK, device=device)
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"dtype int8: not on {device} ({str(error).splitlines()[0]}); use float32 or bfloat16"
+        ) from None
+    return Choice("int8", Int8Linear)
+
+
+_ON_CPU = {
+    "float32": (
+        ("onednn_float32", Choice("oneDNN", partial(PackedLinear, dtype=torch.float32), True)),
+        ("", Choice("plain", partial(cast_linear, dtype=torch.float32))),
+    ),
+    "bfloat16": (
+        ("onednn_bfloat16", Choice("oneDNN", partial(PackedLinear, dtype=torch.bfloat16), True)),
+        ("fbgemm_float16", Choice("FBGEMM float16", HalfLinear, True)),
+        ("", Choice("widened in tiles", partial(WidenedLinear, dtype="bfloat16"))),
+    ),
+    "int8": (
+        ("int8", Choice("int8", Int8Linear)),
+        ("", Choice("widened in tiles", partial(WidenedLinear, dtype="int8"))),
+    ),
+}
+"""dtype -> (capability that it needs, layer), fastest first; the last needs none"""
