@@ -124,9 +124,12 @@ def main() -> int:
     from tnnlm.deployment import convert_checkpoint, package_converted
 
     if args.converted:
-        for path in package_converted(Path(args.target), args.compile, args.export):
+        written, failures = package_converted(Path(args.target), args.compile, args.export)
+        for path in written:
             print(f"wrote {path}")
-        return 0
+        for step, reason in failures.items():
+            print(f"error: {step}: {reason}", file=sys.stderr)
+        return 1 if failures else 0
     recipe = ConversionConfig(
         method=args.method,
         horizon=args.horizon,
@@ -147,7 +150,7 @@ def main() -> int:
         exported=args.export,
     )
     show_conversion(done, Console())
-    return 0 if all(check.passed for check in done.checks) else 1
+    return 0 if all(check.passed for check in done.checks) and not done.failures else 1
 
 
 if __name__ == "__main__":

@@ -27,11 +27,15 @@ def show_conversion(done: Conversion, console: Console) -> None:
     lines.append("state: " + ", ".join(f"{size:,} bytes {what}" for size, what in sizes))
     if report.method == "auto":
         lines += [f"layer {i}: {layer.method}, {layer.reason}" for i, layer in enumerate(report.layers)]
+    lines += [
+        f"perplexity with {form}: not measured here: {why}" for form, why in report.not_measured.items()
+    ]
     lines += [f"note: {text}" for text in (done.note, report.warning) if text]
     for check in done.checks:
         verdict = "ok" if check.passed else "FAILED"
         lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")
     lines += [f"wrote {path}" for path in done.packages]
+    lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
     lines.append(f"wrote {done.folder}/; next: python generate.py --model {done.folder} --prompt TEXT")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -58,7 +58,6 @@ def save_converted(
     tokenizer: TextTokenizer,
     report: ModelReport,
     force: bool = False,
-    card: str | None = None,
 ) -> None:
     """Write a converted model; the folder appears whole or not at all.
 
@@ -68,7 +67,6 @@ def save_converted(
         tokenizer: the one it was trained with.
         report: for conversion.json.
         force: replace a converted model.
-        card: the text of README.md; None writes none.
 
     Raises:
         CheckpointError: if ``folder`` exists and ``force`` is not set, or is no converted model's.
@@ -85,16 +83,23 @@ def save_converted(
     texts = {
         "config.json": json.dumps(config, indent=2),
         "tokenizer.json": tokenizer.to_json(),
-        "conversion.json": json.dumps(report.to_dict(), indent=2),
+        "conversion.json": _report_text(report),
         **hf_files(model, tokenizer),
     }
-    if card is not None:
-        texts["README.md"] = card
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         save_tensors(tensors, temporary / "model.safetensors")
         for name, text in texts.items():
             write_text(temporary / name, text)
+
+
+def save_report(folder: Path, report: ModelReport) -> None:
+    """Write conversion.json of a converted model again, with what was measured since; whole or not at all."""
+    write_text(folder / "conversion.json", _report_text(report))
+
+
+def _report_text(report: ModelReport) -> str:
+    return json.dumps(report.to_dict(), indent=2)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -13,30 +13,30 @@ import torch
 from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
+from tnnlm.atomic import write_text
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
-from tnnlm.compiled import compile_step
+from tnnlm.compiled import check_compiler, compile_step
 from tnnlm.config import ConversionConfig
-from tnnlm.conversion import ModelReport, attach, convert_layers, convert_model, measure
+from tnnlm.conversion import ModelReport, attach, convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
+from tnnlm.conversion_ppl import measure_perplexities
 from tnnlm.converted import (
     ConvertedModel,
     check_out_folder,
     load_converted,
     model_fingerprint,
     save_converted,
+    save_report,
 )
-from tnnlm.engine import pack
-from tnnlm.errors import DataError, UserError
-from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.errors import DataError, collect_failure
+from tnnlm.evaluation import ppl_gap
 from tnnlm.export import check_onnx, export_onnx, export_torch
 from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
-from tnnlm.packing import PackedCorpus, prepare
+from tnnlm.packing import prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
+from tnnlm.threads import limit_threads
 
-LENGTHS = {1: 1 << 18, 8: 1 << 15}
-"""perplexities are measured at these multiples of the training length, on so many tokens at the most;
-at the training length that is what training validated on, unless there is very much of it"""
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""
 
@@ -53,6 +53,8 @@ class Conversion:
     """compiled steps, and exports"""
     note: str | None = None
     """why there are no perplexities, if there are none"""
+    failures: dict[str, str] = field(default_factory=dict)
+    """optional steps that failed, with the reason; the converted model stands all the same"""
 
 
 def convert_checkpoint(
@@ -66,7 +68,10 @@ def convert_checkpoint(
     exported: Sequence[str] = (),
     runs_dir: Path = Path("runs"),
 ) -> Conversion:
-    """Convert, measure and write.
+    """Convert and write, then measure, and write the measurements beside it.
+
+    Whatever fails once the model is written, a measurement, the model card, a compiled step, an export,
+    ends in ``failures``, ``note`` or ``report.not_measured``, and the rest goes on.
 
     Args:
         target: run or checkpoint; None takes the newest run.
@@ -78,11 +83,11 @@ def convert_checkpoint(
         exported: of ``torch`` and ``onnx``, to export it as, beside the model.
 
     Raises:
-        UserError: for unusable input; nothing was written then.
+        UserError: for unusable input, or an optional file that can't be made here; nothing was written then.
     """
     keep_large_blocks()
-    if "onnx" in exported:
-        check_onnx()
+    limit_threads()
+    check_packages(compiled, exported)
     path = find_checkpoint(target, runs_dir)
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)
@@ -92,49 +97,64 @@ def convert_checkpoint(
     seconds = time.perf_counter() - started
     converted = attach(source.model, [layer.params for layer in layers])
     report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
+    save_converted(folder, converted, source.tokenizer, report, force)
     done = Conversion(folder, source, report)
-    try:
-        corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
-        if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
-            raise DataError("the text of this run has changed")
-        _measure_perplexities(source.model, converted, corpus, done)
-    except DataError as error:
-        done.note = f"no perplexities: {error}"
+    _measure(converted, done)
     if verify:
-        _verify(source.model, converted, recipe, done)
-    card = model_card(source.config, source.step, source.model, report, done.note)
-    save_converted(folder, converted, source.tokenizer, report, force, card)
+        with collect_failure(done.failures, "verify"):
+            _verify(source.model, converted, recipe, done)
+    with collect_failure(done.failures, "model card"):
+        card = model_card(source.config, source.step, source.model, report, done.note)
+        write_text(folder / "README.md", card)
     whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
-    done.packages = _write_packages(whole, folder, compiled, exported)
+    done.packages = _write_packages(whole, folder, compiled, exported, done.failures)
     return done
 
 
-def package_converted(folder: Path, compiled: Sequence[str] = (), exported: Sequence[str] = ()) -> list[Path]:
+def package_converted(
+    folder: Path, compiled: Sequence[str] = (), exported: Sequence[str] = ()
+) -> tuple[list[Path], dict[str, str]]:
     """Compile or export a model that is converted already; arguments are those of
     :func:`convert_checkpoint`.
 
     Returns:
-        what was written beside it.
+        what was written beside it, and what failed, with the reason.
 
     Raises:
         UserError: if there is none at ``folder``, or what is asked for can't be made here.
     """
+    limit_threads()
+    check_packages(compiled, exported)
+    failures: dict[str, str] = {}
+    return _write_packages(load_converted(folder), folder, compiled, exported, failures), failures
+
+
+def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
+    """Whether these optional files can be made on this machine: asked before any work is done.
+
+    Raises:
+        UserError: if not, saying what is missing.
+    """
+    if compiled:
+        check_compiler()
     if "onnx" in exported:
         check_onnx()
-    return _write_packages(load_converted(folder), folder, compiled, exported)
 
 
 def _write_packages(
-    converted: ConvertedModel, folder: Path, compiled: Sequence[str], exported: Sequence[str]
+    converted: ConvertedModel,
+    folder: Path,
+    compiled: Sequence[str],
+    exported: Sequence[str],
+    failures: dict[str, str],
 ) -> list[Path]:
     written = []
     for dtype in _bar(compiled, "compiling"):
-        try:
+        with collect_failure(failures, f"--compile {dtype}"):
             written.append(compile_step(copy.deepcopy(converted.model), folder, dtype))
-        except UserError as error:
-            raise UserError(f"{folder} is written, but not compiled: {error}") from None
     for form in _bar(exported, "exporting"):
-        written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
+        with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[form]):
+            written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
     return written
 
 
@@ -142,35 +162,19 @@ def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def _measure_perplexities(
-    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, done: Conversion
-) -> None:
-    """Of the parallel form, the recurrence, and ETSC and the window at the training length beside it."""
-    config = done.source.config
-    trained = config.model.max_length
-    forms = {"recurrent": converted}
-    for dtype in ("bfloat16", "int8"):
-        forms[f"{dtype} weights"] = pack(copy.deepcopy(converted), dtype)
-    for method in ("etsc", "window"):
-        forms[f"{method} {trained}"] = convert_model(model, method=method, horizon=trained)
-    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}
-    for multiple, limit in LENGTHS.items():
-        length = multiple * trained
-        rows = corpus.rows("val", length, config.data.max_val_tokens)
-        # Evenly spaced: the first documents alone are no sample of the text.
-        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
-        scores: dict[str, list[NLL]] = {name: [] for name in ppl}
-        for batch in _bar(
-            chosen.split(max(1, 4096 // length)) if len(rows) else (), f"perplexity at {length}"
-        ):
-            tokens = torch.stack([rows[int(index)] for index in batch])
-            scores["parallel"].append(parallel_nll(model, tokens))
-            for name, form in forms.items():
-                scores[name].append(recurrent_nll(form, tokens, config.conversion.chunk))
-        if scores["parallel"]:
-            for name, parts in scores.items():
-                ppl[name][str(length)] = add(parts).ppl
-    done.report.ppl = ppl
+def _measure(converted: CausalLM, done: Conversion) -> None:
+    """Perplexities, into the report and conversion.json; none if the run's text is gone."""
+    source = done.source
+    failures: dict[str, str] = {}
+    with collect_failure(failures, "no perplexities"):
+        corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
+        if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
+            raise DataError("the text of this run has changed")
+        measure_perplexities(source.model, converted, corpus, source.config, done.report)
+    if failures:
+        done.note = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    with collect_failure(done.failures, "conversion.json"):
+        save_report(done.folder, done.report)
 
 
 def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done: Conversion) -> None:
@@ -186,7 +190,7 @@ def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done
         check_steps(model if exact else converted, converted, tokens),
     ]
     key = str(model.config.max_length)
-    if key in done.report.ppl["parallel"]:
+    if key in done.report.ppl["parallel"] and key in done.report.ppl.get("recurrent", {}):
         gap = ppl_gap(done.report.ppl["parallel"][key], done.report.ppl["recurrent"][key])
         done.checks.append(check_gap(gap))
 

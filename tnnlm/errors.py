@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -30,6 +31,32 @@ OS_ADVICE = {
     errno.EPERM: "no permission: choose another place or change the permissions",
     errno.EROFS: "the file system is read-only: choose another place",
 }
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: a user's as it is, others with what to do about them or with their type."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OS_ADVICE:
+        return OS_ADVICE[error.errno]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+@contextmanager
+def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[None]:
+    """Go on after a step that nothing depends on, whatever it raised: the reason goes into ``failures``.
+
+    For measurements and optional files beside work that is finished, which no failure of theirs may lose.
+
+    Args:
+        failures: name of the step -> reason.
+        name: of this step.
+    """
+    try:
+        yield
+    except Exception as error:
+        failures[name] = one_line(error)
 
 
 def run_script(main: Callable[[], int]) -> int:

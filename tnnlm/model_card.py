@@ -135,6 +135,7 @@ def _perplexities(report: ModelReport) -> str | None:
         "Per token of held-out text, in rows of so many tokens; in brackets the relative difference to the "
         "parallel form. Further rows are other forms of the same model, measured beside it.\n\n"
         + _table(["form", *(f"{int(length):,} tokens" for length in parallel)], rows)
+        + "".join(f"\n\nNot measured: {form} ({why})." for form, why in report.not_measured.items())
     )
 
 

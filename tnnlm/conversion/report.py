@@ -82,6 +82,8 @@ class ModelReport:
     """of a Transformer of this width and depth after 2,048 tokens, in float32"""
     seconds: float
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
+    not_measured: dict[str, str] = field(default_factory=dict)
+    """forms whose perplexity could not be measured on this machine, with the reason"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for conversion.json."""

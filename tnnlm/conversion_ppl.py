@@ -1,0 +1,85 @@
+"""Perplexities of a conversion: the parallel form, the recurrence, and other forms of the same model.
+
+A form that this machine can't run, or that fails on the way, is named with the reason, and the others are
+measured all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from tnnlm.config import Config
+from tnnlm.conversion import ModelReport, convert_model
+from tnnlm.engine import pack
+from tnnlm.errors import collect_failure
+from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
+from tnnlm.model import CausalLM
+from tnnlm.packing import PackedCorpus
+
+LENGTHS = {1: 1 << 18, 8: 1 << 15}
+"""perplexities are measured at these multiples of the training length, on so many tokens at the most;
+at the training length that is what training validated on, unless there is very much of it"""
+_BATCH_TOKENS = 4096
+
+
+def measure_perplexities(
+    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, config: Config, report: ModelReport
+) -> None:
+    """Fill ``report.ppl`` and ``report.not_measured`` on the validation split, in float32.
+
+    Measured are the parallel form, the recurrence, the recurrence with weights in bfloat16 and int8, and
+    ETSC and the window at the training length.
+
+    Args:
+        model: trained, in its parallel form.
+        converted: its recurrent form.
+        corpus: the run's text.
+        config: of the run.
+        report: of the conversion.
+    """
+    forms = _forms(model, converted, report.not_measured)
+    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}
+    for multiple, limit in LENGTHS.items():
+        length = multiple * config.model.max_length
+        rows = corpus.rows("val", length, config.data.max_val_tokens)
+        if not len(rows):
+            continue
+        # Evenly spaced: the first documents alone are no sample of the text.
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
+        batches = chosen.split(max(1, _BATCH_TOKENS // length))
+        scores: dict[str, list[NLL]] = {name: [] for name in ppl}
+        for batch in tqdm(batches, desc=f"perplexity at {length}", leave=False, disable=None):
+            tokens = torch.stack([rows[int(index)] for index in batch])
+            scores["parallel"].append(parallel_nll(model, tokens))
+            for name, form in list(forms.items()):
+                with collect_failure(report.not_measured, name):
+                    scores[name].append(recurrent_nll(form, tokens, config.conversion.chunk))
+                if name in report.not_measured:
+                    del forms[name]
+        for name in ("parallel", *forms):
+            ppl[name][str(length)] = add(scores[name]).ppl
+    report.ppl = {name: values for name, values in ppl.items() if name not in report.not_measured}
+
+
+def _forms(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:
+    """The forms that can be made here, by name; why others can't goes into ``failures``."""
+    trained = model.config.max_length
+    makers: dict[str, Callable[[], CausalLM]] = {"recurrent": lambda: converted}
+    for dtype in ("bfloat16", "int8"):
+        makers[f"{dtype} weights"] = partial(_packed, converted, dtype)
+    for method in ("etsc", "window"):
+        makers[f"{method} {trained}"] = partial(convert_model, model, method=method, horizon=trained)
+    forms = {}
+    for name, make in makers.items():
+        with collect_failure(failures, name):
+            forms[name] = make()
+    return forms
+
+
+def _packed(converted: CausalLM, dtype: str) -> CausalLM:
+    return pack(copy.deepcopy(converted), dtype)
