@@ -60,7 +60,7 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
     assert {name.split("/")[0] for name in names} == {"tnnlm", f"tnnlm-{tnnlm.__version__}.dist-info"}
     assert metadata["Version"] == tnnlm.__version__
     assert metadata["Author"] == "tnnlm developers"
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     needed = {
         re.split(r"[^\w-]", line)[0]
         for line in metadata.get_all("Requires-Dist", [])

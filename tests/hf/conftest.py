@@ -36,7 +36,7 @@ FORMS = {
 }
 HORIZON = 40
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-# Transformers needs Python 3.11: without it the extras install nothing.
+# Transformers is an extra.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
 
 

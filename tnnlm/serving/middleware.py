@@ -29,7 +29,7 @@ class WholeBody:
             return await self.app(scope, receive, send)
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             answer = error_response(408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
             return await answer(scope, receive, send)
         if body is None:
