@@ -76,6 +76,8 @@ TRAINING_ONLY = {
     "matplotlib",
     "rich",
     "tensorboard",
+    "filelock",
+    "psutil",
     "tqdm",
     "transformers",
     "lm_eval",

@@ -242,7 +242,7 @@ class TrainerConfig:
     precision: str = choice("auto", "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
     """auto: bf16-mixed where the hardware has it, else 32-true"""
     accelerator: str = "auto"
-    """auto, cpu, gpu ...: Lightning's names"""
+    """auto (a CUDA or ROCm GPU, else the CPU), cpu, gpu ...: Lightning's names"""
     devices: Union[int, str] = "auto"  # noqa: UP007  OmegaConf reads typing.Union
     """how many per node, or auto"""
     num_nodes: int = number(1, low=1, high=100_000)

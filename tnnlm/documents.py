@@ -142,7 +142,7 @@ def spool(
     journal = folder / f"{name}.stream.json"
     state: dict[str, Any] = {"documents": 0, "files": 0, "stream": None, "done": False}
     if journal.is_file():
-        state = json.loads(journal.read_text())
+        state = json.loads(journal.read_text(encoding="utf-8"))
         if state["stream"] is not None:
             rows.load_state_dict(state["stream"])
     bar = tqdm(

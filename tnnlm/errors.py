@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def run_script(main: Callable[[], int]) -> int:
     permission), become one line on stderr and exit code 2. Everything else is a defect of ours
     and keeps its traceback. Ctrl-C outside of training gives 130, as shells expect.
     """
+    _replace_unprintable()
     try:
         return main()
     except UserError as error:
@@ -83,3 +85,10 @@ def run_script(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _replace_unprintable() -> None:
+    """Print a question mark for a character that the output's encoding lacks, as the code pages of Windows do:
+    a generated character must not end a script."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")

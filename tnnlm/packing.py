@@ -7,7 +7,6 @@ it. The convolution of a row reads across the eos between documents.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,14 +18,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.atomic import atomic_folder, flush_to_disk, write_text
 from tnnlm.config import DataConfig
 from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
 from tnnlm.documents import Documents, remove_scratch
@@ -67,8 +67,9 @@ class PackedCorpus:
 
     def rows(self, split: str, length: int, max_tokens: int | None = None) -> PackedRows:
         """The rows of ``split`` ("train" or "val"), ``length`` tokens and their successors each."""
-        tokens = np.memmap(self.folder / f"{split}.bin", dtype=np.int32, mode="r")
-        return PackedRows(tokens if max_tokens is None else tokens[: max_tokens + 1], length)
+        path = self.folder / f"{split}.bin"
+        n_tokens = path.stat().st_size // 4
+        return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
 
 
 class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
@@ -86,6 +87,17 @@ class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
             raise IndexError(index)  # ends ``for row in rows``
         start = index * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a mapped file by its name: a loader process that is spawned maps it, and copies nothing."""
+        if isinstance(self.tokens, np.memmap):
+            return _mapped_rows, (self.tokens.filename, len(self.tokens), self.length)
+        return PackedRows, (self.tokens, self.length)
+
+
+def _mapped_rows(path: Path, n_tokens: int, length: int) -> PackedRows:
+    """The rows of the first ``n_tokens`` tokens of a file."""
+    return PackedRows(np.memmap(path, dtype=np.int32, mode="r", shape=(n_tokens,)), length)
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = False) -> PackedCorpus:
@@ -132,7 +144,7 @@ def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | 
 
 
 def _open(folder: Path, eos_token: str) -> PackedCorpus:
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
     return PackedCorpus(folder, tokenizer, SplitInfo(**meta["train"]), SplitInfo(**meta["val"]))
@@ -142,30 +154,46 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
 def _resumable_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that stays if the block fails, and is moved there when it ends."""
     part = path.with_name(f"{path.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    lock = part / "lock"
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{part}: another process prepares the same data: wait until it is done"
-            ) from None
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with _only_process(part):
+        part.mkdir(exist_ok=True)
         try:
             yield part
         except BaseException:
             with contextlib.suppress(OSError):
-                lock.unlink()
                 part.rmdir()  # only if nothing was done yet
             raise
-        lock.unlink()
         for done in part.iterdir():
-            with done.open("rb") as opened:
-                os.fsync(opened.fileno())
+            flush_to_disk(done)
         if path.exists():  # made by a training in the meantime
             shutil.rmtree(part)
         else:
             os.replace(part, path)
+
+
+@contextmanager
+def _only_process(part: Path) -> Iterator[None]:
+    """Hold the lock of ``part``. The operating system releases it when the process is killed.
+
+    The lock file lies beside the folder: Windows can't rename a folder that holds an open file.
+
+    Raises:
+        DataError: if another process holds it.
+    """
+    path = part.with_suffix(".lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise DataError(f"{part}: another process prepares the same data: wait until it is done") from None
+    try:
+        yield
+    finally:
+        # While it is held: who opens the file from now on finds another, and who waits is told by
+        # filelock. Windows, which refuses, removes it on release.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:
@@ -249,7 +277,7 @@ def _packed_before(path: Path) -> SplitInfo | None:
     """What an earlier attempt brought safely to the disk."""
     if not _journal(path).is_file() or not path.is_file():
         return None
-    done = SplitInfo(**json.loads(_journal(path).read_text()))
+    done = SplitInfo(**json.loads(_journal(path).read_text(encoding="utf-8")))
     return done if path.stat().st_size >= 4 * done.tokens else None
 
 

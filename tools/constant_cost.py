@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tnnlm.atomic import write_text
 from tnnlm.benchmark.subjects import WIDTHS, linear_weights
 from tnnlm.benchmark.timing import read_bandwidth
 from tnnlm.capabilities import describe_cpu
@@ -72,7 +73,7 @@ def main() -> int:
     result = about | summarise(weights * WIDTHS[args.dtype], contexts, times)
     show(folder, result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2))
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.png:
         plot(args.png, result)
     return 0

@@ -9,7 +9,7 @@ Examples:
   python tools/load_test.py --streams 1,32 --seconds 20              # batching against one at a time
   python tools/load_test.py --url http://127.0.0.1:8000 --streams 200 --seconds 120 --json load.json
 
-Needs: pip install 'tnnlm[serve]' aiohttp
+Needs: pip install 'tnnlm[serve]' aiohttp psutil
 """
 
 from __future__ import annotations
@@ -124,9 +124,13 @@ async def load(
     seconds: float,
     work: list[dict[str, Any]],
     expected: list[str],
-    pid: int | None,
+    server: Any,
 ) -> None:
-    """Keep ``tally.streams`` streams busy; what runs at the end is finished."""
+    """Keep ``tally.streams`` streams busy; what runs at the end is finished.
+
+    Args:
+        server: psutil's process, whose memory is recorded; None leaves it out.
+    """
     started = time.perf_counter()
     bar = tqdm(total=round(seconds), desc=f"{tally.streams} streams", unit="s", leave=False, disable=None)
 
@@ -143,8 +147,8 @@ async def load(
         while True:
             await asyncio.sleep(1)
             bar.update(1)
-            if pid:
-                tally.memory.append(resident(pid))
+            if server is not None:
+                tally.memory.append(server.memory_info().rss / 2**20)
 
     watching = asyncio.create_task(watch())
     await asyncio.gather(*(worker(number) for number in range(tally.streams)))
@@ -157,14 +161,16 @@ async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[
     """All numbers of streams, one after the other."""
     try:
         import aiohttp
-    except ModuleNotFoundError:
-        raise UserError("aiohttp is not installed; run: pip install aiohttp") from None
+        import psutil
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; run: pip install aiohttp psutil") from None
 
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
         client = Client(session, url)
+        server = None if pid is None else psutil.Process(pid)
         work = requests(args.max_tokens)
         expected = []
         try:
@@ -176,17 +182,11 @@ async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[
             summaries = []
             for streams in args.streams:
                 tally = Tally(streams)
-                await load(client, tally, args.seconds, work, expected, pid)
+                await load(client, tally, args.seconds, work, expected, server)
                 summaries.append(tally.summary())
         except aiohttp.ClientError as error:
             raise UserError(f"{url}: {error}") from None
     return summaries
-
-
-def resident(pid: int) -> float:
-    """MiB of a process in memory."""
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @contextmanager
@@ -198,7 +198,8 @@ def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """
     words = [sys.executable, str(SERVE), "--port", "0", "--dtype", args.dtype, "--engine", args.engine]
     words += ["--model", args.model] if args.model else []
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+    variables = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8", env=variables) as process:
         assert process.stderr is not None
         seen = []
         for line in process.stderr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
 
     def __init__(self, folder: Path, split: str, length: int) -> None:
         self.length = length
+        self._source = (folder, split)
         self.labels: NDArray[np.uint8] = np.load(folder / f"{split}.labels.npy")
         ends: NDArray[np.int64] = np.load(folder / f"{split}.ends.npy")
         self._bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])
@@ -63,6 +64,10 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
             tokens, lengths = tokens[0], lengths[0]
         label = torch.tensor(int(self.labels[index]))
         return LabelledBatch(torch.from_numpy(tokens), torch.as_tensor(lengths), label)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the file's name: a loader process that is spawned maps it, and copies nothing."""
+        return LabelledRows, (*self._source, self.length)
 
     def symbols(self, index: int, part: int = 0) -> NDArray[np.uint8]:
         """A sequence as it is stored, whole."""

@@ -27,7 +27,7 @@ from tnnlm.errors import DataError
 from tnnlm.threads import limit_threads
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
-from tnnlm.training.plan import make_plan, resolve_precision
+from tnnlm.training.plan import make_plan, resolve_accelerator, resolve_precision
 from tnnlm.training.run import quieten
 
 STEPS = 100
@@ -103,7 +103,7 @@ def find_lr(config: Config) -> FoundRate:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
         trainer = lightning.Trainer(
-            accelerator=config.trainer.accelerator,
+            accelerator=resolve_accelerator(config),
             devices=1,
             precision=resolve_precision(config),  # type: ignore[arg-type]
             max_steps=STEPS,

@@ -88,7 +88,7 @@ def requeue() -> str:
     assert number is not None
     try:
         done = subprocess.run(
-            ["scontrol", "requeue", number], capture_output=True, text=True, timeout=60, check=False
+            ["scontrol", "requeue", number], capture_output=True, encoding="utf-8", timeout=60, check=False
         )
         problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:

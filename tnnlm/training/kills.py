@@ -23,6 +23,8 @@ from tnnlm.config_io import load_config
 from tnnlm.errors import UserError
 from tnnlm.training.logs import read_metrics
 
+KILLED = -getattr(signal, "SIGKILL", -1)
+"""exit code of a killed process; Windows, which has no such signal, gives 1"""
 _IN_START = 0.2
 """share of kills that come while the process starts, and may find no step done"""
 _COMPARED = ("train/loss", "train/lr", "train/skipped", "val/loss", "val/ppl_recurrent")
@@ -89,6 +91,7 @@ class Attempt:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(script.parent), os.environ.get("PYTHONPATH")))),
         }
         self.started = time.perf_counter()
@@ -99,7 +102,7 @@ class Attempt:
         self._training = threading.Event()
         self.process = subprocess.Popen(
             [sys.executable, str(script), *words],
-            cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=folder, env=environment, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -126,9 +129,9 @@ class Attempt:
         try:
             self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGKILL)
+            self.process.kill()
         self._wait()
-        self.killed = self.process.returncode == -signal.SIGKILL
+        self.killed = self.process.returncode == KILLED
         if not self.killed:
             self._check()
 
@@ -195,7 +198,7 @@ def _compare(whole: Path, killed: Path) -> list[str]:
     if rows[0] != rows[1]:
         odd = next((pair for pair in zip(*rows, strict=False) if pair[0] != pair[1]), "their number")
         differences.append(f"metrics.csv: {odd}")
-    if (whole / "samples.txt").read_text() != (killed / "samples.txt").read_text():
+    if (whole / "samples.txt").read_bytes() != (killed / "samples.txt").read_bytes():
         differences.append("samples.txt")
     return differences
 

@@ -69,7 +69,7 @@ def resolve_precision(config: Config) -> str:
     """``auto`` becomes bf16-mixed where the hardware computes in it, else 32-true."""
     if config.trainer.precision != "auto":
         return config.trainer.precision
-    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+    if resolve_accelerator(config) != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = capability("bfloat16_arithmetic").available
@@ -80,8 +80,19 @@ def resolve_devices(config: Config) -> int:
     """``auto`` becomes every GPU, or the one CPU process."""
     if config.trainer.devices != "auto":
         return int(config.trainer.devices)
-    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    on_gpu = resolve_accelerator(config) != "cpu" and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu else 1
+
+
+def resolve_accelerator(config: Config) -> str:
+    """``auto`` becomes a CUDA or ROCm GPU where there is one, else the CPU.
+
+    Lightning's own ``auto`` takes the GPU of an Apple machine, which has no float64: no kernel could be
+    converted there.
+    """
+    if config.trainer.accelerator != "auto":
+        return config.trainer.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _weights(config: Config, model: Backbone, devices: int) -> int:

@@ -20,7 +20,7 @@ from tnnlm.training.averaging import averaging
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback
 from tnnlm.training.jobs import cluster_plugins
 from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
-from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
+from tnnlm.training.plan import FSDP, resolve_accelerator, resolve_devices, resolve_precision
 from tnnlm.training.progress import TrainingBar
 from tnnlm.training.schedule import ValidationSchedule
 from tnnlm.training.tasks import TASKS
@@ -50,7 +50,7 @@ def build_trainer(
     settings = config.trainer
     at_terminal = sys.stdout.isatty()
     options = dict[str, Any](
-        accelerator=settings.accelerator,
+        accelerator=resolve_accelerator(config),
         devices=resolve_devices(config),
         num_nodes=settings.num_nodes,
         strategy=strategy,

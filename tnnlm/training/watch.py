@@ -6,8 +6,8 @@ the configuration, and two numbers per layer that say which layers grow long mem
 
 from __future__ import annotations
 
+import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -95,22 +95,32 @@ def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) 
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in GiB: allocated on a GPU, resident of the process elsewhere."""
+    """Largest memory so far in GiB: allocated on a GPU, resident of the process elsewhere; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident_peak() / 2**30
 
 
 def resident_peak() -> int:
-    """Most bytes that this process was resident with. Not by getrusage where it can be helped: a process
-    inherits its parent's figure there."""
+    """Largest resident memory of this process so far, in bytes; 0 where the system doesn't tell.
+
+    Linux is read from /proc: a process inherits its parent's figure from getrusage.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM"):
                 return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ImportError):
+        import resource  # Unix only
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ImportError, AttributeError):
+        import psutil  # installed with the extra [train] on Windows, which records the peak
+
+        return int(psutil.Process().memory_info().peak_wset)
+    return 0
 
 
 class DataWait(Profiler):
@@ -162,8 +172,10 @@ class StepWatch:
             "train/step_seconds": seconds,
             "train/data_seconds": (waited - last_waited) / (step - last_step),
             "train/tflops": self.flops * speed / trainer.world_size / 1e12,
-            "train/memory_gib": peak_memory(trainer.strategy.root_device),
         }
+        memory = peak_memory(trainer.strategy.root_device)
+        if memory:
+            values["train/memory_gib"] = memory
         if self.norms:
             values["train/grad_norm"] = float(torch.stack(self.norms).mean())
         self.norms = []
