@@ -1,6 +1,18 @@
-# Set-up and the two things to do with a clean clone. Needs Python >= 3.10, pip and make.
+# Set-up and the two things to do with a clean clone. Needs Python 3.11 or newer, pip and make (GNU 3.81).
 PYTHON ?= python3
 BIN := .venv/bin
+
+# The environment's interpreter, or the one that will create it; Python 2 must understand this, too.
+USED := $(if $(wildcard $(BIN)/pip),$(BIN)/python,$(PYTHON))
+FOUND := $(shell $(USED) -c 'import sys; v = sys.version_info[:3]; \
+	print("%d.%d.%d %s" % (v + ("supported" if v >= (3, 11) else "old",)))' 2>/dev/null)
+AGAIN := $(if $(wildcard $(BIN)/pip),rm -r .venv && )make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11
+ifeq ($(FOUND),)
+$(error $(USED) is missing or does not run, tnnlm needs Python 3.11 or newer: $(AGAIN))
+endif
+ifneq ($(word 2,$(FOUND)),supported)
+$(error tnnlm needs Python 3.11 or newer, $(USED) is $(firstword $(FOUND)): $(AGAIN))
+endif
 
 .PHONY: demo test lint
 
@@ -18,6 +30,6 @@ lint: .venv/installed
 	$(BIN)/mypy tnnlm
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	[ -e $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

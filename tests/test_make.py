@@ -1,0 +1,79 @@
+"""The Makefile names an interpreter that does not fit in one line, before it creates anything."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture(autouse=True)
+def _clone() -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copyfile(ROOT / name, name)
+
+
+def fake_python(path: Path, version: tuple[int, int, int]) -> Path:
+    """An interpreter that takes itself for another version."""
+    pretend = f"import sys; sys.version_info = (*{version}, 'final', 0); "
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}$2"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], capture_output=True, encoding="utf-8", check=False, timeout=60)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_old_python_is_refused(target: str) -> None:
+    fake_python(Path("python3.10"), (3, 10, 13))
+    message = f"needs Python 3.11 or newer, ./python3.10 is 3.10.13: make {target} PYTHON=python3.11"
+    assert_refused(make(target, "PYTHON=./python3.10"), message)
+    assert not Path(".venv").exists()
+
+
+def test_missing_python_is_refused() -> None:
+    message = "./nowhere is missing or does not run, tnnlm needs Python 3.11 or newer: make demo PYTHON="
+    assert_refused(make("PYTHON=./nowhere"), message)
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 14, 2), (4, 0, 0)])
+def test_newer_python_is_accepted(version: tuple[int, int, int]) -> None:
+    fake_python(Path("python"), version)
+    done = make("--dry-run", "test", "PYTHON=./python")
+    assert done.returncode == 0, done.stderr
+    assert "./python -m venv .venv" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith(".venv/bin/python -m pytest")
+
+
+def test_environment_of_an_old_python_is_refused() -> None:
+    fake_python(Path(".venv/bin/python"), (3, 10, 13))
+    Path(".venv/bin/pip").touch()
+    message = "newer, .venv/bin/python is 3.10.13: rm -r .venv && make test PYTHON=python3.11"
+    assert_refused(make("test", f"PYTHON={sys.executable}"), message)
+    Path(".venv/bin/python").unlink()
+    assert_refused(make("test"), ".venv/bin/python is missing or does not run")
+
+
+def test_environment_is_used_whatever_the_default_python_is() -> None:
+    fake_python(Path(".venv/bin/python"), (3, 11, 7))
+    Path(".venv/bin/pip").touch()
+    Path(".venv/installed").touch()
+    done = make("--dry-run", "test", "PYTHON=./nowhere")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(".venv/bin/python -m pytest")
