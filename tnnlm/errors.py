@@ -88,7 +88,7 @@ def run_script(main: Callable[[], int]) -> int:
 
 
 def _replace_unprintable() -> None:
-    """Print a question mark for a character that the output's encoding lacks, as the code pages of Windows do:
+    """Print a question mark for a character that the output's encoding lacks, such as a Windows code page:
     a generated character must not end a script."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
