@@ -1,0 +1,80 @@
+"""The workflow of the hosted CI names versions, targets and files that exist."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+FILE = ROOT / ".github/workflows/ci.yml"
+TEXT = FILE.read_text(encoding="utf-8")
+WORKFLOW: dict[Any, Any] = yaml.safe_load(TEXT)
+JOBS: dict[str, Any] = WORKFLOW["jobs"]
+STEPS = [step for job in JOBS.values() for step in job["steps"]]
+COMMANDS = [step["run"] for step in STEPS if "run" in step]
+
+
+def supported_versions() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", c) for c in project["classifiers"])
+    return [match[1] for match in found if match]
+
+
+def test_pushes_and_pull_requests_run_all_jobs() -> None:
+    assert set(WORKFLOW[True]) == {"push", "pull_request"}  # YAML takes the key ``on`` for a truth value
+    assert set(JOBS) == {"lint", "test", "wheel"}
+    assert not any("if" in job for job in JOBS.values())
+
+
+def test_oldest_and_newest_python_are_tested_on_every_system() -> None:
+    oldest, *_, newest = supported_versions()
+    matrix = JOBS["test"]["strategy"]["matrix"]
+    assert matrix["python"] == [oldest, newest]
+    assert matrix["os"] == ["ubuntu-latest", "ubuntu-24.04-arm", "macos-latest"]
+    # An entry that repeats a combination would only rename it: the third value makes it one more.
+    assert matrix["include"] == [{"os": "ubuntu-latest", "python": oldest, "cpu": "avx2"}]
+    assert matrix["cpu"] == ["native"]
+    given = [step["with"]["python-version"] for step in STEPS if "setup-python" in step.get("uses", "")]
+    assert sorted(given) == sorted([oldest, oldest, "${{ matrix.python }}"])
+
+
+def test_avx2_run_limits_every_library() -> None:
+    (step,) = (step for step in STEPS if "avx2" in step.get("if", ""))
+    names = set(re.findall(r"echo (\w+)=AVX2 ", step["run"], re.IGNORECASE))
+    assert names == {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"}
+
+
+def test_targets_and_files_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {match for command in COMMANDS for match in re.findall(r"\bmake (\w+)", command)}
+    assert targets == {"lint", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    lists = [
+        step["with"]["cache-dependency-path"]
+        for step in STEPS
+        if "cache-dependency-path" in step.get("with", {})
+    ]
+    text = "\n".join([*COMMANDS, *lists]).replace("$GITHUB_WORKSPACE/", "")
+    names = set(re.findall(r"[\w/.]+\.(?:py|txt|toml)\b", text))
+    assert {"constraints.txt", "pyproject.toml"} <= names
+    assert all((ROOT / name).is_file() for name in names), names
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_may_read_only_and_end(name: str) -> None:
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert "permissions" not in JOBS[name]
+    assert 0 < JOBS[name]["timeout-minutes"] <= 90
+    assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
+
+
+def test_actions_are_pinned_and_no_host_is_named() -> None:
+    used = [step["uses"] for step in STEPS if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+    assert "://" not in TEXT
+    assert WORKFLOW["env"] == {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"}
