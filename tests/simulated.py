@@ -104,14 +104,16 @@ LEVELS: dict[str, dict[str, str]] = {
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
     },
-    "one-core": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    "two-threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""by name: simulated in a process of its own, by the instructions that the libraries may use"""
+"""by name: simulated in a process of its own, by the instructions that the libraries may use, or by more
+threads than the tests themselves run on"""
 
 
 def level_environment(level: str) -> dict[str, str]:
     """The environment of a process on a simulated CPU."""
-    return {**os.environ, **LEVELS[level]}
+    ours = ("PYTEST_", "TNNLM_CACHE", "COV_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | LEVELS[level]
 
 
 def forget_probes() -> None:

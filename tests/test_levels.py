@@ -1,0 +1,66 @@
+"""Laws, and what is promised bit for bit, on CPUs with fewer instructions: in a process of its own each.
+
+The libraries are told by environment variables to use no wider instructions, as PyTorch, oneDNN and MKL
+choose them when they are loaded.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from simulated import LEVELS, level_environment
+from test_engine import converted, whole
+from torch._inductor import config as inductor_config
+
+from tnnlm.capabilities import capability, cpu_level
+from tnnlm.compiled import compile_step
+from tnnlm.engine import open_engine
+from tnnlm.packed import RowLinear, replace_linears
+
+CHOSEN = (
+    "tests/ops/test_toeplitz.py",
+    "tests/ops/test_recurrence.py",
+    "tests/test_laws.py::test_step_prefill_and_forward_agree",
+    "tests/test_laws.py::test_padded_batch_equals_single_prompts",
+    "tests/test_machines.py::test_linear_layer_equals_the_product_with_rounded_weights",
+    "tests/test_machines.py::test_row_has_the_same_bits_in_any_batch_where_that_is_promised",
+    "tests/test_machines.py::test_scripts_work_and_name_what_ran[this-machine]",
+    "tests/serving/test_batcher.py::test_text_is_the_same_under_any_load",
+    "tests/training/test_run.py::test_resume_is_exact[crash-2]",
+    "tests/training/test_kill.py::test_a_killed_run_ends_as_an_unkilled_one",
+)
+"""the laws of a model's forms, every linear layer, the scripts; batching and resuming to the last bit"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_laws_and_bits_hold_at_every_level(level: str) -> None:
+    if level == "avx2" and "AVX512" not in cpu_level():
+        pytest.skip(f"this CPU has no more ({cpu_level()}): the whole suite runs at that level")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *CHOSEN]
+    done = subprocess.run(command, cwd=ROOT, env=level_environment(level), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(256, "float32"), (256, "int8"), (1, "float32")])
+def test_compiled_step_is_right_at_every_vector_width(bits: int, dtype: str) -> None:
+    """1 bit is PyTorch's way to ask for no vectors at all."""
+    if not capability("cpp_compiler"):
+        pytest.skip("no C++ compiler")
+    with inductor_config.patch({"cpp.simdlen": bits}):
+        compile_step(converted(), Path("out"), dtype)
+    engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
+    assert info.name == "compiled"
+    rounded = converted()
+    replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
+    state, expected_state = engine.model.init_state(1), rounded.init_state(1)
+    with torch.inference_mode():
+        for token in torch.randint(300, (10, 1)):
+            logits, state = engine.model.step(token, state)
+            expected, expected_state = rounded.step(token, expected_state)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
