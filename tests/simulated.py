@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tnnlm import capabilities
+from tnnlm.benchmark import levels
 
 NO_BFLOAT16 = (
     "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and "
@@ -94,16 +95,8 @@ MACHINES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 """by name: simulated in this process, by operators that raise as they do where they are missing"""
 
 LEVELS: dict[str, dict[str, str]] = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-    "no-avx": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    },
+    "avx2": levels.LEVELS["AVX2"],
+    "no-avx": levels.LEVELS["no AVX"],
     "two-threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
 """by name: simulated in a process of its own, by the instructions that the libraries may use, or by more

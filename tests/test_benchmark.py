@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, tiny_config
 from training_runs import tiny_run
 
+from tnnlm.benchmark.levels import LEVELS, level_table, levels_here, time_levels
 from tnnlm.benchmark.llamacpp import llama_cpp
 from tnnlm.benchmark.onnx import OnnxModel
 from tnnlm.benchmark.peers import PEERS, peer
@@ -178,3 +180,15 @@ def test_tool_writes_what_it_prints(
     assert "convolution's share" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--contexts", "0"])
     assert run_script(tool.main) == 2
+
+
+def test_levels_are_timed_in_processes_of_their_own() -> None:
+    before = dict(os.environ)
+    rows = time_levels(SHAPE, 2, rounds=1, steps=1, decoded=SHAPE)
+    assert [row["level"] for row in rows] == levels_here()
+    assert rows[-1]["cpu_level"] == "DEFAULT"
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["decoding"]["bfloat16"]["linear"] for row in rows)
+    assert level_table(rows).count("\n") == 1 + len(rows)
+    assert dict(os.environ) == before
+    assert LEVELS["native"] == {}

@@ -10,6 +10,7 @@ Examples:
   python tools/benchmark.py prefill --quick              # prompts, smaller and fewer, in about a minute
   python tools/benchmark.py batch --json batch.json --png batch.png
   python tools/benchmark.py train                        # tokens per second, memory, the convolution's share
+  python tools/benchmark.py levels                       # this CPU with and without AVX-512, AVX2
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
+from tnnlm.benchmark.levels import level_table, time_levels
 from tnnlm.benchmark.llamacpp import llama_cpp
 from tnnlm.benchmark.peers import PEERS, peer
 from tnnlm.benchmark.report import memory_table, plot, table
@@ -34,9 +36,11 @@ from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, 
 from tnnlm.benchmark.train_timing import time_training
 from tnnlm.capabilities import capability, describe_cpu
 from tnnlm.config import ModelConfig
+from tnnlm.config_io import load_config
 from tnnlm.errors import UserError, run_script
 from tnnlm.threads import limit_threads
 
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LLAMA_CPP = "llama.cpp"
 ONNX = "onnxruntime"
 ENGINES = ("compiled", "packed", "eager", ONNX)
@@ -62,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=(*OURS, "train"), help="what is timed")
+    parser.add_argument("mode", choices=(*OURS, "train", "levels"), help="what is timed")
     parser.add_argument("--quick", action="store_true", help="less of everything, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
@@ -91,7 +95,9 @@ def main() -> int:
     keep_large_blocks()
     limit_threads()
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
-    result = training(args, shape) if args.mode == "train" else decoding(args, shape)
+    if args.mode == "levels" and args.png:
+        raise UserError("--png: the levels are a table alone")
+    result = {"train": training, "levels": levels}.get(args.mode, decoding)(args, shape)
     if args.json:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.png:
@@ -112,6 +118,14 @@ def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
         "gemm_flops": rate,
         "results": rows,
     }
+
+
+def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """The demo's training steps and single decoding steps, at every level of instructions."""
+    demo = load_config(DEMO, [])
+    rounds, steps = (1, 2) if args.quick else (3, 8)
+    rows = time_levels(demo.model, demo.data.batch_size, rounds, steps, shape)
+    return {"mode": "levels", "cpu": describe_cpu(), "results": rows}
 
 
 def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
@@ -141,6 +155,9 @@ def show(result: dict[str, Any]) -> None:
     """The limit that was measured, and the table."""
     mode = result["mode"]
     print(result["cpu"])
+    if mode == "levels":
+        print(f"\n{level_table(result['results'])}")
+        return
     if mode == "train":
         print(
             "tokens per second (share of the FLOP rate); matrices are multiplied at "
