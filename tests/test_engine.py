@@ -20,7 +20,8 @@ from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
 from tnnlm.linear_choice import choose_linear
 from tnnlm.model import CausalLM
-from tnnlm.packed import DTYPES, Int8Linear, RowLinear, replace_linears
+from tnnlm.packed import DTYPES, Int8Linear, replace_linears
+from tnnlm.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 
@@ -60,6 +61,17 @@ def test_int8_weights_are_symmetric_and_use_their_range() -> None:
     assert not layer.weight[3].any()
     back = layer.weight * layer.scale.float()[:, None]
     assert (back - weight).abs().max() <= 0.51 * layer.scale.float().max() * 1.02
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_four_weights_in_a_word_are_the_same_int8_weights(bias: bool) -> None:
+    plain = nn.Linear(28, 33, bias=bias)
+    plain.weight.data[2] = 0
+    plain.weight.data[3, :2] = torch.tensor([5.0, -5.0])  # both ends of the range
+    plain.weight.data[4] = -plain.weight.data[4].abs()
+    x = torch.randn(1, 28)
+    expected = RowLinear(plain.weight, plain.bias, "int8")(x)
+    torch.testing.assert_close(FourByteRowLinear(plain.weight, plain.bias)(x), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -35,6 +35,7 @@ LAYERS = (
         "runs",
         "packed",
         "linear_choice",
+        "row_linear",
         "compiled",
         "graphs",
         "export",

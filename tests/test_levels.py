@@ -20,7 +20,8 @@ from torch._inductor import config as inductor_config
 from tnnlm.capabilities import capability, cpu_level
 from tnnlm.compiled import compile_step
 from tnnlm.engine import open_engine
-from tnnlm.packed import RowLinear, replace_linears
+from tnnlm.packed import replace_linears
+from tnnlm.row_linear import RowLinear
 
 CHOSEN = (
     "tests/ops/test_toeplitz.py",

@@ -25,7 +25,8 @@ from tnnlm.atomic import atomic_file, write_text
 from tnnlm.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM, ModelState
-from tnnlm.packed import RowLinear, replace_linears
+from tnnlm.packed import replace_linears
+from tnnlm.row_linear import row_linear
 
 
 class _Step(nn.Module):
@@ -86,7 +87,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError
 
-    replace_linears(model, lambda weight, bias: RowLinear(weight, bias, dtype))
+    replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
     parts, structure = tree_flatten(model.init_state(1))
     path = package_path(folder, dtype)
     example = (torch.zeros(1, dtype=torch.long), *parts)

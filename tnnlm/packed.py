@@ -137,33 +137,6 @@ class Int8Linear(WidenedLinear):
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
 
-class RowLinear(nn.Module):
-    """y = x W^T + b for one row, as a product and a sum: for a compiler, which makes of it a loop over W.
-
-    That loop reads W as it lies, at the speed of the memory, and widens it in registers: x stays float32
-    under any dtype of weights. Written as a matrix product it would be a call of a library, with
-    whatever stands around it cut off.
-    """
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
-        super().__init__()
-        narrow, scale, bias = narrowed(weight, bias, dtype)
-        self.register_buffer("weight", narrow)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, I) -> (1, O)."""
-        y = (x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias
-
-
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric rounding of W (O, I): integers, and a scale per output (O,) in bfloat16."""
     weight = weight.detach().float()

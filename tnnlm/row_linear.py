@@ -1,0 +1,85 @@
+"""Linear layers of one row, written as a product and a sum, of which a compiler makes a single loop.
+
+That loop reads the weights as they lie, at the speed of the memory, and widens them in registers: x stays
+float32 under any dtype of weights. Written as a matrix product it would be a call of a library, with whatever
+stands around it cut off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.capabilities import cpu_level
+from tnnlm.packed import narrowed, to_int8
+
+_BYTES = 4
+"""int8 weights in an int32"""
+
+
+class RowLinear(nn.Module):
+    """y = x W^T + b with W in float32, bfloat16 or int8."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        narrow, scale, bias = narrowed(weight, bias, dtype)
+        self.register_buffer("weight", narrow)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, I) -> (1, O)."""
+        y = (x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1)
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class FourByteRowLinear(nn.Module):
+    """y = x W^T + b with int8 weights, four of them in an int32 that shifts take apart.
+
+    PyTorch's compiler turns int8 into float32 element by element where there is no AVX-512, ten times slower
+    than the memory; int32 it shifts and converts in vectors.
+    """
+
+    words: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """I has to be a multiple of four."""
+        super().__init__()
+        integers, scale = to_int8(weight)
+        self.quarter = weight.shape[1] // _BYTES
+        # Byte i of word q is column i I/4 + q: every shift then belongs to a run of inputs that lie together.
+        octets = integers.unflatten(1, (_BYTES, self.quarter)).to(torch.int32).bitwise_and(0xFF)
+        places = 8 * torch.arange(_BYTES, dtype=torch.int32, device=weight.device)
+        self.register_buffer("words", (octets << places[:, None]).sum(1, dtype=torch.int32))
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, I) -> (1, O)."""
+        products = x.new_zeros(())
+        for i, part in enumerate(x.unsqueeze(-2).split(self.quarter, dim=-1)):
+            # Up to the sign bit and down again: the shift to the right keeps the sign.
+            products = products + part * ((self.words << (24 - 8 * i)) >> 24).to(x.dtype)
+        y = products.sum(-1) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def row_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
+    """The layer that compiles best on this CPU.
+
+    Args:
+        weight: (O, I).
+        bias: (O,) or None.
+        dtype: of the weights.
+    """
+    if dtype == "int8" and weight.shape[1] % _BYTES == 0 and not cpu_level().startswith("AVX512"):
+        return FourByteRowLinear(weight, bias)
+    return RowLinear(weight, bias, dtype)
