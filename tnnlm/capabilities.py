@@ -29,6 +29,7 @@ WITHOUT = "TNNLM_WITHOUT"
 _TOLERANCE = 0.02
 """largest relative error of a probe, the rounding of its weights included"""
 _COMPILE_SECONDS = 60
+_SOURCE = '#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n'
 
 
 class Capability(NamedTuple):
@@ -169,14 +170,15 @@ def _cpp_compiler() -> None:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-        source.write_text('#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n')
+        source.write_text(_SOURCE, encoding="ascii")
         command = [*name.split(), "-shared", "-fPIC", str(source), "-o", str(target)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+            done = subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise RuntimeError(f"{name}: {getattr(error, 'strerror', None) or 'does not answer'}") from None
         if done.returncode or not target.is_file():
-            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            said = lines[0] if lines else f"exit code {done.returncode}"
             raise RuntimeError(f"{name}: {said}")
 
 
