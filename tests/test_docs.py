@@ -206,6 +206,8 @@ def run_line(line: str) -> int:
             words if not after.count("*") else ["bash", "-c", after], check=False
         ).returncode
     assert words[0] == "python", f"{line}: neither run nor marked by one of {', '.join(sorted(MARKS))}"
+    if words[1] == "-m":
+        return int(importlib.import_module(words[2]).main())
     return run_python(words[1], tiny(words[1], words[2:]), piped)
 
 
