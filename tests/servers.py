@@ -34,10 +34,10 @@ class Running(NamedTuple):
     service: Service
 
 
-def tiny_generator() -> TextGenerator:
+def tiny_generator(dtype: str = "float32") -> TextGenerator:
     """A converted model of random weights, packed."""
     model, tokenizer = _tiny_parts()
-    return TextGenerator(pack(convert_model(model)), tokenizer)
+    return TextGenerator(pack(convert_model(model), dtype), tokenizer)
 
 
 def tiny_converted(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from simulated import NO_BFLOAT16, forget_probes
 from tnnlm import compiled
 from tnnlm.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.compiled import load_step, package_path
+from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
 
 
@@ -39,6 +40,9 @@ def test_capabilities_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TNNLM_WITHOUT", "int8, cpp_compiler")
     assert capability("int8") == (False, "switched off by TNNLM_WITHOUT")
     assert not capability("cpp_compiler")
+    monkeypatch.setenv("TNNLM_WITHOUT", "int4")
+    with pytest.raises(UserError, match="TNNLM_WITHOUT: no capability int4; expected some of onednn_float32"):
+        capability("int8")
     monkeypatch.delenv("TNNLM_WITHOUT")
     with pytest.raises(KeyError):
         capability("int9")
@@ -73,6 +77,9 @@ def test_table_names_everything_and_prints() -> None:
         check=True,
     )
     assert done.stderr == ""
+    as_json = [sys.executable, "-m", "tnnlm.capabilities", "--json"]
+    data = json.loads(subprocess.run(as_json, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert data.keys() == table.keys()
     lines = done.stdout.splitlines()
     assert len(lines) == 2 + len(PROBES)
     assert any(line.startswith("int8 ") and "switched off" in line for line in lines)

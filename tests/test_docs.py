@@ -109,11 +109,16 @@ def script_module(name: str) -> ModuleType:
 
 def run_python(name: str, words: list[str], stdin: bytes = b"") -> int:
     """A script in this process."""
+    return run_main(script_module(name), [name, *words], stdin)
+
+
+def run_main(module: ModuleType, words: list[str], stdin: bytes = b"") -> int:
+    """The ``main`` of a module; ``words`` begin with its name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *words])
+        patch.setattr(sys, "argv", words)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         try:
-            return run_script(script_module(name).main)
+            return run_script(module.main)
         except SystemExit as stop:  # argparse
             return int(stop.code or 0)
 
@@ -207,7 +212,7 @@ def run_line(line: str) -> int:
         ).returncode
     assert words[0] == "python", f"{line}: neither run nor marked by one of {', '.join(sorted(MARKS))}"
     if words[1] == "-m":
-        return int(importlib.import_module(words[2]).main())
+        return run_main(importlib.import_module(words[2]), words[2:])
     return run_python(words[1], tiny(words[1], words[2:]), piped)
 
 

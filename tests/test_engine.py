@@ -18,6 +18,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel, model_fingerprint
 from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
+from tnnlm.generation import TextGenerator
 from tnnlm.linear_choice import choose_linear
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, Int8Linear, replace_linears
@@ -118,6 +119,11 @@ def test_compiled_step_rounds_the_weights_and_nothing_else(dtype: str) -> None:
     compile_step(converted(), Path("out"), dtype)
     engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
     assert str(info) == f"compiled engine, cpu, {dtype}"
+    assert_steps_round_the_weights_alone(engine, dtype)
+
+
+def assert_steps_round_the_weights_alone(engine: TextGenerator, dtype: str) -> None:
+    """Steps of :func:`converted` as ``engine`` takes them are those of plain layers with rounded weights."""
     rounded = converted()
     replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
     state, expected_state = engine.model.init_state(1), rounded.init_state(1)

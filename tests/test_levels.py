@@ -11,17 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from simulated import LEVELS, level_environment
-from test_engine import converted, whole
+from test_engine import assert_steps_round_the_weights_alone, converted, whole
 from torch._inductor import config as inductor_config
 
 from tnnlm.capabilities import capability, cpu_level
 from tnnlm.compiled import compile_step
 from tnnlm.engine import open_engine
-from tnnlm.packed import replace_linears
-from tnnlm.row_linear import RowLinear
 
 CHOSEN = (
     "tests/ops/test_toeplitz.py",
@@ -57,11 +54,4 @@ def test_compiled_step_is_right_at_every_vector_width(bits: int, dtype: str) -> 
         compile_step(converted(), Path("out"), dtype)
     engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
     assert info.name == "compiled"
-    rounded = converted()
-    replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
-    state, expected_state = engine.model.init_state(1), rounded.init_state(1)
-    with torch.inference_mode():
-        for token in torch.randint(300, (10, 1)):
-            logits, state = engine.model.step(token, state)
-            expected, expected_state = rounded.step(token, expected_state)
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert_steps_round_the_weights_alone(engine, dtype)

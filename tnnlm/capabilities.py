@@ -8,8 +8,10 @@ prints the table.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tnnlm.errors import UserError, run_script
 from tnnlm.threads import limit_threads
 
 WITHOUT = "TNNLM_WITHOUT"
@@ -49,11 +52,20 @@ def capability(name: str) -> Capability:
 
     Raises:
         KeyError: for another name.
+        UserError: if that variable names none of ``PROBES``.
     """
     probe = PROBES[name].run
-    if name in os.environ.get(WITHOUT, "").replace(",", " ").split():
+    if name in _switched_off():
         return Capability(False, f"switched off by {WITHOUT}")
     return _probed(probe)
+
+
+def _switched_off() -> set[str]:
+    names = set(os.environ.get(WITHOUT, "").replace(",", " ").split())
+    unknown = sorted(names - PROBES.keys())
+    if unknown:
+        raise UserError(f"{WITHOUT}: no capability {unknown[0]}; expected some of {', '.join(PROBES)}")
+    return names
 
 
 @functools.cache
@@ -205,8 +217,18 @@ PROBES = {
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table, with ``--json`` as data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tnnlm.capabilities",
+        description="What this CPU and this build of PyTorch can do, found by running each operator once. "
+        f"{WITHOUT}='NAME ...' switches capabilities off, here and in every script.",
+    )
+    parser.add_argument("--json", action="store_true", help="the table as JSON")
+    args = parser.parse_args()
     table = capability_table()
+    if args.json:
+        print(json.dumps(table, indent=2))
+        return 0
     print(f"{table['processor']}, {table['cpu_level']}, PyTorch {table['torch']}")
     print(f"{table['threads']} threads ({table['threads_reason']})")
     for name, probe in PROBES.items():
@@ -218,4 +240,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -85,9 +85,9 @@ class HalfLinear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-class WidenedLinear(nn.Module):
-    """y = x W^T + b with W kept in bfloat16 or int8 and widened to float32 a tile at a time: for machines
-    that have no operator for narrow weights. The memory is read once, at the narrow width."""
+class NarrowLinear(nn.Module):
+    """What layers of weights in float32, bfloat16 or int8 hold: the rounded W (O, I), a scale per output for
+    int8, and the bias, both in float32. How they multiply is up to subclasses."""
 
     weight: Tensor
     scale: Tensor | None
@@ -95,10 +95,20 @@ class WidenedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
         super().__init__()
-        narrow, scale, bias = narrowed(weight, bias, dtype)
-        self.register_buffer("weight", narrow)
+        scale = None
+        if dtype == "int8":
+            weight, scale = to_int8(weight)
+            scale = scale.float()
+        else:
+            weight = weight.detach().to(getattr(torch, dtype))
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+
+class WidenedLinear(NarrowLinear):
+    """y = x W^T + b with narrow weights, widened to float32 a tile at a time: for machines that have no
+    operator for them. The memory is read once, at the narrow width."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of ``x``."""
@@ -144,15 +154,6 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     # the one that is used.
     scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def narrowed(weight: Tensor, bias: Tensor | None, dtype: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """W (O, I) rounded to ``dtype``, its scale per output for int8, and the bias, both in float32."""
-    own = None if bias is None else bias.detach().float()
-    if dtype != "int8":
-        return weight.detach().to(getattr(torch, dtype)), None, own
-    integers, scale = to_int8(weight)
-    return integers, scale.float(), own
 
 
 def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:

@@ -11,25 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.capabilities import cpu_level
-from tnnlm.packed import narrowed, to_int8
+from tnnlm.packed import NarrowLinear, to_int8
 
 _BYTES = 4
 """int8 weights in an int32"""
 
 
-class RowLinear(nn.Module):
+class RowLinear(NarrowLinear):
     """y = x W^T + b with W in float32, bfloat16 or int8."""
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
-        super().__init__()
-        narrow, scale, bias = narrowed(weight, bias, dtype)
-        self.register_buffer("weight", narrow)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, I) -> (1, O)."""
