@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,12 @@ def fake_python(path: Path, version: tuple[int, int, int]) -> Path:
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *words], capture_output=True, encoding="utf-8", check=False, timeout=60)
+    # Without what an outer make hands on to those that it starts: these tests may run under `make test`.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    own.pop("PYTHON", None)
+    return subprocess.run(
+        ["make", *words], env=own, capture_output=True, encoding="utf-8", check=False, timeout=60
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
