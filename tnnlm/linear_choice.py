@@ -1,7 +1,7 @@
 """Which linear layer decodes with weights of a dtype on a device: the fastest whose operator works there.
 
 On a CPU the table of capabilities decides (:mod:`tnnlm.capabilities`). Every choice for a dtype rounds the
-weights alike, so that a model gives the same text on different machines but for the order of sums.
+weights alike; oneDNN in bfloat16 and the int8 operator round a layer's inputs to bfloat16, too.
 """
 
 from __future__ import annotations

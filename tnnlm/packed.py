@@ -24,8 +24,8 @@ INT8_BLOCK = 32
 """sizes that the int8 operator takes are multiples of it"""
 _FEW_ROWS = 16
 """up to so many rows int8 weights are multiplied as they are; above, rounding them back once is faster"""
-_HALF_RANGE = (2.0**-8, 65504.0)
-"""of the largest weight, for which float16 holds all that matter"""
+_SMALLEST_EXPONENT = -100
+"""of an output's largest weight: scales stay normal float32 numbers"""
 _HALF_ROWS = 3
 """a multiple of which FBGEMM never ends in a rest of one or two rows"""
 _TILE_BYTES = 1 << 19
@@ -53,24 +53,28 @@ class PackedLinear(nn.Module):
 class HalfLinear(nn.Module):
     """y = x W^T + b with bfloat16 weights that FBGEMM holds in float16 and multiplies in float32.
 
-    From 2^-14 to 65504 float16 holds every bfloat16 number exactly, and smaller ones to 2^-25, so that
-    weights are rounded as in other bfloat16 layers, and x not at all. Weights that are all larger or all
-    smaller are stored times a power of two.
+    The weights of every output are stored times a power of two, so that the largest lies between 2^14 and
+    2^15: float16 then holds every bfloat16 weight down to 2^-29 of it exactly, and smaller ones to 2^-40 of
+    it, which is below the rounding of a float32 sum. An output with a weight that is not finite is NaN:
+    FBGEMM would make a number of it.
     """
+
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        rounded = weight.detach().bfloat16().float()
-        own = None if bias is None else bias.detach().bfloat16().float()
-        largest = float(rounded.abs().max())
-        self._scale = 1.0
-        if math.isfinite(largest) and largest > 0 and not _HALF_RANGE[0] <= largest <= _HALF_RANGE[1]:
-            self._scale = 2.0 ** math.frexp(largest)[1]
-            rounded = rounded / self._scale
-            own = None if own is None else own / self._scale
+        rounded = weight.detach().bfloat16().double()
+        largest = rounded.abs().amax(1)
+        finite = largest.isfinite()
+        exponent = torch.frexp(largest.nan_to_num(0, 0, 0)).exponent.clamp(min=_SMALLEST_EXPONENT) - 15
+        scale = torch.ldexp(torch.ones_like(largest), exponent)
+        stored = (rounded / scale[:, None]).masked_fill(~finite[:, None], 0).float()
         # Opaque, as above.
-        self._packed = torch.ops.quantized.linear_prepack_fp16(rounded, own)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(stored, None)
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
+        self.register_buffer("scale", scale.masked_fill(~finite, math.nan).float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of ``x``."""
@@ -80,8 +84,7 @@ class HalfLinear(nn.Module):
         rest = -len(rows) % _HALF_ROWS if len(rows) > 1 else 0
         padded = torch.nn.functional.pad(rows, (0, 0, 0, rest)) if rest else rows.contiguous()
         y: Tensor = self._multiply(padded, self._packed)[: len(rows)]
-        if self._scale != 1:
-            y = y * self._scale
+        y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
