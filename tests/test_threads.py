@@ -72,6 +72,12 @@ def test_quota_of_the_control_group(case: str, tmp_path: Path) -> None:
     assert cgroup_quota(write_root(tmp_path, files)) == expected
 
 
+def test_control_group_of_any_name_is_read(tmp_path: Path) -> None:
+    write_root(tmp_path, FILES["version 2, in a container"][0])
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/caf\xe9\n")
+    assert cgroup_quota(tmp_path) == 1.5
+
+
 def test_limit_is_the_smaller_of_affinity_and_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_root(tmp_path, FILES["version 2, in a container"][0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)

@@ -65,7 +65,7 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
         root: of the file system.
     """
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     quotas = []
