@@ -13,7 +13,7 @@ from torch import nn
 from training_runs import tiny_run
 
 from tnnlm.capabilities import capability
-from tnnlm.compiled import compile_step, load_step
+from tnnlm.compiled import _made_for, compile_step, load_step
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel, model_fingerprint
 from tnnlm.engine import open_engine, pack
@@ -35,6 +35,12 @@ def converted(method: str = "balanced") -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(tiny_config(kernel=FAMILIES[METHODS[method]](), d_model=32)).eval()
     return convert_model(model, method=method)
+
+
+def compile_converted(dtype: str, method: str = "balanced") -> None:
+    """The step of :func:`converted` into ``out``."""
+    model = converted(method)
+    compile_step(model, Path("out"), dtype, model_fingerprint(model))
 
 
 def whole(model: CausalLM) -> ConvertedModel:
@@ -96,7 +102,7 @@ def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
     if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
     plain = converted(method)
-    compile_step(converted(method), Path("out"), "float32")
+    compile_converted("float32", method)
     engine, info = open_engine(whole(converted(method)), Path("out"))
     assert str(info) == "compiled engine, cpu, float32"
     state, expected_state = engine.model.init_state(1), plain.init_state(1)
@@ -116,7 +122,7 @@ def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
 def test_compiled_step_rounds_the_weights_and_nothing_else(dtype: str) -> None:
     if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
-    compile_step(converted(), Path("out"), dtype)
+    compile_converted(dtype)
     engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
     assert str(info) == f"compiled engine, cpu, {dtype}"
     assert_steps_round_the_weights_alone(engine, dtype)
@@ -134,13 +140,24 @@ def assert_steps_round_the_weights_alone(engine: TextGenerator, dtype: str) -> N
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+def test_compiled_step_of_another_model_is_left_alone() -> None:
+    Path("out").mkdir()
+    Path("out/step-float32.pt2").write_bytes(b"native code of another model's step")
+    Path("out/step-float32.json").write_text(json.dumps(_made_for("another")), encoding="utf-8")
+    _, info = open_engine(whole(converted()), Path("out"))
+    assert info.name == "packed"
+    assert "the compiled step is of another model" in info.reason
+    with pytest.raises(UserError, match="of another model"):
+        open_engine(whole(converted()), Path("out"), engine="compiled")
+
+
 def test_compiled_step_of_another_machine_is_left_alone() -> None:
     Path("out").mkdir()
     model = converted()
-    assert "convert.py --compile" in load_step(model, Path("out"), "float32")
+    assert "convert.py --compile" in load_step(model, Path("out"), "float32", "abc")
     Path("out/step-float32.pt2").write_bytes(b"damaged")
     Path("out/step-float32.json").write_text(json.dumps({"torch": "1.0"}))
-    assert "another machine" in load_step(model, Path("out"), "float32")
+    assert "another machine" in load_step(model, Path("out"), "float32", "abc")
     engine, info = open_engine(whole(model), Path("out"))
     assert info.name == "packed"
     assert "the compiled step is for another machine" in info.reason

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from simulated import LEVELS, level_environment
-from test_engine import assert_steps_round_the_weights_alone, converted, whole
+from test_engine import assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from torch._inductor import config as inductor_config
 
 from tnnlm.capabilities import capability, cpu_level
-from tnnlm.compiled import compile_step
 from tnnlm.engine import open_engine
 
 LAWS = (
@@ -55,7 +54,7 @@ def test_compiled_step_is_right_at_every_vector_width(bits: int, dtype: str) -> 
     if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
     with inductor_config.patch({"cpp.simdlen": bits}):
-        compile_step(converted(), Path("out"), dtype)
+        compile_converted(dtype)
     engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
     assert info.name == "compiled"
     assert_steps_round_the_weights_alone(engine, dtype)

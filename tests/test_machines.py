@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,32 @@ def test_half_precision_layers_hold_weights_of_any_size(size: float) -> None:
     if not capability("fbgemm_float16"):
         pytest.skip("no FBGEMM")
     weight, bias, x = torch.randn(40, 24) * size, torch.randn(40) * size, torch.randn(5, 24)
-    expected = x.double() @ weight.bfloat16().double().T + bias.bfloat16().double()
+    expected = x.double() @ weight.bfloat16().double().T + bias.double()
     error = (HalfLinear(weight, bias)(x) - expected).norm() / expected.norm()
     assert error <= 1e-6
     assert not HalfLinear(torch.zeros(3, 24), None)(x).any()
+
+
+def test_half_precision_layers_hold_weights_of_very_different_sizes() -> None:
+    if not capability("fbgemm_float16"):
+        pytest.skip("no FBGEMM")
+    weight, x = torch.randn(40, 24) * 0.1, torch.randn(5, 24)
+    weight[:, 0], x[:, 0] = 6e5, 0  # one large weight beside small ones, which alone count here
+    weight[7] *= 1e-7  # an output of tiny weights
+    weight[8] = 1e-40
+    expected = x.double() @ weight.bfloat16().double().T
+    error = (HalfLinear(weight, None)(x) - expected).abs().amax(0)
+    assert (error <= 1e-6 * expected.abs().amax(0) + 1e-37).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_that_is_not_finite_never_becomes_a_number(bad: float, dtype: str) -> None:
+    weight = torch.randn(32, 32)
+    weight[3, 5] = bad
+    y = choose_linear(CPU, dtype).make(weight, torch.randn(32))(torch.randn(4, 32))
+    assert not y[:, 3].isfinite().any()
+    assert y[:, torch.arange(32) != 3].isfinite().all()
 
 
 @on_every_machine
@@ -188,6 +211,16 @@ def test_compiling_is_refused_before_any_work_where_there_is_no_compiler(
     assert script("convert", "runs/tiny").code == 0
     assert script("convert", "runs/tiny/converted", "--compile").code == 2
     assert load_converted(run_here / "converted")
+
+
+def test_wrong_switch_is_refused_before_any_work(
+    run_here: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TNNLM_WITHOUT", "bogus")
+    refused = script("convert", "runs/tiny")
+    assert refused.code == 2
+    assert "no capability bogus" in refused.err
+    assert not (run_here / "converted").exists()
 
 
 BOOM = "RuntimeError: boom"

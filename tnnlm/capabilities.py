@@ -55,12 +55,17 @@ def capability(name: str) -> Capability:
         UserError: if that variable names none of ``PROBES``.
     """
     probe = PROBES[name].run
-    if name in _switched_off():
+    if name in switched_off():
         return Capability(False, f"switched off by {WITHOUT}")
     return _probed(probe)
 
 
-def _switched_off() -> set[str]:
+def switched_off() -> set[str]:
+    """Names that TNNLM_WITHOUT lists.
+
+    Raises:
+        UserError: if one is none of ``PROBES``.
+    """
     names = set(os.environ.get(WITHOUT, "").replace(",", " ").split())
     unknown = sorted(names - PROBES.keys())
     if unknown:

@@ -23,7 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tnnlm.atomic import atomic_file, write_text
 from tnnlm.capabilities import capability, cpu_fingerprint, cpu_level
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, one_line
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.packed import replace_linears
 from tnnlm.row_linear import row_linear
@@ -72,13 +72,15 @@ def package_path(folder: Path, dtype: str) -> Path:
     return folder / f"step-{dtype}.pt2"
 
 
-def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
+def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
     """Compile ``step`` of a converted model into ``folder``; minutes at the most.
 
     Args:
         model: converted, unpacked, on the CPU; its linear layers are replaced.
         folder: of the converted model.
         dtype: of the weights.
+        fingerprint: of the model (:class:`tnnlm.converted.ConvertedModel`): the step holds its weights, and
+            runs for no other.
 
     Raises:
         UserError: if there is no C++ compiler.
@@ -106,7 +108,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str) -> Path:
         except InductorError as error:
             raise UserError(f"no working C++ compiler: {str(error).splitlines()[0][:120]}") from None
         shutil.copyfile(packaged, temporary)
-    write_text(path.with_suffix(".json"), json.dumps(_made_for(), indent=2))
+    write_text(path.with_suffix(".json"), json.dumps(_made_for(fingerprint), indent=2))
     return path
 
 
@@ -123,8 +125,8 @@ def check_compiler() -> None:
         )
 
 
-def load_step(model: CausalLM, folder: Path, dtype: str) -> CompiledModel | str:
-    """The model with its compiled step, or in words why there is none."""
+def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel | str:
+    """The model of this fingerprint with its compiled step, or in words why there is none."""
     path = package_path(folder, dtype)
     if not path.is_file():
         return "no compiled step: convert.py --compile makes one"
@@ -132,12 +134,15 @@ def load_step(model: CausalLM, folder: Path, dtype: str) -> CompiledModel | str:
         made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         made_for = None
-    if made_for != _made_for():
+    expected = _made_for(fingerprint)
+    if isinstance(made_for, dict) and made_for.get("model_sha256", fingerprint) != fingerprint:
+        return "the compiled step is of another model: convert.py --compile makes a new one"
+    if made_for != expected:
         return "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
     try:
         return CompiledModel(model, _runner(path))
     except Exception as error:  # whatever the loader raises, the plain engine runs
-        return f"the compiled step can't be loaded ({str(error).splitlines()[0][:80]})"
+        return f"the compiled step can't be loaded ({one_line(error)[:80]})"
 
 
 def _runner(path: Path) -> Callable[..., Any]:
@@ -152,8 +157,9 @@ def _runner(path: Path) -> Callable[..., Any]:
     return lambda *inputs: loader.run(list(inputs))
 
 
-def _made_for() -> dict[str, str]:
+def _made_for(fingerprint: str) -> dict[str, str]:
     return {
+        "model_sha256": fingerprint,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "cpu": cpu_level(),

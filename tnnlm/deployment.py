@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
+from tnnlm.capabilities import switched_off
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
 from tnnlm.compiled import check_compiler, compile_step
 from tnnlm.config import ConversionConfig
@@ -135,6 +136,7 @@ def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
     Raises:
         UserError: if not, saying what is missing.
     """
+    switched_off()  # a wrong name is an error before any work
     if compiled:
         check_compiler()
     if "onnx" in exported:
@@ -151,7 +153,7 @@ def _write_packages(
     written = []
     for dtype in _bar(compiled, "compiling"):
         with collect_failure(failures, f"--compile {dtype}"):
-            written.append(compile_step(copy.deepcopy(converted.model), folder, dtype))
+            written.append(compile_step(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint))
     for form in _bar(exported, "exporting"):
         with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[form]):
             written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))

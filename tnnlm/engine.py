@@ -100,7 +100,7 @@ def open_engine(
         )
     choice = choose_linear(where, dtype)
     replace_linears(model, choice.make)
-    found = _faster(model, folder, where, dtype, engine)
+    found = _faster(model, folder, where, dtype, engine, converted.fingerprint)
     if not isinstance(found, str):
         name = "graph" if isinstance(found, GraphedModel) else "compiled"
         return Engine(TextGenerator(found, *converted[1:]), _info(name, where, dtype, choice))
@@ -125,7 +125,7 @@ def _info(name: str, where: torch.device, dtype: str, linear: Choice, reason: st
 
 
 def _faster(
-    model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str
+    model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str, fingerprint: str
 ) -> CompiledModel | GraphedModel | str:
     """A compiled or a recorded step of a packed model, or in words why there is none."""
     if engine == "packed":
@@ -133,7 +133,9 @@ def _faster(
     if where.type == "cpu":
         if engine == "graph":
             return "only on a GPU"
-        return load_step(model, folder, dtype) if folder else "no folder to look for a compiled step in"
+        if folder is None:
+            return "no folder to look for a compiled step in"
+        return load_step(model, folder, dtype, fingerprint)
     if engine == "compiled":
         return "only on a CPU"
     try:

@@ -80,7 +80,7 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
     model = convert_model(CausalLM(shape).eval(), **CONVERSIONS[conversion])  # type: ignore[arg-type]
     own = folder / conversion
     if engine == "compiled":
-        compile_step(copy.deepcopy(model), own, dtype)
+        compile_step(copy.deepcopy(model), own, dtype, "")
     weights = linear_weights(model) + model.embedding.weight.numel()
     tokenizer = train_bpe([" "], 257, "<eos>", 1, False)
     whole = ConvertedModel(model, tokenizer, "")
