@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -56,7 +57,10 @@ def export_torch(converted: ConvertedModel, folder: Path) -> Path:
     model, target = converted.model, folder / FOLDERS["torch"]
     with atomic_folder(target) as temporary, _quiet():
         for name, function in (("step", _Step(model)), ("prefill", _Prefill(model))):
-            torch.export.save(_program(function), temporary / f"{name}.pt2")
+            # Into memory first: on a full disk the library's own writer ends the process.
+            program = io.BytesIO()
+            torch.export.save(_program(function), program)
+            (temporary / f"{name}.pt2").write_bytes(program.getbuffer())
         _describe(converted, temporary, ("step", "prefill"))
     return target
 
