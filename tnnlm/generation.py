@@ -111,7 +111,16 @@ def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the next token of every row: logits (B, V) -> (B,)."""
+    """Draw the next token of every row: logits (B, V) -> (B,).
+
+    Raises:
+        UserError: if the logits are not numbers.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):  # a maximum is NaN where one of its row is
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged, or the conversion is unstable; "
+            "check them with convert.py --verify"
+        )
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = tempered(logits, sampling.temperature)

@@ -28,7 +28,7 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(name)
-        torch.zeros(1, device=where)
+        torch.zeros(1, device=where).item()  # "meta" makes tensors without numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return where
