@@ -90,8 +90,11 @@ def main() -> int:
         raise UserError("the prompt is empty: give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
     from tnnlm.generation import Sampling
+    from tnnlm.state_file import check_state_path
     from tnnlm.terminal import Decoder
 
+    if args.save_state:
+        check_state_path(args.save_state)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     decoder = Decoder.load(

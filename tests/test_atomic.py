@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
     with atomic_folder(path) as temporary:
         fill_folder(temporary)
     assert names(path) == ["part"]
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["old one moved away", "new one moved in"])
+def test_interrupted_exchange_leaves_one_whole_folder(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "target"
+    path.mkdir()
+    (path / "part").write_text("old")
+    calls, rename = [0], os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).is_dir():
+            calls[0] += 1
+            if calls[0] == call:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
+        fill_folder(temporary)
+    assert content(path) == {1: "old", 2: "new"}[call]
+    assert names(tmp_path) == ["target"]
 
 
 def test_folder_is_readable_by_others(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ LAYERS = (
     ),
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
+        "locking",
         "documents",
         "holdout",
         "corpus",

@@ -9,6 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tnnlm.errors import UserError
+
+
+def check_parents(path: Path) -> None:
+    """Refuse a path that lies below a file.
+
+    Raises:
+        UserError: naming the file.
+    """
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{path}: {existing} is a file, not a folder; choose another place")
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -56,11 +69,21 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         for file in temporary.iterdir():
             flush_to_disk(file)
         if path.exists() and replace:
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / "replaced")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
         elif not path.exists():
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put ``new`` in the place of the folder ``path``; whatever interrupts it, one of the two is there."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = aside / "replaced"
+    try:
+        os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tnnlm.atomic import atomic_folder, write_text
+from tnnlm.atomic import atomic_folder, check_parents, write_text
 from tnnlm.backbone import Backbone
 from tnnlm.config_io import config_to_dict, model_config_from_dict
 from tnnlm.conversion.report import ModelReport
-from tnnlm.errors import CheckpointError, UserError
+from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.hf_files import config_entries, hf_files
 from tnnlm.model import CausalLM
 from tnnlm.modules import RecurrentConv
@@ -108,8 +108,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Raises:
         OSError: if the disk is full.
     """
+    path.touch()
+    mode = path.stat().st_mode  # the library's own files are for their owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+        path.chmod(mode)
     except SafetensorError as error:
         # The library wraps the operating system's errors: a full disk is one the user can mend.
         number = re.search(r"os error (\d+)", str(error))
@@ -125,6 +128,9 @@ def check_out_folder(folder: Path, force: bool) -> None:
         CheckpointError: if ``folder`` may not be written.
     """
     if not folder.exists():
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: is a link to nothing; give another --out")
+        check_parents(folder)
         return
     if not force:
         raise CheckpointError(f"{folder}: exists already; give another --out, or --force to replace it")
@@ -132,6 +138,24 @@ def check_out_folder(folder: Path, force: bool) -> None:
         raise CheckpointError(
             f"{folder}: is not a converted model, --force won't replace it; give another --out"
         )
+
+
+def check_unchanged(folder: Path, fingerprint: str) -> None:
+    """Refuse to add files to a converted model that was removed or replaced since it was written.
+
+    Args:
+        folder: where it was written.
+        fingerprint: of the model.
+
+    Raises:
+        CheckpointError: if another or none is there now.
+    """
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != fingerprint:
+        raise CheckpointError(f"{folder}: was removed or replaced meanwhile; nothing was added to it")
 
 
 def is_converted(folder: Path) -> bool:
@@ -145,6 +169,29 @@ def load_converted(folder: Path) -> ConvertedModel:
     Raises:
         CheckpointError: if a file is missing, damaged, or the files don't fit together.
     """
+    while True:
+        before = _identity(folder)
+        try:
+            found = _read(folder)
+        except UserError:
+            if _identity(folder) in (before, None):
+                raise
+        else:
+            if _identity(folder) == before:
+                return found
+        # Another model was put in its place while it was read: read that.
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the folder itself, whatever its name; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read(folder: Path) -> ConvertedModel:
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing; convert again")
@@ -161,8 +208,8 @@ def load_converted(folder: Path) -> ConvertedModel:
         eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged ({str(error).splitlines()[0]}); convert again") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged ({one_line(error)}); convert again") from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
     # Without its kernels: code that a user registered need not be here.
     convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]

@@ -31,6 +31,10 @@ OS_ADVICE = {
     errno.EACCES: "no permission: choose another place or change the permissions",
     errno.EPERM: "no permission: choose another place or change the permissions",
     errno.EROFS: "the file system is read-only: choose another place",
+    errno.EFBIG: "the file is larger than the system allows: raise the limit (ulimit -f)",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another place",
+    errno.EISDIR: "is a folder: give the name of a file",
 }
 
 
@@ -65,7 +69,8 @@ def run_script(main: Callable[[], int]) -> int:
 
     A :class:`UserError`, and an operating-system error that a user can mend (full disk, missing
     permission), become one line on stderr and exit code 2. Everything else is a defect of ours
-    and keeps its traceback. Ctrl-C outside of training gives 130, as shells expect.
+    and keeps its traceback. Ctrl-C outside of training gives 130, as shells expect; the interrupt may
+    carry a message of what was finished.
     """
     _replace_unprintable()
     try:
@@ -82,8 +87,8 @@ def run_script(main: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{advice}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
 
 

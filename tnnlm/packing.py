@@ -22,7 +22,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from tnnlm.config import DataConfig
 from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
 from tnnlm.documents import Documents, remove_scratch
 from tnnlm.errors import DataError
+from tnnlm.locking import only_process
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
 PACKING_VERSION = 2
@@ -66,9 +66,17 @@ class PackedCorpus:
     val: SplitInfo
 
     def rows(self, split: str, length: int, max_tokens: int | None = None) -> PackedRows:
-        """The rows of ``split`` ("train" or "val"), ``length`` tokens and their successors each."""
+        """The rows of ``split`` ("train" or "val"), ``length`` tokens and their successors each.
+
+        Raises:
+            DataError: if the file is not what was written.
+        """
         path = self.folder / f"{split}.bin"
-        n_tokens = path.stat().st_size // 4
+        n_tokens = {"train": self.train, "val": self.val}[split].tokens
+        if not path.is_file() or path.stat().st_size != 4 * n_tokens:
+            raise DataError(
+                f"{path}: is missing or damaged: delete its folder, it is made again from the text"
+            )
         return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
 
 
@@ -155,7 +163,8 @@ def _resumable_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that stays if the block fails, and is moved there when it ends."""
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with _only_process(part):
+    refusal = DataError(f"{part}: another process prepares the same data: wait until it is done")
+    with only_process(part, refusal):
         part.mkdir(exist_ok=True)
         try:
             yield part
@@ -169,31 +178,6 @@ def _resumable_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(part)
         else:
             os.replace(part, path)
-
-
-@contextmanager
-def _only_process(part: Path) -> Iterator[None]:
-    """Hold the lock of ``part``. The operating system releases it when the process is killed.
-
-    The lock file lies beside the folder: Windows can't rename a folder that holds an open file.
-
-    Raises:
-        DataError: if another process holds it.
-    """
-    path = part.with_suffix(".lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise DataError(f"{part}: another process prepares the same data: wait until it is done") from None
-    try:
-        yield
-    finally:
-        # While it is held: who opens the file from now on finds another, and who waits is told by
-        # filelock. Windows, which refuses, removes it on release.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        lock.release()
 
 
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:

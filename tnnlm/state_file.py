@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnnlm.atomic import atomic_file
+from tnnlm.atomic import atomic_file, check_parents
 from tnnlm.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Context, TextGenerator
@@ -28,6 +28,17 @@ class SavedContext(NamedTuple):
     context: Context
     random: Tensor | None
     """state of the random stream, for :meth:`torch.Generator.set_state`"""
+
+
+def check_state_path(path: Path) -> None:
+    """Refuse a place where no file can be written, before the text is generated.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give the name of a file")
+    check_parents(path)
 
 
 def save_context(
