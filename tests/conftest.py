@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,28 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained run, its text and its cache."""
+    folder = tmp_path_factory.mktemp("trained")
+    from training_runs import tiny_run
+
+    from tnnlm.training.run import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TNNLM_CACHE", str(folder / "cache"))
+        train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
+    return folder
+
+
+@pytest.fixture
+def run_here(tiny_trained: Path, _quiet: None) -> Path:
+    """The trained run in this test's own folder."""
+    shutil.copytree(tiny_trained, Path.cwd(), dirs_exist_ok=True)
+    return Path("runs/tiny")
 
 
 @pytest.fixture

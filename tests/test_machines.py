@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tnnlm.linear_choice import choose_linear
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, HalfLinear, to_int8
 from tnnlm.training.plan import resolve_precision
-from tnnlm.training.run import train
 
 CPU = torch.device("cpu")
 AVX512 = torch.cpu._is_avx512_supported()
@@ -161,24 +159,6 @@ def test_precision_auto_is_bfloat16_only_where_that_is_fast(machine: str) -> Non
     assert (precision == "bf16-mixed") == capability("bfloat16_arithmetic").available
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained run, its text and its cache."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TNNLM_CACHE", str(folder / "cache"))
-        train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
-    return folder
-
-
-@pytest.fixture
-def run_here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The trained run in this test's own folder."""
-    shutil.copytree(trained, Path.cwd(), dirs_exist_ok=True)
-    return Path("runs/tiny")
-
-
 @on_every_machine
 def test_scripts_work_and_name_what_ran(machine: str, run_here: Path, script: Any) -> None:
     done = script("convert", "runs/tiny", "--verify")
@@ -265,5 +245,9 @@ def test_interrupted_measurement_leaves_the_converted_model(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tnnlm.conversion_ppl.parallel_nll", interrupt)
-    assert script("convert", "runs/tiny").code == 130
+    stopped = script("convert", "runs/tiny")
+    assert stopped.code == 130
+    assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err
     assert load_converted(run_here / "converted")
+    monkeypatch.undo()
+    assert script("convert", "runs/tiny", "--force").code == 0

@@ -48,6 +48,7 @@ def measure_perplexities(
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length, config.data.max_val_tokens)
         if not len(rows):
+            report.not_measured[f"context of {length:,} tokens"] = "the validation text is shorter"
             continue
         # Evenly spaced: the first documents alone are no sample of the text.
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()

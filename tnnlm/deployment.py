@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from tnnlm.conversion_ppl import measure_perplexities
 from tnnlm.converted import (
     ConvertedModel,
     check_out_folder,
+    check_unchanged,
     load_converted,
     model_fingerprint,
     save_converted,
     save_report,
 )
-from tnnlm.errors import DataError, collect_failure
+from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.export import check_onnx, export_onnx, export_torch
+from tnnlm.locking import only_process
 from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
 from tnnlm.packing import prepare
@@ -92,7 +95,28 @@ def convert_checkpoint(
     path = find_checkpoint(target, runs_dir)
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)
+    if folder.is_symlink():
+        folder = folder.resolve()  # what a link names is replaced, not the link
     source = load_checkpoint(path)
+    with _only_writer(folder):
+        return _convert(source, recipe, folder, force, verify, compiled, exported)
+
+
+def _only_writer(folder: Path) -> AbstractContextManager[None]:
+    return only_process(
+        folder, CheckpointError(f"{folder}: another convert.py writes it: wait until it is done")
+    )
+
+
+def _convert(
+    source: TrainedCheckpoint,
+    recipe: ConversionConfig,
+    folder: Path,
+    force: bool,
+    verify: bool,
+    compiled: Sequence[str],
+    exported: Sequence[str],
+) -> Conversion:
     started = time.perf_counter()
     horizon, layers = convert_layers(source.model, recipe, _bar)
     seconds = time.perf_counter() - started
@@ -100,15 +124,22 @@ def convert_checkpoint(
     report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
     save_converted(folder, converted, source.tokenizer, report, force)
     done = Conversion(folder, source, report)
-    _measure(converted, done)
-    if verify:
-        with collect_failure(done.failures, "verify"):
-            _verify(source.model, converted, recipe, done)
-    with collect_failure(done.failures, "model card"):
-        card = model_card(source.config, source.step, source.model, report, done.note)
-        write_text(folder / "README.md", card)
     whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
-    done.packages = _write_packages(whole, folder, compiled, exported, done.failures)
+    try:
+        _measure(whole, done)
+        if verify:
+            with collect_failure(done.failures, "verify"):
+                _verify(source.model, converted, recipe, done)
+        with collect_failure(done.failures, "model card"):
+            card = model_card(source.config, source.step, source.model, report, done.note)
+            check_unchanged(folder, whole.fingerprint)
+            write_text(folder / "README.md", card)
+        done.packages = _write_packages(whole, folder, compiled, exported, done.failures)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{folder} holds the converted model, without what was not done yet; "
+            "the same command with --force does all of it"
+        ) from None
     return done
 
 
@@ -127,7 +158,10 @@ def package_converted(
     limit_threads()
     check_packages(compiled, exported)
     failures: dict[str, str] = {}
-    return _write_packages(load_converted(folder), folder, compiled, exported, failures), failures
+    if folder.is_symlink():
+        folder = folder.resolve()
+    with _only_writer(folder):
+        return _write_packages(load_converted(folder), folder, compiled, exported, failures), failures
 
 
 def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
@@ -153,9 +187,11 @@ def _write_packages(
     written = []
     for dtype in _bar(compiled, "compiling"):
         with collect_failure(failures, f"--compile {dtype}"):
+            check_unchanged(folder, converted.fingerprint)
             written.append(compile_step(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint))
     for form in _bar(exported, "exporting"):
         with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[form]):
+            check_unchanged(folder, converted.fingerprint)
             written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
     return written
 
@@ -164,7 +200,7 @@ def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def _measure(converted: CausalLM, done: Conversion) -> None:
+def _measure(converted: ConvertedModel, done: Conversion) -> None:
     """Perplexities, into the report and conversion.json; none if the run's text is gone."""
     source = done.source
     failures: dict[str, str] = {}
@@ -172,10 +208,11 @@ def _measure(converted: CausalLM, done: Conversion) -> None:
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the text of this run has changed")
-        measure_perplexities(source.model, converted, corpus, source.config, done.report)
+        measure_perplexities(source.model, converted.model, corpus, source.config, done.report)
     if failures:
         done.note = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
     with collect_failure(done.failures, "conversion.json"):
+        check_unchanged(done.folder, converted.fingerprint)
         save_report(done.folder, done.report)
 
 
