@@ -244,10 +244,10 @@ def test_interrupted_measurement_leaves_the_converted_model(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tnnlm.conversion_ppl.parallel_nll", interrupt)
-    stopped = script("convert", "runs/tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr("tnnlm.conversion_ppl.parallel_nll", interrupt)
+        stopped = script("convert", "runs/tiny")
     assert stopped.code == 130
     assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err
     assert load_converted(run_here / "converted")
-    monkeypatch.undo()
     assert script("convert", "runs/tiny", "--force").code == 0
