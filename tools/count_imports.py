@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""How the code hangs together: rooms, floors, arrows, circles, arrows up, lines.
+
+  room    a package or module directly under tnnlm/, a folder of tools/ that has Python files (its scripts are
+          one room), and each script beside the package; ``__init__.py`` of tnnlm is no room
+  arrow   a pair of rooms of which one imports the other, anywhere in a file: at the top, inside a function,
+          or by a string that names a module of this project
+  floor   the height of a room: one more than the highest room that it imports; the count is that of the
+          highest room, which is the longest chain of imports
+  circle  rooms that import each other, directly or through others
+  up      an arrow that LAYERS (tests/test_layering.py) does not allow
+  lines   of Python, all lines
+
+Examples:
+  python tools/count_imports.py
+  python tools/count_imports.py --list    # and every arrow
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 320
+"""lines of a file"""
+_MODULE = re.compile(r"tnnlm(\.\w+)+")
+Arrows = set[tuple[str, str]]
+
+
+def room_of(path: Path, root: Path = ROOT) -> str | None:
+    """The room that a file lies in; None for the package's own ``__init__.py``."""
+    parts = path.relative_to(root).with_suffix("").parts
+    if parts[0] == "tnnlm":
+        return None if parts[1] == "__init__" else f"tnnlm/{parts[1]}"
+    if parts[0] == "tools":
+        return f"tools/{parts[1]}" if len(parts) > 2 else "tools"
+    return parts[0] if len(parts) == 1 else None
+
+
+def sources(root: Path = ROOT) -> dict[Path, str]:
+    """Every Python file that belongs to a room, with the room."""
+    files = (
+        *sorted(root.glob("tnnlm/**/*.py")),
+        *sorted(root.glob("tools/**/*.py")),
+        *sorted(root.glob("*.py")),
+    )
+    return {path: room for path in files if (room := room_of(path, root))}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, lazily or not, and those in its strings."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and _MODULE.fullmatch(str(node.value)):
+            yield str(node.value)
+
+
+def _room_of_name(name: str, rooms: set[str]) -> str | None:
+    first, *rest = name.split(".")
+    candidates = [f"tnnlm/{rest[0]}"] if first == "tnnlm" and rest else [f"tools/{first}", first]
+    return next((room for room in candidates if room in rooms), None)
+
+
+def arrows(root: Path = ROOT) -> Arrows:
+    """Pairs (importing room, imported room)."""
+    files = sources(root)
+    rooms = set(files.values())
+    found: Arrows = set()
+    for path, room in files.items():
+        targets = {_room_of_name(name, rooms) for name in imported_names(path)}
+        found |= {(room, target) for target in targets if target and target != room}
+    return found
+
+
+def circles(found: Arrows) -> list[set[str]]:
+    """Groups of rooms that reach each other."""
+    rooms = {room for arrow in found for room in arrow}
+    reached = {room: _reached(room, found) for room in rooms}
+    groups = {frozenset({room, *(o for o in reached[room] if room in reached[o])}) for room in rooms}
+    return [set(group) for group in groups if len(group) > 1]
+
+
+def _reached(room: str, found: Arrows) -> set[str]:
+    seen: set[str] = set()
+    ahead = [room]
+    while ahead:
+        here = ahead.pop()
+        new = {target for source, target in found if source == here} - seen
+        seen |= new
+        ahead += new
+    return seen
+
+
+def floors(found: Arrows) -> dict[str, int]:
+    """Height of every room, from 1; there must be no circle."""
+    heights: dict[str, int] = {}
+
+    def height(room: str) -> int:
+        if room not in heights:
+            heights[room] = 1 + max((height(target) for source, target in found if source == room), default=0)
+        return heights[room]
+
+    for room in {room for arrow in found for room in arrow}:
+        height(room)
+    return heights
+
+
+def lines(*patterns: str) -> int:
+    """Lines of the Python files under these folders."""
+    files = [path for pattern in patterns for path in ROOT.glob(f"{pattern}/**/*.py")]
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print every arrow")
+    args = parser.parse_args()
+    found = arrows()
+    rooms = set(sources().values())
+    within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}
+    for group in (around := circles(found)):
+        print("circle:", ", ".join(sorted(group)))
+    long = [path for path in sources() if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST]
+    for path in long:
+        print(f"over {LONGEST} lines: {path.relative_to(ROOT)}")
+    if args.list:
+        print(*(f"{source} -> {target}" for source, target in sorted(found)), sep="\n")
+    package = {room for room in rooms if room.startswith("tnnlm/")}
+    print(f"rooms   {len(rooms):5}, {len(package)} in the package")
+    print(f"floors  {max(floors(found).values()) if not around else 0:5}, {_height(within)} in the package")
+    print(f"arrows  {len(found):5}, {len(within)} in the package")
+    print(f"circles {len(around):5}")
+    print(f"lines   {lines('tnnlm'):5} in the package, {lines('tools')} in tools")
+    return 1 if around or long else 0
+
+
+def _height(found: Arrows) -> int:
+    return 0 if circles(found) else max(floors(found).values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
