@@ -27,7 +27,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy tnnlm
+	$(BIN)/mypy tnnlm tools *.py
 
 .venv/installed: pyproject.toml constraints.txt
 	[ -e $(BIN)/pip ] || $(PYTHON) -m venv .venv

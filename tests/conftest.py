@@ -15,11 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from simulated import MACHINES, forget_probes
 
 import convert as convert_script
 import generate as generate_script
 import train as train_script
+from simulated import MACHINES, forget_probes
 from tnnlm.config import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
 from tnnlm.model import CausalLM, ModelState
@@ -98,9 +98,8 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained run, its text and its cache."""
     folder = tmp_path_factory.mktemp("trained")
-    from training_runs import tiny_run
-
     from tnnlm.training.run import train
+    from training_runs import tiny_run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 import uvicorn
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.config import ConversionConfig
 from tnnlm.conversion import attach, convert_layers, convert_model, measure
 from tnnlm.converted import save_converted

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from benchmarks import levels
 from tnnlm import capabilities
-from tnnlm.benchmark import levels
 
 NO_BFLOAT16 = (
     "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and "

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT
 from simulated import NO_BFLOAT16, forget_probes
-
 from tnnlm import compiled
 from tnnlm.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.compiled import load_step, package_path

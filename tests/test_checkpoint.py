@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.checkpoint import (
     ENTRY,
     attached_ssm,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from tnnlm import config as config_module
 from tnnlm.config import KERNEL_SCHEMAS, Config, KernelConfig, RTFConfig, TNOConfig
 from tnnlm.config_io import (

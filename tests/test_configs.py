@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from tnnlm.config import Config
 from tnnlm.config_io import load_config
 from tnnlm.training.plan import guessed_share

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.config import Config, DataConfig, TrainerConfig
 from tnnlm.data import GlobalOrderSampler, TextDataModule
 from tnnlm.errors import DataError

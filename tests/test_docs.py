@@ -25,12 +25,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, SCRIPTS
-from training_runs import SETTINGS, write_text
 
+from conftest import ROOT, SCRIPTS
 from tnnlm.config import KERNEL_SCHEMAS, Config
 from tnnlm.config_io import load_config
 from tnnlm.errors import run_script
+from training_runs import SETTINGS, write_text
 
 OWN_TESTS = {"docs/export.md", "docs/serving.md", "docs/transformers.md"}
 """pages whose commands tests of their own run"""

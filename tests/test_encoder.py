@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
 
+from conftest import FAMILIES, tiny_config
 from tnnlm.config import Config
 from tnnlm.conversion import convert_model
 from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier, build_model

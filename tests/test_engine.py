@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
 from torch import nn
-from training_runs import tiny_run
 
+from conftest import FAMILIES, tiny_config
 from tnnlm.capabilities import capability
 from tnnlm.compiled import _made_for, compile_step, load_step
 from tnnlm.conversion import convert_model
@@ -25,6 +24,7 @@ from tnnlm.packed import DTYPES, Int8Linear, replace_linears
 from tnnlm.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
+from training_runs import tiny_run
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 """of logits around 1: float32 but for the order of sums, the others by the rounding of the weights"""

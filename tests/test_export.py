@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from training_runs import tiny_run, write_text
 
+from conftest import FAMILIES, ROOT, tiny_config
 from tnnlm import export
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel, load_converted, model_fingerprint
@@ -29,6 +28,7 @@ from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 from tnnlm.training.run import train
+from training_runs import tiny_run, write_text
 
 METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
 STEPS = 50

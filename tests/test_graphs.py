@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.graphs import GraphedModel, cuda_graph
 from tnnlm.model import CausalLM

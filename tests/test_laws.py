@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, run_steps, tiny_config
 
+from conftest import FAMILIES, run_steps, tiny_config
 from tnnlm.conversion import convert_model, measure_model, model_horizon
 from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.converted import load_converted, save_converted

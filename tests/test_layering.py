@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 # Lowest first; a module may import from its own layer and from those below.
@@ -54,20 +55,8 @@ LAYERS = (
         "deployment",
         "conversion_table",
         "conversion_ppl",
-        "comparison",
-        "comparison_models",
-        "comparison_plots",
-        "families",
-        "family_peers",
-        "family_training",
-        "family_measure",
-        "family_run",
-        "family_report",
-        "finite_forms",
-        "benchmark",
         "hf",
         "model_card",
-        "reproduce",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

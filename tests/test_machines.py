@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from conftest import FAMILIES, tiny_config
 from simulated import MACHINES
-from torch import nn
-from training_runs import tiny_run
-
 from tnnlm.capabilities import capability
 from tnnlm.conversion import convert_model
 from tnnlm.converted import load_converted
@@ -22,6 +21,7 @@ from tnnlm.linear_choice import choose_linear
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, HalfLinear, to_int8
 from tnnlm.training.plan import resolve_precision
+from training_runs import tiny_run
 
 CPU = torch.device("cpu")
 AVX512 = torch.cpu._is_avx512_supported()

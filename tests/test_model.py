@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
 
+from conftest import ROOT, tiny_config
 from tnnlm.config_io import load_config
 from tnnlm.encoder import build_model
 from tnnlm.kernels import Kernel

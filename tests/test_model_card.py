@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_config
-from training_runs import SETTINGS, write_text
 
+from conftest import tiny_config
 from tnnlm.config import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
+from training_runs import SETTINGS, write_text
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from conftest import ROOT
 
 OLD = ROOT / "tests/fixtures/version_0.1.0"

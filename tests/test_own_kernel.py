@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from training_runs import SETTINGS, write_text
 
+from conftest import ROOT
 from tnnlm.config_io import load_config
 from tnnlm.errors import ConfigError
 from tnnlm.model import CausalLM
+from training_runs import SETTINGS, write_text
 
 EXAMPLE = ROOT / "examples" / "hyena_kernel.py"
 

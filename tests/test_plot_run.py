@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Result
-from training_runs import tiny_run
 
+from conftest import ROOT, Result
+from run_plots import FINAL, final_figures, plot_runs, read_run
 from tnnlm.errors import run_script
 from tnnlm.training.run import train
-from tnnlm.training.run_plots import FINAL, final_figures, plot_runs, read_run
+from training_runs import tiny_run
 
 
 @pytest.fixture

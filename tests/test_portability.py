@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from training_runs import SETTINGS, write_text
 
+from conftest import ROOT
 from tnnlm.config_io import load_config
 from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedRows, prepare
 from tnnlm.sequences.rows import Example, LabelledRows, write_rows
 from tnnlm.training import plan, watch
+from training_runs import SETTINGS, write_text
 
 SCRIPTS = ("train.py", "convert.py", "generate.py")
 PACKAGE = sorted((ROOT / "tnnlm").rglob("*.py"))

@@ -17,9 +17,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, Result
-from training_runs import SETTINGS
 
+from conftest import ROOT, Result
 from tnnlm import documents, packing
 from tnnlm.config import DataConfig
 from tnnlm.config_io import load_config
@@ -29,6 +28,7 @@ from tnnlm.documents import Documents, survey
 from tnnlm.errors import DataError, run_script
 from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.tokenizer import train_bpe
+from training_runs import SETTINGS
 
 TEXTS = [f"document {i} says\n" + f"word{i % 17} and {i} " * (5 + i % 11) for i in range(300)]
 TOOL = ROOT / "tools/prepare_data.py"

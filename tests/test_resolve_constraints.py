@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, Result
 
+from conftest import ROOT, Result
 from tnnlm.errors import run_script
 
 UV = """#!{python}

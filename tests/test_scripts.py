@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from conftest import ROOT, SCRIPTS, Result
 from training_runs import SETTINGS, write_text
 

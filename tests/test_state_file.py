@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
-from training_runs import tiny_run
 
+from conftest import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.converted import model_fingerprint
 from tnnlm.errors import CheckpointError
@@ -21,6 +20,7 @@ from tnnlm.model import CausalLM
 from tnnlm.state_file import load_context, save_context
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
+from training_runs import tiny_run
 
 HOT = Sampling(temperature=1.5)
 

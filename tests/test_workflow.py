@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from conftest import ROOT
 
 FILE = ROOT / ".github/workflows/ci.yml"

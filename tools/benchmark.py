@@ -25,15 +25,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.levels import level_table, time_levels
+from benchmarks.llamacpp import llama_cpp
+from benchmarks.peers import PEERS, peer
+from benchmarks.report import memory_table, plot, table
+from benchmarks.subjects import SHAPE, Subject, ours
+from benchmarks.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
+from benchmarks.train_timing import time_training
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
-from tnnlm.benchmark.levels import level_table, time_levels
-from tnnlm.benchmark.llamacpp import llama_cpp
-from tnnlm.benchmark.peers import PEERS, peer
-from tnnlm.benchmark.report import memory_table, plot, table
-from tnnlm.benchmark.subjects import SHAPE, Subject, ours
-from tnnlm.benchmark.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
-from tnnlm.benchmark.train_timing import time_training
 from tnnlm.capabilities import capability, describe_cpu
 from tnnlm.config import ModelConfig
 from tnnlm.config_io import load_config

@@ -20,12 +20,12 @@ import re
 import sys
 from pathlib import Path
 
+from experiments.family_measure import Sizes
+from experiments.family_report import plot, tables
+from experiments.family_run import compare_families
+from experiments.sizing import TRANSFORMER, TRANSFORMER_LR, load_families
 from tnnlm.atomic import write_text
 from tnnlm.errors import UserError, run_script
-from tnnlm.families import TRANSFORMER, TRANSFORMER_LR, load_families
-from tnnlm.family_measure import Sizes
-from tnnlm.family_report import plot, tables
-from tnnlm.family_run import compare_families
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo.yaml"

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.subjects import WIDTHS, linear_weights
+from benchmarks.timing import read_bandwidth
 from tnnlm.atomic import write_text
-from tnnlm.benchmark.subjects import WIDTHS, linear_weights
-from tnnlm.benchmark.timing import read_bandwidth
 from tnnlm.capabilities import describe_cpu
 from tnnlm.engine import ENGINES, open_engine
 from tnnlm.errors import UserError, run_script

@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from crash_runs import kill_and_compare
 from tnnlm.atomic import write_text
 from tnnlm.config_io import load_config
 from tnnlm.errors import UserError, run_script
-from tnnlm.training.kills import kill_and_compare
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 SETTINGS = (

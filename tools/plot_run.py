@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from run_plots import FINAL, final_figures, plot_runs, read_run
 from tnnlm.errors import CheckpointError, run_script
-from tnnlm.training.run_plots import FINAL, final_figures, plot_runs, read_run
 
 
 def parse() -> argparse.Namespace:

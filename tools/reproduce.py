@@ -20,16 +20,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.bidirectional import Bidirectional
+from experiments.etsc import ETSC
+from experiments.experiment import SIZES, Experiment, Row
+from experiments.extrapolation import Extrapolation
+from experiments.families import Families
+from experiments.run import reproduce
+from experiments.ski import Ski
+from experiments.stability import Stability
+from experiments.synthetic import Synthetic
 from tnnlm.errors import UserError, run_script
-from tnnlm.reproduce.bidirectional import Bidirectional
-from tnnlm.reproduce.etsc import ETSC
-from tnnlm.reproduce.experiment import SIZES, Experiment, Row
-from tnnlm.reproduce.extrapolation import Extrapolation
-from tnnlm.reproduce.families import Families
-from tnnlm.reproduce.run import reproduce
-from tnnlm.reproduce.ski import Ski
-from tnnlm.reproduce.stability import Stability
-from tnnlm.reproduce.synthetic import Synthetic
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Bidirectional, Stability, Ski)

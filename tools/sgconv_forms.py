@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from experiments.finite_forms import finite_forms
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.atomic import write_text
 from tnnlm.checkpoint import load_checkpoint
 from tnnlm.errors import UserError, run_script
-from tnnlm.finite_forms import finite_forms
 from tnnlm.packing import prepare
 from tnnlm.runs import find_checkpoint
 from tnnlm.threads import limit_threads

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, run_steps, tiny_config
 from torch import nn
 
+from conftest import FAMILIES, run_steps, tiny_config
 from tnnlm.config import ConversionConfig, TNOConfig
 from tnnlm.conversion import (
     auto_horizon,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.ablations import without_balancing
 from tnnlm.conversion import convert_taps
-from tnnlm.conversion.ablations import without_balancing
 from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.recurrence import Params, State

@@ -16,9 +16,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config
 from torch import Tensor
 
+from conftest import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.converted import load_converted, save_converted
 from tnnlm.generation import TextGenerator

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from hf.conftest import TEXT, Opened
 from tnnlm.evaluation import recurrent_nll
 from tnnlm.generation import Sampling

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.config import ConversionConfig, RTFConfig
 from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError

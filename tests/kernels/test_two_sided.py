@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES
 
+from conftest import FAMILIES
 from tnnlm.config import TNOConfig
 from tnnlm.kernels import TNOKernel, TwoSidedKernel, build_kernel
 

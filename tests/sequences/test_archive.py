@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sequences.archive_files import DIFFICULTY, WRITERS
 
+from sequences.archive_files import DIFFICULTY, WRITERS
 from tnnlm.config_io import load_config
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.sequences.archive import splits

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from tnnlm.sequences.rows import TASKS
 
 FILES = sorted((ROOT / "configs/lra").glob("*.yaml"))

@@ -12,8 +12,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from servers import Running, run_server
 
+from servers import Running, run_server
 from tnnlm.generation import Sampling, TextGenerator
 
 PROMPT = "the quick brown"

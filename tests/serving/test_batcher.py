@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from servers import tiny_generator
 
+from servers import tiny_generator
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.linear_choice import choose_linear
 from tnnlm.serving import reader

@@ -11,8 +11,8 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import Running, run_server
 
+from servers import Running, run_server
 from tnnlm.generation import TextGenerator
 from tnnlm.serving.protocol import CompletionRequest
 

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+
 from conftest import ROOT
 from servers import Running, run_server
-
 from tnnlm.generation import TextGenerator
 
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+
 from conftest import ROOT
 from servers import tiny_converted
 

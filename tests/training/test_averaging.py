@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from test_distributed import run_worker
 from test_run import StopAt, assert_same_run
-from training_runs import tiny_run, write_text
 
 from tnnlm.checkpoint import load_checkpoint
 from tnnlm.conversion import convert_layers
@@ -22,6 +21,7 @@ from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
+from training_runs import tiny_run, write_text
 
 EMA = ("trainer.ema_decay=0.8", "trainer.precision=32-true")
 LAST = Path("runs/demo/checkpoints/last.ckpt")

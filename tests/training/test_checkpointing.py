@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from training_runs import tiny_run
 
 from tnnlm.allocator import keep_large_blocks
 from tnnlm.training.checkpointing import AtomicCheckpointIO, TrainingStopped
 from tnnlm.training.run import train
+from training_runs import tiny_run
 
 
 def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
-from sequences.archive_files import WRITERS
 
+from run_plots import final_figures, plot_runs, read_run
+from sequences.archive_files import WRITERS
 from tnnlm.checkpoint import load_encoder
 from tnnlm.config import Config, ModelConfig, TNOConfig
 from tnnlm.config_io import load_config
@@ -29,7 +30,6 @@ from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from tnnlm.training.run_plots import final_figures, plot_runs, read_run
 
 SETTINGS = (
     "task=classify",

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from ranks import free_port, run_ranks
-from training_runs import SETTINGS, write_text
 
+from conftest import ROOT
 from tnnlm.training.logs import read_metrics
+from training_runs import SETTINGS, write_text
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_runs import SETTINGS, tiny_run, write_text
 
 from tnnlm.errors import DataError
 from tnnlm.training import find_lr as module
 from tnnlm.training.find_lr import HIGHEST, LOWEST, STEPS, find_lr, suggest
+from training_runs import SETTINGS, tiny_run, write_text
 
 
 def test_find_lr_suggests_draws_and_leaves_no_run(script: Any) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from training_runs import assert_same_run, tiny_run
 
 from tnnlm.errors import UserError
 from tnnlm.training.checkpointing import TrainingDiverged
@@ -20,6 +19,7 @@ from tnnlm.training.logs import read_metrics
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
+from training_runs import assert_same_run, tiny_run
 
 LAST, BEST = (Path("runs/demo/checkpoints") / name for name in ("last.ckpt", "best.ckpt"))
 

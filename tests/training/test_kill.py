@@ -18,18 +18,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from conftest import ROOT
 from killed_run import train_until_killed
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
+from conftest import ROOT
 from tnnlm.config_io import load_config
 from tnnlm.errors import CheckpointError
 from tnnlm.training.checkpointing import TrainingStopped, second_name
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
+from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 WORDS = ("trainer.accumulate=2", "model.dropout=0.1", "trainer.max_steps=18", "trainer.log_every_n_steps=4")
 RUN = Path("runs/killed")

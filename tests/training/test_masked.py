@@ -14,8 +14,8 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
+from run_plots import final_figures, plot_runs, read_run
 from tnnlm.checkpoint import load_encoder
 from tnnlm.config import Config
 from tnnlm.config_io import load_config
@@ -28,7 +28,7 @@ from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from tnnlm.training.run_plots import final_figures, plot_runs, read_run
+from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 
 def masked_run(*overrides: str) -> Config:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from training_runs import write_text
 
 from tnnlm.training.logs import read_metrics
+from training_runs import write_text
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

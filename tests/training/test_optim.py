@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from tnnlm.config import OptimConfig
 from tnnlm.model import CausalLM
 from tnnlm.training.optim import build_optimizer, build_scheduler, lr_factor

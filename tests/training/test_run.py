@@ -13,7 +13,6 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from training_runs import assert_same_run, tiny_run
 
 from tnnlm.checkpoint import load_checkpoint
 from tnnlm.config_io import load_config
@@ -22,6 +21,7 @@ from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
+from training_runs import assert_same_run, tiny_run
 
 
 class Recorder(Callback):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from training_runs import write_text
 
 from tnnlm.checkpoint import from_attached, load_checkpoint
 from tnnlm.config_io import load_config
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.plan import make_plan
+from training_runs import write_text
 
 # The same 4 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.
 COMMON = (

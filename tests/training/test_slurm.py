@@ -16,14 +16,14 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from conftest import ROOT
 from lightning.pytorch.callbacks import Callback
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
+from conftest import ROOT
 from tnnlm.config_io import load_config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.training.jobs import cluster_plugins, find_job, job_name, record_job, requeue
 from tnnlm.training.run import train
+from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 SBATCH = ROOT / "tools/slurm/train.sbatch"
 RUN = Path("runs/demo")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import tiny_run
 
 from tnnlm.config import ModelConfig
 from tnnlm.conversion import balanced
@@ -22,6 +21,7 @@ from tnnlm.ops import ssm
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.run import train
 from tnnlm.training.watch import LARGEST_ORDER, flops_per_token, kernel_memory
+from training_runs import tiny_run
 
 
 def modes(radii: list[float], channels: int = 5, length: int = 512) -> torch.Tensor:

@@ -1,0 +1,194 @@
+"""The decode benchmark: every subject runs, rows have all fields, tables and pictures are made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
+from benchmarks.llamacpp import llama_cpp
+from benchmarks.onnx import OnnxModel
+from benchmarks.peers import PEERS, peer
+from benchmarks.report import plot, table
+from benchmarks.subjects import CONVERSIONS, ours
+from benchmarks.timing import Effort, read_bandwidth, time_prefill, time_steps
+from benchmarks.train_timing import peak_bytes
+from benchmarks.training import NAMES, OURS, trainee
+from conftest import ROOT, tiny_config
+from tnnlm.conversion import convert_model
+from tnnlm.converted import ConvertedModel
+from tnnlm.errors import run_script
+from tnnlm.model import CausalLM
+from tnnlm.tokenizer import train_bpe
+from tnnlm.training.run import train
+from training_runs import tiny_run
+
+SHAPE = tiny_config(d_model=64, n_layers=2, glu_dim=64)
+LITTLE = Effort(rounds=2, settle=1, steps=2)
+FIELDS = {"name", "dtype", "batch", "context", "seconds_per_token", "tokens_per_second", "spread"}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_our_models_step_and_read_at_every_context(conversion: str, dtype: str, tmp_path: Path) -> None:
+    subject = ours(conversion, "packed", dtype, SHAPE, tmp_path)
+    assert subject.name == f"tnnlm-{conversion}-packed"
+    # Six products per layer, and the head.
+    block = 64 * (2 * 192 + 192 + 2 * 64 + 64)
+    assert subject.weight_bytes == (2 * block + 300 * 64) * {"float32": 4, "int8": 1}[dtype]
+    bandwidth, rows = time_steps([subject], [(1, 5), (3, 9)], LITTLE)
+    assert bandwidth > 0
+    assert [(row["batch"], row["context"]) for row in rows] == [(1, 5), (3, 9)]
+    assert rows[0].keys() >= FIELDS | {"state_bytes", "bandwidth_share"}
+    assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
+    assert [row["context"] for row in time_prefill([subject], [3, 600], 300, LITTLE)] == [3, 600]
+
+
+@pytest.mark.parametrize("conversion", ["balanced", "window512"])
+def test_onnxruntime_takes_our_steps(conversion: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = convert_model(CausalLM(SHAPE).eval(), **CONVERSIONS[conversion])
+    whole = ConvertedModel(model, train_bpe([" "], 257, "<eos>", 1, False), "")
+    other = OnnxModel(whole, tmp_path)
+    state = expected_state = model.init_state(2)
+    for tokens in torch.randint(300, (5, 2)):
+        logits, state = other.step(tokens, state)
+        expected, expected_state = model.step(tokens, expected_state)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    subject = ours("balanced", "onnxruntime", "float32", SHAPE, tmp_path)
+    assert time_steps([subject], [(1, 5), (3, 9)], LITTLE)[1][1]["name"] == "tnnlm-balanced-onnxruntime"
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_peers_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    subject = peer(kind, "float32", SHAPE, 64)
+    target = ours("balanced", "eager", "float32", SHAPE, tmp_path).weight_bytes
+    assert abs(subject.weight_bytes - target) <= 0.25 * target
+    stepper = subject.step_at(2, 7)
+    with torch.inference_mode():
+        for _ in range(3):
+            stepper.step()
+            stepper.undo()
+    assert subject.state_at(7) > 0
+    _, rows = time_steps([subject], [(1, 5), (1, 65)], LITTLE)
+    assert [row["context"] for row in rows] == [5], "a context that it can't hold is left out"
+
+
+def test_llama_cpp_has_as_many_weights_and_keeps_its_context(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    target = ours("balanced", "eager", "float32", SHAPE, tmp_path).weight_bytes
+    for dtype, width in (("float32", 4), ("int8", 34 / 32)):
+        subject = llama_cpp(dtype, SHAPE, 64, 2, tmp_path)
+        assert abs(subject.weight_bytes / width - target / 4) <= 0.25 * target / 4
+        stepper = subject.step_at(2, 7)
+        for _ in range(3):
+            stepper.step()
+            stepper.undo()
+        assert time_prefill([subject], [20], 300, LITTLE)[0]["tokens_per_second"] > 0
+
+
+def test_tables_and_pictures(tmp_path: Path) -> None:
+    rows = [
+        {
+            "name": name,
+            "dtype": "float32",
+            "batch": 1,
+            "context": context,
+            "seconds_per_token": 1e-3 * (index + 1),
+            "tokens_per_second": 1e3 / (index + 1),
+            "spread": 0.1,
+            "bandwidth_share": 0.5,
+        }
+        for index, name in enumerate(("tnnlm-balanced-packed", "transformers-llama"))
+        for context in (128, 512)
+    ]
+    result = {"mode": "decode", "results": rows}
+    assert "| tnnlm-balanced-packed | float32 | 1.00 (50%) | 1.00 (50%) |" in table(result)
+    for mode in ("decode", "batch", "prefill"):
+        plot({"mode": mode, "results": rows}, tmp_path / "times.png")
+        assert (tmp_path / "times.png").stat().st_size > 5_000
+
+
+def test_trainees_learn_and_hold_memory() -> None:
+    rows = torch.randint(300, (2, 17))
+    model = trainee(OURS, SHAPE, 16, compiled=False, recompute=True)
+    losses = [model.step(rows) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert peak_bytes("tnn-pytorch", SHAPE, 16, False) > 4 * trainee("tnn-pytorch", SHAPE, 16, False).params
+
+
+def test_bandwidth_is_that_of_a_memory() -> None:
+    assert 0.1 < read_bandwidth() < 100_000
+
+
+def tool_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_constant_cost_measures_a_converted_run(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
+    assert script("convert", "runs/tiny").code == 0
+    words = ["runs/tiny", "--contexts", "4", "8", "--repeats", "1", "--tokens", "2", "--json", "c.json"]
+    monkeypatch.setattr(sys, "argv", ["constant_cost.py", *words])
+    assert run_script(tool_of("constant_cost").main) == 0
+    assert "state bytes" in capsys.readouterr().out
+    assert Path("c.json").stat().st_size > 100
+
+
+def test_tool_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tool_of("benchmark")
+    small = ["--quick", "--d-model", "32", "--peers", "--json", "out.json", "--png", "out.png"]
+    for mode, words in (
+        ("decode", ["--contexts", "8"]),
+        ("batch", ["--batches", "2"]),
+        ("prefill", ["--contexts", "8"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", mode, *small, *words])
+        assert run_script(tool.main) == 0
+        data = json.loads(Path("out.json").read_text())
+        assert data["bandwidth_gbs"] > 0
+        assert all(row.keys() >= FIELDS for row in data["results"])
+        assert "tnnlm-balanced-packed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *small, "--contexts", "16"])
+    assert run_script(tool.main) == 0
+    data = json.loads(Path("out.json").read_text())
+    assert [row["name"] for row in data["results"]] == list(NAMES)
+    for row in data["results"]:
+        assert row.keys() >= FIELDS
+        assert row["peak_bytes"] > 0
+        assert 0 < row["flop_share"] < 1
+    sizes = {row["name"]: row["params"] for row in data["results"]}
+    assert sizes["tnn-pytorch"] == sizes["tnnlm-tno"]
+    assert "convolution's share" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--contexts", "0"])
+    assert run_script(tool.main) == 2
+
+
+def test_levels_are_timed_in_processes_of_their_own() -> None:
+    before = dict(os.environ)
+    rows = time_levels(SHAPE, 2, rounds=1, steps=1, decoded=SHAPE)
+    assert [row["level"] for row in rows] == levels_here()
+    assert rows[-1]["cpu_level"] == "DEFAULT"
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["decoding"]["bfloat16"]["linear"] for row in rows)
+    assert level_table(rows).count("\n") == 1 + len(rows)
+    assert dict(os.environ) == before
+    assert LEVELS["native"] == {}

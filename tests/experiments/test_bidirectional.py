@@ -1,0 +1,114 @@
+"""The bidirectional experiment at a tiny size: two-sided kernels win, and its parts keep apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.bidirectional import Bidirectional
+from experiments.experiment import Row
+from experiments.masked import (
+    MODELS,
+    build,
+    held_out_rows,
+    joined,
+    masked_text,
+    model_settings,
+    perplexities,
+)
+from experiments.run import reproduce
+from tnnlm.encoder import MaskedBatch, MaskedLM
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TNNLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        masked_text.cache_clear()
+        out = tmp_path_factory.mktemp("results")
+        reproduce(Bidirectional(), "tiny", out, lambda cells: cells)
+        return out
+
+
+@pytest.fixture
+def rows(folder: Path) -> dict[str, Row]:
+    """Of the masked part, by model."""
+    cells = json.loads((folder / "bidirectional.json").read_text())["cells"]
+    found = [json.loads(key) | value for key, value in cells.items()]
+    return {row["model"]: row for row in found if row["part"] == "masked"}
+
+
+def test_both_sides_beat_one_and_all_have_learned(rows: dict[str, Row]) -> None:
+    assert list(rows) == list(MODELS)
+    two_sided, causal, *berts = (rows[name]["ppl"]["32"] for name in MODELS)
+    assert two_sided < 0.9 * causal
+    assert max(two_sided, causal, *berts) < 150  # guessing uniformly is 300
+
+
+def test_models_have_equal_parameters_and_read_the_same(rows: dict[str, Row]) -> None:
+    params = [row["params"] for row in rows.values()]
+    assert max(params) / min(params) < 1.03
+    assert len({(row["tokens"], row["tokens_trained"]) for row in rows.values()}) == 1
+
+
+def test_a_two_sided_tnn_reads_lengths_it_was_not_trained_on(rows: dict[str, Row]) -> None:
+    ppl = rows["two-sided"]["ppl"]
+    assert list(ppl) == ["32", "64", "128"]
+    assert ppl["128"] < 1.05 * ppl["32"]
+    assert list(rows["bert"]["ppl"]) == ["32"]
+
+
+def test_page_and_picture(folder: Path) -> None:
+    page = (folder / "bidirectional.md").read_text()
+    assert "| TNN, two-sided | " in page
+    assert "TNN paper" in page
+    assert (folder / "bidirectional.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+def test_cells_are_different_and_their_models_of_equal_size(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Bidirectional()
+    cells = [json.dumps(cell, sort_keys=True) for cell in experiment.cells(size)]
+    assert len(set(cells)) == len(cells)
+    monkeypatch.setattr("experiments.masked.open_data", lambda config: None)
+    masked_text.cache_clear()
+    config, _ = masked_text(size, ())
+    params = []
+    for model in MODELS:
+        settings = model_settings(model, size, config)
+        with torch.device("meta"):
+            params.append(sum(p.numel() for p in build(model, settings.model).parameters()))
+    masked_text.cache_clear()
+    assert max(params) / min(params) < 1.03
+    if size == "paper":  # published: 126.40 and 124.70 million
+        assert params[0] == pytest.approx(126.4e6, rel=0.01)
+
+
+def test_hidden_tokens_are_the_same_at_every_length() -> None:
+    batch = MaskedBatch(torch.arange(24).view(4, 6), torch.tensor([[1, 4]] * 4), torch.arange(8).view(4, 2))
+    longer = joined(batch, 2)
+    assert longer.positions.tolist() == [[1, 4, 7, 10]] * 2
+    for one in (batch, longer):
+        assert one.tokens.gather(1, one.positions).flatten().tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
+        assert one.targets.flatten().tolist() == list(range(8))
+
+
+def test_a_user_s_text_takes_the_place_of_the_experiment_s(tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("\n".join(f"line {i} of a text of mine, {i * i}" for i in range(2000)))
+    masked_text.cache_clear()
+    config, data = masked_text("tiny", (str(text),))
+    masked_text.cache_clear()
+    assert config.data.files == [str(text)]
+    held_out = held_out_rows(data, 256)
+    assert held_out.tokens.shape == (8, 32)
+    found: dict[str, Any] = perplexities(MaskedLM(config.model), "two-sided", held_out)
+    assert list(found) == ["32", "64", "128"]

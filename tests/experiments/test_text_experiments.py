@@ -1,0 +1,108 @@
+"""Experiments that train on text, at a tiny size: what is flat, what rises, what is equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.etsc import ETSC
+from experiments.etsc_cost import peak_allocated
+from experiments.experiment import Experiment, Verdict
+from experiments.extrapolation import FLAT, Extrapolation
+from experiments.families import Families
+from experiments.run import reproduce
+from experiments.text_models import CONFIGS, text_models
+from tnnlm.errors import UserError
+from training_runs import write_text
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _text() -> None:
+    text_models.cache_clear()  # every test has a cache of its own
+    write_text()
+
+
+def run(experiment: Experiment) -> list[Verdict]:
+    experiment.data = ("text.txt",)
+    return reproduce(experiment, "tiny", Path("out"), lambda cells: cells)
+
+
+def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
+    verdicts = run(Extrapolation())
+    flat = [verdict for verdict in verdicts if "flat" in verdict.claim]
+    assert len(flat) == 3  # parallel, ETSC, auto
+    assert all(verdict.holds for verdict in flat)
+    assert all(verdict.holds for verdict in verdicts if "recurrent" in verdict.claim)
+    (rotary,) = (verdict for verdict in verdicts if "rotary" in verdict.claim)
+    assert rotary.holds
+    rows = [
+        json.loads(key) | row
+        for key, row in json.loads(Path("out/extrapolation.json").read_text())["cells"].items()
+    ]
+    by_model = {row["model"]: row["ppl"] for row in rows}
+    assert by_model["tnn"].keys() == {"parallel", "etsc", "auto"}
+    assert list(by_model["tnn"]["parallel"]) == ["32", "64", "128", "224", "448", "896"]
+    rise = {model: ppl["parallel"]["896"] / ppl["parallel"]["32"] - 1 for model, ppl in by_model.items()}
+    assert rise["tnn"] <= FLAT < rise["transformer"]
+    page = Path("out/extrapolation.md").read_text()
+    assert "Transformer with learned positions" in page
+    assert Path("out/extrapolation.png").stat().st_size > 10_000
+
+
+def test_families_are_equal_in_size_and_convolutions_in_quality() -> None:
+    verdicts = run(Families())
+    assert verdicts[-1].holds  # parameters and tokens
+    cells = json.loads(Path("out/families.json").read_text())["cells"]
+    rows = {json.loads(key)["family"]: row for key, row in cells.items()}
+    assert all(row["curve"][-1][1] < 0.95 * row["curve"][0][1] for row in rows.values())
+    bits = [rows[name]["bits_per_byte"] for name in ("tnn", "sgconv", "rtf")]
+    assert max(bits) < 1.1 * min(bits)
+    assert "| SGConv | " in Path("out/families.md").read_text()
+    assert Path("out/families.png").stat().st_size > 10_000
+
+
+def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
+    exact = [v for v in run(ETSC()) if "the same before and after" in v.claim or "exact" in v.claim]
+    assert len(exact) == 3
+    assert all(verdict.holds for verdict in exact)
+    found = json.loads(Path("out/etsc.json").read_text())["cells"]
+    cells = [json.loads(key) | row for key, row in found.items()]
+    converted = [row["methods"] for row in cells if row["part"] == "conversion"]
+    assert all(row["etsc"]["error"] < 1e-2 * row["gradient"]["error"] for row in converted)
+    short, long = (row for row in cells if row["part"] == "cost" and row["sweep"] == "length")
+    for form in ("etsc, n = horizon", "balanced"):
+        assert long["bytes"][form] == short["bytes"][form]
+    for form in ("recompute", "cached history", "etsc, n = length"):
+        assert long["bytes"][form] > 4 * short["bytes"][form]  # eight times as long
+    assert "| SGConv | ETSC, n = length | " in Path("out/etsc.md").read_text()
+    assert Path("out/etsc.png").stat().st_size > 10_000
+
+
+def test_the_peak_is_what_is_held_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000)
+
+    assert 4000 <= peak_allocated(one_after_the_other) < 4200
+    assert 12_000 <= peak_allocated(lambda: [torch.ones(1000) for _ in range(3)]) < 12_400
+
+
+@pytest.mark.parametrize("experiment", [Extrapolation(), Families()])
+def test_paper_size_is_the_published_training(experiment: Experiment) -> None:
+    cells = experiment.cells("paper")
+    assert all(cell["size"] == "paper" for cell in cells)
+    assert {cell["steps"] for cell in cells} == {0}  # what the configuration says
+    assert (CONFIGS / "tnn_wt103.yaml").is_file()
+    assert (CONFIGS / "sgconv_wt103.yaml").is_file()
+    assert (CONFIGS / "rtf_wt103.yaml").is_file()
+
+
+def test_a_family_that_cannot_be_had_stops_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.sizing.SIZE_TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="no width"):
+        text_models(("tnn", "rtf"), "tiny", 5, ("text.txt",))

@@ -1,0 +1,160 @@
+"""The same machine with fewer instructions: training and decoding at every vector level that its CPU has.
+
+PyTorch, oneDNN and MKL read the level when they are loaded, so that each measurement runs in a process of its
+own. What it shows is what a user of a lesser CPU gets, but for that CPU's clock and memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.subjects import SHAPE, ours
+from benchmarks.training import OURS, trainee
+from tnnlm.allocator import keep_large_blocks
+from tnnlm.capabilities import capability, cpu_level
+from tnnlm.config import ModelConfig
+from tnnlm.linear_choice import choose_linear
+from tnnlm.packed import DTYPES
+from tnnlm.threads import limit_threads
+
+NATIVE = "native"
+LEVELS: dict[str, dict[str, str]] = {
+    NATIVE: {},
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "no AVX": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+}
+"""environment of each level"""
+_CONTEXT = 128
+
+
+def levels_here() -> list[str]:
+    """Levels that differ on this CPU, the widest first."""
+    wide = cpu_level()
+    return [name for name in LEVELS if name != "AVX2" or wide.startswith("AVX512")]
+
+
+def time_levels(
+    shape: ModelConfig, batch: int, rounds: int, steps: int, decoded: ModelConfig = SHAPE
+) -> list[dict[str, Any]]:
+    """Tokens per second of training, and seconds per decoded token by dtype, at every level in turns.
+
+    Args:
+        shape: of the model that is trained, uncompiled, as train.py does on a CPU by default.
+        batch: rows of ``shape.max_length`` tokens per step.
+        rounds: processes per level.
+        steps: timed training steps, and a fourth of the timed decoding steps, per process.
+        decoded: shape of the model that decodes, packed.
+
+    Returns:
+        a row per level: ``level``, ``cpu_level`` in PyTorch's words, ``training_dtype``,
+        ``tokens_per_second`` (of the median step), and by dtype of the weights ``decoding``: the operator and
+        ``seconds_per_token``, medians over all rounds.
+    """
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in levels_here()}
+    for _ in tqdm(range(rounds), desc="rounds of all levels", leave=False, disable=None):
+        for name, measured in parts.items():
+            with _environment(LEVELS[name]), multiprocessing.get_context("spawn").Pool(1) as pool:
+                measured.append(pool.apply(_measure, (shape, batch, steps, decoded)))
+    return [_row(name, measured) for name, measured in parts.items()]
+
+
+def level_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row per level, training beside decoding, each with its ratio to the native level."""
+    head = ["level", "training tokens/s", "of native", *(f"{dtype}, ms per token" for dtype in DTYPES)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    native = rows[0]["tokens_per_second"]
+    for row in rows:
+        name = row["level"] if row["level"] != NATIVE else f"native ({row['cpu_level']})"
+        cells = [
+            name,
+            f"{row['tokens_per_second']:,.0f} ({row['training_dtype']})",
+            f"{row['tokens_per_second'] / native:.2f}",
+        ]
+        for dtype in DTYPES:
+            own = row["decoding"][dtype]
+            cells.append(f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """For processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -> dict[str, Any]:
+    """In a process of its own: seconds of every timed step."""
+    keep_large_blocks()
+    limit_threads()
+    model = trainee(OURS, shape, shape.max_length, compiled=False)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(shape.vocab_size, (batch, shape.max_length + 1), generator=generator)
+    decoding = {}
+    training = _times(lambda: model.step(rows), 2, steps)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for dtype in DTYPES:
+            step = ours("balanced", "packed", dtype, decoded, Path(folder)).step_at(1, _CONTEXT).step
+            operator = choose_linear(torch.device("cpu"), dtype).name
+            decoding[dtype] = {"linear": operator, "seconds": _times(step, 10, 4 * steps)}
+    return {
+        "cpu_level": cpu_level(),
+        "training_dtype": "bfloat16" if capability("bfloat16_arithmetic") else "float32",
+        "seconds_per_token": [seconds / (batch * shape.max_length) for seconds in training],
+        "decoding": decoding,
+    }
+
+
+def _times(step: Any, warm_up: int, n: int) -> list[float]:
+    for _ in range(warm_up):
+        step()
+    seconds = []
+    for _ in range(n):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _row(level: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    first = measured[0]
+    return {
+        "level": level,
+        "cpu_level": first["cpu_level"],
+        "training_dtype": first["training_dtype"],
+        "tokens_per_second": 1 / statistics.median(s for part in measured for s in part["seconds_per_token"]),
+        "decoding": {
+            dtype: {
+                "linear": first["decoding"][dtype]["linear"],
+                "seconds_per_token": statistics.median(
+                    s for part in measured for s in part["decoding"][dtype]["seconds"]
+                ),
+            }
+            for dtype in DTYPES
+        },
+    }

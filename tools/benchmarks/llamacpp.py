@@ -1,0 +1,167 @@
+"""llama.cpp as a peer: a Llama of random weights as GGUF, run through the C interface of llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.peers import llama_hidden
+from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, prompt_of
+from tnnlm.config import ModelConfig
+from tnnlm.errors import UserError
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+"""ours -> llama.cpp's, which keeps keys and values in float16 with all of them"""
+_Q8_BYTES = 34 / 32
+"""per weight: 32 integers and a float16 scale"""
+
+
+def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: Path) -> Subject:
+    """A Llama in llama.cpp with about as many weights per token as ours.
+
+    Args:
+        dtype: one of ``DTYPES``.
+        shape: of our model, whose weights it is to have.
+        longest: context that it must hold.
+        rows: sequences that it must hold at the shortest context.
+        folder: for the file of its weights.
+
+    Raises:
+        UserError: if ``gguf`` or ``llama_cpp`` is missing.
+    """
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp as library
+    except (ImportError, OSError) as error:
+        raise UserError(f"it needs two packages: pip install gguf llama-cpp-python ({error})") from None
+    path = folder / f"llama-{dtype}.gguf"
+    weights = write_gguf(path, dtype, shape, longest)
+    runner = _Runner(library, path, shape, longest + 8, rows)
+
+    def step_at(batch: int, context: int) -> Stepper:
+        prompt = prompt_of(context, shape.vocab_size)[0].tolist()
+        runner.clear()
+        for row in range(batch):
+            for start in range(0, context, CHUNK):
+                runner.read(prompt[start : start + CHUNK], start, row)
+        return Stepper(lambda: runner.step(batch, context), lambda: runner.cut(batch, context))
+
+    def prefill(prompt: Tensor) -> None:
+        runner.clear()
+        for start in range(0, prompt.shape[1], CHUNK):
+            runner.read(prompt[0, start : start + CHUNK].tolist(), start, 0)
+
+    def size(context: int) -> int:
+        return 2 * 2 * shape.n_layers * shape.d_model * context
+
+    width = _Q8_BYTES if dtype == "int8" else WIDTHS[dtype]
+    return Subject(
+        f"llama.cpp-{DTYPES[dtype]}", dtype, round(weights * width), step_at, prefill, size, longest
+    )
+
+
+def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
+    """A Llama of random weights, tied embeddings, no vocabulary; returns its weights per token."""
+    import gguf
+
+    width, hidden = shape.d_model, llama_hidden(shape)
+    heads = max(1, width // 64)
+    kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(longest + 8)
+    writer.add_embedding_length(width)
+    writer.add_block_count(shape.n_layers)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("none")
+    random = np.random.default_rng(0)
+    weights = 0
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        nonlocal weights
+        weights += rows * columns
+        values = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+        data = values if dtype == "float32" else gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+
+    matrix("token_embd", shape.vocab_size, width)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for layer in range(shape.n_layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(width, np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            matrix(f"blk.{layer}.{name}", width, width)
+        for name in ("ffn_gate", "ffn_up"):
+            matrix(f"blk.{layer}.{name}", hidden, width)
+        matrix(f"blk.{layer}.ffn_down", width, hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+class _Runner:
+    """llama.cpp's C interface: Python's share of a step is one call."""
+
+    def __init__(self, library: Any, path: Path, shape: ModelConfig, context: int, rows: int) -> None:
+        self._library = library
+        quiet = library.llama_log_callback(lambda level, text, data: None)
+        self._quiet = quiet  # kept alive: C holds no reference
+        library.llama_log_set(quiet, ctypes.c_void_p(0))
+        library.llama_backend_init()
+        options = library.llama_model_default_params()
+        options.use_mmap = False
+        self._model = library.llama_model_load_from_file(str(path).encode(), options)
+        if not self._model:
+            raise UserError(f"llama.cpp can't load {path.name}")
+        settings = library.llama_context_default_params()
+        settings.n_ctx = rows * max(context, 256)
+        settings.n_seq_max = rows
+        settings.kv_unified = False  # in one cache every row would read past all others' keys
+        settings.n_batch = settings.n_ubatch = max(CHUNK, rows)
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        self._context = library.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise UserError(f"llama.cpp can't make a context of {settings.n_ctx} tokens")
+        self._memory = library.llama_get_memory(self._context)
+        self._batch = library.llama_batch_init(max(CHUNK, rows), 0, 1)
+
+    def clear(self) -> None:
+        self._library.llama_memory_clear(self._memory, True)
+
+    def read(self, tokens: list[int], start: int, row: int) -> None:
+        """A piece of a prompt, with logits for its last token."""
+        last = len(tokens) - 1
+        self._decode([(token, start + i, row, i == last) for i, token in enumerate(tokens)])
+
+    def step(self, batch: int, context: int) -> None:
+        """One token for every row."""
+        self._decode([(0, context, row, True) for row in range(batch)])
+
+    def cut(self, batch: int, context: int) -> None:
+        """Forget what stands at ``context`` and after."""
+        for row in range(batch):
+            self._library.llama_memory_seq_rm(self._memory, row, context, -1)
+
+    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for index, (token, position, row, wanted) in enumerate(entries):
+            batch.token[index] = token
+            batch.pos[index] = position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = row
+            batch.logits[index] = wanted
+        code = self._library.llama_decode(self._context, batch)
+        if code:
+            raise RuntimeError(f"llama_decode: {code}")

@@ -1,0 +1,171 @@
+"""Where conversions fail: error against length, depth, decay, precision, initialisation and bad taps.
+
+The boundary analysis that ETSC's paper (arXiv 2311.08756) leaves open. Measured of every recurrence: the
+error of its taps, as the certificate does, and that of its outputs to white noise, one step after the other
+in float32: within the horizon, where rounding piles up, and after four, where what was left out shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments import stability_report
+from experiments.ablations import vandermonde
+from experiments.experiment import Experiment, Row, Verdict
+from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
+from tnnlm.config import ModelConfig, TNOConfig
+from tnnlm.conversion import certify, convert_model
+from tnnlm.conversion.methods import Converted, relative_error
+from tnnlm.conversion.report import EXTENT, horizon_warning
+from tnnlm.conversion.taps import convert_taps
+from tnnlm.errors import UserError
+from tnnlm.model import CausalLM
+from tnnlm.ops import ssm
+from tnnlm.ops.ssm import SSMParams
+
+METHODS = ("etsc", "balanced", "window", "vandermonde")
+PRECISIONS = ("float64", "float32", "bfloat16")
+"""that poles and residues are rounded to"""
+LARGEST_VANDERMONDE = 512
+"""taps: its system has as many unknowns"""
+_SWEEPS = {
+    "tiny": {"length": (16, 64), "decay": (0.9, 1.0), "depth": (1,), "distance": (1e-2,), "layers": (1,)},
+    "small": {
+        "length": (64, 128, 256, 512, 1024, 2048, 4096),
+        "decay": (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0),
+        "depth": (1, 3, 6, 12, 24),
+        "distance": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
+        "layers": (1, 2, 4, 8, 16, 32),
+    },
+}
+_SWEEPS["paper"] = _SWEEPS["small"] | {"length": (*_SWEEPS["small"]["length"], 8192, 16384)}
+
+
+class Stability(Experiment):
+    """Error and outright failure of every conversion."""
+
+    name = "stability"
+    title = "Where conversions fail"
+
+    def cells(self, size: str) -> list[Row]:
+        """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
+        sweep = _SWEEPS[size]
+        n = 64 if size == "tiny" else 512
+        base: Row = {
+            "source": "tno",
+            "n": n,
+            "decay": 0.99,
+            "init": "default",
+            "depth": 3,
+            "stored": "float32",
+        }
+        changes: list[tuple[str, Row]] = [("length", {"n": value}) for value in sweep["length"]]
+        changes += [("decay", {"decay": value}) for value in sweep["decay"]]
+        changes += [("depth", {"depth": value}) for value in sweep["depth"]]
+        changes += [("initialisation", {"init": value}) for value in INITIALISATIONS]
+        changes += [("precision", {"stored": value}) for value in PRECISIONS]
+        changes += [("taps", {"source": value}) for value in DISTRIBUTIONS]
+        changes += [("poles", {"source": "resonances", "distance": value}) for value in sweep["distance"]]
+        cells = [{"sweep": name, "method": m, **base, **change} for name, change in changes for m in METHODS]
+        layers = [{"sweep": "layers", "layers": value, "decay": 0.99} for value in sweep["layers"]]
+        return cells + [{**cell, "method": m} for cell in layers for m in ("etsc", "balanced", "window")]
+
+    def measure(self, cell: Row) -> Row:
+        """Both errors, and what the user is told."""
+        with torch.no_grad():
+            return _measure_model(cell) if cell["sweep"] == "layers" else _measure_taps(cell)
+
+    def verdicts(self, rows: list[Row]) -> list[Verdict]:
+        """See :mod:`experiments.stability_report`."""
+        return stability_report.verdicts(rows)
+
+    def tables(self, rows: list[Row]) -> str:
+        """One per factor, and the thresholds."""
+        return stability_report.tables(rows)
+
+    def plot(self, rows: list[Row], path: Path) -> None:
+        """Error of the outputs against every factor that is a number."""
+        stability_report.plot(rows, path)
+
+
+def _measure_taps(cell: Row) -> Row:
+    n, stored = cell["n"], getattr(torch, cell["stored"])
+    k = make_taps(cell, EXTENT * n)
+    kept = torch.float64 if stored == torch.float64 else torch.float32
+    if cell["method"] == "vandermonde" and n > LARGEST_VANDERMONDE:
+        return {"told": f"left out above {LARGEST_VANDERMONDE} taps"}
+    try:
+        params = _convert(k.to(kept), cell)
+    except UserError as error:
+        return {"refused": True, "told": str(error)}
+    if stored == torch.bfloat16:
+        params = SSMParams(*(tensor.to(stored).to(tensor.dtype) for tensor in params))
+    measured = {"refused": False, **_output_errors(params, k, n, kept)}
+    if cell["method"] == "vandermonde":  # no method of the package's: it has no certificate
+        return measured | {"tap_error": relative_error(k[:, :n], params)}
+    report = certify(k, Converted(params, cell["method"], ""), n)
+    return measured | {
+        "tap_error": report.relative_tap_error,
+        "l1_error": report.l1_error,
+        "tail": report.tail_energy**0.5,
+        "largest_pole": report.largest_pole,
+        "order": report.order,
+        "told": horizon_warning([report], n),
+    }
+
+
+def _convert(k: Tensor, cell: Row) -> SSMParams:
+    n = cell["n"]
+    if cell["method"] == "vandermonde":
+        return ssm.to_dtype(vandermonde(k[:, :n].double(), "real")[0], k.dtype)
+    decay = cell["decay"] if cell["source"] == "tno" else None
+    return convert_taps(k, method=cell["method"], horizon=n, decay=decay)[0]
+
+
+def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> Row:
+    """Relative RMS of outputs to uniform noise in the second half of the horizon and in the last horizon of
+    k (E, T); and the largest of all, over the taps' L1 norm, which the certificate bounds."""
+    length = k.shape[1]
+    x = 2 * torch.rand(length, len(k), generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
+    size = 2 * length
+    spectrum = torch.fft.rfft(x.T, n=size) * torch.fft.rfft(k, n=size)
+    expected = torch.fft.irfft(spectrum, n=size)[:, :length].T
+    params = ssm.to_dtype(params, dtype)
+    state = ssm.init_state(params, 1)
+    outputs = []
+    for t in range(length):
+        y, state = ssm.step(params, x[t : t + 1].to(dtype), state)
+        outputs.append(y[0].double())
+    off = torch.stack(outputs) - expected
+    tiny = torch.finfo(torch.float64).tiny
+
+    def relative(part: slice) -> float:
+        return float(off[part].norm() / expected[part].norm().clamp(min=tiny))
+
+    bounded = off.abs().amax(0) / k.abs().sum(1).clamp(min=tiny)
+    return {
+        "inside_error": relative(slice(n // 2, n)),
+        "output_error": relative(slice(length - n, length)),
+        "bounded_error": float(bounded.max()),
+    }
+
+
+def _measure_model(cell: Row) -> Row:
+    """Logits of an untrained model of so many layers, recurrent against parallel, at four horizons."""
+    torch.manual_seed(0)
+    kernel = TNOConfig(decay=cell["decay"], rpe_dim=16, rpe_layers=2)
+    layers = cell["layers"]
+    config = ModelConfig(d_model=32, n_layers=layers, vocab_size=256, max_length=128, kernel=kernel)
+    model = CausalLM(config).eval()
+    tokens = torch.randint(256, (1, 512))
+    expected = model(tokens)
+    try:
+        converted = convert_model(model, method=cell["method"])
+    except UserError as error:
+        return {"refused": True, "told": str(error)}
+    logits, _ = converted.prefill(tokens, converted.init_state(1))
+    off = float((logits - expected).norm() / expected.norm())
+    return {"refused": False, "output_error": off}
