@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import levels
-from tnnlm import capabilities
+from tnnlm.machine import capabilities
 
 NO_BFLOAT16 = (
     "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and "

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, tiny_config
-from tnnlm.capabilities import capability
 from tnnlm.compiled import _made_for, compile_step, load_step
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel, model_fingerprint
@@ -19,6 +18,7 @@ from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.linear_choice import choose_linear
+from tnnlm.machine.capabilities import capability
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, Int8Linear, replace_linears
 from tnnlm.row_linear import FourByteRowLinear, RowLinear

@@ -15,11 +15,9 @@ from conftest import ROOT
 LAYERS = (
     (
         "errors",
-        "allocator",
-        "threads",
-        "capabilities",
+        "machine",
         "precision",
-        "atomic",
+        "files",
         "ops",
         "config",
         "config_io",

@@ -16,8 +16,8 @@ from torch._inductor import config as inductor_config
 from conftest import ROOT
 from simulated import LEVELS, level_environment
 from test_engine import assert_steps_round_the_weights_alone, compile_converted, converted, whole
-from tnnlm.capabilities import capability, cpu_level
 from tnnlm.engine import open_engine
+from tnnlm.machine.capabilities import capability, cpu_level
 
 LAWS = (
     "tests/ops/test_toeplitz.py",

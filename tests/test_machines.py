@@ -13,11 +13,11 @@ from torch import nn
 
 from conftest import FAMILIES, tiny_config
 from simulated import MACHINES
-from tnnlm.capabilities import capability
 from tnnlm.conversion import convert_model
 from tnnlm.converted import load_converted
 from tnnlm.engine import pack
 from tnnlm.linear_choice import choose_linear
+from tnnlm.machine.capabilities import capability
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, HalfLinear, to_int8
 from tnnlm.training.plan import resolve_precision

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import write_text
-from tnnlm.capabilities import switched_off
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
 from tnnlm.compiled import check_compiler, compile_step
 from tnnlm.config import ConversionConfig
@@ -34,12 +31,15 @@ from tnnlm.converted import (
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.export import check_onnx, export_onnx, export_torch
+from tnnlm.files import write_text
 from tnnlm.locking import only_process
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import switched_off
+from tnnlm.machine.threads import limit_threads
 from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
 from tnnlm.packing import prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
-from tnnlm.threads import limit_threads
 
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""

@@ -18,8 +18,8 @@ import pyarrow
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tnnlm.atomic import atomic_file, write_text
 from tnnlm.errors import DataError
+from tnnlm.files import atomic_file, write_text
 
 ROWS = 256
 """that are read at a time"""

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tnnlm.capabilities import cpu_level
 from tnnlm.compiled import CompiledModel, load_step
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.graphs import GraphedModel
 from tnnlm.linear_choice import Choice, choose_linear
+from tnnlm.machine.capabilities import cpu_level
 from tnnlm.model import CausalLM
 from tnnlm.packed import DTYPES, cast_linear, replace_linears
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tnnlm.atomic import atomic_folder, write_text
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
+from tnnlm.files import atomic_folder, write_text
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.ops.toeplitz import fft_convolution
 

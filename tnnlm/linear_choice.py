@@ -1,7 +1,7 @@
 """Which linear layer decodes with weights of a dtype on a device: the fastest whose operator works there.
 
-On a CPU the table of capabilities decides (:mod:`tnnlm.capabilities`). Every choice for a dtype rounds the
-weights alike; oneDNN in bfloat16 and the int8 operator round a layer's inputs to bfloat16, too.
+On a CPU the table of capabilities decides (:mod:`tnnlm.machine.capabilities`). Every choice for a dtype
+rounds the weights alike; oneDNN in bfloat16 and the int8 operator round a layer's inputs to bfloat16, too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnnlm.capabilities import capability
 from tnnlm.errors import UserError
+from tnnlm.machine.capabilities import capability
 from tnnlm.packed import DTYPES, INT8_BLOCK, HalfLinear, Int8Linear, PackedLinear, WidenedLinear, cast_linear
 
 

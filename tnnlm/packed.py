@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tnnlm.capabilities import capability
+from tnnlm.machine.capabilities import capability
 from tnnlm.model import CausalLM
 
 DTYPES = ("float32", "bfloat16", "int8")

@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tnnlm.atomic import atomic_folder, flush_to_disk, write_text
 from tnnlm.config import DataConfig
 from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
 from tnnlm.documents import Documents, remove_scratch
 from tnnlm.errors import DataError
+from tnnlm.files import atomic_folder, flush_to_disk, write_text
 from tnnlm.locking import only_process
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 

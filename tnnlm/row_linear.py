@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.capabilities import cpu_level
+from tnnlm.machine.capabilities import cpu_level
 from tnnlm.packed import NarrowLinear, to_int8
 
 _BYTES = 4

@@ -32,13 +32,13 @@ from benchmarks.report import memory_table, plot, table
 from benchmarks.subjects import SHAPE, Subject, ours
 from benchmarks.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
 from benchmarks.train_timing import time_training
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import write_text
-from tnnlm.capabilities import capability, describe_cpu
 from tnnlm.config import ModelConfig
 from tnnlm.config_io import load_config
 from tnnlm.errors import UserError, run_script
-from tnnlm.threads import limit_threads
+from tnnlm.files import write_text
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import capability, describe_cpu
+from tnnlm.machine.threads import limit_threads
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LLAMA_CPP = "llama.cpp"

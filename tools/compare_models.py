@@ -24,8 +24,8 @@ from experiments.family_measure import Sizes
 from experiments.family_report import plot, tables
 from experiments.family_run import compare_families
 from experiments.sizing import TRANSFORMER, TRANSFORMER_LR, load_families
-from tnnlm.atomic import write_text
 from tnnlm.errors import UserError, run_script
+from tnnlm.files import write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo.yaml"

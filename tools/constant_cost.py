@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from benchmarks.subjects import WIDTHS, linear_weights
 from benchmarks.timing import read_bandwidth
-from tnnlm.atomic import write_text
-from tnnlm.capabilities import describe_cpu
 from tnnlm.engine import ENGINES, open_engine
 from tnnlm.errors import UserError, run_script
+from tnnlm.files import write_text
 from tnnlm.generation import Context, TextGenerator
+from tnnlm.machine.capabilities import describe_cpu
+from tnnlm.machine.threads import limit_threads
 from tnnlm.model import state_bytes
 from tnnlm.packed import DTYPES
 from tnnlm.runs import load_for_decoding
-from tnnlm.threads import limit_threads
 
 
 def parse() -> argparse.Namespace:

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from crash_runs import kill_and_compare
-from tnnlm.atomic import write_text
 from tnnlm.config_io import load_config
 from tnnlm.errors import UserError, run_script
+from tnnlm.files import write_text
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 SETTINGS = (

@@ -30,8 +30,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tnnlm.atomic import write_text
 from tnnlm.errors import UserError, run_script
+from tnnlm.files import write_text
 
 SERVE = Path(__file__).with_name("serve.py")
 KINDS = 48

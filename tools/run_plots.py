@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tnnlm.atomic import atomic_file
 from tnnlm.errors import CheckpointError
+from tnnlm.files import atomic_file
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.watch import ENERGY, LENGTH, ORDER
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from tnnlm.allocator import keep_large_blocks
+from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.training.checkpointing import AtomicCheckpointIO, TrainingStopped
 from tnnlm.training.run import train
 from training_runs import tiny_run

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tnnlm.atomic import write_text
 from tnnlm.config import ModelConfig
 from tnnlm.config_io import model_config_from_dict
 from tnnlm.converted import FORMAT
 from tnnlm.errors import CheckpointError
+from tnnlm.files import write_text
 from tnnlm.hf_files import AUTO_MAP, MODEL_TYPE, SHIM, SHIM_TEXT
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tnnlm.atomic import atomic_folder
 from tnnlm.config import Config
 from tnnlm.corpus import cache_folder
 from tnnlm.errors import ConfigError
+from tnnlm.files import atomic_folder
 from tnnlm.sequences.archive import needed, splits
 from tnnlm.sequences.listops import generate
 from tnnlm.sequences.rows import SPLITS, TASKS, Example, LabelledCorpus, read_corpus, write_corpus

@@ -16,11 +16,11 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from tnnlm.atomic import atomic_file
 from tnnlm.checkpoint import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
 from tnnlm.config import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
+from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
 from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.averaging import AveragedWeights

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import atomic_file
 from tnnlm.config import Config
 from tnnlm.data import TextDataModule
 from tnnlm.errors import DataError
-from tnnlm.threads import limit_threads
+from tnnlm.files import atomic_file
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.threads import limit_threads
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.plan import make_plan, resolve_accelerator, resolve_precision

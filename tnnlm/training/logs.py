@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
-from tnnlm.atomic import write_text
 from tnnlm.config import Config
+from tnnlm.files import write_text
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.model import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of

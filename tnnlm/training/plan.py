@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from tnnlm.backbone import Backbone
-from tnnlm.capabilities import capability
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.encoder import build_model
+from tnnlm.machine.capabilities import capability
 from tnnlm.model import LOGITS
 
 FSDP = "fsdp"

@@ -11,11 +11,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from tnnlm.atomic import write_text
 from tnnlm.checkpoint import read_checkpoint
 from tnnlm.config import Config
 from tnnlm.config_io import load_config
 from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.files import write_text
 from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.checkpointing import second_name
 from tnnlm.training.lit_module import LitModel

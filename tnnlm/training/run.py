@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import write_text
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_yaml
 from tnnlm.data import TextDataModule, open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
+from tnnlm.files import write_text
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.threads import limit_threads
 from tnnlm.runs import LAST
-from tnnlm.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
 from tnnlm.training.guard import Guard

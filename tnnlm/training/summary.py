@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tnnlm.atomic import atomic_file, write_text
+from tnnlm.files import atomic_file, write_text
 from tnnlm.runs import BEST
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.tasks import Task

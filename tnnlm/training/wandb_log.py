@@ -8,10 +8,10 @@ from pathlib import Path
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from tnnlm.atomic import write_text
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.errors import ConfigError
+from tnnlm.files import write_text
 
 ID_FILE = "wandb_id"
 """in a run's folder"""

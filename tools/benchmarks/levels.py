@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from benchmarks.subjects import SHAPE, ours
 from benchmarks.training import OURS, trainee
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.capabilities import capability, cpu_level
 from tnnlm.config import ModelConfig
 from tnnlm.linear_choice import choose_linear
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import capability, cpu_level
+from tnnlm.machine.threads import limit_threads
 from tnnlm.packed import DTYPES
-from tnnlm.threads import limit_threads
 
 NATIVE = "native"
 LEVELS: dict[str, dict[str, str]] = {

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from benchmarks.timing import quartile_range
 from benchmarks.training import NAMES, OURS, WITHOUT, Trainee, trainee
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.capabilities import capability
 from tnnlm.config import ModelConfig
-from tnnlm.threads import limit_threads
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import capability
+from tnnlm.machine.threads import limit_threads
 from tnnlm.training.watch import resident_peak
 
 TOKENS = 4096

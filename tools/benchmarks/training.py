@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import gpt2
-from tnnlm.capabilities import capability
 from tnnlm.config import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
+from tnnlm.machine.capabilities import capability
 from tnnlm.model import CausalLM
 from tnnlm.modules import SimpleRMSNorm
 from tnnlm.training.optim import build_optimizer

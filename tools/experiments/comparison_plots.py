@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
+from tnnlm.files import atomic_file
 
 COLOURS = {
     "etsc": "#e6550d",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
+from tnnlm.files import atomic_file
 
 COLOURS = {"tnn": "#08519c", "sgconv": "#31a354", "rtf": "#756bb1", "transformer": "#e6550d"}
 _MORE = ("#636363", "#c51b8a", "#8c6d31", "#17becf")

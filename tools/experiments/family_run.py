@@ -16,15 +16,15 @@ from torch import nn
 from experiments.family_measure import Form, Sizes, decoding, forms_of, held_out_bits, perplexities
 from experiments.family_training import device_of, train_family
 from experiments.sizing import Family
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import atomic_file, write_text
-from tnnlm.capabilities import cpu_level, processor
 from tnnlm.config import Config
 from tnnlm.config_io import config_to_dict
 from tnnlm.data import open_rows
 from tnnlm.errors import UserError
+from tnnlm.files import atomic_file, write_text
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import cpu_level, processor
+from tnnlm.machine.threads import limit_threads
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
-from tnnlm.threads import limit_threads
 from tnnlm.training.plan import resolve_precision
 
 VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tnnlm.atomic import atomic_file
+from tnnlm.files import atomic_file
 
 
 def save_picture(figure: Any, path: Path) -> None:

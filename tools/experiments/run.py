@@ -10,11 +10,11 @@ from typing import Any
 
 from experiments.experiment import Experiment, Row, Verdict
 from tnnlm import __version__
-from tnnlm.allocator import keep_large_blocks
-from tnnlm.atomic import write_text
-from tnnlm.capabilities import describe_cpu
 from tnnlm.errors import UserError
-from tnnlm.threads import limit_threads
+from tnnlm.files import write_text
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import describe_cpu
+from tnnlm.machine.threads import limit_threads
 
 Bar = Callable[[Iterable[Row]], Iterable[Row]]
 

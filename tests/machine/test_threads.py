@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tnnlm import threads
-from tnnlm.threads import ThreadLimit, cgroup_quota, limit_threads, thread_limit
+from tnnlm.machine import threads
+from tnnlm.machine.threads import ThreadLimit, cgroup_quota, limit_threads, thread_limit
 
 FILES: dict[str, tuple[dict[str, str], float | None]] = {
     "version 2, in a container": (

@@ -2,8 +2,8 @@
 
 Names of processors say little: an operator can be missing from a build (oneDNN on macOS), need an instruction
 that the CPU lacks (bfloat16 weights without AVX-512), or give wrong results. Each is called and compared with
-the plain product; what raises or differs is unavailable, with the reason. ``python -m tnnlm.capabilities``
-prints the table.
+the plain product; what raises or differs is unavailable, with the reason. The command
+``python -m tnnlm.machine.capabilities`` prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError, run_script
-from tnnlm.threads import limit_threads
+from tnnlm.machine.threads import limit_threads
 
 WITHOUT = "TNNLM_WITHOUT"
 """environment variable: capabilities that are not to be used, by name, separated by blanks"""
@@ -224,7 +224,7 @@ PROBES = {
 def main() -> int:
     """Print the table, with ``--json`` as data."""
     parser = argparse.ArgumentParser(
-        prog="python -m tnnlm.capabilities",
+        prog="python -m tnnlm.machine.capabilities",
         description="What this CPU and this build of PyTorch can do, found by running each operator once. "
         f"{WITHOUT}='NAME ...' switches capabilities off, here and in every script.",
     )

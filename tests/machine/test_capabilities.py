@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT
 from simulated import NO_BFLOAT16, forget_probes
 from tnnlm import compiled
-from tnnlm.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.compiled import load_step, package_path
 from tnnlm.errors import UserError
+from tnnlm.machine.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.model import CausalLM
 
 
@@ -69,7 +69,7 @@ def test_table_names_everything_and_prints() -> None:
     assert table["threads"] == torch.get_num_threads()
     assert table["cpu_level"] in describe_cpu()
     done = subprocess.run(
-        [sys.executable, "-m", "tnnlm.capabilities"],
+        [sys.executable, "-m", "tnnlm.machine.capabilities"],
         cwd=ROOT,
         env={**os.environ, "TNNLM_WITHOUT": "int8"},
         capture_output=True,
@@ -77,7 +77,7 @@ def test_table_names_everything_and_prints() -> None:
         check=True,
     )
     assert done.stderr == ""
-    as_json = [sys.executable, "-m", "tnnlm.capabilities", "--json"]
+    as_json = [sys.executable, "-m", "tnnlm.machine.capabilities", "--json"]
     data = json.loads(subprocess.run(as_json, cwd=ROOT, capture_output=True, check=True).stdout)
     assert data.keys() == table.keys()
     lines = done.stdout.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tnnlm.atomic import atomic_file, atomic_folder, write_text
+from tnnlm.files import atomic_file, atomic_folder, write_text
 
 
 def fill_file(temporary: Path) -> None:

@@ -1,0 +1,1 @@
+"""What this machine has and can do: threads, memory allocator, operators. Needs torch alone."""
