@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import METHODS
 from tnnlm.converted import is_converted
 from tnnlm.errors import UserError, run_script

@@ -16,8 +16,8 @@ import json
 import sys
 from pathlib import Path
 
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_yaml, load_config
+from tnnlm.config.loader import config_to_yaml, load_config
+from tnnlm.config.schema import Config
 from tnnlm.errors import run_script
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config import KernelConfig, number
+from tnnlm.config.schema import KernelConfig, number
 from tnnlm.kernels import Kernel, register_kernel
 
 

@@ -20,7 +20,7 @@ import convert as convert_script
 import generate as generate_script
 import train as train_script
 from simulated import MACHINES, forget_probes
-from tnnlm.config import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.config.schema import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
 from tnnlm.model import CausalLM, ModelState
 

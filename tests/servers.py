@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 from conftest import tiny_config
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import attach, convert_layers, convert_model, measure
 from tnnlm.converted import save_converted
 from tnnlm.engine import pack

@@ -16,7 +16,7 @@ from tnnlm.checkpoint import (
     from_attached,
     load_checkpoint,
 )
-from tnnlm.config import Config, ConversionConfig
+from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure_model
 from tnnlm.converted import load_converted, save_converted
 from tnnlm.errors import UserError

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tnnlm.config import DataConfig
+from tnnlm.config.schema import DataConfig
 from tnnlm.corpus import FEW_DOCUMENTS, load_corpus, source_files, source_fingerprint
 from tnnlm.errors import DataError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from tnnlm.config import Config, DataConfig, TrainerConfig
+from tnnlm.config.schema import Config, DataConfig, TrainerConfig
 from tnnlm.data import GlobalOrderSampler, TextDataModule
 from tnnlm.errors import DataError
 

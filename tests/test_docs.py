@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from conftest import ROOT, SCRIPTS
-from tnnlm.config import KERNEL_SCHEMAS, Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import KERNEL_SCHEMAS, Config
 from tnnlm.errors import run_script
 from training_runs import SETTINGS, write_text
 

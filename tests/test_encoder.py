@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, tiny_config
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier, build_model
 from tnnlm.errors import CheckpointError, ConfigError, UserError

@@ -20,7 +20,6 @@ LAYERS = (
         "files",
         "ops",
         "config",
-        "config_io",
         "tokenizer",
     ),
     ("kernels",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT, tiny_config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.encoder import build_model
 from tnnlm.kernels import Kernel
 from tnnlm.model import CausalLM

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from conftest import tiny_config
-from tnnlm.config import Config, DataConfig
+from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
 from tnnlm.model import CausalLM
 from training_runs import SETTINGS, write_text

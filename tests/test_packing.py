@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tnnlm import packing
-from tnnlm.config import DataConfig
+from tnnlm.config.schema import DataConfig
 from tnnlm.corpus import Corpus, load_corpus
 from tnnlm.errors import DataError
 from tnnlm.packing import PackedCorpus, PackedRows, prepare

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedRows, prepare
 from tnnlm.sequences.rows import Example, LabelledRows, write_rows

@@ -20,8 +20,8 @@ import pytest
 
 from conftest import ROOT, Result
 from tnnlm import documents, packing
-from tnnlm.config import DataConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import DataConfig
 from tnnlm.corpus import load_corpus
 from tnnlm.data import open_rows
 from tnnlm.documents import Documents, survey

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tnnlm.config import Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 from tnnlm.training.logs import read_metrics
 
 SETTINGS = (

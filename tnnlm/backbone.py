@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.kernels import TwoSidedKernel, build_kernel
 from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tnnlm.config import Config
-from tnnlm.config_io import config_from_dict, config_to_dict
+from tnnlm.config.loader import config_from_dict, config_to_dict
+from tnnlm.config.schema import Config
 from tnnlm.conversion.convert import attach
 from tnnlm.conversion.methods import Converted
 from tnnlm.converted import FORMAT, ConvertedModel, check_tokenizer, load_weights, model_fingerprint

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.conversion import ModelReport, convert_model
 from tnnlm.engine import pack
 from tnnlm.errors import collect_failure

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tnnlm.backbone import Backbone
-from tnnlm.config_io import config_to_dict, model_config_from_dict
+from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, write_text

@@ -23,7 +23,7 @@ from typing import Any
 
 import datasets
 
-from tnnlm.config import DataConfig
+from tnnlm.config.schema import DataConfig
 from tnnlm.documents import TEXT, Survey, spool, survey
 from tnnlm.errors import OS_ADVICE, DataError
 from tnnlm.holdout import FEW_DOCUMENTS, Corpus, hold_out, split_texts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
 from tnnlm.masking import MaskedRows, Masking

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
 from tnnlm.compiled import check_compiler, compile_step
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.conversion_ppl import measure_perplexities

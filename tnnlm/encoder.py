@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.backbone import Backbone
-from tnnlm.config import Config, ModelConfig
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.model import CausalLM
 
 

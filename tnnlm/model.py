@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnnlm.backbone import Backbone
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import ConfigError
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tnnlm.config import Config, DataConfig
+from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion.report import ModelReport
 from tnnlm.evaluation import ppl_gap
 from tnnlm.model import CausalLM

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tnnlm.config import DataConfig
+from tnnlm.config.schema import DataConfig
 from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
 from tnnlm.documents import Documents, remove_scratch
 from tnnlm.errors import DataError

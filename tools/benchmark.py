@@ -32,8 +32,8 @@ from benchmarks.report import memory_table, plot, table
 from benchmarks.subjects import SHAPE, Subject, ours
 from benchmarks.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
 from benchmarks.train_timing import time_training
-from tnnlm.config import ModelConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks

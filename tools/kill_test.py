@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crash_runs import kill_and_compare
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 

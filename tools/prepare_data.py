@@ -18,8 +18,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from tnnlm.config import Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 from tnnlm.data import open_rows
 from tnnlm.errors import run_script
 from tnnlm.packing import PackedCorpus, prepare

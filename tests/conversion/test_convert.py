@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, run_steps, tiny_config
-from tnnlm.config import ConversionConfig, TNOConfig
+from tnnlm.config.schema import ConversionConfig, TNOConfig
 from tnnlm.conversion import (
     auto_horizon,
     convert_layers,

@@ -13,8 +13,8 @@ import torch
 
 from conftest import ROOT, tiny_config
 from experiments.finite_forms import finite_forms, multirate
-from tnnlm.config import SGConvConfig
-from tnnlm.config_io import config_to_yaml, load_config
+from tnnlm.config.loader import config_to_yaml, load_config
+from tnnlm.config.schema import SGConvConfig
 from tnnlm.errors import run_script
 from tnnlm.kernels import SGConvKernel
 from tnnlm.model import CausalLM

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
-from tnnlm.config import TNOConfig
+from tnnlm.config.schema import TNOConfig
 from tnnlm.converted import load_converted
 from tnnlm.model import CausalLM
 from tnnlm.tokenizer import TextTokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tnnlm.config import FDTNOConfig
+from tnnlm.config.schema import FDTNOConfig
 from tnnlm.kernels import FDTNOKernel, build_kernel
 from tnnlm.kernels.fd_tno import causal_taps
 from tnnlm.ops.reference import toeplitz_dense

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from tnnlm.config import ConversionConfig, RTFConfig
+from tnnlm.config.schema import ConversionConfig, RTFConfig
 from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.kernels import RTFKernel

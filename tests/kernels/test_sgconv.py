@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from tnnlm.config import SGConvConfig
+from tnnlm.config.schema import SGConvConfig
 from tnnlm.kernels import SGConvKernel
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.config import TNOConfig
+from tnnlm.config.schema import TNOConfig
 from tnnlm.kernels import TNOKernel, build_kernel
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES
-from tnnlm.config import TNOConfig
+from tnnlm.config.schema import TNOConfig
 from tnnlm.kernels import TNOKernel, TwoSidedKernel, build_kernel
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sequences.archive_files import DIFFICULTY, WRITERS
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.sequences.archive import splits
 from tnnlm.sequences.listops import evaluate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch.utils.data import default_collate
 
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.encoder import LabelledBatch
 from tnnlm.sequences.listops import evaluate
 from tnnlm.sequences.prepare import prepare_sequences

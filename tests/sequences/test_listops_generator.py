@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tnnlm.config import ListOpsConfig
+from tnnlm.config.schema import ListOpsConfig
 from tnnlm.errors import DataError
 from tnnlm.sequences.listops import END, MIN, SYMBOLS, Expression, decode, encode, evaluate, generate
 

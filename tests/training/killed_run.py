@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 import tnnlm.training.checkpointing as checkpointing
 import tnnlm.training.run as run
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 
 LATE = 14
 """the step after which kills come: two checkpoints and a validation are behind"""

@@ -20,7 +20,7 @@ import torch.utils.tensorboard
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 from training_runs import SETTINGS

@@ -13,7 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import run_script
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.resume import resumed_config

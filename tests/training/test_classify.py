@@ -18,8 +18,8 @@ from ranks import run_ranks
 from run_plots import final_figures, plot_runs, read_run
 from sequences.archive_files import WRITERS
 from tnnlm.checkpoint import load_encoder
-from tnnlm.config import Config, ModelConfig, TNOConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, ModelConfig, TNOConfig
 from tnnlm.data import TextDataModule
 from tnnlm.encoder import LabelledBatch, SequenceClassifier
 from tnnlm.errors import ConfigError, DataError

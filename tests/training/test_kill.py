@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import ROOT
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import CheckpointError
 from tnnlm.training.checkpointing import TrainingStopped, second_name
 from tnnlm.training.logs import read_metrics

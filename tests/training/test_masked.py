@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 
 from run_plots import final_figures, plot_runs, read_run
 from tnnlm.checkpoint import load_encoder
-from tnnlm.config import Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule
 from tnnlm.encoder import MaskedLM
 from tnnlm.errors import UserError

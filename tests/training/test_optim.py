@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from tnnlm.config import OptimConfig
+from tnnlm.config.schema import OptimConfig
 from tnnlm.model import CausalLM
 from tnnlm.training.optim import build_optimizer, build_scheduler, lr_factor
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tnnlm.checkpoint import load_checkpoint
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics

@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 
 from tnnlm.checkpoint import from_attached, load_checkpoint
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.plan import make_plan
 from training_runs import write_text

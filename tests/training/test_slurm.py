@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from conftest import ROOT
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.training.jobs import cluster_plugins, find_job, job_name, record_job, requeue
 from tnnlm.training.run import train

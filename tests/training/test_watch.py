@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import balanced
 from tnnlm.data import GlobalOrderSampler
 from tnnlm.model import CausalLM

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.horizon import ROUNDING, auto_horizon, tail_energy
 from tnnlm.conversion.methods import Converted, Source, convert
 from tnnlm.conversion.progress import Progress, silent
@@ -95,7 +95,7 @@ def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **opt
     Args:
         model: in its parallel form.
         recipe: how; None makes one of ``options``.
-        options: fields of :class:`tnnlm.config.ConversionConfig`, such as ``method="balanced"``.
+        options: fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
 
     Raises:
         UserError: if the model is converted already, or a kernel can't be converted.

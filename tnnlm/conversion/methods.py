@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.balanced import balanced
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.etsc import etsc

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tnnlm.config import ConversionConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.methods import Source, check_taps, convert
 from tnnlm.conversion.report import ConversionReport, certify
 from tnnlm.errors import UserError
@@ -42,7 +42,7 @@ def convert_taps(
         poles: ``shared`` by all channels, or a set per ``channel``.
         window_taps: first lags that ``balanced`` keeps exactly, in a window of the last inputs.
         finite: the kernel is zero past the lags given, however large the last of them.
-        options: more fields of :class:`tnnlm.config.ConversionConfig`.
+        options: more fields of :class:`tnnlm.config.schema.ConversionConfig`.
 
     Returns:
         parameters for :mod:`tnnlm.ops.ssm` (``init_state``, ``prefill``, ``step``), in float32 unless

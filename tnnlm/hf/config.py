@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tnnlm.config import ModelConfig
-from tnnlm.config_io import model_config_from_dict
+from tnnlm.config.loader import model_config_from_dict
+from tnnlm.config.schema import ModelConfig
 from tnnlm.converted import FORMAT
 from tnnlm.errors import CheckpointError
 from tnnlm.files import write_text

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tnnlm.config import KERNEL_SCHEMAS, KernelConfig
+from tnnlm.config.schema import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.errors import ConfigError
 from tnnlm.ops.recurrence import Params
 from tnnlm.precision import KeepsFloat32
@@ -61,7 +61,7 @@ def register_kernel(name: str, schema: type[KernelConfig]) -> Callable[[_B], _B]
 
     Args:
         name: as in configurations.
-        schema: a keyword-only dataclass under :class:`tnnlm.config.KernelConfig`, its settings.
+        schema: a keyword-only dataclass under :class:`tnnlm.config.schema.KernelConfig`, its settings.
 
     Returns:
         a decorator for a class that is called with (settings, n_channels, max_length).

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from tnnlm.config import FDTNOConfig
+from tnnlm.config.schema import FDTNOConfig
 from tnnlm.kernels.base import Kernel, register_kernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 

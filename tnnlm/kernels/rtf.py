@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config import RTFConfig
+from tnnlm.config.schema import RTFConfig
 from tnnlm.errors import ConfigError
 from tnnlm.kernels.base import Kernel, register_kernel
 from tnnlm.ops import companion

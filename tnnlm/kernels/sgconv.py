@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config import SGConvConfig
+from tnnlm.config.schema import SGConvConfig
 from tnnlm.kernels.base import Kernel, register_kernel
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tnnlm.config import TNOConfig
+from tnnlm.config.schema import TNOConfig
 from tnnlm.kernels.base import LagKernel, register_kernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.corpus import cache_folder
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder

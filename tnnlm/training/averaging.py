@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.training.plan import resolve_precision
 

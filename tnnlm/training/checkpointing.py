@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
 from tnnlm.checkpoint import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_file

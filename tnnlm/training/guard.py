@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from tnnlm.config import TrainerConfig
+from tnnlm.config.schema import TrainerConfig
 from tnnlm.training.checkpointing import SaveLast
 from tnnlm.training.lit_module import LitModel
 

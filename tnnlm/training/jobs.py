@@ -15,8 +15,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_dict, load_config
+from tnnlm.config.loader import config_to_dict, load_config
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.files import write_text
 from tnnlm.training.checkpointing import TIME_LIMIT

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule
 from tnnlm.encoder import build_model
 from tnnlm.tokenizer import TextTokenizer

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.files import write_text
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.model import CausalLM

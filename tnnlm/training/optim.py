@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from tnnlm.config import OptimConfig
+from tnnlm.config.schema import OptimConfig
 from tnnlm.kernels import Kernel
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tnnlm.backbone import Backbone
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_dict
+from tnnlm.config.loader import config_to_dict
+from tnnlm.config.schema import Config
 from tnnlm.encoder import build_model
 from tnnlm.machine.capabilities import capability
 from tnnlm.model import LOGITS

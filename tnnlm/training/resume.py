@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
 from tnnlm.checkpoint import read_checkpoint
-from tnnlm.config import Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import write_text
 from tnnlm.runs import LAST, PREVIOUS

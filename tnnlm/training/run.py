@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_yaml
+from tnnlm.config.loader import config_to_yaml
+from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule, open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.files import write_text

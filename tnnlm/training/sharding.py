@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from tnnlm.backbone import Backbone
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.model import CausalLM

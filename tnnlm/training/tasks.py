@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels, in_recurrent_form
 from tnnlm.data import TaskData
 from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tnnlm.checkpoint import load_encoder
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.encoder import LabelledBatch, SequenceClassifier
 from tnnlm.evaluation import Scores, class_scores
 from tnnlm.runs import find_checkpoint

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.runs import BEST
 from tnnlm.training.averaging import averaging

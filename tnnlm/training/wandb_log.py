@@ -8,8 +8,8 @@ from pathlib import Path
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_dict
+from tnnlm.config.loader import config_to_dict
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.files import write_text
 

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
-from tnnlm.config import Config, ModelConfig
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.conversion.hankel import compress, hankel_svd
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.ops.toeplitz import fft_length

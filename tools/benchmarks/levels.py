@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.subjects import SHAPE, ours
 from benchmarks.training import OURS, trainee
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.linear_choice import choose_linear
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, cpu_level

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.peers import llama_hidden
 from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, prompt_of
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, discard, linear_weights, prompt_of
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.onnx import OnnxModel
 from tnnlm.compiled import compile_step
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel
 from tnnlm.engine import open_engine

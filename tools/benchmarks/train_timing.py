@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import quartile_range
 from benchmarks.training import NAMES, OURS, WITHOUT, Trainee, trainee
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability
 from tnnlm.machine.threads import limit_threads

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import gpt2
-from tnnlm.config import ModelConfig, OptimConfig
+from tnnlm.config.schema import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.machine.capabilities import capability
 from tnnlm.model import CausalLM

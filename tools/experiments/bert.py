@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.family_peers import n_heads, transformers_library
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.encoder import MaskedBatch
 
 _HEAD = 64

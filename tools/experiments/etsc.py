@@ -13,7 +13,7 @@ from experiments.experiment import Experiment, Row, Verdict
 from experiments.family_measure import score, spread
 from experiments.family_training import train_family
 from experiments.text_models import text_models
-from tnnlm.config import ConversionConfig, TNOConfig
+from tnnlm.config.schema import ConversionConfig, TNOConfig
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import ppl_gap

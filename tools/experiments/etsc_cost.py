@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.experiment import Row
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.model import CausalLM, ModelState, state_bytes
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.family_peers import Peer
-from tnnlm.config import Config, ConversionConfig
+from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion.convert import attach, convert_layers
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll

@@ -16,8 +16,8 @@ from torch import nn
 from experiments.family_measure import Form, Sizes, decoding, forms_of, held_out_bits, perplexities
 from experiments.family_training import device_of, train_family
 from experiments.sizing import Family
-from tnnlm.config import Config
-from tnnlm.config_io import config_to_dict
+from tnnlm.config.loader import config_to_dict
+from tnnlm.config.schema import Config
 from tnnlm.data import open_rows
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_file, write_text

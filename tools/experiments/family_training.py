@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from experiments.sizing import Family
-from tnnlm.config import Config
+from tnnlm.config.schema import Config
 from tnnlm.data import GlobalOrderSampler
 from tnnlm.errors import UserError
 from tnnlm.packing import PackedRows

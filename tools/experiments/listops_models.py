@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bert import bert_settings
-from tnnlm.config import ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.encoder import LabelledBatch
 from tnnlm.sequences.rows import LabelledRows
 

@@ -18,8 +18,8 @@ from experiments.family_training import device_of, train_plain
 from experiments.listops_models import BagOfSymbols, BertClassifier
 from experiments.part import Part
 from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
-from tnnlm.config import Config, ModelConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.encoder import LabelledBatch, SequenceClassifier
 from tnnlm.errors import UserError
 from tnnlm.sequences.prepare import prepare_sequences

@@ -19,8 +19,8 @@ from experiments.family_training import train_plain
 from experiments.part import Part
 from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
 from experiments.text_models import CONFIGS, text_words
-from tnnlm.config import Config, ModelConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data import TaskData, open_data
 from tnnlm.encoder import MaskedBatch, MaskedLM
 from tnnlm.errors import UserError

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from experiments.family_peers import LearnedPositions, Peer, Transformer
-from tnnlm.config import Config, ModelConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.errors import UserError
 from tnnlm.model import CausalLM
 

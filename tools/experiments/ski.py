@@ -21,8 +21,8 @@ from experiments.experiment import Experiment, Row, Verdict
 from experiments.family_measure import Form, Sizes, held_out_bits, perplexities
 from experiments.family_training import device_of, train_family
 from experiments.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
-from tnnlm.config import Config, FDTNOConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, FDTNOConfig
 from tnnlm.conversion.convert import attach, convert_layers, kernels
 from tnnlm.conversion.report import measure as certificate
 from tnnlm.data import open_rows

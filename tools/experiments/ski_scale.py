@@ -11,8 +11,8 @@ import torch
 from experiments.family_measure import Sizes
 from experiments.sizing import Family
 from experiments.text_models import CONFIGS, text_words
-from tnnlm.config import Config, FDTNOConfig, KernelConfig, TNOConfig
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config, FDTNOConfig, KernelConfig, TNOConfig
 from tnnlm.model import CausalLM
 
 ACTIVATIONS = ("gelu", "silu", "relu")

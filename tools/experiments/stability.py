@@ -16,7 +16,7 @@ from experiments import stability_report
 from experiments.ablations import vandermonde
 from experiments.experiment import Experiment, Row, Verdict
 from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
-from tnnlm.config import ModelConfig, TNOConfig
+from tnnlm.config.schema import ModelConfig, TNOConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.methods import Converted, relative_error
 from tnnlm.conversion.report import EXTENT, horizon_warning

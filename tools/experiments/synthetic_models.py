@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from experiments.experiment import Row
-from tnnlm.config import ConversionConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.config.schema import (
+    ConversionConfig,
+    KernelConfig,
+    ModelConfig,
+    RTFConfig,
+    SGConvConfig,
+    TNOConfig,
+)
 from tnnlm.conversion import attach, convert_kernels
 from tnnlm.conversion.convert import kernels
 from tnnlm.conversion.methods import Converted

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from experiments.experiment import Row
 from experiments.synthetic_models import Model, answers, answers_by_steps, build_model, convert_by_family
 from experiments.synthetic_tasks import Batch, copying, delay
-from tnnlm.config import OptimConfig
+from tnnlm.config.schema import OptimConfig
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
 from tnnlm.training.optim import build_optimizer, build_scheduler

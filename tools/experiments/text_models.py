@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.sizing import PEERS, Family, load_families
-from tnnlm.config import Config, TNOConfig
+from tnnlm.config.schema import Config, TNOConfig
 from tnnlm.data import open_rows
 from tnnlm.errors import UserError
 from tnnlm.packing import PackedCorpus, PackedRows, prepare

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from tnnlm.config import Config
-from tnnlm.config_io import load_config
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 from tnnlm.training.plan import guessed_share
 from tnnlm.training.watch import flops_per_token
 

@@ -11,15 +11,15 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from tnnlm import config as config_module
-from tnnlm.config import KERNEL_SCHEMAS, Config, KernelConfig, RTFConfig, TNOConfig
-from tnnlm.config_io import (
+from tnnlm.config import schema as config_module
+from tnnlm.config.loader import (
     config_from_dict,
     config_to_dict,
     config_to_yaml,
     load_config,
     model_config_from_dict,
 )
+from tnnlm.config.schema import KERNEL_SCHEMAS, Config, KernelConfig, RTFConfig, TNOConfig
 from tnnlm.errors import ConfigError
 
 

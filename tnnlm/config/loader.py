@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnnlm.config import (
+from tnnlm.config.schema import (
     KERNEL_SCHEMAS,
     LABELLED,
     MASK_TOKEN,
