@@ -22,7 +22,7 @@ import train as train_script
 from simulated import MACHINES, forget_probes
 from tnnlm.config.schema import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.errors import run_script
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 
 ROOT = Path(__file__).parents[1]
 """of the repository"""

@@ -18,7 +18,7 @@ from tnnlm.conversion import attach, convert_layers, convert_model, measure
 from tnnlm.converted import save_converted
 from tnnlm.engine import pack
 from tnnlm.generation import TextGenerator
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.serving.app import create_app
 from tnnlm.serving.limits import Limits
 from tnnlm.serving.service import Service, Settings

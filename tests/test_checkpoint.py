@@ -20,7 +20,7 @@ from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure_model
 from tnnlm.converted import load_converted, save_converted
 from tnnlm.errors import UserError
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.runs import find_checkpoint, find_run, load_for_decoding
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 

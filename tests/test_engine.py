@@ -19,7 +19,7 @@ from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packed import DTYPES, Int8Linear, replace_linears
 from tnnlm.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.tokenizer import train_bpe

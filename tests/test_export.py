@@ -23,7 +23,7 @@ from tnnlm.converted import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.errors import UserError
 from tnnlm.export import PREFILL_CHUNK, export_onnx, export_torch
 from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.tokenizer import TextTokenizer, train_bpe

@@ -12,7 +12,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.generation import Sampling, TextGenerator, join, sample
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.terminal import Decoder
 from tnnlm.tokenizer import train_bpe
 

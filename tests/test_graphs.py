@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.graphs import GraphedModel, cuda_graph
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 RECORDED: list[int] = []
 

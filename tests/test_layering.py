@@ -24,7 +24,7 @@ LAYERS = (
     ),
     ("kernels",),
     ("modules",),
-    ("backbone", "model", "encoder"),
+    ("models",),
     (
         "conversion",
         "hf_files",

@@ -18,7 +18,7 @@ from tnnlm.converted import load_converted
 from tnnlm.engine import pack
 from tnnlm.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packed import DTYPES, HalfLinear, to_int8
 from tnnlm.training.plan import resolve_precision
 from training_runs import tiny_run

@@ -13,8 +13,8 @@ import yaml
 from conftest import tiny_config
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
-from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
+from tnnlm.models.causal_lm import CausalLM
 from training_runs import SETTINGS, write_text
 
 

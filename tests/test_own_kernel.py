@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from training_runs import SETTINGS, write_text
 
 EXAMPLE = ROOT / "examples" / "hyena_kernel.py"

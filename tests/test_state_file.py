@@ -16,7 +16,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.converted import model_fingerprint
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.state_file import load_context, save_context
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train

@@ -17,9 +17,9 @@ from tnnlm.config.schema import Config
 from tnnlm.conversion.convert import attach
 from tnnlm.conversion.methods import Converted
 from tnnlm.converted import FORMAT, ConvertedModel, check_tokenizer, load_weights, model_fingerprint
-from tnnlm.encoder import MaskedLM, SequenceClassifier, build_model
 from tnnlm.errors import CheckpointError
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.encoders import MaskedLM, SequenceClassifier, build_model
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.tokenizer import TextTokenizer

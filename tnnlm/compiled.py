@@ -24,7 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, write_text
 from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.packed import replace_linears
 from tnnlm.row_linear import row_linear
 

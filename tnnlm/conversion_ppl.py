@@ -18,7 +18,7 @@ from tnnlm.conversion import ModelReport, convert_model
 from tnnlm.engine import pack
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packing import PackedCorpus
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}

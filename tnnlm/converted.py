@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tnnlm.backbone import Backbone
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, write_text
 from tnnlm.hf_files import config_entries, hf_files
-from tnnlm.model import CausalLM
+from tnnlm.models.backbone import Backbone
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from tnnlm.config.schema import Config
-from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
 from tnnlm.masking import MaskedRows, Masking
+from tnnlm.models.encoders import LabelledBatch
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.sequences.prepare import prepare_sequences, task_name
 from tnnlm.sequences.symbols import symbol_tokenizer

@@ -36,8 +36,8 @@ from tnnlm.locking import only_process
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
-from tnnlm.model import CausalLM
 from tnnlm.model_card import model_card
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packing import prepare
 from tnnlm.runs import CONVERTED, find_checkpoint
 

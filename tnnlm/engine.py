@@ -21,7 +21,7 @@ from tnnlm.generation import TextGenerator
 from tnnlm.graphs import GraphedModel
 from tnnlm.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packed import DTYPES, cast_linear, replace_linears
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")

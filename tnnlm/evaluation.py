@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM
 
 
 class NLL(NamedTuple):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_folder, write_text
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.ops.toeplitz import fft_convolution
 
 FORMAT = 1

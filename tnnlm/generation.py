@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
-from tnnlm.model import ModelState
+from tnnlm.models.causal_lm import ModelState
 from tnnlm.tokenizer import TextTokenizer
 
 PREFILL_CHUNK = 512

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """given a function without arguments, returns one that does the same work on the same tensors"""

@@ -11,7 +11,7 @@ from typing import Any
 
 from tnnlm.conversion.convert import recurrences
 from tnnlm.conversion.report import ModelReport
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
 
 MODEL_TYPE = "tnnlm"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tnnlm.encoder import MaskedBatch
+from tnnlm.models.encoders import MaskedBatch
 from tnnlm.packing import PackedRows
 
 HIDDEN, RANDOM = 0.8, 0.1

@@ -11,7 +11,7 @@ from pathlib import Path
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion.report import ModelReport
 from tnnlm.evaluation import ppl_gap
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 KERNELS = {
     "tno": "Toeplitz neural operator kernels (TNN, [arXiv 2305.04749](https://arxiv.org/abs/2305.04749))",

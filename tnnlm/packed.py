@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.machine.capabilities import capability
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 DTYPES = ("float32", "bfloat16", "int8")
 """of weights"""

@@ -13,7 +13,7 @@ from tnnlm.engine import EngineInfo, open_engine
 from tnnlm.errors import UserError
 from tnnlm.generation import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
 from tnnlm.machine.threads import limit_threads
-from tnnlm.model import state_bytes
+from tnnlm.models.causal_lm import state_bytes
 from tnnlm.runs import load_for_decoding
 from tnnlm.state_file import load_context, save_context
 

@@ -30,7 +30,7 @@ from tnnlm.files import write_text
 from tnnlm.generation import Context, TextGenerator
 from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.machine.threads import limit_threads
-from tnnlm.model import state_bytes
+from tnnlm.models.causal_lm import state_bytes
 from tnnlm.packed import DTYPES
 from tnnlm.runs import load_for_decoding
 

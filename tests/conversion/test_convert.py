@@ -22,7 +22,7 @@ from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import ssm
 

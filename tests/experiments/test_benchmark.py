@@ -25,7 +25,7 @@ from conftest import ROOT, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import run_script
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 from training_runs import tiny_run

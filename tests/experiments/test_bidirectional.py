@@ -21,7 +21,7 @@ from experiments.masked import (
     perplexities,
 )
 from experiments.run import reproduce
-from tnnlm.encoder import MaskedBatch, MaskedLM
+from tnnlm.models.encoders import MaskedBatch, MaskedLM
 
 pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from conftest import tiny_config
 from experiments.comparison import QUICK, Sizes, kernel_taps, random_taps, scaling
 from experiments.comparison_models import orders, perplexity
 from experiments.comparison_plots import plot, speed_up, tables
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packing import PackedRows
 
 SIZES = Sizes(

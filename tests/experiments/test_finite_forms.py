@@ -17,7 +17,7 @@ from tnnlm.config.loader import config_to_yaml, load_config
 from tnnlm.config.schema import SGConvConfig
 from tnnlm.errors import run_script
 from tnnlm.kernels import SGConvKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.run import train
 from training_runs import tiny_run
 

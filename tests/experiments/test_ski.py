@@ -15,7 +15,7 @@ from experiments.run import reproduce
 from experiments.ski import Ski, tails
 from experiments.ski_report import reach
 from experiments.ski_scale import SCALES, VARIANTS, config_of, family_of
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 
 @pytest.fixture(scope="module")

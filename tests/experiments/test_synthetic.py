@@ -16,7 +16,7 @@ from experiments.synthetic_cost import PeakBytes
 from experiments.synthetic_models import build_model, convert_by_family
 from experiments.synthetic_training import measure_task
 from experiments.synthetic_verdicts import PERFECT, threshold, verdicts
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 
 @pytest.fixture(scope="module")

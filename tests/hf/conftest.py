@@ -22,7 +22,7 @@ from conftest import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.converted import load_converted, save_converted
 from tnnlm.generation import TextGenerator
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 TEXT = (

@@ -14,7 +14,7 @@ import torch
 from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
 from tnnlm.config.schema import TNOConfig
 from tnnlm.converted import load_converted
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
 
 

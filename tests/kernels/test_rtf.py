@@ -11,7 +11,7 @@ from tnnlm.config.schema import ConversionConfig, RTFConfig
 from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.kernels import RTFKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import companion
 from tnnlm.ops.reference import recurrence_loop
 from tnnlm.ops.toeplitz import toeplitz

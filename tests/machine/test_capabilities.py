@@ -17,7 +17,7 @@ from tnnlm import compiled
 from tnnlm.compiled import load_step, package_path
 from tnnlm.errors import UserError
 from tnnlm.machine.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 
 @pytest.mark.parametrize("machine", ["no-avx512"], indirect=True)

@@ -21,9 +21,9 @@ from tnnlm.checkpoint import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig, TNOConfig
 from tnnlm.data import TextDataModule
-from tnnlm.encoder import LabelledBatch, SequenceClassifier
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import class_scores
+from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
 from tnnlm.sequences.listops import encode
 from tnnlm.sequences.symbols import symbol_tokenizer
 from tnnlm.training.checkpointing import TrainingStopped

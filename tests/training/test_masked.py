@@ -20,9 +20,9 @@ from tnnlm.checkpoint import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule
-from tnnlm.encoder import MaskedLM
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
+from tnnlm.models.encoders import MaskedLM
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics

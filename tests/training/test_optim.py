@@ -9,7 +9,7 @@ import torch
 
 from conftest import tiny_config
 from tnnlm.config.schema import OptimConfig
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.optim import build_optimizer, build_scheduler, lr_factor
 
 

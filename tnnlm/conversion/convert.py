@@ -15,7 +15,7 @@ from tnnlm.conversion.methods import Converted, Source, convert
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import BiConv, LongConv, RecurrentConv
 from tnnlm.ops.recurrence import Params
 

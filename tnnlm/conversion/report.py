@@ -14,7 +14,7 @@ from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.methods import Converted
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams

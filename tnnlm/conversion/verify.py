@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.conversion.convert import kernels, recurrences
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
 
 GAP_THRESHOLD = 1e-4

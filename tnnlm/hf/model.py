@@ -1,6 +1,6 @@
 """A converted model as a ``PreTrainedModel``: ``forward`` and ``generate()`` on the recurrent state.
 
-It holds a :class:`tnnlm.model.CausalLM` and calls its ``read`` and ``step``; all that is here is what
+It holds a :class:`tnnlm.models.causal_lm.CausalLM` and calls its ``read`` and ``step``; all that is here is what
 Transformers wants around them: masks, caches, losses, saving.
 """
 
@@ -18,7 +18,7 @@ from tnnlm.converted import model_fingerprint
 from tnnlm.generation import PREFILL_CHUNK
 from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig
-from tnnlm.model import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM, ModelState
 
 # Transformers replaces torch.linspace while it builds a model. PyTorch notes at the first use of a device
 # context which functions it sends there, for good: used first inside that time, it would leave linspace out.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
+from tnnlm.models.encoders import LabelledBatch
 
 PAD = 0
 """the token behind a sequence's end"""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.generation import TextGenerator
-from tnnlm.model import ModelState, state_bytes
+from tnnlm.models.causal_lm import ModelState, state_bytes
 from tnnlm.serving.draw import draw
 from tnnlm.serving.job import Event, Finish, Job, Reading
 from tnnlm.serving.limits import Limits

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from tnnlm.generation import Context
-from tnnlm.model import state_bytes
+from tnnlm.models.causal_lm import state_bytes
 
 Key: TypeAlias = tuple[int, bytes]
 """length and hash of a sequence"""

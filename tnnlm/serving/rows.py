@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.model import ModelState
+from tnnlm.models.causal_lm import ModelState
 from tnnlm.serving.draw import RowSampler, draw
 from tnnlm.serving.job import Job
 

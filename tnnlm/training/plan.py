@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from tnnlm.backbone import Backbone
 from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.encoder import build_model
 from tnnlm.machine.capabilities import capability
-from tnnlm.model import LOGITS
+from tnnlm.models.backbone import Backbone
+from tnnlm.models.causal_lm import LOGITS
+from tnnlm.models.encoders import build_model
 
 FSDP = "fsdp"
 """the strategy that shards parameters, gradients and moments over devices"""

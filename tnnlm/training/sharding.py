@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from tnnlm.backbone import Backbone
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import Kernel, TwoSidedKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.backbone import Backbone
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
 

@@ -19,7 +19,6 @@ from torchmetrics import Metric
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels, in_recurrent_form
 from tnnlm.data import TaskData
-from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier
 from tnnlm.evaluation import (
     NLL,
     Scores,
@@ -31,7 +30,8 @@ from tnnlm.evaluation import (
     recurrent_nll,
 )
 from tnnlm.kernels import Kernel, TwoSidedKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.sharding import whole
 

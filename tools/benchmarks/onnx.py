@@ -10,7 +10,7 @@ from torch import Tensor
 from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.export import export_onnx
-from tnnlm.model import ModelState
+from tnnlm.models.causal_lm import ModelState
 
 
 class OnnxModel:
@@ -35,7 +35,7 @@ class OnnxModel:
         self.prefill = converted.model.prefill
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """As :meth:`tnnlm.model.CausalLM.step`; tensors and arrays share their memory."""
+        """As :meth:`tnnlm.models.causal_lm.CausalLM.step`; tensors and arrays share their memory."""
         given = [tokens, *(part for layer in state.layers for part in layer if part.numel())]
         feeds = {name: part.numpy() for name, part in zip(self._names, given, strict=True)}
         outputs = iter(self._session.run(None, feeds))

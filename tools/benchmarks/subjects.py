@@ -21,7 +21,7 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.converted import ConvertedModel
 from tnnlm.engine import open_engine
-from tnnlm.model import CausalLM, state_bytes
+from tnnlm.models.causal_lm import CausalLM, state_bytes
 from tnnlm.tokenizer import train_bpe
 
 SHAPE = ModelConfig(d_model=512, n_layers=6, vocab_size=10_240, max_length=512, glu_dim=512)

@@ -17,7 +17,7 @@ from benchmarks.peers import gpt2
 from tnnlm.config.schema import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.machine.capabilities import capability
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import SimpleRMSNorm
 from tnnlm.training.optim import build_optimizer
 

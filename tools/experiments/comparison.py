@@ -20,7 +20,7 @@ from experiments.ablations import vandermonde, without_balancing
 from tnnlm.conversion import balanced, etsc, gradient, window
 from tnnlm.conversion.convert import kernels
 from tnnlm.conversion.methods import relative_error
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 

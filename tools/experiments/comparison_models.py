@@ -22,7 +22,7 @@ from tnnlm.conversion.horizon import ROUNDING
 from tnnlm.conversion.methods import relative_error
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.packing import PackedRows

@@ -18,7 +18,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import ppl_gap
 from tnnlm.kernels import TNOKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 _FAMILIES = ("tnn", "sgconv")
 _STEPS = {"tiny": 20, "small": 400, "paper": 0}

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.experiment import Row
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
-from tnnlm.model import CausalLM, ModelState, state_bytes
+from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
 
 VOCABULARY = 256
 """small, so that what is timed is the mixing"""

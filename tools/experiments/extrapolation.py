@@ -10,7 +10,7 @@ from experiments.family_measure import Sizes, forms_of, perplexities
 from experiments.family_training import train_family
 from experiments.picture import save_picture
 from experiments.text_models import text_models
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 MODELS = {
     "tnn": "TNN",

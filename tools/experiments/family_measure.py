@@ -18,8 +18,8 @@ from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion.convert import attach, convert_layers
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll
-from tnnlm.model import CausalLM, ModelState
-from tnnlm.model import state_bytes as model_state_bytes
+from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.causal_lm import state_bytes as model_state_bytes
 from tnnlm.ops import recurrence
 from tnnlm.packing import PackedCorpus, PackedRows
 

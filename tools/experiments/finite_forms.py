@@ -23,7 +23,7 @@ from tnnlm.conversion.hankel import compress, hankel_svd
 from tnnlm.conversion.methods import relative_error
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.kernels import SGConvKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 

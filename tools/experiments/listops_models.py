@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from experiments.bert import bert_settings
 from tnnlm.config.schema import ModelConfig
-from tnnlm.encoder import LabelledBatch
+from tnnlm.models.encoders import LabelledBatch
 from tnnlm.sequences.rows import LabelledRows
 
 

@@ -22,10 +22,10 @@ from experiments.text_models import CONFIGS, text_words
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data import TaskData, open_data
-from tnnlm.encoder import MaskedBatch, MaskedLM
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
 from tnnlm.masking import MaskedRows
+from tnnlm.models.encoders import MaskedBatch, MaskedLM
 
 MODELS = ("two-sided", "causal", "bert", "rotary bert")
 MULTIPLES = (1, 2, 4)

@@ -14,7 +14,7 @@ from experiments.family_peers import LearnedPositions, Peer, Transformer
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.errors import UserError
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 TRANSFORMER = "transformer"
 PEERS: dict[str, type[Peer]] = {TRANSFORMER: Transformer, "gpt2": LearnedPositions}

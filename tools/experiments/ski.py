@@ -28,7 +28,7 @@ from tnnlm.conversion.report import measure as certificate
 from tnnlm.data import open_rows
 from tnnlm.errors import UserError
 from tnnlm.kernels import FDTNOKernel, build_kernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packing import prepare
 from tnnlm.training.plan import resolve_precision
 

@@ -13,7 +13,7 @@ from experiments.sizing import Family
 from experiments.text_models import CONFIGS, text_words
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, FDTNOConfig, KernelConfig, TNOConfig
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 
 ACTIVATIONS = ("gelu", "silu", "relu")
 VARIANTS: dict[str, KernelConfig] = {

@@ -22,7 +22,7 @@ from tnnlm.conversion.methods import Converted, relative_error
 from tnnlm.conversion.report import EXTENT, horizon_warning
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 

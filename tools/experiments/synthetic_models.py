@@ -23,7 +23,7 @@ from tnnlm.conversion.convert import kernels
 from tnnlm.conversion.methods import Converted
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel, build_kernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import Params, State
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnnlm.backbone import Backbone
 from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.model import CausalLM
+from tnnlm.models.backbone import Backbone
+from tnnlm.models.causal_lm import CausalLM
 
 
 class MaskedBatch(NamedTuple):
@@ -45,7 +45,7 @@ class MaskedLM(Backbone):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) for tokens (B, L); or (B, M, V) at ``positions`` (B, M) alone, which costs less.
 
-        ``mask``: as for :meth:`tnnlm.backbone.Backbone.features`.
+        ``mask``: as for :meth:`tnnlm.models.backbone.Backbone.features`.
         """
         x = self.features(tokens, mask)
         if positions is not None:

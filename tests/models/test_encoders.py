@@ -8,10 +8,10 @@ import torch
 from conftest import FAMILIES, tiny_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
-from tnnlm.encoder import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier, build_model
 from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.kernels import TwoSidedKernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier, build_model
 from tnnlm.modules import BiConv
 from tnnlm.ops.reference import toeplitz_two_sided_dense
 

@@ -10,9 +10,9 @@ import torch
 
 from conftest import ROOT, tiny_config
 from tnnlm.config.loader import load_config
-from tnnlm.encoder import build_model
 from tnnlm.kernels import Kernel
-from tnnlm.model import CausalLM
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.encoders import build_model
 from tnnlm.modules import SimpleRMSNorm
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -71,7 +71,7 @@ def test_recomputed_activations_give_the_same_loss_and_gradients(
 ) -> None:
     if compiled and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr("tnnlm.model.LOGITS", 7)
+    monkeypatch.setattr("tnnlm.models.causal_lm.LOGITS", 7)
     torch.manual_seed(0)
     model = CausalLM(tiny_config()).train()
     rows = torch.randint(300, (2, 12))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tnnlm.backbone import Backbone
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import ConfigError
+from tnnlm.models.backbone import Backbone
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State
 

@@ -1,0 +1,1 @@
+"""Models: a backbone of blocks, the causal language model, masked models and classifiers."""
