@@ -20,9 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from tnnlm.checkpoints.converted import is_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import METHODS
-from tnnlm.converted import is_converted
 from tnnlm.errors import UserError, run_script
 from tnnlm.packed import DTYPES
 

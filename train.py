@@ -103,7 +103,7 @@ def main() -> int:
 def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
     """Settings, the run to continue if there is one, and the job it belongs to."""
     if args.resume is not None:
-        from tnnlm.runs import find_run
+        from tnnlm.checkpoints.locate import find_run
         from tnnlm.training.resume import resumed_config
 
         run = find_run(args.resume or None, Path("runs"))

@@ -13,9 +13,9 @@ import torch
 import uvicorn
 
 from conftest import tiny_config
+from tnnlm.checkpoints.converted import save_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import attach, convert_layers, convert_model, measure
-from tnnlm.converted import save_converted
 from tnnlm.engine import pack
 from tnnlm.generation import TextGenerator
 from tnnlm.models.causal_lm import CausalLM

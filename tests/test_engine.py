@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, tiny_config
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.compiled import _made_for, compile_step, load_step
 from tnnlm.conversion import convert_model
-from tnnlm.converted import ConvertedModel, model_fingerprint
 from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator

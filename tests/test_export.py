@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten
 
 from conftest import FAMILIES, ROOT, tiny_config
 from tnnlm import export
+from tnnlm.checkpoints.converted import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.conversion import convert_model
-from tnnlm.converted import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.errors import UserError
 from tnnlm.export import PREFILL_CHUNK, export_onnx, export_torch
 from tnnlm.generation import Sampling, TextGenerator

@@ -27,10 +27,7 @@ LAYERS = (
     ("models",),
     (
         "conversion",
-        "hf_files",
-        "converted",
-        "checkpoint",
-        "runs",
+        "checkpoints",
         "packed",
         "linear_choice",
         "row_linear",

@@ -13,8 +13,8 @@ from torch import nn
 
 from conftest import FAMILIES, tiny_config
 from simulated import MACHINES
+from tnnlm.checkpoints.converted import load_converted
 from tnnlm.conversion import convert_model
-from tnnlm.converted import load_converted
 from tnnlm.engine import pack
 from tnnlm.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability

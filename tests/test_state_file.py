@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import FAMILIES, tiny_config
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
-from tnnlm.converted import model_fingerprint
 from tnnlm.errors import CheckpointError
 from tnnlm.generation import Sampling, TextGenerator
 from tnnlm.models.causal_lm import CausalLM

@@ -79,8 +79,8 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         model: converted, unpacked, on the CPU; its linear layers are replaced.
         folder: of the converted model.
         dtype: of the weights.
-        fingerprint: of the model (:class:`tnnlm.converted.ConvertedModel`): the step holds its weights, and
-            runs for no other.
+        fingerprint: of the model (:class:`tnnlm.checkpoints.converted.ConvertedModel`): the step holds its
+            weights, and runs for no other.
 
     Raises:
         UserError: if there is no C++ compiler.

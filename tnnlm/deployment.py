@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
-from tnnlm.compiled import check_compiler, compile_step
-from tnnlm.config.schema import ConversionConfig
-from tnnlm.conversion import ModelReport, attach, convert_layers, measure
-from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.conversion_ppl import measure_perplexities
-from tnnlm.converted import (
+from tnnlm.checkpoints.converted import (
     ConvertedModel,
     check_out_folder,
     check_unchanged,
@@ -28,6 +22,13 @@ from tnnlm.converted import (
     save_converted,
     save_report,
 )
+from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
+from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
+from tnnlm.compiled import check_compiler, compile_step
+from tnnlm.config.schema import ConversionConfig
+from tnnlm.conversion import ModelReport, attach, convert_layers, measure
+from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
+from tnnlm.conversion_ppl import measure_perplexities
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.export import check_onnx, export_onnx, export_torch
@@ -39,7 +40,6 @@ from tnnlm.machine.threads import limit_threads
 from tnnlm.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.packing import prepare
-from tnnlm.runs import CONVERTED, find_checkpoint
 
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.compiled import CompiledModel, load_step
-from tnnlm.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.generation import TextGenerator
 from tnnlm.graphs import GraphedModel

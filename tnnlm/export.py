@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tnnlm.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_folder, write_text
 from tnnlm.models.causal_lm import CausalLM, ModelState

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnnlm.converted import save_tensors
+from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file, check_parents
 from tnnlm.generation import Context, TextGenerator

@@ -21,12 +21,12 @@ from typing import Any
 from experiments.comparison import QUICK, Sizes, kernel_taps, random_taps, scaling
 from experiments.comparison_models import orders, perplexity
 from experiments.comparison_plots import plot, tables
-from tnnlm.checkpoint import TrainedCheckpoint, load_checkpoint
+from tnnlm.checkpoints.locate import find_checkpoint
+from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.errors import CheckpointError, DataError, UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.packing import prepare
-from tnnlm.runs import find_checkpoint
 
 PARTS = ("scaling", "perplexity", "order")
 

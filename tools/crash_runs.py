@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tnnlm.checkpoint import read_checkpoint
+from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
 from tnnlm.training.logs import read_metrics

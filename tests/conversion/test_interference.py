@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tnnlm import conversion_ppl, converted, deployment
-from tnnlm.converted import load_converted
+from tnnlm import conversion_ppl, deployment
+from tnnlm.checkpoints import converted
+from tnnlm.checkpoints.converted import load_converted
 from tnnlm.errors import CheckpointError
 from tnnlm.locking import only_process
 

@@ -22,8 +22,8 @@ from benchmarks.timing import Effort, read_bandwidth, time_prefill, time_steps
 from benchmarks.train_timing import peak_bytes
 from benchmarks.training import NAMES, OURS, trainee
 from conftest import ROOT, tiny_config
+from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
-from tnnlm.converted import ConvertedModel
 from tnnlm.errors import run_script
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe

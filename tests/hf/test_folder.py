@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
+from tnnlm.checkpoints.converted import load_converted
 from tnnlm.config.schema import TNOConfig
-from tnnlm.converted import load_converted
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from test_distributed import run_worker
 from test_run import StopAt, assert_same_run
 
-from tnnlm.checkpoint import load_checkpoint
+from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.conversion import convert_layers
 from tnnlm.data import TextDataModule
 from tnnlm.errors import ConfigError, UserError

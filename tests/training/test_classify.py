@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from run_plots import final_figures, plot_runs, read_run
 from sequences.archive_files import WRITERS
-from tnnlm.checkpoint import load_encoder
+from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig, TNOConfig
 from tnnlm.data import TextDataModule

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from run_plots import final_figures, plot_runs, read_run
-from tnnlm.checkpoint import load_encoder
+from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule

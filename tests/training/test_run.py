@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tnnlm.checkpoint import load_checkpoint
+from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
 from tnnlm.training.checkpointing import TrainingStopped

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from tnnlm.checkpoint import from_attached, load_checkpoint
+from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.plan import make_plan

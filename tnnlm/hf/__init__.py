@@ -6,10 +6,10 @@ folder's ``auto_map``; after ``import tnnlm.hf`` it needs no ``trust_remote_code
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tnnlm.checkpoints.hf_files import MODEL_TYPE
 from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig
 from tnnlm.hf.model import TnnlmForCausalLM
-from tnnlm.hf_files import MODEL_TYPE
 
 AutoConfig.register(MODEL_TYPE, TnnlmConfig, exist_ok=True)
 AutoModelForCausalLM.register(TnnlmConfig, TnnlmForCausalLM, exist_ok=True)

@@ -11,7 +11,8 @@ from tnnlm.models.causal_lm import CausalLM, ModelState
 
 
 class RecurrentCache:
-    """A :class:`tnnlm.models.causal_lm.ModelState` and how many positions it has read; of one size at any length.
+    """A :class:`tnnlm.models.causal_lm.ModelState` and how many positions it has read; of one size at any
+    length.
 
     ``forward`` puts the next state into it, as Transformers' own caches do: ``copy.copy`` forks it, for
     the states themselves are never changed in place. A state can't forget: nothing can be cropped.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from tnnlm.checkpoints.converted import FORMAT
+from tnnlm.checkpoints.hf_files import AUTO_MAP, MODEL_TYPE, SHIM, SHIM_TEXT
 from tnnlm.config.loader import model_config_from_dict
 from tnnlm.config.schema import ModelConfig
-from tnnlm.converted import FORMAT
 from tnnlm.errors import CheckpointError
 from tnnlm.files import write_text
-from tnnlm.hf_files import AUTO_MAP, MODEL_TYPE, SHIM, SHIM_TEXT
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
 

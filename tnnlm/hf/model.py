@@ -1,7 +1,7 @@
 """A converted model as a ``PreTrainedModel``: ``forward`` and ``generate()`` on the recurrent state.
 
-It holds a :class:`tnnlm.models.causal_lm.CausalLM` and calls its ``read`` and ``step``; all that is here is what
-Transformers wants around them: masks, caches, losses, saving.
+It holds a :class:`tnnlm.models.causal_lm.CausalLM` and calls its ``read`` and ``step``; all that is here is
+what Transformers wants around them: masks, caches, losses, saving.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tnnlm.converted import model_fingerprint
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.generation import PREFILL_CHUNK
 from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig

@@ -16,13 +16,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from tnnlm.checkpoint import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
+from tnnlm.checkpoints.locate import LAST, PREVIOUS
+from tnnlm.checkpoints.training import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
-from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.averaging import AveragedWeights
 from tnnlm.training.lit_module import LitModel, tokenizer_of
 from tnnlm.training.sharding import gather_kernels, is_sharded

@@ -11,12 +11,12 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from tnnlm.checkpoint import read_checkpoint
+from tnnlm.checkpoints.locate import LAST, PREVIOUS
+from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import write_text
-from tnnlm.runs import LAST, PREVIOUS
 from tnnlm.training.checkpointing import second_name
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer, lr_factor

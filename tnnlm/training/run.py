@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
+from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data import TextDataModule, open_data
@@ -20,7 +21,6 @@ from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
-from tnnlm.runs import LAST
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
 from tnnlm.training.guard import Guard

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tnnlm.checkpoints.locate import BEST
 from tnnlm.files import atomic_file, write_text
-from tnnlm.runs import BEST
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.tasks import Task
 
@@ -125,7 +125,7 @@ def show_summary(run: Path, summary: dict[str, Any], task: type[Task], prompt: s
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
         f"next: python convert.py {run} && python generate.py --model {run} --prompt {shlex.quote(prompt)}"
         if task.converts
-        else f"next, in Python: tnnlm.checkpoint.load_encoder(Path({str(run / BEST)!r}))",
+        else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tnnlm.checkpoint import load_encoder
+from tnnlm.checkpoints.locate import find_checkpoint
+from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.schema import Config
 from tnnlm.evaluation import Scores, class_scores
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.runs import find_checkpoint
 from tnnlm.sequences.prepare import prepare_sequences
 from tnnlm.sequences.rows import LabelledRows
 
@@ -24,7 +24,8 @@ def score_rows(
     """Classify every row of a data set, in order.
 
     Args:
-        model: logits of (tokens, lengths), as :class:`tnnlm.models.encoders.SequenceClassifier`; on ``device``.
+        model: logits of (tokens, lengths), as :class:`tnnlm.models.encoders.SequenceClassifier`; on
+            ``device``.
         rows: all of them are read, whole.
         batch_size: at a time.
         device: where.

@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
+from tnnlm.checkpoints.locate import BEST
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
-from tnnlm.runs import BEST
 from tnnlm.training.averaging import averaging
 from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback
 from tnnlm.training.jobs import cluster_plugins

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tnnlm.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.export import export_onnx
 from tnnlm.models.causal_lm import ModelState

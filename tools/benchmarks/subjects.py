@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.onnx import OnnxModel
+from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.compiled import compile_step
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
-from tnnlm.converted import ConvertedModel
 from tnnlm.engine import open_engine
 from tnnlm.models.causal_lm import CausalLM, state_bytes
 from tnnlm.tokenizer import train_bpe

@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 
+from tnnlm.checkpoints.converted import (
+    FORMAT,
+    ConvertedModel,
+    check_tokenizer,
+    load_weights,
+    model_fingerprint,
+)
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.conversion.convert import attach
 from tnnlm.conversion.methods import Converted
-from tnnlm.converted import FORMAT, ConvertedModel, check_tokenizer, load_weights, model_fingerprint
 from tnnlm.errors import CheckpointError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier, build_model
@@ -85,7 +91,7 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
     if not isinstance(model, CausalLM):
         raise CheckpointError(
             f"{path}: a model of task={config.task} can't be converted and writes no text; train one with "
-            "task=causal, or use this one in Python, by tnnlm.checkpoint.load_encoder"
+            "task=causal, or use this one in Python, by tnnlm.checkpoints.training.load_encoder"
         )
     attached = data[ENTRY]["ssm"]
     ssm = attached and AttachedSSM(
@@ -105,7 +111,7 @@ def load_encoder(path: Path) -> TrainedEncoder:
     config, tokenizer, model = _load_model(read_checkpoint(path), path)
     if isinstance(model, CausalLM):
         raise CheckpointError(
-            f"{path}: is a causal language model; load it by tnnlm.checkpoint.load_checkpoint"
+            f"{path}: is a causal language model; load it by tnnlm.checkpoints.training.load_checkpoint"
         )
     return TrainedEncoder(config, tokenizer, model.eval())
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from tnnlm.checkpoint import (
+from tnnlm.checkpoints.converted import load_converted, save_converted
+from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
+from tnnlm.checkpoints.training import (
     ENTRY,
     attached_ssm,
     checkpoint_entry,
@@ -18,10 +20,8 @@ from tnnlm.checkpoint import (
 )
 from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure_model
-from tnnlm.converted import load_converted, save_converted
 from tnnlm.errors import UserError
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.runs import find_checkpoint, find_run, load_for_decoding
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 HORIZON = 40

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tnnlm.checkpoint import from_attached, load_checkpoint
-from tnnlm.converted import ConvertedModel, is_converted, load_converted
+from tnnlm.checkpoints.converted import ConvertedModel, is_converted, load_converted
+from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.errors import CheckpointError
 
 BEST = Path("checkpoints") / "best.ckpt"

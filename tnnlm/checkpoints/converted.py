@@ -1,6 +1,7 @@
 """Converted models on disk: config.json, model.safetensors, tokenizer.json, conversion.json in a folder.
 
-What lies beside them for others is made by :mod:`tnnlm.hf_files`. This module imports nothing of training.
+What lies beside them for others is made by :mod:`tnnlm.checkpoints.hf_files`. This module imports nothing of
+training.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.conversion.report import ModelReport
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, write_text
-from tnnlm.hf_files import config_entries, hf_files
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv

@@ -1,0 +1,1 @@
+"""Files of models: checkpoints of training, converted folders, and where they lie."""
