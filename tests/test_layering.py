@@ -38,12 +38,6 @@ LAYERS = (
     ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
     (
         "locking",
-        "documents",
-        "holdout",
-        "corpus",
-        "packing",
-        "masking",
-        "sequences",
         "data",
         "training",
         "deployment",

@@ -16,9 +16,9 @@ import torch
 
 from conftest import ROOT
 from tnnlm.config.loader import load_config
-from tnnlm.masking import MaskedRows, Masking
-from tnnlm.packing import PackedRows, prepare
-from tnnlm.sequences.rows import Example, LabelledRows, write_rows
+from tnnlm.data.masking import MaskedRows, Masking
+from tnnlm.data.packing import PackedRows, prepare
+from tnnlm.data.sequences.rows import Example, LabelledRows, write_rows
 from tnnlm.training import plan, watch
 from training_runs import SETTINGS, write_text
 
@@ -124,7 +124,7 @@ import sys
 sys.modules["fcntl"] = None
 from pathlib import Path
 from tnnlm.errors import DataError
-from tnnlm.packing import _resumable_folder
+from tnnlm.data.packing import _resumable_folder
 with _resumable_folder(Path("cache/key")) as part:
     (part / "file").touch()
     try:

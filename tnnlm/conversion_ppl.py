@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from tnnlm.config.schema import Config
 from tnnlm.conversion import ModelReport, convert_model
+from tnnlm.data.packing import PackedCorpus
 from tnnlm.engine import pack
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packing import PackedCorpus
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}
 """perplexities are measured at these multiples of the training length, on so many tokens at the most;

@@ -29,6 +29,7 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.conversion_ppl import measure_perplexities
+from tnnlm.data.packing import prepare
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.export import check_onnx, export_onnx, export_torch
@@ -39,7 +40,6 @@ from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
 from tnnlm.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packing import prepare
 
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""

@@ -23,10 +23,10 @@ from experiments.comparison_models import orders, perplexity
 from experiments.comparison_plots import plot, tables
 from tnnlm.checkpoints.locate import find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
+from tnnlm.data.packing import prepare
 from tnnlm.errors import CheckpointError, DataError, UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.machine.capabilities import describe_cpu
-from tnnlm.packing import prepare
 
 PARTS = ("scaling", "perplexity", "order")
 

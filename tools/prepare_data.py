@@ -20,11 +20,11 @@ from pathlib import Path
 
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.data import open_rows
+from tnnlm.data.datamodule import open_rows
+from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.errors import run_script
-from tnnlm.packing import PackedCorpus, prepare
-from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import LabelledCorpus
 from tnnlm.training.plan import make_plan
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"

@@ -18,11 +18,11 @@ import torch
 from experiments.finite_forms import finite_forms
 from tnnlm.checkpoints.locate import find_checkpoint
 from tnnlm.checkpoints.training import load_checkpoint
+from tnnlm.data.packing import prepare
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
-from tnnlm.packing import prepare
 
 
 def parse() -> argparse.Namespace:

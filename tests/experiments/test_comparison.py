@@ -12,8 +12,8 @@ from conftest import tiny_config
 from experiments.comparison import QUICK, Sizes, kernel_taps, random_taps, scaling
 from experiments.comparison_models import orders, perplexity
 from experiments.comparison_plots import plot, speed_up, tables
+from tnnlm.data.packing import PackedRows
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packing import PackedRows
 
 SIZES = Sizes(
     lengths=(16, 64),

@@ -18,8 +18,8 @@ from experiments.family_measure import Sizes, forms_of, state_bytes
 from experiments.family_report import plot
 from experiments.family_training import train_family
 from experiments.sizing import PEERS, TRANSFORMER, Family, load_families, match_width
+from tnnlm.data.packing import PackedRows
 from tnnlm.errors import UserError, run_script
-from tnnlm.packing import PackedRows
 from training_runs import write_text
 
 CONFIGS = ROOT / "configs"

@@ -14,7 +14,7 @@ from experiments.experiment import Row
 from experiments.listops_models import BagOfSymbols
 from experiments.listops_part import KERNELS, MODELS, ListOps, build, model_settings
 from experiments.sizing import n_params
-from tnnlm.sequences.listops import encode
+from tnnlm.data.sequences.listops import encode
 
 pytest.importorskip("transformers")
 

@@ -14,7 +14,7 @@ from test_run import StopAt, assert_same_run
 
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.conversion import convert_layers
-from tnnlm.data import TextDataModule
+from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.evaluation import add, parallel_nll
 from tnnlm.training.checkpointing import TrainingStopped

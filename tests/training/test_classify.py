@@ -14,18 +14,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
+from sequences.archive_files import WRITERS
 
 from run_plots import final_figures, plot_runs, read_run
-from sequences.archive_files import WRITERS
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig, TNOConfig
-from tnnlm.data import TextDataModule
+from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.sequences.listops import encode
+from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import class_scores
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.sequences.listops import encode
-from tnnlm.sequences.symbols import symbol_tokenizer
 from tnnlm.training.checkpointing import TrainingStopped
 from tnnlm.training.logs import read_metrics
 from tnnlm.training.resume import resumed_config

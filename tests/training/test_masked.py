@@ -19,7 +19,7 @@ from run_plots import final_figures, plot_runs, read_run
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.data import TextDataModule
+from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
 from tnnlm.models.encoders import MaskedLM

@@ -148,7 +148,7 @@ class ArchiveConfig:
     """A task of the Long Range Arena, read from files as they are published."""
 
     task: str = choice("listops", "listops", "text", "retrieval", "image", "pathfinder", "pathx")
-    """which; tnnlm/sequences/archive.py says what it reads"""
+    """which; tnnlm/data/sequences/lra.py says what it reads"""
     folder: str | None = None
     """the unpacked lra_release, with aclImdb (text) and cifar-10-batches-py (image) in it"""
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
 from tnnlm.config.schema import Config
-from tnnlm.data import TextDataModule
+from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks

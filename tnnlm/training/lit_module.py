@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tnnlm.config.schema import Config
-from tnnlm.data import TextDataModule
+from tnnlm.data.datamodule import TextDataModule
 from tnnlm.models.encoders import build_model
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.optim import build_optimizer, build_scheduler

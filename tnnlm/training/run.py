@@ -16,7 +16,7 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
-from tnnlm.data import TextDataModule, open_data
+from tnnlm.data.datamodule import TextDataModule, open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks

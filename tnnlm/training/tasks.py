@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels, in_recurrent_form
-from tnnlm.data import TaskData
+from tnnlm.data.datamodule import TaskData
 from tnnlm.evaluation import (
     NLL,
     Scores,

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from tnnlm.checkpoints.locate import find_checkpoint
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.schema import Config
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import LabelledRows
 from tnnlm.evaluation import Scores, class_scores
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import LabelledRows
 
 
 def score_rows(

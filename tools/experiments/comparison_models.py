@@ -20,12 +20,12 @@ from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING
 from tnnlm.conversion.methods import relative_error
+from tnnlm.data.packing import PackedRows
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.ssm import SSMParams
-from tnnlm.packing import PackedRows
 
 RANK = 128
 """combinations of channels whose Hankel norm is taken"""

@@ -18,13 +18,13 @@ from experiments.family_training import device_of, train_family
 from experiments.sizing import Family
 from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.data import open_rows
+from tnnlm.data.datamodule import open_rows
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_file, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import cpu_level, processor
 from tnnlm.machine.threads import limit_threads
-from tnnlm.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.training.plan import resolve_precision
 
 VERSION = 1

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from experiments.sizing import Family
 from tnnlm.config.schema import Config
-from tnnlm.data import GlobalOrderSampler
+from tnnlm.data.datamodule import GlobalOrderSampler
+from tnnlm.data.packing import PackedRows
 from tnnlm.errors import UserError
-from tnnlm.packing import PackedRows
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.plan import resolve_precision
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from experiments.bert import bert_settings
 from tnnlm.config.schema import ModelConfig
+from tnnlm.data.sequences.rows import LabelledRows
 from tnnlm.models.encoders import LabelledBatch
-from tnnlm.sequences.rows import LabelledRows
 
 
 class BertClassifier(nn.Module):

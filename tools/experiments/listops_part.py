@@ -20,10 +20,10 @@ from experiments.part import Part
 from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.errors import UserError
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import LabelledCorpus
 from tnnlm.training.testing import score_rows
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lra" / "listops.yaml"

@@ -21,10 +21,10 @@ from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
 from experiments.text_models import CONFIGS, text_words
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.data import TaskData, open_data
+from tnnlm.data.datamodule import TaskData, open_data
+from tnnlm.data.masking import MaskedRows
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
-from tnnlm.masking import MaskedRows
 from tnnlm.models.encoders import MaskedBatch, MaskedLM
 
 MODELS = ("two-sided", "causal", "bert", "rotary bert")

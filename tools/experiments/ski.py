@@ -25,11 +25,11 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, FDTNOConfig
 from tnnlm.conversion.convert import attach, convert_layers, kernels
 from tnnlm.conversion.report import measure as certificate
-from tnnlm.data import open_rows
+from tnnlm.data.datamodule import open_rows
+from tnnlm.data.packing import prepare
 from tnnlm.errors import UserError
 from tnnlm.kernels import FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packing import prepare
 from tnnlm.training.plan import resolve_precision
 
 CONVERSIONS: dict[str, Row] = {

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from experiments.sizing import PEERS, Family, load_families
 from tnnlm.config.schema import Config, TNOConfig
-from tnnlm.data import open_rows
+from tnnlm.data.datamodule import open_rows
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.errors import UserError
-from tnnlm.packing import PackedCorpus, PackedRows, prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 """experiments run from a clone, as their tool does"""

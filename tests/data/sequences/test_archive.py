@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from sequences.archive_files import DIFFICULTY, WRITERS
+
 from tnnlm.config.loader import load_config
+from tnnlm.data.sequences.listops import evaluate
+from tnnlm.data.sequences.lra import splits
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import SPLITS, TASKS, Example
 from tnnlm.errors import ConfigError, DataError
-from tnnlm.sequences.archive import splits
-from tnnlm.sequences.listops import evaluate
-from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import SPLITS, TASKS, Example
 
 LISTOPS = ["task=classify", "data.source=listops", "model.n_classes=10"]
 
@@ -113,7 +113,7 @@ def test_release_in_its_own_folders(release: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_missing_file_is_named(task: str, release: Path) -> None:
-    from tnnlm.sequences.archive import needed
+    from tnnlm.data.sequences.lra import needed
 
     last = needed(task, release)[-1]
     last.rename(last.with_name("elsewhere"))
@@ -300,7 +300,7 @@ def test_batches_as_python_2_wrote_them_are_read(tmp_path: Path) -> None:
     data = empty + b"(K\x01(K\x01M\x00\x0ct" + kind + b"\x89T\x00\x0c\x00\x00" + content + b"tb"
     path = tmp_path / "test_batch"
     path.write_bytes(b"\x80\x02}(U\x06labels](K\x07eU\x04data" + data + b"u.")
-    from tnnlm.sequences.archive import _batch
+    from tnnlm.data.sequences.lra import _batch
 
     pictures, labels = _batch(path)
     assert labels == [7]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tnnlm.sequences.listops import SYMBOLS
+from tnnlm.data.sequences.listops import SYMBOLS
 from tnnlm.tokenizer import TextTokenizer
 
 

@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, Result
-from tnnlm import documents, packing
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
-from tnnlm.corpus import load_corpus
-from tnnlm.data import open_rows
-from tnnlm.documents import Documents, survey
+from tnnlm.data import arrow_text as documents
+from tnnlm.data import packing
+from tnnlm.data.arrow_text import Documents, survey
+from tnnlm.data.datamodule import open_rows
+from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.sources import load_corpus
 from tnnlm.errors import DataError, run_script
-from tnnlm.packing import PackedCorpus, prepare
 from tnnlm.tokenizer import train_bpe
 from training_runs import SETTINGS
 

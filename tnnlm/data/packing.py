@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.corpus import cache_folder, load_corpus, source_fingerprint
-from tnnlm.documents import Documents, remove_scratch
+from tnnlm.data.arrow_text import Documents, remove_scratch
+from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, write_text
 from tnnlm.locking import only_process

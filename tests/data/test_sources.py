@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.corpus import FEW_DOCUMENTS, load_corpus, source_files, source_fingerprint
+from tnnlm.data.sources import FEW_DOCUMENTS, load_corpus, source_files, source_fingerprint
 from tnnlm.errors import DataError
 
 LINES = "".join(f"line {i} of a text\n" for i in range(20))

@@ -24,9 +24,9 @@ from typing import Any
 import datasets
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.documents import TEXT, Survey, spool, survey
+from tnnlm.data.arrow_text import TEXT, Survey, spool, survey
+from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.errors import OS_ADVICE, DataError
-from tnnlm.holdout import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}

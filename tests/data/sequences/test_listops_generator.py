@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tnnlm.config.schema import ListOpsConfig
+from tnnlm.data.sequences.listops import END, MIN, SYMBOLS, Expression, decode, encode, evaluate, generate
 from tnnlm.errors import DataError
-from tnnlm.sequences.listops import END, MIN, SYMBOLS, Expression, decode, encode, evaluate, generate
 
 SHORT = ListOpsConfig(min_length=4, max_length=60, max_depth=5, max_args=6)
 

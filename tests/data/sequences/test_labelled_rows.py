@@ -10,10 +10,10 @@ import pytest
 from torch.utils.data import default_collate
 
 from tnnlm.config.loader import load_config
+from tnnlm.data.sequences.listops import evaluate
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, write_rows
 from tnnlm.models.encoders import LabelledBatch
-from tnnlm.sequences.listops import evaluate
-from tnnlm.sequences.prepare import prepare_sequences
-from tnnlm.sequences.rows import SPLITS, Example, LabelledRows, write_rows
 
 SETTINGS = (
     "task=classify",

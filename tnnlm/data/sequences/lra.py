@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tnnlm.data.sequences.listops import encode
+from tnnlm.data.sequences.rows import SPLITS, Example
 from tnnlm.errors import DataError
-from tnnlm.sequences.listops import encode
-from tnnlm.sequences.rows import SPLITS, Example
 
 Split = tuple[str, Iterable[Example]]
 DIFFICULTY = "curv_contour_length_14"

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from tnnlm.config.schema import Config
+from tnnlm.data.masking import MaskedRows, Masking
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.sequences.prepare import prepare_sequences, task_name
+from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import DataError
-from tnnlm.masking import MaskedRows, Masking
 from tnnlm.models.encoders import LabelledBatch
-from tnnlm.packing import PackedCorpus, PackedRows, prepare
-from tnnlm.sequences.prepare import prepare_sequences, task_name
-from tnnlm.sequences.symbols import symbol_tokenizer
 from tnnlm.tokenizer import TextTokenizer
 
 

@@ -11,7 +11,7 @@ import torch
 
 from conftest import tiny_config
 from tnnlm.config.schema import Config, DataConfig, TrainerConfig
-from tnnlm.data import GlobalOrderSampler, TextDataModule
+from tnnlm.data.datamodule import GlobalOrderSampler, TextDataModule
 from tnnlm.errors import DataError
 
 

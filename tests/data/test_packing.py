@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from tnnlm import packing
 from tnnlm.config.schema import DataConfig
-from tnnlm.corpus import Corpus, load_corpus
+from tnnlm.data import packing
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
-from tnnlm.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.tokenizer import train_bpe
 
 EOS = "<|endoftext|>"

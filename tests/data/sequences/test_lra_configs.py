@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from tnnlm.sequences.rows import TASKS
+from tnnlm.data.sequences.rows import TASKS
 
 FILES = sorted((ROOT / "configs/lra").glob("*.yaml"))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tnnlm.masking import MaskedRows, Masking
-from tnnlm.packing import PackedRows
+from tnnlm.data.masking import MaskedRows, Masking
+from tnnlm.data.packing import PackedRows
 
 MASK_ID = 301
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tnnlm.config.schema import Config
-from tnnlm.corpus import cache_folder
+from tnnlm.data.sequences.listops import generate
+from tnnlm.data.sequences.lra import needed, splits
+from tnnlm.data.sequences.rows import SPLITS, TASKS, Example, LabelledCorpus, read_corpus, write_corpus
+from tnnlm.data.sources import cache_folder
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
-from tnnlm.sequences.archive import needed, splits
-from tnnlm.sequences.listops import generate
-from tnnlm.sequences.rows import SPLITS, TASKS, Example, LabelledCorpus, read_corpus, write_corpus
 
 VERSION = 1
 """part of the cache's key: raise it when the rows change"""

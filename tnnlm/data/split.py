@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnnlm.documents import text_hash
+from tnnlm.data.arrow_text import text_hash
 
 FEW_DOCUMENTS = 10
 """below this, every document is cut in two: a split by document would hold out too much or nothing"""

@@ -1,0 +1,1 @@
+"""Text and labelled sequences as rows of tokens: sources, tokenized corpora, loaders."""
