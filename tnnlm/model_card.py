@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from tnnlm.config.schema import Config, DataConfig
-from tnnlm.conversion.report import ModelReport
+from tnnlm.conversion.certify import ModelReport
 from tnnlm.evaluation import ppl_gap
 from tnnlm.models.causal_lm import CausalLM
 

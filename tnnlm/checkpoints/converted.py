@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
-from tnnlm.conversion.report import ModelReport
+from tnnlm.conversion.certify import ModelReport
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, write_text
 from tnnlm.models.backbone import Backbone

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tnnlm.conversion.certify import ModelReport
 from tnnlm.conversion.convert import recurrences
-from tnnlm.conversion.report import ModelReport
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
 

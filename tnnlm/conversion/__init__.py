@@ -1,6 +1,7 @@
 """Conversion: taps -> recurrence, in closed form."""
 
 from tnnlm.conversion.balanced import balanced
+from tnnlm.conversion.certify import ConversionReport, ModelReport, certify, measure, measure_model
 from tnnlm.conversion.convert import (
     attach,
     convert_kernel,
@@ -14,7 +15,6 @@ from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.horizon import auto_horizon
 from tnnlm.conversion.methods import METHODS, Converted
-from tnnlm.conversion.report import ConversionReport, ModelReport, certify, measure, measure_model
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.conversion.window import window
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.conversion.blocks import channel_blocks
-from tnnlm.conversion.hankel import compress, hankel_svd
+from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.errors import UserError
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams, channels_of, taps

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tnnlm.config.schema import ConversionConfig
+from tnnlm.conversion.certify import ConversionReport, certify
 from tnnlm.conversion.methods import Source, check_taps, convert
-from tnnlm.conversion.report import ConversionReport, certify
 from tnnlm.errors import UserError
 from tnnlm.ops.ssm import SSMParams
 

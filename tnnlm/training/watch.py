@@ -20,7 +20,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.conversion.hankel import compress, hankel_svd
+from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.ops.toeplitz import fft_length
 from tnnlm.training.plan import guessed_share

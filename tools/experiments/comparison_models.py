@@ -17,8 +17,8 @@ from tqdm import tqdm
 from experiments.comparison import Sizes
 from tnnlm.conversion import balanced, convert_model, model_horizon
 from tnnlm.conversion.convert import kernels, recurrences
-from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING
+from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.methods import relative_error
 from tnnlm.data.packing import PackedRows
 from tnnlm.errors import DataError, UserError

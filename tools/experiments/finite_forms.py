@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tnnlm.conversion import attach, balanced, convert_model
 from tnnlm.conversion.convert import kernels
-from tnnlm.conversion.hankel import compress, hankel_svd
+from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.conversion.methods import relative_error
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.kernels import SGConvKernel

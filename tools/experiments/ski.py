@@ -23,8 +23,8 @@ from experiments.family_training import device_of, train_family
 from experiments.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, FDTNOConfig
+from tnnlm.conversion.certify import measure as certificate
 from tnnlm.conversion.convert import attach, convert_layers, kernels
-from tnnlm.conversion.report import measure as certificate
 from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import prepare
 from tnnlm.errors import UserError

@@ -18,8 +18,8 @@ from experiments.experiment import Experiment, Row, Verdict
 from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
 from tnnlm.config.schema import ModelConfig, TNOConfig
 from tnnlm.conversion import certify, convert_model
+from tnnlm.conversion.certify import EXTENT, horizon_warning
 from tnnlm.conversion.methods import Converted, relative_error
-from tnnlm.conversion.report import EXTENT, horizon_warning
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
 from tnnlm.models.causal_lm import CausalLM

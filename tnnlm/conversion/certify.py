@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.convert import kernels, recurrences
-from tnnlm.conversion.hankel import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
+from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.methods import Converted
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import recurrence
