@@ -24,7 +24,7 @@ from tnnlm.checkpoints.converted import is_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import METHODS
 from tnnlm.errors import UserError, run_script
-from tnnlm.packed import DTYPES
+from tnnlm.inference.linear import DTYPES
 
 
 def parse() -> argparse.Namespace:

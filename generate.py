@@ -89,9 +89,9 @@ def main() -> int:
     if prompt == "":
         raise UserError("the prompt is empty: give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    from tnnlm.generation import Sampling
-    from tnnlm.state_file import check_state_path
-    from tnnlm.terminal import Decoder
+    from tnnlm.inference.generator import Sampling
+    from tnnlm.inference.session import Decoder
+    from tnnlm.inference.state_file import check_state_path
 
     if args.save_state:
         check_state_path(args.save_state)

@@ -16,8 +16,8 @@ from conftest import tiny_config
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import attach, convert_layers, convert_model, measure
-from tnnlm.engine import pack
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.engine import pack
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.serving.app import create_app
 from tnnlm.serving.limits import Limits

@@ -28,14 +28,8 @@ LAYERS = (
     (
         "conversion",
         "checkpoints",
-        "packed",
-        "linear_choice",
-        "row_linear",
-        "compiled",
-        "graphs",
-        "export",
     ),
-    ("generation", "evaluation", "engine", "state_file", "terminal", "serving"),
+    ("inference", "evaluation", "serving"),
     (
         "locking",
         "data",
@@ -95,7 +89,7 @@ def test_imports_only_go_down(path: Path) -> None:
             assert name.split(".")[0] not in TRAINING_ONLY, f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["tnnlm.generation", "tnnlm.terminal", "generate"])
+@pytest.mark.parametrize("module", ["tnnlm.inference.generator", "tnnlm.inference.session", "generate"])
 def test_deployment_loads_no_training_package(module: str) -> None:
     # torch itself loads tqdm where it is installed.
     code = (

@@ -15,11 +15,11 @@ from conftest import FAMILIES, tiny_config
 from simulated import MACHINES
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.conversion import convert_model
-from tnnlm.engine import pack
-from tnnlm.linear_choice import choose_linear
+from tnnlm.inference.engine import pack
+from tnnlm.inference.linear import DTYPES, HalfLinear, to_int8
+from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packed import DTYPES, HalfLinear, to_int8
 from tnnlm.training.plan import resolve_precision
 from training_runs import tiny_run
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from tnnlm.config.schema import Config
 from tnnlm.conversion import ModelReport, convert_model
 from tnnlm.data.packing import PackedCorpus
-from tnnlm.engine import pack
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
+from tnnlm.inference.engine import pack
 from tnnlm.models.causal_lm import CausalLM
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}

@@ -24,7 +24,6 @@ from tnnlm.checkpoints.converted import (
 )
 from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
-from tnnlm.compiled import check_compiler, compile_step
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
@@ -32,8 +31,9 @@ from tnnlm.conversion_ppl import measure_perplexities
 from tnnlm.data.packing import prepare
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
-from tnnlm.export import check_onnx, export_onnx, export_torch
 from tnnlm.files import write_text
+from tnnlm.inference.aot import check_compiler, compile_step
+from tnnlm.inference.export import check_onnx, export_onnx, export_torch
 from tnnlm.locking import only_process
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off

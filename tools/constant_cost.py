@@ -25,14 +25,14 @@ from tqdm import tqdm
 from benchmarks.subjects import WIDTHS, linear_weights
 from benchmarks.timing import read_bandwidth
 from tnnlm.checkpoints.locate import load_for_decoding
-from tnnlm.engine import ENGINES, open_engine
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
-from tnnlm.generation import Context, TextGenerator
+from tnnlm.inference.engine import ENGINES, open_engine
+from tnnlm.inference.generator import Context, TextGenerator
+from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
-from tnnlm.packed import DTYPES
 
 
 def parse() -> argparse.Namespace:

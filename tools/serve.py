@@ -116,9 +116,9 @@ def main() -> int:
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     """The generator, what runs in a line, the model's name, and its number of parameters."""
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding
-    from tnnlm.engine import open_engine
+    from tnnlm.inference.engine import open_engine
+    from tnnlm.inference.session import usable_device
     from tnnlm.machine.threads import limit_threads
-    from tnnlm.terminal import usable_device
 
     limit_threads()
     found, converted = load_for_decoding(args.model, Path("runs"))

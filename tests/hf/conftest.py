@@ -21,7 +21,7 @@ from torch import Tensor
 from conftest import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf.conftest import Opened
-from tnnlm.generation import Sampling
+from tnnlm.inference.generator import Sampling
 
 PROMPTS = [
     "The",

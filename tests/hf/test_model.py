@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf.conftest import CLOSE, Opened, own_logits, some_tokens
-from tnnlm.generation import PREFILL_CHUNK
+from tnnlm.inference.generator import PREFILL_CHUNK
 
 
 def test_logits_are_the_own_models(opened: Opened) -> None:

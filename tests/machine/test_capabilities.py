@@ -13,9 +13,9 @@ import torch
 
 from conftest import ROOT
 from simulated import NO_BFLOAT16, forget_probes
-from tnnlm import compiled
-from tnnlm.compiled import load_step, package_path
 from tnnlm.errors import UserError
+from tnnlm.inference import aot as compiled
+from tnnlm.inference.aot import load_step, package_path
 from tnnlm.machine.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.models.causal_lm import CausalLM
 

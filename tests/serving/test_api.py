@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from servers import Running, run_server
-from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.inference.generator import Sampling, TextGenerator
 
 PROMPT = "the quick brown"
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from servers import tiny_generator
-from tnnlm.generation import Sampling, TextGenerator
-from tnnlm.linear_choice import choose_linear
+from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.serving import reader
 from tnnlm.serving.batcher import Batcher, ClosedError, QueueFullError
 from tnnlm.serving.draw import RowSampler

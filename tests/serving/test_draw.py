@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.generation import Sampling, sample, tempered
+from tnnlm.inference.generator import Sampling, sample, tempered
 from tnnlm.serving.draw import RowSampler, draw, least_kept
 from tnnlm.serving.scores import score_tokens
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from servers import Running, run_server
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.protocol import CompletionRequest
 
 EXAMPLES = 500

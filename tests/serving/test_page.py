@@ -16,7 +16,7 @@ import pytest
 
 from conftest import ROOT
 from servers import Running, run_server
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect

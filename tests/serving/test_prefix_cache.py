@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tnnlm.generation import Context
+from tnnlm.inference.generator import Context
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.ops.ssm import SSMState
 from tnnlm.serving.prefix_cache import PrefixCache

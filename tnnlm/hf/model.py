@@ -15,9 +15,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tnnlm.checkpoints.converted import model_fingerprint
-from tnnlm.generation import PREFILL_CHUNK
 from tnnlm.hf.cache import RecurrentCache
 from tnnlm.hf.config import TnnlmConfig
+from tnnlm.inference.generator import PREFILL_CHUNK
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
 # Transformers replaces torch.linspace while it builds a model. PyTorch notes at the first use of a device

@@ -15,7 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.answers import Answer
 from tnnlm.serving.batcher import TIMEOUT
 from tnnlm.serving.middleware import CountAnswers, WholeBody
@@ -34,7 +34,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     """The application for one model.
 
     Args:
-        generator: from :func:`tnnlm.engine.open_engine`.
+        generator: from :func:`tnnlm.inference.engine.open_engine`.
         settings: name, key, limits.
         executor: of one thread, best that which loaded the model; see :class:`Batcher`.
     """

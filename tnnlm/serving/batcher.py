@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import ModelState, state_bytes
 from tnnlm.serving.draw import draw
 from tnnlm.serving.job import Event, Finish, Job, Reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from tnnlm.generation import Sampling
+from tnnlm.inference.generator import Sampling
 from tnnlm.serving.answers import Answer
 from tnnlm.serving.draw import RowSampler
 from tnnlm.serving.job import Job, Reading, StoppedText

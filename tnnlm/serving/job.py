@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from tnnlm.generation import Context
+from tnnlm.inference.generator import Context
 from tnnlm.serving.draw import RowSampler
 from tnnlm.serving.scores import TokenScore
 from tnnlm.tokenizer import TextStream, TextTokenizer

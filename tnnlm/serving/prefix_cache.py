@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from tnnlm.generation import Context
+from tnnlm.inference.generator import Context
 from tnnlm.models.causal_lm import state_bytes
 
 Key: TypeAlias = tuple[int, bytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tnnlm.generation import Context, TextGenerator
+from tnnlm.inference.generator import Context, TextGenerator
 from tnnlm.serving.job import Event, Reading
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefix_cache import PrefixCache

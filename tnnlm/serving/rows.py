@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.serving.draw import RowSampler, draw
 from tnnlm.serving.job import Job

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from tnnlm.generation import TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.answers import Answer
 from tnnlm.serving.batcher import Batcher, ClosedError, QueueFullError
 from tnnlm.serving.intake import Intake

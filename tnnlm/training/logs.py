@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tnnlm.config.schema import Config
 from tnnlm.files import write_text
-from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of
 from tnnlm.training.tasks import TASKS, CausalTask

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from benchmarks.subjects import SHAPE, ours
 from benchmarks.training import OURS, trainee
 from tnnlm.config.schema import ModelConfig
-from tnnlm.linear_choice import choose_linear
+from tnnlm.inference.linear import DTYPES
+from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, cpu_level
 from tnnlm.machine.threads import limit_threads
-from tnnlm.packed import DTYPES
 
 NATIVE = "native"
 LEVELS: dict[str, dict[str, str]] = {

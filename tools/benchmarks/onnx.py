@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
-from tnnlm.export import export_onnx
+from tnnlm.inference.export import export_onnx
 from tnnlm.models.causal_lm import ModelState
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.onnx import OnnxModel
 from tnnlm.checkpoints.converted import ConvertedModel
-from tnnlm.compiled import compile_step
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
-from tnnlm.engine import open_engine
+from tnnlm.inference.aot import compile_step
+from tnnlm.inference.engine import open_engine
 from tnnlm.models.causal_lm import CausalLM, state_bytes
 from tnnlm.tokenizer import train_bpe
 

@@ -3,8 +3,8 @@
 A decoded token reads every weight once, so that the matrix-vector product should run at the memory's
 speed. PyTorch's float32 one does not: measured on one core, 15 GB/s where oneDNN with weights it packed
 itself reads 27, and the memory gives 37. Rounding weights to bfloat16 or int8 halves or quarters what
-is read; activations between layers, states and recurrences stay float32. :mod:`tnnlm.linear_choice` says
-which layer runs where.
+is read; activations between layers, states and recurrences stay float32. :mod:`tnnlm.inference.linear_choice`
+says which layer runs where.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from conftest import tiny_config
 from tnnlm.conversion import convert_model
-from tnnlm.graphs import GraphedModel, cuda_graph
+from tnnlm.inference.cuda_graph import GraphedModel, cuda_graph
 from tnnlm.models.causal_lm import CausalLM
 
 RECORDED: list[int] = []

@@ -23,10 +23,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, write_text
+from tnnlm.inference.linear import replace_linears
+from tnnlm.inference.row_linear import row_linear
 from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.packed import replace_linears
-from tnnlm.row_linear import row_linear
 
 
 class _Step(nn.Module):

@@ -11,9 +11,9 @@ from conftest import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
-from tnnlm.generation import Sampling, TextGenerator, join, sample
+from tnnlm.inference.generator import Sampling, TextGenerator, join, sample
+from tnnlm.inference.session import Decoder
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.terminal import Decoder
 from tnnlm.tokenizer import train_bpe
 
 GREEDY = Sampling(temperature=0)
@@ -65,7 +65,7 @@ def test_read_in_two_parts_equals_read_in_one(exact: TextGenerator) -> None:
 def test_long_prompts_are_read_in_chunks(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(300, (50,)).tolist()
     expected = exact.read_tokens([ids])
-    monkeypatch.setattr("tnnlm.generation.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("tnnlm.inference.generator.PREFILL_CHUNK", 7)
     found = exact.read_tokens([ids])
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-9)
 
@@ -91,7 +91,7 @@ def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> N
 
 def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([7, 8, writer.tokenizer.eos_id, 9])
-    monkeypatch.setattr("tnnlm.generation.sample", lambda *_: torch.tensor([next(drawn)]))
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor([next(drawn)]))
     record, pieces = writer.write(writer.read("the"), 10, GREEDY)
     assert "".join(pieces) == writer.tokenizer.decode([7, 8])
     assert record.tokens == [7, 8]
@@ -190,7 +190,7 @@ def test_a_batch_reads_as_its_rows_alone(
     before = [exact.read_tokens([row[::-1]]) if warm else None for row in ROWS]
     start = join([context for context in before if context]) if warm else None
     singles = [exact.read_tokens([row], context) for row, context in zip(ROWS, before, strict=True)]
-    monkeypatch.setattr("tnnlm.generation.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("tnnlm.inference.generator.PREFILL_CHUNK", chunk)
     together = exact.read_tokens(ROWS, start)
     assert together.lengths == tuple(single.n_tokens for single in singles)
     for index, single in enumerate(singles):
@@ -215,7 +215,7 @@ def test_a_batch_writes_what_its_rows_write_alone(exact: TextGenerator) -> None:
 def test_rows_of_a_batch_stop_one_by_one(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = exact.tokenizer.eos_id
     drawn = iter([[7, eos, 8], [9, eos], [10], [eos]])
-    monkeypatch.setattr("tnnlm.generation.sample", lambda *_: torch.tensor(next(drawn)))
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor(next(drawn)))
     records = exact.write_batch(exact.read_tokens(ROWS), 20, GREEDY)
     assert [record.tokens for record in records] == [[7, 9, 10], [], [8]]
     assert [record.context.n_tokens for record in records] == [12, 1, 5]

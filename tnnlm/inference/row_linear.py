@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tnnlm.inference.linear import NarrowLinear, to_int8
 from tnnlm.machine.capabilities import cpu_level
-from tnnlm.packed import NarrowLinear, to_int8
 
 _BYTES = 4
 """int8 weights in an int32"""

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from conftest import FAMILIES, ROOT, tiny_config
-from tnnlm import export
 from tnnlm.checkpoints.converted import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
-from tnnlm.export import PREFILL_CHUNK, export_onnx, export_torch
-from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.inference import export
+from tnnlm.inference.export import PREFILL_CHUNK, export_onnx, export_torch
+from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams

@@ -15,9 +15,9 @@ from conftest import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
-from tnnlm.generation import Sampling, TextGenerator
+from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.state_file import load_context, save_context
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.state_file import load_context, save_context
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 from training_runs import tiny_run

@@ -1,9 +1,9 @@
 """What runs a converted model: a compiled step, packed weights, or its plain modules.
 
 ``packed`` replaces the linear layers and the head by the fastest that this machine has an operator for
-(:mod:`tnnlm.linear_choice`); all else is the same code. ``compiled`` runs single rows by the package that
-``convert.py --compile`` made of ``step`` (:mod:`tnnlm.compiled`), batches and prompts packed. ``graph``, on a
-GPU, replays packed steps as a CUDA graph (:mod:`tnnlm.graphs`).
+(:mod:`tnnlm.inference.linear_choice`); all else is the same code. ``compiled`` runs single rows by the
+package that ``convert.py --compile`` made of ``step`` (:mod:`tnnlm.inference.aot`), batches and prompts
+packed. ``graph``, on a GPU, replays packed steps as a CUDA graph (:mod:`tnnlm.inference.cuda_graph`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from tnnlm.checkpoints.converted import ConvertedModel
-from tnnlm.compiled import CompiledModel, load_step
 from tnnlm.errors import UserError
-from tnnlm.generation import TextGenerator
-from tnnlm.graphs import GraphedModel
-from tnnlm.linear_choice import Choice, choose_linear
+from tnnlm.inference.aot import CompiledModel, load_step
+from tnnlm.inference.cuda_graph import GraphedModel
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.linear import DTYPES, cast_linear, replace_linears
+from tnnlm.inference.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packed import DTYPES, cast_linear, replace_linears
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")
 """auto: the first that is there"""

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.errors import UserError
+from tnnlm.inference.linear import (
+    DTYPES,
+    INT8_BLOCK,
+    HalfLinear,
+    Int8Linear,
+    PackedLinear,
+    WidenedLinear,
+    cast_linear,
+)
 from tnnlm.machine.capabilities import capability
-from tnnlm.packed import DTYPES, INT8_BLOCK, HalfLinear, Int8Linear, PackedLinear, WidenedLinear, cast_linear
 
 
 class Choice(NamedTuple):

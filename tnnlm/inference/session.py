@@ -10,12 +10,12 @@ from typing import Any, TextIO
 import torch
 
 from tnnlm.checkpoints.locate import load_for_decoding
-from tnnlm.engine import EngineInfo, open_engine
 from tnnlm.errors import UserError
-from tnnlm.generation import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
+from tnnlm.inference.engine import EngineInfo, open_engine
+from tnnlm.inference.generator import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
+from tnnlm.inference.state_file import load_context, save_context
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
-from tnnlm.state_file import load_context, save_context
 
 
 def usable_device(name: str) -> torch.device:

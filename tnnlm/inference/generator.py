@@ -161,7 +161,8 @@ class Decodes(Protocol):
 class TextGenerator:
     """A converted model and its tokenizer, ready to read prompts and write text.
 
-    ``fingerprint`` names the model in saved states. :func:`tnnlm.engine.open_engine` makes a fast one.
+    ``fingerprint`` names the model in saved states. :func:`tnnlm.inference.engine.open_engine` makes a fast
+    one.
     """
 
     def __init__(self, model: Decodes, tokenizer: TextTokenizer, fingerprint: str = "") -> None:

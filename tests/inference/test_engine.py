@@ -12,16 +12,16 @@ from torch import nn
 
 from conftest import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
-from tnnlm.compiled import _made_for, compile_step, load_step
 from tnnlm.conversion import convert_model
-from tnnlm.engine import open_engine, pack
 from tnnlm.errors import UserError
-from tnnlm.generation import TextGenerator
-from tnnlm.linear_choice import choose_linear
+from tnnlm.inference.aot import _made_for, compile_step, load_step
+from tnnlm.inference.engine import open_engine, pack
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.linear import DTYPES, Int8Linear, replace_linears
+from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.packed import DTYPES, Int8Linear, replace_linears
-from tnnlm.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 from training_runs import tiny_run

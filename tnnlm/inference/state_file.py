@@ -17,7 +17,7 @@ from torch import Tensor
 from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file, check_parents
-from tnnlm.generation import Context, TextGenerator
+from tnnlm.inference.generator import Context, TextGenerator
 
 FORMAT = "tnnlm-state-1"
 

@@ -1,0 +1,1 @@
+"""Decoding a converted model: engines, linear layers, generation, saved states, exports."""
