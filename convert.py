@@ -120,8 +120,8 @@ def main() -> int:
     args = parse()
     from rich.console import Console
 
-    from tnnlm.conversion_table import show_conversion
-    from tnnlm.deployment import convert_checkpoint, package_converted
+    from tnnlm.deployment.pipeline import convert_checkpoint, package_converted
+    from tnnlm.deployment.table import show_conversion
 
     if args.converted:
         written, failures = package_converted(Path(args.target), args.compile, args.export)

@@ -77,10 +77,10 @@ def main() -> int:
     if args.find_lr:
         search(choose(args)[0])
         return 0
-    from tnnlm.training.checkpointing import TrainingDiverged, TrainingStopped
-    from tnnlm.training.jobs import TimeLimit, time_limit_noticed
+    from tnnlm.training.callbacks.checkpoint import TrainingDiverged, TrainingStopped
     from tnnlm.training.resume import SOURCES, is_complete
     from tnnlm.training.run import is_main_process, train
+    from tnnlm.training.slurm import TimeLimit, time_limit_noticed
 
     try:
         with time_limit_noticed():
@@ -111,7 +111,7 @@ def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
     config = load_config(args.config or DEMO, args.overrides)
     if args.job is None:
         return config, None, None
-    from tnnlm.training.jobs import find_job, job_name
+    from tnnlm.training.slurm import find_job, job_name
 
     job = job_name(args.job)
     found = find_job(job, config)
@@ -122,7 +122,7 @@ def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
 
 def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
     """Say how to go on; on a cluster's time limit see to it that the job does."""
-    from tnnlm.training.jobs import requeue, slurm_job
+    from tnnlm.training.slurm import requeue, slurm_job
 
     print(line, file=sys.stderr)
     if not time_limit:
@@ -137,7 +137,7 @@ def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
 
 
 def search(config: Config) -> None:
-    from tnnlm.training.find_lr import find_lr, plot_rates
+    from tnnlm.training.lr_finder import find_lr, plot_rates
 
     found = find_lr(config)
     path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
@@ -148,7 +148,7 @@ def search(config: Config) -> None:
 
 
 def show(config: Config, as_json: bool) -> None:
-    from tnnlm.training.plan import make_plan
+    from tnnlm.training.estimate import make_plan
 
     plan = make_plan(config)
     if as_json:

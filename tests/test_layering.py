@@ -35,10 +35,7 @@ LAYERS = (
         "data",
         "training",
         "deployment",
-        "conversion_table",
-        "conversion_ppl",
         "hf",
-        "model_card",
     ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,7 +20,7 @@ from tnnlm.inference.linear import DTYPES, HalfLinear, to_int8
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.training.plan import resolve_precision
+from tnnlm.training.estimate import resolve_precision
 from training_runs import tiny_run
 
 CPU = torch.device("cpu")
@@ -205,14 +205,14 @@ def test_wrong_switch_is_refused_before_any_work(
 
 BOOM = "RuntimeError: boom"
 OPTIONAL = {
-    "perplexity of a dtype": ("conversion_ppl.pack", (), 0, f"not measured here: {BOOM}"),
-    "every perplexity": ("deployment.prepare", (), 0, f"no perplexities: {BOOM}"),
-    "parallel perplexity": ("conversion_ppl.parallel_nll", (), 0, f"no perplexities: {BOOM}"),
-    "a form while it is scored": ("conversion_ppl.recurrent_nll", (), 0, f"not measured here: {BOOM}"),
-    "verify": ("deployment.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
-    "model card": ("deployment.model_card", (), 1, f"FAILED: model card: {BOOM}"),
-    "compile": ("deployment.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
-    "export": ("deployment.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
+    "perplexity of a dtype": ("perplexity.pack", (), 0, f"not measured here: {BOOM}"),
+    "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
+    "parallel perplexity": ("perplexity.parallel_nll", (), 0, f"no perplexities: {BOOM}"),
+    "a form while it is scored": ("perplexity.recurrent_nll", (), 0, f"not measured here: {BOOM}"),
+    "verify": ("pipeline.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
+    "model card": ("pipeline.model_card", (), 1, f"FAILED: model card: {BOOM}"),
+    "compile": ("pipeline.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
+    "export": ("pipeline.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
 }
 """what fails: the function that raises, options of convert.py, its exit code, and what it says"""
 
@@ -228,7 +228,7 @@ def test_no_optional_step_loses_the_conversion(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("boom\nand a second line")
 
-    monkeypatch.setattr(f"tnnlm.{place}", fail)
+    monkeypatch.setattr(f"tnnlm.deployment.{place}", fail)
     done = script("convert", "runs/tiny", *options)
     assert done.code == code, done.err
     assert said in done.out
@@ -245,7 +245,7 @@ def test_interrupted_measurement_leaves_the_converted_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tnnlm.conversion_ppl.parallel_nll", interrupt)
+        patch.setattr("tnnlm.deployment.perplexity.parallel_nll", interrupt)
         stopped = script("convert", "runs/tiny")
     assert stopped.code == 130
     assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err

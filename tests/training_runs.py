@@ -8,7 +8,7 @@ import torch
 
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 
 SETTINGS = (
     "data.source=files",

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 
 KILLED = -getattr(signal, "SIGKILL", -1)
 """exit code of a killed process; Windows, which has no such signal, gives 1"""

@@ -25,7 +25,7 @@ from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.errors import run_script
-from tnnlm.training.plan import make_plan
+from tnnlm.training.estimate import make_plan
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
-from tnnlm.training.logs import read_metrics
-from tnnlm.training.watch import ENERGY, LENGTH, ORDER
+from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.throughput import ENERGY, LENGTH, ORDER
 
 FINAL = {
     "step": "step",

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.training.plan import guessed_share
-from tnnlm.training.watch import flops_per_token
+from tnnlm.training.estimate import guessed_share
+from tnnlm.training.throughput import flops_per_token
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 DOCS = (ROOT / "docs/configs.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-import tnnlm.training.checkpointing as checkpointing
+import tnnlm.training.callbacks.checkpoint as checkpointing
 import tnnlm.training.run as run
 from tnnlm.config.loader import load_config
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from tnnlm.config.loader import load_config
 from tnnlm.errors import run_script
-from tnnlm.training.checkpointing import TrainingStopped
+from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 

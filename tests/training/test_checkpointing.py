@@ -14,7 +14,7 @@ import torch
 from lightning import Callback
 
 from tnnlm.machine.allocator import keep_large_blocks
-from tnnlm.training.checkpointing import AtomicCheckpointIO, TrainingStopped
+from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, TrainingStopped
 from tnnlm.training.run import train
 from training_runs import tiny_run
 
@@ -46,7 +46,7 @@ def test_a_stop_before_the_first_step_says_what_is_saved(
             os.kill(os.getpid(), signal.SIGTERM)
 
     # A sharded run begins without a checkpoint.
-    monkeypatch.setattr("tnnlm.training.checkpointing.is_sharded", lambda _: sharded)
+    monkeypatch.setattr("tnnlm.training.callbacks.checkpoint.is_sharded", lambda _: sharded)
     with pytest.raises(TrainingStopped, match="nothing was saved" if sharded else "step 0, saved"):
         train(tiny_run(), extra_callbacks=[StopAtOnce()])
     assert Path("runs/demo/checkpoints/last.ckpt").exists() is not sharded

@@ -26,8 +26,8 @@ from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import class_scores
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.training.checkpointing import TrainingStopped
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.callbacks.checkpoint import TrainingStopped
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 

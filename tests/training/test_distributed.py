@@ -13,7 +13,7 @@ import torch
 from ranks import free_port, run_ranks
 
 from conftest import ROOT
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 from training_runs import SETTINGS, write_text
 
 WORKER = Path(__file__).with_name("ddp_worker.py")

@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.errors import CheckpointError
-from tnnlm.training.checkpointing import TrainingStopped, second_name
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.callbacks.checkpoint import TrainingStopped, second_name
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 from training_runs import SETTINGS, assert_same_run, tiny_run, write_text

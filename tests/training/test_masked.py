@@ -24,8 +24,8 @@ from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
 from tnnlm.models.encoders import MaskedLM
 from tnnlm.tokenizer import train_bpe
-from tnnlm.training.checkpointing import TrainingStopped
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.callbacks.checkpoint import TrainingStopped
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 from training_runs import SETTINGS, assert_same_run, tiny_run, write_text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 from training_runs import write_text
 
 

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
-from tnnlm.training.checkpointing import TrainingStopped
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.callbacks.checkpoint import TrainingStopped
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 from training_runs import assert_same_run, tiny_run
@@ -176,7 +176,7 @@ def test_failed_conversion_costs_the_recurrence_not_the_checkpoint(monkeypatch: 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no poles today")
 
-    monkeypatch.setattr("tnnlm.training.checkpointing.convert_kernels", fail)
+    monkeypatch.setattr("tnnlm.training.callbacks.checkpoint.convert_kernels", fail)
     monkeypatch.setattr("tnnlm.training.tasks.convert_kernels", fail)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,8 +12,8 @@ from ranks import run_ranks
 
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
-from tnnlm.training.logs import read_metrics
-from tnnlm.training.plan import make_plan
+from tnnlm.training.estimate import make_plan
+from tnnlm.training.loggers.csv import read_metrics
 from training_runs import write_text
 
 # The same 4 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.

@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import Callback
 from conftest import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError, UserError
-from tnnlm.training.jobs import cluster_plugins, find_job, job_name, record_job, requeue
 from tnnlm.training.run import train
+from tnnlm.training.slurm import cluster_plugins, find_job, job_name, record_job, requeue
 from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 SBATCH = ROOT / "tools/slurm/train.sbatch"
@@ -65,7 +65,7 @@ def signal_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             sent.append(step)
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr("tnnlm.training.schedule.ValidationSchedule.on_before_backward", send)
+    monkeypatch.setattr("tnnlm.training.callbacks.validation.ValidationSchedule.on_before_backward", send)
 
 
 def test_a_requeued_job_loses_no_step(script: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

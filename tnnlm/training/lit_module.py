@@ -15,10 +15,10 @@ from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.models.encoders import build_model
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
-from tnnlm.training.sharding import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
 from tnnlm.training.tasks import TASKS
-from tnnlm.training.watch import StepWatch, memory_values
+from tnnlm.training.throughput import StepWatch, memory_values
 
 
 class LitModel(lightning.LightningModule):

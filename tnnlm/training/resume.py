@@ -17,7 +17,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import write_text
-from tnnlm.training.checkpointing import second_name
+from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer, lr_factor
 from tnnlm.training.summary import read_summary

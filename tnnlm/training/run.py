@@ -22,16 +22,16 @@ from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.checkpointing import NOTHING_SAVED, SaveLast
-from tnnlm.training.guard import Guard
-from tnnlm.training.jobs import record_job
+from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, SaveLast
+from tnnlm.training.callbacks.skip_steps import Guard
+from tnnlm.training.estimate import make_plan
+from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel
-from tnnlm.training.plan import make_plan
 from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resumable
-from tnnlm.training.sharding import choose_strategy
+from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import TASKS
-from tnnlm.training.testing import final_scores
+from tnnlm.training.test_split import final_scores
 from tnnlm.training.trainer import build_trainer
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tnnlm.checkpoints.locate import BEST
 from tnnlm.files import atomic_file, write_text
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.tasks import Task
 
 _TITLES = {

@@ -33,7 +33,7 @@ from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier
 from tnnlm.modules import RecurrentConv
-from tnnlm.training.sharding import whole
+from tnnlm.training.fsdp import whole
 
 
 class NLLMetric(Metric):

@@ -16,16 +16,16 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import BEST
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
-from tnnlm.training.averaging import averaging
-from tnnlm.training.checkpointing import AtomicCheckpointIO, ConversionCallback
-from tnnlm.training.jobs import cluster_plugins
-from tnnlm.training.logs import MetricsCSV, PlainLines, SampleWriter
-from tnnlm.training.plan import FSDP, resolve_accelerator, resolve_devices, resolve_precision
-from tnnlm.training.progress import TrainingBar
-from tnnlm.training.schedule import ValidationSchedule
+from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, ConversionCallback
+from tnnlm.training.callbacks.ema import averaging
+from tnnlm.training.callbacks.progress import TrainingBar
+from tnnlm.training.callbacks.validation import ValidationSchedule
+from tnnlm.training.estimate import FSDP, resolve_accelerator, resolve_devices, resolve_precision
+from tnnlm.training.loggers.csv import MetricsCSV, PlainLines, SampleWriter
+from tnnlm.training.loggers.wandb import wandb_logger
+from tnnlm.training.slurm import cluster_plugins
 from tnnlm.training.tasks import TASKS
-from tnnlm.training.wandb_log import wandb_logger
-from tnnlm.training.watch import DataWait
+from tnnlm.training.throughput import DataWait
 
 
 def build_trainer(

@@ -25,7 +25,7 @@ from tnnlm.files import atomic_file, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import cpu_level, processor
 from tnnlm.machine.threads import limit_threads
-from tnnlm.training.plan import resolve_precision
+from tnnlm.training.estimate import resolve_precision
 
 VERSION = 1
 """of results.json: raise it when what is measured changes"""

@@ -20,8 +20,8 @@ from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import GlobalOrderSampler
 from tnnlm.data.packing import PackedRows
 from tnnlm.errors import UserError
+from tnnlm.training.estimate import resolve_precision
 from tnnlm.training.optim import build_optimizer, build_scheduler
-from tnnlm.training.plan import resolve_precision
 
 WINDOW = 10
 """steps over which loss and speed are averaged; speeds leave the first window out"""

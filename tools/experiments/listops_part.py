@@ -24,7 +24,7 @@ from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.errors import UserError
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
-from tnnlm.training.testing import score_rows
+from tnnlm.training.test_split import score_rows
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lra" / "listops.yaml"
 """experiments run from a clone, as their tool does"""

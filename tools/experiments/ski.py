@@ -30,7 +30,7 @@ from tnnlm.data.packing import prepare
 from tnnlm.errors import UserError
 from tnnlm.kernels import FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.training.plan import resolve_precision
+from tnnlm.training.estimate import resolve_precision
 
 CONVERSIONS: dict[str, Row] = {
     "balanced 1e-2": {"method": "balanced", "tolerance": 1e-2},

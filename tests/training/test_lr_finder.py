@@ -11,7 +11,7 @@ import pytest
 
 from tnnlm.errors import DataError
 from tnnlm.training import find_lr as module
-from tnnlm.training.find_lr import HIGHEST, LOWEST, STEPS, find_lr, suggest
+from tnnlm.training.lr_finder import HIGHEST, LOWEST, STEPS, find_lr, suggest
 from training_runs import SETTINGS, tiny_run, write_text
 
 

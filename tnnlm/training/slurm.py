@@ -19,7 +19,7 @@ from tnnlm.config.loader import config_to_dict, load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.files import write_text
-from tnnlm.training.checkpointing import TIME_LIMIT
+from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
 
 JOB = Path("job.json")
 """in a run's folder: the job it belongs to"""
@@ -102,7 +102,7 @@ def requeue() -> str:
 def time_limit_noticed() -> Iterator[None]:
     """Raise :class:`TimeLimit` on the cluster's signal, where it would end the process without a word.
 
-    While steps are trained the signal is :class:`~tnnlm.training.checkpointing.SaveLast`'s.
+    While steps are trained the signal is :class:`~tnnlm.training.callbacks.checkpoint.SaveLast`'s.
     """
     if TIME_LIMIT is None:
         yield

@@ -25,9 +25,9 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
+from tnnlm.training.estimate import make_plan, resolve_accelerator, resolve_precision
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
-from tnnlm.training.plan import make_plan, resolve_accelerator, resolve_precision
 from tnnlm.training.run import quieten
 
 STEPS = 100

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from tnnlm.config.schema import TrainerConfig
-from tnnlm.training.checkpointing import SaveLast
+from tnnlm.training.callbacks.checkpoint import SaveLast
 from tnnlm.training.lit_module import LitModel
 
 _MEMORY = 0.98

@@ -27,8 +27,9 @@ from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import ModelReport, attach, convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.conversion_ppl import measure_perplexities
 from tnnlm.data.packing import prepare
+from tnnlm.deployment.model_card import model_card
+from tnnlm.deployment.perplexity import measure_perplexities
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.files import write_text
@@ -38,7 +39,6 @@ from tnnlm.locking import only_process
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
-from tnnlm.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
 
 STEPS = 128

@@ -21,7 +21,7 @@ from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of
 from tnnlm.training.tasks import TASKS, CausalTask
-from tnnlm.training.watch import LENGTH, memory_columns
+from tnnlm.training.throughput import LENGTH, memory_columns
 
 COLUMNS = (
     "step",

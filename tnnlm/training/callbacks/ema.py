@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
-from tnnlm.training.plan import resolve_precision
+from tnnlm.training.estimate import resolve_precision
 
 
 class AveragedWeights(WeightAveraging):

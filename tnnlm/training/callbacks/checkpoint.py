@@ -23,9 +23,9 @@ from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
-from tnnlm.training.averaging import AveragedWeights
+from tnnlm.training.callbacks.ema import AveragedWeights
+from tnnlm.training.fsdp import gather_kernels, is_sharded
 from tnnlm.training.lit_module import LitModel, tokenizer_of
-from tnnlm.training.sharding import gather_kernels, is_sharded
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
 """what a cluster sends some time before it ends a job; Windows has no such signal"""

@@ -14,22 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tnnlm import conversion_ppl, deployment
 from tnnlm.checkpoints import converted
 from tnnlm.checkpoints.converted import load_converted
+from tnnlm.deployment import perplexity, pipeline
 from tnnlm.errors import CheckpointError
 from tnnlm.locking import only_process
 
 
 def while_measuring(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
     """Let something happen to the files once the model is written and before it is measured."""
-    measure = conversion_ppl.measure_perplexities
+    measure = perplexity.measure_perplexities
 
     def measured(*arguments: Any) -> None:
         happens()
         measure(*arguments)
 
-    monkeypatch.setattr(deployment, "measure_perplexities", measured)
+    monkeypatch.setattr(pipeline, "measure_perplexities", measured)
 
 
 def test_nothing_is_added_to_a_folder_that_was_removed(

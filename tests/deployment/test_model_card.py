@@ -13,7 +13,7 @@ import yaml
 from conftest import tiny_config
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
-from tnnlm.model_card import model_card
+from tnnlm.deployment.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
 from training_runs import SETTINGS, write_text
 

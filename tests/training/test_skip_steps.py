@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tnnlm.errors import UserError
-from tnnlm.training.checkpointing import TrainingDiverged
+from tnnlm.training.callbacks.checkpoint import TrainingDiverged
 from tnnlm.training.lit_module import LitModel
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
@@ -80,7 +80,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 
 def test_training_without_a_bad_step_is_as_without_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny_run("name=guarded", "trainer.spike_factor=5"))
-    monkeypatch.setattr("tnnlm.training.guard.Guard.on_before_optimizer_step", lambda *args: None)
+    skip_steps = "tnnlm.training.callbacks.skip_steps"
+    monkeypatch.setattr(f"{skip_steps}.Guard.on_before_optimizer_step", lambda *args: None)
     train(tiny_run("name=bare"))
     assert_same_run(Path("runs/guarded"), Path("runs/bare"))
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnnlm.conversion import ModelReport
-from tnnlm.deployment import Conversion
+from tnnlm.deployment.pipeline import Conversion
 from tnnlm.evaluation import ppl_gap
 
 

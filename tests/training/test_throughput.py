@@ -18,9 +18,9 @@ from tnnlm.conversion import balanced
 from tnnlm.data.datamodule import GlobalOrderSampler
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
-from tnnlm.training.watch import LARGEST_ORDER, flops_per_token, kernel_memory
+from tnnlm.training.throughput import LARGEST_ORDER, flops_per_token, kernel_memory
 from training_runs import tiny_run
 
 

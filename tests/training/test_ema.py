@@ -17,8 +17,8 @@ from tnnlm.conversion import convert_layers
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.evaluation import add, parallel_nll
-from tnnlm.training.checkpointing import TrainingStopped
-from tnnlm.training.logs import read_metrics
+from tnnlm.training.callbacks.checkpoint import TrainingStopped
+from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 from training_runs import tiny_run, write_text

@@ -23,7 +23,7 @@ from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.ops.toeplitz import fft_length
-from tnnlm.training.plan import guessed_share
+from tnnlm.training.estimate import guessed_share
 
 ENERGY = 0.99
 """share of a kernel's energy that its effective length holds"""

@@ -25,7 +25,7 @@ from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
-from tnnlm.training.plan import FSDP, resolve_devices, resolve_precision
+from tnnlm.training.estimate import FSDP, resolve_devices, resolve_precision
 
 
 def choose_strategy(config: Config) -> str | Strategy:

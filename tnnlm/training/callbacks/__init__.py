@@ -1,0 +1,1 @@
+"""Callbacks of training: checkpoints, skipped steps, averaged weights, validation, progress."""
