@@ -20,8 +20,8 @@ from tnnlm.inference.engine import pack
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.serving.app import create_app
-from tnnlm.serving.limits import Limits
 from tnnlm.serving.service import Service, Settings
+from tnnlm.serving.settings import Limits
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 3

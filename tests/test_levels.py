@@ -30,7 +30,7 @@ LAWS = (
 """the laws of a model's forms, every linear layer, the scripts"""
 BITS = (
     "tests/test_machines.py::test_row_has_the_same_bits_in_any_batch_where_that_is_promised",
-    "tests/serving/test_batcher.py::test_text_is_the_same_under_any_load",
+    "tests/serving/test_scheduler.py::test_text_is_the_same_under_any_load",
     "tests/training/test_run.py::test_resume_is_exact[crash-2]",
 )
 """batching and resuming, to the last bit"""

@@ -75,8 +75,8 @@ def main() -> int:
         import uvicorn
 
         from tnnlm.serving.app import create_app
-        from tnnlm.serving.limits import Limits
         from tnnlm.serving.service import Settings
+        from tnnlm.serving.settings import Limits
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'tnnlm[serve]'") from None
     limits = Limits(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.serving.protocol import CompletionRequest
+from tnnlm.serving.schemas import CompletionRequest
 
 EXAMPLES = 500
 """of each of the two kinds"""

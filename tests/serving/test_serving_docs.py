@@ -34,7 +34,7 @@ def test_python(server: Running) -> None:
 
 
 def test_limits_are_the_defaults() -> None:
-    from tnnlm.serving.limits import Limits
+    from tnnlm.serving.settings import Limits
 
     limits = Limits()
     rows = dict(re.findall(r"\| `--([a-z-]+)` \| ([\d,]+)", PAGE))

@@ -16,10 +16,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.serving.answers import Answer
-from tnnlm.serving.batcher import TIMEOUT
 from tnnlm.serving.middleware import CountAnswers, WholeBody
-from tnnlm.serving.protocol import ApiError, CompletionRequest, on_http_error, on_invalid_request
+from tnnlm.serving.responses import Answer
+from tnnlm.serving.scheduler import TIMEOUT
+from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.service import Service, Settings
 
 PAGE = Path(__file__).parent / "page"

@@ -10,7 +10,7 @@ import asyncio
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tnnlm.serving.protocol import error_response
+from tnnlm.serving.schemas import error_response
 
 BODY_SECONDS = 30.0
 """for a body to arrive"""

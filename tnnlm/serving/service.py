@@ -13,13 +13,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.serving.answers import Answer
-from tnnlm.serving.batcher import Batcher, ClosedError, QueueFullError
-from tnnlm.serving.intake import Intake
-from tnnlm.serving.job import Event, Reading
-from tnnlm.serving.limits import Limits
 from tnnlm.serving.metrics import Metrics
-from tnnlm.serving.protocol import ApiError
+from tnnlm.serving.requests import Intake
+from tnnlm.serving.responses import Answer
+from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError
+from tnnlm.serving.schemas import ApiError
+from tnnlm.serving.sequence import Event, Reading
+from tnnlm.serving.settings import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tnnlm.inference.generator import Context, TextGenerator
-from tnnlm.serving.job import Event, Reading
+from tnnlm.serving.logprobs import TokenScore, score_tokens
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefix_cache import PrefixCache
-from tnnlm.serving.scores import TokenScore, score_tokens
+from tnnlm.serving.sequence import Event, Reading
 
 CHUNK = 128
 """prompt tokens of one pass"""

@@ -6,11 +6,11 @@ import time
 from typing import NamedTuple
 
 from tnnlm.inference.generator import Sampling
-from tnnlm.serving.answers import Answer
-from tnnlm.serving.draw import RowSampler
-from tnnlm.serving.job import Job, Reading, StoppedText
-from tnnlm.serving.limits import PROMPTS, Limits
-from tnnlm.serving.protocol import ApiError, CompletionRequest
+from tnnlm.serving.responses import Answer
+from tnnlm.serving.sampler import RowSampler
+from tnnlm.serving.schemas import ApiError, CompletionRequest
+from tnnlm.serving.sequence import Job, Reading, StoppedText
+from tnnlm.serving.settings import PROMPTS, Limits
 from tnnlm.tokenizer import TextTokenizer
 
 

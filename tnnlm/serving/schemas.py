@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-from tnnlm.serving.limits import LOGPROBS, PROMPTS, STOPS
+from tnnlm.serving.settings import LOGPROBS, PROMPTS, STOPS
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}

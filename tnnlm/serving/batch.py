@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.models.causal_lm import ModelState
-from tnnlm.serving.draw import RowSampler, draw
-from tnnlm.serving.job import Job
+from tnnlm.serving.sampler import RowSampler, draw
+from tnnlm.serving.sequence import Job
 
 LEAST_ROWS = 2
 """one row alone takes another routine of the matrix products, which rounds differently: with an idle row

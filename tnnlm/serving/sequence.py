@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from tnnlm.inference.generator import Context
-from tnnlm.serving.draw import RowSampler
-from tnnlm.serving.scores import TokenScore
+from tnnlm.serving.logprobs import TokenScore
+from tnnlm.serving.sampler import RowSampler
 from tnnlm.tokenizer import TextStream, TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]

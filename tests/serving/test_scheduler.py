@@ -14,11 +14,11 @@ from servers import tiny_generator
 from tnnlm.inference.generator import Sampling, TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.serving import reader
-from tnnlm.serving.batcher import Batcher, ClosedError, QueueFullError
-from tnnlm.serving.draw import RowSampler
-from tnnlm.serving.job import Event, Job, Reading, StoppedText
-from tnnlm.serving.limits import Limits
 from tnnlm.serving.metrics import Metrics
+from tnnlm.serving.sampler import RowSampler
+from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError
+from tnnlm.serving.sequence import Event, Job, Reading, StoppedText
+from tnnlm.serving.settings import Limits
 
 
 class Collector:
@@ -163,7 +163,7 @@ def test_a_long_prompt_stalls_nobody(make: type[Bench], monkeypatch: pytest.Monk
         return plain(self, reading)
 
     monkeypatch.setattr(reader.Reader, "read_chunk", spy)
-    monkeypatch.setattr("tnnlm.serving.batcher.READ_SECONDS", 0.0)
+    monkeypatch.setattr("tnnlm.serving.scheduler.READ_SECONDS", 0.0)
     writer, long, short = bench.job(3000), bench.job(5), bench.job(5)
     bench.ask("the quick", writer)
     bench.collector.wait(writer, tokens=3)

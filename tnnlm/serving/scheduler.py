@@ -17,14 +17,14 @@ from torch import Tensor
 
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import ModelState, state_bytes
-from tnnlm.serving.draw import draw
-from tnnlm.serving.job import Event, Finish, Job, Reading
-from tnnlm.serving.limits import Limits
+from tnnlm.serving.batch import Rows
+from tnnlm.serving.logprobs import score_tokens
 from tnnlm.serving.metrics import Metrics
+from tnnlm.serving.prefill import Reader
 from tnnlm.serving.prefix_cache import PrefixCache
-from tnnlm.serving.reader import Reader
-from tnnlm.serving.rows import Rows
-from tnnlm.serving.scores import score_tokens
+from tnnlm.serving.sampler import draw
+from tnnlm.serving.sequence import Event, Finish, Job, Reading
+from tnnlm.serving.settings import Limits
 
 READ_SECONDS = 0.05
 """of a turn go to prompts while texts are being written, or one chunk if that takes longer"""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tnnlm.inference.generator import Sampling, sample, tempered
-from tnnlm.serving.draw import RowSampler, draw, least_kept
-from tnnlm.serving.scores import score_tokens
+from tnnlm.serving.logprobs import score_tokens
+from tnnlm.serving.sampler import RowSampler, draw, least_kept
 
 SETTINGS = [
     Sampling(temperature=0),

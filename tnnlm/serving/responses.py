@@ -9,8 +9,8 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from tnnlm.serving.job import Event, Job
-from tnnlm.serving.scores import TokenScore
+from tnnlm.serving.logprobs import TokenScore
+from tnnlm.serving.sequence import Event, Job
 from tnnlm.tokenizer import TextTokenizer
 
 
