@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config.schema import KernelConfig, number
-from tnnlm.kernels import Kernel, register_kernel
+from tnnlm.fields import number
+from tnnlm.kernels import Kernel, KernelConfig, register_kernel
 
 
 # Step 1: settings, with defaults and bounds. They are checked like all others, as model.kernel.bands=8.

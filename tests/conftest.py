@@ -20,8 +20,9 @@ import convert as convert_script
 import generate as generate_script
 import train as train_script
 from simulated import MACHINES, forget_probes
-from tnnlm.config.schema import FDTNOConfig, KernelConfig, ModelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import run_script
+from tnnlm.kernels import FDTNOConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
 ROOT = Path(__file__).parents[1]

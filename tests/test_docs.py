@@ -28,8 +28,9 @@ import pytest
 
 from conftest import ROOT, SCRIPTS
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import KERNEL_SCHEMAS, Config
+from tnnlm.config.schema import Config
 from tnnlm.errors import run_script
+from tnnlm.kernels import KERNEL_SCHEMAS
 from training_runs import SETTINGS, write_text
 
 OWN_TESTS = {"docs/export.md", "docs/serving.md", "docs/transformers.md"}

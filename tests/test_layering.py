@@ -15,15 +15,15 @@ from conftest import ROOT
 LAYERS = (
     (
         "errors",
+        "fields",
         "machine",
         "precision",
         "files",
         "ops",
-        "config",
         "tokenizer",
     ),
     ("kernels",),
-    ("modules",),
+    ("config", "modules"),
     ("models",),
     (
         "conversion",

@@ -19,8 +19,9 @@ from tnnlm.config.loader import (
     load_config,
     model_config_from_dict,
 )
-from tnnlm.config.schema import KERNEL_SCHEMAS, Config, KernelConfig, RTFConfig, TNOConfig
+from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
+from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig, RTFConfig, TNOConfig
 
 
 @dataclasses.dataclass(kw_only=True)

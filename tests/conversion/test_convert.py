@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, run_steps, tiny_config
-from tnnlm.config.schema import ConversionConfig, TNOConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import (
     auto_horizon,
     convert_layers,
@@ -21,7 +21,7 @@ from tnnlm.conversion import (
 from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError
-from tnnlm.kernels import Kernel
+from tnnlm.kernels import Kernel, TNOConfig
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import ssm

@@ -14,9 +14,8 @@ import torch
 from conftest import ROOT, tiny_config
 from experiments.finite_forms import finite_forms, multirate
 from tnnlm.config.loader import config_to_yaml, load_config
-from tnnlm.config.schema import SGConvConfig
 from tnnlm.errors import run_script
-from tnnlm.kernels import SGConvKernel
+from tnnlm.kernels import SGConvConfig, SGConvKernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.run import train
 from training_runs import tiny_run

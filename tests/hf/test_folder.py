@@ -13,7 +13,7 @@ import torch
 
 from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
 from tnnlm.checkpoints.converted import load_converted
-from tnnlm.config.schema import TNOConfig
+from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
 

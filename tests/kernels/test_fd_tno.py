@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tnnlm.config.schema import FDTNOConfig
-from tnnlm.kernels import FDTNOKernel, build_kernel
+from tnnlm.kernels import FDTNOConfig, FDTNOKernel, build_kernel
 from tnnlm.kernels.fd_tno import causal_taps
 from tnnlm.ops.reference import toeplitz_dense
 from tnnlm.ops.toeplitz import toeplitz

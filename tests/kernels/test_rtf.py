@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from tnnlm.config.schema import ConversionConfig, RTFConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError
-from tnnlm.kernels import RTFKernel
+from tnnlm.kernels import RTFConfig, RTFKernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import companion
 from tnnlm.ops.reference import recurrence_loop

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from tnnlm.config.schema import SGConvConfig
-from tnnlm.kernels import SGConvKernel
+from tnnlm.kernels import SGConvConfig, SGConvKernel
 
 
 def kernel_of(max_length: int = 100, **settings: object) -> SGConvKernel:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.config.schema import TNOConfig
-from tnnlm.kernels import TNOKernel, build_kernel
+from tnnlm.kernels import TNOConfig, TNOKernel, build_kernel
 
 
 def test_tno_taps_are_the_published_formula() -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES
-from tnnlm.config.schema import TNOConfig
-from tnnlm.kernels import TNOKernel, TwoSidedKernel, build_kernel
+from tnnlm.kernels import TNOConfig, TNOKernel, TwoSidedKernel, build_kernel
 
 
 def two_sided(family: str, max_length: int = 32) -> TwoSidedKernel:

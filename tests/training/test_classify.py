@@ -19,12 +19,13 @@ from sequences.archive_files import WRITERS
 from run_plots import final_figures, plot_runs, read_run
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import Config, ModelConfig, TNOConfig
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.sequences.listops import encode
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import class_scores
+from tnnlm.kernels import TNOConfig
 from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
 from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics

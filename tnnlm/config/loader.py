@@ -21,16 +21,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnnlm.config.schema import (
-    KERNEL_SCHEMAS,
     LABELLED,
     MASK_TOKEN,
     SMALLEST_MASKED,
     SMALLEST_TEXT,
     Config,
-    KernelConfig,
     ModelConfig,
 )
 from tnnlm.errors import ConfigError
+from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -96,7 +95,6 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     for (layer, _), meant in zip(layers, names, strict=True):
         if meant != name and "model" in layer:
             layer.model.pop("kernel", None)
-    import_module("tnnlm.kernels")
     if module is not None:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:

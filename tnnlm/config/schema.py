@@ -1,97 +1,16 @@
-"""Every setting of a run, as keyword-only dataclasses. ``config_io`` reads and checks them.
+"""Every setting of a run, as keyword-only dataclasses; :mod:`tnnlm.config.loader` reads and checks them.
 
-Bounds and choices stand in the fields' metadata, so that they are checked in one place and
-before anything is built. This module imports nothing of the package.
+The settings of each kernel stand beside it, in :mod:`tnnlm.kernels`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Union
 
-
-def number(
-    default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Any:
-    """A field with bounds: ``low`` <= value <= ``high`` and value > ``above``; None passes."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
-
-
-def choice(default: str, *options: str) -> Any:
-    """A field that takes one of ``options``."""
-    return field(default=default, metadata={"options": options})
-
-
-@dataclass(kw_only=True)
-class KernelConfig:
-    """What every kernel's settings have in common: ``name`` selects the schema of the rest."""
-
-    name: str = "tno"
-    """which kernel; see tnnlm/kernels"""
-    module: str | None = None
-    """a Python file or module that registers this kernel; null: one of the package's own"""
-
-
-@dataclass(kw_only=True)
-class TNOConfig(KernelConfig):
-    """The Toeplitz neural operator: an MLP on the lag, times decay^lag."""
-
-    decay: float = number(0.99, above=0, high=1)
-    """factor per lag, fixed; 1 switches it off"""
-    rpe_dim: int = number(64, low=1, high=65_536)
-    """width of the position network"""
-    rpe_layers: int = number(6, low=0, high=1_000)
-    """its hidden layers"""
-
-
-@dataclass(kw_only=True)
-class FDTNOConfig(KernelConfig):
-    """The frequency-domain TNO: an MLP gives the real part of the spectrum, causality the rest."""
-
-    rpe_dim: int = number(64, low=1, high=65_536)
-    """width of the network"""
-    rpe_layers: int = number(6, low=0, high=1_000)
-    """its hidden layers"""
-    activation: str = choice("gelu", "gelu", "silu", "relu")
-    """the smoother it is, the faster the kernel dies out"""
-    rpe_input: str = choice("cosine", "cosine", "angle")
-    """cosine: of the frequency, so that the spectrum is as smooth as the network; angle: the frequency
-    itself, as in the authors' code, which leaves kinks at both ends and a tail of lag^-2"""
-    rpe_norm: bool = True
-    """normalise hidden features, as published; false: a plain MLP"""
-
-
-@dataclass(kw_only=True)
-class SGConvConfig(KernelConfig):
-    """SGConv: sub-kernels stretched over ever longer lags, each fainter than the one before."""
-
-    kernel_dim: int = number(16, low=1, high=65_536)
-    """parameters of each sub-kernel; the first two span as many lags, the next twice as many ..."""
-    decay_min: float = number(2.0, low=1, high=100)
-    """amplitude of a scale over that of the next, of the first channel"""
-    decay_max: float = number(2.0, low=1, high=100)
-    """and of the last; evenly spaced between"""
-    length: int | None = number(None, low=1, high=1 << 24)
-    """lags of the whole kernel, zero from there on; null: the training length"""
-
-
-@dataclass(kw_only=True)
-class RTFConfig(KernelConfig):
-    """RTF: a rational transfer function, numerator over denominator."""
-
-    state_size: int = number(16, low=1, high=65_536)
-    """n, the degree of both; below the training length"""
-    denominators: int | None = number(None, low=1, high=1_000_000)
-    """how many denominators, each for as many channels; null: one per channel"""
-    init: str = choice("zero", "zero", "xavier")
-    """zero: the identity, h0 = 1; xavier: uniform in both"""
-    constraint: str = choice("none", "none", "montel")
-    """montel: coefficients of a denominator sum to less than 1 in modulus, so that no pole leaves the
-    unit circle"""
-
-
-KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {}
-"""settings of each kernel, by name; filled by ``tnnlm.kernels.register_kernel``"""
+from tnnlm.fields import choice, number
+from tnnlm.kernels.base import KernelConfig
+from tnnlm.kernels.tno import TNOConfig
 
 
 @dataclass(kw_only=True)

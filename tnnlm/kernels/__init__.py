@@ -1,18 +1,24 @@
 """Kernels: parameters -> taps (E, L). Importing this package registers all of its own."""
 
-from tnnlm.kernels.base import Kernel, LagKernel, build_kernel, register_kernel
-from tnnlm.kernels.fd_tno import FDTNOKernel
-from tnnlm.kernels.rtf import RTFKernel
-from tnnlm.kernels.sgconv import SGConvKernel
-from tnnlm.kernels.tno import TNOKernel
+from tnnlm.kernels.base import KERNEL_SCHEMAS, Kernel, KernelConfig, LagKernel, build_kernel, register_kernel
+from tnnlm.kernels.fd_tno import FDTNOConfig, FDTNOKernel
+from tnnlm.kernels.rtf import RTFConfig, RTFKernel
+from tnnlm.kernels.sgconv import SGConvConfig, SGConvKernel
+from tnnlm.kernels.tno import TNOConfig, TNOKernel
 from tnnlm.kernels.two_sided import TwoSidedKernel
 
 __all__ = [
+    "KERNEL_SCHEMAS",
+    "FDTNOConfig",
     "FDTNOKernel",
     "Kernel",
+    "KernelConfig",
     "LagKernel",
+    "RTFConfig",
     "RTFKernel",
+    "SGConvConfig",
     "SGConvKernel",
+    "TNOConfig",
     "TNOKernel",
     "TwoSidedKernel",
     "build_kernel",

@@ -8,14 +8,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tnnlm.config.schema import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.errors import ConfigError
 from tnnlm.ops.recurrence import Params
 from tnnlm.precision import KeepsFloat32
+
+
+@dataclass(kw_only=True)
+class KernelConfig:
+    """What every kernel's settings have in common: ``name`` selects the schema of the rest."""
+
+    name: str = "tno"
+    """which kernel; see tnnlm/kernels"""
+    module: str | None = None
+    """a Python file or module that registers this kernel; null: one of the package's own"""
+
+
+KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {}
+"""settings of each kernel, by name; filled by :func:`register_kernel`"""
 
 
 class Kernel(KeepsFloat32, ABC):
@@ -61,7 +75,7 @@ def register_kernel(name: str, schema: type[KernelConfig]) -> Callable[[_B], _B]
 
     Args:
         name: as in configurations.
-        schema: a keyword-only dataclass under :class:`tnnlm.config.schema.KernelConfig`, its settings.
+        schema: a keyword-only dataclass under :class:`KernelConfig`, its settings.
 
     Returns:
         a decorator for a class that is called with (settings, n_channels, max_length).

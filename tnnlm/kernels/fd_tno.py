@@ -13,13 +13,31 @@ No decay is imposed: how fast the taps die out follows from how smooth R is.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tnnlm.config.schema import FDTNOConfig
-from tnnlm.kernels.base import Kernel, register_kernel
+from tnnlm.fields import choice, number
+from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
+
+
+@dataclass(kw_only=True)
+class FDTNOConfig(KernelConfig):
+    """The frequency-domain TNO: an MLP gives the real part of the spectrum, causality the rest."""
+
+    rpe_dim: int = number(64, low=1, high=65_536)
+    """width of the network"""
+    rpe_layers: int = number(6, low=0, high=1_000)
+    """its hidden layers"""
+    activation: str = choice("gelu", "gelu", "silu", "relu")
+    """the smoother it is, the faster the kernel dies out"""
+    rpe_input: str = choice("cosine", "cosine", "angle")
+    """cosine: of the frequency, so that the spectrum is as smooth as the network; angle: the frequency
+    itself, as in the authors' code, which leaves kinks at both ends and a tail of lag^-2"""
+    rpe_norm: bool = True
+    """normalise hidden features, as published; false: a plain MLP"""
 
 
 @register_kernel("fd_tno", FDTNOConfig)

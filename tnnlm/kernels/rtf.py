@@ -11,18 +11,35 @@ themselves: 1 + a times their series ends after n terms.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config.schema import RTFConfig
 from tnnlm.errors import ConfigError
-from tnnlm.kernels.base import Kernel, register_kernel
+from tnnlm.fields import choice, number
+from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
 from tnnlm.ops import companion
 from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.toeplitz import fft_length
 
 MONTEL = 1 - 1e-4
 """largest sum of the moduli of a denominator's coefficients under the Montel constraint"""
+
+
+@dataclass(kw_only=True)
+class RTFConfig(KernelConfig):
+    """RTF: a rational transfer function, numerator over denominator."""
+
+    state_size: int = number(16, low=1, high=65_536)
+    """n, the degree of both; below the training length"""
+    denominators: int | None = number(None, low=1, high=1_000_000)
+    """how many denominators, each for as many channels; null: one per channel"""
+    init: str = choice("zero", "zero", "xavier")
+    """zero: the identity, h0 = 1; xavier: uniform in both"""
+    constraint: str = choice("none", "none", "montel")
+    """montel: coefficients of a denominator sum to less than 1 in modulus, so that no pole leaves the
+    unit circle"""
 
 
 @register_kernel("rtf", RTFConfig)

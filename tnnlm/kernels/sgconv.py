@@ -7,11 +7,27 @@ norm that it had at initialisation. Finite: zero from ``length`` lags on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config.schema import SGConvConfig
-from tnnlm.kernels.base import Kernel, register_kernel
+from tnnlm.fields import number
+from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+
+
+@dataclass(kw_only=True)
+class SGConvConfig(KernelConfig):
+    """SGConv: sub-kernels stretched over ever longer lags, each fainter than the one before."""
+
+    kernel_dim: int = number(16, low=1, high=65_536)
+    """parameters of each sub-kernel; the first two span as many lags, the next twice as many ..."""
+    decay_min: float = number(2.0, low=1, high=100)
+    """amplitude of a scale over that of the next, of the first channel"""
+    decay_max: float = number(2.0, low=1, high=100)
+    """and of the last; evenly spaced between"""
+    length: int | None = number(None, low=1, high=1 << 24)
+    """lags of the whole kernel, zero from there on; null: the training length"""
 
 
 @register_kernel("sgconv", SGConvConfig)

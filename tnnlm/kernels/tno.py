@@ -6,12 +6,26 @@ bf16 can't count to 512.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tnnlm.config.schema import TNOConfig
-from tnnlm.kernels.base import LagKernel, register_kernel
+from tnnlm.fields import number
+from tnnlm.kernels.base import KernelConfig, LagKernel, register_kernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
+
+
+@dataclass(kw_only=True)
+class TNOConfig(KernelConfig):
+    """The Toeplitz neural operator: an MLP on the lag, times decay^lag."""
+
+    decay: float = number(0.99, above=0, high=1)
+    """factor per lag, fixed; 1 switches it off"""
+    rpe_dim: int = number(64, low=1, high=65_536)
+    """width of the position network"""
+    rpe_layers: int = number(6, low=0, high=1_000)
+    """its hidden layers"""
 
 
 @register_kernel("tno", TNOConfig)

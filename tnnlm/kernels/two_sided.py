@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config.schema import KernelConfig
-from tnnlm.kernels.base import LagKernel, build_kernel
+from tnnlm.kernels.base import KernelConfig, LagKernel, build_kernel
 
 
 class TwoSidedKernel(nn.Module):

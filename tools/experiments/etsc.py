@@ -13,11 +13,11 @@ from experiments.experiment import Experiment, Row, Verdict
 from experiments.family_measure import score, spread
 from experiments.family_training import train_family
 from experiments.text_models import text_models
-from tnnlm.config.schema import ConversionConfig, TNOConfig
+from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import ppl_gap
-from tnnlm.kernels import TNOKernel
+from tnnlm.kernels import TNOConfig, TNOKernel
 from tnnlm.models.causal_lm import CausalLM
 
 _FAMILIES = ("tnn", "sgconv")

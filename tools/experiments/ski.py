@@ -22,13 +22,13 @@ from experiments.family_measure import Form, Sizes, held_out_bits, perplexities
 from experiments.family_training import device_of, train_family
 from experiments.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import Config, FDTNOConfig
+from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate
 from tnnlm.conversion.convert import attach, convert_layers, kernels
 from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import prepare
 from tnnlm.errors import UserError
-from tnnlm.kernels import FDTNOKernel, build_kernel
+from tnnlm.kernels import FDTNOConfig, FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.estimate import resolve_precision
 

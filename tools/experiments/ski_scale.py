@@ -12,7 +12,8 @@ from experiments.family_measure import Sizes
 from experiments.sizing import Family
 from experiments.text_models import CONFIGS, text_words
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import Config, FDTNOConfig, KernelConfig, TNOConfig
+from tnnlm.config.schema import Config
+from tnnlm.kernels import FDTNOConfig, KernelConfig, TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 
 ACTIVATIONS = ("gelu", "silu", "relu")

@@ -16,12 +16,13 @@ from experiments import stability_report
 from experiments.ablations import vandermonde
 from experiments.experiment import Experiment, Row, Verdict
 from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
-from tnnlm.config.schema import ModelConfig, TNOConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.certify import EXTENT, horizon_warning
 from tnnlm.conversion.methods import Converted, relative_error
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
+from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from experiments.experiment import Row
-from tnnlm.config.schema import RTFConfig
-from tnnlm.kernels import build_kernel
+from tnnlm.kernels import RTFConfig, build_kernel
 from tnnlm.modules import LongConv
 
 _WARM_UP = 2

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.experiment import Row
-from tnnlm.config.schema import (
-    ConversionConfig,
-    KernelConfig,
-    ModelConfig,
-    RTFConfig,
-    SGConvConfig,
-    TNOConfig,
-)
+from tnnlm.config.schema import ConversionConfig, ModelConfig
 from tnnlm.conversion import attach, convert_kernels
 from tnnlm.conversion.convert import kernels
 from tnnlm.conversion.methods import Converted
 from tnnlm.errors import UserError
-from tnnlm.kernels import Kernel, build_kernel
+from tnnlm.kernels import Kernel, KernelConfig, RTFConfig, SGConvConfig, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import Params, State

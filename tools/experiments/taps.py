@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.experiment import Row
-from tnnlm.config.schema import TNOConfig
+from tnnlm.kernels import TNOConfig
 from tnnlm.kernels.tno import TNOKernel
 
 CHANNELS = 16

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.sizing import PEERS, Family, load_families
-from tnnlm.config.schema import Config, TNOConfig
+from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.errors import UserError
+from tnnlm.kernels import TNOConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 """experiments run from a clone, as their tool does"""
