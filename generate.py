@@ -89,7 +89,7 @@ def main() -> int:
     if prompt == "":
         raise UserError("the prompt is empty: give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    from tnnlm.inference.generator import Sampling
+    from tnnlm.inference.sampling import Sampling
     from tnnlm.inference.session import Decoder
     from tnnlm.inference.state_file import check_state_path
 

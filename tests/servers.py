@@ -15,13 +15,14 @@ import uvicorn
 from conftest import tiny_config
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.config.schema import ConversionConfig
-from tnnlm.conversion import attach, convert_layers, convert_model, measure
+from tnnlm.conversion import convert_layers, convert_model, measure
 from tnnlm.inference.engine import pack
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach
 from tnnlm.serving.app import create_app
-from tnnlm.serving.service import Service, Settings
-from tnnlm.serving.settings import Limits
+from tnnlm.serving.service import Service
+from tnnlm.serving.settings import Limits, Settings
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 3

@@ -11,8 +11,8 @@ import torch
 from conftest import FAMILIES, run_steps, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model, model_horizon
-from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops import recurrence
 from tnnlm.tokenizer import train_bpe
 

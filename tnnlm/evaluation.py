@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM
+from tnnlm.models.encoders import MaskedLM
 
 
 class NLL(NamedTuple):

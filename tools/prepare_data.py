@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import run_script
 from tnnlm.training.estimate import make_plan
 

@@ -75,8 +75,7 @@ def main() -> int:
         import uvicorn
 
         from tnnlm.serving.app import create_app
-        from tnnlm.serving.service import Settings
-        from tnnlm.serving.settings import Limits
+        from tnnlm.serving.settings import Limits, Settings
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'tnnlm[serve]'") from None
     limits = Limits(
@@ -116,8 +115,7 @@ def main() -> int:
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     """The generator, what runs in a line, the model's name, and its number of parameters."""
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding
-    from tnnlm.inference.engine import open_engine
-    from tnnlm.inference.session import usable_device
+    from tnnlm.inference.engine import open_engine, usable_device
     from tnnlm.machine.threads import limit_threads
 
     limit_threads()

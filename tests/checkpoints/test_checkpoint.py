@@ -37,7 +37,7 @@ def write_run(run: Path, tokenizer: TextTokenizer, ssm: bool = True, method: str
     config = Config(model=tiny_config())
     model = CausalLM(config.model).eval()
     _, layers = convert_layers(model, ConversionConfig(method=method, horizon=HORIZON))
-    attached = attached_ssm(layers, method, HORIZON) if ssm else None
+    attached = attached_ssm([layer.params for layer in layers], method, HORIZON) if ssm else None
     data = {
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
         "global_step": 7,

@@ -18,11 +18,11 @@ from tnnlm.conversion import (
     measure_model,
     model_horizon,
 )
-from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel, TNOConfig
 from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import ssm
 

@@ -11,7 +11,8 @@ import torch
 
 from conftest import tiny_config
 from tnnlm.config.schema import Config, DataConfig, TrainerConfig
-from tnnlm.data.datamodule import GlobalOrderSampler, TextDataModule
+from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.errors import DataError
 
 

@@ -24,9 +24,9 @@ from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
 from tnnlm.data import packing
 from tnnlm.data.arrow_text import Documents, survey
-from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sources import load_corpus
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import DataError, run_script
 from tnnlm.tokenizer import train_bpe
 from training_runs import SETTINGS

@@ -18,7 +18,7 @@ from tnnlm.checkpoints import converted
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.deployment import perplexity, pipeline
 from tnnlm.errors import CheckpointError
-from tnnlm.locking import only_process
+from tnnlm.files import only_process
 
 
 def while_measuring(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:

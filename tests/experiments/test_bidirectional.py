@@ -21,7 +21,8 @@ from experiments.masked import (
     perplexities,
 )
 from experiments.run import reproduce
-from tnnlm.models.encoders import MaskedBatch, MaskedLM
+from tnnlm.models.batches import MaskedBatch
+from tnnlm.models.encoders import MaskedLM
 
 pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf.conftest import Opened
-from tnnlm.inference.generator import Sampling
+from tnnlm.inference.sampling import Sampling
 
 PROMPTS = [
     "The",

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from hf.conftest import TEXT, Opened
 from tnnlm.evaluation import recurrent_nll
-from tnnlm.inference.generator import Sampling
+from tnnlm.inference.sampling import Sampling
 
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).parent / "tasks"

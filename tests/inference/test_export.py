@@ -22,7 +22,8 @@ from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.inference import export
 from tnnlm.inference.export import PREFILL_CHUNK, export_onnx, export_torch
-from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import Sampling
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams

@@ -15,7 +15,8 @@ from conftest import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
-from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import Sampling
 from tnnlm.inference.state_file import load_context, save_context
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe

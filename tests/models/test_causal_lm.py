@@ -12,7 +12,7 @@ from conftest import ROOT, tiny_config
 from tnnlm.config.loader import load_config
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.encoders import build_model
+from tnnlm.models.factory import build_model
 from tnnlm.modules import SimpleRMSNorm
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

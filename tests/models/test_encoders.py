@@ -10,8 +10,10 @@ from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.kernels import TwoSidedKernel
+from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier, build_model
+from tnnlm.models.encoders import MaskedLM, SequenceClassifier
+from tnnlm.models.factory import build_model
 from tnnlm.modules import BiConv
 from tnnlm.ops.reference import toeplitz_two_sided_dense
 

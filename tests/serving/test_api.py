@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from servers import Running, run_server
-from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import Sampling
 
 PROMPT = "the quick brown"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.inference.generator import Sampling, sample, tempered
+from tnnlm.inference.sampling import Sampling, sample, tempered
 from tnnlm.serving.logprobs import score_tokens
 from tnnlm.serving.sampler import RowSampler, draw, least_kept
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from servers import tiny_generator
-from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.inference.sampling import Sampling
 from tnnlm.serving import reader
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.sampler import RowSampler

@@ -26,7 +26,8 @@ from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import class_scores
 from tnnlm.kernels import TNOConfig
-from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
+from tnnlm.models.batches import LabelledBatch
+from tnnlm.models.encoders import SequenceClassifier
 from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config

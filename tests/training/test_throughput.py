@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import balanced
-from tnnlm.data.datamodule import GlobalOrderSampler
+from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops import ssm
 from tnnlm.training.loggers.csv import read_metrics

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
-from tnnlm.conversion.certify import ModelReport
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, write_text
 from tnnlm.models.backbone import Backbone

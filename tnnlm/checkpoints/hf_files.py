@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tnnlm.conversion.certify import ModelReport
-from tnnlm.conversion.convert import recurrences
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import recurrences
 from tnnlm.tokenizer import TextTokenizer
 
 MODEL_TYPE = "tnnlm"

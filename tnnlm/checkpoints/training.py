@@ -6,6 +6,7 @@ A checkpoint is Lightning's dict plus one entry ``tnnlm`` of plain data and tens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from tnnlm.checkpoints.converted import (
 )
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.conversion.convert import attach
-from tnnlm.conversion.methods import Converted
 from tnnlm.errors import CheckpointError
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.encoders import MaskedLM, SequenceClassifier, build_model
+from tnnlm.models.encoders import MaskedLM, SequenceClassifier
+from tnnlm.models.factory import build_model
+from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.tokenizer import TextTokenizer
@@ -167,7 +168,6 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
     return ConvertedModel(model, checkpoint.tokenizer, model_fingerprint(model))
 
 
-def attached_ssm(layers: list[Converted], method: str, horizon: int) -> AttachedSSM:
+def attached_ssm(layers: Sequence[Params], method: str, horizon: int) -> AttachedSSM:
     """Recurrences on the CPU, as a checkpoint stores them."""
-    params = [type(layer.params)(*(t.detach().cpu() for t in layer.params)) for layer in layers]
-    return AttachedSSM(method, horizon, params)
+    return AttachedSSM(method, horizon, [type(p)(*(t.detach().cpu() for t in p)) for p in layers])

@@ -1,14 +1,12 @@
 """Conversion: taps -> recurrence, in closed form."""
 
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.certify import ConversionReport, ModelReport, certify, measure, measure_model
+from tnnlm.conversion.certify import certify, measure, measure_model
 from tnnlm.conversion.convert import (
-    attach,
     convert_kernel,
     convert_kernels,
     convert_layers,
     convert_model,
-    in_recurrent_form,
     model_horizon,
 )
 from tnnlm.conversion.etsc import etsc
@@ -20,10 +18,7 @@ from tnnlm.conversion.window import window
 
 __all__ = [
     "METHODS",
-    "ConversionReport",
     "Converted",
-    "ModelReport",
-    "attach",
     "auto_horizon",
     "balanced",
     "certify",
@@ -34,7 +29,6 @@ __all__ = [
     "convert_taps",
     "etsc",
     "gradient",
-    "in_recurrent_form",
     "measure",
     "measure_model",
     "model_horizon",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +14,7 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.modules import BiConv, LongConv, RecurrentConv
-from tnnlm.ops.recurrence import Params
+from tnnlm.models.surgery import attach, kernels
 
 
 def convert_kernel(
@@ -104,53 +101,8 @@ def convert_model(model: CausalLM, recipe: ConversionConfig | None = None, **opt
     return attach(model, [converted.params for converted in layers])
 
 
-def attach(model: CausalLM, layers: Sequence[Params]) -> CausalLM:
-    """A copy of ``model`` whose long convolutions are replaced by the given recurrences."""
-    # Kernels are not copied: the recurrences stand in their place.
-    memo = {id(block.mixer.conv): None for block in model.layers}
-    converted = copy.deepcopy(model, memo)
-    for block, params in zip(converted.layers, layers, strict=True):
-        block.mixer.conv = RecurrentConv(params)
-    return converted.eval().requires_grad_(False)
-
-
-@contextmanager
-def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterator[CausalLM]:
-    """``model`` itself, with the given recurrences in the place of its long convolutions for the length
-    of a block: no second copy of its weights, which may be many or lie on other devices."""
-    own = [block.mixer.conv for block in model.layers]
-    try:
-        for block, conv in zip(model.layers, convs, strict=True):
-            block.mixer.conv = conv
-        yield model
-    finally:
-        for block, before in zip(model.layers, own, strict=True):
-            block.mixer.conv = before
-
-
-def kernels(model: CausalLM) -> list[Kernel]:
-    """The kernel of every layer.
-
-    Raises:
-        UserError: if the model is converted already.
-    """
-    found = [block.mixer.conv for block in model.layers]
-    parallel = [conv.kernel for conv in found if isinstance(conv, LongConv)]
-    if any(isinstance(conv, BiConv) for conv in found):
-        raise UserError("a two-sided model has no recurrent form: its outputs depend on tokens to come")
-    if len(parallel) < len(found):
-        raise UserError("this model is converted already: convert the checkpoint it came from")
-    return parallel
-
-
 def _horizon(found: Sequence[Kernel], max_length: int, horizon: int | str) -> int:
     if horizon != "auto":
         return int(horizon)
     needed = [auto_horizon(kernel, max_length) for kernel in found]
     return max(n if n is not None else max_length for n in needed)
-
-
-def recurrences(model: CausalLM) -> list[Params]:
-    """The recurrence of every layer of a converted model."""
-    found = [block.mixer.conv for block in model.layers]
-    return [conv.params for conv in found if isinstance(conv, RecurrentConv)]

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from tnnlm.checkpoints.certificate import ConversionReport
 from tnnlm.config.schema import ConversionConfig
-from tnnlm.conversion.certify import ConversionReport, certify
+from tnnlm.conversion.certify import certify
 from tnnlm.conversion.methods import Source, check_taps, convert
 from tnnlm.errors import UserError
 from tnnlm.ops.ssm import SSMParams

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
 
 GAP_THRESHOLD = 1e-4

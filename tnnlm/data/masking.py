@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tnnlm.data.packing import PackedRows
-from tnnlm.models.encoders import MaskedBatch
+from tnnlm.models.batches import MaskedBatch
 
 HIDDEN, RANDOM = 0.8, 0.1
 """shares of the chosen tokens that become the mask token, and any token; the rest stays"""

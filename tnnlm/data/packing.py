@@ -29,8 +29,7 @@ from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import Documents, remove_scratch
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.errors import DataError
-from tnnlm.files import atomic_folder, flush_to_disk, write_text
-from tnnlm.locking import only_process
+from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
 PACKING_VERSION = 2

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config, DataConfig
-from tnnlm.conversion.certify import ModelReport
 from tnnlm.evaluation import ppl_gap
 from tnnlm.models.causal_lm import CausalLM
 

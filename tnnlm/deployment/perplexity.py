@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
-from tnnlm.conversion import ModelReport, convert_model
+from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.converted import (
     ConvertedModel,
     check_out_folder,
@@ -25,21 +26,21 @@ from tnnlm.checkpoints.converted import (
 from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
-from tnnlm.conversion import ModelReport, attach, convert_layers, measure
+from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.packing import prepare
 from tnnlm.deployment.model_card import model_card
 from tnnlm.deployment.perplexity import measure_perplexities
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
-from tnnlm.files import write_text
+from tnnlm.files import only_process, write_text
 from tnnlm.inference.aot import check_compiler, compile_step
 from tnnlm.inference.export import check_onnx, export_onnx, export_torch
-from tnnlm.locking import only_process
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach
 
 STEPS = 128
 """tokens that ``--verify`` decodes one by one"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from tnnlm.conversion import ModelReport
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.deployment.pipeline import Conversion
 from tnnlm.evaluation import ppl_gap
 

@@ -156,3 +156,19 @@ def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:
     """
     replace_linears(model, choose_linear(model.embedding.weight.device, dtype).make)
     return model
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: if it can't be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(name)
+        torch.zeros(1, device=where).item()  # "meta" makes tensors without numbers
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return where

@@ -5,7 +5,6 @@ Deployment code: needs torch, tokenizers, safetensors and omegaconf, nothing of 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
+from tnnlm.inference.sampling import Sampling, sample
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.tokenizer import TextTokenizer
 
@@ -22,23 +22,6 @@ PREFILL_CHUNK = 512
 """prompt tokens per parallel pass: bounds memory, not results"""
 MAX_NEW_TOKENS = 10_000_000
 """more is taken for a slip"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy; the cuts are applied in the order k, p."""
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise UserError(f"temperature {self.temperature}: must be from 0 (greedy) to 100")
-        if self.top_k < 0:
-            raise UserError(f"top-k {self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1 (off)")
 
 
 @dataclass(frozen=True)
@@ -101,39 +84,6 @@ def check_new_tokens(n: int) -> None:
     """
     if not 0 <= n <= MAX_NEW_TOKENS:
         raise UserError(f"{n} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
-
-
-def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """Logits (B, V) over temperatures above 0, one or (B, 1), in float64, the likeliest at 0: that of a
-    temperature however small stays finite."""
-    logits = logits.double()
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
-
-
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the next token of every row: logits (B, V) -> (B,).
-
-    Raises:
-        UserError: if the logits are not numbers.
-    """
-    if not bool(logits.amax(-1).isfinite().all()):  # a maximum is NaN where one of its row is
-        raise UserError(
-            "the model's logits are not finite: its weights are damaged, or the conversion is unstable; "
-            "check them with convert.py --verify"
-        )
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = tempered(logits, sampling.temperature)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if sampling.top_p < 1:
-        ordered, index = logits.softmax(-1).sort(descending=True)
-        # A token stays while the mass before it is below p, so the likeliest always does.
-        dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
-        logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 class Decodes(Protocol):

@@ -11,27 +11,12 @@ import torch
 
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.errors import UserError
-from tnnlm.inference.engine import EngineInfo, open_engine
-from tnnlm.inference.generator import Context, Continuation, Sampling, TextGenerator, check_new_tokens, join
+from tnnlm.inference.engine import EngineInfo, open_engine, usable_device
+from tnnlm.inference.generator import Context, Continuation, TextGenerator, check_new_tokens, join
+from tnnlm.inference.sampling import Sampling
 from tnnlm.inference.state_file import load_context, save_context
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by name; ``auto`` is a GPU if there is one.
-
-    Raises:
-        UserError: if it can't be used here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(name)
-        torch.zeros(1, device=where).item()  # "meta" makes tensors without numbers
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return where
 
 
 class Decoder:

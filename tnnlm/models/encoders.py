@@ -5,36 +5,12 @@ Two-sided unless ``config.causal`` says otherwise. They have no recurrent form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.models.backbone import Backbone
-from tnnlm.models.causal_lm import CausalLM
-
-
-class MaskedBatch(NamedTuple):
-    """Rows with tokens to be guessed, as many in each."""
-
-    tokens: Tensor
-    """(B, L), what the model reads"""
-    positions: Tensor
-    """(B, M), of those to be guessed"""
-    targets: Tensor
-    """(B, M), what stood there"""
-
-
-class LabelledBatch(NamedTuple):
-    """Sequences and their classes."""
-
-    tokens: Tensor
-    """(B, L); rows shorter than L are padded at their end, with any token; of pairs (B, 2, L)"""
-    lengths: Tensor
-    """(B,) tokens per row, at least one; of pairs (B, 2)"""
-    labels: Tensor
-    """(B,)"""
+from tnnlm.models.batches import LabelledBatch, MaskedBatch
 
 
 class MaskedLM(Backbone):
@@ -96,16 +72,3 @@ class SequenceClassifier(Backbone):
     def _head(self, pooled: Tensor) -> Tensor:
         logits: Tensor = self.head(pooled)
         return logits
-
-
-MODELS: dict[str, type[CausalLM | MaskedLM | SequenceClassifier]] = {
-    "causal": CausalLM,
-    "masked": MaskedLM,
-    "classify": SequenceClassifier,
-}
-"""by task; each has ``loss(batch)``"""
-
-
-def build_model(config: Config) -> CausalLM | MaskedLM | SequenceClassifier:
-    """The untrained model of ``config.task``."""
-    return MODELS[config.task](config.model)

@@ -20,7 +20,8 @@ from tnnlm.serving.middleware import CountAnswers, WholeBody
 from tnnlm.serving.responses import Answer
 from tnnlm.serving.scheduler import TIMEOUT
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
-from tnnlm.serving.service import Service, Settings
+from tnnlm.serving.service import Service
+from tnnlm.serving.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
 _POLICY = (

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.inference.generator import Sampling, TextGenerator
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import Sampling
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.serving.sampler import RowSampler, draw
 from tnnlm.serving.sequence import Job

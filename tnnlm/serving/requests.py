@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from tnnlm.inference.generator import Sampling
+from tnnlm.inference.sampling import Sampling
 from tnnlm.serving.responses import Answer
 from tnnlm.serving.sampler import RowSampler
 from tnnlm.serving.schemas import ApiError, CompletionRequest

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnnlm.inference.generator import Sampling, tempered
+from tnnlm.inference.sampling import Sampling, tempered
 
 _HEAD = 1024
 """likeliest tokens that are sorted first; all of them only where these don't reach ``top_p``"""

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,20 +18,7 @@ from tnnlm.serving.responses import Answer
 from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError
 from tnnlm.serving.schemas import ApiError
 from tnnlm.serving.sequence import Event, Reading
-from tnnlm.serving.settings import Limits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Of a server, beside its limits."""
-
-    name: str
-    """of the model, as clients give it"""
-    engine: str = ""
-    """what runs, in one line"""
-    parameters: int = 0
-    api_key: str | None = None
-    limits: Limits = field(default_factory=Limits)
+from tnnlm.serving.settings import Settings
 
 
 class Service:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tnnlm.errors import UserError
 
@@ -37,13 +37,26 @@ class Limits:
     """of states kept for prompts that begin alike; 0 keeps none"""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("max_queue", "cache_bytes") else 1
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            least = 0 if setting.name in ("max_queue", "cache_bytes") else 1
             if not least <= value <= 1 << 40:
-                raise UserError(f"{field.name} {value}: must be at least {least}")
+                raise UserError(f"{setting.name} {value}: must be at least {least}")
 
     @property
     def max_body_bytes(self) -> int:
         """Of a request: a prompt at the limit, as text or as ids, and room for the rest."""
         return (1 << 18) + 24 * self.max_prompt_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of a server, beside its limits."""
+
+    name: str
+    """of the model, as clients give it"""
+    engine: str = ""
+    """what runs, in one line"""
+    parameters: int = 0
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)

@@ -12,7 +12,7 @@ from tnnlm.config.schema import Config
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import LOGITS
-from tnnlm.models.encoders import build_model
+from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
 """the strategy that shards parameters, gradients and moments over devices"""

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
-from tnnlm.models.encoders import build_model
+from tnnlm.models.factory import build_model
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler

@@ -16,18 +16,20 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import TextDataModule, open_data
+from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.tasks import open_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, SaveLast
+from tnnlm.training.callbacks.resumed_optimizer import ResumedSettings
 from tnnlm.training.callbacks.skip_steps import Guard
 from tnnlm.training.estimate import make_plan
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel
-from tnnlm.training.resume import ResumedSettings, began, begin_at, check_resumable
+from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import TASKS

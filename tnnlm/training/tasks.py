@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tnnlm.config.schema import Config
-from tnnlm.conversion import convert_kernels, in_recurrent_form
-from tnnlm.data.datamodule import TaskData
+from tnnlm.conversion import convert_kernels
+from tnnlm.data.tasks import TaskData
 from tnnlm.evaluation import (
     NLL,
     Scores,
@@ -30,8 +30,10 @@ from tnnlm.evaluation import (
     recurrent_nll,
 )
 from tnnlm.kernels import Kernel, TwoSidedKernel
+from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.encoders import LabelledBatch, MaskedBatch, MaskedLM, SequenceClassifier
+from tnnlm.models.encoders import MaskedLM, SequenceClassifier
+from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.fsdp import whole
 

@@ -15,7 +15,8 @@ from tnnlm.config.schema import Config
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledRows
 from tnnlm.evaluation import Scores, class_scores
-from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
+from tnnlm.models.batches import LabelledBatch
+from tnnlm.models.encoders import SequenceClassifier
 
 
 def score_rows(

@@ -19,9 +19,11 @@ from tnnlm.errors import ConfigError
 from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, ConversionCallback
 from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.progress import TrainingBar
+from tnnlm.training.callbacks.samples import SampleWriter
 from tnnlm.training.callbacks.validation import ValidationSchedule
 from tnnlm.training.estimate import FSDP, resolve_accelerator, resolve_devices, resolve_precision
-from tnnlm.training.loggers.csv import MetricsCSV, PlainLines, SampleWriter
+from tnnlm.training.loggers.console import PlainLines
+from tnnlm.training.loggers.csv import MetricsCSV
 from tnnlm.training.loggers.wandb import wandb_logger
 from tnnlm.training.slurm import cluster_plugins
 from tnnlm.training.tasks import TASKS

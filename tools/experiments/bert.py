@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.family_peers import n_heads, transformers_library
 from tnnlm.config.schema import ModelConfig
-from tnnlm.models.encoders import MaskedBatch
+from tnnlm.models.batches import MaskedBatch
 
 _HEAD = 64
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from experiments.ablations import vandermonde, without_balancing
 from tnnlm.conversion import balanced, etsc, gradient, window
-from tnnlm.conversion.convert import kernels
 from tnnlm.conversion.methods import relative_error
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import kernels
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 

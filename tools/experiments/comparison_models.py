@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from experiments.comparison import Sizes
 from tnnlm.conversion import balanced, convert_model, model_horizon
-from tnnlm.conversion.convert import kernels, recurrences
 from tnnlm.conversion.horizon import ROUNDING
 from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
 from tnnlm.conversion.methods import relative_error
@@ -24,6 +23,7 @@ from tnnlm.data.packing import PackedRows
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.ssm import SSMParams
 

@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from experiments.family_peers import Peer
 from tnnlm.config.schema import Config, ConversionConfig
-from tnnlm.conversion.convert import attach, convert_layers
+from tnnlm.conversion.convert import convert_layers
 from tnnlm.data.packing import PackedCorpus, PackedRows
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.causal_lm import state_bytes as model_state_bytes
+from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
 
 _PASS_TOKENS = 1 << 13

@@ -18,8 +18,8 @@ from experiments.family_training import device_of, train_family
 from experiments.sizing import Family
 from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_file, write_text
 from tnnlm.machine.allocator import keep_large_blocks

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from experiments.sizing import Family
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import GlobalOrderSampler
 from tnnlm.data.packing import PackedRows
+from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.errors import UserError
 from tnnlm.training.estimate import resolve_precision
 from tnnlm.training.optim import build_optimizer, build_scheduler

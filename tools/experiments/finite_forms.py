@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tnnlm.conversion import attach, balanced, convert_model
-from tnnlm.conversion.convert import kernels
+from tnnlm.conversion import balanced, convert_model
 from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.conversion.methods import relative_error
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.kernels import SGConvKernel
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach, kernels
 from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 

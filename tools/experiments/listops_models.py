@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from experiments.bert import bert_settings
 from tnnlm.config.schema import ModelConfig
 from tnnlm.data.sequences.rows import LabelledRows
-from tnnlm.models.encoders import LabelledBatch
+from tnnlm.models.batches import LabelledBatch
 
 
 class BertClassifier(nn.Module):

@@ -23,7 +23,8 @@ from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.errors import UserError
-from tnnlm.models.encoders import LabelledBatch, SequenceClassifier
+from tnnlm.models.batches import LabelledBatch
+from tnnlm.models.encoders import SequenceClassifier
 from tnnlm.training.test_split import score_rows
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lra" / "listops.yaml"

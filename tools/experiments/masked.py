@@ -21,11 +21,12 @@ from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
 from experiments.text_models import CONFIGS, text_words
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.data.datamodule import TaskData, open_data
 from tnnlm.data.masking import MaskedRows
+from tnnlm.data.tasks import TaskData, open_data
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
-from tnnlm.models.encoders import MaskedBatch, MaskedLM
+from tnnlm.models.batches import MaskedBatch
+from tnnlm.models.encoders import MaskedLM
 
 MODELS = ("two-sided", "causal", "bert", "rotary bert")
 MULTIPLES = (1, 2, 4)

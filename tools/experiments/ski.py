@@ -24,12 +24,13 @@ from experiments.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate
-from tnnlm.conversion.convert import attach, convert_layers, kernels
-from tnnlm.data.datamodule import open_rows
+from tnnlm.conversion.convert import convert_layers
 from tnnlm.data.packing import prepare
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import UserError
 from tnnlm.kernels import FDTNOConfig, FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach, kernels
 from tnnlm.training.estimate import resolve_precision
 
 CONVERSIONS: dict[str, Row] = {

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from experiments.experiment import Row
 from tnnlm.config.schema import ConversionConfig, ModelConfig
-from tnnlm.conversion import attach, convert_kernels
-from tnnlm.conversion.convert import kernels
+from tnnlm.conversion import convert_kernels
 from tnnlm.conversion.methods import Converted
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel, KernelConfig, RTFConfig, SGConvConfig, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach, kernels
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import Params, State
 

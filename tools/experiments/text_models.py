@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from experiments.sizing import PEERS, Family, load_families
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import open_rows
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import UserError
 from tnnlm.kernels import TNOConfig
 

@@ -13,7 +13,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, write_rows
-from tnnlm.models.encoders import LabelledBatch
+from tnnlm.models.batches import LabelledBatch
 
 SETTINGS = (
     "task=classify",

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tnnlm.errors import DataError
-from tnnlm.models.encoders import LabelledBatch
+from tnnlm.models.batches import LabelledBatch
 
 PAD = 0
 """the token behind a sequence's end"""

@@ -130,7 +130,7 @@ class ConversionCallback(Callback):
             return None
         try:
             horizon, layers = convert_kernels(found, self.config.model.max_length, recipe)
-            return attached_ssm(layers, recipe.method, horizon)
+            return attached_ssm([layer.params for layer in layers], recipe.method, horizon)
         except Exception as error:  # losing the checkpoint would be worse, whatever the reason
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
             return None

@@ -1,0 +1,57 @@
+"""The order of the training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class GlobalOrderSampler(Sampler[list[Any]]):
+    """Batches of row indices whose order follows from (seed, samples seen) alone.
+
+    Training reads one endless sequence: a permutation of the rows, then the next, each seeded by
+    (seed, epoch). Batch b of rank r on W ranks is samples [(b W + r) B, (b W + r + 1) B) after
+    ``start``: the global order is the same on any number of ranks, and resuming is starting later.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        *,
+        batch_size: int,
+        n_batches: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        numbered: bool = False,
+    ) -> None:
+        """``numbered``: yield (row, sample) in the place of rows, for what is drawn anew at each reading."""
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.n_batches = n_batches
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self.numbered = numbered
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        first = self.start + self.rank * self.batch_size
+        for batch in range(self.n_batches):
+            rows: list[Any] = []
+            begin = first + batch * self.world_size * self.batch_size
+            for sample in range(begin, begin + self.batch_size):
+                if sample // self.n_rows != epoch:
+                    epoch = sample // self.n_rows
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+                row = int(order[sample % self.n_rows])
+                rows.append((row, sample) if self.numbered else row)
+            yield rows

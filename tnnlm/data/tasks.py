@@ -1,0 +1,103 @@
+"""The rows that each task reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset, Subset
+
+from tnnlm.config.schema import Config
+from tnnlm.data.masking import MaskedRows, Masking
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.sequences.prepare import prepare_sequences, task_name
+from tnnlm.data.sequences.symbols import symbol_tokenizer
+from tnnlm.errors import DataError
+from tnnlm.models.batches import LabelledBatch
+from tnnlm.tokenizer import TextTokenizer
+
+
+def open_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
+    """The rows of both splits.
+
+    Raises:
+        DataError: if they don't fill one batch to train on, or one row to validate on.
+    """
+    data, length = config.data, config.model.max_length
+    train_rows = corpus.rows("train", length)
+    val_rows = corpus.rows("val", length, data.max_val_tokens)
+    if len(train_rows) < data.batch_size:
+        raise DataError(
+            f"too little text: {corpus.train.tokens} training tokens fill {len(train_rows)} rows of "
+            f"{length}, one batch takes {data.batch_size}: give more text, or lower data.batch_size or "
+            "model.max_length"
+        )
+    if not len(val_rows):
+        raise DataError(
+            f"too little text: {corpus.val.tokens} validation tokens fill no row of {length}: give more "
+            "text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length"
+        )
+    return train_rows, val_rows
+
+
+class TaskData(NamedTuple):
+    """What a run reads."""
+
+    train: Any
+    """data set of the training rows; of (row, sample) where ``numbered``"""
+    val: Any
+    """data set of the held-out rows"""
+    tokenizer: TextTokenizer
+    bytes_per_token: float
+    """of the held-out text; 1 where that means nothing"""
+    numbered: bool = False
+    """what a training row gives depends on how often it was read"""
+
+
+def open_data(config: Config) -> TaskData:
+    """Prepare, or find prepared, what ``config.task`` reads.
+
+    Raises:
+        DataError: for unusable data, and too little of it.
+    """
+    return OPENERS[config.task](config)
+
+
+def _open_text(config: Config) -> TaskData:
+    """Rows (L + 1,): inputs and targets in one tensor."""
+    corpus = prepare(config.data, config.model.vocab_size, config.seed)
+    return TaskData(*open_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
+
+
+def _open_masked(config: Config) -> TaskData:
+    """Rows as ``MaskedBatch``."""
+    text, data = _open_text(config), config.data
+    assert data.mask_token is not None  # config_io sees to it
+    tokenizer = text.tokenizer
+    masking = Masking(data.mask_fraction, tokenizer.id_of(data.mask_token), tokenizer.size, config.seed)
+    train, val = MaskedRows(text.train, masking), MaskedRows(text.val, masking)
+    return text._replace(train=train, val=val, numbered=True)
+
+
+def _open_sequences(config: Config) -> TaskData:
+    """Rows as ``LabelledBatch``."""
+    corpus, length = prepare_sequences(config), config.model.max_length
+    train = corpus.split("train", length)
+    val: Dataset[LabelledBatch] = corpus.split("val", length)
+    rows = corpus.rows["val"]
+    if len(train) < config.data.batch_size or not rows:
+        raise DataError(
+            f"too few sequences: {len(train)} to train on, {rows} to validate on; one batch takes "
+            f"{config.data.batch_size}: give more, or lower data.batch_size"
+        )
+    if config.data.max_val_tokens is not None:
+        val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))
+    return TaskData(train, val, symbol_tokenizer(task_name(config), config.data.eos_token), 1.0)
+
+
+OPENERS: dict[str, Callable[[Config], TaskData]] = {
+    "causal": _open_text,
+    "masked": _open_masked,
+    "classify": _open_sequences,
+}
+"""by task"""

@@ -1,0 +1,54 @@
+"""Text that the model writes at each validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import Sampling
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.training.lit_module import LitModel, tokenizer_of
+from tnnlm.training.tasks import CausalTask
+
+
+class SampleWriter(Callback):
+    """Appends a text of the converted model to samples.txt at each validation, and logs it as text."""
+
+    def __init__(self, path: Path, prompt: str, n_tokens: int) -> None:
+        self.path = path
+        self.prompt = prompt
+        self.n_tokens = n_tokens
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write one sample, from a random stream of its own."""
+        assert isinstance(pl_module, LitModel)
+        task, model = pl_module.task, pl_module.model
+        assert isinstance(task, CausalTask)
+        assert isinstance(model, CausalLM)
+        if not task.recurrences or not self.n_tokens:
+            return
+        with task.recurrent_form(model):
+            if trainer.is_global_zero:
+                self._write(trainer, TextGenerator(model, tokenizer_of(trainer)))
+
+    def _write(self, trainer: lightning.Trainer, writer: TextGenerator) -> None:
+        tokenizer = writer.tokenizer
+        generator = torch.Generator(writer.device).manual_seed(trainer.global_step)
+        context = writer.read(self.prompt) if self.prompt else writer.read_tokens([[tokenizer.eos_id]])
+        record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
+        for _ in pieces:
+            pass
+        text, step = f"{self.prompt}{record.text}", trainer.global_step
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # As code: Markdown would swallow line breaks and indentation.
+                logger.experiment.add_text("sample", f"```\n{text}\n```", step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_text("sample", columns=["step", "text"], data=[[str(step), text]], step=step)

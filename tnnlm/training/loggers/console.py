@@ -1,0 +1,61 @@
+"""Metrics as plain lines, where there is no terminal."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.console import Console
+
+from tnnlm.training.throughput import LENGTH
+
+_SHOWN = (
+    "train/loss",
+    "train/lr",
+    "train/tokens_per_second",
+    "train/data_seconds",
+    "train/grad_norm",
+    "val/ppl",
+    "val/bpb",
+    "val/ppl_recurrent",
+    "val/ppl_gap",
+    "val/ppl_masked",
+    "val/accuracy",
+)
+"""on the lines of a batch log"""
+
+
+class PlainLines(Logger):
+    """A line per log, for output that is no terminal."""
+
+    def __init__(self, max_steps: int) -> None:
+        super().__init__()
+        self.max_steps = max_steps
+        self.console = Console()
+
+    @property
+    def name(self) -> str:
+        """For Lightning."""
+        return "lines"
+
+    @property
+    def version(self) -> str:
+        """For Lightning."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: they were shown before training."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write the line."""
+        shown = [
+            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in _SHOWN
+        ]
+        lags = [int(value) for key, value in metrics.items() if key.startswith(LENGTH)]
+        if lags:
+            shown.append(f"lags {min(lags)} to {max(lags)}")
+        line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
