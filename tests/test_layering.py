@@ -1,4 +1,4 @@
-"""Imports only go down, and a deployment needs no training package."""
+"""The law of imports (tools/count_imports.py) holds, and a deployment loads no package of training."""
 
 from __future__ import annotations
 
@@ -10,93 +10,93 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from count_imports import LAW, LONGEST, arrows, circles, imported_names, room_of, sources, upwards
 
-# Lowest first; a module may import from its own layer and from those below.
-LAYERS = (
-    (
-        "errors",
-        "fields",
-        "machine",
-        "precision",
-        "files",
-        "ops",
-        "tokenizer",
-    ),
-    ("kernels",),
-    ("config", "modules"),
-    ("models",),
-    (
-        "conversion",
-        "checkpoints",
-    ),
-    ("inference", "evaluation", "serving"),
-    (
-        "locking",
-        "data",
-        "training",
-        "deployment",
-        "hf",
-    ),
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TRAINING_ONLY = {
-    "lightning",
-    "torchmetrics",
-    "datasets",
-    "matplotlib",
-    "rich",
-    "tensorboard",
-    "filelock",
-    "psutil",
-    "tqdm",
-    "transformers",
-    "lm_eval",
-    "onnx",
-    "onnxruntime",
-    "PIL",
-}
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
+NOT_FOR_DECODING = sorted(
+    {name for allowed in LAW.values() for name in allowed.libraries.split()}
+    - {name for part in ("inference", "checkpoints", "config", "files", "tokenizer", "ops")
+       for name in LAW[part].libraries.split()}
+    - {"tqdm"}  # torch itself loads it where it is installed
+)  # fmt: skip
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT / "tnnlm").with_suffix("").parts[0]
-
-
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-    return found
+def package_of(path: Path) -> str:
+    room = room_of(path)
+    return "" if room is None else room.removeprefix("tnnlm/")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_only_go_down(path: Path) -> None:
-    if part_of(path) == "__init__":
-        assert not any(name.startswith("tnnlm") for name in imports(path))
-        return
-    level = LEVEL[part_of(path)]
-    for name in imports(path):
-        if name.startswith("tnnlm."):
-            assert LEVEL[name.split(".")[1]] <= level, f"{path.name} imports {name}, which is above it"
-        if level < len(LAYERS) - 1:
-            assert name.split(".")[0] not in TRAINING_ONLY, f"{path.name} imports {name}"
+def test_file_imports_what_its_package_may(path: Path) -> None:
+    own = package_of(path)
+    for name in imported_names(path):
+        first, *rest = name.split(".")
+        if first == "tnnlm":
+            assert own, f"tnnlm/__init__.py imports {name}"
+            allowed = {own, *LAW[own].packages.split()}
+            assert rest[0] in allowed or rest[0].startswith("__"), f"{path.name} imports {name}"
+        elif first not in sys.stdlib_module_names:
+            assert own, f"tnnlm/__init__.py imports {name}"
+            assert first in LAW[own].libraries.split(), f"{path.name} imports {name}"
+
+
+def test_law_only_goes_down_and_names_every_package() -> None:
+    order = list(LAW)
+    for position, (package, allowed) in enumerate(LAW.items()):
+        assert set(allowed.packages.split()) <= set(order[:position]), package
+    assert set(order) == {package_of(path) for path in FILES} - {""}
+
+
+def test_no_package_imports_itself_round_about_or_upwards() -> None:
+    found = arrows()
+    assert not circles(found)
+    assert not upwards(found)
+    assert not any(
+        source.startswith("tnnlm/") and not target.startswith("tnnlm/") for source, target in found
+    )
+
+
+def test_a_circle_and_an_arrow_up_are_found() -> None:
+    found = {("tnnlm/ops", "tnnlm/kernels"), ("tnnlm/kernels", "tnnlm/ops")}
+    assert circles(found) == [{"tnnlm/ops", "tnnlm/kernels"}]
+    assert upwards(found) == {("ops", "kernels")}
+
+
+@pytest.mark.parametrize("package", [name for name in LAW if (ROOT / "tnnlm" / name).is_dir()])
+def test_no_circle_between_the_modules_of_a_package(package: str) -> None:
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "tnnlm" / package).rglob("*.py")
+    }
+    found = set()
+    for name, path in names.items():
+        for imported in imported_names(path):
+            for target in (imported, imported.rpartition(".")[0]):
+                if target in names and target != name:
+                    found.add((name, target))
+                    break
+    # A package's own __init__ gathers names; a module that imports from it is a circle.
+    assert not circles(found)
 
 
 @pytest.mark.parametrize("module", ["tnnlm.inference.generator", "tnnlm.inference.session", "generate"])
-def test_deployment_loads_no_training_package(module: str) -> None:
-    # torch itself loads tqdm where it is installed.
+def test_decoding_loads_neither_training_nor_conversion(module: str) -> None:
     code = (
-        f"import sys; import {module}; "
-        f"print(sorted({TRAINING_ONLY - {'tqdm'}!r} & {{name.split('.')[0] for name in sys.modules}}))"
+        f"import sys; import {module}; names = set(sys.modules); "
+        f"print(sorted({set(NOT_FOR_DECODING)!r} & {{name.split('.')[0] for name in names}}), "
+        "sorted(n for n in names if n.split('.')[:2] in [['tnnlm', p] for p in "
+        "('conversion', 'training', 'data', 'deployment', 'evaluation')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[] []"
+    assert "lightning" in NOT_FOR_DECODING
 
 
 def test_every_module_says_what_it_is() -> None:
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_no_file_is_too_long() -> None:
+    for path in sources():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST, path

@@ -8,7 +8,7 @@
   floor   the height of a room: one more than the highest room that it imports; the count is that of the
           highest room, which is the longest chain of imports
   circle  rooms that import each other, directly or through others
-  up      an arrow that LAYERS (tests/test_layering.py) does not allow
+  up      an arrow within the package that LAW, below, does not allow
   lines   of Python, all lines
 
 Examples:
@@ -24,10 +24,60 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 320
 """lines of a file"""
+
+
+class Allowed(NamedTuple):
+    """What a package of tnnlm may import."""
+
+    packages: str
+    """of tnnlm, by name"""
+    libraries: str
+    """of others, by the name that is imported"""
+
+
+LAW = {
+    "errors": Allowed("", ""),
+    "fields": Allowed("", ""),
+    "precision": Allowed("", "torch"),
+    "files": Allowed("errors", "filelock"),
+    "machine": Allowed("errors", "torch"),
+    "tokenizer": Allowed("errors", "tokenizers huggingface_hub"),
+    "ops": Allowed("precision", "torch numpy"),
+    "kernels": Allowed("errors fields precision ops", "torch"),
+    "modules": Allowed("errors precision ops kernels", "torch"),
+    "config": Allowed("errors fields kernels", "omegaconf yaml"),
+    "models": Allowed("errors ops kernels modules config", "torch"),
+    "evaluation": Allowed("models", "torch"),
+    "checkpoints": Allowed("errors files tokenizer ops modules config models", "torch safetensors"),
+    "data": Allowed(
+        "errors files tokenizer config models",
+        "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",
+    ),
+    "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
+    "inference": Allowed(
+        "errors files machine tokenizer ops models checkpoints", "torch safetensors onnxscript"
+    ),
+    "training": Allowed(
+        "errors files machine tokenizer ops kernels modules config models evaluation checkpoints data "
+        "conversion inference",
+        "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib psutil",
+    ),
+    "deployment": Allowed(
+        "errors files machine config models evaluation checkpoints data conversion inference",
+        "torch tqdm rich",
+    ),
+    "serving": Allowed(
+        "errors tokenizer models inference", "torch numpy fastapi starlette pydantic prometheus_client"
+    ),
+    "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
+}
+"""The one law of imports, lowest first: a package imports from those above its line alone, as listed, and
+these libraries alone. Decoding (inference) sees neither conversion nor data nor training."""
 _MODULE = re.compile(r"tnnlm(\.\w+)+")
 Arrows = set[tuple[str, str]]
 
@@ -80,6 +130,13 @@ def arrows(root: Path = ROOT) -> Arrows:
     return found
 
 
+def upwards(found: Arrows) -> Arrows:
+    """Arrows within the package that the law does not allow."""
+    within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}
+    names = {(source.removeprefix("tnnlm/"), target.removeprefix("tnnlm/")) for source, target in within}
+    return {(a, b) for a, b in names if a not in LAW or b not in LAW[a].packages.split()}
+
+
 def circles(found: Arrows) -> list[set[str]]:
     """Groups of rooms that reach each other."""
     rooms = {room for arrow in found for room in arrow}
@@ -130,6 +187,9 @@ def main() -> int:
     within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}
     for group in (around := circles(found)):
         print("circle:", ", ".join(sorted(group)))
+    up = upwards(found)
+    for source, target in sorted(up):
+        print(f"up: {source} -> {target}")
     long = [path for path in sources() if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST]
     for path in long:
         print(f"over {LONGEST} lines: {path.relative_to(ROOT)}")
@@ -140,8 +200,9 @@ def main() -> int:
     print(f"floors  {max(floors(found).values()) if not around else 0:5}, {_height(within)} in the package")
     print(f"arrows  {len(found):5}, {len(within)} in the package")
     print(f"circles {len(around):5}")
+    print(f"up      {len(up):5}")
     print(f"lines   {lines('tnnlm'):5} in the package, {lines('tools')} in tools")
-    return 1 if around or long else 0
+    return 1 if around or up or long else 0
 
 
 def _height(found: Arrows) -> int:
