@@ -16,10 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before 
 
 import torch
 
-import convert as convert_script
-import generate as generate_script
-import train as train_script
 from simulated import MACHINES, forget_probes
+from tnnlm.cli import convert as convert_command
+from tnnlm.cli import generate as generate_command
+from tnnlm.cli import train as train_command
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import run_script
 from tnnlm.kernels import FDTNOConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
@@ -28,7 +28,7 @@ from tnnlm.models.causal_lm import CausalLM, ModelState
 ROOT = Path(__file__).parents[1]
 """of the repository"""
 
-SCRIPTS = {"train": train_script, "convert": convert_script, "generate": generate_script}
+SCRIPTS = {"train": train_command, "convert": convert_command, "generate": generate_command}
 
 
 FAMILIES: dict[str, Callable[[], KernelConfig]] = {

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT
+from tnnlm.cli import COMMANDS
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.shipped import find_config
 from tnnlm.errors import run_script
 from tnnlm.kernels import KERNEL_SCHEMAS
 from training_runs import SETTINGS, write_text
@@ -97,9 +99,9 @@ RUN = {
 
 @cache
 def script_module(name: str) -> ModuleType:
-    """``train.py`` or ``tools/plot_run.py`` as a module."""
-    if Path(name).stem in SCRIPTS:
-        return SCRIPTS[Path(name).stem]
+    """``train.py`` or ``tools/plot_run.py`` as a module; of a subcommand the one that does its work."""
+    if Path(name).stem.replace("_", "-") in COMMANDS:
+        return importlib.import_module(f"tnnlm.cli.{Path(name).stem}")
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     assert spec is not None
     assert spec.loader is not None
@@ -132,7 +134,7 @@ def tiny(name: str, words: list[str]) -> list[str]:
         return words
     if "--resume" in words:
         return [*words, "trainer.max_steps=6"]
-    config = words[words.index("--config") + 1] if "--config" in words else ROOT / "configs/demo.yaml"
+    config = find_config(words[words.index("--config") + 1] if "--config" in words else "demo")
     given = [word for word in words if "=" in word]
     if load_config(config, given).task == "classify":  # it reads no text
         return [*words, *SMALL, *TNO]
@@ -237,8 +239,8 @@ def test_words_of_commands_that_are_not_run_are_known(block: Block, monkeypatch:
         monkeypatch.setattr(sys, "argv", [name, *words])
         args = module.parse()
         if name in ("train.py", "tools/prepare_data.py"):
-            config = args.config if args.config and not args.config.startswith("my") else None
-            load_config(config, args.overrides)
+            config = "demo" if args.config.startswith("my") else args.config
+            load_config(find_config(config), args.overrides)
 
 
 def ours(words: list[str]) -> tuple[str, list[str]] | None:
@@ -289,13 +291,14 @@ def test_metrics_that_a_page_names_are_logged(page: Path) -> None:
 
 
 def test_options_that_pages_name_exist() -> None:
-    scripts = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "tools").glob("*.py")]
+    scripts = [*(ROOT / "tnnlm/cli").glob("*.py"), *(ROOT / "tools").glob("*.py")]
     known = {"--help"} | set(
         re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts))
     )
     text = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(--[a-z-]+)", text, flags=re.MULTILINE))
-    options = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "convert.py").read_text(encoding="utf-8"))
+    convert = (ROOT / "tnnlm/cli/convert.py").read_text(encoding="utf-8")
+    options = re.findall(r'add\(\s*"(--[a-z-]+)"', convert)
     assert rows == set(options)
     for page in PAGES:
         if name_of(page) in OWN_TESTS or "slurm" in str(page):  # they name options of other programs

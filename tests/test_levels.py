@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_engine import assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from torch._inductor import config as inductor_config
 
 from conftest import ROOT
 from simulated import LEVELS, level_environment
+from support.steps import assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from tnnlm.inference.engine import open_engine
 from tnnlm.machine.capabilities import capability, cpu_level
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import yaml
 
 import tnnlm
 from conftest import ROOT
-from test_checkpoint import write_converted
+from support.converted import write_converted
 from tnnlm.tokenizer import train_bpe
+from training_runs import SETTINGS, write_text
 
 LEFT_OUT = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
 """of the repository, when it is copied to be built"""
@@ -56,6 +59,7 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert "tnnlm/py.typed" in wanted
+    wanted |= {f"tnnlm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name for name in names if name.startswith("tnnlm/")} == wanted
     assert {name.split("/")[0] for name in names} == {"tnnlm", f"tnnlm-{tnnlm.__version__}.dist-info"}
     assert metadata["Version"] == tnnlm.__version__
@@ -66,7 +70,7 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
         for line in metadata.get_all("Requires-Dist", [])
         if "extra ==" not in line
     }
-    assert needed == {"torch", "tokenizers", "safetensors", "omegaconf", "numpy"}
+    assert needed == {"torch", "tokenizers", "safetensors", "omegaconf", "numpy", "filelock"}
 
 
 def test_citation_and_changelog_name_this_version() -> None:
@@ -90,13 +94,59 @@ def test_source_distribution_has_scripts_tests_and_documents(distributions: Path
         assert name in names
 
 
-def test_installed_wheel_decodes_as_documented(distributions: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(distributions: Path) -> Path:
+    """A folder with the wheel's files alone; what it depends on is that of this environment."""
     (wheel,) = distributions.glob("*.whl")
-    target = tmp_path / "installed"
+    target = distributions / "installed"
     run(
         sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile",
         "--disable-pip-version-check", "--target", str(target), str(wheel),
     )  # fmt: skip
+    return target
+
+
+def test_installed_command_trains_converts_and_generates(installed: Path) -> None:
+    write_text()
+
+    def tnnlm_command(*words: str) -> str:
+        return run(sys.executable, str(installed / "bin/tnnlm"), *words, PYTHONPATH=str(installed))
+
+    shown = json.loads(tnnlm_command("train", "--config", "lra/listops", "--dry-run", "--json"))
+    assert shown["params"] > 0
+    assert "next: tnnlm convert runs/demo" in tnnlm_command(
+        "train", "--config", "demo", *SETTINGS, "trainer.max_steps=4"
+    )
+    assert "next: tnnlm generate --model runs/demo/converted" in tnnlm_command("convert")
+    written = json.loads(tnnlm_command("generate", "--prompt", "The ", "--max-new-tokens", "3", "--json"))
+    assert written["new_tokens"] == 3
+    assert "usage: tnnlm serve" in tnnlm_command("serve", "--help")
+    assert "tnnlm COMMAND" in tnnlm_command("--help")
+    assert tnnlm_command("--version").strip() == tnnlm.__version__
+
+
+def test_installed_server_completes(installed: Path) -> None:
+    write_converted(
+        Path("served"), train_bpe(["The first and the second"], 300, "<eos>", 1, False), "balanced"
+    )
+    command = [sys.executable, "-m", "tnnlm", "serve", "--model", "served", "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            address = next(re.findall(r"http://[^ ]+/", line)[0] for line in lines if "http://" in line)
+            body = json.dumps({"prompt": "The ", "max_tokens": 2, "temperature": 0}).encode()
+            request = urllib.request.Request(
+                f"{address}v1/completions", body, {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert json.load(response)["usage"]["completion_tokens"] <= 2
+        finally:
+            process.terminate()
+
+
+def test_installed_wheel_decodes_as_documented(installed: Path) -> None:
     tokenizer = train_bpe(["The first and the second and the third"], 300, "<eos>", 1, False)
     write_converted(Path("runs/demo/converted"), tokenizer, "balanced")
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -104,7 +154,7 @@ def test_installed_wheel_decodes_as_documented(distributions: Path, tmp_path: Pa
         code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from tnnlm" in code
     )
     code = f"{snippet}\nimport tnnlm\nprint(tnnlm.__file__)\nprint(len(record.tokens))"
-    *text, file, written = run(sys.executable, "-c", code, PYTHONPATH=str(target)).splitlines()
-    assert Path(file) == target / "tnnlm" / "__init__.py"
+    *text, file, written = run(sys.executable, "-c", code, PYTHONPATH=str(installed)).splitlines()
+    assert Path(file) == installed / "tnnlm" / "__init__.py"
     assert text
     assert 0 < int(written) <= 40

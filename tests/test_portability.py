@@ -98,8 +98,7 @@ def test_run_is_prepared_trained_and_converted_without_unix_names() -> None:
 import lightning.pytorch, datasets, os, signal, transformers
 numbers = signal.SIGKILL, signal.SIGUSR1
 {WITHOUT_UNIX}
-sys.path.insert(0, {str(ROOT / "tools")!r})
-import convert, generate, prepare_data, train
+from tnnlm.cli import convert, generate, prepare_data, train
 from tnnlm.errors import run_script
 # Lightning asks for them wherever it isn't on Windows.
 signal.SIGKILL, signal.SIGUSR1 = numbers
@@ -190,9 +189,8 @@ def test_training_with_spawned_loader_processes() -> None:
 import multiprocessing, sys
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    import train
-    sys.argv = ["train.py", *{[*SETTINGS, "trainer.max_steps=4", "data.num_workers=1"]}]
-    assert train.main() == 0
+    from tnnlm.cli import train
+    assert train.main({[*SETTINGS, "trainer.max_steps=4", "data.num_workers=1"]}) == 0
 """
     Path("run.py").write_text(code, encoding="utf-8")
     done = python("run.py", OMP_NUM_THREADS="1")

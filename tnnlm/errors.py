@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -62,6 +63,20 @@ def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[N
         yield
     except Exception as error:
         failures[name] = one_line(error)
+
+
+def command(name: str) -> str:
+    """How to call a subcommand: by its script in a checkout, else by the command ``tnnlm``.
+
+    Args:
+        name: such as ``train`` or ``prepare-data``.
+    """
+    own = f"tnnlm {name}"
+    script, checkout = f"{name.replace('-', '_')}.py", Path(__file__).parents[1]
+    if Path(sys.argv[0]).stem in ("tnnlm", "__main__") or not (checkout / "pyproject.toml").is_file():
+        return own
+    places = (folder for folder in ("", "tools/") if (checkout / folder / script).is_file())
+    return next((f"python {folder}{script}" for folder in places), own)
 
 
 def run_script(main: Callable[[], int]) -> int:

@@ -2,7 +2,8 @@
 """How the code hangs together: rooms, floors, arrows, circles, arrows up, lines.
 
   room    a package or module directly under tnnlm/, a folder of tools/ that has Python files (its scripts are
-          one room), and each script beside the package; ``__init__.py`` of tnnlm is no room
+          one room), and each script beside the package; ``__init__.py`` of tnnlm is no room, its
+          ``__main__.py`` one with cli
   arrow   a pair of rooms of which one imports the other, anywhere in a file: at the top, inside a function,
           or by a string that names a module of this project
   floor   the height of a room: one more than the highest room that it imports; the count is that of the
@@ -74,6 +75,10 @@ LAW = {
     "serving": Allowed(
         "errors tokenizer models inference", "torch numpy fastapi starlette pydantic prometheus_client"
     ),
+    "cli": Allowed(
+        "errors machine config checkpoints data conversion inference training deployment serving",
+        "rich uvicorn fastapi",
+    ),
     "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
 }
 """The one law of imports, lowest first: a package imports from those above its line alone, as listed, and
@@ -86,7 +91,7 @@ def room_of(path: Path, root: Path = ROOT) -> str | None:
     """The room that a file lies in; None for the package's own ``__init__.py``."""
     parts = path.relative_to(root).with_suffix("").parts
     if parts[0] == "tnnlm":
-        return None if parts[1] == "__init__" else f"tnnlm/{parts[1]}"
+        return {"__init__": None, "__main__": "tnnlm/cli"}.get(parts[1], f"tnnlm/{parts[1]}")
     if parts[0] == "tools":
         return f"tools/{parts[1]}" if len(parts) > 2 else "tools"
     return parts[0] if len(parts) == 1 else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
+from support.converted import HORIZON, write_converted
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
 from tnnlm.checkpoints.training import (
@@ -23,8 +24,6 @@ from tnnlm.conversion import convert_layers, convert_model, measure_model
 from tnnlm.errors import UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
-
-HORIZON = 40
 
 
 @pytest.fixture
@@ -47,15 +46,6 @@ def write_run(run: Path, tokenizer: TextTokenizer, ssm: bool = True, method: str
     for name in ("best", "last"):
         torch.save(data, run / "checkpoints" / f"{name}.ckpt")
     return model
-
-
-def write_converted(folder: Path, tokenizer: TextTokenizer, method: str = "etsc") -> CausalLM:
-    model = CausalLM(tiny_config()).eval()
-    converted = convert_model(model, method=method, horizon=HORIZON)
-    save_converted(
-        folder, converted, tokenizer, measure_model(model, converted, method=method, horizon=HORIZON)
-    )
-    return converted
 
 
 @pytest.mark.parametrize("method", ["etsc", "window", "auto"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, Result
+from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
@@ -27,7 +27,7 @@ from tnnlm.data.arrow_text import Documents, survey
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sources import load_corpus
 from tnnlm.data.tasks import open_rows
-from tnnlm.errors import DataError, run_script
+from tnnlm.errors import DataError
 from tnnlm.tokenizer import train_bpe
 from training_runs import SETTINGS
 
@@ -191,18 +191,12 @@ def test_two_at_once_are_refused() -> None:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call tools/prepare_data.py in this process."""
-    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call ``tnnlm prepare-data`` in this process."""
 
     def call(*words: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
         capsys.readouterr()
-        return Result(run_script(module.main), *capsys.readouterr())
+        return Result(run("prepare-data", words), *capsys.readouterr())
 
     return call
 

@@ -10,41 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import FAMILIES, tiny_config
-from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
-from tnnlm.conversion import convert_model
+from support.steps import METHODS, assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from tnnlm.errors import UserError
-from tnnlm.inference.aot import _made_for, compile_step, load_step
+from tnnlm.inference.aot import _made_for, load_step
 from tnnlm.inference.engine import open_engine, pack
-from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.linear import DTYPES, Int8Linear, replace_linears
+from tnnlm.inference.linear import DTYPES, Int8Linear
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.machine.capabilities import capability
-from tnnlm.models.causal_lm import CausalLM
-from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 from training_runs import tiny_run
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 """of logits around 1: float32 but for the order of sums, the others by the rounding of the weights"""
-METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
-
-
-def converted(method: str = "balanced") -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(tiny_config(kernel=FAMILIES[METHODS[method]](), d_model=32)).eval()
-    return convert_model(model, method=method)
-
-
-def compile_converted(dtype: str, method: str = "balanced") -> None:
-    """The step of :func:`converted` into ``out``."""
-    model = converted(method)
-    compile_step(model, Path("out"), dtype, model_fingerprint(model))
-
-
-def whole(model: CausalLM) -> ConvertedModel:
-    return ConvertedModel(model, train_bpe(["the cat sat"], 300, "<eos>", 1, False), model_fingerprint(model))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -126,18 +104,6 @@ def test_compiled_step_rounds_the_weights_and_nothing_else(dtype: str) -> None:
     engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
     assert str(info) == f"compiled engine, cpu, {dtype}"
     assert_steps_round_the_weights_alone(engine, dtype)
-
-
-def assert_steps_round_the_weights_alone(engine: TextGenerator, dtype: str) -> None:
-    """Steps of :func:`converted` as ``engine`` takes them are those of plain layers with rounded weights."""
-    rounded = converted()
-    replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
-    state, expected_state = engine.model.init_state(1), rounded.init_state(1)
-    with torch.inference_mode():
-        for token in torch.randint(300, (20, 1)):
-            logits, state = engine.model.step(token, state)
-            expected, expected_state = rounded.step(token, expected_state)
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_compiled_step_of_another_model_is_left_alone() -> None:

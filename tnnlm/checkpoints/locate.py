@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tnnlm.checkpoints.converted import ConvertedModel, is_converted, load_converted
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
-from tnnlm.errors import CheckpointError
+from tnnlm.errors import CheckpointError, command
 
 BEST = Path("checkpoints") / "best.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -26,7 +26,7 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
         newest = _newest(runs_dir.glob(f"*/{LAST}"))
         if newest is None:
             raise CheckpointError(
-                f"{runs_dir}: holds no run with a checkpoint; train one with: python train.py"
+                f"{runs_dir}: holds no run with a checkpoint; train one with: {command('train')}"
             )
         return newest.parents[1]
     for candidate in (Path(name), runs_dir / name):

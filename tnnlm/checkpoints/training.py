@@ -22,7 +22,7 @@ from tnnlm.checkpoints.converted import (
 )
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.errors import CheckpointError
+from tnnlm.errors import CheckpointError, command
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.factory import build_model
@@ -162,7 +162,7 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
     """
     if checkpoint.ssm is None:
         raise CheckpointError(
-            f"{checkpoint.path}: is not converted; run: python convert.py {checkpoint.path}"
+            f"{checkpoint.path}: is not converted; run: {command('convert')} {checkpoint.path}"
         )
     model = attach(checkpoint.model, checkpoint.ssm.layers)
     return ConvertedModel(model, checkpoint.tokenizer, model_fingerprint(model))

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.deployment.pipeline import Conversion
+from tnnlm.errors import command
 from tnnlm.evaluation import ppl_gap
 
 
@@ -36,7 +37,7 @@ def show_conversion(done: Conversion, console: Console) -> None:
         lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")
     lines += [f"wrote {path}" for path in done.packages]
     lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
-    lines.append(f"wrote {done.folder}/; next: python generate.py --model {done.folder} --prompt TEXT")
+    lines.append(f"wrote {done.folder}/; next: {command('generate')} --model {done.folder} --prompt TEXT")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.summary import read_summary
@@ -75,7 +75,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
     if not began(run):
         settings = " --config " + str(run / "config.yaml") if (run / "config.yaml").is_file() else ""
         raise CheckpointError(
-            f"{run}: ended before its first checkpoint; start it again with: python train.py{settings}"
+            f"{run}: ended before its first checkpoint; start it again with: {command('train')}{settings}"
         )
     try:
         step = _whole_step(run / source)
@@ -123,8 +123,8 @@ def _advice(run: Path, source: Path) -> str:
                 step = _whole_step(run / other)
             except CheckpointError:
                 continue
-            return f"{run / other} is whole, of step {step}: python train.py --resume {run} --from {name}"
-    return f"no other is whole; start again with: python train.py --config {run / 'config.yaml'}"
+            return f"{run / other} is whole, of step {step}: {command('train')} --resume {run} --from {name}"
+    return f"no other is whole; start again with: {command('train')} --config {run / 'config.yaml'}"
 
 
 def _trim_samples(path: Path, step: int) -> None:

@@ -18,7 +18,7 @@ from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.tasks import open_data
-from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError
+from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
@@ -139,7 +139,7 @@ def _fit(
         what = OS_ADVICE[error.errno].partition(":")[0]
         go_on = NOTHING_SAVED
         if last.saved_step is not None:
-            go_on = f"go on from step {last.saved_step} with: python train.py --resume {last.run}"
+            go_on = f"go on from step {last.saved_step} with: {command('train')} --resume {last.run}"
         raise CheckpointError(
             f"{error.filename or last.run}: {what}; stopped after step {trainer.global_step}; when that is "
             f"mended {go_on}"

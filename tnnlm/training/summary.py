@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnnlm.checkpoints.locate import BEST
+from tnnlm.errors import command
 from tnnlm.files import atomic_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.tasks import Task
@@ -123,7 +124,8 @@ def show_summary(run: Path, summary: dict[str, Any], task: type[Task], prompt: s
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
-        f"next: python convert.py {run} && python generate.py --model {run} --prompt {shlex.quote(prompt)}"
+        f"next: {command('convert')} {run} && "
+        f"{command('generate')} --model {run} --prompt {shlex.quote(prompt)}"
         if task.converts
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
     ]

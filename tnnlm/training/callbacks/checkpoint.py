@@ -20,7 +20,7 @@ from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.training import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
-from tnnlm.errors import CheckpointError
+from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
 from tnnlm.training.callbacks.ema import AveragedWeights
@@ -43,7 +43,7 @@ class TrainingStopped(Exception):
     """
 
     def __init__(self, step: int, run: Path, time_limit: bool = False, saved: bool = True) -> None:
-        go_on = f"saved; go on with: python train.py --resume {run}"
+        go_on = f"saved; go on with: {command('train')} --resume {run}"
         super().__init__(f"stopped after step {step}, {go_on if saved else NOTHING_SAVED}")
         self.step = step
         self.time_limit = time_limit
@@ -250,7 +250,7 @@ class SaveLast(Callback):
         if self.saved_step is not None:
             go_on = (
                 f"the last good checkpoint is {self.path} of step {self.saved_step}; go on from it with "
-                f"other settings, for example: python train.py --resume {self.run} optim.lr=..."
+                f"other settings, for example: {command('train')} --resume {self.run} optim.lr=..."
             )
         return TrainingDiverged(f"stopped after step {step}: {reason}; {go_on}")
 

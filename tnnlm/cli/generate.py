@@ -1,0 +1,118 @@
+"""Write text with a converted model: the prompt in parallel, then constant time and memory per token.
+
+Examples:
+  tnnlm generate --prompt "def main("                 # the newest converted model
+  tnnlm generate --model runs/demo --prompt "import " --temperature 0 --max-new-tokens 100
+  cat story.txt | tnnlm generate --prompt - --json
+  tnnlm generate --interactive
+  tnnlm generate --prompts lines.txt                   # a prompt per line, written together
+  tnnlm generate --prompt "Once" --save-state once.state   # and go on some other day:
+  tnnlm generate --load-state once.state --prompt " more"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tnnlm.cli.usage import parser_of
+from tnnlm.errors import UserError
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    parser = parser_of("generate", __doc__)
+    add = parser.add_argument_group("input").add_argument
+    add("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt per line, generated as one batch")
+    add("--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends")
+    add("--load-state", type=Path, metavar="FILE", help="go on from there; --prompt may be left out then")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is off")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
+    add("--seed", type=int, metavar="S", help="default: a new one each time")
+    add("--num-samples", type=int, default=1, metavar="N", help="completions of the same prompt")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="text and measurements as JSON")
+    add("--save-state", type=Path, metavar="FILE", help="keep the state after the text, to go on from there")
+    add = parser.add_argument_group("model and machine").add_argument
+    add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    add(
+        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
+    )
+    add(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="compiled (CPU), graph (GPU), packed or eager; auto (default) takes the first that is there",
+    )
+    args = parser.parse_args(words)
+    if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
+        parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
+    if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
+        raise UserError("--prompts: goes without --prompt, --interactive and --num-samples")
+    if args.save_state and args.num_samples > 1:
+        raise UserError("--save-state: which of several samples? leave --num-samples out")
+    if not 1 <= args.num_samples <= 10_000:
+        raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    args = parse(words)
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+    if prompt == "":
+        raise UserError("the prompt is empty: give at least one character")
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    from tnnlm.inference.sampling import Sampling
+    from tnnlm.inference.session import Decoder
+    from tnnlm.inference.state_file import check_state_path
+
+    if args.save_state:
+        check_state_path(args.save_state)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
+    decoder = Decoder.load(
+        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+    )
+    if not args.json:
+        print(f"[{decoder.engine}]", file=sys.stderr)
+    if args.load_state:
+        decoder.load_state(args.load_state, reseed=args.seed is not None)
+    if args.interactive:
+        decoder.converse(prompt, sys.stdin, sys.stdout)
+    elif prompts and args.json:
+        print(json.dumps(decoder.measure_batch(prompts), ensure_ascii=False))
+    elif prompts:
+        decoder.show_batch(prompts, sys.stdout)
+    elif args.json:
+        print(json.dumps(decoder.measure(prompt, args.num_samples), ensure_ascii=False))
+    else:
+        decoder.show(prompt, args.num_samples, sys.stdout)
+    if args.save_state:
+        decoder.save_state(args.save_state)
+    return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: is not a text file with a prompt per line") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: has no prompt")
+    return prompts

@@ -1,0 +1,84 @@
+"""Prepare the data of a run before it starts: download, tokenize on all cores, pack. For a login node.
+
+The run then reads memory-mapped tokens and touches no network. A preparation that was stopped, killed
+even, goes on where it was: the same command again. Settings are those of train.py; what decides the
+tokens (source, tokenizer, vocabulary, split, seed) must be the same there.
+
+Examples:
+  tnnlm prepare-data --config tnn_125m_fineweb
+  tnnlm prepare-data --config tnn_wt103 data.cache_dir=/scratch/tokens
+  tnnlm prepare-data data.source=files 'data.files=[texts/**/*.jsonl]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tnnlm.cli.usage import add_settings, parser_of
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
+from tnnlm.config.shipped import find_config
+from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.sequences.prepare import prepare_sequences
+from tnnlm.data.sequences.rows import LabelledCorpus
+from tnnlm.data.tasks import open_rows
+from tnnlm.errors import command
+from tnnlm.training.estimate import make_plan
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    parser = parser_of("prepare-data", __doc__)
+    add_settings(parser)
+    return parser.parse_intermixed_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    args = parse(words)
+    config = load_config(find_config(args.config), args.overrides)
+    if config.task == "classify":
+        show_sequences(prepare_sequences(config), config)
+        say_next(args)
+        return 0
+    try:
+        corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    open_rows(corpus, config)
+    show(corpus, config)
+    say_next(args)
+    return 0
+
+
+def say_next(args: argparse.Namespace) -> None:
+    words = [*(["--config", args.config] if args.config != "demo" else []), *args.overrides]
+    print(f"train on it, without network: HF_HUB_OFFLINE=1 {command('train')} {shlex.join(words)}".rstrip())
+
+
+def show_sequences(corpus: LabelledCorpus, config: Config) -> None:
+    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
+    for name, rows in corpus.rows.items():
+        share = corpus.split(name, config.model.max_length).majority
+        print(f"{name}: {rows:,} sequences; the commonest class is {share:.2%} of them")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def show(corpus: PackedCorpus, config: Config) -> None:
+    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
+    for name, split in (("train", corpus.train), ("validation", corpus.val)):
+        print(
+            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens "
+            f"({split.bytes_per_token:.2f} bytes each)"
+        )
+    print(f"tokenizer: {corpus.tokenizer.size:,} entries, end token {corpus.tokenizer.eos_token}")
+    planned = make_plan(config).total_tokens
+    print(f"the run reads {planned:,} tokens: {planned / corpus.train.tokens:.2f} passes over the text")
