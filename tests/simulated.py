@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from tnnlm import capabilities
+from tnnlm import capabilities, cpp_compiler
 from tnnlm.benchmark import levels
 
 NO_BFLOAT16 = (
@@ -52,7 +52,13 @@ def no_int8(patch: pytest.MonkeyPatch) -> None:
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
     """No C++ compiler, as in most container images."""
-    patch.setenv("CXX", "no-such-compiler")
+    name_compiler(patch, "no-such-compiler")
+
+
+def name_compiler(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let CXX name this C++ compiler, as if PyTorch had not read it before."""
+    patch.setenv("CXX", name)
+    patch.setattr(cpp_compiler, "compiler_names", lambda: [name])
 
 
 def one_thread(patch: pytest.MonkeyPatch) -> None:

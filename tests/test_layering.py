@@ -16,6 +16,7 @@ LAYERS = (
         "errors",
         "allocator",
         "threads",
+        "cpp_compiler",
         "capabilities",
         "precision",
         "atomic",

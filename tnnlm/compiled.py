@@ -120,9 +120,7 @@ def check_compiler() -> None:
     """
     found = capability("cpp_compiler")
     if not found:
-        raise UserError(
-            f"--compile: no working C++ compiler ({found.reason}); install g++ or name one in CXX"
-        )
+        raise UserError(f"--compile: no working C++ compiler ({found.reason})")
 
 
 def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel | str:
