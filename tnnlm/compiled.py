@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tnnlm.atomic import atomic_file, write_text
 from tnnlm.capabilities import capability, cpu_fingerprint, cpu_level
+from tnnlm.cpp_compiler import compile_failure
 from tnnlm.errors import UserError, one_line
 from tnnlm.model import CausalLM, ModelState
 from tnnlm.packed import replace_linears
@@ -83,11 +84,10 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
             runs for no other.
 
     Raises:
-        UserError: if there is no C++ compiler.
+        UserError: if there is no C++ compiler, or the machine fails it: a full disk, too little memory.
     """
     check_compiler()
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InductorError
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
     parts, structure = tree_flatten(model.init_state(1))
@@ -105,8 +105,11 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         try:
             # Not frozen: the compiler would widen narrow weights once and for all.
             aoti_compile_and_package(exported, package_path=packaged)
-        except InductorError as error:
-            raise UserError(f"no working C++ compiler: {str(error).splitlines()[0][:120]}") from None
+        except Exception as error:
+            reason = compile_failure(error)
+            if reason is None:  # a defect, which keeps its traceback
+                raise
+            raise UserError(f"the step can't be compiled: {reason[:200]}") from error
         shutil.copyfile(packaged, temporary)
     write_text(path.with_suffix(".json"), json.dumps(_made_for(fingerprint), indent=2))
     return path

@@ -1,4 +1,4 @@
-"""Whether PyTorch's compiler has a C++ compiler here: tried in the way that PyTorch will run it.
+"""Whether PyTorch's compiler has a C++ compiler here, tried as PyTorch will run it, and what made it fail.
 
 PyTorch takes ``CXX``, else g++ (on macOS clang++, on Windows cl), for the name of one program, asks it for
 its version, writes each command as one line, splits that as a shell would, and runs it in another folder.
@@ -8,7 +8,9 @@ Options beside the name, a blank in a path, or a path from the current folder wo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,9 +21,13 @@ from pathlib import Path
 
 import torch
 
+from tnnlm.errors import OS_ADVICE
+
 _WINDOWS = sys.platform == "win32"
 _SECONDS = 60.0
 """after which a compiler is given up"""
+_MEMORY = re.compile("out of memory|memory exhausted|cannot allocate memory|killed", re.IGNORECASE)
+"""what compilers say when there is too little, the last of those that the system ends for it"""
 _SOURCE = '#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n'
 
 
@@ -63,6 +69,52 @@ def complaint(output: str) -> str:
     """The line of a compiler's output that says what is wrong: the first error, else the first line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+
+
+def compile_failure(error: BaseException) -> str | None:
+    """Why PyTorch's compiler gave up, in one line, or None if that is neither the machine nor its compiler.
+
+    Args:
+        error: as PyTorch raised it, around what happened.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    for cause in _causes(error):
+        if isinstance(cause, InvalidCxxCompiler):
+            return "no working C++ compiler"
+        if isinstance(cause, CppCompileError):
+            return _compiler_failure(cause.output, cause.__cause__)
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):  # Python's, PyTorch's
+            return "out of memory"
+        # A file that is missing may only be why PyTorch went on to what failed.
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
+            place = f"{cause.filename}: " if cause.filename else ""
+            return place + OS_ADVICE.get(cause.errno, os.strerror(cause.errno))
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it, the outermost first."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        context = None if following.__suppress_context__ else following.__context__
+        following = getattr(following, "inner_exception", None) or following.__cause__ or context
+
+
+def _compiler_failure(output: str, ended: BaseException | None) -> str:
+    """What a compiler's output and end say."""
+    if os.strerror(errno.ENOSPC) in output:
+        return OS_ADVICE[errno.ENOSPC]
+    status = ended.returncode if isinstance(ended, subprocess.CalledProcessError) else 0
+    said = complaint(output) or f"exit code {status}"
+    if status < 0:
+        said = f"killed by signal {-status}"
+    if status == -9 or _MEMORY.search(output):
+        said += "; is there enough memory?"
+    return f"the C++ compiler failed: {said}"
 
 
 def _places() -> Iterator[tuple[str, str]]:
