@@ -27,7 +27,8 @@ from tnnlm.errors import UserError, run_script
 from tnnlm.threads import limit_threads
 
 WITHOUT = "TNNLM_WITHOUT"
-"""environment variable: capabilities that are not to be used, by name, separated by blanks"""
+"""environment variable: capabilities that are not to be used, by name, separated by blanks. A compiled step
+uses none of them; what PyTorch's own bfloat16 arithmetic calls goes by ``bfloat16_arithmetic``."""
 _TOLERANCE = 0.02
 """largest relative error of a probe, the rounding of its weights included"""
 
@@ -188,7 +189,8 @@ class Probe(NamedTuple):
 
 PROBES = {
     "onednn_float32": Probe(
-        "oneDNN linear layers, float32 weights", functools.partial(_onednn_linear, torch.float32)
+        "oneDNN linear layers, float32 weights, and convolutions of prefill",
+        functools.partial(_onednn_linear, torch.float32),
     ),
     "onednn_bfloat16": Probe(
         "oneDNN linear layers, bfloat16 weights", functools.partial(_onednn_linear, torch.bfloat16)
