@@ -2,11 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The environment's interpreter, or the one that will create it; Python 2 must understand this, too.
-USED := $(if $(wildcard $(BIN)/pip),$(BIN)/python,$(PYTHON))
+# The environment's interpreter, be it whole or without pip, or the one that will create it.
+FOLDER := $(wildcard $(BIN))
+USED := $(strip $(if $(FOLDER),$(BIN)/python,$(PYTHON)))
+AGAIN := $(if $(FOLDER),rm -r .venv && )make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11
+ifeq ($(USED),)
+$(error PYTHON is empty, tnnlm needs Python 3.11 or newer: $(AGAIN))
+endif
+# Python 2 must understand this, too.
 FOUND := $(shell $(USED) -c 'import sys; v = sys.version_info[:3]; \
 	print("%d.%d.%d %s" % (v + ("supported" if v >= (3, 11) else "old",)))' 2>/dev/null)
-AGAIN := $(if $(wildcard $(BIN)/pip),rm -r .venv && )make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11
 ifeq ($(FOUND),)
 $(error $(USED) is missing or does not run, tnnlm needs Python 3.11 or newer: $(AGAIN))
 endif
@@ -30,6 +35,6 @@ lint: .venv/installed
 	$(BIN)/mypy tnnlm tools *.py
 
 .venv/installed: pyproject.toml constraints.txt
-	[ -e $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	[ -e $(BIN)/pip ] || $(USED) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import levels
-from tnnlm.machine import capabilities
+from tnnlm.machine import capabilities, cpp_compiler
 
 NO_BFLOAT16 = (
     "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and "
@@ -40,6 +40,11 @@ def no_onednn(patch: pytest.MonkeyPatch) -> None:
     torch._C._set_mkldnn_enabled(False)
 
 
+def onednn_switched_off(patch: pytest.MonkeyPatch) -> None:
+    """oneDNN is there, and the user wants none of it."""
+    patch.setenv(capabilities.WITHOUT, "onednn_float32 onednn_bfloat16")
+
+
 def no_fbgemm(patch: pytest.MonkeyPatch) -> None:
     """Any CPU but x86."""
     patch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing("quantized::linear_prepack_fp16"))
@@ -52,7 +57,13 @@ def no_int8(patch: pytest.MonkeyPatch) -> None:
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
     """No C++ compiler, as in most container images."""
-    patch.setenv("CXX", "no-such-compiler")
+    name_compiler(patch, "no-such-compiler")
+
+
+def name_compiler(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let CXX name this C++ compiler, as if PyTorch had not read it before."""
+    patch.setenv("CXX", name)
+    patch.setattr(cpp_compiler, "compiler_names", lambda: [name])
 
 
 def one_thread(patch: pytest.MonkeyPatch) -> None:
@@ -86,6 +97,7 @@ MACHINES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "this-machine": lambda patch: None,
     "no-avx512": no_avx512,
     "no-onednn": no_onednn,
+    "onednn-switched-off": onednn_switched_off,
     "no-fbgemm": no_fbgemm,
     "no-int8": no_int8,
     "no-compiler": no_compiler,
@@ -97,10 +109,11 @@ MACHINES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 LEVELS: dict[str, dict[str, str]] = {
     "avx2": levels.LEVELS["AVX2"],
     "no-avx": levels.LEVELS["no AVX"],
+    "onednn-switched-off": {capabilities.WITHOUT: "onednn_float32 onednn_bfloat16"},
     "two-threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""by name: simulated in a process of its own, by the instructions that the libraries may use, or by more
-threads than the tests themselves run on"""
+"""by name: simulated in a process of its own, by the instructions that the libraries may use, a library that
+isn't used, or more threads than the tests themselves run on"""
 
 
 def level_environment(level: str) -> dict[str, str]:

@@ -65,13 +65,14 @@ def test_choice_avoids_what_is_missing_and_says_why(machine: str, dtype: str) ->
     gone = {
         "no-avx512": ("bfloat16", "oneDNN"),
         "no-onednn": (dtype, "oneDNN"),
+        "onednn-switched-off": (dtype, "oneDNN"),
         "no-fbgemm": ("bfloat16", "FBGEMM float16"),
         "no-int8": ("int8", "int8"),
         "macos": (dtype, "oneDNN"),
     }.get(machine)
     if gone is not None and gone[0] == dtype:
         assert choice.name != gone[1]
-    if machine in ("no-avx512", "no-onednn") and dtype == "bfloat16":
+    if machine in ("no-avx512", "no-onednn", "onednn-switched-off") and dtype == "bfloat16":
         assert "no onednn_bfloat16: " in choice.reason
     if machine == "macos" and dtype != "int8":
         assert choice.name == LAST_RESORT[dtype]

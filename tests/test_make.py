@@ -59,6 +59,14 @@ def test_missing_python_is_refused() -> None:
     assert_refused(make("PYTHON=./nowhere"), message)
 
 
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_python_is_refused(value: str) -> None:
+    message = "PYTHON is empty, tnnlm needs Python 3.11 or newer: make test PYTHON=python3.11"
+    assert_refused(make("test", f"PYTHON={value}"), message)
+    fake_python(Path(".venv/bin/python"), (3, 11, 7))  # nothing else is started then
+    assert make("--dry-run", "test", f"PYTHON={value}").returncode == 0
+
+
 @pytest.mark.parametrize("version", [(3, 11, 0), (3, 14, 2), (4, 0, 0)])
 def test_newer_python_is_accepted(version: tuple[int, int, int]) -> None:
     fake_python(Path("python"), version)
@@ -68,13 +76,30 @@ def test_newer_python_is_accepted(version: tuple[int, int, int]) -> None:
     assert done.stdout.rstrip().splitlines()[-1].startswith(".venv/bin/python -m pytest")
 
 
-def test_environment_of_an_old_python_is_refused() -> None:
+@pytest.mark.parametrize("pip", [True, False])
+def test_environment_of_an_old_python_is_refused(pip: bool) -> None:
     fake_python(Path(".venv/bin/python"), (3, 10, 13))
-    Path(".venv/bin/pip").touch()
+    if pip:
+        Path(".venv/bin/pip").touch()
     message = "newer, .venv/bin/python is 3.10.13: rm -r .venv && make test PYTHON=python3.11"
     assert_refused(make("test", f"PYTHON={sys.executable}"), message)
     Path(".venv/bin/python").unlink()
     assert_refused(make("test"), ".venv/bin/python is missing or does not run")
+
+
+def test_environment_without_pip_is_completed_by_its_own_python() -> None:
+    # By another version it would become a mixture of both.
+    fake_python(Path(".venv/bin/python"), (3, 11, 7))
+    done = make("--dry-run", "test", f"PYTHON={sys.executable}")
+    assert done.returncode == 0, done.stderr
+    assert "|| .venv/bin/python -m venv .venv" in done.stdout
+
+
+def test_environment_can_complete_itself() -> None:
+    pytest.importorskip("ensurepip")  # Debian's is a package of its own
+    for command in ([sys.executable, "-m", "venv", "--without-pip"], [".venv/bin/python", "-m", "venv"]):
+        subprocess.run([*command, ".venv"], check=True)
+    subprocess.run([".venv/bin/python", "-m", "pip", "--version"], check=True, capture_output=True)
 
 
 def test_environment_is_used_whatever_the_default_python_is() -> None:

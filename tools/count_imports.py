@@ -48,7 +48,7 @@ LAW = {
     "files": Allowed("errors", "filelock"),
     "machine": Allowed("errors", "torch"),
     "tokenizer": Allowed("errors", "tokenizers huggingface_hub"),
-    "ops": Allowed("precision", "torch numpy"),
+    "ops": Allowed("machine precision", "torch numpy"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
     "config": Allowed("errors fields kernels", "omegaconf yaml"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from simulated import NO_BFLOAT16, forget_probes
+from simulated import NO_BFLOAT16
 from tnnlm.errors import UserError
 from tnnlm.inference import aot as compiled
 from tnnlm.inference.aot import load_step, package_path
@@ -46,21 +46,6 @@ def test_capabilities_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TNNLM_WITHOUT")
     with pytest.raises(KeyError):
         capability("int9")
-
-
-@pytest.mark.parametrize(
-    ("script", "said"), [("exit 3", "exit code 3"), ("echo no licence >&2; exit 1", "no licence")]
-)
-def test_compiler_that_fails_is_unavailable(
-    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = tmp_path / "c++"
-    fake.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
-    forget_probes()
-    assert said in capability("cpp_compiler").reason
-    forget_probes()
 
 
 def test_table_names_everything_and_prints() -> None:

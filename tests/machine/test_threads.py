@@ -45,6 +45,25 @@ FILES: dict[str, tuple[dict[str, str], float | None]] = {
         },
         2.0,
     ),
+    "version 1, mounted with another controller": (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/docker/a\n",
+            "sys/fs/cgroup/cpu,cpuacct/docker/a/cpu.cfs_quota_us": "250000\n",
+            "sys/fs/cgroup/cpu,cpuacct/docker/a/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpuset/docker/a/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpuset/docker/a/cpu.cfs_period_us": "100000\n",
+        },
+        2.5,
+    ),
+    "version 1, mounted in another order": (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/\n",
+            "sys/fs/cgroup/cpuacct,cpu/cpu.cfs_quota_us": "150000\n",
+            "sys/fs/cgroup/cpuacct,cpu/cpu.cfs_period_us": "100000\n",
+        },
+        1.5,
+    ),
+    "version 1, not mounted": ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/a\n"}, None),
     "version 1, without a quota": (
         {
             "proc/self/cgroup": "4:cpu:/\n",
@@ -111,10 +130,22 @@ def test_threads_are_lowered_to_the_limit_and_never_raised(
     assert used() == [3]
 
 
+@pytest.mark.parametrize("value", ["64", " 064 ", "+64", "64,2", "64, 2"])
 def test_threads_that_the_user_chose_stand(
-    used: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+    value: str, used: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "thread_limit", lambda: ThreadLimit(3, "quota"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert limit_threads() == ThreadLimit(64, "OMP_NUM_THREADS")
     assert used() == []
+
+
+@pytest.mark.parametrize("value", ["", " ", "0", "-1", "abc", "4x", "1.5", "0x4", "4,", "4,0", "4 2"])
+@pytest.mark.parametrize("name", threads._CHOSEN)
+def test_value_that_openmp_ignores_is_no_choice(
+    name: str, value: str, used: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "thread_limit", lambda: ThreadLimit(3, "quota"))
+    monkeypatch.setenv(name, value)
+    assert limit_threads() == ThreadLimit(3, "quota")
+    assert used() == [3]

@@ -26,6 +26,7 @@ from tnnlm.files import atomic_file, write_text
 from tnnlm.inference.linear import replace_linears
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
+from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
 
@@ -83,11 +84,10 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
             weights, and runs for no other.
 
     Raises:
-        UserError: if there is no C++ compiler.
+        UserError: if there is no C++ compiler, or the machine fails it: a full disk, too little memory.
     """
     check_compiler()
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InductorError
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
     parts, structure = tree_flatten(model.init_state(1))
@@ -105,8 +105,11 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         try:
             # Not frozen: the compiler would widen narrow weights once and for all.
             aoti_compile_and_package(exported, package_path=packaged)
-        except InductorError as error:
-            raise UserError(f"no working C++ compiler: {str(error).splitlines()[0][:120]}") from None
+        except Exception as error:
+            reason = compile_failure(error)
+            if reason is None:  # a defect, which keeps its traceback
+                raise
+            raise UserError(f"the step can't be compiled: {reason[:200]}") from error
         shutil.copyfile(packaged, temporary)
     write_text(path.with_suffix(".json"), json.dumps(_made_for(fingerprint), indent=2))
     return path
@@ -120,9 +123,7 @@ def check_compiler() -> None:
     """
     found = capability("cpp_compiler")
     if not found:
-        raise UserError(
-            f"--compile: no working C++ compiler ({found.reason}); install g++ or name one in CXX"
-        )
+        raise UserError(f"--compile: no working C++ compiler ({found.reason})")
 
 
 def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel | str:

@@ -14,9 +14,7 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +23,14 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError, run_script
+from tnnlm.machine.cpp_compiler import check_cpp_compiler
 from tnnlm.machine.threads import limit_threads
 
 WITHOUT = "TNNLM_WITHOUT"
-"""environment variable: capabilities that are not to be used, by name, separated by blanks"""
+"""environment variable: capabilities that are not to be used, by name, separated by blanks. A compiled step
+uses none of them; what PyTorch's own bfloat16 arithmetic calls goes by ``bfloat16_arithmetic``."""
 _TOLERANCE = 0.02
 """largest relative error of a probe, the rounding of its weights included"""
-_COMPILE_SECONDS = 60
-_SOURCE = '#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n'
 
 
 class Capability(NamedTuple):
@@ -182,23 +180,6 @@ def _bfloat16_arithmetic() -> None:
         raise RuntimeError(f"PyTorch is limited to {cpu_level()} instructions")
 
 
-def _cpp_compiler() -> None:
-    """As PyTorch's own compiler chooses it: ``CXX``, else g++, on macOS clang++."""
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-        source.write_text(_SOURCE, encoding="ascii")
-        command = [*name.split(), "-shared", "-fPIC", str(source), "-o", str(target)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise RuntimeError(f"{name}: {getattr(error, 'strerror', None) or 'does not answer'}") from None
-        if done.returncode or not target.is_file():
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
-            said = lines[0] if lines else f"exit code {done.returncode}"
-            raise RuntimeError(f"{name}: {said}")
-
-
 class Probe(NamedTuple):
     """What is tried, in words, and how: ``run`` raises where it doesn't work."""
 
@@ -208,7 +189,8 @@ class Probe(NamedTuple):
 
 PROBES = {
     "onednn_float32": Probe(
-        "oneDNN linear layers, float32 weights", functools.partial(_onednn_linear, torch.float32)
+        "oneDNN linear layers, float32 weights, and convolutions of prefill",
+        functools.partial(_onednn_linear, torch.float32),
     ),
     "onednn_bfloat16": Probe(
         "oneDNN linear layers, bfloat16 weights", functools.partial(_onednn_linear, torch.bfloat16)
@@ -216,7 +198,7 @@ PROBES = {
     "fbgemm_float16": Probe("FBGEMM linear layers, float16 weights, float32 arithmetic", _fbgemm_float16),
     "int8": Probe("weight-only int8 linear layers", _int8_linear),
     "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
-    "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", _cpp_compiler),
+    "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", check_cpp_compiler),
 }
 """by the name that TNNLM_WITHOUT takes"""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,9 @@ import torch
 
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """variables by which a user, or torchrun, has chosen already"""
+_NUMBER = r"\s*\+?0*[1-9][0-9]*\s*"
+_NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})*", re.ASCII)
+"""what OpenMP takes: a number of threads, or one for each level of nested loops"""
 
 
 class ThreadLimit(NamedTuple):
@@ -45,10 +50,11 @@ def thread_limit(root: Path = Path("/")) -> ThreadLimit:
 def limit_threads() -> ThreadLimit:
     """Lower PyTorch's number of threads to :func:`thread_limit`, and return the number in use.
 
-    It is never raised, and a choice by OMP_NUM_THREADS or MKL_NUM_THREADS stands.
+    It is never raised, and a choice by OMP_NUM_THREADS or MKL_NUM_THREADS stands. A value that OpenMP
+    ignores, such as 0 or a word, is none: PyTorch starts a thread per core then.
     """
     for name in _CHOSEN:
-        if os.environ.get(name):
+        if _NUMBERS.fullmatch(os.environ.get(name, "")):
             return ThreadLimit(torch.get_num_threads(), name)
     limit = thread_limit()
     if limit.threads >= torch.get_num_threads():
@@ -68,22 +74,38 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    quotas = []
+    quotas: list[float] = []
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers == "":
-            mount, read = root / "sys/fs/cgroup", _quota_v2
+            mounts, read = [root / "sys/fs/cgroup"], _quota_v2
         elif "cpu" in controllers.split(","):
-            mount, read = root / "sys/fs/cgroup" / "cpu", _quota_v1
+            mounts, read = _mounts_v1(root), _quota_v1
         else:
             continue
-        # Inside a container the path may be the host's: its own limits lie at the mount itself then.
-        own = mount / path.strip("/")
-        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(mount))):
+        for folder in _groups(mounts, path):
             quota = read(folder)
             if quota is not None:
                 quotas.append(quota)
     return min(quotas, default=None)
+
+
+def _mounts_v1(root: Path) -> list[Path]:
+    """Folders of the controller ``cpu``: its own, or one that it shares, whatever the order of the names.
+    Only some systems add a link ``cpu`` to a shared one."""
+    try:
+        return [folder for folder in (root / "sys/fs/cgroup").iterdir() if "cpu" in folder.name.split(",")]
+    except OSError:
+        return []
+
+
+def _groups(mounts: list[Path], path: str) -> Iterator[Path]:
+    """The folder of a control group under every mount, and those of its parents."""
+    for mount in mounts:
+        # Inside a container the path may be the host's: its own limits lie at the mount itself then.
+        own = mount / path.strip("/")
+        yield own
+        yield from (parent for parent in own.parents if parent.is_relative_to(mount))
 
 
 def _quota_v2(folder: Path) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tnnlm.machine.capabilities import switched_off
 from tnnlm.ops.powers import mode_taps, pole_powers
 from tnnlm.ops.toeplitz import toeplitz, toeplitz_direct
 
@@ -59,9 +60,15 @@ def prefill_modes(
 
 def convolve(u: Tensor, k: Tensor) -> Tensor:
     """``k`` applied to (B, L, E): directly where taps are few and the library is fast at it."""
-    fast = u.device.type == "cpu" and u.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     few = min(k.shape[1], u.shape[1]) <= _DIRECT_TAPS
-    return toeplitz_direct(u, k) if fast and few and not torch.is_grad_enabled() else toeplitz(u, k)
+    fast = u.device.type == "cpu" and u.dtype == torch.float32 and few and not torch.is_grad_enabled()
+    return toeplitz_direct(u, k) if fast and _has_onednn() else toeplitz(u, k)
+
+
+def _has_onednn() -> bool:
+    """Whether the library may be used. It isn't probed, which a program that is being exported couldn't be:
+    PyTorch itself goes another way where the library can't do it."""
+    return torch.backends.mkldnn.is_available() and "onednn_float32" not in switched_off()
 
 
 def _block_length(u: Tensor, modes: int) -> int:

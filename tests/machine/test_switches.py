@@ -1,0 +1,68 @@
+"""What TNNLM_WITHOUT switches off is used nowhere: seen in what the library itself says that it ran."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from tnnlm.machine.capabilities import WITHOUT, capability
+
+CODE = """
+import sys, tempfile
+from pathlib import Path
+import torch
+from conftest import FAMILIES, tiny_config
+from tnnlm.machine.capabilities import capability
+from tnnlm.inference.aot import compile_step, load_step
+from tnnlm.conversion import convert_model
+from tnnlm.inference.engine import pack
+from tnnlm.models.causal_lm import CausalLM
+
+def converted(method, family):
+    torch.manual_seed(0)
+    return convert_model(CausalLM(tiny_config(kernel=FAMILIES[family](), d_model=32)).eval(), method=method)
+
+def decode(model, rows, prompt=20):
+    tokens = torch.randint(300, (rows, prompt))
+    state = model.prefill(tokens, model.init_state(rows))[1]
+    for _ in range(3):
+        state = model.step(tokens[:, 0], state)[1]
+
+with torch.inference_mode():
+    for method, family in (("balanced", "tno"), ("window", "sgconv"), ("companion", "rtf")):
+        decode(converted(method, family), 2)
+        for dtype in ("float32", "bfloat16", "int8"):
+            model = pack(converted(method, family), dtype)
+            decode(model, 1)
+            decode(model, 2)
+if "compile" in sys.argv:
+    model = converted("balanced", "tno")
+    with tempfile.TemporaryDirectory() as folder:
+        compile_step(converted("balanced", "tno"), Path(folder), "float32", "abc")
+        compiled = load_step(pack(model), Path(folder), "float32", "abc")
+        with torch.inference_mode():
+            decode(compiled, 1)
+"""
+
+
+def onednn_calls(without: str, *words: str) -> list[str]:
+    """What oneDNN ran, a line each."""
+    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "ONEDNN_VERBOSE": "1", WITHOUT: without}
+    command = [sys.executable, "-c", CODE, *words]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if ",exec," in line]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_onednn_that_is_switched_off_runs_nowhere() -> None:
+    if capability("onednn_float32"):
+        assert any(",convolution," in line for line in onednn_calls(""))
+    compiler = capability("cpp_compiler").available
+    # The int8 layers multiply many rows in PyTorch's own bfloat16 where that is fast.
+    without = "onednn_float32 onednn_bfloat16 bfloat16_arithmetic"
+    assert onednn_calls(without, *(["compile"] if compiler else [])) == []
