@@ -49,6 +49,8 @@ LAYERS = (
         "masking",
         "sequences",
         "data",
+        "loader_process",
+        "resident",
         "training",
         "deployment",
         "conversion_table",

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from training_runs import SETTINGS, write_text
 
+from tnnlm import resident
 from tnnlm.config_io import load_config
 from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedRows, prepare
@@ -144,17 +145,17 @@ print(sorted(path.name for path in Path("cache").iterdir()), sys.modules["fcntl"
 def test_peak_memory_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     psutil = pytest.importorskip("psutil")  # itself imports resource
     held = torch.ones(1 << 24)
-    assert watch.resident_peak() > held.nbytes
-    monkeypatch.setattr(watch.Path, "is_file", lambda path: False)  # no /proc: macOS
+    assert resident.resident_peak() > held.nbytes
+    monkeypatch.setattr(resident.Path, "is_file", lambda path: False)  # no /proc: macOS
     if sys.platform != "win32":
-        assert watch.resident_peak() > held.nbytes
+        assert resident.resident_peak() > held.nbytes
     monkeypatch.setitem(sys.modules, "resource", None)  # and no getrusage: Windows
     if sys.platform != "win32":
-        assert watch.resident_peak() == 0  # psutil knows the peak on Windows alone
+        assert resident.resident_peak() == 0  # psutil knows the peak on Windows alone
         monkeypatch.setattr(psutil.Process, "memory_info", lambda process: Windows())
-        assert watch.resident_peak() == Windows.peak_wset
+        assert resident.resident_peak() == Windows.peak_wset
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert watch.resident_peak() == 0
+    assert resident.resident_peak() == 0
     assert watch.peak_memory(torch.device("cpu")) == 0
 
 

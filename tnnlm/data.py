@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tnnlm.config import Config
 from tnnlm.encoder import LabelledBatch
 from tnnlm.errors import DataError
+from tnnlm.loader_process import leave_signals
 from tnnlm.masking import MaskedRows, Masking
 from tnnlm.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.sequences.prepare import prepare_sequences, task_name
@@ -250,16 +250,9 @@ class TextDataModule(lightning.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals if workers else None,
+            worker_init_fn=leave_signals if workers else None,
         )
 
     def _trainer(self) -> lightning.Trainer:
         assert self.trainer is not None, "attach the data module to a Trainer first"
         return self.trainer
-
-
-def _leave_signals(worker: int) -> None:
-    """In a loader process: Ctrl-C and a cluster's signals reach it too, but stopping is the trainer's."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)

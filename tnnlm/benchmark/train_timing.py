@@ -17,8 +17,8 @@ from tnnlm.benchmark.timing import quartile_range
 from tnnlm.benchmark.training import NAMES, OURS, WITHOUT, Trainee, trainee
 from tnnlm.capabilities import capability
 from tnnlm.config import ModelConfig
+from tnnlm.resident import resident_peak
 from tnnlm.threads import limit_threads
-from tnnlm.training.watch import resident_peak
 
 TOKENS = 4096
 """per step, or one row where that is longer"""
