@@ -19,7 +19,8 @@ from tnnlm.config.loader import load_config
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedRows, prepare
 from tnnlm.data.sequences.rows import Example, LabelledRows, write_rows
-from tnnlm.training import plan, watch
+from tnnlm.machine import resident
+from tnnlm.training import estimate, throughput
 from training_runs import SETTINGS, write_text
 
 SCRIPTS = ("train.py", "convert.py", "generate.py")
@@ -143,18 +144,18 @@ print(sorted(path.name for path in Path("cache").iterdir()), sys.modules["fcntl"
 def test_peak_memory_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     psutil = pytest.importorskip("psutil")  # itself imports resource
     held = torch.ones(1 << 24)
-    assert watch.resident_peak() > held.nbytes
-    monkeypatch.setattr(watch.Path, "is_file", lambda path: False)  # no /proc: macOS
+    assert resident.resident_peak() > held.nbytes
+    monkeypatch.setattr(resident.Path, "is_file", lambda path: False)  # no /proc: macOS
     if sys.platform != "win32":
-        assert watch.resident_peak() > held.nbytes
+        assert resident.resident_peak() > held.nbytes
     monkeypatch.setitem(sys.modules, "resource", None)  # and no getrusage: Windows
     if sys.platform != "win32":
-        assert watch.resident_peak() == 0  # psutil knows the peak on Windows alone
+        assert resident.resident_peak() == 0  # psutil knows the peak on Windows alone
         monkeypatch.setattr(psutil.Process, "memory_info", lambda process: Windows())
-        assert watch.resident_peak() == Windows.peak_wset
+        assert resident.resident_peak() == Windows.peak_wset
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert watch.resident_peak() == 0
-    assert watch.peak_memory(torch.device("cpu")) == 0
+    assert resident.resident_peak() == 0
+    assert throughput.peak_memory(torch.device("cpu")) == 0
 
 
 class Windows:
@@ -212,7 +213,7 @@ def test_auto_accelerator_is_cuda_or_the_cpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     config = load_config(None, [f"trainer.accelerator={accelerator}"])
-    assert plan.resolve_accelerator(config) == expected
+    assert estimate.resolve_accelerator(config) == expected
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(ROOT).as_posix())

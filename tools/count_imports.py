@@ -46,7 +46,7 @@ LAW = {
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
-    "machine": Allowed("errors", "torch"),
+    "machine": Allowed("errors", "torch psutil"),
     "tokenizer": Allowed("errors", "tokenizers huggingface_hub"),
     "ops": Allowed("machine precision", "torch numpy"),
     "kernels": Allowed("errors fields precision ops", "torch"),
@@ -66,7 +66,7 @@ LAW = {
     "training": Allowed(
         "errors files machine tokenizer ops kernels modules config models evaluation checkpoints data "
         "conversion inference",
-        "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib psutil",
+        "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(
         "errors files machine config models evaluation checkpoints data conversion inference",

@@ -62,6 +62,10 @@ def test_onnxruntime_takes_our_steps(conversion: str, tmp_path: Path) -> None:
         logits, state = other.step(tokens, state)
         expected, expected_state = model.step(tokens, expected_state)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_steps_of_onnxruntime_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
     subject = ours("balanced", "onnxruntime", "float32", SHAPE, tmp_path)
     assert time_steps([subject], [(1, 5), (3, 9)], LITTLE)[1][1]["name"] == "tnnlm-balanced-onnxruntime"
 
@@ -155,6 +159,8 @@ def test_tool_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = tool_of("benchmark")
+    # Every engine and every model, but small ones: what is timed here is of no interest.
+    monkeypatch.setattr(tool, "SHAPE", SHAPE)
     small = ["--quick", "--d-model", "32", "--peers", "--json", "out.json", "--png", "out.png"]
     for mode, words in (
         ("decode", ["--contexts", "8"]),

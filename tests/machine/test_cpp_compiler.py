@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +16,14 @@ from torch._inductor.cpp_builder import cpp_compiler_search, run_compile_cmd
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from simulated import forget_probes, name_compiler
+from support.compilers import GXX, fake_compiler, needs_gxx
 from tnnlm.errors import UserError
 from tnnlm.inference.aot import check_compiler
 from tnnlm.machine import cpp_compiler
 from tnnlm.machine.capabilities import capability
 from tnnlm.machine.cpp_compiler import compiler_names, complaint
 
-GXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="compilers here are shell scripts")
-needs_gxx = pytest.mark.skipif(GXX is None, reason="needs g++")
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +31,6 @@ def _probe_anew() -> Iterator[None]:
     forget_probes()
     yield
     forget_probes()
-
-
-def fake_compiler(path: Path, script: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    path.chmod(0o755)
-    return path
 
 
 def torch_runs(name: str, folder: Path) -> bool:

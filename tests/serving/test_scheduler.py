@@ -14,7 +14,7 @@ from servers import tiny_generator
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import Sampling
-from tnnlm.serving import reader
+from tnnlm.serving import prefill as reader
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.sampler import RowSampler
 from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError

@@ -1,4 +1,4 @@
-"""One process of a run that is stopped, killed or poisoned at a step, and notes the rows it read."""
+"""One process of a resumed run that is killed or poisoned at a step, and notes the rows it read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tnnlm.config.loader import load_config
 from tnnlm.errors import run_script
-from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
@@ -50,16 +48,12 @@ class Scenario(Callback):
 
 
 def main() -> int:
-    """Train."""
-    steps = {key: int(value) for key, _, value in (w.partition("=") for w in sys.argv[1:]) if value.isdigit()}
-    words = [word for word in sys.argv[1:] if word.split("=")[0] not in ("stop", "kill", "nan", "resume")]
-    resumed = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("resume=")]
-    run = Path(resumed[0]) if resumed else None
-    config = load_config(None, words) if run is None else resumed_config(run, words)
-    try:
-        train(config, run, extra_callbacks=[Scenario(config.name, steps)])
-    except TrainingStopped:
-        return 130
+    """Go on with the run that ``resume=`` names."""
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    run = Path(given.pop("resume"))
+    steps = {key: int(given.pop(key)) for key in ("kill", "nan") if key in given}
+    config = resumed_config(run, [f"{key}={value}" for key, value in given.items()])
+    train(config, run, extra_callbacks=[Scenario(config.name, steps)])
     return 0
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
-from sequences.archive_files import WRITERS
 
 from run_plots import final_figures, plot_runs, read_run
+from support.archive_files import WRITERS
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tnnlm.errors import DataError
-from tnnlm.training import find_lr as module
+from tnnlm.training import lr_finder as module
 from tnnlm.training.lr_finder import HIGHEST, LOWEST, STEPS, find_lr, suggest
 from training_runs import SETTINGS, tiny_run, write_text
 

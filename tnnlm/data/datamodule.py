@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from typing import Any
 
 import lightning
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tnnlm.config.schema import Config
+from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import (
     TaskData,
@@ -112,16 +112,9 @@ class TextDataModule(lightning.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals if workers else None,
+            worker_init_fn=leave_signals if workers else None,
         )
 
     def _trainer(self) -> lightning.Trainer:
         assert self.trainer is not None, "attach the data module to a Trainer first"
         return self.trainer
-
-
-def _leave_signals(worker: int) -> None:
-    """In a loader process: Ctrl-C and a cluster's signals reach it too, but stopping is the trainer's."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -6,12 +6,9 @@ the configuration, and two numbers per layer that say which layers grow long mem
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
@@ -22,6 +19,7 @@ from torch import Tensor
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.kernels import Kernel, TwoSidedKernel
+from tnnlm.machine.resident import resident_peak
 from tnnlm.ops.toeplitz import fft_length
 from tnnlm.training.estimate import guessed_share
 
@@ -99,28 +97,6 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident_peak() / 2**30
-
-
-def resident_peak() -> int:
-    """Largest resident memory of this process so far, in bytes; 0 where the system doesn't tell.
-
-    Linux is read from /proc: a process inherits its parent's figure from getrusage.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM"):
-                return 1024 * int(line.split()[1])
-    with contextlib.suppress(ImportError):
-        import resource  # Unix only
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with contextlib.suppress(ImportError, AttributeError):
-        import psutil  # installed with the extra [train] on Windows, which records the peak
-
-        return int(psutil.Process().memory_info().peak_wset)
-    return 0
 
 
 class DataWait(Profiler):

@@ -17,8 +17,8 @@ from benchmarks.training import NAMES, OURS, WITHOUT, Trainee, trainee
 from tnnlm.config.schema import ModelConfig
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability
+from tnnlm.machine.resident import resident_peak
 from tnnlm.machine.threads import limit_threads
-from tnnlm.training.throughput import resident_peak
 
 TOKENS = 4096
 """per step, or one row where that is longer"""

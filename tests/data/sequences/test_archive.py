@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sequences.archive_files import DIFFICULTY, WRITERS
 
+from support.archive_files import DIFFICULTY, WRITERS
 from tnnlm.config.loader import load_config
 from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.lra import splits
