@@ -36,6 +36,7 @@ from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.fsdp import whole
+from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
 
 class WeightedMean(MeanMetric):
@@ -62,18 +63,27 @@ class Task(nn.Module, ABC):
 
     converts: ClassVar[bool] = False
     """whether its models have a recurrent form: checkpoints carry it, samples are written with it"""
-    columns: ClassVar[tuple[str, ...]]
-    """what a validation logs"""
-    shown: ClassVar[tuple[str, ...]]
-    """of these, what the progress bar and callbacks get"""
+    place: ClassVar[Place]
+    """which columns of metrics.csv a validation logs"""
     monitor: ClassVar[str]
-    """of ``shown``, what best.ckpt is the best in"""
+    """of these, what best.ckpt is the best in"""
     mode: ClassVar[str] = "min"
     """whether the best is the smallest or the largest: min or max"""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """What a validation logs."""
+        return columns_at(cls.place)
+
+    @classmethod
+    def shown(cls) -> tuple[str, ...]:
+        """Of these, what the progress bar and callbacks get."""
+        metrics = metrics_at(cls.place)
+        return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
         """Make ready for a validation; may fail on one rank alone.
@@ -91,15 +101,14 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def results(self, data: TaskData) -> dict[str, float]:
-        """Values for ``columns`` over all batches of all ranks, then start anew."""
+        """Values for :meth:`columns` over all batches of all ranks, then start anew."""
 
 
 class CausalTask(Task):
     """Perplexity of both forms on the same tokens."""
 
     converts = True
-    columns = ("val/loss", "val/ppl", "val/bpb", "val/ppl_recurrent", "val/bpb_recurrent", "val/ppl_gap")
-    shown = ("val/ppl", "val/bpb")
+    place = Place.CAUSAL
     monitor = "val/ppl"
 
     def __init__(self, config: Config) -> None:
@@ -108,6 +117,17 @@ class CausalTask(Task):
         """of the kernels of this validation; in a list, so that they are no submodules"""
         self.nll_parallel = WeightedMean()
         self.nll_recurrent = WeightedMean()
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """What a validation logs."""
+        return columns_at(cls.place)
+
+    @classmethod
+    def shown(cls) -> tuple[str, ...]:
+        """Of these, what the progress bar and callbacks get."""
+        metrics = metrics_at(cls.place)
+        return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
         """Convert them."""
@@ -157,8 +177,7 @@ class CausalTask(Task):
 class MaskedTask(Task):
     """Perplexity of the hidden tokens."""
 
-    columns = ("val/loss", "val/ppl_masked")
-    shown = ("val/ppl_masked",)
+    place = Place.MASKED
     monitor = "val/ppl_masked"
 
     def __init__(self, config: Config) -> None:
@@ -179,8 +198,7 @@ class MaskedTask(Task):
 class ClassifyTask(Task):
     """Share of whole sequences whose class is found."""
 
-    columns = ("val/loss", "val/accuracy")
-    shown = ("val/accuracy",)
+    place = Place.CLASSIFY
     monitor = "val/accuracy"
     mode = "max"
 
