@@ -148,8 +148,7 @@ class CausalLM(Backbone):
 
     def _head(self, x: Tensor) -> Tensor:
         if self.head is not None:
-            logits: Tensor = self.head(x)
-            return logits
+            return self.head(x)
         return torch.nn.functional.linear(x, self.embedding.weight)
 
 
