@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.schema import (
     LABELLED,
     MASK_TOKEN,
@@ -111,13 +112,8 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
             key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
             raise ConfigError(f"{key}{str(error).splitlines()[0]} ({where})") from None
     config = cast(Config, OmegaConf.to_object(schema))
-    for key, value, metadata in _leaves(config):
-        _check_value(key, value, metadata)
+    check_settings(config)
     _settle_task(config)
-    if config.conversion.horizon != "auto":
-        _check_value("conversion.horizon", config.conversion.horizon, {"low": 1})
-    if config.trainer.devices != "auto":
-        _check_value("trainer.devices", config.trainer.devices, {"low": 1})
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: a run's name is a single folder name")
     return config
@@ -136,7 +132,8 @@ def _settle_task(config: Config) -> None:
         instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
         raise ConfigError(f"data.source={data.source}: is not for task={config.task}; {instead}")
     if not labelled:
-        _check_value("model.vocab_size", config.model.vocab_size, {"low": SMALLEST_TEXT})
+        size = config.model.vocab_size
+        check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
     if config.task == "masked":
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:
@@ -237,35 +234,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
 
 def _nearest(key: str, schema: DictConfig, prefix: str) -> str:
     siblings = [f"{prefix}{name}" for name in map(str, schema)]
-    everywhere = [name for name, _, _ in _leaves(Config())]
+    everywhere = [name for name, _, _ in leaves(Config())]
     same_leaf = [name for name in everywhere if name.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     return (close or same_leaf or difflib.get_close_matches(key, everywhere + siblings, n=1, cutoff=0))[0]
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value, item.metadata
-
-
-def _check_value(key: str, value: Any, metadata: Any) -> None:
-    options = metadata.get("options")
-    if options and value not in options:
-        raise ConfigError(f"{key}={value}: expected one of {', '.join(options)}")
-    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    if value is None or low is high is above is None:
-        return
-    if isinstance(value, str):
-        raise ConfigError(f"{key}={value}: expected a number or auto")
-    if value != value:
-        raise ConfigError(f"{key}={value}: not a number")
-    if low is not None and value < low:
-        raise ConfigError(f"{key}={value}: must be at least {low:g}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{key}={value}: must be above {above:g}")
-    if high is not None and value > high:
-        raise ConfigError(f"{key}={value}: must be at most {high:g}")
