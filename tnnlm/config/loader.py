@@ -100,8 +100,8 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
         raise ConfigError(
-            f"model.kernel.name={name}: unknown kernel; there is {', '.join(KERNEL_SCHEMAS)}; "
-            "model.kernel.module=FILE names the file of another one"
+            f"model.kernel.name={name}: unknown kernel",
+            f"there is {', '.join(KERNEL_SCHEMAS)}; model.kernel.module=FILE names the file of another one",
         )
     schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
     for layer, where in layers:
@@ -123,21 +123,21 @@ def _settle_task(config: Config) -> None:
     """Refuse settings that another task has, and fill in what the task needs."""
     if config.task == "causal" and config.model.causal is False:
         raise ConfigError(
-            "model.causal=false: task=causal guesses the next token and may not see it; leave model.causal "
-            "out, or set task=masked"
+            "model.causal=false: task=causal guesses the next token and may not see it",
+            "leave model.causal out, or set task=masked",
         )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):
         instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
-        raise ConfigError(f"data.source={data.source}: is not for task={config.task}; {instead}")
+        raise ConfigError(f"data.source={data.source}: is not for task={config.task}", instead)
     if not labelled:
         size = config.model.vocab_size
         check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
     if config.task == "masked":
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:
-            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token; name another one")
+            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token", "name another one")
         if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
@@ -220,7 +220,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
         full = f"{prefix}{key}"
         if key not in schema:
             raise ConfigError(
-                f"{full}: unknown key ({where}); did you mean {_nearest(full, schema, prefix)}?"
+                f"{full}: unknown key ({where})", f"did you mean {_nearest(full, schema, prefix)}?"
             )
         inner = schema._get_node(str(key))
         value = layer._get_node(key)

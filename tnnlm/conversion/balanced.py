@@ -176,8 +176,8 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
                 return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
     raise UserError(
-        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}; "
-        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto"
+        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}",
+        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
     )
 
 

@@ -97,7 +97,7 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
         UserError: naming the setting.
     """
     if recipe.method not in METHODS:
-        raise UserError(f"unknown conversion method {recipe.method!r}; there is {', '.join(METHODS)}")
+        raise UserError(f"unknown conversion method {recipe.method!r}", f"there is {', '.join(METHODS)}")
     if recipe.poles not in ("shared", "channel"):
         raise UserError(f"poles {recipe.poles!r}: must be shared or channel")
     if recipe.order is not None and not 1 <= recipe.order <= lags:
@@ -128,8 +128,8 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
             kept = str(k.dtype).removeprefix("torch.")
             raise UserError(
                 f"tolerance {recipe.tolerance:g} can't be met: stored in {kept}, order "
-                f"{stored.order()} leaves a relative error of {reached:.1e}; raise the tolerance, "
-                "or give window taps"
+                f"{stored.order()} leaves a relative error of {reached:.1e}",
+                "raise the tolerance, or give window taps",
             )
     return stored
 
@@ -154,8 +154,8 @@ def _companion(own: Params | None) -> Params:
     radius = own.largest_pole()
     if radius >= 1:
         raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would "
-            "blow up; use --method window, or train with model.kernel.constraint=montel"
+            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would blow up",
+            "use --method window, or train with model.kernel.constraint=montel",
         )
     return own
 
@@ -172,12 +172,12 @@ def _auto(source: Source, recipe: ConversionConfig) -> Converted:
         try:
             candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
         except UserError as error:
-            failed = f"; companion: {str(error).split(';')[0]}"
+            failed = f"; companion: {error.reason}"
     for poles in ("shared", "channel"):
         try:
             candidates["balanced"] = _balanced(source, recipe, poles)
         except UserError as error:
-            failed += f"; balanced with {poles} poles: {str(error).split(';')[0]}"
+            failed += f"; balanced with {poles} poles: {error.reason}"
             continue
         break
     cost = {name: (recurrence.state_bytes(p), p.multiply_adds()) for name, p in candidates.items()}

@@ -78,7 +78,7 @@ class TnnlmConfig(PreTrainedConfig):
             CheckpointError: if this is no converted model's configuration.
         """
         if self.model is None or self.recurrences is None:
-            raise CheckpointError("config.json: has no sizes of a converted model; convert again")
+            raise CheckpointError("config.json: has no sizes of a converted model", "convert again")
         return model_config_from_dict(self.model, "config.json")
 
     def convs(self) -> list[RecurrentConv]:

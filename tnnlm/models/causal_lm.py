@@ -62,8 +62,8 @@ class CausalLM(Backbone):
         """
         if config.causal is False:
             raise ConfigError(
-                "model.causal=false: a causal language model may see no later token; leave model.causal out, "
-                "or set task=masked"
+                "model.causal=false: a causal language model may see no later token",
+                "leave model.causal out, or set task=masked",
             )
         super().__init__(config, convs)
         self.head: nn.Module | None = None
