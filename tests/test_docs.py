@@ -345,11 +345,19 @@ def messages() -> list[str]:
     for path in (*(ROOT / "tnnlm").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
-                found.append("".join(map(str, parts)))
+                found.append(text_of(node))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                # An error's reason and remedy, as they are printed.
+                found.append("; ".join(map(text_of, node.args)))
     return found
+
+
+def text_of(node: ast.expr) -> str:
+    """A text in the sources; what is put in at run time is a zero byte."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts)
 
 
 def test_messages_that_troubleshooting_quotes_are_ours() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 
 import pytest
 
@@ -28,6 +29,17 @@ def test_run_script_passes_the_code_on(code: int, capsys: pytest.CaptureFixture[
 def test_user_error_is_one_line_and_code_2(kind: type[UserError], capsys: pytest.CaptureFixture[str]) -> None:
     assert script_raising(kind("book.txt: no such file")) == 2
     assert capsys.readouterr() == ("", "error: book.txt: no such file\n")
+
+
+def test_user_error_has_a_reason_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    error = CheckpointError("last.ckpt: is damaged", "take another one")
+    assert (error.reason, error.remedy) == ("last.ckpt: is damaged", "take another one")
+    assert script_raising(error) == 2
+    assert capsys.readouterr().err == "error: last.ckpt: is damaged; take another one\n"
+    # Loader processes hand errors over.
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.reason, again.remedy) == (str(error), error.reason, error.remedy)
+    assert UserError("book.txt: no such file").remedy == ""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])

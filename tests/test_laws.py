@@ -13,7 +13,6 @@ from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model, model_horizon
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import kernels, recurrences
-from tnnlm.ops import recurrence
 from tnnlm.tokenizer import train_bpe
 
 LENGTH = 40
@@ -156,8 +155,8 @@ def test_balanced_meets_its_tolerance_on_the_horizon_and_at_8_times_the_training
         for length in (horizon, 8 * 32):
             with torch.no_grad():
                 k = kernel(length).double()
-            assert (recurrence.taps(params, length) - k).norm() <= 1.02 * tolerance * k.norm()
-        assert recurrence.largest_pole(params) < 1
+            assert (params.taps(length) - k).norm() <= 1.02 * tolerance * k.norm()
+        assert params.largest_pole() < 1
 
 
 @every_form
@@ -170,7 +169,7 @@ def test_converted_model_is_the_same_after_saving_and_under_casts(
     expected = converted(tokens)
     tokenizer = train_bpe(["some text of a test " * 9], 300, "<eos>", 1, False)
     report = measure_model(model, converted, method=method, horizon=LENGTH)
-    assert report.layers[0].order == recurrence.order(recurrences(converted)[0])
+    assert report.layers[0].order == recurrences(converted)[0].order()
     save_converted(tmp_path / "converted", converted, tokenizer, report)
     loaded = load_converted(tmp_path / "converted").model
     assert torch.equal(loaded(tokens), expected)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, Result
-from run_plots import FINAL, final_figures, plot_runs, read_run
+from run_plots import final_figures, plot_runs, read_run
 from tnnlm.errors import run_script
+from tnnlm.training.loggers.names import Place, metrics_at
 from tnnlm.training.run import train
 from training_runs import tiny_run
 
@@ -53,7 +54,7 @@ def test_one_run_and_several_are_drawn(tool: Any) -> None:
     figures = [final_figures(read_run(Path("runs") / run)) for run in ("one", "two")]
     assert figures[0]["step"] == "20"
     assert "masked perplexity" not in several.out  # no run has it
-    for key, title in FINAL.items():
+    for key, title in ((metric.column, metric.label) for metric in metrics_at(Place.TABLE)):
         if {of_run[key] for of_run in figures} == {"-"}:
             continue
         row = next(line for line in several.out.splitlines() if f" {title} " in line)

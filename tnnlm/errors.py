@@ -11,7 +11,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Input that can't be used. The message names the input and says what to do."""
+    """Input that can't be used.
+
+    Args:
+        reason: names the input and says what is wrong with it.
+        remedy: what to do, if the reason doesn't say it; ``str()`` gives "reason; remedy".
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
 
 
 class ConfigError(UserError):

@@ -30,8 +30,8 @@ class NLL(NamedTuple):
 
     @property
     def ppl(self) -> float:
-        """Perplexity; infinite where the exponential overflows."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
+        """Perplexity, as :func:`perplexity` has it."""
+        return perplexity(self.mean)
 
 
 class Scores(NamedTuple):
@@ -50,6 +50,11 @@ class Scores(NamedTuple):
     def accuracy(self) -> float:
         """Share that was right."""
         return self.correct / self.rows
+
+
+def perplexity(nats_per_token: float) -> float:
+    """The exponential; infinite where it overflows, and for NaN."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

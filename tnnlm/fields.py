@@ -7,10 +7,15 @@ from typing import Any
 
 
 def number(
-    default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    word: str | None = None,
 ) -> Any:
-    """A field with bounds: ``low`` <= value <= ``high`` and value > ``above``; None passes."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+    """A field with bounds: ``low`` <= value <= ``high`` and value > ``above``; None and ``word`` pass."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
 
 
 def choice(default: str, *options: str) -> Any:

@@ -23,7 +23,7 @@ def check_parents(path: Path) -> None:
     """
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is a file, not a folder; choose another place")
+        raise UserError(f"{path}: {existing} is a file, not a folder", "choose another place")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class TextTokenizer:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise DataError(
-                f"{where}: has no token {eos_token!r}; name its end token with data.eos_token=..."
+                f"{where}: has no token {eos_token!r}", "name its end token with data.eos_token=..."
             )
         # A document that spells out the end token must not end the document.
         tokenizer.add_special_tokens([eos_token])

@@ -70,7 +70,7 @@ LAW = {
     ),
     "deployment": Allowed(
         "errors files machine config models evaluation checkpoints data conversion inference",
-        "torch tqdm rich",
+        "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(
         "errors tokenizer models inference", "torch numpy fastapi starlette pydantic prometheus_client"

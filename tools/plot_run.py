@@ -17,8 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from run_plots import FINAL, final_figures, plot_runs, read_run
+from run_plots import final_figures, plot_runs, read_run
 from tnnlm.errors import CheckpointError, run_script
+from tnnlm.training.loggers.names import Place, metrics_at
 
 
 def parse() -> argparse.Namespace:
@@ -41,10 +42,10 @@ def main() -> int:
     plot_runs(runs, out)
     table = Table("at the end", *(run.name for run in runs))
     figures = [final_figures(run) for run in runs]
-    for key, title in FINAL.items():
-        shown = [of_run[key] for of_run in figures]
+    for metric in metrics_at(Place.TABLE):
+        shown = [of_run[metric.column] for of_run in figures]
         if set(shown) != {"-"}:  # tasks log figures of their own
-            table.add_row(title, *shown)
+            table.add_row(metric.label, *shown)
     Console().print(table)
     print(f"drawn in {out}")
     return 0

@@ -10,22 +10,9 @@ from typing import Any, NamedTuple
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.training.loggers.csv import read_metrics
-from tnnlm.training.throughput import ENERGY, LENGTH, ORDER
+from tnnlm.training.loggers.names import BY_COLUMN, LENGTH, ORDER, Place, columns_at
+from tnnlm.training.throughput import ENERGY
 
-FINAL = {
-    "step": "step",
-    "train/loss": "training loss",
-    "val/ppl": "perplexity",
-    "val/ppl_recurrent": "recurrent",
-    "val/bpb": "bits/byte",
-    "val/ppl_masked": "masked perplexity",
-    "val/accuracy": "accuracy",
-    "train/tokens_per_second": "tokens/s (median)",
-    "train/memory_gib": "memory, GiB",
-    LENGTH: "effective length, lags",
-    ORDER: "Hankel order",
-}
-"""figures of the table, and what they are called there"""
 _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 
@@ -65,9 +52,9 @@ def read_run(run: Path) -> Curves:
 
 
 def final_figures(run: Curves) -> dict[str, str]:
-    """The figures of :data:`FINAL` as text: the last logged, speed's median, the range over layers."""
+    """The figures of the table as text: the last logged, the median speed, the range over layers."""
     figures = {"step": f"{max(steps[-1] for steps, _ in run.values.values()):,}"}
-    for key in FINAL:
+    for key in columns_at(Place.TABLE):
         _, values = run.of(key)
         if key in (LENGTH, ORDER):
             last = [run.of(layer)[1][-1] for layer in run.layers(key)]
@@ -135,19 +122,8 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
     figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
     accuracy = any("val/accuracy" in run.values for run in runs)
     scored = "val/accuracy" if accuracy else "val/ppl"
-    panels = {
-        "train/loss": ("Training loss", f"nats per {'sequence' if accuracy else 'token'}", False),
-        scored: (
-            ("Validation accuracy", "share that is right", False)
-            if accuracy
-            else ("Validation perplexity", "perplexity", True)
-        ),
-        "train/tokens_per_second": ("Throughput", "tokens per second", False),
-        "train/grad_norm": ("Gradient norm", "norm before clipping", True),
-        LENGTH: ("Effective length, mean and range of the layers", "lags", False),
-        ORDER: ("Hankel order, mean and range of the layers", "state numbers per channel", False),
-    }
-    for axis, (key, (title, unit, log)) in zip(axes.flat, panels.items(), strict=True):
+    panels = ("train/loss", scored, "train/tokens_per_second", "train/grad_norm", LENGTH, ORDER)
+    for axis, key in zip(axes.flat, panels, strict=True):
         for index, run in enumerate(runs):
             colour = plt.get_cmap("tab10")(index % 10)
             if key in (LENGTH, ORDER):
@@ -156,7 +132,11 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
                 marker = "o-" if key == scored else "-"
                 logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
                 _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
-        _finish(axis, title, unit, log=log)
+        title = BY_COLUMN[key].title.capitalize() + (" (mean and range)" if key in (LENGTH, ORDER) else "")
+        unit = BY_COLUMN[key].unit or BY_COLUMN[key].title
+        if unit == "nats":
+            unit += " per sequence" if accuracy else " per token"
+        _finish(axis, title, unit, log=key in ("val/ppl", "train/grad_norm"))
         if key == "train/tokens_per_second":
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter("{x:,.0f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
 from tnnlm.config import schema as config_module
+from tnnlm.config.flags import field_docs
 from tnnlm.config.loader import (
     config_from_dict,
     config_to_dict,
@@ -295,21 +294,12 @@ def test_files_of_a_wrong_type_name_the_key() -> None:
         load_config(overrides=["data.files={a: 1}"])
 
 
-def undocumented_fields() -> list[str]:
-    """Fields of config.py that no string expression follows, but for the groups of Config."""
-    tree = ast.parse((ROOT / "tnnlm" / "config.py").read_text(encoding="utf-8"))
-    found = []
-    for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for field, following in zip(group.body, [*group.body[1:], None], strict=True):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            value = following.value if isinstance(following, ast.Expr) else None
-            documented = isinstance(value, ast.Constant) and isinstance(value.value, str)
-            is_group = group.name == "Config" and "default_factory" in ast.unparse(field)
-            if not documented and not is_group:
-                found.append(f"{group.name}.{field.target.id}")
-    return found
+GROUPS = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}
+SCHEMAS = [group for group in GROUPS.values() if dataclasses.is_dataclass(group)]
+KERNELS = [schema for schema in KERNEL_SCHEMAS.values() if schema.__module__.startswith("tnnlm.")]
 
 
-def test_every_field_has_a_docstring() -> None:
-    assert undocumented_fields() == []
+@pytest.mark.parametrize("schema", [Config, *SCHEMAS, *KERNELS], ids=lambda schema: schema.__name__)
+def test_every_field_has_a_docstring(schema: type) -> None:
+    groups = {name for name, group in GROUPS.items() if schema is Config and group in SCHEMAS}
+    assert {field.name for field in dataclasses.fields(schema)} == groups | set(field_docs(schema))

@@ -24,7 +24,6 @@ from tnnlm.kernels import Kernel, TNOConfig
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.modules import RecurrentConv
-from tnnlm.ops import ssm
 
 LENGTH = 40
 EXACT = ("etsc", "window")
@@ -50,9 +49,9 @@ def test_balanced_meets_its_tolerance_at_the_horizon_and_at_8_times_the_training
         for length in (horizon, 8 * 256):
             with torch.no_grad():
                 k = kernel(length).double()
-            assert (ssm.taps(params, length) - k).norm() <= 1.02 * tolerance * k.norm()
-        assert ssm.largest_pole(params) < 1
-        assert ssm.order(params) <= 64
+            assert (params.taps(length) - k).norm() <= 1.02 * tolerance * k.norm()
+        assert params.largest_pole() < 1
+        assert params.order() <= 64
 
 
 def test_prefill_keeps_only_the_last_logits(tiny_model: CausalLM) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from tnnlm.conversion import etsc, window
 from tnnlm.conversion.etsc import roots_of_unity
-from tnnlm.ops import ssm
 
 LENGTHS = (1, 2, 3, 63, 64, 100, 511, 512)
 
@@ -24,7 +23,7 @@ def random_taps(n: int, decay: float, channels: int = 3) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("decay", [1.0, 0.99, 0.5])
 def test_etsc_reproduces_n_taps(n: int, decay: float) -> None:
     _, rates, k = random_taps(n, decay)
-    found = ssm.taps(etsc(k, rates), n)
+    found = etsc(k, rates).taps(n)
     assert (found - k).norm() <= 1e-12 * k.norm()
 
 
@@ -34,7 +33,7 @@ def test_etsc_reproduces_n_taps(n: int, decay: float) -> None:
 def test_etsc_reproduces_as_many_taps_as_in_the_paper(n: int, decay: float, dtype: torch.dtype) -> None:
     _, rates, k = random_taps(n, decay)
     k = k.to(dtype)
-    found = ssm.taps(etsc(k, rates), n)
+    found = etsc(k, rates).taps(n)
     assert (found - k).norm() <= (1e-12 if dtype == torch.float64 else 5e-6) * k.norm()
 
 
@@ -53,7 +52,7 @@ def test_roots_of_unity_lie_in_every_octant(n: int) -> None:
 @pytest.mark.parametrize("decay", [1.0, 0.99])
 def test_etsc_past_n_follows_the_formula(n: int, decay: float) -> None:
     t, rates, k = random_taps(n, decay)
-    found = ssm.taps(etsc(k, rates), 3 * n + 3)
+    found = etsc(k, rates).taps(3 * n + 3)
     lags = torch.arange(3 * n + 3)
     envelope = decay ** lags.double()
     balanced = torch.cat((t, -t.sum(1, keepdim=True)), dim=1)
@@ -67,20 +66,20 @@ def test_etsc_shares_poles_of_equal_decays_only() -> None:
     rates = torch.tensor([0.9, 0.8, 0.7], dtype=torch.float64)
     params = etsc(k, rates)
     assert params.poles.shape == (3, 2, 10)
-    assert (ssm.taps(params, 20) - k).norm() <= 1e-12 * k.norm()
+    assert (params.taps(20) - k).norm() <= 1e-12 * k.norm()
 
 
 @pytest.mark.parametrize("n", LENGTHS)
 def test_etsc_folds_pairs_and_has_order_n(n: int) -> None:
     params = etsc(torch.randn(2, n, dtype=torch.float64))
     assert params.residues.shape[2] == (n + 1) // 2
-    assert ssm.order(params) == n
+    assert params.order() == n
 
 
 def test_etsc_survives_an_underflowing_decay() -> None:
     k = torch.zeros(1, 4000, dtype=torch.float64)
     k[0, :3] = torch.tensor([1.0, 0.5, 0.25])
-    found = ssm.taps(etsc(k, torch.tensor([0.5])), 4000)
+    found = etsc(k, torch.tensor([0.5])).taps(4000)
     assert torch.isfinite(found).all()
     assert (found - k).norm() <= 1e-12 * k.norm()
 
@@ -102,6 +101,6 @@ def test_conversions_refuse_unusable_taps(convert: object, taps: torch.Tensor) -
 
 def test_window_keeps_its_taps_and_nothing_else() -> None:
     k = torch.randn(3, 17, dtype=torch.float64)
-    found = ssm.taps(window(k), 40)
+    found = window(k).taps(40)
     assert torch.equal(found[:, :17], k)
     assert not found[:, 17:].any()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from experiments.ablations import without_balancing
 from tnnlm.conversion import convert_taps
-from tnnlm.ops import recurrence, ssm
 from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.ops.recurrence import Params, State
 from tnnlm.ops.ssm import SSMParams, SSMState
@@ -56,7 +55,7 @@ def together(parts: list[SSMParams]) -> SSMParams:
 def drift() -> dict[str, float]:
     """By method."""
     named = kernels()
-    stored = ssm.to_dtype(together(list(named.values())), torch.float32)
+    stored = together(list(named.values())).to_dtype(torch.float32)
     return dict(zip(named, relative_drift(stored, len(named)).tolist(), strict=True))
 
 
@@ -65,7 +64,7 @@ def relative_drift(stored: Params, channels: int) -> Tensor:
     # The float64 run starts from what float32 stored: drift is what stepping adds.
     reference = type(stored)(*(part.double() for part in stored))
     generator = torch.Generator().manual_seed(1)
-    slow, fast = recurrence.init_state(stored, 1), recurrence.init_state(reference, 1)
+    slow, fast = stored.init_state(1), reference.init_state(1)
     ends: list[Tensor] = []
     with torch.inference_mode():
         for _ in range(STEPS // CHUNK):
@@ -75,7 +74,7 @@ def relative_drift(stored: Params, channels: int) -> Tensor:
             y, slow = _steps(stored, x[:, -WINDOW:], slow)
             assert all(map(torch.equal, alike, slow)), "what advances the state is not what a step does"
             # Float64 in parallel: prefill equals stepping to 1e-11, which other tests show.
-            expected, fast = recurrence.prefill(reference, x.double(), fast)
+            expected, fast = reference.prefill(x.double(), fast)
             ends = [y.double(), expected[:, -WINDOW:]]
     return (ends[0] - ends[1]).norm(dim=(0, 1)) / ends[1].norm(dim=(0, 1))
 
@@ -83,7 +82,7 @@ def relative_drift(stored: Params, channels: int) -> Tensor:
 def _steps(params: Params, x: Tensor, state: State) -> tuple[Tensor, State]:
     outputs = []
     for token in x.unbind(1):
-        y, state = recurrence.step(params, token, state)
+        y, state = params.step(token, state)
         outputs.append(y)
     return torch.stack(outputs, dim=1), state
 
@@ -140,7 +139,7 @@ def companion_drift() -> float:
     a = np.real(np.poly(torch.cat((poles, poles.conj())).numpy()))[1:]
     numerator = torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = CompanionParams(torch.ones(1, dtype=torch.float64), numerator, torch.from_numpy(a)[None])
-    return float(relative_drift(recurrence.to_dtype(exact, torch.float32), 1))
+    return float(relative_drift(exact.to_dtype(torch.float32), 1))
 
 
 def test_a_million_companion_steps_stay_with_float64(companion_drift: float) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tnnlm.conversion import convert_taps
 from tnnlm.errors import UserError
-from tnnlm.ops import ssm
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
 
 TRAINED = 128
@@ -63,7 +62,7 @@ def taps(request: pytest.FixtureRequest) -> Tensor:
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
 def test_balanced_meets_its_tolerance(taps: Tensor, tolerance: float, poles: str) -> None:
     params, report = convert_taps(taps.float(), tolerance=tolerance, poles=poles)
-    error = (taps - ssm.taps(params, LENGTH)).norm() / taps.norm()
+    error = (taps - params.taps(LENGTH)).norm() / taps.norm()
     assert error <= tolerance * 1.01
     assert report.relative_tap_error == pytest.approx(float(error), rel=0.05, abs=1e-7)
     assert report.order < 128
@@ -77,9 +76,9 @@ def test_step_prefill_and_dense_product_agree(taps: Tensor, method: str) -> None
         taps = taps[:, :TRAINED]
     params, _ = convert_taps(taps, method=method, tolerance=1e-3)
     x = torch.randn(2, 60, len(taps), dtype=torch.float64)
-    effective = toeplitz_dense(x, ssm.taps(params, 60))
+    effective = toeplitz_dense(x, params.taps(60))
     torch.testing.assert_close(recurrence_loop(params, x), effective, rtol=1e-9, atol=1e-9)
-    y, _ = ssm.prefill(params, x, ssm.init_state(params, 2))
+    y, _ = params.prefill(x, params.init_state(2))
     torch.testing.assert_close(y, effective, rtol=1e-8, atol=1e-8)
     if method in ("etsc", "window"):
         torch.testing.assert_close(y, toeplitz_dense(x, taps), rtol=1e-9, atol=1e-9)
@@ -115,7 +114,7 @@ def test_window_taps_absorb_a_rough_beginning(poles: str, dtype: torch.dtype) ->
     assert params.window.shape == (12, 16)
     assert report.order <= 16 + 10
     assert report.relative_tap_error <= 1e-4
-    assert (ssm.taps(params, 16) - k[:, :16]).norm() <= 1e-5 * k.norm()
+    assert (params.taps(16) - k[:, :16]).norm() <= 1e-5 * k.norm()
     # Residues that cancel each other would lose float32's digits in the step.
     assert params.residues.abs().max() <= 100 * k.abs().max()
 
@@ -146,7 +145,7 @@ def test_auto_takes_the_smallest_state() -> None:
     params, finite = convert_taps(rough, method="auto")
     assert finite.method == "window"
     assert "can't be met" in finite.reason
-    assert torch.equal(ssm.taps(params, 300), rough)
+    assert torch.equal(params.taps(300), rough)
 
 
 def test_channels_with_nothing_in_common_get_poles_of_their_own() -> None:
@@ -186,7 +185,7 @@ def test_taps_that_do_not_die_out_keep_their_poles_inside() -> None:
     assert report.relative_tap_error <= 1e-3
     # And it goes on beyond what it has seen.
     later = torch.cos(0.1 * torch.arange(800, dtype=torch.float64))
-    assert (ssm.taps(params, 800)[0] - later).abs().max() < 0.05
+    assert (params.taps(800)[0] - later).abs().max() < 0.05
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ import yaml
 from conftest import tiny_config
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
+from tnnlm.conversion.certify import horizon_warning
 from tnnlm.deployment.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
 from training_runs import SETTINGS, write_text
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    _, head, _ = card.split("---\n", 2)
+    start, head, _ = re.split(r"^---\n", card, maxsplit=2, flags=re.MULTILINE)
+    assert start == ""
     return yaml.safe_load(head)
 
 
-def make_card(**data: Any) -> str:
+def make_card(name: str = "mine", license: str | None = None, **data: Any) -> str:
     model = CausalLM(tiny_config()).eval()
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
-    return model_card(Config(name="mine", model=model.config, data=DataConfig(**data)), 7, model, report)
+    config = Config(name=name, model=model.config, data=DataConfig(**data))
+    return model_card(config, 7, model, report, license=license)
 
 
 def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
@@ -76,5 +80,30 @@ def test_card_warns_of_what_the_horizon_leaves_out(tail: float) -> None:
     model = CausalLM(tiny_config()).eval()
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
     report.layers = [replace(layer, tail_energy=tail, l1_error=0.0) for layer in report.layers]
+    report.warning = horizon_warning(report.layers, report.horizon)
     card = model_card(Config(model=model.config), 7, model, report)
     assert ("**Limit:**" in card) == (tail > 0)
+
+
+HOSTILE = "a\"b: 'c'\n---\n# {{ 7 * 7 }} {% raw %} `d` | e"
+"""quotes, lines, a border, and the syntax of the template, of Markdown and of YAML"""
+
+
+def test_text_of_a_user_breaks_neither_the_metadata_nor_the_lines() -> None:
+    card = make_card(name=HOSTILE, license=HOSTILE, source="hub", hub_name=HOSTILE, hub_config=HOSTILE)
+    plain = front_matter(make_card(source="hub", hub_name="x/y"))
+    on_a_line = " ".join(HOSTILE.split())
+    assert front_matter(card) == plain | {"datasets": [on_a_line], "license": on_a_line}
+    assert f"\n# {on_a_line}\n" in card
+    shown = on_a_line.replace("`", "'")
+    assert f"\nThe data set `{shown}`, `{shown}`, `split train`. " in card
+    headings = [line for line in card.splitlines() if line.startswith("## ")]
+    assert headings == ["## Data", "## Perplexity", "## Conversion", "## Use", "## Licence"]
+
+
+def test_licence_is_the_models_own() -> None:
+    assert "license" not in front_matter(make_card())
+    assert "# license: name one before publishing" in make_card()
+    licensed = make_card(license="apache-2.0")
+    assert front_matter(licensed)["license"] == "apache-2.0"
+    assert licensed.endswith("## Licence\n\napache-2.0\n")

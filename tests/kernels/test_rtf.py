@@ -12,7 +12,6 @@ from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.kernels import RTFConfig, RTFKernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.ops import companion
 from tnnlm.ops.reference import recurrence_loop
 from tnnlm.ops.toeplitz import toeplitz
 
@@ -50,7 +49,7 @@ def test_kernel_and_companion_recurrence_agree_over_4_training_lengths(
 ) -> None:
     kernel = with_poles(radius, denominators)
     params = kernel.recurrence()
-    assert companion.largest_pole(params) == pytest.approx(radius, rel=1e-6)
+    assert params.largest_pole() == pytest.approx(radius, rel=1e-6)
     impulse = torch.zeros(1, 4 * LENGTH, CHANNELS, dtype=torch.float64)
     impulse[:, 0] = 1
     loop = recurrence_loop(params, impulse)[0].T
@@ -58,7 +57,7 @@ def test_kernel_and_companion_recurrence_agree_over_4_training_lengths(
     # The taps that train come from the FFT alone; those past the training length from the recurrence.
     assert (loop[:, :LENGTH] - kernel(LENGTH)).norm() <= 1e-9 * scale
     assert (loop - kernel(4 * LENGTH)).norm() <= 1e-9 * scale
-    prefilled, _ = companion.prefill(params, impulse, companion.init_state(params, 1))
+    prefilled, _ = params.prefill(impulse, params.init_state(1))
     assert (loop - prefilled[0].T).norm() <= 1e-9 * scale
 
 
@@ -109,7 +108,7 @@ def test_montel_constraint_keeps_every_pole_inside(scale: float) -> None:
     kernel = kernel_of(state_size=12, init="xavier", constraint="montel")
     with torch.no_grad():
         kernel.denominator.mul_(scale)
-    assert companion.largest_pole(kernel.recurrence()) < 1
+    assert kernel.recurrence().largest_pole() < 1
     assert torch.isfinite(kernel(LENGTH)).all()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tnnlm.ops import companion, recurrence, ssm
+from tnnlm.ops import companion, recurrence
 from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.recurrence import Params, State
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
@@ -57,7 +57,7 @@ def random_modes(window: int, modes: int, shared: bool) -> SSMParams:
 def run_steps(params: Params, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
     outputs = []
     for t in range(x.shape[1]):
-        y, state = recurrence.step(params, x[:, t], state)
+        y, state = params.step(x[:, t], state)
         outputs.append(y)
     return torch.stack(outputs, dim=1), state
 
@@ -69,27 +69,25 @@ def assert_same_state(a: State, b: State) -> None:
 
 def test_step_matches_loop(params: Params) -> None:
     x = torch.randn(2, 40, CHANNELS, dtype=torch.float64)
-    y, _ = run_steps(params, x, recurrence.init_state(params, 2))
+    y, _ = run_steps(params, x, params.init_state(2))
     torch.testing.assert_close(y, recurrence_loop(params, x), rtol=0, atol=1e-11)
 
 
 def test_step_convolves_with_the_effective_taps(params: Params) -> None:
     x = torch.randn(2, 40, CHANNELS, dtype=torch.float64)
-    y, _ = run_steps(params, x, recurrence.init_state(params, 2))
-    torch.testing.assert_close(y, toeplitz_dense(x, recurrence.taps(params, 40)), rtol=0, atol=1e-11)
+    y, _ = run_steps(params, x, params.init_state(2))
+    torch.testing.assert_close(y, toeplitz_dense(x, params.taps(40)), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 40])
 def test_prefill_matches_step_for_every_split(params: Params, chunk: int) -> None:
     x = torch.randn(2, 40, CHANNELS, dtype=torch.float64)
     # Warm: something was read before.
-    _, warm = run_steps(
-        params, torch.randn(2, 13, CHANNELS, dtype=torch.float64), recurrence.init_state(params, 2)
-    )
+    _, warm = run_steps(params, torch.randn(2, 13, CHANNELS, dtype=torch.float64), params.init_state(2))
     expected, last = run_steps(params, x, warm)
     outputs, state = [], warm
     for part in x.split(chunk, dim=1):
-        y, state = recurrence.prefill(params, part, state)
+        y, state = params.prefill(part, state)
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-11)
     assert_same_state(state, last)
@@ -98,10 +96,8 @@ def test_prefill_matches_step_for_every_split(params: Params, chunk: int) -> Non
 def test_prefill_of_a_padded_batch_equals_single_prompts(params: Params) -> None:
     x = torch.randn(4, 11, CHANNELS, dtype=torch.float64)
     lengths = torch.tensor([11, 4, 1, 0])
-    _, warm = run_steps(
-        params, torch.randn(4, 9, CHANNELS, dtype=torch.float64), recurrence.init_state(params, 4)
-    )
-    y, state = recurrence.prefill(params, x, warm, lengths)
+    _, warm = run_steps(params, torch.randn(4, 9, CHANNELS, dtype=torch.float64), params.init_state(4))
+    y, state = params.prefill(x, warm, lengths)
     for row, length in enumerate(lengths.tolist()):
         start = type(warm)(*(part[row : row + 1] for part in warm))
         last = start
@@ -112,32 +108,30 @@ def test_prefill_of_a_padded_batch_equals_single_prompts(params: Params) -> None
 
 
 def test_step_of_an_inactive_row_is_an_identity(params: Params) -> None:
-    _, warm = run_steps(
-        params, torch.randn(2, 5, CHANNELS, dtype=torch.float64), recurrence.init_state(params, 2)
-    )
+    _, warm = run_steps(params, torch.randn(2, 5, CHANNELS, dtype=torch.float64), params.init_state(2))
     x = torch.randn(2, CHANNELS, dtype=torch.float64)
-    _, after = recurrence.step(params, x, warm, torch.tensor([True, False]))
-    _, both = recurrence.step(params, x, warm)
+    _, after = params.step(x, warm, torch.tensor([True, False]))
+    _, both = params.step(x, warm)
     for kept, old, new in zip(after, warm, both, strict=True):
         assert torch.equal(kept[1], old[1])
         assert torch.equal(kept[0], new[0])
 
 
 def test_step_leaves_its_arguments_alone(params: Params) -> None:
-    empty = recurrence.init_state(params, 1)
+    empty = params.init_state(1)
     state = type(empty)(*(torch.randn_like(part) for part in empty))
     before = [part.clone() for part in state]
-    recurrence.step(params, torch.randn(1, CHANNELS, dtype=torch.float64), state)
-    recurrence.prefill(params, torch.randn(1, 3, CHANNELS, dtype=torch.float64), state)
+    params.step(torch.randn(1, CHANNELS, dtype=torch.float64), state)
+    params.prefill(torch.randn(1, 3, CHANNELS, dtype=torch.float64), state)
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
 def test_rows_of_a_batch_are_independent(params: Params) -> None:
     x = torch.randn(3, 20, CHANNELS, dtype=torch.float64)
-    y, _ = recurrence.prefill(params, x, recurrence.init_state(params, 3))
+    y, _ = params.prefill(x, params.init_state(3))
     other = x.clone()
     other[1:] = torch.randn_like(other[1:])
-    changed, _ = recurrence.prefill(params, other, recurrence.init_state(params, 3))
+    changed, _ = params.prefill(other, params.init_state(3))
     assert torch.equal(changed[0], y[0])
 
 
@@ -149,32 +143,32 @@ def test_taps_in_blocks_equal_the_definition() -> None:
     lam, c = torch.complex(*poles), torch.complex(residues[:, 0], residues[:, 1])
     expected = (c @ lam[:, None] ** lags).real
     expected[:, :3] += params.window
-    torch.testing.assert_close(ssm.taps(params, 5000), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(params.taps(5000), expected, rtol=0, atol=1e-11)
 
 
 def test_order_counts_real_state_numbers(params: Params) -> None:
     if isinstance(params, CompanionParams):
-        assert recurrence.order(params) == 5
+        assert params.order() == 5
         return
     window, modes = params.window.shape[1], params.residues.shape[2]
     # Every mode is a pair but the first, which was made real.
-    assert recurrence.order(params) == window + (2 * modes - 1 if modes else 0)
+    assert params.order() == window + (2 * modes - 1 if modes else 0)
 
 
 def test_state_bytes_are_those_of_the_state(params: Params) -> None:
-    state = recurrence.init_state(params, 1)
+    state = params.init_state(1)
     assert recurrence.state_bytes(params) == sum(part.numel() * 8 for part in state)
 
 
 def test_to_dtype_never_goes_below_float32(params: Params) -> None:
-    stored = recurrence.to_dtype(params, torch.bfloat16)
+    stored = params.to_dtype(torch.bfloat16)
     for name, part in stored._asdict().items():
         assert part.dtype == (torch.float64 if name == "poles" else torch.float32)
 
 
 def test_channels_of_is_the_recurrence_of_some(params: Params) -> None:
-    some = recurrence.channels_of(params, slice(1, 3))
-    torch.testing.assert_close(recurrence.taps(some, 30), recurrence.taps(params, 30)[1:3])
+    some = params.channels_of(slice(1, 3))
+    torch.testing.assert_close(some.taps(30), params.taps(30)[1:3])
 
 
 def test_from_tensors_finds_the_form(params: Params) -> None:

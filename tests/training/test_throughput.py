@@ -17,7 +17,6 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import balanced
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.ops import ssm
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
 from tnnlm.training.throughput import LARGEST_ORDER, flops_per_token, kernel_memory
@@ -54,7 +53,7 @@ def test_order_counts_modes_and_bounds_what_a_conversion_needs() -> None:
     assert found.order == 4
     loose = kernel_memory(k, 1e-2)
     assert loose is not None
-    assert loose.order <= ssm.order(balanced(k, tolerance=1e-4))
+    assert loose.order <= balanced(k, tolerance=1e-4).order()
     noise = kernel_memory(torch.randn(200, 256), 1e-3)
     assert noise is not None
     assert noise.order == LARGEST_ORDER

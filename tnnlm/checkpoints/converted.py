@@ -130,14 +130,14 @@ def check_out_folder(folder: Path, force: bool) -> None:
     """
     if not folder.exists():
         if folder.is_symlink():
-            raise CheckpointError(f"{folder}: is a link to nothing; give another --out")
+            raise CheckpointError(f"{folder}: is a link to nothing", "give another --out")
         check_parents(folder)
         return
     if not force:
-        raise CheckpointError(f"{folder}: exists already; give another --out, or --force to replace it")
+        raise CheckpointError(f"{folder}: exists already", "give another --out, or --force to replace it")
     if not is_converted(folder):
         raise CheckpointError(
-            f"{folder}: is not a converted model, --force won't replace it; give another --out"
+            f"{folder}: is not a converted model, --force won't replace it", "give another --out"
         )
 
 
@@ -156,7 +156,7 @@ def check_unchanged(folder: Path, fingerprint: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != fingerprint:
-        raise CheckpointError(f"{folder}: was removed or replaced meanwhile; nothing was added to it")
+        raise CheckpointError(f"{folder}: was removed or replaced meanwhile", "nothing was added to it")
 
 
 def is_converted(folder: Path) -> bool:
@@ -195,7 +195,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _read(folder: Path) -> ConvertedModel:
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: is missing; convert again")
+            raise CheckpointError(f"{folder / name}: is missing", "convert again")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -204,13 +204,13 @@ def _read(folder: Path) -> ConvertedModel:
             key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
         }
         if config["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: made by another version of this project; convert again")
+            raise CheckpointError(f"{folder}: made by another version of this project", "convert again")
         model_config = model_config_from_dict(config["model"], str(folder))
         eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged ({one_line(error)}); convert again") from None
+        raise CheckpointError(f"{folder}: damaged ({one_line(error)})", "convert again") from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
     # Without its kernels: code that a user registered need not be here.
     convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
@@ -243,7 +243,7 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
     try:
         return recurrence.from_tensors(own)
     except KeyError as error:
-        raise CheckpointError(f"{folder}: model.safetensors has no {error}; convert again") from None
+        raise CheckpointError(f"{folder}: model.safetensors has no {error}", "convert again") from None
 
 
 def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:

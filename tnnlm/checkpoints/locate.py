@@ -26,7 +26,7 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
         newest = _newest(runs_dir.glob(f"*/{LAST}"))
         if newest is None:
             raise CheckpointError(
-                f"{runs_dir}: holds no run with a checkpoint; train one with: {command('train')}"
+                f"{runs_dir}: holds no run with a checkpoint", f"train one with: {command('train')}"
             )
         return newest.parents[1]
     for candidate in (Path(name), runs_dir / name):

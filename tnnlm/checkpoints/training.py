@@ -91,8 +91,9 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
     config, tokenizer, model = _load_model(data, path)
     if not isinstance(model, CausalLM):
         raise CheckpointError(
-            f"{path}: a model of task={config.task} can't be converted and writes no text; train one with "
-            "task=causal, or use this one in Python, by tnnlm.checkpoints.training.load_encoder"
+            f"{path}: a model of task={config.task} can't be converted and writes no text",
+            "train one with task=causal, or use this one in Python, "
+            "by tnnlm.checkpoints.training.load_encoder",
         )
     attached = data[ENTRY]["ssm"]
     ssm = attached and AttachedSSM(
@@ -112,7 +113,7 @@ def load_encoder(path: Path) -> TrainedEncoder:
     config, tokenizer, model = _load_model(read_checkpoint(path), path)
     if isinstance(model, CausalLM):
         raise CheckpointError(
-            f"{path}: is a causal language model; load it by tnnlm.checkpoints.training.load_checkpoint"
+            f"{path}: is a causal language model", "load it by tnnlm.checkpoints.training.load_checkpoint"
         )
     return TrainedEncoder(config, tokenizer, model.eval())
 
@@ -148,7 +149,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except Exception:  # torch raises a dozen kinds for damaged and foreign files
-        raise CheckpointError(f"{path}: is not a checkpoint, or truncated; take another one") from None
+        raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "take another one") from None
     if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of this project's train.py")
     return data
@@ -162,7 +163,7 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
     """
     if checkpoint.ssm is None:
         raise CheckpointError(
-            f"{checkpoint.path}: is not converted; run: {command('convert')} {checkpoint.path}"
+            f"{checkpoint.path}: is not converted", f"run: {command('convert')} {checkpoint.path}"
         )
     model = attach(checkpoint.model, checkpoint.ssm.layers)
     return ConvertedModel(model, checkpoint.tokenizer, model_fingerprint(model))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.schema import (
     LABELLED,
     MASK_TOKEN,
@@ -99,8 +100,8 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
         raise ConfigError(
-            f"model.kernel.name={name}: unknown kernel; there is {', '.join(KERNEL_SCHEMAS)}; "
-            "model.kernel.module=FILE names the file of another one"
+            f"model.kernel.name={name}: unknown kernel",
+            f"there is {', '.join(KERNEL_SCHEMAS)}; model.kernel.module=FILE names the file of another one",
         )
     schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
     for layer, where in layers:
@@ -111,13 +112,8 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
             key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
             raise ConfigError(f"{key}{str(error).splitlines()[0]} ({where})") from None
     config = cast(Config, OmegaConf.to_object(schema))
-    for key, value, metadata in _leaves(config):
-        _check_value(key, value, metadata)
+    check_settings(config)
     _settle_task(config)
-    if config.conversion.horizon != "auto":
-        _check_value("conversion.horizon", config.conversion.horizon, {"low": 1})
-    if config.trainer.devices != "auto":
-        _check_value("trainer.devices", config.trainer.devices, {"low": 1})
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: a run's name is a single folder name")
     return config
@@ -127,20 +123,21 @@ def _settle_task(config: Config) -> None:
     """Refuse settings that another task has, and fill in what the task needs."""
     if config.task == "causal" and config.model.causal is False:
         raise ConfigError(
-            "model.causal=false: task=causal guesses the next token and may not see it; leave model.causal "
-            "out, or set task=masked"
+            "model.causal=false: task=causal guesses the next token and may not see it",
+            "leave model.causal out, or set task=masked",
         )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):
         instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
-        raise ConfigError(f"data.source={data.source}: is not for task={config.task}; {instead}")
+        raise ConfigError(f"data.source={data.source}: is not for task={config.task}", instead)
     if not labelled:
-        _check_value("model.vocab_size", config.model.vocab_size, {"low": SMALLEST_TEXT})
+        size = config.model.vocab_size
+        check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
     if config.task == "masked":
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:
-            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token; name another one")
+            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token", "name another one")
         if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
@@ -223,7 +220,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
         full = f"{prefix}{key}"
         if key not in schema:
             raise ConfigError(
-                f"{full}: unknown key ({where}); did you mean {_nearest(full, schema, prefix)}?"
+                f"{full}: unknown key ({where})", f"did you mean {_nearest(full, schema, prefix)}?"
             )
         inner = schema._get_node(str(key))
         value = layer._get_node(key)
@@ -237,35 +234,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) 
 
 def _nearest(key: str, schema: DictConfig, prefix: str) -> str:
     siblings = [f"{prefix}{name}" for name in map(str, schema)]
-    everywhere = [name for name, _, _ in _leaves(Config())]
+    everywhere = [name for name, _, _ in leaves(Config())]
     same_leaf = [name for name in everywhere if name.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     return (close or same_leaf or difflib.get_close_matches(key, everywhere + siblings, n=1, cutoff=0))[0]
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value, item.metadata
-
-
-def _check_value(key: str, value: Any, metadata: Any) -> None:
-    options = metadata.get("options")
-    if options and value not in options:
-        raise ConfigError(f"{key}={value}: expected one of {', '.join(options)}")
-    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    if value is None or low is high is above is None:
-        return
-    if isinstance(value, str):
-        raise ConfigError(f"{key}={value}: expected a number or auto")
-    if value != value:
-        raise ConfigError(f"{key}={value}: not a number")
-    if low is not None and value < low:
-        raise ConfigError(f"{key}={value}: must be at least {low:g}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{key}={value}: must be above {above:g}")
-    if high is not None and value > high:
-        raise ConfigError(f"{key}={value}: must be at most {high:g}")

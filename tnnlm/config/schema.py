@@ -162,7 +162,7 @@ class TrainerConfig:
     """auto: bf16-mixed where the hardware has it, else 32-true"""
     accelerator: str = "auto"
     """auto (a CUDA or ROCm GPU, else the CPU), cpu, gpu ...: Lightning's names"""
-    devices: Union[int, str] = "auto"  # noqa: UP007  OmegaConf reads typing.Union
+    devices: Union[int, str] = number("auto", low=1, word="auto")  # noqa: UP007  OmegaConf reads typing.Union
     """how many per node, or auto"""
     num_nodes: int = number(1, low=1, high=100_000)
     """machines"""
@@ -208,7 +208,7 @@ class ConversionConfig:
     """balanced: few poles within a tolerance; etsc: exact, as published; window: the last inputs
     themselves; companion: the kernel's own recurrence, where it has one (rtf); auto: the smallest of
     these; gradient: fitted by Adam, the slow baseline"""
-    horizon: Union[int, str] = "auto"  # noqa: UP007
+    horizon: Union[int, str] = number("auto", low=1, high=1 << 20, word="auto")  # noqa: UP007
     """lags that must be right; auto: until the kernel's remaining energy is float32 rounding"""
     tolerance: float = number(1e-3, above=0, high=0.999)
     """largest relative error of the taps; balanced and auto"""

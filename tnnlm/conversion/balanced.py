@@ -24,7 +24,7 @@ from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.errors import UserError
 from tnnlm.ops.powers import pole_powers
-from tnnlm.ops.ssm import SSMParams, channels_of, taps
+from tnnlm.ops.ssm import SSMParams
 
 RANK = 128
 """combinations of channels that choose the poles"""
@@ -176,8 +176,8 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
                 return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
     raise UserError(
-        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}; "
-        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto"
+        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}",
+        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
     )
 
 
@@ -245,7 +245,7 @@ def _behind_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
         k.new_zeros(channels, 2, poles.shape[-1], dtype=torch.float64),
     )
     for part, block in channel_blocks(k):
-        own = channels_of(params, part)
+        own = params.channels_of(part)
         powers = pole_powers(own.poles, k.shape[1])[..., width:]
         basis = torch.cat((powers.select(-3, 0), -powers.select(-3, 1)), dim=-2)
         left, sigma, right = torch.linalg.svd(basis, full_matrices=False)
@@ -253,7 +253,7 @@ def _behind_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
         inverse = torch.where(usable, 1 / sigma.where(usable, torch.ones_like(sigma)), 0.0)
         weights = (block[:, None, width:] @ right.mT) * inverse.unsqueeze(-2) @ left.mT
         params.residues[part] = weights.reshape(-1, 2, poles.shape[-1])
-        params.window[part] = block[:, :width] - taps(channels_of(params, part), width)
+        params.window[part] = block[:, :width] - params.channels_of(part).taps(width)
     return params
 
 

@@ -104,7 +104,7 @@ def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
     error = torch.empty_like(k[:, : 2 * horizon]) if _has_ratio(params, k.shape[1]) else None
     squares, l1_error, tail = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0, 0.0
     for part, block in channel_blocks(k):
-        difference = block - recurrence.taps(recurrence.channels_of(params, part), k.shape[1])
+        difference = block - params.channels_of(part).taps(k.shape[1])
         if error is not None:
             error[part] = difference[:, : 2 * horizon]
         squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, block)])
@@ -114,12 +114,12 @@ def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
     return ConversionReport(
         method=converted.method,
         reason=converted.reason,
-        order=recurrence.order(params),
+        order=params.order(),
         relative_tap_error=float((squares[0] / squares[1].clamp(min=tiny)).sqrt()),
         l1_error=l1_error,
         tail_energy=tail,
         hankel_ratio=None if error is None else _hankel_ratio(k[:, : 2 * horizon], error, params),
-        largest_pole=recurrence.largest_pole(params),
+        largest_pole=params.largest_pole(),
         state_bytes=recurrence.state_bytes(params),
     )
 
@@ -127,14 +127,14 @@ def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
 def _has_ratio(params: Params, lags: int) -> bool:
     if not isinstance(params, SSMParams):
         return False
-    return params.poles.dim() == 2 and 0 < recurrence.order(params) < min(LARGEST_RATIO_ORDER, lags // 2)
+    return params.poles.dim() == 2 and 0 < params.order() < min(LARGEST_RATIO_ORDER, lags // 2)
 
 
 def _hankel_ratio(k: Tensor, error: Tensor, params: Params) -> float | None:
     # The half of the Hankel matrix that the taps determine: nothing is assumed past the last one,
     # and no matrix of rank N comes closer than the (N+1)-st singular value of that half either.
     columns = (k.shape[1] + 1) // 2
-    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), recurrence.order(params) + 1, columns)[0][0]
+    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), params.order() + 1, columns)[0][0]
     leading = compress(error, _RANK, drop=1e-3)
     # Float32 rounding, of the taps or of the residues, is spread over all channels: no few
     # combinations hold it, and its singular values say nothing about the kernel.

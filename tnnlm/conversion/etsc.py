@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tnnlm.conversion.blocks import channel_blocks
-from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -54,7 +53,7 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
         if k.dtype == torch.float64:
             # Poles are off by rounding, and lag n multiplies that: one step of iterative refinement
             # fits the residues to the poles as they are. In float32 their own rounding is larger.
-            rest = block - ssm.taps(ssm.channels_of(params, part), n)
+            rest = block - params.channels_of(part).taps(n)
             params.residues[part] += _residues(rest, rate[part], weight)
     return params
 

@@ -15,7 +15,7 @@ from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
-from tnnlm.ops import recurrence, ssm
+from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
@@ -75,7 +75,7 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
         params = gradient(
             k, order=recipe.order or 16, steps=recipe.gradient_steps, lr=recipe.gradient_lr, progress=progress
         )
-    return Converted(recurrence.to_dtype(params, k.dtype), recipe.method, "as asked")
+    return Converted(params.to_dtype(k.dtype), recipe.method, "as asked")
 
 
 def check_taps(k: Tensor) -> None:
@@ -97,7 +97,7 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
         UserError: naming the setting.
     """
     if recipe.method not in METHODS:
-        raise UserError(f"unknown conversion method {recipe.method!r}; there is {', '.join(METHODS)}")
+        raise UserError(f"unknown conversion method {recipe.method!r}", f"there is {', '.join(METHODS)}")
     if recipe.poles not in ("shared", "channel"):
         raise UserError(f"poles {recipe.poles!r}: must be shared or channel")
     if recipe.order is not None and not 1 <= recipe.order <= lags:
@@ -121,15 +121,15 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
         window_taps=recipe.window_taps,
         finite=source.finite,
     )
-    stored = ssm.to_dtype(params, k.dtype)
+    stored = params.to_dtype(k.dtype)
     if recipe.order is None:
         reached = relative_error(k, stored)
         if reached > recipe.tolerance * (1 + 1e-3):
             kept = str(k.dtype).removeprefix("torch.")
             raise UserError(
                 f"tolerance {recipe.tolerance:g} can't be met: stored in {kept}, order "
-                f"{ssm.order(stored)} leaves a relative error of {reached:.1e}; raise the tolerance, "
-                "or give window taps"
+                f"{stored.order()} leaves a relative error of {reached:.1e}",
+                "raise the tolerance, or give window taps",
             )
     return stored
 
@@ -138,7 +138,7 @@ def relative_error(k: Tensor, params: Params) -> float:
     """||k - k^|| / ||k|| of the stored numbers, on the lags of k (E, T)."""
     squares = torch.zeros(2, dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
-        difference = block - recurrence.taps(recurrence.channels_of(params, part), k.shape[1])
+        difference = block - params.channels_of(part).taps(k.shape[1])
         squares += torch.stack([x.square().sum() for x in (difference, block)])
     return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
@@ -151,11 +151,11 @@ def _companion(own: Params | None) -> Params:
     """
     if own is None:
         raise UserError("this kernel has no recurrence of its own: use --method balanced, auto or window")
-    radius = recurrence.largest_pole(own)
+    radius = own.largest_pole()
     if radius >= 1:
         raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would "
-            "blow up; use --method window, or train with model.kernel.constraint=montel"
+            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would blow up",
+            "use --method window, or train with model.kernel.constraint=montel",
         )
     return own
 
@@ -164,23 +164,23 @@ def _auto(source: Source, recipe: ConversionConfig) -> Converted:
     """The cheapest that meets the tolerance: fewest state bytes, then multiply-adds per token."""
     k = source.k
     candidates: dict[str, Params] = {
-        "window": ssm.to_dtype(window(k), k.dtype),
-        "etsc": ssm.to_dtype(etsc(k, source.decay), k.dtype),
+        "window": window(k).to_dtype(k.dtype),
+        "etsc": etsc(k, source.decay).to_dtype(k.dtype),
     }
     failed = ""
     if source.own is not None:
         try:
-            candidates["companion"] = recurrence.to_dtype(_companion(source.own), k.dtype)
+            candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
         except UserError as error:
-            failed = f"; companion: {str(error).split(';')[0]}"
+            failed = f"; companion: {error.reason}"
     for poles in ("shared", "channel"):
         try:
             candidates["balanced"] = _balanced(source, recipe, poles)
         except UserError as error:
-            failed += f"; balanced with {poles} poles: {str(error).split(';')[0]}"
+            failed += f"; balanced with {poles} poles: {error.reason}"
             continue
         break
-    cost = {name: (recurrence.state_bytes(p), recurrence.multiply_adds(p)) for name, p in candidates.items()}
+    cost = {name: (recurrence.state_bytes(p), p.multiply_adds()) for name, p in candidates.items()}
     best = min(cost, key=lambda name: cost[name])
     table = ", ".join(
         f"{name} {size / 1024:,.0f} KiB" for name, (size, _) in sorted(cost.items(), key=lambda i: i[1])

@@ -46,7 +46,7 @@ def convert_taps(
         options: more fields of :class:`tnnlm.config.schema.ConversionConfig`.
 
     Returns:
-        parameters for :mod:`tnnlm.ops.ssm` (``init_state``, ``prefill``, ``step``), in float32 unless
+        the recurrence (with methods ``init_state``, ``prefill``, ``step``), in float32 unless
         the taps are float64, and what was measured on them.
 
     Raises:

@@ -105,7 +105,7 @@ def survey(
         with np.load(kept) as found:
             if found["fingerprint"] != fingerprint:
                 raise DataError(
-                    f"{where}: has changed since its preparation began; remove {kept.parent} to begin anew"
+                    f"{where}: has changed since its preparation began", f"remove {kept.parent} to begin anew"
                 )
             return Survey(found["chosen"], found["lengths"], found["hashes"])
     chosen, lengths, hashes = [], [], []

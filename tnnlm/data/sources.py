@@ -47,7 +47,7 @@ def source_files(config: DataConfig) -> list[Path]:
         files = sorted(p for p in sources if p.exists() and p.stat().st_size)
         if not files:
             raise DataError(
-                f"{root}: holds no sources of the standard library; give files with data.source=files"
+                f"{root}: holds no sources of the standard library", "give files with data.source=files"
             )
         return files
     if config.source == "hub":
@@ -64,9 +64,13 @@ def source_files(config: DataConfig) -> list[Path]:
         files += matches if path.exists() else [p for p in matches if p.is_file()]
     for path in files:
         if path.is_dir():
-            raise DataError(f"{path}: is a folder; name its files, for example data.files='{path}/**/*.txt'")
+            raise DataError(
+                f"{path}: is a folder", f"name its files, for example data.files='{path}/**/*.txt'"
+            )
         if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
-            raise DataError(f"{path}: unknown type; known are .txt .md .py .jsonl .parquet, each also as .gz")
+            raise DataError(
+                f"{path}: unknown type", "known are .txt .md .py .jsonl .parquet, each also as .gz"
+            )
     return sorted(set(files))
 
 
@@ -215,8 +219,8 @@ def _readable(what: str) -> Iterator[None]:
 def _check_column(rows: Any, config: DataConfig, where: str) -> None:
     if rows.column_names is not None and config.text_column not in rows.column_names:
         raise DataError(
-            f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}; "
-            "choose one with data.text_column=..."
+            f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}",
+            "choose one with data.text_column=...",
         )
 
 

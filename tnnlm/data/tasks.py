@@ -87,8 +87,8 @@ def _open_sequences(config: Config) -> TaskData:
     rows = corpus.rows["val"]
     if len(train) < config.data.batch_size or not rows:
         raise DataError(
-            f"too few sequences: {len(train)} to train on, {rows} to validate on; one batch takes "
-            f"{config.data.batch_size}: give more, or lower data.batch_size"
+            f"too few sequences: {len(train)} to train on, {rows} to validate on",
+            f"one batch takes {config.data.batch_size}: give more, or lower data.batch_size",
         )
     if config.data.max_val_tokens is not None:
         val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))

@@ -78,7 +78,7 @@ class TnnlmConfig(PreTrainedConfig):
             CheckpointError: if this is no converted model's configuration.
         """
         if self.model is None or self.recurrences is None:
-            raise CheckpointError("config.json: has no sizes of a converted model; convert again")
+            raise CheckpointError("config.json: has no sizes of a converted model", "convert again")
         return model_config_from_dict(self.model, "config.json")
 
     def convs(self) -> list[RecurrentConv]:
@@ -86,7 +86,7 @@ class TnnlmConfig(PreTrainedConfig):
         layers = []
         for shapes in self.recurrences or ():
             params = recurrence.from_tensors({name: torch.zeros(shape) for name, shape in shapes.items()})
-            layers.append(RecurrentConv(recurrence.to_dtype(params, torch.get_default_dtype())))
+            layers.append(RecurrentConv(params.to_dtype(torch.get_default_dtype())))
         return layers
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:

@@ -137,8 +137,7 @@ class _Flat(nn.Module):
         given = iter(parts)
         whole = tree_flatten(self.model.init_state(rows))[0]
         leaves = [next(given) if kept else part for part, kept in zip(whole, self._kept, strict=True)]
-        state: ModelState = tree_unflatten(leaves, self._structure)
-        return state
+        return tree_unflatten(leaves, self._structure)
 
     def _outputs(self, logits: Tensor, state: ModelState) -> tuple[Tensor, ...]:
         parts = zip(tree_flatten(state)[0], self._kept, strict=True)

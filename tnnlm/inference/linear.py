@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        y: Tensor = self._multiply(x.to(self.dtype), self._packed, self._bias, "none", [], "")
+        y = self._multiply(x.to(self.dtype), self._packed, self._bias, "none", [], "")
         return y.to(x.dtype)
 
 
@@ -83,7 +83,7 @@ class HalfLinear(nn.Module):
         # the same bits in any batch of two or more. Alone it stays, which is faster.
         rest = -len(rows) % _HALF_ROWS if len(rows) > 1 else 0
         padded = torch.nn.functional.pad(rows, (0, 0, 0, rest)) if rest else rows.contiguous()
-        y: Tensor = self._multiply(padded, self._packed)[: len(rows)]
+        y = self._multiply(padded, self._packed)[: len(rows)]
         y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 

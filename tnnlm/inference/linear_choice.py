@@ -67,7 +67,7 @@ def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
         )
     except RuntimeError as error:
         raise UserError(
-            f"dtype int8: not on {device} ({str(error).splitlines()[0]}); use float32 or bfloat16"
+            f"dtype int8: not on {device} ({str(error).splitlines()[0]})", "use float32 or bfloat16"
         ) from None
     return Choice("int8", Int8Linear)
 

@@ -43,8 +43,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """
     if not bool(logits.amax(-1).isfinite().all()):  # a maximum is NaN where one of its row is
         raise UserError(
-            "the model's logits are not finite: its weights are damaged, or the conversion is unstable; "
-            "check them with convert.py --verify"
+            "the model's logits are not finite: its weights are damaged, or the conversion is unstable",
+            "check them with convert.py --verify",
         )
     if sampling.temperature == 0:
         return logits.argmax(-1)

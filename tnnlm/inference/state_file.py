@@ -37,7 +37,7 @@ def check_state_path(path: Path) -> None:
         CheckpointError: naming it.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give the name of a file")
+        raise CheckpointError(f"{path}: is a folder", "give the name of a file")
     check_parents(path)
 
 
@@ -98,7 +98,7 @@ def load_context(path: Path, generator: TextGenerator) -> SavedContext:
     for part, fingerprint in expected.items():
         if metadata.get(part) != fingerprint:
             raise CheckpointError(
-                f"{path}: was saved with another {part}; load it with the one that wrote it"
+                f"{path}: was saved with another {part}", "load it with the one that wrote it"
             )
     random = tensors.pop("random", None)
     lengths = tuple(json.loads(metadata["lengths"]))

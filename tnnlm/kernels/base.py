@@ -102,7 +102,7 @@ def build_kernel(config: KernelConfig, n_channels: int, max_length: int) -> Kern
     """
     if config.name not in _BUILDERS:
         raise ConfigError(
-            f"model.kernel.name={config.name}: unknown kernel; there is {', '.join(_BUILDERS)}; "
-            "model.kernel.module=FILE names the file of another one"
+            f"model.kernel.name={config.name}: unknown kernel",
+            f"there is {', '.join(_BUILDERS)}; model.kernel.module=FILE names the file of another one",
         )
     return _BUILDERS[config.name](config, n_channels, max_length)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tnnlm.errors import ConfigError
 from tnnlm.fields import choice, number
 from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
-from tnnlm.ops import companion
 from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.toeplitz import fft_length
 
@@ -77,7 +76,7 @@ class RTFKernel(Kernel):
             k = self._taps(self.direct.dtype)[:, :length]
             if length <= self.max_length:
                 return k
-            rest = companion.taps(self.recurrence(), length)[:, self.max_length :]
+            rest = self.recurrence().taps(length)[:, self.max_length :]
             return torch.cat((k, rest.to(k.dtype)), dim=1)
 
     def recurrence(self) -> CompanionParams:

@@ -71,8 +71,7 @@ class Backbone(nn.Module):
         again = self.recompute and self.training
         for block in self.layers:
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
-        normalised: Tensor = self.norm(x)
-        return normalised
+        return self.norm(x)
 
     def _new_conv(self, channels: int) -> LongConv | BiConv:
         kernel, length = self.config.kernel, self.config.max_length
@@ -81,5 +80,4 @@ class Backbone(nn.Module):
         return BiConv(TwoSidedKernel(kernel, channels, length))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.dropout(self.embedding(tokens))
-        return x
+        return self.dropout(self.embedding(tokens))

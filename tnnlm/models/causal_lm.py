@@ -62,8 +62,8 @@ class CausalLM(Backbone):
         """
         if config.causal is False:
             raise ConfigError(
-                "model.causal=false: a causal language model may see no later token; leave model.causal out, "
-                "or set task=masked"
+                "model.causal=false: a causal language model may see no later token",
+                "leave model.causal out, or set task=masked",
             )
         super().__init__(config, convs)
         self.head: nn.Module | None = None
@@ -148,8 +148,7 @@ class CausalLM(Backbone):
 
     def _head(self, x: Tensor) -> Tensor:
         if self.head is not None:
-            logits: Tensor = self.head(x)
-            return logits
+            return self.head(x)
         return torch.nn.functional.linear(x, self.embedding.weight)
 
 

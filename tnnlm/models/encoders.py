@@ -70,5 +70,4 @@ class SequenceClassifier(Backbone):
         return nn.functional.cross_entropy(self(batch.tokens, batch.lengths).float(), batch.labels)
 
     def _head(self, pooled: Tensor) -> Tensor:
-        logits: Tensor = self.head(pooled)
-        return logits
+        return self.head(pooled)

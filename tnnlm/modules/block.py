@@ -36,5 +36,4 @@ class Block(nn.Module):
         return self._mix_channels(x + self.dropout(y)), state
 
     def _mix_channels(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.dropout(self.glu(self.norm(x)))
-        return y
+        return x + self.dropout(self.glu(self.norm(x)))

@@ -17,5 +17,4 @@ class GLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         gate, value = self.in_proj(x).chunk(2, dim=-1)
-        y: Tensor = self.out_proj(torch.nn.functional.silu(gate) * value)
-        return y
+        return self.out_proj(torch.nn.functional.silu(gate) * value)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params, State
 from tnnlm.precision import KeepsFloat32
 
@@ -18,15 +17,15 @@ class RecurrentConv(KeepsFloat32):
 
     def __init__(self, params: Params) -> None:
         super().__init__()
-        self._form: type[Params] = type(params)
+        self._form: Callable[..., Params] = type(params)
+        self._names = tuple(params._asdict())
         for name, tensor in params._asdict().items():
             self.register_buffer(name, tensor)
 
     @property
     def params(self) -> Params:
         """The recurrence's parameters, as the ops take them."""
-        tensors: Params = self._form(*(getattr(self, name) for name in self._form._fields))
-        return tensors
+        return self._form(*(getattr(self, name) for name in self._names))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, E) -> (B, L, E), from an empty state."""
@@ -34,18 +33,18 @@ class RecurrentConv(KeepsFloat32):
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first token."""
-        return recurrence.init_state(self.params, batch_size)
+        return self.params.init_state(batch_size)
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by the tokens of x (B, L, E); see :func:`tnnlm.ops.recurrence.prefill`."""
+        """Advance by the tokens of x (B, L, E); see :func:`tnnlm.ops.recurrence.Recurrence.prefill`."""
         # Autocast would run the matrix products of the recurrence in bf16.
         with torch.autocast(x.device.type, enabled=False):
-            return recurrence.prefill(self.params, x, state, lengths)
+            return self.params.prefill(x, state, lengths)
 
     def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by one token x (B, E); see :func:`tnnlm.ops.recurrence.step`."""
+        """Advance by one token x (B, E); see :func:`tnnlm.ops.recurrence.Recurrence.step`."""
         with torch.autocast(x.device.type, enabled=False):
-            return recurrence.step(self.params, x, state, active)
+            return self.params.step(x, state, active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Poles follow the device and nothing else: prefill raises them to high powers.

@@ -26,6 +26,13 @@ _BISECTIONS = 30
 """of the largest pole's modulus: to 1e-9"""
 
 
+class CompanionState(NamedTuple):
+    """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
+
+    recent: Tensor
+    """the last n values of w, newest first as the coefficients are, (B, E, n)"""
+
+
 class CompanionParams(NamedTuple):
     """Parameters of one recurrent convolution in companion form."""
 
@@ -36,78 +43,77 @@ class CompanionParams(NamedTuple):
     denominator: Tensor
     """a[1] .. a[n], (G, n): channels in order, E / G of them share a row"""
 
+    def init_state(self, batch_size: int) -> CompanionState:
+        """The state before the first token: zeros, in the numerator's dtype and on its device."""
+        return CompanionState(self.numerator.new_zeros(batch_size, *self.numerator.shape))
 
-class CompanionState(NamedTuple):
-    """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
+    def step(
+        self, x: Tensor, state: CompanionState, active: Tensor | None = None
+    ) -> tuple[Tensor, CompanionState]:
+        """Advance by one token x (B, E); rows where ``active`` (B,) is False keep their state."""
+        recent = state.recent
+        u = x.to(recent.dtype)
+        w = u - torch.einsum("bep,ep->be", recent, _per_channel(self))
+        y = self.direct * u + torch.einsum("bep,ep->be", recent, self.numerator)
+        after = torch.cat((w.unsqueeze(-1), recent[..., :-1]), dim=-1)
+        if active is not None:
+            after = torch.where(active[:, None, None], after, recent)
+        return y.to(x.dtype), CompanionState(after)
 
-    recent: Tensor
-    """the last n values of w, newest first as the coefficients are, (B, E, n)"""
+    def prefill(
+        self, x: Tensor, state: CompanionState, lengths: Tensor | None = None
+    ) -> tuple[Tensor, CompanionState]:
+        """Advance by the tokens of x (B, L, E) at once, by FFT convolutions; arguments and what is returned
+        are those of :func:`tnnlm.ops.ssm.SSMParams.prefill`."""
+        u = x.to(state.recent.dtype)
+        length, n = x.shape[1], self.order()
+        past = state.recent.flip(-1).transpose(1, 2)
+        # What the state does to the next n values of w is what these inputs would do from rest.
+        reach = min(n, length)
+        old = torch.cat((past, past.new_zeros(past.shape[0], reach, past.shape[2])), dim=1)
+        echo = toeplitz(old, _delayed(_per_channel(self)))[:, n:]
+        driven = torch.cat((u[:, :reach] - echo, u[:, reach:]), dim=1)
+        # Outputs by the taps, which are of the size of the outputs, and not by way of w, which may be larger.
+        tail = rational_series(self.numerator, _per_channel(self), length).to(u.dtype)
+        y = self.direct * u + toeplitz(driven, _delayed(tail))
+        y[:, :reach] += toeplitz(old, _delayed(self.numerator))[:, n:]
+        one = torch.ones_like(self.denominator[:, :1])
+        impulse = rational_series(one, self.denominator, length).to(u.dtype)
+        history = torch.cat((past, toeplitz(driven, _repeat(impulse, u.shape[2]))), dim=1)
+        if lengths is None:
+            recent = history[:, length:]
+        else:
+            index = lengths.to(x.device)[:, None] + torch.arange(n, device=x.device)
+            recent = history.gather(1, index[:, :, None].expand(-1, -1, u.shape[2]))
+        return y.to(x.dtype), CompanionState(recent.flip(1).transpose(1, 2).contiguous())
 
+    def taps(self, length: int) -> Tensor:
+        """The effective taps: d at lag 0, then the series of c / (1 + a), (E, ``length``) in float64."""
+        a = self.denominator
+        radius = 1.0 if bool(_schur_cohn(a.double()).all()) else self.largest_pole()
+        series = rational_series(self.numerator, _per_channel(self), max(1, length - 1), radius)
+        return torch.cat((self.direct.double()[:, None], series[:, : length - 1]), dim=1)
 
-def init_state(params: CompanionParams, batch_size: int) -> CompanionState:
-    """The state before the first token: zeros, in the numerator's dtype and on its device."""
-    return CompanionState(params.numerator.new_zeros(batch_size, *params.numerator.shape))
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one step: two per channel and state number, one for the direct tap."""
+        channels, order = self.numerator.shape
+        return channels * (2 * order + 1)
 
+    def order(self) -> int:
+        """Real state numbers per channel."""
+        return self.numerator.shape[1]
 
-def multiply_adds(params: CompanionParams) -> int:
-    """Multiply-adds of one step: two per channel and state number, one for the direct tap."""
-    channels, order = params.numerator.shape
-    return channels * (2 * order + 1)
+    def largest_pole(self) -> float:
+        """Largest modulus of a pole of any channel."""
+        return float(pole_radius(self.denominator.detach()).max())
 
+    def channels_of(self, part: slice) -> CompanionParams:
+        """The recurrence of some channels alone, a denominator for each."""
+        return CompanionParams(self.direct[part], self.numerator[part], _per_channel(self)[part])
 
-def order(params: CompanionParams) -> int:
-    """Real state numbers per channel."""
-    return params.numerator.shape[1]
-
-
-def step(
-    params: CompanionParams, x: Tensor, state: CompanionState, active: Tensor | None = None
-) -> tuple[Tensor, CompanionState]:
-    """Advance by one token x (B, E); rows where ``active`` (B,) is False keep their state."""
-    recent = state.recent
-    u = x.to(recent.dtype)
-    w = u - torch.einsum("bep,ep->be", recent, _per_channel(params))
-    y = params.direct * u + torch.einsum("bep,ep->be", recent, params.numerator)
-    after = torch.cat((w.unsqueeze(-1), recent[..., :-1]), dim=-1)
-    if active is not None:
-        after = torch.where(active[:, None, None], after, recent)
-    return y.to(x.dtype), CompanionState(after)
-
-
-def prefill(
-    params: CompanionParams, x: Tensor, state: CompanionState, lengths: Tensor | None = None
-) -> tuple[Tensor, CompanionState]:
-    """Advance by the tokens of x (B, L, E) at once, by FFT convolutions; arguments and what is returned
-    are those of :func:`tnnlm.ops.ssm.prefill`."""
-    u = x.to(state.recent.dtype)
-    length, n = x.shape[1], order(params)
-    past = state.recent.flip(-1).transpose(1, 2)
-    # What the state does to the next n values of w is what these inputs would do from rest.
-    reach = min(n, length)
-    old = torch.cat((past, past.new_zeros(past.shape[0], reach, past.shape[2])), dim=1)
-    echo = toeplitz(old, _delayed(_per_channel(params)))[:, n:]
-    driven = torch.cat((u[:, :reach] - echo, u[:, reach:]), dim=1)
-    # Outputs by the taps, which are of the size of the outputs, and not by way of w, which may be larger.
-    tail = rational_series(params.numerator, _per_channel(params), length).to(u.dtype)
-    y = params.direct * u + toeplitz(driven, _delayed(tail))
-    y[:, :reach] += toeplitz(old, _delayed(params.numerator))[:, n:]
-    one = torch.ones_like(params.denominator[:, :1])
-    impulse = rational_series(one, params.denominator, length).to(u.dtype)
-    history = torch.cat((past, toeplitz(driven, _repeat(impulse, u.shape[2]))), dim=1)
-    if lengths is None:
-        recent = history[:, length:]
-    else:
-        index = lengths.to(x.device)[:, None] + torch.arange(n, device=x.device)
-        recent = history.gather(1, index[:, :, None].expand(-1, -1, u.shape[2]))
-    return y.to(x.dtype), CompanionState(recent.flip(1).transpose(1, 2).contiguous())
-
-
-def taps(params: CompanionParams, length: int) -> Tensor:
-    """The effective taps: d at lag 0, then the series of c / (1 + a), (E, ``length``) in float64."""
-    a = params.denominator
-    radius = 1.0 if bool(_schur_cohn(a.double()).all()) else largest_pole(params)
-    series = rational_series(params.numerator, _per_channel(params), max(1, length - 1), radius)
-    return torch.cat((params.direct.double()[:, None], series[:, : length - 1]), dim=1)
+    def to_dtype(self, dtype: torch.dtype) -> CompanionParams:
+        """The same recurrence stored at ``dtype``, never below float32."""
+        return CompanionParams(*(part.to(working_dtype(dtype)) for part in self))
 
 
 def rational_series(numerator: Tensor, a: Tensor, length: int, radius: float = 1.0) -> Tensor:
@@ -153,11 +159,6 @@ def _series_by_states(numerator: Tensor, a: Tensor, length: int) -> Tensor:
     return (columns.transpose(1, 2) @ rows.transpose(1, 2)).flatten(1)[:, :length]
 
 
-def largest_pole(params: CompanionParams) -> float:
-    """Largest modulus of a pole of any channel."""
-    return float(pole_radius(params.denominator.detach()).max())
-
-
 def pole_radius(a: Tensor) -> Tensor:
     """Largest root modulus of z^n + a[1] z^(n-1) + .. + a[n], (G, n) -> (G,), by bisection.
 
@@ -187,16 +188,6 @@ def _schur_cohn(a: Tensor) -> Tensor:
         reflection = torch.where(inside[:, None], reflection, 0.0)
         a = (rest - reflection * rest.flip(1)) / (1 - reflection.square())
     return inside
-
-
-def channels_of(params: CompanionParams, part: slice) -> CompanionParams:
-    """The recurrence of some channels alone, a denominator for each."""
-    return CompanionParams(params.direct[part], params.numerator[part], _per_channel(params)[part])
-
-
-def to_dtype(params: CompanionParams, dtype: torch.dtype) -> CompanionParams:
-    """The same recurrence stored at ``dtype``, never below float32."""
-    return CompanionParams(*(part.to(working_dtype(dtype)) for part in params))
 
 
 def _per_channel(params: CompanionParams) -> Tensor:

@@ -29,7 +29,10 @@ def toeplitz_two_sided_dense(x: Tensor, k: Tensor) -> Tensor:
 
 def recurrence_loop(params: Params, x: Tensor) -> Tensor:
     """The recurrence by a Python loop in float64: x (B, L, E) -> (B, L, E) in float64."""
-    return _companion_loop(params, x) if isinstance(params, CompanionParams) else _modes_loop(params, x)
+    if isinstance(params, CompanionParams):
+        return _companion_loop(params, x)
+    assert isinstance(params, SSMParams)
+    return _modes_loop(params, x)
 
 
 def _companion_loop(params: CompanionParams, x: Tensor) -> Tensor:

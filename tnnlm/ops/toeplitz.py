@@ -56,7 +56,7 @@ def toeplitz(x: Tensor, k: Tensor) -> Tensor:
     _check_shapes(x, k)
     length = x.shape[1]
     k = k[:, :length]
-    y: Tensor = _circular_conv(x.permute(2, 0, 1), k, fft_length(length + k.shape[1] - 1))[0]
+    y = _circular_conv(x.permute(2, 0, 1), k, fft_length(length + k.shape[1] - 1))[0]
     return y.permute(1, 2, 0)
 
 
@@ -85,7 +85,7 @@ def toeplitz_two_sided(x: Tensor, k: Tensor) -> Tensor:
     centre = k.shape[1] // 2
     past, future = k[:, centre : centre + side], k[:, centre - side + 1 : centre]
     circle = torch.cat((past, k.new_zeros(len(k), n - 2 * side + 1), future), dim=1)
-    y: Tensor = _circular_conv(x.permute(2, 0, 1), circle, n)[0]
+    y = _circular_conv(x.permute(2, 0, 1), circle, n)[0]
     return y.permute(1, 2, 0)
 
 

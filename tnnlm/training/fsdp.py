@@ -41,8 +41,8 @@ def choose_strategy(config: Config) -> str | Strategy:
         # bf16-true keeps kernels in float32 beside bfloat16 projections: a block is gathered in one piece,
         # of one dtype. The other two Lightning refuses.
         raise ConfigError(
-            f"trainer.precision={precision}: trainer.strategy=fsdp runs in bf16-mixed or 32-true; "
-            "choose one of them, or trainer.strategy=ddp"
+            f"trainer.precision={precision}: trainer.strategy=fsdp runs in bf16-mixed or 32-true",
+            "choose one of them, or trainer.strategy=ddp",
         )
     return ModelParallelStrategy(
         data_parallel_size=resolve_devices(config) * config.trainer.num_nodes,

@@ -139,7 +139,7 @@ class LitModel(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what the task makes of it."""
         values = self.task.results(data_of(self.trainer).opened)
-        self._write(values | self._memory, self.task.shown)
+        self._write(values | self._memory, self.task.shown())
 
     def on_validation_end(self) -> None:
         """The clocks leave validation out."""

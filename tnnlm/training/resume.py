@@ -42,9 +42,9 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     """
     for word in overrides:
         if word.startswith(_FIXED_ON_RESUME):
-            raise ConfigError(f"{word}: can't be changed on resume; start a new run")
+            raise ConfigError(f"{word}: can't be changed on resume", "start a new run")
     if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: has no config.yaml to continue from; start it again")
+        raise CheckpointError(f"{run}: has no config.yaml to continue from", "start it again")
     config = load_config(run / "config.yaml", overrides)
     config.name, config.runs_dir = run.name, str(run.parent)
     return config
@@ -75,15 +75,15 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
     if not began(run):
         settings = " --config " + str(run / "config.yaml") if (run / "config.yaml").is_file() else ""
         raise CheckpointError(
-            f"{run}: ended before its first checkpoint; start it again with: {command('train')}{settings}"
+            f"{run}: ended before its first checkpoint", f"start it again with: {command('train')}{settings}"
         )
     try:
         step = _whole_step(run / source)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(error).split(';')[0]}; {_advice(run, source)}") from None
+        raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
         raise CheckpointError(
-            f"{run}: is complete at step {step}; to train on, add trainer.max_steps={2 * step} or more"
+            f"{run}: is complete at step {step}", f"to train on, add trainer.max_steps={2 * step} or more"
         )
     return step
 

@@ -141,8 +141,8 @@ def _fit(
         if last.saved_step is not None:
             go_on = f"go on from step {last.saved_step} with: {command('train')} --resume {last.run}"
         raise CheckpointError(
-            f"{error.filename or last.run}: {what}; stopped after step {trainer.global_step}; when that is "
-            f"mended {go_on}"
+            f"{error.filename or last.run}: {what}",
+            f"stopped after step {trainer.global_step}; when that is mended {go_on}",
         ) from None
 
 
@@ -150,7 +150,7 @@ def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     path = folder / "tokenizer.json"
     if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
         raise CheckpointError(
-            f"{folder}: its text or tokenizer has changed; it can only be continued on the same"
+            f"{folder}: its text or tokenizer has changed", "it can only be continued on the same"
         )
 
 

@@ -46,7 +46,7 @@ def job_name(given: str) -> str:
         return given
     number = slurm_job()
     if number is None:
-        raise ConfigError("--job: this is no SLURM job; give a name: --job NAME")
+        raise ConfigError("--job: this is no SLURM job", "give a name: --job NAME")
     return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {number}".replace("  ", " ")
 
 
@@ -132,8 +132,8 @@ def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
         # The folder's number is part of its name.
         if key not in ("name", "runs_dir") and new.get(key) != old.get(key):
             raise ConfigError(
-                f"--job: {run} of job {job!r} has {key}={old.get(key)}, not {new.get(key)}; give this "
-                f"training another name: --job NAME, or continue that one: --resume {run}"
+                f"--job: {run} of job {job!r} has {key}={old.get(key)}, not {new.get(key)}",
+                f"give this training another name: --job NAME, or continue that one: --resume {run}",
             )
 
 

@@ -14,20 +14,8 @@ from tnnlm.checkpoints.locate import BEST
 from tnnlm.errors import command
 from tnnlm.files import atomic_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.loggers.names import BY_COLUMN, Place, metrics_at
 from tnnlm.training.tasks import Task
-
-_TITLES = {
-    "val/loss": "loss, nats",
-    "val/ppl_masked": "perplexity of hidden tokens",
-    "val/accuracy": "accuracy",
-}
-"""of validations that don't compare two forms"""
-_TESTED = {
-    "val/accuracy_best": "best accuracy",
-    "test/accuracy": "accuracy of the best on the test split",
-    "test/majority": "of naming its commonest class",
-}
-"""where there is a test split"""
 
 
 def write_summary(
@@ -44,7 +32,7 @@ def write_summary(
     ``tested``: what the best checkpoint reaches on a test split; empty where the task has none. The best
     value of what is monitored then stands beside the last.
     """
-    kept = [name for name in task.columns if name != "val/loss" or not task.converts]
+    kept = [name for name in task.columns() if name != "val/loss" or not task.converts]
     rows = read_metrics(run / "metrics.csv")
     summary: dict[str, Any] = {}
     for row in rows:
@@ -154,11 +142,11 @@ def _forms(run: Path, summary: dict[str, Any]) -> Table:
 def _values(run: Path, summary: dict[str, Any], task: type[Task]) -> Table:
     """What the last validation measured."""
     table = Table("validation", "", title=f"run {run.name}")
-    for name in task.columns:
-        table.add_row(_TITLES.get(name, name.removeprefix("val/")), _shown(summary.get(name)))
-    for name, title in _TESTED.items():
-        if name in summary:
-            table.add_row(title, _shown(summary[name]))
+    for name in task.columns():
+        table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)))
+    for metric in metrics_at(Place.SUMMARY):
+        if metric.column in summary:
+            table.add_row(metric.label, _shown(summary[metric.column]))
     return table
 
 

@@ -6,26 +6,26 @@ class here.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.data.tasks import TaskData
 from tnnlm.evaluation import (
-    NLL,
-    Scores,
     bits_per_byte,
     class_scores,
     masked_nll,
     parallel_nll,
+    perplexity,
     ppl_gap,
     recurrent_nll,
 )
@@ -36,51 +36,26 @@ from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.fsdp import whole
+from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
 
-class NLLMetric(Metric):
-    """Sums of nll and of tokens, reduced over ranks when computed: means of means are wrong on
-    uneven ranks."""
+class WeightedMean(MeanMetric):
+    """The mean over all batches of all ranks, each weighted by its size, always in float64.
 
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "tokens"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, nll: NLL) -> None:
-        """Add a batch."""
-        self.total += nll.total
-        self.tokens += nll.tokens
-
-    def compute(self) -> NLL:
-        """Over all batches of all ranks."""
-        return NLL(float(self.total), int(self.tokens))
-
-
-class ScoresMetric(Metric):
-    """Sums over classified sequences, reduced over ranks as those of :class:`NLLMetric`."""
-
-    total: Tensor
-    correct: Tensor
-    rows: Tensor
+    NaN stays NaN: by default torchmetrics drops such batches, and a model that diverged would score well.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        for name in Scores._fields:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__(nan_strategy=math.nan)
+        self.set_dtype(torch.float64)
 
-    def update(self, scores: Scores) -> None:
-        """Add a batch."""
-        self.total += scores.total
-        self.correct += scores.correct
-        self.rows += scores.rows
+    def add(self, total: float, count: int) -> None:
+        """Add a batch: the sum over ``count`` tokens or rows, of which there may be none."""
+        self.update(total / max(count, 1), count)
 
-    def compute(self) -> Scores:
-        """Over all batches of all ranks."""
-        return Scores(float(self.total), int(self.correct), int(self.rows))
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
+        # Sums would follow a model to bfloat16, and any move rounds to float32 what is added from then on.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device, torch.float64), exclude_state)
 
 
 class Task(nn.Module, ABC):
@@ -88,18 +63,27 @@ class Task(nn.Module, ABC):
 
     converts: ClassVar[bool] = False
     """whether its models have a recurrent form: checkpoints carry it, samples are written with it"""
-    columns: ClassVar[tuple[str, ...]]
-    """what a validation logs"""
-    shown: ClassVar[tuple[str, ...]]
-    """of these, what the progress bar and callbacks get"""
+    place: ClassVar[Place]
+    """which columns of metrics.csv a validation logs"""
     monitor: ClassVar[str]
-    """of ``shown``, what best.ckpt is the best in"""
+    """of these, what best.ckpt is the best in"""
     mode: ClassVar[str] = "min"
     """whether the best is the smallest or the largest: min or max"""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """What a validation logs."""
+        return columns_at(cls.place)
+
+    @classmethod
+    def shown(cls) -> tuple[str, ...]:
+        """Of these, what the progress bar and callbacks get."""
+        metrics = metrics_at(cls.place)
+        return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
         """Make ready for a validation; may fail on one rank alone.
@@ -117,23 +101,33 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def results(self, data: TaskData) -> dict[str, float]:
-        """Values for ``columns`` over all batches of all ranks, then start anew."""
+        """Values for :meth:`columns` over all batches of all ranks, then start anew."""
 
 
 class CausalTask(Task):
     """Perplexity of both forms on the same tokens."""
 
     converts = True
-    columns = ("val/loss", "val/ppl", "val/bpb", "val/ppl_recurrent", "val/bpb_recurrent", "val/ppl_gap")
-    shown = ("val/ppl", "val/bpb")
+    place = Place.CAUSAL
     monitor = "val/ppl"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.recurrences: list[RecurrentConv] = []
         """of the kernels of this validation; in a list, so that they are no submodules"""
-        self.nll_parallel = NLLMetric()
-        self.nll_recurrent = NLLMetric()
+        self.nll_parallel = WeightedMean()
+        self.nll_recurrent = WeightedMean()
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """What a validation logs."""
+        return columns_at(cls.place)
+
+    @classmethod
+    def shown(cls) -> tuple[str, ...]:
+        """Of these, what the progress bar and callbacks get."""
+        metrics = metrics_at(cls.place)
+        return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
         """Convert them."""
@@ -149,11 +143,11 @@ class CausalTask(Task):
 
     def validate(self, model: CausalLM, batch: Tensor, counted: int) -> None:
         """Score the same rows by FFT and by the recurrence."""
-        self.nll_parallel.update(parallel_nll(model, batch, counted))
+        self.nll_parallel.add(*parallel_nll(model, batch, counted))
         if self.recurrences:
             chunk = self.config.conversion.chunk
             with in_recurrent_form(model, self.recurrences):
-                self.nll_recurrent.update(recurrent_nll(model, batch, chunk, counted))
+                self.nll_recurrent.add(*recurrent_nll(model, batch, chunk, counted))
 
     @contextmanager
     def recurrent_form(self, model: CausalLM) -> Iterator[CausalLM]:
@@ -164,17 +158,17 @@ class CausalTask(Task):
 
     def results(self, data: TaskData) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
-        parallel = self.nll_parallel.compute()
+        parallel = float(self.nll_parallel.compute())
         values = {
-            "val/loss": parallel.mean,
-            "val/ppl": parallel.ppl,
-            "val/bpb": bits_per_byte(parallel.mean, data.bytes_per_token),
+            "val/loss": parallel,
+            "val/ppl": perplexity(parallel),
+            "val/bpb": bits_per_byte(parallel, data.bytes_per_token),
         }
         if self.recurrences:
-            recurrent = self.nll_recurrent.compute()
-            values["val/ppl_recurrent"] = recurrent.ppl
-            values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, data.bytes_per_token)
-            values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
+            recurrent = float(self.nll_recurrent.compute())
+            values["val/ppl_recurrent"] = perplexity(recurrent)
+            values["val/bpb_recurrent"] = bits_per_byte(recurrent, data.bytes_per_token)
+            values["val/ppl_gap"] = ppl_gap(values["val/ppl"], values["val/ppl_recurrent"])
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
         return values
@@ -183,46 +177,48 @@ class CausalTask(Task):
 class MaskedTask(Task):
     """Perplexity of the hidden tokens."""
 
-    columns = ("val/loss", "val/ppl_masked")
-    shown = ("val/ppl_masked",)
+    place = Place.MASKED
     monitor = "val/ppl_masked"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.nll = NLLMetric()
+        self.nll = WeightedMean()
 
     def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int) -> None:
         """Score the tokens to be guessed."""
-        self.nll.update(masked_nll(model, batch, counted))
+        self.nll.add(*masked_nll(model, batch, counted))
 
     def results(self, data: TaskData) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
-        nll = self.nll.compute()
+        nll = float(self.nll.compute())
         self.nll.reset()
-        return {"val/loss": nll.mean, "val/ppl_masked": nll.ppl}
+        return {"val/loss": nll, "val/ppl_masked": perplexity(nll)}
 
 
 class ClassifyTask(Task):
     """Share of whole sequences whose class is found."""
 
-    columns = ("val/loss", "val/accuracy")
-    shown = ("val/accuracy",)
+    place = Place.CLASSIFY
     monitor = "val/accuracy"
     mode = "max"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.scores = ScoresMetric()
+        self.nll = WeightedMean()
+        self.correct = WeightedMean()
 
     def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int) -> None:
         """Classify a batch."""
-        self.scores.update(class_scores(model, batch, counted))
+        scores = class_scores(model, batch, counted)
+        self.nll.add(scores.total, scores.rows)
+        self.correct.add(scores.correct, scores.rows)
 
     def results(self, data: TaskData) -> dict[str, float]:
-        """Reduce over ranks, then divide once."""
-        scores = self.scores.compute()
-        self.scores.reset()
-        return {"val/loss": scores.mean, "val/accuracy": scores.accuracy}
+        """Reduce over ranks."""
+        values = {"val/loss": float(self.nll.compute()), "val/accuracy": float(self.correct.compute())}
+        self.nll.reset()
+        self.correct.reset()
+        return values
 
 
 TASKS: dict[str, type[Task]] = {"causal": CausalTask, "masked": MaskedTask, "classify": ClassifyTask}

@@ -22,13 +22,12 @@ from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.machine.resident import resident_peak
 from tnnlm.ops.toeplitz import fft_length
 from tnnlm.training.estimate import guessed_share
+from tnnlm.training.loggers.names import LENGTH, ORDER
 
 ENERGY = 0.99
 """share of a kernel's energy that its effective length holds"""
 LARGEST_ORDER = 64
 """orders are counted up to here: a layer that shows it needs as many or more"""
-LENGTH, ORDER = "kernel/length", "kernel/order"
-"""per layer: ``kernel/length/0`` is the effective length of the first"""
 
 
 class KernelMemory(NamedTuple):
@@ -68,11 +67,6 @@ def memory_values(
         if found is not None:
             values |= {f"{LENGTH}/{index}": found.length, f"{ORDER}/{index}": found.order}
     return values
-
-
-def memory_columns(n_layers: int) -> tuple[str, ...]:
-    """The names that :func:`memory_values` uses."""
-    return tuple(f"{name}/{index}" for name in (LENGTH, ORDER) for index in range(n_layers))
 
 
 def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) -> float:

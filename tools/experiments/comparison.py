@@ -21,7 +21,6 @@ from tnnlm.conversion import balanced, etsc, gradient, window
 from tnnlm.conversion.methods import relative_error
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels
-from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -165,6 +164,6 @@ def _timed(k: Tensor, run: Method) -> dict[str, Any]:
         started = time.perf_counter()
         params, condition = run()
         times.append(time.perf_counter() - started)
-    error = relative_error(k, ssm.to_dtype(params, k.dtype))
+    error = relative_error(k, params.to_dtype(k.dtype))
     row: dict[str, Any] = {"seconds": statistics.median(times[1:] or times), "error": error}
     return row if condition is None else row | {"condition": condition}

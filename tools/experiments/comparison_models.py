@@ -24,7 +24,7 @@ from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
-from tnnlm.ops import recurrence, ssm
+from tnnlm.ops import recurrence
 from tnnlm.ops.ssm import SSMParams
 
 RANK = 128
@@ -146,7 +146,7 @@ def orders(model: CausalLM, sizes: Sizes) -> dict[str, Any]:
             # Of the same finite matrix as the errors' norm: the bound holds for that one.
             sigma = hankel_svd(compress(k, RANK).unsqueeze(0), max(wanted) + 1)[0][0]
             for order in wanted:
-                params = ssm.to_dtype(balanced(k[:, :horizon], order=order), k.dtype)
+                params = balanced(k[:, :horizon], order=order).to_dtype(k.dtype)
                 rows.append({"layer": layer, "order": order, **_against_bound(k, params, sigma, order)})
                 bar.update()
     ratios = [row["ratio"] for row in rows if row["order"] in RATIO_ORDERS and row["ratio"] is not None]
@@ -160,7 +160,7 @@ def orders(model: CausalLM, sizes: Sizes) -> dict[str, Any]:
 
 def _against_bound(k: Tensor, params: SSMParams, sigma: Tensor, order: int) -> dict[str, float | None]:
     bound = float(sigma[order]) if order < len(sigma) else 0.0
-    norm = hankel_norm(compress((k - ssm.taps(params, k.shape[1])), RANK))
+    norm = hankel_norm(compress((k - params.taps(k.shape[1])), RANK))
     largest = float(sigma[0].clamp(min=torch.finfo(torch.float64).tiny))
     return {
         "bound": bound / largest,

@@ -22,7 +22,6 @@ from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nl
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.causal_lm import state_bytes as model_state_bytes
 from tnnlm.models.surgery import attach
-from tnnlm.ops import recurrence
 
 _PASS_TOKENS = 1 << 13
 """tokens in one pass of a model"""
@@ -91,7 +90,7 @@ def forms_of(model: nn.Module, recipe: ConversionConfig) -> tuple[list[Form], li
         about = {
             "form": settings.method,
             "methods": [layer.method for layer in layers],
-            "orders": [recurrence.order(layer.params) for layer in layers],
+            "orders": [layer.params.order() for layer in layers],
             "reasons": [layer.reason for layer in layers],
             "horizon": horizon,
             "seconds": time.perf_counter() - started,

@@ -24,7 +24,6 @@ from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.kernels import SGConvKernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
-from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 ORDERS = (16, 32, 64, 128, 192, 256)
@@ -130,7 +129,7 @@ def _support(kernel: torch.nn.Module) -> int:
 
 
 def _reduced(k: Tensor, order: int, poles: str, width: int) -> SSMParams:
-    return ssm.to_dtype(balanced(k, order=order, poles=poles, window_taps=width, finite=True), k.dtype)
+    return balanced(k, order=order, poles=poles, window_taps=width, finite=True).to_dtype(k.dtype)
 
 
 def _gaps(

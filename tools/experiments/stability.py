@@ -24,7 +24,6 @@ from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.ops import ssm
 from tnnlm.ops.ssm import SSMParams
 
 METHODS = ("etsc", "balanced", "window", "vandermonde")
@@ -121,7 +120,7 @@ def _measure_taps(cell: Row) -> Row:
 def _convert(k: Tensor, cell: Row) -> SSMParams:
     n = cell["n"]
     if cell["method"] == "vandermonde":
-        return ssm.to_dtype(vandermonde(k[:, :n].double(), "real")[0], k.dtype)
+        return vandermonde(k[:, :n].double(), "real")[0].to_dtype(k.dtype)
     decay = cell["decay"] if cell["source"] == "tno" else None
     return convert_taps(k, method=cell["method"], horizon=n, decay=decay)[0]
 
@@ -134,11 +133,11 @@ def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> 
     size = 2 * length
     spectrum = torch.fft.rfft(x.T, n=size) * torch.fft.rfft(k, n=size)
     expected = torch.fft.irfft(spectrum, n=size)[:, :length].T
-    params = ssm.to_dtype(params, dtype)
-    state = ssm.init_state(params, 1)
+    params = params.to_dtype(dtype)
+    state = params.init_state(1)
     outputs = []
     for t in range(length):
-        y, state = ssm.step(params, x[t : t + 1].to(dtype), state)
+        y, state = params.step(x[t : t + 1].to(dtype), state)
         outputs.append(y[0].double())
     off = torch.stack(outputs) - expected
     tiny = torch.finfo(torch.float64).tiny

@@ -15,7 +15,6 @@ from experiments.synthetic_models import Model, answers, answers_by_steps, build
 from experiments.synthetic_tasks import Batch, copying, delay
 from tnnlm.config.schema import OptimConfig
 from tnnlm.errors import UserError
-from tnnlm.ops import recurrence
 from tnnlm.training.optim import build_optimizer, build_scheduler
 
 _TEST = 1 << 20
@@ -49,8 +48,8 @@ def measure_task(cell: Row) -> Row:
         | _test(cell, model, made.model)
         | {
             "method": made.layers[0].method,
-            "order": max(map(recurrence.order, params)),
-            "largest_pole": max(map(recurrence.largest_pole, params)),
+            "order": max(p.order() for p in params),
+            "largest_pole": max(p.largest_pole() for p in params),
             "refused": made.refused,
         }
     )

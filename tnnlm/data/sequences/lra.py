@@ -55,12 +55,14 @@ def needed(task: str, folder: Path) -> list[Path]:
         },
     }[task]
     if not folder.is_dir():
-        raise DataError(f"data.lra.folder={folder}: no such folder; it should hold {names[0]}")
+        raise DataError(f"data.lra.folder={folder}: no such folder", f"it should hold {names[0]}")
     root = next((folder / nested for nested in _NESTED if (folder / nested / names[0]).exists()), folder)
     paths = [root / name for name in names]
     for path in paths:
         if not path.exists():
-            raise DataError(f"{path}: not found; data.lra.task={task} reads {', '.join(names)} in {folder}")
+            raise DataError(
+                f"{path}: not found", f"data.lra.task={task} reads {', '.join(names)} in {folder}"
+            )
     return paths
 
 

@@ -60,8 +60,8 @@ def check_sequences(config: Config) -> None:
         )
     if bounds.max_length > model.max_length:
         raise ConfigError(
-            f"data.listops.max_length={bounds.max_length}: above model.max_length={model.max_length}; an "
-            "expression that is cut has another value"
+            f"data.listops.max_length={bounds.max_length}: above model.max_length={model.max_length}",
+            "an expression that is cut has another value",
         )
 
 

@@ -82,8 +82,8 @@ def averaging(config: Config) -> list[AveragedWeights]:
     where = f"trainer.ema_decay={settings.ema_decay:g}"
     if resolve_precision(config) in ("bf16-true", "64-true"):
         raise ConfigError(
-            f"{where}: averages float32 weights; take trainer.precision=bf16-mixed or 32-true with it"
+            f"{where}: averages float32 weights", "take trainer.precision=bf16-mixed or 32-true with it"
         )
     if any(name in settings.strategy for name in ("fsdp", "model_parallel", "deepspeed")):
-        raise ConfigError(f"{where}: can't average weights in shards; take trainer.strategy=ddp with it")
+        raise ConfigError(f"{where}: can't average weights in shards", "take trainer.strategy=ddp with it")
     return [AveragedWeights(settings.ema_decay)]

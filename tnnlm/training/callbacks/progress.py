@@ -12,6 +12,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 
 from tnnlm.training.lit_module import LitModel
+from tnnlm.training.loggers.names import METRICS
 
 
 class TrainingBar(ProgressBar):
@@ -45,15 +46,8 @@ class TrainingBar(ProgressBar):
         """Advance with the optimizer step."""
         if self._training is not None:
             metrics = trainer.progress_bar_metrics
-            names = (
-                ("train/loss", "loss"),
-                ("train/grad_norm", "norm"),
-                ("train/tokens_per_second", "tokens/s"),
-                ("val/bpb", "val bpb"),
-                ("val/ppl_masked", "val ppl"),
-                ("val/accuracy", "val accuracy"),
-            )
-            shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in names if key in metrics)
+            named = [metric for metric in METRICS if metric.short and metric.column in metrics]
+            shown = "  ".join(f"{metric.short} {metrics[metric.column]:.4g}" for metric in named)
             self.bar.update(self._training, completed=trainer.global_step, shown=shown)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -9,22 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
-from tnnlm.training.throughput import LENGTH
-
-_SHOWN = (
-    "train/loss",
-    "train/lr",
-    "train/tokens_per_second",
-    "train/data_seconds",
-    "train/grad_norm",
-    "val/ppl",
-    "val/bpb",
-    "val/ppl_recurrent",
-    "val/ppl_gap",
-    "val/ppl_masked",
-    "val/accuracy",
-)
-"""on the lines of a batch log"""
+from tnnlm.training.loggers.names import LENGTH, Place, columns_at
 
 
 class PlainLines(Logger):
@@ -51,8 +36,9 @@ class PlainLines(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write the line."""
+        named = columns_at(Place.LINE)
         shown = [
-            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in _SHOWN
+            f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in named
         ]
         lags = [int(value) for key, value in metrics.items() if key.startswith(LENGTH)]
         if lags:

@@ -13,22 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from tnnlm.config.schema import Config
 from tnnlm.files import write_text
+from tnnlm.training.loggers.names import csv_columns
 from tnnlm.training.tasks import TASKS
-from tnnlm.training.throughput import memory_columns
-
-COLUMNS = (
-    "step",
-    "train/loss",
-    "train/lr",
-    "train/tokens_per_second",
-    "train/skipped",
-    "train/step_seconds",
-    "train/data_seconds",
-    "train/grad_norm",
-    "train/tflops",
-    "train/memory_gib",
-)
-"""of metrics.csv; behind them come those of the task's validations, and of every layer"""
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -52,7 +38,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, config: Config, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.columns = (*COLUMNS, *TASKS[config.task].columns, *memory_columns(config.model.n_layers))
+        self.columns = csv_columns(TASKS[config.task].place, config.model.n_layers)
         self.resume_step = resume_step
 
     @property

@@ -53,7 +53,7 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
         except Exception as error:  # of its own many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"{asked}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
+                f"{asked}: {reason}", "log in with `wandb login`, or set WANDB_MODE=offline"
             ) from None
         write_text(path, identity + "\n")
     return logger

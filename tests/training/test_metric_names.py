@@ -1,0 +1,30 @@
+"""metrics.csv keeps its columns and their order: a resumed run goes on with the file that it finds."""
+
+from __future__ import annotations
+
+from conftest import ROOT
+from tnnlm.training.loggers.names import METRICS, Place, csv_columns
+from tnnlm.training.tasks import TASKS
+
+OLD = ROOT / "tests/fixtures/version_0.1.0/runs/old/metrics.csv"
+N_COMMON = 10
+"""columns that every task has, before those of a validation"""
+
+
+def test_columns_are_those_of_version_0_1_0() -> None:
+    header = OLD.read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert list(csv_columns(Place.CAUSAL, n_layers=2)) == header
+    for place, value in ((Place.MASKED, "val/ppl_masked"), (Place.CLASSIFY, "val/accuracy")):
+        assert list(csv_columns(place, 0)) == [*header[:N_COMMON], "val/loss", value]
+
+
+def test_each_name_stands_once() -> None:
+    assert len({metric.column for metric in METRICS}) == len(METRICS)
+    shorts = [metric.short for metric in METRICS if metric.short]
+    assert len(set(shorts)) == len(shorts)
+
+
+def test_every_task_shows_what_it_monitors() -> None:
+    for task in TASKS.values():
+        assert task.monitor in task.shown()
+        assert set(task.shown()) <= set(task.columns())

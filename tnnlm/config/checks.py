@@ -1,0 +1,57 @@
+"""One check of settings for all their origins: files, ``key=value`` words, flags of a script, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from tnnlm.errors import ConfigError
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Name, value and bounds of every field, those of nested groups as ``group.name``."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def check_settings(settings: Any, shown: Callable[[str, Any], str] = "{}={}".format) -> None:
+    """Refuse values outside the bounds and choices of their fields.
+
+    Args:
+        settings: a dataclass whose fields are made by :mod:`tnnlm.fields`.
+        shown: names a field and its value in the error.
+
+    Raises:
+        ConfigError: for the first one.
+    """
+    for name, value, metadata in leaves(settings):
+        check_value(shown(name, value), value, metadata)
+
+
+def check_value(shown: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuse a value outside the bounds and choices of its field.
+
+    Raises:
+        ConfigError: that begins with ``shown``.
+    """
+    options, word = metadata.get("options"), metadata.get("word")
+    if options and value not in options:
+        raise ConfigError(f"{shown}: expected one of {', '.join(options)}")
+    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
+    if value is None or value == word or low is high is above is None:
+        return
+    if isinstance(value, str):
+        raise ConfigError(f"{shown}: expected a number or {word or 'auto'}")
+    if value != value:
+        raise ConfigError(f"{shown}: not a number")
+    if low is not None and value < low:
+        raise ConfigError(f"{shown}: must be at least {low:g}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{shown}: must be above {above:g}")
+    if high is not None and value > high:
+        raise ConfigError(f"{shown}: must be at most {high:g}")

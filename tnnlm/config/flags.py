@@ -1,0 +1,117 @@
+"""Flags of a script from a dataclass of settings, where names, types, choices and help stand already."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tnnlm.config.checks import check_settings
+
+_T = TypeVar("_T")
+_METAVARS = {int: "N", float: "X"}
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, schema: type, names: Mapping[str, str], defaults: Mapping[str, Any] = {}
+) -> None:
+    """Add a flag for some fields of a dataclass.
+
+    Args:
+        parser: gets the flags.
+        schema: a dataclass whose fields take a number, a string, or a number or a word.
+        names: field -> flag without dashes in front, in the order of ``--help``.
+        defaults: of fields for which the script's differ from the schema's.
+
+    Raises:
+        TypeError: for a field of another type.
+    """
+    hints, documented = get_type_hints(schema), field_docs(schema)
+    by_name = {item.name: item for item in fields(schema)}
+    for name, flag in names.items():
+        metadata = by_name[name].metadata
+        default = defaults.get(name, by_name[name].default)
+        read, metavar = _reader(hints[name], metadata.get("word"), f"{schema.__name__}.{name}")
+        options = metadata.get("options")
+        parser.add_argument(
+            f"--{flag}",
+            dest=name,
+            type=read,
+            choices=options,
+            default=default,
+            metavar=None if options else metavar,
+            help=_help(documented.get(name, ""), default),
+        )
+
+
+def settings_from_flags(schema: Callable[..., _T], names: Mapping[str, str], args: argparse.Namespace) -> _T:
+    """The settings that flags of :func:`add_flags` ask for.
+
+    Raises:
+        ConfigError: for a value out of bounds, naming the flag.
+    """
+    settings = schema(**{name: getattr(args, name) for name in names})
+    check_settings(settings, lambda name, value: f"--{names.get(name, name)} {value}")
+    return settings
+
+
+@cache
+def field_docs(schema: type) -> Mapping[str, str]:
+    """What the string under each field of a class says, on one line; those of base classes too.
+
+    Empty where the source is not at hand.
+    """
+    found: dict[str, str] = {}
+    for part in reversed(schema.__mro__[:-1]):
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        except (OSError, TypeError):
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for item, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                doc = _string(text)
+                found |= {item.target.id: " ".join(doc.split())} if doc else {}
+    return types.MappingProxyType(found)
+
+
+def _string(node: ast.stmt) -> str:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""
+
+
+def _reader(hint: Any, word: str | None, where: str) -> tuple[Callable[[str], Any], str]:
+    """What reads a flag's value, and what stands for it in the help."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if kinds == (str,):
+        return str, "TEXT"
+    numbers = [kind for kind in kinds if kind in _METAVARS]
+    if len(numbers) != 1 or set(kinds) - {*numbers, str}:
+        raise TypeError(f"{where}: no flag can be made of {hint}")
+    (kind,) = numbers
+    if str not in kinds:
+        return kind, _METAVARS[kind]
+    return _number_or(kind, word), f"{_METAVARS[kind]}|{word}"
+
+
+def _number_or(kind: type, word: str | None) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return text if text == word else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {word} or a number: {text!r}") from None
+
+    return read
+
+
+def _help(text: str, default: Any) -> str:
+    # null is YAML's; a percent sign would begin a format of argparse's.
+    text = text.replace("null:", "default:").replace("%", "%%")
+    return text if default is None else f"{text} (default: {default})"
