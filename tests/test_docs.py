@@ -292,14 +292,15 @@ def test_metrics_that_a_page_names_are_logged(page: Path) -> None:
 
 def test_options_that_pages_name_exist() -> None:
     scripts = [*(ROOT / "tnnlm/cli").glob("*.py"), *(ROOT / "tools").glob("*.py")]
-    known = {"--help"} | set(
+    known = {"--help", *(f"--{flag}" for flag in script_module("convert.py").FLAGS.values())} | set(
         re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts))
     )
     text = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(--[a-z-]+)", text, flags=re.MULTILINE))
-    convert = (ROOT / "tnnlm/cli/convert.py").read_text(encoding="utf-8")
-    options = re.findall(r'add\(\s*"(--[a-z-]+)"', convert)
-    assert rows == set(options)
+    options = {
+        word for word in script_module("convert.py").arguments()._option_string_actions if "--" in word
+    }
+    assert rows == options - {"--help"}
     for page in PAGES:
         if name_of(page) in OWN_TESTS or "slurm" in str(page):  # they name options of other programs
             continue

@@ -22,14 +22,22 @@ from pathlib import Path
 
 from tnnlm.checkpoints.converted import is_converted
 from tnnlm.cli.usage import parser_of
+from tnnlm.config.flags import add_flags, settings_from_flags
 from tnnlm.config.schema import ConversionConfig
-from tnnlm.conversion import METHODS
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import DTYPES
 
+FLAGS = {
+    name: name.removeprefix("gradient_").replace("_", "-")
+    for name in (
+        "method", "horizon", "tolerance", "order", "poles", "window_taps", "gradient_steps", "gradient_lr"
+    )
+}  # fmt: skip
+"""settings of a conversion -> their flags"""
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = parser_of("convert", __doc__)
     parser.add_argument(
         "target",
@@ -38,7 +46,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="run folder or name, or a checkpoint (default: newest run); or a converted model's folder, for "
         "--compile, --export and --onnx alone",
     )
-    add_recipe(parser)
+    add_flags(parser.add_argument_group("conversion"), ConversionConfig, FLAGS, {"method": "balanced"})
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="default: RUN/converted")
     add("--force", action="store_true", help="replace a converted model at --out")
@@ -61,13 +69,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write the step as an ONNX model, into onnx/; needs the extra [onnx]",
     )
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    parser = arguments()
     args = parser.parse_args(words)
-    if args.horizon != "auto":
-        if not args.horizon.isdecimal() or not 1 <= int(args.horizon) <= 1 << 20:
-            raise UserError(
-                f"--horizon {args.horizon}: expected auto or a number of lags from 1 to {1 << 20:,}"
-            )
-        args.horizon = int(args.horizon)
+    args.recipe = settings_from_flags(ConversionConfig, FLAGS, args)
     args.compile = () if args.compile is None else args.compile or ("float32",)
     args.export = [form for form, wanted in (("torch", args.export), ("onnx", args.onnx)) if wanted]
     args.converted = args.target is not None and is_converted(Path(args.target))
@@ -76,36 +85,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """How kernels are converted."""
-    add = parser.add_argument_group("conversion").add_argument
-    add("--method", choices=METHODS, default="balanced", help="default: balanced")
-    add(
-        "--horizon",
-        default="auto",
-        metavar="N|auto",
-        help="lags that must be right; auto (default): until the kernel's rest is float32 rounding",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=1e-3,
-        metavar="X",
-        help="relative tap error for balanced, auto (default: 1e-3)",
-    )
-    add("--order", type=int, metavar="N", help="state numbers per channel, instead of a tolerance")
-    add("--poles", choices=("shared", "channel"), default="shared", help="one set per layer, or per channel")
-    add("--window-taps", type=int, default=0, metavar="P", help="balanced: keep the first P lags exactly")
-    add("--steps", type=int, default=2000, metavar="N", help="of Adam, for gradient")
-    add("--lr", type=float, default=1e-2, metavar="X", help="its learning rate, for gradient")
-
-
 def refuse_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What a finished conversion has no use for is an error, and so is nothing to do."""
-    used = ("target", "compile", "export", "onnx", "converted")
+    used = ("target", "compile", "export", "onnx", "converted", "recipe")
     for name, value in vars(args).items():
         if name not in used and value != parser.get_default(name):
-            option = "--" + name.replace("_", "-")
+            option = "--" + FLAGS.get(name, name)
             raise UserError(f"{args.target}: is converted already, {option} has no use; name the run instead")
     if not args.compile and not args.export:
         raise UserError(
@@ -128,19 +113,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for step, reason in failures.items():
             print(f"error: {step}: {reason}", file=sys.stderr)
         return 1 if failures else 0
-    recipe = ConversionConfig(
-        method=args.method,
-        horizon=args.horizon,
-        tolerance=args.tolerance,
-        order=args.order,
-        poles=args.poles,
-        window_taps=args.window_taps,
-        gradient_steps=args.steps,
-        gradient_lr=args.lr,
-    )
     done = convert_checkpoint(
         args.target,
-        recipe,
+        args.recipe,
         out=args.out,
         force=args.force,
         verify=args.verify,

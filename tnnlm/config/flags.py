@@ -19,12 +19,15 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, schema: type, names: Mapping[str, str], defaults: Mapping[str, Any] = {}
+    parser: argparse._ActionsContainer,
+    schema: type,
+    names: Mapping[str, str],
+    defaults: Mapping[str, Any] = {},
 ) -> None:
     """Add a flag for some fields of a dataclass.
 
     Args:
-        parser: gets the flags.
+        parser: or a group of it: gets the flags.
         schema: a dataclass whose fields take a number, a string, or a number or a word.
         names: field -> flag without dashes in front, in the order of ``--help``.
         defaults: of fields for which the script's differ from the schema's.
