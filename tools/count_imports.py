@@ -68,7 +68,7 @@ LAW = {
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib psutil",
     ),
     "deployment": Allowed(
-        "errors files machine config models evaluation checkpoints data conversion inference",
+        "errors files machine tokenizer config models evaluation checkpoints data conversion inference",
         "torch tqdm rich",
     ),
     "serving": Allowed(

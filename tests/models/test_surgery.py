@@ -1,4 +1,4 @@
-"""Long convolutions inside any module tree: found, converted in place or in a copy, stepped by their owner."""
+"""Long convolutions inside any module tree: converted in place or in a copy, then stepped by their owner."""
 
 from __future__ import annotations
 
