@@ -69,7 +69,7 @@ LAW = {
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(
-        "errors files machine config models evaluation checkpoints data conversion inference",
+        "errors files machine tokenizer config models evaluation checkpoints data conversion inference",
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(

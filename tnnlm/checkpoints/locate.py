@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import ConvertedModel, is_converted, load_converted
-from tnnlm.checkpoints.training import from_attached, load_checkpoint
+from tnnlm.checkpoints.training import TrainedCheckpoint, from_attached, load_checkpoint
 from tnnlm.errors import CheckpointError, command
 
 BEST = Path("checkpoints") / "best.ckpt"
@@ -51,6 +51,23 @@ def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
         if (run / name).is_file():
             return run / name
     raise CheckpointError(f"{run}: has no checkpoint yet")
+
+
+def load_trained(path: str | Path | None = None, *, runs_dir: str | Path = "runs") -> TrainedCheckpoint:
+    """Load a trained model in its parallel form, on the CPU, to convert it, score with it or train on.
+
+    Args:
+        path: a checkpoint, or a run by path or by its name under ``runs_dir``: then its best checkpoint. None
+            takes the newest run.
+        runs_dir: where runs lie.
+
+    Returns:
+        model, tokenizer and configuration.
+
+    Raises:
+        CheckpointError: if there is none, it is damaged, or not a causal language model.
+    """
+    return load_checkpoint(find_checkpoint(None if path is None else str(path), Path(runs_dir)))
 
 
 def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, ConvertedModel]:

@@ -1,7 +1,7 @@
 """Conversion: taps -> recurrence, in closed form."""
 
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.certify import certify, measure, measure_model
+from tnnlm.conversion.certify import certify, describe, measure, measure_model
 from tnnlm.conversion.convert import (
     convert_kernel,
     convert_kernels,
@@ -27,6 +27,7 @@ __all__ = [
     "convert_layers",
     "convert_model",
     "convert_taps",
+    "describe",
     "etsc",
     "gradient",
     "measure",

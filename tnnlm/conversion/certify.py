@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ConversionReport, ModelReport
+from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
@@ -68,19 +69,39 @@ def measure(
             reports.append(certify(k, converted, horizon))
         else:  # a kernel that grows without bound, as one with poles outside the unit circle
             reports.append(replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0))
-    config = model.config
+    report = _sizes(model.config, horizon)
+    report.method, report.layers, report.seconds = method, reports, seconds
+    report.state_bytes = sum(layer.state_bytes for layer in reports)
+    report.warning = horizon_warning(reports, horizon)
+    return report
+
+
+def describe(converted: CausalLM) -> ModelReport:
+    """The report of a converted model whose trained form is not at hand: its sizes, and that no error was
+    measured. What is right beyond the training length is unknown, so that stands for the horizon."""
+    length = converted.config.max_length
+    report = _sizes(converted.config, length)
+    report.state_bytes = sum(recurrence.state_bytes(params) for params in recurrences(converted))
+    report.warning = (
+        f"errors were not measured, because the model was saved in its converted form: past {length} tokens, "
+        "the training length, outputs may differ from the trained model's"
+    )
+    return report
+
+
+def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
+    """A report with nothing in it but what the configuration says."""
     channels = config.n_layers * config.expand * config.d_model
     published = 2 * ((config.max_length + 1) // 2)
     return ModelReport(
-        method=method,
+        method="unknown",
         horizon=horizon,
-        layers=reports,
-        state_bytes=sum(report.state_bytes for report in reports),
+        layers=[],
+        state_bytes=0,
         etsc_state_bytes=4 * channels * published,
         window_state_bytes=4 * channels * (horizon - 1),
         kv_cache_bytes=4 * 2 * config.n_layers * config.d_model * KV_CONTEXT,
-        seconds=seconds,
-        warning=horizon_warning(reports, horizon),
+        seconds=0.0,
     )
 
 

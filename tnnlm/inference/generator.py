@@ -121,6 +121,31 @@ class TextGenerator:
         self.fingerprint = fingerprint
         self.device = model.embedding.weight.device
 
+    def __call__(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        *,
+        seed: int | None = None,
+    ) -> str:
+        """Generate a continuation of ``prompt``, and return it without the prompt.
+
+        Args:
+            prompt: at least one character.
+            max_new_tokens: the text ends here, or before at the end-of-document token.
+            sampling: how tokens are drawn; None is ``Sampling()``.
+            seed: of the random numbers; None draws another text at each call.
+
+        Raises:
+            UserError: if the prompt is empty or not valid Unicode, or ``max_new_tokens`` is out of bounds.
+        """
+        check_new_tokens(max_new_tokens)
+        random = torch.Generator(self.device)
+        random.seed() if seed is None else random.manual_seed(seed)
+        _, pieces = self.write(self.read(prompt), max_new_tokens, sampling or Sampling(), random)
+        return "".join(pieces)
+
     @torch.inference_mode()
     def read(self, text: str, context: Context | None = None) -> Context:
         """Prefill ``text``, from an empty state or on top of ``context``.

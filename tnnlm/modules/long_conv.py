@@ -56,5 +56,5 @@ class BiConv(ParallelConv):
 def _not_converted() -> NoReturn:
     raise CheckpointError(
         "this model is in its parallel form and can't decode: convert it first, with convert.py "
-        "or tnnlm.conversion.convert_model(model)"
+        "or tnnlm.convert_model(model)"
     )
