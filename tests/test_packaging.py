@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_checkpoint import write_converted
 
 import tnnlm
 from conftest import ROOT
-from test_checkpoint import write_converted
 from tnnlm.tokenizer import train_bpe
 
 LEFT_OUT = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")

@@ -10,9 +10,9 @@ from experiments import etsc_report
 from experiments.comparison import Sizes, Taps, scaling
 from experiments.etsc_cost import token_cost
 from experiments.experiment import Experiment, Row, Verdict
-from experiments.family_measure import score, spread
-from experiments.family_training import train_family
-from experiments.text_models import text_models
+from experiments.scoring import score, spread
+from experiments.sizing import text_models
+from experiments.training import train_family
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError

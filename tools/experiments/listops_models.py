@@ -1,41 +1,11 @@
-"""What classifies ListOps beside our families: a BERT-like Transformer, and counting symbols."""
+"""What classifies ListOps without its order: counting symbols."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from experiments.bert import bert_settings
-from tnnlm.config.schema import ModelConfig
 from tnnlm.data.sequences.rows import LabelledRows
-from tnnlm.models.batches import LabelledBatch
-
-
-class BertClassifier(nn.Module):
-    """A BERT's encoder with the pooled head of ``encoder.SequenceClassifier``: attention is all that differs.
-
-    Raises:
-        UserError: if ``transformers`` is missing.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        library, settings = bert_settings(config)
-        self.net = library.BertModel(settings, add_pooling_layer=False)
-        self.head = nn.Linear(config.d_model, config.n_classes)
-        self.n_positions = config.max_length * config.d_model
-        """parameters of the table of positions"""
-
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count."""
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        x = self.net(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        logits: Tensor = self.head(x.masked_fill(~mask[:, :, None], 0.0).sum(1) / lengths[:, None])
-        return logits
-
-    def loss(self, batch: LabelledBatch) -> Tensor:
-        """Mean cross-entropy in nats per sequence."""
-        return nn.functional.cross_entropy(self(batch.tokens, batch.lengths).float(), batch.labels)
 
 
 class BagOfSymbols(nn.Module):

@@ -14,10 +14,11 @@ from torch import nn
 
 from experiments import listops_report
 from experiments.experiment import Row, Verdict
-from experiments.family_training import device_of, train_plain
-from experiments.listops_models import BagOfSymbols, BertClassifier
+from experiments.listops_models import BagOfSymbols
 from experiments.part import Part
+from experiments.peers import BertClassifier
 from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
+from experiments.training import device_of, train_plain
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.sequences.prepare import prepare_sequences

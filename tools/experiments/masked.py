@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from experiments import masked_report
-from experiments.bert import Bert, RotaryBert
 from experiments.experiment import Row, Verdict
-from experiments.family_training import train_plain
+from experiments.frame import CONFIGS
 from experiments.part import Part
-from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
-from experiments.text_models import CONFIGS, text_words
+from experiments.peers import Bert, RotaryBert
+from experiments.sizing import SIZE_TOLERANCE, match_width, n_params, text_words
+from experiments.training import train_plain
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.masking import MaskedRows

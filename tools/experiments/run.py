@@ -16,7 +16,7 @@ from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.machine.threads import limit_threads
 
-Bar = Callable[[Iterable[Row]], Iterable[Row]]
+Bar = Callable[[list[Row]], Iterable[Row]]
 
 
 class Results:
@@ -64,7 +64,9 @@ class Results:
         return [cell | self.data["cells"][_key(cell)] for cell in cells]
 
 
-def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar, again: bool = False) -> list[Verdict]:
+def reproduce(
+    experiment: Experiment, size: str, out: Path, bar: Bar, again: bool = False, data: tuple[str, ...] = ()
+) -> list[Verdict]:
     """Measure what is missing, and write NAME.json, NAME.md, NAME.png and the index of all experiments.
 
     Args:
@@ -77,6 +79,7 @@ def reproduce(experiment: Experiment, size: str, out: Path, bar: Bar, again: boo
     Raises:
         UserError: if ``out`` holds something else.
     """
+    experiment.data = data or experiment.data
     keep_large_blocks()
     limit_threads()
     results = Results(experiment, size, out, again)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from experiments import ski_plot, ski_report, ski_tables
 from experiments.experiment import Experiment, Row, Verdict
 from experiments.family_measure import Form, Sizes, held_out_bits, perplexities
-from experiments.family_training import device_of, train_family
 from experiments.ski_scale import ACTIVATIONS, SCALES, config_of, family_of
+from experiments.training import device_of, train_family
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate

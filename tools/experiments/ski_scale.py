@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from experiments.family_measure import Sizes
-from experiments.sizing import Family
-from experiments.text_models import CONFIGS, text_words
+from experiments.frame import CONFIGS
+from experiments.sizing import Family, text_words
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.kernels import FDTNOConfig, KernelConfig, TNOConfig
