@@ -35,7 +35,7 @@ from tnnlm.errors import UserError, run_script
 
 EXPERIMENTS: dict[str, Any] = {
     one.name: one
-    for one in (EXTRAPOLATION, ETSC(), families(), Synthetic(), Bidirectional(), Stability(), Ski())
+    for one in (EXTRAPOLATION, ETSC, families(), Synthetic(), Bidirectional(), Stability(), Ski())
 }
 
 
