@@ -29,13 +29,12 @@ from experiments.extrapolation import EXTRAPOLATION
 from experiments.families import NAMES, families
 from experiments.frame import SIZES, Record
 from experiments.ski import Ski
-from experiments.stability import Stability
+from experiments.stability import STABILITY
 from experiments.synthetic import Synthetic
 from tnnlm.errors import UserError, run_script
 
 EXPERIMENTS: dict[str, Any] = {
-    one.name: one
-    for one in (EXTRAPOLATION, ETSC, families(), Synthetic(), Bidirectional(), Stability(), Ski())
+    one.name: one for one in (EXTRAPOLATION, ETSC, families(), Synthetic(), Bidirectional(), STABILITY, Ski())
 }
 
 
