@@ -22,19 +22,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import frame, run
-from experiments.bidirectional import Bidirectional
+from experiments.bidirectional import BIDIRECTIONAL
 from experiments.etsc import ETSC
 from experiments.extrapolation import EXTRAPOLATION
 from experiments.families import NAMES, families
-from experiments.frame import SIZES, Record
-from experiments.ski import Ski
+from experiments.frame import SIZES, Experiment, Record, reproduce
+from experiments.ski import SKI
 from experiments.stability import STABILITY
-from experiments.synthetic import Synthetic
+from experiments.synthetic import SYNTHETIC
 from tnnlm.errors import UserError, run_script
 
-EXPERIMENTS: dict[str, Any] = {
-    one.name: one for one in (EXTRAPOLATION, ETSC, families(), Synthetic(), Bidirectional(), STABILITY, Ski())
+EXPERIMENTS: dict[str, Experiment] = {
+    one.name: one for one in (EXTRAPOLATION, ETSC, families(), SYNTHETIC, BIDIRECTIONAL, STABILITY, SKI)
 }
 
 
@@ -92,7 +91,6 @@ def main() -> int:
     experiment = EXPERIMENTS[args.name]
     if args.kernel:
         experiment = families(dict(map(named_file, args.kernel)))
-    reproduce = frame.reproduce if isinstance(experiment, frame.Experiment) else run.reproduce
     claims = reproduce(experiment, args.size, out, bar, args.again, tuple(args.data))
     for claim in claims:
         print(f"{'holds         ' if claim.holds else 'DOES NOT HOLD '} {claim.claim}: {claim.ours}")

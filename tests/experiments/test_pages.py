@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from experiments import frame, run
+from experiments.frame import reproduce
 from reproduce import EXPERIMENTS
 
 RESULTS = ROOT / "docs" / "results"
@@ -30,9 +30,7 @@ def test_page_and_picture_follow_from_the_committed_numbers(name: str, tmp_path:
         assert cells == [], "docs/results lacks cells of this experiment"
         return []
 
-    experiment = EXPERIMENTS[name]
-    reproduce = frame.reproduce if isinstance(experiment, frame.Experiment) else run.reproduce
-    reproduce(experiment, "small", tmp_path, nothing_left)
+    reproduce(EXPERIMENTS[name], "small", tmp_path, nothing_left)
     assert words((tmp_path / f"{name}.md").read_text()) == words((RESULTS / f"{name}.md").read_text())
     assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(
         (RESULTS / f"{name}.json").read_text()
@@ -44,5 +42,5 @@ def test_index_follows_from_the_committed_numbers(tmp_path: Path) -> None:
     for name in EXPERIMENTS:
         shutil.copy(RESULTS / f"{name}.json", tmp_path)
     shutil.copy(RESULTS / "families.md", tmp_path)
-    frame.reproduce(EXPERIMENTS["families"], "small", tmp_path, lambda cells: cells)
+    reproduce(EXPERIMENTS["families"], "small", tmp_path, lambda cells: cells)
     assert words((tmp_path / "README.md").read_text()) == words((RESULTS / "README.md").read_text())

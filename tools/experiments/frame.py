@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,31 @@ class Experiment:
     def claims(self, records: list[Record]) -> list[Claim]:
         """The claims of all sections, each with the figures that decide it."""
         return [claim for section in self.sections for claim in section.claims(records)]
+
+
+class Declarations:
+    """What NAME.toml beside this module says of an experiment: settings by size, claims and texts.
+
+    Claims and texts hold replacement fields as ``str.format`` has them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._data = tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+
+    def sizes(self, size: str) -> Record:
+        """Settings of one of ``SIZES``, over those of all."""
+        settings: dict[str, Record] = self._data["sizes"]
+        return settings.get("all", {}) | settings[size]
+
+    def claim(self, name: str, holds: bool, **values: Any) -> Claim:
+        """A claim with the figures that decide it; a dash where nothing is published."""
+        parts = {"published": "-"} | self._data["claims"][name]
+        return Claim(**{key: text.format(**values) for key, text in parts.items()}, holds=holds)
+
+    def text(self, name: str, **values: Any) -> str:
+        """A paragraph or more."""
+        text: str = self._data["texts"][name]
+        return text.strip().format(**values)
 
 
 def select(records: Iterable[Record], **wanted: Any) -> list[Record]:

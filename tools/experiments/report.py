@@ -99,7 +99,7 @@ class Panel:
     legend: bool = True
 
 
-def line(label: str, points: Iterable[tuple[float, float]], name: str = "", **style: Any) -> Line:
+def line(label: str, points: Iterable[Sequence[float]], name: str = "", **style: Any) -> Line:
     """A line with dots through (x, y) in the colour that ``PALETTE`` has for ``name``, or for its label."""
     x, y = zip(*points, strict=True)
     return Line(label, x, y, {"marker": "o", "markersize": 4, "color": PALETTE.get(name or label)} | style)

@@ -160,7 +160,7 @@ def _thresholds(records: list[Record]) -> Table:
 
 def panels(records: list[Record]) -> list[Panel]:
     """A panel per factor that is a number: errors within the horizon above, after four of them below."""
-    found = []
+    found: list[Panel] = []
     kinds = {"inside_error": "within the horizon", "output_error": "after four horizons"}
     for key, what in kinds.items():
         for sweep in ("length", "decay", "depth", "poles", "layers"):

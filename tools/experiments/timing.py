@@ -36,18 +36,18 @@ def clock_mean(run: Run, seconds: float = 0.02) -> float:
 
 
 def interleaved(
-    cases: Mapping[Case, Run],
+    cases: Mapping[Case, Any],
     turns: int,
     *,
     warm_up: int = 1,
     settle: int = 0,
     steps: int = 1,
-    clock: Callable[[Run], float] = clock,
+    clock: Callable[[Any], float] = clock,
 ) -> dict[Case, list[float]]:
     """Seconds of every case: all cases in each turn.
 
     Args:
-        cases: what is timed, by name.
+        cases: what is timed, by name: what ``clock`` takes, calls without arguments unless it is given.
         turns: that count.
         warm_up: turns before them.
         settle: calls before those that count in a turn, so that what other cases left in the caches goes.
