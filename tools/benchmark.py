@@ -21,29 +21,34 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from benchmarks.constant import time_contexts
 from benchmarks.levels import level_table, time_levels
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.report import memory_table, plot, table
-from benchmarks.subjects import PEERS, SHAPE, Subject, ours, peer
-from benchmarks.timing import QUICK, Effort, time_prefill, time_steps
+from benchmarks.subjects import PEERS, SHAPE, WIDTHS, Subject, linear_weights, ours, peer
+from benchmarks.timing import QUICK, Effort, row, time_prefill, time_steps
 from benchmarks.train_step import time_training
 from experiments import report
-from experiments.timing import read_bandwidth
+from experiments.timing import interleaved, read_bandwidth
+from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.inference.engine import ENGINES as LOADED
+from tnnlm.inference.engine import open_engine
+from tnnlm.inference.generator import Context, TextGenerator
 from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, describe_cpu
 from tnnlm.machine.threads import limit_threads
+from tnnlm.models.causal_lm import state_bytes
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LLAMA_CPP = "llama.cpp"
@@ -141,12 +146,44 @@ def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Steps of a trained model after contexts of every length."""
+    """Greedy steps of a trained model after contexts of every length, which take turns: constant, or not?"""
     turns, steps = (3, 4) if args.quick else (15, 16)
-    result = time_contexts(
-        args.model, args.contexts or CONTEXTS, turns, steps, engine=args.engine, dtype=args.dtype
-    )
-    return {"mode": "constant", "cpu": describe_cpu()} | result
+    folder, converted = load_for_decoding(args.model, Path("runs"))
+    weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
+    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
+    vocabulary = converted.tokenizer.size
+    read = {
+        n: writer.read_tokens([torch.arange(n).remainder(vocabulary).tolist()])
+        for n in args.contexts or CONTEXTS
+    }
+    cases = {n: partial(take_steps, writer, context, steps) for n, context in read.items()}
+    times = interleaved(cases, turns, warm_up=2)
+    rows = [
+        row("recurrent step", args.dtype, 1, n, [seconds / steps for seconds in times[n]])
+        | {"state_bytes": state_bytes(context.state), "prefill_seconds": context.seconds}
+        for n, context in read.items()
+    ]
+    bandwidth = read_bandwidth()
+    touched = weights * WIDTHS[args.dtype] + 2 * rows[0]["state_bytes"]  # by every token
+    return {
+        "mode": "constant",
+        "cpu": describe_cpu(),
+        "model": str(folder),
+        "engine": str(info),
+        "bandwidth_gbs": bandwidth,
+        "floor_seconds": touched / (1e9 * bandwidth),
+        "ratio_longest_to_shortest": rows[-1]["seconds_per_token"] / rows[0]["seconds_per_token"],
+        "results": rows,
+    }
+
+
+@torch.inference_mode()
+def take_steps(writer: TextGenerator, context: Context, n: int) -> None:
+    """Greedy tokens on top of ``context``, which stays as it is."""
+    state, token = context.state, context.logits.argmax(-1)
+    for _ in range(n):
+        logits, state = writer.model.step(token, state)
+        token = logits.argmax(-1)
 
 
 def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
@@ -189,10 +226,10 @@ def show(result: dict[str, Any]) -> None:
         head = ["context", "ms per token", "quartiles", "prefill s", "state bytes"]
         lines = [
             [
-                *(f"{row['context']:,}", f"{1e3 * row['seconds_per_token']:.3f}", f"{row['spread']:.1%}"),
-                *(f"{row['prefill_seconds']:.3f}", f"{row['state_bytes']:,}"),
+                *(f"{one['context']:,}", f"{1e3 * one['seconds_per_token']:.3f}", f"{one['spread']:.1%}"),
+                *(f"{one['prefill_seconds']:.3f}", f"{one['state_bytes']:,}"),
             ]
-            for row in result["results"]
+            for one in result["results"]
         ]
         print(
             f"{result['model']}, {result['engine']}\n\n{report.table(head, lines)}\n\nlongest over shortest "

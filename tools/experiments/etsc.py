@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.ablations import vandermonde, without_balancing
-from experiments.frame import Claim, Experiment, Files, Record, Section, select
+from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
 from experiments.report import Column, Panel, Table, line, smallest_shown
 from experiments.scoring import score, spread
 from experiments.sizing import text_models
@@ -35,6 +35,7 @@ EXACT = 1e-5
 """relative error of taps, stored in float32, up to which a conversion is exact to rounding"""
 PARITY = 1e-4
 """relative difference of perplexities"""
+TEXTS = Declarations("etsc")
 NAMES = {"tnn": "TNN", "sgconv": "SGConv"}
 METHODS = (
     *("etsc", "balanced", "window", "gradient", "without balancing"),
@@ -44,22 +45,13 @@ GRADIENT_TAPS = 1 << 17
 """largest n d that gradient descent is run on"""
 VANDERMONDE_LENGTH = 512
 """largest n whose Vandermonde system is solved"""
-_STEPS = {"tiny": 20, "small": 400, "paper": 0}
-_MULTIPLES = {"tiny": (1, 4), "small": (1, 2, 4, 8, 16), "paper": (1, 2, 4, 8, 16, 28)}
-"""contexts, in training lengths"""
-_TOKENS = {"tiny": 1 << 9, "small": 1 << 15, "paper": 1 << 16}
-"""held-out tokens per context, one row at the least"""
-_LENGTHS = {"tiny": (16, 64), "small": (64, 256, 1024, 4096, 16384)}
-_LENGTHS["paper"] = _LENGTHS["small"]
-_WIDTHS = {"tiny": (8, 32), "small": (64, 256, 1024, 4096), "paper": (64, 256, 1024, 4096, 16384)}
-_WIDTH_LENGTH = {"tiny": 32, "small": 1024, "paper": 2048}
 _CHANNELS = 64
 _SWEEPS = {"length": ("n", "d", "taps"), "width": ("d", "n", "channels")}
 """sweep -> what it varies, what it doesn't, and the first in words"""
 
 
 def _perplexity_grid(size: str) -> list[Record]:
-    shared = {"part": "perplexity", "seed": 0, "steps": _STEPS[size], "size": size}
+    shared = {"part": "perplexity", "seed": 0, "steps": TEXTS.sizes(size)["steps"], "size": size}
     return [shared | {"family": family} for family in NAMES]
 
 
@@ -70,12 +62,12 @@ def _perplexity(cell: Record, data: Files) -> Record:
     model, _ = train_family(family, models.rows, cell["seed"])
     assert isinstance(model, CausalLM)
     model.eval()
-    contexts: Record = {}
-    for length in (multiple * family.config.model.max_length for multiple in _MULTIPLES[cell["size"]]):
+    sizes, contexts = TEXTS.sizes(cell["size"]), {}
+    for length in (multiple * family.config.model.max_length for multiple in sizes["multiples"]):
         available = models.corpus.rows("val", length)
         if not len(available):
             continue
-        rows = spread(available, _TOKENS[cell["size"]])
+        rows = spread(available, sizes["tokens"])
         parallel = score(model, rows, None)
         found: Record = {"tokens": parallel.tokens, "parallel": parallel.ppl, "gap": {}}
         for name, horizon in (("etsc", length), ("auto", "auto")):
@@ -96,14 +88,8 @@ def _perplexity_claims(records: list[Record]) -> list[Claim]:
         own = [record["contexts"] for record in select(records, part="perplexity", family=family)]
         gaps = [abs(context["gap"]["etsc"]) for contexts in own for context in contexts.values()]
         lengths = [int(length) for contexts in own for length in contexts]
-        found.append(
-            Claim(
-                f"perplexity of {label} is the same before and after, at every length",
-                "equal to the printed digits",
-                f"largest relative difference {max(gaps):.1e}, {min(lengths):,} to {max(lengths):,} tokens",
-                max(gaps) <= PARITY,
-            )
-        )
+        shown = {"gap": max(gaps), "shortest": min(lengths), "longest": max(lengths)}
+        found.append(TEXTS.claim("equal", max(gaps) <= PARITY, family=label, **shown))
     return found
 
 
@@ -120,17 +106,14 @@ def _perplexity_tables(records: list[Record]) -> list[Table]:
         "form": lambda row: forms[row[1]],
         **{f"{int(length):,}": partial(shown, length) for length in own[0]["contexts"]},
     }
-    note = (
-        "Held-out text in rows of each length, trained at the first; the recurrent forms are run, not "
-        "simulated. auto: what `convert.py conversion.method=auto` makes, once, for all lengths."
-    )
     rows = [(record, form) for record in own for form in forms]
-    return [Table("## Perplexity before and after conversion", columns, rows, after=note)]
+    return [Table("## Perplexity before and after conversion", columns, rows, after=TEXTS.text("perplexity"))]
 
 
 def _conversion_grid(size: str) -> list[Record]:
-    sizes = [("length", n, _CHANNELS) for n in _LENGTHS[size]]
-    sizes += [("width", _WIDTH_LENGTH[size], d) for d in _WIDTHS[size]]
+    own = TEXTS.sizes(size)
+    sizes = [("length", n, _CHANNELS) for n in own["lengths"]]
+    sizes += [("width", own["width_length"], d) for d in own["widths"]]
     return [{"part": "conversion", "sweep": sweep, "n": n, "d": d, "size": size} for sweep, n, d in sizes]
 
 
@@ -199,20 +182,10 @@ def _conversion_claims(records: list[Record]) -> list[Claim]:
         for key in ("n", "d")
         for values in [[int(record[key]) for record in converted]]
     )
+    times = {"least": min(faster), "most": max(faster), "closer": min(closer)}
     return [
-        Claim(
-            "the conversion is exact, at every number of taps and channels",
-            "errors near machine precision, n and d = 64 .. 16,384",
-            f"largest relative error {max(errors):.1e} in float32, {sizes}",
-            max(errors) <= EXACT,
-        ),
-        Claim(
-            "it takes a tenth of gradient descent's time or less, and is closer",
-            "orders of magnitude",
-            f"{min(faster):,.0f} to {max(faster):,.0f} times faster, errors {min(closer):,.0f} times smaller "
-            "or more",
-            min(faster) >= 10 and min(closer) > 1,
-        ),
+        TEXTS.claim("exact", max(errors) <= EXACT, error=max(errors), sizes=sizes),
+        TEXTS.claim("fast", min(faster) >= 10 and min(closer) > 1, **times),
     ]
 
 
@@ -226,12 +199,7 @@ def _conversion_tables(records: list[Record]) -> list[Table]:
         own = select(records, part="conversion", sweep=sweep)
         columns: dict[str, Column] = {key: lambda record, key=key: f"{record[key]:,}"}  # type: ignore[misc]
         columns |= {method: partial(made, method) for method in METHODS}
-        note = (
-            f"{fixed} = {own[0][fixed]:,}, taps of an untrained TNO layer. Relative error of the taps, "
-            "in float32, and time. balanced and gradient: 32 real state numbers per channel; gradient: 1,000 "
-            "steps of Adam on at most 2^17 taps; Vandermonde: residues solved for given poles, up to 512 "
-            "taps."
-        )
+        note = TEXTS.text("conversion", fixed=fixed, value=own[0][fixed])
         found.append(Table(f"## Conversion against the number of {what}", columns, own, after=note))
     return found
 

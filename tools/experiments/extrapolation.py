@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from experiments.frame import Claim, Experiment, Files, Record, Section, select
+from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
 from experiments.report import Column, Panel, Table, line
 from experiments.scoring import perplexities, recurrent_forms
 from experiments.sizing import text_models
@@ -22,15 +22,14 @@ PARITY = 1e-4
 """relative difference of two forms' perplexities"""
 _MULTIPLES = (1, 2, 4, 7, 14, 28)
 """lengths in training lengths, each a divisor of the last: 512 .. 14,336"""
-_STEPS = {"tiny": 400, "small": 600, "paper": 0}
-_SEEDS = {"tiny": (0,), "small": (0, 1), "paper": (0,)}
-_TOKENS = {"tiny": 1 << 10, "small": 1 << 16, "paper": 1 << 18}
+TEXTS = Declarations("extrapolation")
 
 
 def _grid(size: str) -> list[Record]:
+    sizes = TEXTS.sizes(size)
     return [
-        {"model": model, "seed": seed, "size": size, "steps": _STEPS[size]}
-        for seed in _SEEDS[size]
+        {"model": model, "seed": seed, "size": size, "steps": sizes["steps"]}
+        for seed in sizes["seeds"]
         for model in MODELS
     ]
 
@@ -41,7 +40,9 @@ def _measure(cell: Record, data: Files) -> Record:
     family = models.families[cell["model"]]
     model, trained = train_family(family, models.rows, cell["seed"])
     forms = recurrent_forms(model, family.config.conversion) if isinstance(model, CausalLM) else {}
-    tokens, ppl = perplexities(model, forms, models.corpus, family.config, _TOKENS[cell["size"]], _MULTIPLES)
+    tokens, ppl = perplexities(
+        model, forms, models.corpus, family.config, TEXTS.sizes(cell["size"])["tokens"], _MULTIPLES
+    )
     return {
         "params": family.params,
         "lr": family.config.optim.lr,
@@ -72,38 +73,19 @@ def _claims(records: list[Record]) -> list[Claim]:
     found = []
     for form in _forms(records):
         rises = [_rise(records, "tnn", form, length) for length in lengths]
-        found.append(
-            Claim(
-                f"perplexity of TNN is flat from {trained:,} to {longer[-1]:,} tokens, {form} form",
-                "flat to 14,336 (TNN paper)",
-                f"{rises[-1]:+.1%} at {longer[-1]:,}, largest rise {max(*rises, 0):.1%}",
-                max(rises) <= FLAT,
-            )
-        )
+        shown = {"form": form, "last": rises[-1], "most": max(*rises, 0), "trained": trained}
+        found.append(TEXTS.claim("flat", max(rises) <= FLAT, longest=longer[-1], **shown))
     gap = max(
         abs(ppl / record["ppl"]["parallel"][length] - 1)
         for record in records
         for form in record["ppl"].values()
         for length, ppl in form.items()
     )
-    found.append(
-        Claim(
-            "the recurrent form has the parallel form's perplexity at every length",
-            "equal (ETSC paper)",
-            f"largest relative difference {gap:.1e}",
-            gap <= PARITY,
-        )
-    )
+    found.append(TEXTS.claim("equal", gap <= PARITY, gap=gap))
     for model in ("gpt2", "transformer"):
         far, near = (_rise(records, model, "parallel", length) for length in (longer[-1], longer[0]))
-        found.append(
-            Claim(
-                f"perplexity of a {MODELS[model]} rises past the training length",
-                "rises (ALiBi paper, arXiv 2108.12409)",
-                f"{far:+.1%} at {longer[-1]:,}; {near:+.1%} at {longer[0]:,}",
-                far > FLAT,
-            )
-        )
+        shown = {"far": far, "near": near, "longest": longer[-1], "next": longer[0]}
+        found.append(TEXTS.claim("rises", far > FLAT, model=MODELS[model], **shown))
     return found
 
 
@@ -123,13 +105,7 @@ def _tables(records: list[Record]) -> list[Table]:
         f"{MODELS[record['model']]}: {record['params']:,} (learning rate {record['lr']:g})"
         for record in select(records, seed=records[0]["seed"])
     )
-    note = (
-        f"Means over the seeds, on the same {records[0]['tokens']:,} held-out tokens at every length; "
-        f"trained at {lengths[0]:,} on {records[0]['tokens_trained']:,} tokens each, the same in the same "
-        f"order. Parameters: {params}. Positions that a learned table never saw have the vectors they "
-        "were drawn with. ETSC's horizon and auto's are those of `convert.py`: where the kernel has "
-        "died out."
-    )
+    note = TEXTS.text("about", **records[0], sizes=params, trained=lengths[0])
     columns: dict[str, Column] = {"model": lambda row: MODELS[row[0]], "form": lambda row: row[1]}
     columns |= {f"{length:,}": mean(length) for length in lengths}
     return [Table("## Perplexity", columns, rows, after=note)]
@@ -149,11 +125,7 @@ def _panels(records: list[Record]) -> list[Panel]:
         Panel(
             f"Perplexity past {lengths[0]:,} tokens, the training length",
             lines,
-            axes={
-                "xlabel": "tokens in a row",
-                "ylabel": "rise of perplexity in per cent",
-                "xscale": "log",
-            },
+            axes={"xlabel": "tokens in a row", "ylabel": "rise of perplexity in per cent", "xscale": "log"},
             ticks={length: f"{length:,}" for length in lengths},
         )
     ]

@@ -8,24 +8,14 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from experiments.frame import Claim, Experiment, Files, Record, Section, select
+from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
 from experiments.report import PALETTE, Line, Panel, Table, line
 from experiments.scoring import held_out_bits
 from experiments.sizing import text_models
 from experiments.training import train_family
 
 NAMES = {"tnn": "TNN", "sgconv": "SGConv", "rtf": "RTF", "transformer": "Transformer"}
-PUBLISHED = {
-    "tnn": "24.67 against 24.78 (test perplexity, WikiText-103, TNN paper)",
-    "rtf": "Hyena-RTF 18.0 against Hyena 18.5 (perplexity, WikiText-103, RTF paper)",
-}
-_STEPS = {"tiny": 60, "small": 400, "paper": 0}
-_SEEDS = {"tiny": (0,), "small": (0, 1, 2), "paper": (0, 1, 2)}
-_VAL_TOKENS = {"tiny": 1 << 10, "small": 1 << 17, "paper": 1 << 18}
-_NOTE = (
-    ", and its learning rate is the best of 1e-3, 2e-3 and 4e-3. docs/families.md has more channels, a "
-    "second text, and the cost of decoding"
-)
+TEXTS = Declarations("families")
 
 
 def families(files: Mapping[str, Path] | None = None) -> Experiment:
@@ -49,9 +39,10 @@ def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
     """Every family on every seed; of a file what it says is part of the cell."""
     given = [{"family": name} for name in NAMES]
     given += [{"family": name, "settings": path.read_text(encoding="utf-8")} for name, path in files]
+    sizes = TEXTS.sizes(size)
     return [
-        {**family, "seed": seed, "size": size, "steps": _STEPS[size]}
-        for seed in _SEEDS[size]
+        {**family, "seed": seed, "size": size, "steps": sizes["steps"]}
+        for seed in sizes["seeds"]
         for family in given
     ]
 
@@ -62,7 +53,7 @@ def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> 
     models = text_models(names, cell["size"], cell["steps"], data, files)
     family = models.families[cell["family"]]
     model, trained = train_family(family, models.rows, cell["seed"])
-    bits = held_out_bits(model, models.corpus, family.config, _VAL_TOKENS[cell["size"]])
+    bits = held_out_bits(model, models.corpus, family.config, TEXTS.sizes(cell["size"])["tokens"])
     return {
         "bits_per_byte": bits,
         "ppl": math.exp(bits * math.log(2) * models.corpus.val.bytes_per_token),
@@ -88,28 +79,18 @@ def _claims(records: list[Record]) -> list[Claim]:
     peer = bits.pop("transformer")
     sizes = [record["params"] for record in records]
     ours = [bits[name] for name in NAMES if name in bits]
+    found = []
+    for name, own in bits.items():
+        published = TEXTS.text(name) if name in ("tnn", "rtf") else "-"
+        shown = {"family": NAMES.get(name, name), "own": own, "peer": peer, "gap": own / peer - 1}
+        found.append(TEXTS.claim("ahead", own <= peer, published=published, **shown))
+    near, least, most = max(ours) <= 1.05 * min(ours), min(sizes), max(sizes)
+    tokens = {record["tokens"] for record in records}
+    equal = most <= 1.03 * least and len(tokens) == 1
     return [
-        *(
-            Claim(
-                f"{NAMES.get(name, name)} is at least as good as the Transformer",
-                PUBLISHED.get(name, "-"),
-                f"{own:.4f} against {peer:.4f} bits per byte ({own / peer - 1:+.1%})",
-                own <= peer,
-            )
-            for name, own in bits.items()
-        ),
-        Claim(
-            "TNN, SGConv and RTF are within 5 % of each other",
-            "-",
-            f"{min(ours):.4f} to {max(ours):.4f} bits per byte",
-            max(ours) <= 1.05 * min(ours),
-        ),
-        Claim(
-            "parameters are equal to 3 %, and tokens to the last one",
-            "-",
-            f"{min(sizes):,} to {max(sizes):,} parameters; {records[0]['tokens']:,} tokens",
-            max(sizes) <= 1.03 * min(sizes) and len({record["tokens"] for record in records}) == 1,
-        ),
+        *found,
+        TEXTS.claim("near", near, least=min(ours), most=max(ours)),
+        TEXTS.claim("equal", equal, least=least, most=most, tokens=records[0]["tokens"]),
     ]
 
 
@@ -128,11 +109,8 @@ def _tables(records: list[Record]) -> list[Table]:
         "perplexity": lambda own: f"{fmean(record['ppl'] for record in own):.2f}",
         "training tokens/s": lambda own: f"{median(record['tokens_per_second'] for record in own):,.0f}",
     }
-    note = (
-        f"± standard deviation over the seeds. {records[0]['tokens']:,} tokens, the same in the same order "
-        "for all; parallel form, at the training length. The Transformer has rotary positions"
-    )
-    note += (_NOTE if records[0]["size"] == "small" else "") + "."
+    tried = TEXTS.text("tried") if records[0]["size"] == "small" else ""
+    note = TEXTS.text("about", tokens=records[0]["tokens"], tried=tried)
     return [Table("## Quality", columns, list(_by_family(records).values()), after=note)]
 
 

@@ -104,7 +104,9 @@ class Declarations:
     def sizes(self, size: str) -> Record:
         """Settings of one of ``SIZES``, over those of all."""
         settings: dict[str, Record] = self._data["sizes"]
-        return settings.get("all", {}) | settings[size]
+        shared, own = settings.get("all", {}), settings[size]
+        both = {key: shared[key] | own[key] for key in shared if isinstance(own.get(key), dict)}
+        return shared | own | both
 
     def claim(self, name: str, holds: bool, **values: Any) -> Claim:
         """A claim with the figures that decide it; a dash where nothing is published."""

@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from experiments.frame import CONFIGS, Claim, Files, Record, Section, select
+from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, select
 from experiments.peers import Bert, RotaryBert
 from experiments.report import Column, Panel, Table, line
 from experiments.scoring import PASS_TOKENS
@@ -41,31 +41,8 @@ MARGIN = 0.05
 """of perplexity, relative, within which two models are equals"""
 FLAT = 0.02
 """rise of perplexity over that at the training length, relative, up to which it counts as flat"""
-_FILES = {"tiny": "tnn_masked_demo", "small": "tnn_masked_demo", "paper": "tnn_masked_wt103"}
-_WORDS = {
-    "tiny": (
-        *("model.d_model=32", "model.n_layers=1", "model.vocab_size=300", "model.max_length=32"),
-        *("model.kernel.decay=0.85", "optim.lr=1e-2", "optim.warmup_steps=20", "trainer.max_steps=200"),
-        *("data.val_fraction=0.1", "trainer.precision=32-true", "trainer.accelerator=cpu"),
-    ),
-    "small": ("trainer.max_steps=600",),
-    "paper": (),
-}
 _BERTS = {"bert": Bert, "rotary bert": RotaryBert}
-_BERT_LR = {
-    "tiny": {"bert": 3e-3, "rotary bert": 3e-3},
-    "small": {"bert": 1e-3, "rotary bert": 4e-3},
-    "paper": {"bert": 5e-4, "rotary bert": 5e-4},
-}
-"""small: the better of 1e-3 and 3e-3, and of 1e-3 and 4e-3"""
-_TOKENS = {"tiny": 1 << 13, "small": 1 << 17, "paper": 1 << 18}
-"""held-out, of which the hidden ones are scored"""
-_TRIED = (
-    "The BERT with learned positions has not left the plateau on which it knows how often a token "
-    "comes, but not where: it says little of longer trainings. The one with rotary positions has. Tried: "
-    "learning rates of 1e-3 and 3e-3 with learned positions (perplexity 392 at 3e-3 after 200 steps), "
-    "1e-3 and 4e-3 with rotary ones (201 and 88 after 300)."
-)
+TEXTS = Declarations("masked")
 
 
 def _grid(size: str) -> list[Record]:
@@ -80,7 +57,7 @@ def _measure(cell: Record, data: Files) -> Record:
     model = build(cell["model"], config.model)
     name = f"{cell['model']}, {n_params(model):,} parameters"
     trained = train_plain(name, model, config, rows.train, cell["seed"], own_loss, numbered=True)
-    held_out = held_out_rows(rows, _TOKENS[cell["size"]])
+    held_out = held_out_rows(rows, TEXTS.sizes(cell["size"])["tokens"])
     return {
         "params": n_params(model),
         "lr": config.optim.lr,
@@ -95,13 +72,17 @@ def _measure(cell: Record, data: Files) -> Record:
 @functools.cache
 def masked_text(size: str, data: Files) -> tuple[Config, TaskData]:
     """Settings of a size, and its text with hidden tokens."""
-    words = list(_WORDS[size])
     if size == "tiny" and not data:
         from pydoc_data import topics
 
         data = (topics.__file__,)
-    config = load_config(CONFIGS / f"{_FILES[size]}.yaml", [*words, *text_words(data)])
+    config = _load(size, text_words(data))
     return config, open_data(config)
+
+
+def _load(size: str, words: list[str]) -> Config:
+    sizes = TEXTS.sizes(size)
+    return load_config(CONFIGS / f"{sizes['config']}.yaml", [*sizes["settings"], *words])
 
 
 def model_settings(model: str, size: str, config: Config) -> Config:
@@ -110,8 +91,8 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     Raises:
         UserError: if no width brings them near.
     """
-    words = [] if model not in _BERTS else [f"optim.lr={_BERT_LR[size][model]}"]
-    own = load_config(CONFIGS / f"{_FILES[size]}.yaml", [*_WORDS[size], *words])
+    rate = TEXTS.sizes(size)["bert_lr"].get(model)
+    own = _load(size, [] if rate is None else [f"optim.lr={rate}"])
     own.data = config.data
     own.model.causal = model == "causal"
     if model in _BERTS:
@@ -181,26 +162,14 @@ def _claims(records: list[Record]) -> list[Claim]:
     def shown(values: list[float]) -> str:
         return " and ".join(f"{value:.2f}" for value in values)
 
+    names = ("two_sided", "causal", "bert", "rotary")
+    ppl = dict(zip(names, map(shown, (two_sided, causal, bert, rotary)), strict=True))
+    better = all(one < other for one, other in zip(two_sided, causal, strict=True))
+    good = fmean(two_sided) <= (1 + MARGIN) * min(fmean(bert), fmean(rotary))
     return [
-        Claim(
-            "kernels over both sides guess hidden tokens better than causal ones of equal parameters",
-            "-",
-            f"perplexity {shown(two_sided)} against {shown(causal)}",
-            all(one < other for one, other in zip(two_sided, causal, strict=True)),
-        ),
-        Claim(
-            f"a two-sided TNN is at least as good as a BERT of equal parameters, within {MARGIN:.0%}",
-            "better than its competitors in most tasks, bidirectional language modelling among them (TNN "
-            "paper, abstract)",
-            f"perplexity {shown(two_sided)} against {shown(bert)}, {shown(rotary)} with rotary positions",
-            fmean(two_sided) <= (1 + MARGIN) * min(fmean(bert), fmean(rotary)),
-        ),
-        Claim(
-            f"the two-sided TNN's perplexity is flat from {int(trained):,} to {int(longest):,} tokens",
-            "flat to 14,336 after 512, of the causal model (TNN paper)",
-            f"largest rise {rise:+.1%}",
-            rise <= FLAT,
-        ),
+        TEXTS.claim("both_sides", better, **ppl),
+        TEXTS.claim("bert", good, margin=MARGIN, **ppl),
+        TEXTS.claim("flat", rise <= FLAT, trained=int(trained), longest=int(longest), rise=rise),
     ]
 
 
@@ -219,14 +188,8 @@ def _tables(records: list[Record]) -> list[Table]:
         **{f"{int(length):,}": partial(ppl, length) for length in lengths},
         "seconds": lambda model: f"{fmean(r['seconds'] for r in select(own, model=model)):.0f}",
     }
-    about = (
-        "Perplexity of hidden tokens in rows of so many tokens, means over the seeds: "
-        f"{own[0]['tokens']:,} held-out ones, the same at every length and for every model; trained at "
-        f"{int(lengths[0]):,} on {own[0]['tokens_trained']:,} tokens, the same in the same order. 15 % are "
-        "to be guessed, of ten of them 8 hidden, 1 another token, 1 left. A BERT has no positions past those "
-        "it was trained with."
-    )
-    tried = _TRIED if own[0]["size"] == "small" else ""
+    about = TEXTS.text("about", **own[0], trained=int(lengths[0]))
+    tried = TEXTS.text("tried") if own[0]["size"] == "small" else ""
     return [Table("## Hidden tokens", columns, MODELS, before=about, after=tried)]
 
 

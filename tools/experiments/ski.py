@@ -16,25 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments import ski_claims as says
 from experiments.frame import CONFIGS, Experiment, Files, Record, Section
 from experiments.scoring import held_out_bits, perplexities
 from experiments.sizing import Family, text_words
-from experiments.ski_claims import (
-    ACTIVATIONS,
-    SKI_TEXTS,
-    conversion_claims,
-    conversion_panels,
-    conversion_tables,
-    decay_claims,
-    decay_panels,
-    decay_tables,
-    quality_claims,
-    quality_tables,
-    speed_claims,
-    speed_panels,
-    speed_tables,
-    tried_tables,
-)
+from experiments.ski_claims import ACTIVATIONS, SKI_TEXTS
 from experiments.timing import Run, interleaved
 from experiments.training import device_of, next_token_loss, train_family
 from tnnlm.config.loader import load_config
@@ -231,15 +217,23 @@ SKI = Experiment(
     name="ski",
     title="The frequency-domain TNN beside the TNN",
     sections=(
-        Section(grid=_train_grid, measure=_train, claims=quality_claims, tables=quality_tables),
+        Section(grid=_train_grid, measure=_train, claims=says.quality_claims, tables=says.quality_tables),
         Section(
-            grid=_time_grid, measure=_times, claims=speed_claims, tables=speed_tables, panels=speed_panels
+            grid=_time_grid,
+            measure=_times,
+            claims=says.speed_claims,
+            tables=says.speed_tables,
+            panels=says.speed_panels,
         ),
         Section(
-            grid=_decay_grid, measure=_decay, claims=decay_claims, tables=decay_tables, panels=decay_panels
+            grid=_decay_grid,
+            measure=_decay,
+            claims=says.decay_claims,
+            tables=says.decay_tables,
+            panels=says.decay_panels,
         ),
-        Section(claims=conversion_claims, tables=conversion_tables, panels=conversion_panels),
-        Section(tables=tried_tables),
+        Section(claims=says.conversion_claims, tables=says.conversion_tables, panels=says.conversion_panels),
+        Section(tables=says.tried_tables),
     ),
     panel_size=(4, 3.8),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.ablations import vandermonde
 from experiments.frame import Experiment, Files, Record, Section
-from experiments.stability_claims import claims, panels, tables
+from experiments.stability_claims import TEXTS, claims, panels, tables
 from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
@@ -30,23 +30,12 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 """that poles and residues are rounded to"""
 LARGEST_VANDERMONDE = 512
 """taps: its system has as many unknowns"""
-_SWEEPS = {
-    "tiny": {"length": (16, 64), "decay": (0.9, 1.0), "depth": (1,), "distance": (1e-2,), "layers": (1,)},
-    "small": {
-        "length": (64, 128, 256, 512, 1024, 2048, 4096),
-        "decay": (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0),
-        "depth": (1, 3, 6, 12, 24),
-        "distance": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
-        "layers": (1, 2, 4, 8, 16, 32),
-    },
-}
-_SWEEPS["paper"] = _SWEEPS["small"] | {"length": (*_SWEEPS["small"]["length"], 8192, 16384)}
 
 
 def _grid(size: str) -> list[Record]:
     """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
-    sweep = _SWEEPS[size]
-    base: Record = {"source": "tno", "n": 64 if size == "tiny" else 512, "decay": 0.99}
+    sweep = TEXTS.sizes(size)
+    base: Record = {"source": "tno", "n": sweep["taps"], "decay": 0.99}
     base |= {"init": "default", "depth": 3, "stored": "float32"}
     changes: list[tuple[str, Record]] = [("length", {"n": value}) for value in sweep["length"]]
     changes += [("decay", {"decay": value}) for value in sweep["decay"]]

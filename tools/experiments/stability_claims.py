@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from experiments.frame import Claim, Record, select
+from experiments.frame import Claim, Declarations, Record, select
 from experiments.report import PALETTE, Column, Line, Panel, Table, line, smallest_shown
 
 FAILED = 0.1
@@ -27,6 +27,7 @@ FACTORS = {
     "layers": ("layers", "layers of the model"),
 }
 """sweep -> the setting that it changes, and what that is"""
+TEXTS = Declarations("stability")
 
 
 def claims(records: list[Record]) -> list[Claim]:
@@ -43,69 +44,33 @@ def claims(records: list[Record]) -> list[Claim]:
     silent = [record for record in told if not record["bounded_error"] <= record["l1_error"] + 1e-5]
     failing = [r["n"] for r in select(records, method="vandermonde", sweep="length") if _failed(r)]
     largest = max((record["largest_pole"] for record in told), default=0.0)
+    rounded = all(r["tap_error"] <= 1e-5 and r["inside_error"] <= ROUNDING for r in exact)
+    stays = bool(dead) and all(record["output_error"] <= ROUNDING for record in dead)
+    failed = sum(map(_failed, alive))
+    useless = f"from {min(failing)} taps on" if failing else "not at these lengths"
+    warned = f"{sum(map(_failed, told))} cells warned of"
+    if unsaid:
+        warned = f"silent in {len(unsaid)}; first {_name(unsaid[0])}"
+    bound = f"{len(told)} cells" if not silent else f"not in {len(silent)}; first {_name(silent[0])}"
+    taps, inside = _largest(exact, "tap_error"), _largest(exact, "inside_error")
+    past, beyond = _largest(dead, "output_error"), _largest(alive, "output_error")
+    met, refused = all(record["tap_error"] <= 1.001e-3 for record in made), len(reduced) - len(made)
+    worst = _largest(made, "tap_error")
     return [
-        Claim(
-            "ETSC is exact to rounding within its horizon, at every length, depth, decay and initialisation",
-            "errors near machine precision, n = 64 .. 16,384",
-            f"taps {_largest(exact, 'tap_error')}; outputs {_largest(exact, 'inside_error')}",
-            all(r["tap_error"] <= 1e-5 and r["inside_error"] <= ROUNDING for r in exact),
-        ),
-        Claim(
-            "ETSC stays exact past its horizon where the kernel has died out there",
-            "-",
-            f"outputs {_largest(dead, 'output_error')}, of {len(dead)} cells",
-            bool(dead) and all(record["output_error"] <= ROUNDING for record in dead),
-        ),
-        Claim(
-            "ETSC is of use past its horizon where the kernel has not died out",
-            "-",
-            f"useless in {sum(map(_failed, alive))} of {len(alive)} cells; {_largest(alive, 'output_error')}",
-            not any(map(_failed, alive)),
-        ),
-        Claim(
-            "balanced meets its tolerance of 1e-3 or refuses",
-            "-",
-            f"{len(made)} made, {_largest(made, 'tap_error')}; {len(reduced) - len(made)} refused",
-            all(record["tap_error"] <= 1.001e-3 for record in made),
-        ),
-        Claim(
-            "closed forms never leave the unit disc",
-            "-",
-            f"largest modulus of a pole {largest:.9f}",
-            largest <= 1 + 1e-6,
-        ),
-        Claim(
-            "residues solved for given real eigenvalues are useless",
-            "error grows with n (ETSC paper, section 4.4)",
-            f"from {min(failing)} taps on" if failing else "not at these lengths",
-            bool(failing),
-        ),
-        Claim(
-            "wherever outputs are of no use, the report warns, or the conversion is refused",
-            "-",
-            f"{sum(map(_failed, told))} cells warned of"
-            if not unsaid
-            else f"silent in {len(unsaid)}; first {_name(unsaid[0])}",
-            not unsaid,
-        ),
-        Claim(
-            "float32 steps stay within the certificate's bound on outputs, in every case",
-            "-",
-            f"{len(told)} cells" if not silent else f"not in {len(silent)}; first {_name(silent[0])}",
-            not silent,
-        ),
+        TEXTS.claim("exact", rounded, taps=taps, outputs=inside),
+        TEXTS.claim("dead", stays, outputs=past, count=len(dead)),
+        TEXTS.claim("alive", not failed, failed=failed, count=len(alive), outputs=beyond),
+        TEXTS.claim("balanced", met, made=len(made), taps=worst, refused=refused),
+        TEXTS.claim("poles", largest <= 1 + 1e-6, largest=largest),
+        TEXTS.claim("eigenvalues", bool(failing), found=useless),
+        TEXTS.claim("warned", not unsaid, found=warned),
+        TEXTS.claim("bound", not silent, found=bound),
     ]
 
 
 def tables(records: list[Record]) -> list[Table]:
     """A table per factor: errors of taps and outputs, and where each method fails."""
-    about = (
-        "Relative error of outputs to noise, step by step in float32 (float64 where stored "
-        f"so): in the second half of the horizon / after four horizons. Bold: above {FAILED:g}, of no use. "
-        "Not varied: a TNO kernel of 512 taps, decay 0.99, 3 layers, on horizons as given; convert.py "
-        "takes one at which the kernel has died out."
-    )
-    found = [Table("## By factor", before=about)]
+    found = [Table("## By factor", before=TEXTS.text("factors", failed=FAILED))]
 
     def cell(own: list[Record], setting: str, method: str, value: Any) -> str:
         return _cell(select(own, method=method, **{setting: value})[0])
@@ -151,11 +116,7 @@ def _thresholds(records: list[Record]) -> Table:
         "refused": partial(where, "refused"),
         "told at the first": told,
     }
-    about = (
-        f"Settings at which outputs are off by more than {FAILED:g}, or a conversion is "
-        "refused, and what `convert.py` says at the first of them."
-    )
-    return Table("## Thresholds", columns, rows, before=about)
+    return Table("## Thresholds", columns, rows, before=TEXTS.text("thresholds", failed=FAILED))
 
 
 def panels(records: list[Record]) -> list[Panel]:

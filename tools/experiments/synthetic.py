@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.frame import Experiment, Files, Record, Section
-from experiments.synthetic_claims import CLAIMS, PANELS, TABLES, afterwards, form_claims
+from experiments.synthetic_claims import CLAIMS, PANELS, TABLES, TEXTS, afterwards, form_claims
 from experiments.synthetic_models import Model, answers, answers_by_steps, build_model, convert_by_family
 from experiments.synthetic_tasks import Batch, copying, delay
 from experiments.timing import interleaved, medians, peak_allocated
@@ -26,37 +26,6 @@ from tnnlm.kernels import RTFConfig, build_kernel
 from tnnlm.modules import LongConv
 from tnnlm.ops import recurrence
 
-_PUBLISHED = (64, 128, 256, 512, 1024)
-_STATE_SIZES = {"tiny": (2, 16), "small": (8, 16, 32, 64, 128), "paper": _PUBLISHED}
-_ALWAYS: dict[str, Record] = {
-    "copying": {"d_model": 64, "layers": 4, "vocab_size": 64},
-    "delay": {"d_model": 4, "layers": 1},
-    "cost": {"d_model": 64, "batch": 4},
-}
-_SIZES: dict[str, dict[str, Record]] = {
-    "tiny": {
-        "copying": {"lag": 16, "length": 32, "batch": 8, "steps": 120, "lr": 1e-2, "test_rows": 32}
-        | {"d_model": 32, "layers": 2, "vocab_size": 10},
-        "delay": {"lag": 12, "length": 48, "batch": 16, "steps": 250, "lr": 1e-2, "test_rows": 32},
-        "cost": {"state_sizes": [8, 128], "length": 256, "rounds": 5},
-    },
-    "small": {
-        "copying": {"lag": 128, "length": 256, "batch": 8, "steps": 1000, "lr": 4e-3, "test_rows": 256},
-        "delay": {"lag": 125, "length": 500, "batch": 16, "steps": 6000, "lr": 3e-3, "test_rows": 256},
-        "cost": {"state_sizes": [*_PUBLISHED], "length": 2048, "rounds": 40},
-    },
-    "paper": {
-        "copying": {"lag": 1024, "length": 2048, "batch": 8, "steps": 62_500, "lr": 1e-3, "test_rows": 1000},
-        "delay": {"lag": 1000, "length": 4000, "batch": 64, "steps": 5120, "lr": 1e-3, "test_rows": 1024},
-        "cost": {"state_sizes": [*_PUBLISHED], "length": 4096, "rounds": 50},
-    },
-}
-_SEEDS = {"tiny": (0,), "small": (0, 1), "paper": (0, 1)}
-_KERNEL_LR = {"rtf": 4.0, "tnn": 1.0, "sgconv": 4.0}
-"""learning rate of kernels over that of all else: of 1 and 4 the better in trials on 32 symbols. At the
-published size 1, as its authors have it"""
-_DECAYS = {"tiny": 0.95, "small": 0.99, "paper": 0.999}
-"""of TNN's kernel, so that it reaches as far as the task does"""
 _RTF: Record = {"init": "xavier", "constraint": "montel"}
 _TEST = 1 << 20
 """added to the seed for the test set"""
@@ -67,20 +36,19 @@ _WARM_UP = 2
 
 def _task_grid(task: str, size: str) -> list[Record]:
     """A model per family, state size of RTF and seed."""
-    shared = {"task": task} | _ALWAYS[task] | _SIZES[size][task]
-    kernels: list[tuple[str, Record]] = [("rtf", {"state_size": n} | _RTF) for n in _STATE_SIZES[size]]
-    kernels += [("tnn", {"decay": _DECAYS[size]}), ("sgconv", {})]
+    sizes = TEXTS.sizes(size)
+    shared = {"task": task} | sizes[task]
+    kernels: list[tuple[str, Record]] = [("rtf", {"state_size": n} | _RTF) for n in sizes["states"]]
+    kernels += [("tnn", {"decay": sizes["decay"]}), ("sgconv", {})]
     return [
-        shared
-        | {"family": name, "seed": seed, "kernel_lr_scale": 1.0 if size == "paper" else _KERNEL_LR[name]}
-        | kernel
-        for seed in _SEEDS[size]
+        shared | {"family": name, "seed": seed, "kernel_lr_scale": sizes["kernel_lr"][name]} | kernel
+        for seed in sizes["seeds"]
         for name, kernel in kernels
     ]
 
 
 def _cost_grid(size: str) -> list[Record]:
-    return [{"task": "cost", "seed": 0} | _ALWAYS["cost"] | _SIZES[size]["cost"]]
+    return [{"task": "cost", "seed": 0} | TEXTS.sizes(size)["cost"]]
 
 
 def measure_task(cell: Record, data: Files = ()) -> Record:
@@ -117,10 +85,7 @@ def _train(model: Model, cell: Record) -> float:
     """Train in place on batches of the cell's seed; returns seconds per step."""
     steps = cell["steps"]
     config = OptimConfig(
-        lr=cell["lr"],
-        kernel_lr_scale=cell["kernel_lr_scale"],
-        weight_decay=0.0,
-        warmup_steps=min(20, steps),
+        lr=cell["lr"], kernel_lr_scale=cell["kernel_lr_scale"], weight_decay=0.0, warmup_steps=min(20, steps)
     )
     batches = (_draw(cell, cell["seed"], step, cell["batch"]) for step in range(steps))
     trace = fit(model, batches, partial(_loss, cell), config, steps, what=f"{cell['task']}, {cell['family']}")

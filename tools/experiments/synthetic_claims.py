@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from experiments.frame import Claim, Record, grouped, select
+from experiments.frame import Claim, Declarations, Record, grouped, select
 from experiments.report import PALETTE, Column, Line, Panel, Table, line
 
 PERFECT = 0.999
@@ -24,22 +24,7 @@ EQUAL = {"copying": 2e-3, "delay": 2e-3}
 _LABELS = {"copying": "symbols told right", "delay": "RMSE of the delayed signal"}
 _TRIED_AT = 128
 """symbols: the small size"""
-_TRIED = """\
-One run each. With a state of a quarter of the symbols each of four layers must delay by all of
-its state: training starts on a plateau at chance. At 32 symbols and 8 state numbers, 1,500 steps from
-zeros (where the authors' code begins, whatever `init` its configuration names) stay there; Xavier's start
-under Montel's bound gets 77 %, and 100 % with four times the learning rate of the kernels. At 128 symbols
-and 32 state numbers nothing left chance: zeros after 600 steps, Xavier after 800, with four times the
-learning rate of the kernels after 800, with all learning rates at 0.01 after 500.
-
-Delay at 128 state numbers, from zeros without a bound as published: an RMSE of 0.12 at the published
-learning rate of 0.001, with a pole of modulus 1.03 (3,000 steps); 0.010 at 0.003 (4,000 steps); 0.12 at
-0.01 (600 steps). From zeros under Montel's bound 0.012 or, with poles on the unit circle, 0.45, as other
-settings have it. Xavier under Montel 0.010 at 0.003, and 0.008 with four times that for the kernels
-(3,000 steps).
-
-RTF's settings were searched for in about thirty such runs, those of TNN and SGConv in two or three each: that
-RTF is ahead of them says little."""
+TEXTS = Declarations("synthetic")
 
 
 def by_state(records: Iterable[Record], key: str, over_seeds: Any = statistics.mean) -> dict[int, float]:
@@ -75,19 +60,11 @@ def _copying_claims(records: list[Record]) -> list[Claim]:
     copies = select(records, task="copying")
     perfect, symbols = threshold(copies), copies[0]["lag"]
     scores = ", ".join(f"{n}: {_figure('copying', x)}" for n, x in by_state(copies, "score").items())
+    found = f"from {perfect} on, of {symbols} symbols" if perfect else f"at none; {scores}"
+    quarter = perfect is not None and 4 * perfect <= symbols
     return [
-        Claim(
-            "RTF copies perfectly from some state size on",
-            "100 % from 256 on, of 1,024 symbols (S4 35 %)",
-            f"from {perfect} on, of {symbols} symbols" if perfect else f"at none; {scores}",
-            perfect is not None,
-        ),
-        Claim(
-            "RTF copies perfectly with a state of a quarter of the symbols",
-            "256 of 1,024; 62,500 steps in the authors' code",
-            f"{scores}; {copies[0]['steps']:,} steps",
-            perfect is not None and 4 * perfect <= symbols,
-        ),
+        TEXTS.claim("perfect", perfect is not None, found=found),
+        TEXTS.claim("quarter", quarter, scores=scores, steps=copies[0]["steps"]),
     ]
 
 
@@ -95,37 +72,28 @@ def _delay_claims(records: list[Record]) -> list[Claim]:
     delays = select(records, task="delay")
     errors = dict(sorted(by_state(delays, "score").items()))
     largest, order = max(errors), list(errors.values())
+    falls = all(after <= 1.02 * before for before, after in pairwise(order)) and order[-1] < order[0] / 2
     return [
-        Claim(
-            f"RTF delays with an RMSE of {PUBLISHED_DELAY} where the state holds the delay",
-            "0.006 at 1,024 for a delay of 1,000 (S4 0.029)",
-            f"{errors[largest]:.4f} at {largest} for a delay of {delays[0]['lag']}",
+        TEXTS.claim(
+            "holds_delay",
             round(errors[largest], 3) <= PUBLISHED_DELAY,
+            published=PUBLISHED_DELAY,
+            error=errors[largest],
+            state=largest,
+            lag=delays[0]["lag"],
         ),
-        Claim(
-            "the error of RTF's delay falls as the state grows",
-            "-",
-            "; ".join(f"{n}: {error:.3f}" for n, error in errors.items()),
-            all(after <= 1.02 * before for before, after in pairwise(order)) and order[-1] < order[0] / 2,
-        ),
+        TEXTS.claim("falls", falls, errors="; ".join(f"{n}: {error:.3f}" for n, error in errors.items())),
     ]
 
 
 def _cost_claims(records: list[Record]) -> list[Claim]:
     (cost,) = select(records, task="cost")
     found = []
-    for what, key, unit, name in (("time", "seconds", 1e3, "ms"), ("memory", "peak_bytes", 2**-20, "MiB")):
-        values: Mapping[str, float] = cost[key]
-        low, high, (first, *_, last) = min(values.values()), max(values.values()), values
-        found.append(
-            Claim(
-                f"the {what} of RTF's training step does not grow with the state",
-                "flat",
-                f"{unit * low:.3g} to {unit * high:.3g} {name} from {first} to {last} state numbers per "
-                "channel",
-                high <= FLAT * low,
-            )
-        )
+    for what, key, scale, unit in (("time", "seconds", 1e3, "ms"), ("memory", "peak_bytes", 2**-20, "MiB")):
+        first, *_, last = cost[key]
+        low, high = (scale * pick(cost[key].values()) for pick in (min, max))
+        shown = {"what": what, "low": low, "high": high, "unit": unit, "first": first, "last": last}
+        found.append(TEXTS.claim("cost", high <= FLAT * low, **shown))
     return found
 
 
@@ -139,20 +107,10 @@ def form_claims(records: list[Record]) -> list[Claim]:
     }
     own = select(trained, family="rtf")
     companion = select(own, method="companion")
+    same = len(made) == len(trained) and all(apart[task] <= most for task, most in EQUAL.items())
     found = [
-        Claim(
-            "the recurrence, step by step, scores what the parallel form scores, in every family",
-            "-",
-            f"accuracies differ by {apart['copying']:.1e} at most, RMSEs by {apart['delay']:.1e}; "
-            f"{len(made)} of {len(trained)} models",
-            len(made) == len(trained) and all(apart[task] <= most for task, most in EQUAL.items()),
-        ),
-        Claim(
-            "RTF as trained is stable: its own companion form can be deployed",
-            "-",
-            f"{len(companion)} of {len(own)} models; of the others a window of all inputs",
-            len(companion) == len(own),
-        ),
+        TEXTS.claim("forms", same, made=len(made), trained=len(trained), **apart),
+        TEXTS.claim("companion", len(companion) == len(own), companion=len(companion), own=len(own)),
     ]
     for task in EQUAL:
         rows = select(trained, task=task)
@@ -160,15 +118,8 @@ def form_claims(records: list[Record]) -> list[Claim]:
         ours = best[max(best)]
         others = {name: _mean(select(rows, family=name), "score") for name in ("tnn", "sgconv")}
         shown = ", ".join(f"{NAMES[name]} {_figure(task, x)}" for name, x in others.items())
-        found.append(
-            Claim(
-                "RTF with its largest state is ahead of TNN and SGConv, whose settings were tried less: "
-                f"{task}",
-                "-",
-                f"RTF {_figure(task, ours)}, {shown}",
-                all(ours >= x if task == "copying" else ours <= x for x in others.values()),
-            )
-        )
+        ahead = all(ours >= x if task == "copying" else ours <= x for x in others.values())
+        found.append(TEXTS.claim("ahead", ahead, task=task, ours=_figure(task, ours), others=shown))
     return found
 
 
@@ -222,44 +173,25 @@ def _copying_tables(records: list[Record]) -> list[Table]:
     copies = select(records, task="copying")
     copy = copies[0]
     bits = copy["lag"] * math.log2(copy["vocab_size"] - 2)  # in the symbols of a row
-    about = (
-        f"{copy['lag']} of {copy['vocab_size'] - 2} symbols, then as many markers; share of "
-        f"symbols told right, mean of the seeds. {copy['layers']} layers of {copy['d_model']} channels, "
-        f"{copy['steps']:,} steps of {copy['batch']} rows, learning rate {_rates(copies)}; RTF with one "
-        "denominator per layer, Xavier's initialisation and Montel's bound. Layers in series delay by no "
-        f"more than the sum of their states unless poles help: {lag_per_layer(copy):g} a layer is the least "
-        "of delay lines. (Of numbers alone far less would do: the symbols hold "
-        f"{bits:,.0f} bits, {bits / 32:,.0f} numbers of float32.)"
-    )
-    return [_task_table("## Copying", about, copies)]
+    numbers = {"symbols": copy["vocab_size"] - 2, "bits": bits, "numbers": bits / 32}
+    values = copy | numbers | {"rates": _rates(copies), "per_layer": lag_per_layer(copy)}
+    return [_task_table("## Copying", TEXTS.text("copying", **values), copies)]
 
 
 def _delay_tables(records: list[Record]) -> list[Table]:
     delays = select(records, task="delay")
-    late = delays[0]
-    about = (
-        f"A signal of {late['length']} steps without frequencies above 0.25 per step, told again "
-        f"{late['lag']} steps later; RMSE over all outputs, mean of the seeds. One linear layer of "
-        f"{late['d_model']} channels, {late['steps']:,} steps of {late['batch']} rows, learning rate "
-        f"{_rates(delays)}; RTF as above. What the signal can hold within the delay takes {degrees(late):g} "
-        "numbers."
-    )
+    about = TEXTS.text("delay", **delays[0], rates=_rates(delays), degrees=degrees(delays[0]))
     return [_task_table("## Delay", about, delays)]
 
 
 def _cost_tables(records: list[Record]) -> list[Table]:
     (cost,) = select(records, task="cost")
-    about = (
-        f"One RTF layer of {cost['d_model']} channels, forward and backward "
-        f"on {cost['batch']} rows of {cost['length']:,}; medians of {cost['rounds']} rounds in turns, and "
-        "the most bytes of tensors that a step makes and holds at a time. Parameters are apart: a number per "
-        "channel and state number."
-    )
     columns: dict[str, Column] = {
         "state size": str,
         "ms": lambda n: f"{1e3 * cost['seconds'][n]:.1f}",
         "MiB": lambda n: f"{cost['peak_bytes'][n] / 2**20:.2f}",
     }
+    about = TEXTS.text("cost", **cost)
     return [Table("## Cost of the parallel form", columns, list(cost["seconds"]), before=about)]
 
 
@@ -271,7 +203,7 @@ def afterwards(records: list[Record]) -> list[Table]:
         told = "\n".join(f"- `{text}`" for text in refused)
         found.append(Table("## Conversions that were refused before another was taken", before=told))
     if select(records, task="copying")[0]["lag"] == _TRIED_AT:
-        found.append(Table("## What was tried", before=_TRIED))
+        found.append(Table("## What was tried", before=TEXTS.text("tried")))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.frame import Claim, Files, Record, Section, select
+from experiments.frame import Claim, Declarations, Files, Record, Section, select
 from experiments.report import Column, Panel, Table, line
 from experiments.timing import clock_mean, interleaved, medians, peak_allocated
 from tnnlm.config.schema import ModelConfig
@@ -23,27 +23,14 @@ GROWTH = 2.0
 VOCABULARY = 256
 """small, so that what is timed is the mixing"""
 _ROUNDS = 7
-_VARIED = {
-    "tiny": {"length": (16, 128), "width": (16,), "depth": (1, 2)},
-    "small": {
-        "length": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
-        "width": (64, 128, 256, 512, 768, 1280),
-        "depth": (1, 2, 4, 8, 12),
-    },
-}
-_VARIED["paper"] = _VARIED["small"]
-_BASE = {
-    "tiny": {"length": 32, "width": 16, "depth": 1},
-    "small": {"length": 1024, "width": 256, "depth": 2},
-    "paper": {"length": 2048, "width": 512, "depth": 6},
-}
-"""what is not varied"""
+TEXTS = Declarations("etsc")
 
 
 def _grid(size: str) -> list[Record]:
+    sizes = TEXTS.sizes(size)
     return [
-        {"part": "cost", "sweep": sweep, **_BASE[size], sweep: value}
-        for sweep, values in _VARIED[size].items()
+        {"part": "cost", "sweep": sweep, **sizes["base"], sweep: value}
+        for sweep, values in sizes["varied"].items()
         for value in values
     ]
 
@@ -102,37 +89,19 @@ def _claims(records: list[Record]) -> list[Claim]:
     ):
         first, last = shortest["seconds"][form], longest["seconds"][form]
         same = longest["bytes"][form] <= 1.01 * shortest["bytes"][form]
-        found.append(
-            Claim(
-                f"time and memory of a token do not grow with the context, {label}",
-                "flat",
-                f"{1e3 * first:.2f} ms at {shortest['length']:,}, {1e3 * last:.2f} ms at "
-                f"{longest['length']:,}; memory {'the same' if same else 'grows'}",
-                last <= GROWTH * first and same,
-            )
-        )
+        shown = {"first": 1e3 * first, "last": 1e3 * last, "memory": "the same" if same else "grows"}
+        lengths = {"shortest": shortest["length"], "longest": longest["length"]}
+        found.append(TEXTS.claim("flat", last <= GROWTH * first and same, which=label, **shown, **lengths))
     for form in ("recompute", "cached history"):
         ratio = longest["seconds"][form] / longest["seconds"]["etsc, n = horizon"]
-        found.append(
-            Claim(
-                f"a token by ETSC is cheaper than by {form}, at {longest['length']:,} tokens",
-                "the gap grows with the length",
-                f"{ratio:.1f} times as fast",
-                ratio > 1,
-            )
-        )
+        found.append(TEXTS.claim("cheaper", ratio > 1, form=form, longest=longest["length"], ratio=ratio))
     speed, memory = (
         [record[key]["etsc, n = length"] / record[key]["balanced"] for record in select(records, part="cost")]
         for key in ("seconds", "kept")
     )
-    ours = Claim(
-        "our reduced form is cheaper than ETSC, at every length, width and depth",
-        "-",
-        f"{min(speed):.1f} to {max(speed):.1f} times as fast (median {median(speed):.1f}), state "
-        f"{min(memory):.1f} to {max(memory):.0f} times smaller",
-        min(speed) > 1 and min(memory) > 1,
-    )
-    return [*found, ours]
+    shown = {"slow": min(speed), "fast": max(speed), "large": min(memory), "small": max(memory)}
+    cheaper = min(speed) > 1 and min(memory) > 1
+    return [*found, TEXTS.claim("reduced", cheaper, median=median(speed), **shown)]
 
 
 def duration(value: float) -> str:
@@ -155,14 +124,7 @@ def _tables(records: list[Record]) -> list[Table]:
         columns |= {form: partial(cost, form) for form in FORMS}
         note = f"At {', '.join(f'{name} {own[0][name]:,}' for name in sweeps if name != sweep)}."
         if sweep == sweeps[-1]:
-            note += (
-                " Untrained TNN of 256 tokens in its vocabulary, decay 0.99, eager float32, one sequence, "
-                "forms in turns, medians. Memory: the state, and what a step allocates at its peak; weights "
-                "are left out. recompute: the whole sequence again by FFT. cached history: every input of "
-                "the past times its tap. ETSC with as many modes as tokens is exact as far as these; at the "
-                "horizon where the kernel has died out it is so for ever. At 64 tokens ETSC and our form "
-                "take what calling the operations takes."
-            )
+            note += " " + TEXTS.text("cost")
         found.append(Table(f"## Cost of a token against {sweep}", columns, own, after=note))
     return found
 

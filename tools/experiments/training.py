@@ -195,8 +195,5 @@ def _loader(rows: Any, config: Config, seed: int, numbered: bool) -> DataLoader[
         numbered=numbered,
     )
     return DataLoader(
-        rows,
-        batch_sampler=order,
-        num_workers=config.data.num_workers,
-        pin_memory=torch.cuda.is_available(),
+        rows, batch_sampler=order, num_workers=config.data.num_workers, pin_memory=torch.cuda.is_available()
     )
