@@ -101,17 +101,18 @@ def _tables(records: list[Record]) -> list[Table]:
         bits = _bits(own)
         return f"{fmean(bits):.4f}" + (f" ± {stdev(bits):.4f}" if len(bits) > 1 else "")
 
-    columns = {
-        "family": lambda own: NAMES.get(own[0]["family"], own[0]["family"]),
-        "parameters": lambda own: f"{own[0]['params']:,}",
-        "learning rate": lambda own: f"{own[0]['lr']:g}",
-        "bits per byte": shown,
-        "perplexity": lambda own: f"{fmean(record['ppl'] for record in own):.2f}",
-        "training tokens/s": lambda own: f"{median(record['tokens_per_second'] for record in own):,.0f}",
-    }
+    items = [
+        own[0]
+        | {
+            "label": NAMES.get(name, name),
+            "bits": shown(own),
+            "ppl": fmean(record["ppl"] for record in own),
+            "speed": median(record["tokens_per_second"] for record in own),
+        }
+        for name, own in _by_family(records).items()
+    ]
     tried = TEXTS.text("tried") if records[0]["size"] == "small" else ""
-    note = TEXTS.text("about", tokens=records[0]["tokens"], tried=tried)
-    return [Table("## Quality", columns, list(_by_family(records).values()), after=note)]
+    return [TEXTS.table("quality", items, tokens=records[0]["tokens"], tried=tried)]
 
 
 def _panels(records: list[Record]) -> list[Panel]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from experiments import report
-from experiments.report import Panel, Table
+from experiments.report import Column, Panel, Table
 from tnnlm import __version__
 from tnnlm.errors import UserError
 from tnnlm.files import write_text
@@ -93,7 +94,7 @@ class Experiment:
 
 
 class Declarations:
-    """What NAME.toml beside this module says of an experiment: settings by size, claims and texts.
+    """What NAME.toml beside this module says of an experiment: settings by size, claims, tables and texts.
 
     Claims and texts hold replacement fields as ``str.format`` has them.
     """
@@ -112,6 +113,22 @@ class Declarations:
         """A claim with the figures that decide it; a dash where nothing is published."""
         parts = {"published": "-"} | self._data["claims"][name]
         return Claim(**{key: text.format(**values) for key, text in parts.items()}, holds=holds)
+
+    def table(self, name: str, items: Sequence[Record], more: Iterable[str] = (), **values: Any) -> Table:
+        """A table with a row per item, whose values its columns show.
+
+        Args:
+            name: of the table, and of the text before it, if there is one.
+            items: records.
+            more: columns in the place of the one called ``*``, titles of values that are text already.
+            values: for the texts.
+        """
+        given = self._data["tables"][name]
+        columns: dict[str, Column | str] = {}
+        for title, show in given["columns"].items():
+            columns |= {key: itemgetter(key) for key in more} if title == "*" else {title: show}
+        before, after = (given.get(key, "").strip().format(**values) for key in ("before", "after"))
+        return Table(given["heading"], columns, items, before, after)
 
     def text(self, name: str, **values: Any) -> str:
         """A paragraph or more."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, select
 from experiments.peers import BertClassifier
-from experiments.report import PALETTE, Column, Line, Panel, Table, line
+from experiments.report import PALETTE, Line, Panel, Table, line
 from experiments.sizing import match_parameters, n_params
 from experiments.training import device_of, own_loss, train_plain
 from tnnlm.config.loader import load_config
@@ -190,27 +190,23 @@ def tables(records: list[Record]) -> list[Table]:
     """Accuracy by model, beside the published one; the last row is that of no model."""
     own = select(records, part="listops")
     first = own[0]
-    none = {"params": 0, "accuracy": first["majority"]}
-
-    def accuracy(record: Record) -> str:
-        percent = 100 * record["accuracy"]
-        return f"{percent:.2f}" + (
-            f" ± {_error(percent, record['rows']):.2f} %" if "rows" in record else " %"
-        )
-
-    columns: dict[str, Column] = {
-        "model": lambda record: LABELS[record["model"]] if "model" in record else "the commonest value",
-        "parameters": lambda record: f"{record['params']:,}",
-        "learning rate": lambda record: f"{record['lr']:g}" if "lr" in record else "-",
-        "test accuracy": accuracy,
-        "published, to 2,000 symbols": lambda record: (
-            f"{PUBLISHED[record['model']]:.2f} %" if record.get("model") in PUBLISHED else "-"
-        ),
-        "seconds": lambda record: f"{record['seconds']:.0f}" if "seconds" in record else "-",
-    }
-    about = TEXTS.text("about", **first)
+    percents = {record["model"]: 100 * record["accuracy"] for record in own}
+    rows = [
+        {
+            "label": LABELS[record["model"]],
+            "params": record["params"],
+            "rate": f"{record['lr']:g}" if "lr" in record else "-",
+            "shown": f"{percents[record['model']]:.2f} ± "
+            f"{_error(percents[record['model']], record['rows']):.2f}",
+            "published": f"{PUBLISHED[record['model']]:.2f} %" if record["model"] in PUBLISHED else "-",
+            "time": f"{record['seconds']:.0f}" if "seconds" in record else "-",
+        }
+        for record in own
+    ]
+    none = dict.fromkeys(("rate", "published", "time"), "-") | {"label": "the commonest value", "params": 0}
+    rows.append(none | {"shown": f"{100 * first['majority']:.2f}"})
     tried = TEXTS.text("tried") if first["longest"] == _TRIED_AT else ""
-    return [Table("## ListOps", columns, [*own, none], before=about, after=tried)]
+    return [TEXTS.table("models", rows, **first, tried=tried)]
 
 
 def panels(records: list[Record]) -> list[Panel]:

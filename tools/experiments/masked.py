@@ -15,7 +15,7 @@ from torch import nn
 
 from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, select
 from experiments.peers import Bert, RotaryBert
-from experiments.report import Column, Panel, Table, line
+from experiments.report import Panel, Table, line
 from experiments.scoring import PASS_TOKENS
 from experiments.sizing import match_parameters, n_params, text_words
 from experiments.training import own_loss, train_plain
@@ -176,21 +176,17 @@ def _claims(records: list[Record]) -> list[Claim]:
 def _tables(records: list[Record]) -> list[Table]:
     """Perplexity by model and length, means over the seeds."""
     lengths, own = _lengths(records), select(records, part="masked")
-
-    def ppl(length: str, model: str) -> str:
+    items = []
+    for model, label in LABELS.items():
         found = select(own, model=model)
-        return f"{fmean(_ppl(own, model, length)):.2f}" if length in found[0]["ppl"] else "-"
-
-    columns: dict[str, Column] = {
-        "model": lambda model: LABELS[model],
-        "parameters": lambda model: f"{select(own, model=model)[0]['params']:,}",
-        "learning rate": lambda model: f"{select(own, model=model)[0]['lr']:g}",
-        **{f"{int(length):,}": partial(ppl, length) for length in lengths},
-        "seconds": lambda model: f"{fmean(r['seconds'] for r in select(own, model=model)):.0f}",
-    }
-    about = TEXTS.text("about", **own[0], trained=int(lengths[0]))
+        item = found[0] | {"label": label, "mean_seconds": fmean(record["seconds"] for record in found)}
+        for n in lengths:
+            known = n in found[0]["ppl"]
+            item[f"{int(n):,}"] = f"{fmean(_ppl(own, model, n)):.2f}" if known else "-"
+        items.append(item)
     tried = TEXTS.text("tried") if own[0]["size"] == "small" else ""
-    return [Table("## Hidden tokens", columns, MODELS, before=about, after=tried)]
+    titles = [f"{int(n):,}" for n in lengths]
+    return [TEXTS.table("models", items, titles, **own[0], trained=int(lengths[0]), tried=tried)]
 
 
 def _panels(records: list[Record]) -> list[Panel]:

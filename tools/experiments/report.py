@@ -34,15 +34,18 @@ class Table:
 
     heading: str = ""
     """Markdown, with its number signs"""
-    columns: Mapping[str, Column] = field(default_factory=dict)
-    """title -> what stands there of an item; none: no table"""
+    columns: Mapping[str, Column | str] = field(default_factory=dict)
+    """title -> what shows an item there: a function, or a format of the values of a record; none: no table"""
     items: Sequence[Any] = ()
     before: str = ""
     after: str = ""
 
     def markdown(self) -> str:
         """The parts that are there, as paragraphs."""
-        rows = [[show(item) for show in self.columns.values()] for item in self.items]
+        rows = [
+            [show.format_map(item) if isinstance(show, str) else show(item) for show in self.columns.values()]
+            for item in self.items
+        ]
         shown = table(list(self.columns), rows) if self.columns else ""
         return "\n\n".join(part for part in (self.heading, self.before, shown, self.after) if part)
 

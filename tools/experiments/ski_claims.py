@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from statistics import mean, median
 
 from experiments.frame import Claim, Declarations, Record, select
-from experiments.report import Column, Line, Panel, Table, line, smallest_shown
+from experiments.report import Line, Panel, Table, line, smallest_shown
 
 ACTIVATIONS = ("gelu", "silu", "relu")
 CLOSE = 0.01
@@ -69,19 +68,13 @@ def quality_claims(records: list[Record]) -> list[Claim]:
 
 
 def quality_tables(records: list[Record]) -> list[Table]:
-    def ppl(length: str, own: list[Record]) -> str:
-        return f"{own[0]['ppl'][length]:.2f}"
-
-    columns: dict[str, Column] = {
-        "kernel": lambda own: own[0]["variant"],
-        "parameters": lambda own: f"{own[0]['params']:,}",
-        "bits per byte": lambda own: f"{_mean(own, 'bits_per_byte'):.4f}",
-        "of each seed": lambda own: ", ".join(f"{record['bits_per_byte']:.4f}" for record in own),
-        "tokens/s": lambda own: f"{_mean(own, 'tokens_per_second'):,.0f}",
-    }
-    models = list(trained(records).values())
-    columns |= {f"ppl at {int(length):,}": partial(ppl, length) for length in models[0][0]["ppl"]}
-    return [Table("## Quality", columns, models, before=SKI_TEXTS.text("quality"))]
+    items = []
+    for own in trained(records).values():
+        ppl = {f"ppl at {int(length):,}": f"{value:.2f}" for length, value in own[0]["ppl"].items()}
+        each = ", ".join(f"{record['bits_per_byte']:.4f}" for record in own)
+        means = {"bits": _mean(own, "bits_per_byte"), "speed": _mean(own, "tokens_per_second")}
+        items.append(own[0] | {"each": each} | means | ppl)
+    return [SKI_TEXTS.table("quality", items, ppl)]
 
 
 def speed_claims(records: list[Record]) -> list[Claim]:
@@ -95,19 +88,14 @@ def speed_claims(records: list[Record]) -> list[Claim]:
 
 
 def speed_tables(records: list[Record]) -> list[Table]:
-    def times(key: str, name: str) -> Column:
-        return lambda record: f"{speedups(record, key)[name]:.2f}"
-
-    columns: dict[str, Column] = {
-        "tokens a row": lambda record: f"{record['length']:,}",
-        "TNN tokens/s": lambda record: f"{record['tokens'] / median(record['step_seconds']['tnn']):,.0f}",
-        "fd gelu": times("step_seconds", "fd gelu"),
-        "fd relu": times("step_seconds", "fd relu"),
-        "TNN's kernel": lambda record: f"{1e3 * median(record['kernel_seconds']['tnn']):.1f} ms",
-        "fd gelu ": times("kernel_seconds", "fd gelu"),
-        "fd relu ": times("kernel_seconds", "fd relu"),
-    }
-    return [Table("## Speed", columns, select(records, kind="time"), before=SKI_TEXTS.text("speed"))]
+    items = [
+        record
+        | {"speed": record["tokens"] / median(record["step_seconds"]["tnn"])}
+        | {"ms": 1e3 * median(record["kernel_seconds"]["tnn"])}
+        | {name: speedups(record, f"{name}_seconds") for name in ("step", "kernel")}
+        for record in select(records, kind="time")
+    ]
+    return [SKI_TEXTS.table("speed", items)]
 
 
 def speed_panels(records: list[Record]) -> list[Panel]:
@@ -153,12 +141,11 @@ def decay_tables(records: list[Record]) -> list[Table]:
     ]  # fmt: skip
     rows += [(f"trained: {name}, worst layer", _longest(own)) for name, own in trained(records).items()]
 
-    def share(lag: str, row: tuple[str, dict[str, float]]) -> str:
-        return f"{row[1][lag]:.1e}" if lag in row[1] else "-"
-
-    columns: dict[str, Column] = {"kernel": lambda row: str(row[0])}
-    columns |= {lag: partial(share, lag) for lag in SHOWN}
-    return [Table("## Decay", columns, rows, before=SKI_TEXTS.text("decay"))]
+    items = [
+        {"label": label} | {lag: f"{tails[lag]:.1e}" if lag in tails else "-" for lag in SHOWN}
+        for label, tails in rows
+    ]
+    return [SKI_TEXTS.table("decay", items, SHOWN)]
 
 
 def decay_panels(records: list[Record]) -> list[Panel]:
@@ -208,26 +195,21 @@ def _gap(own: list[Record], method: str) -> float:
 
 
 def conversion_tables(records: list[Record]) -> list[Table]:
-    def made(show: Column) -> Column:
-        return lambda row: "-" if "refused" in row[2] else show(row[2])
-
-    columns: dict[str, Column] = {
-        "kernel": lambda row: row[0],
-        "method": lambda row: row[1],
-        "orders": lambda row: "refused" if "refused" in row[2] else ", ".join(map(str, row[2]["orders"])),
-        "state, bytes": made(lambda found: f"{found['state_bytes']:,}"),
-        "tap error": made(lambda found: f"{found['tap_error']:.0e}"),
-        "l1 error": made(lambda found: f"{found['l1_error']:.0e}"),
-        "perplexity gap, at 1 / 8": made(
-            lambda found: " / ".join(f"{gap:+.0e}" for gap in found["gaps"].values())
-        ),
-    }
-    rows = [
-        (name, method, found)
-        for name, own in trained(records).items()
-        for method, found in own[0]["conversions"].items()
-    ]
-    return [Table("## Conversion", columns, rows, before=SKI_TEXTS.text("conversion"))]
+    refused = {"orders": "refused"} | dict.fromkeys(("state", "tap", "l1", "gap"), "-")
+    items = []
+    for name, own in trained(records).items():
+        for method, made in own[0]["conversions"].items():
+            shown = refused
+            if "refused" not in made:
+                shown = {
+                    "orders": ", ".join(map(str, made["orders"])),
+                    "state": f"{made['state_bytes']:,}",
+                    "tap": f"{made['tap_error']:.0e}",
+                    "l1": f"{made['l1_error']:.0e}",
+                    "gap": " / ".join(f"{gap:+.0e}" for gap in made["gaps"].values()),
+                }
+            items.append({"variant": name, "method": method} | shown)
+    return [SKI_TEXTS.table("conversion", items)]
 
 
 def conversion_panels(records: list[Record]) -> list[Panel]:

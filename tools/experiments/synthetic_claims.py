@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from experiments.frame import Claim, Declarations, Record, grouped, select
-from experiments.report import PALETTE, Column, Line, Panel, Table, line
+from experiments.report import PALETTE, Line, Panel, Table, line
 
 PERFECT = 0.999
 """share of symbols from which a copy counts as perfect: 100 % as published"""
@@ -140,33 +140,25 @@ def _rates(records: list[Record]) -> str:
     return f"{records[0]['lr']:g}, of kernels {of_kernels}"
 
 
-def _task_table(heading: str, about: str, records: list[Record]) -> Table:
-    task = records[0]["task"]
-
-    def score(key: str) -> Column:
-        def shown(own: list[Record]) -> str:
-            made = [record for record in own if key in record]
-            return _figure(task, _mean(made, key)) if made else "-"
-
-        return shown
-
-    def listed(key: str, none: str) -> Column:
-        return lambda own: ", ".join(dict.fromkeys(str(r[key]) for r in own if key in r)) or none
-
-    columns: dict[str, Column] = {
-        "family": lambda own: NAMES[own[0]["family"]],
-        "state size": lambda own: str(own[0].get("state_size", "-")),
-        "parallel": score("score"),
-        "recurrent": score("score_recurrent"),
-        "chance": score("chance"),
-        "converted by": listed("method", "refused"),
-        "state numbers per channel": listed("order", "-"),
-        "largest pole": lambda own: (
-            f"{max(r['largest_pole'] for r in own if 'largest_pole' in r):.4f}" if "order" in own[0] else "-"
-        ),
-        "ms per step of training": lambda own: f"{1e3 * _mean(own, 'seconds_per_step'):.1f}",
-    }
-    return Table(heading, columns, list(grouped(records, "family", "state_size").values()), before=about)
+def _task_items(records: list[Record]) -> list[Record]:
+    task, items = records[0]["task"], []
+    for (family, state), own in grouped(records, "family", "state_size").items():
+        made = [record for record in own if "score_recurrent" in record]
+        methods, orders = (dict.fromkeys(str(record[key]) for record in made) for key in ("method", "order"))
+        items.append(
+            {
+                "label": NAMES[family],
+                "state": state or "-",
+                "parallel": _figure(task, _mean(own, "score")),
+                "recurrent": _figure(task, _mean(made, "score_recurrent")) if made else "-",
+                "of_chance": _figure(task, _mean(own, "chance")),
+                "methods": ", ".join(methods) or "refused",
+                "orders": ", ".join(orders) or "-",
+                "pole": f"{max(record['largest_pole'] for record in made):.4f}" if made else "-",
+                "ms": 1e3 * _mean(own, "seconds_per_step"),
+            }
+        )
+    return items
 
 
 def _copying_tables(records: list[Record]) -> list[Table]:
@@ -175,24 +167,22 @@ def _copying_tables(records: list[Record]) -> list[Table]:
     bits = copy["lag"] * math.log2(copy["vocab_size"] - 2)  # in the symbols of a row
     numbers = {"symbols": copy["vocab_size"] - 2, "bits": bits, "numbers": bits / 32}
     values = copy | numbers | {"rates": _rates(copies), "per_layer": lag_per_layer(copy)}
-    return [_task_table("## Copying", TEXTS.text("copying", **values), copies)]
+    return [TEXTS.table("copying", _task_items(copies), **values)]
 
 
 def _delay_tables(records: list[Record]) -> list[Table]:
     delays = select(records, task="delay")
-    about = TEXTS.text("delay", **delays[0], rates=_rates(delays), degrees=degrees(delays[0]))
-    return [_task_table("## Delay", about, delays)]
+    values = delays[0] | {"rates": _rates(delays), "degrees": degrees(delays[0])}
+    return [TEXTS.table("delay", _task_items(delays), **values)]
 
 
 def _cost_tables(records: list[Record]) -> list[Table]:
     (cost,) = select(records, task="cost")
-    columns: dict[str, Column] = {
-        "state size": str,
-        "ms": lambda n: f"{1e3 * cost['seconds'][n]:.1f}",
-        "MiB": lambda n: f"{cost['peak_bytes'][n] / 2**20:.2f}",
-    }
-    about = TEXTS.text("cost", **cost)
-    return [Table("## Cost of the parallel form", columns, list(cost["seconds"]), before=about)]
+    items = [
+        {"state": n, "ms": 1e3 * seconds, "mib": cost["peak_bytes"][n] / 2**20}
+        for n, seconds in cost["seconds"].items()
+    ]
+    return [TEXTS.table("cost", items, **cost)]
 
 
 def afterwards(records: list[Record]) -> list[Table]:
