@@ -10,6 +10,7 @@ Examples:
   python tools/benchmark.py prefill --quick              # prompts, smaller and fewer, in about a minute
   python tools/benchmark.py batch --json batch.json --png batch.png
   python tools/benchmark.py train                        # tokens per second, memory, the convolution's share
+  python tools/benchmark.py constant runs/demo           # a model's time per token and state, by context
   python tools/benchmark.py levels                       # this CPU with and without AVX-512, AVX2
 """
 
@@ -20,25 +21,34 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.levels import level_table, time_levels
-from benchmarks.llamacpp import llama_cpp
-from benchmarks.peers import PEERS, peer
+from benchmarks.llama_cpp import llama_cpp
 from benchmarks.report import memory_table, plot, table
-from benchmarks.subjects import SHAPE, Subject, ours
-from benchmarks.timing import QUICK, Effort, read_bandwidth, time_prefill, time_steps
-from benchmarks.train_timing import time_training
+from benchmarks.subjects import PEERS, SHAPE, WIDTHS, Subject, linear_weights, ours, peer
+from benchmarks.timing import QUICK, Effort, row, time_prefill, time_steps
+from benchmarks.train_step import time_training
+from experiments import report
+from experiments.timing import interleaved, read_bandwidth
+from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
+from tnnlm.inference.engine import ENGINES as LOADED
+from tnnlm.inference.engine import open_engine
+from tnnlm.inference.generator import Context, TextGenerator
+from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, describe_cpu
 from tnnlm.machine.threads import limit_threads
+from tnnlm.models.causal_lm import state_bytes
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LLAMA_CPP = "llama.cpp"
@@ -66,7 +76,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=(*OURS, "train", "levels"), help="what is timed")
+    parser.add_argument("mode", choices=(*OURS, "train", "constant", "levels"), help="what is timed")
+    parser.add_argument("model", nargs="?", help="of constant: folder, run or checkpoint (default: newest)")
     parser.add_argument("--quick", action="store_true", help="less of everything, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
@@ -82,8 +93,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="of ours (default: all)"
     )
+    parser.add_argument(
+        "--engine", choices=LOADED, default="auto", help="of constant (default: the fastest there is)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of constant: of the weights")
     parser.add_argument("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="default: 512")
     args = parser.parse_args()
+    if args.model and args.mode != "constant":
+        raise UserError(f"{args.model}: a model is timed by the mode constant")
     for number in (*(args.contexts or ()), *(args.batches or ()), args.d_model):
         if not 1 <= number <= 1 << 20:
             raise UserError(f"{number}: must be from 1 to {1 << 20:,}")
@@ -97,7 +114,7 @@ def main() -> int:
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
     if args.mode == "levels" and args.png:
         raise UserError("--png: the levels are a table alone")
-    result = {"train": training, "levels": levels}.get(args.mode, decoding)(args, shape)
+    result = {"train": training, "levels": levels, "constant": constant}.get(args.mode, decoding)(args, shape)
     if args.json:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.png:
@@ -126,6 +143,47 @@ def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
     rounds, steps = (1, 2) if args.quick else (3, 8)
     rows = time_levels(demo.model, demo.data.batch_size, rounds, steps, shape)
     return {"mode": "levels", "cpu": describe_cpu(), "results": rows}
+
+
+def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Greedy steps of a trained model after contexts of every length, which take turns: constant, or not?"""
+    turns, steps = (3, 4) if args.quick else (15, 16)
+    folder, converted = load_for_decoding(args.model, Path("runs"))
+    weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
+    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
+    vocabulary = converted.tokenizer.size
+    read = {
+        n: writer.read_tokens([torch.arange(n).remainder(vocabulary).tolist()])
+        for n in args.contexts or CONTEXTS
+    }
+    cases = {n: partial(take_steps, writer, context, steps) for n, context in read.items()}
+    times = interleaved(cases, turns, warm_up=2)
+    rows = [
+        row("recurrent step", args.dtype, 1, n, [seconds / steps for seconds in times[n]])
+        | {"state_bytes": state_bytes(context.state), "prefill_seconds": context.seconds}
+        for n, context in read.items()
+    ]
+    bandwidth = read_bandwidth()
+    touched = weights * WIDTHS[args.dtype] + 2 * rows[0]["state_bytes"]  # by every token
+    return {
+        "mode": "constant",
+        "cpu": describe_cpu(),
+        "model": str(folder),
+        "engine": str(info),
+        "bandwidth_gbs": bandwidth,
+        "floor_seconds": touched / (1e9 * bandwidth),
+        "ratio_longest_to_shortest": rows[-1]["seconds_per_token"] / rows[0]["seconds_per_token"],
+        "results": rows,
+    }
+
+
+@torch.inference_mode()
+def take_steps(writer: TextGenerator, context: Context, n: int) -> None:
+    """Greedy tokens on top of ``context``, which stays as it is."""
+    state, token = context.state, context.logits.argmax(-1)
+    for _ in range(n):
+        logits, state = writer.model.step(token, state)
+        token = logits.argmax(-1)
 
 
 def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
@@ -162,6 +220,21 @@ def show(result: dict[str, Any]) -> None:
         print(
             "tokens per second (share of the FLOP rate); matrices are multiplied at "
             f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s\n\n{table(result)}\n\n{memory_table(result)}"
+        )
+        return
+    if mode == "constant":
+        head = ["context", "ms per token", "quartiles", "prefill s", "state bytes"]
+        lines = [
+            [
+                *(f"{one['context']:,}", f"{1e3 * one['seconds_per_token']:.3f}", f"{one['spread']:.1%}"),
+                *(f"{one['prefill_seconds']:.3f}", f"{one['state_bytes']:,}"),
+            ]
+            for one in result["results"]
+        ]
+        print(
+            f"{result['model']}, {result['engine']}\n\n{report.table(head, lines)}\n\nlongest over shortest "
+            f"context: {result['ratio_longest_to_shortest']:.3f} times the time per token\nfloor: "
+            f"{1e3 * result['floor_seconds']:.3f} ms at {result['bandwidth_gbs']:.1f} GB/s read bandwidth"
         )
         return
     what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")

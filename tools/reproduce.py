@@ -9,30 +9,31 @@ Examples:
   python tools/reproduce.py stability                # what docs/results holds, and what is missing there
   python tools/reproduce.py stability --again        # all of it: two cores, at most 40 minutes
   python tools/reproduce.py stability --size paper --out results-paper
+  python tools/reproduce.py families --kernel mine=my_kernel.yaml --out families-mine
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from experiments.bidirectional import Bidirectional
+from experiments.bidirectional import BIDIRECTIONAL
 from experiments.etsc import ETSC
-from experiments.experiment import SIZES, Experiment, Row
-from experiments.extrapolation import Extrapolation
-from experiments.families import Families
-from experiments.run import reproduce
-from experiments.ski import Ski
-from experiments.stability import Stability
-from experiments.synthetic import Synthetic
+from experiments.extrapolation import EXTRAPOLATION
+from experiments.families import NAMES, families
+from experiments.frame import SIZES, Experiment, Record, reproduce
+from experiments.ski import SKI
+from experiments.stability import STABILITY
+from experiments.synthetic import SYNTHETIC
 from tnnlm.errors import UserError, run_script
 
-EXPERIMENTS: dict[str, type[Experiment]] = {
-    one.name: one for one in (Extrapolation, ETSC, Families, Synthetic, Bidirectional, Stability, Ski)
+EXPERIMENTS: dict[str, Experiment] = {
+    one.name: one for one in (EXTRAPOLATION, ETSC, families(), SYNTHETIC, BIDIRECTIONAL, STABILITY, SKI)
 }
 
 
@@ -51,10 +52,26 @@ def parse() -> argparse.Namespace:
         "--data", nargs="+", default=[], metavar="FILE",
         help="text to train on, in the place of the standard library's sources (paper: WikiText-103, hub)",
     )  # fmt: skip
+    parser.add_argument(
+        "--kernel", nargs="+", default=[], metavar="NAME=FILE",
+        help="of families: kernels beside its own, with optim.kernel_lr_scale and conversion; give --out too",
+    )  # fmt: skip
     args = parser.parse_args()
     if not args.list and args.name not in EXPERIMENTS:
         raise UserError(f"{args.name or 'no name'}: expected one of {', '.join(EXPERIMENTS)}")
+    if args.kernel and (args.name != "families" or args.out is None):
+        raise UserError("--kernel: goes with families and a folder of its own, --out DIR")
     return args
+
+
+def named_file(word: str) -> tuple[str, Path]:
+    """A family's name and where its kernel is read."""
+    name, _, file = word.partition("=")
+    if not re.fullmatch(r"\w[\w-]*", name) or name in NAMES or not file:
+        raise UserError(f"--kernel {word}: expected NAME=FILE, and a name that is not in {', '.join(NAMES)}")
+    if not Path(file).is_file():
+        raise UserError(f"--kernel {word}: no such file")
+    return name, Path(file)
 
 
 def main() -> int:
@@ -64,19 +81,19 @@ def main() -> int:
         return 0
     out = args.out or Path("docs/results" if args.size == "small" else f"results-{args.size}")
 
-    def bar(cells: Iterable[Row]) -> Iterable[Row]:
-        left = list(cells)
-        if not left:
+    def bar(cells: list[Record]) -> Any:
+        if not cells:
             print(
                 f"{out}/{args.name}.json: all is measured already; --again measures it anew", file=sys.stderr
             )
-        return tqdm(left, desc=args.name, unit="cell", disable=None)
+        return tqdm(cells, desc=args.name, unit="cell", disable=None)
 
-    experiment = EXPERIMENTS[args.name]()
-    experiment.data = tuple(args.data)
-    verdicts = reproduce(experiment, args.size, out, bar, args.again)
-    for verdict in verdicts:
-        print(f"{'holds         ' if verdict.holds else 'DOES NOT HOLD '} {verdict.claim}: {verdict.ours}")
+    experiment = EXPERIMENTS[args.name]
+    if args.kernel:
+        experiment = families(dict(map(named_file, args.kernel)))
+    claims = reproduce(experiment, args.size, out, bar, args.again, tuple(args.data))
+    for claim in claims:
+        print(f"{'holds         ' if claim.holds else 'DOES NOT HOLD '} {claim.claim}: {claim.ours}")
     print(f"wrote {out}/{args.name}.md, .json, .png and {out}/README.md")
     return 0
 

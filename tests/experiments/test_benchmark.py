@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
-from benchmarks.llamacpp import llama_cpp
-from benchmarks.onnx import OnnxModel
-from benchmarks.peers import PEERS, peer
+from benchmarks.llama_cpp import llama_cpp
+from benchmarks.onnx_runtime import OnnxModel
 from benchmarks.report import plot, table
-from benchmarks.subjects import CONVERSIONS, ours
-from benchmarks.timing import Effort, read_bandwidth, time_prefill, time_steps
-from benchmarks.train_timing import peak_bytes
-from benchmarks.training import NAMES, OURS, trainee
+from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
+from benchmarks.timing import Effort, time_prefill, time_steps
+from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
 from conftest import ROOT, tiny_config
+from experiments.timing import read_bandwidth
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
 from tnnlm.errors import run_script
@@ -143,16 +142,22 @@ def tool_of(name: str) -> Any:
     return tool
 
 
-def test_constant_cost_measures_a_converted_run(
+def test_constant_measures_a_converted_run(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
     assert script("convert", "runs/tiny").code == 0
-    words = ["runs/tiny", "--contexts", "4", "8", "--repeats", "1", "--tokens", "2", "--json", "c.json"]
-    monkeypatch.setattr(sys, "argv", ["constant_cost.py", *words])
-    assert run_script(tool_of("constant_cost").main) == 0
+    words = ["runs/tiny", "--quick", "--contexts", "4", "8", "--json", "c.json", "--png", "c.png"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "constant", *words])
+    assert run_script(tool_of("benchmark").main) == 0
     assert "state bytes" in capsys.readouterr().out
-    assert Path("c.json").stat().st_size > 100
+    rows = json.loads(Path("c.json").read_text())["results"]
+    assert [row["context"] for row in rows] == [4, 8]
+    assert rows[0].keys() >= FIELDS | {"state_bytes", "prefill_seconds"}
+    assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
+    assert Path("c.png").stat().st_size > 5_000
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "runs/tiny"])
+    assert run_script(tool_of("benchmark").main) == 2
 
 
 def test_tool_writes_what_it_prints(

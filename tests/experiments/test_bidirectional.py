@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bidirectional import Bidirectional
-from experiments.experiment import Row
+from experiments.bidirectional import BIDIRECTIONAL
+from experiments.frame import Record, reproduce
 from experiments.masked import (
     MODELS,
     build,
@@ -20,7 +20,6 @@ from experiments.masked import (
     model_settings,
     perplexities,
 )
-from experiments.run import reproduce
 from tnnlm.models.batches import MaskedBatch
 from tnnlm.models.encoders import MaskedLM
 
@@ -33,32 +32,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TNNLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         masked_text.cache_clear()
         out = tmp_path_factory.mktemp("results")
-        reproduce(Bidirectional(), "tiny", out, lambda cells: cells)
+        reproduce(BIDIRECTIONAL, "tiny", out, lambda cells: cells)
         return out
 
 
 @pytest.fixture
-def rows(folder: Path) -> dict[str, Row]:
+def rows(folder: Path) -> dict[str, Record]:
     """Of the masked part, by model."""
     cells = json.loads((folder / "bidirectional.json").read_text())["cells"]
     found = [json.loads(key) | value for key, value in cells.items()]
     return {row["model"]: row for row in found if row["part"] == "masked"}
 
 
-def test_both_sides_beat_one_and_all_have_learned(rows: dict[str, Row]) -> None:
+def test_both_sides_beat_one_and_all_have_learned(rows: dict[str, Record]) -> None:
     assert list(rows) == list(MODELS)
     two_sided, causal, *berts = (rows[name]["ppl"]["32"] for name in MODELS)
     assert two_sided < 0.9 * causal
     assert max(two_sided, causal, *berts) < 150  # guessing uniformly is 300
 
 
-def test_models_have_equal_parameters_and_read_the_same(rows: dict[str, Row]) -> None:
+def test_models_have_equal_parameters_and_read_the_same(rows: dict[str, Record]) -> None:
     params = [row["params"] for row in rows.values()]
     assert max(params) / min(params) < 1.03
     assert len({(row["tokens"], row["tokens_trained"]) for row in rows.values()}) == 1
 
 
-def test_a_two_sided_tnn_reads_lengths_it_was_not_trained_on(rows: dict[str, Row]) -> None:
+def test_a_two_sided_tnn_reads_lengths_it_was_not_trained_on(rows: dict[str, Record]) -> None:
     ppl = rows["two-sided"]["ppl"]
     assert list(ppl) == ["32", "64", "128"]
     assert ppl["128"] < 1.05 * ppl["32"]
@@ -76,8 +75,8 @@ def test_page_and_picture(folder: Path) -> None:
 def test_cells_are_different_and_their_models_of_equal_size(
     size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = Bidirectional()
-    cells = [json.dumps(cell, sort_keys=True) for cell in experiment.cells(size)]
+    experiment = BIDIRECTIONAL
+    cells = [json.dumps(cell, sort_keys=True) for cell in experiment.grid(size)]
     assert len(set(cells)) == len(cells)
     monkeypatch.setattr("experiments.masked.open_data", lambda config: None)
     masked_text.cache_clear()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import listops_report
-from experiments.experiment import Row
-from experiments.listops_models import BagOfSymbols
-from experiments.listops_part import KERNELS, MODELS, ListOps, build, model_settings
+from experiments import listops
+from experiments.frame import Record
+from experiments.listops import KERNELS, LISTOPS, MODELS, BagOfSymbols, build, model_settings
+from experiments.report import figure
 from experiments.sizing import n_params
 from tnnlm.data.sequences.listops import encode
 
@@ -20,45 +20,39 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TNNLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        part = ListOps()
-        return [cell | part.measure(cell) for cell in part.cells("tiny")]
+        return [cell | LISTOPS.measure(cell, ()) for cell in LISTOPS.grid("tiny")]
 
 
-def test_every_model_learns_and_structure_helps(rows: list[Row]) -> None:
+def test_every_model_learns_and_structure_helps(rows: list[Record]) -> None:
     accuracy = {row["model"]: row["accuracy"] for row in rows}
     assert tuple(accuracy) == MODELS
     assert min(accuracy.values()) > 2.5 * rows[0]["majority"]
     assert accuracy["tnn"] > accuracy["bag"]
 
 
-def test_report(rows: list[Row], tmp_path: Path) -> None:
-    verdicts = {verdict.claim: verdict for verdict in listops_report.verdicts(rows)}
-    assert len(verdicts) == 4
-    reached = verdicts["accuracy on ListOps of 500 to 2,000 symbols"]
+def test_report(rows: list[Record], tmp_path: Path) -> None:
+    claims = {claim.claim: claim for claim in listops.claims(rows)}
+    assert len(claims) == 4
+    reached = claims["accuracy on ListOps of 500 to 2,000 symbols"]
     assert not reached.holds
     assert "another task" in reached.ours
-    page = listops_report.tables(rows)
-    for label in (*listops_report.LABELS.values(), "the commonest value"):
-        assert f"| {label} |" in page
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, ListOps.panels)
-    ListOps().draw(list(axes), rows)
-    figure.savefig(tmp_path / "listops.png")
-    plt.close(figure)
+    (table,) = listops.tables(rows)
+    for label in (*listops.LABELS.values(), "the commonest value"):
+        assert f"| {label} |" in table.markdown()
+    figure(listops.panels(rows), tmp_path / "listops.png")
     assert (tmp_path / "listops.png").stat().st_size > 5_000
 
 
-def rows_with(longest: int = 1999, **percent: float) -> list[Row]:
+def rows_with(longest: int = 1999, **percent: float) -> list[Record]:
     values = {"tnn": 61.0, "sgconv": 61.0, "rtf": 61.0, "transformer": 37.0, "bag": 35.0} | percent
-    common = {"majority": 0.17, "rows": 2000, "longest": longest, "max_depth": 10, "steps": 9}
-    return [{"model": name, "accuracy": value / 100, **common} for name, value in values.items()]
+    common: Record = {"majority": 0.17, "rows": 2000, "longest": longest, "max_depth": 10, "steps": 9}
+    return [
+        {"part": "listops", "model": name, "accuracy": value / 100, **common}
+        for name, value in values.items()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +66,13 @@ def rows_with(longest: int = 1999, **percent: float) -> list[Row]:
         ({"bag": 59.0}, [True, False, True, True]),
     ],
 )
-def test_verdicts_follow_the_figures(changes: dict[str, Any], holds: list[bool]) -> None:
-    assert [verdict.holds for verdict in listops_report.verdicts(rows_with(**changes))] == holds
+def test_claims_follow_the_figures(changes: dict[str, Any], holds: list[bool]) -> None:
+    assert [claim.holds for claim in listops.claims(rows_with(**changes))] == holds
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "paper"])
 def test_cells_are_different_and_their_models_of_equal_size(size: str) -> None:
-    cells = [json.dumps(cell, sort_keys=True) for cell in ListOps().cells(size)]
+    cells = [json.dumps(cell, sort_keys=True) for cell in LISTOPS.grid(size)]
     assert len(set(cells)) == len(cells)
     params = {}
     for model in (*KERNELS, "transformer"):
@@ -89,7 +83,7 @@ def test_cells_are_different_and_their_models_of_equal_size(size: str) -> None:
         assert config.data == model_settings("tnn", size).data
     assert max(params.values()) / min(params.values()) < 1.06
     if size == "paper":
-        assert config.data.listops.max_length == listops_report.PAPER_LENGTH
+        assert config.data.listops.max_length == listops.PAPER_LENGTH
         assert (config.model.max_length, config.data.batch_size) == (2000, 128)
         assert config.trainer.max_steps == 50_000
 

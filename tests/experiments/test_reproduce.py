@@ -13,21 +13,20 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from experiments.experiment import Row
-from experiments.run import reproduce
-from experiments.stability import Stability
-from experiments.stability_report import FAILED
+from experiments.frame import Record, reproduce
+from experiments.stability import STABILITY
+from experiments.stability_claims import FAILED
 from tnnlm.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results")
-    reproduce(Stability(), "tiny", out, lambda cells: cells)
+    reproduce(STABILITY, "tiny", out, lambda cells: cells)
     return out
 
 
-def rows_of(folder: Path, **wanted: Any) -> Iterator[Row]:
+def rows_of(folder: Path, **wanted: Any) -> Iterator[Record]:
     cells = json.loads((folder / "stability.json").read_text())["cells"]
     for key, measured in cells.items():
         row = json.loads(key) | measured
@@ -90,39 +89,39 @@ def test_page_picture_and_index(folder: Path) -> None:
 def test_a_stopped_experiment_goes_on(tmp_path: Path, folder: Path) -> None:
     measured: list[int] = []
 
-    def some(cells: Iterable[Row]) -> Iterator[Row]:
+    def some(cells: Iterable[Record]) -> Iterator[Record]:
         for number, cell in enumerate(cells):
             if number == 5:
                 raise KeyboardInterrupt
             yield cell
 
-    def counted(cells: Iterable[Row]) -> Iterator[Row]:
+    def counted(cells: Iterable[Record]) -> Iterator[Record]:
         for cell in cells:
             measured.append(1)
             yield cell
 
     with pytest.raises(KeyboardInterrupt):
-        reproduce(Stability(), "tiny", tmp_path, some)
-    verdicts = reproduce(Stability(), "tiny", tmp_path, counted)
-    assert len(measured) == len(Stability().cells("tiny")) - 5
+        reproduce(STABILITY, "tiny", tmp_path, some)
+    claims = reproduce(STABILITY, "tiny", tmp_path, counted)
+    assert len(measured) == len(STABILITY.grid("tiny")) - 5
     whole = json.loads((folder / "stability.json").read_text())["verdicts"]
-    assert [verdict._asdict() for verdict in verdicts] == whole
+    assert [claim._asdict() for claim in claims] == whole
 
 
 def test_again_measures_anew(tmp_path: Path, folder: Path) -> None:
-    measured: list[Row] = []
+    measured: list[Record] = []
 
-    def counted(cells: Iterable[Row]) -> Iterator[Row]:
+    def counted(cells: Iterable[Record]) -> Iterator[Record]:
         for cell in cells:
             measured.append(cell)
             yield cell
             return
 
     shutil.copy(folder / "stability.json", tmp_path)
-    reproduce(Stability(), "tiny", tmp_path, counted)
+    reproduce(STABILITY, "tiny", tmp_path, counted)
     assert not measured
     with pytest.raises(KeyError):  # stopped after the first
-        reproduce(Stability(), "tiny", tmp_path, counted, again=True)
+        reproduce(STABILITY, "tiny", tmp_path, counted, again=True)
     assert len(measured) == 1
     assert len(json.loads((tmp_path / "stability.json").read_text())["cells"]) == 1
 
@@ -131,16 +130,16 @@ def test_results_of_another_size_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "stability.json"
     path.write_text(json.dumps({"name": "stability", "size": "paper", "seconds": 0, "cells": {}}))
     with pytest.raises(UserError, match="holds size paper"):
-        reproduce(Stability(), "tiny", tmp_path, lambda cells: cells)
+        reproduce(STABILITY, "tiny", tmp_path, lambda cells: cells)
     path.write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        reproduce(Stability(), "tiny", tmp_path, lambda cells: cells)
+        reproduce(STABILITY, "tiny", tmp_path, lambda cells: cells)
     assert path.read_text() == "{"
 
 
 def test_cells_are_all_different() -> None:
     for size in ("tiny", "small", "paper"):
-        cells = [json.dumps(cell, sort_keys=True) for cell in Stability().cells(size)]
+        cells = [json.dumps(cell, sort_keys=True) for cell in STABILITY.grid(size)]
         assert len(set(cells)) == len(cells)
 
 

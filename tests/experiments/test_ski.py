@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.experiment import Row
-from experiments.run import reproduce
-from experiments.ski import Ski, tails
-from experiments.ski_report import reach
-from experiments.ski_scale import SCALES, VARIANTS, config_of, family_of
+from experiments.frame import SIZES, Record, reproduce
+from experiments.ski import SKI, VARIANTS, config_of, family_of, tails
+from experiments.ski_claims import SKI_TEXTS, reach
 from tnnlm.models.causal_lm import CausalLM
 
 
@@ -23,11 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TNNLM_CACHE", str(out / "cache"))
-        reproduce(Ski(), "tiny", out, lambda cells: cells)
+        reproduce(SKI, "tiny", out, lambda cells: cells)
         yield out
 
 
-def rows_of(folder: Path, **wanted: Any) -> list[Row]:
+def rows_of(folder: Path, **wanted: Any) -> list[Record]:
     cells = json.loads((folder / "ski.json").read_text())["cells"]
     rows = [json.loads(key) | measured for key, measured in cells.items()]
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
@@ -66,10 +64,10 @@ def test_finite_kernels_are_exact_in_a_window_and_not_past_the_horizon_by_etsc(f
 
 def test_every_length_is_timed_for_all_alike(folder: Path) -> None:
     rows = rows_of(folder, kind="time")
-    assert [row["length"] for row in rows] == list(SCALES["tiny"].lengths)
+    assert [row["length"] for row in rows] == SKI_TEXTS.sizes("tiny")["lengths"]
     for row in rows:
         for seconds in (*row["step_seconds"].values(), *row["kernel_seconds"].values()):
-            assert len(seconds) == SCALES["tiny"].turns
+            assert len(seconds) == SKI_TEXTS.sizes("tiny")["turns"]
             assert min(seconds) > 0
 
 
@@ -87,8 +85,8 @@ def test_tails_are_shares_of_the_norm_past_lag_0() -> None:
 
 
 def test_cells_are_all_different() -> None:
-    for size in SCALES:
-        cells = [json.dumps(cell, sort_keys=True) for cell in Ski().cells(size)]
+    for size in SIZES:
+        cells = [json.dumps(cell, sort_keys=True) for cell in SKI.grid(size)]
         assert len(set(cells)) == len(cells)
 
 

@@ -9,46 +9,44 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.experiment import Row
-from experiments.run import reproduce
-from experiments.synthetic import Synthetic
-from experiments.synthetic_cost import PeakBytes
+from experiments.frame import Record, reproduce
+from experiments.synthetic import SYNTHETIC, measure_task
+from experiments.synthetic_claims import PERFECT, threshold
 from experiments.synthetic_models import build_model, convert_by_family
-from experiments.synthetic_training import measure_task
-from experiments.synthetic_verdicts import PERFECT, threshold, verdicts
+from experiments.timing import peak_allocated
 from tnnlm.models.causal_lm import CausalLM
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic")
-    reproduce(Synthetic(), "tiny", out, lambda cells: cells)
+    reproduce(SYNTHETIC, "tiny", out, lambda cells: cells)
     return out
 
 
 @pytest.fixture(scope="module")
-def rows(results: Path) -> list[Row]:
+def rows(results: Path) -> list[Record]:
     cells = json.loads((results / "synthetic.json").read_text())["cells"]
     return [json.loads(key) | measured for key, measured in cells.items()]
 
 
-def one(rows: list[Row], **wanted: Any) -> Row:
+def one(rows: list[Record], **wanted: Any) -> Record:
     (found,) = (row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
     return found
 
 
-def test_enough_state_copies_and_too_little_does_not(rows: list[Row]) -> None:
+def test_enough_state_copies_and_too_little_does_not(rows: list[Record]) -> None:
     little, enough = (one(rows, task="copying", state_size=n) for n in (2, 16))
     assert enough["score"] > 0.95
     assert enough["chance"] < little["score"] < 0.6
 
 
-def test_enough_state_delays_and_too_little_does_not(rows: list[Row]) -> None:
+def test_enough_state_delays_and_too_little_does_not(rows: list[Record]) -> None:
     little, enough = (one(rows, task="delay", state_size=n) for n in (2, 16))
     assert enough["score"] < 0.3 * little["score"] < little["score"] < enough["chance"]
 
 
-def test_the_recurrence_tells_what_the_parallel_form_tells(rows: list[Row]) -> None:
+def test_the_recurrence_tells_what_the_parallel_form_tells(rows: list[Record]) -> None:
     trained = [row for row in rows if row["task"] != "cost"]
     assert {row["family"] for row in trained} == {"rtf", "tnn", "sgconv"}
     for row in trained:
@@ -59,25 +57,25 @@ def test_the_recurrence_tells_what_the_parallel_form_tells(rows: list[Row]) -> N
     assert {row["method"] for row in trained if row["family"] == "sgconv"} == {"window"}
 
 
-def test_memory_is_flat_in_the_state(rows: list[Row]) -> None:
+def test_memory_is_flat_in_the_state(rows: list[Record]) -> None:
     cost = one(rows, task="cost")
     few, many = (cost["peak_bytes"][str(n)] for n in cost["state_sizes"])
     assert many < 1.1 * few
     assert set(cost["seconds"]) == set(cost["peak_bytes"])
 
 
-def test_every_claim_is_answered(results: Path, rows: list[Row]) -> None:
+def test_every_claim_is_answered(results: Path, rows: list[Record]) -> None:
     found = json.loads((results / "synthetic.json").read_text())["verdicts"]
     assert len(found) == 10
     page = (results / "synthetic.md").read_text()
     assert "| RTF | 16 | " in page
     assert "| SGConv | - | " in page
     assert (results / "synthetic.png").stat().st_size > 10_000
-    assert [verdict._asdict() for verdict in verdicts(rows)] == found
+    assert [claim._asdict() for claim in SYNTHETIC.claims(rows)] == found
 
 
 def test_a_threshold_holds_for_all_larger_states_and_seeds() -> None:
-    def copies(*scores: tuple[int, float]) -> list[Row]:
+    def copies(*scores: tuple[int, float]) -> list[Record]:
         return [{"family": "rtf", "state_size": n, "score": score} for n, score in scores]
 
     assert threshold(copies((8, 0.1), (16, 1.0), (32, 1.0))) == 16
@@ -87,7 +85,7 @@ def test_a_threshold_holds_for_all_larger_states_and_seeds() -> None:
 
 
 def test_a_cell_measured_twice_is_the_same() -> None:
-    cell = next(cell for cell in Synthetic().cells("tiny") if cell["task"] == "delay") | {"steps": 5}
+    cell = next(cell for cell in SYNTHETIC.grid("tiny") if cell["task"] == "delay") | {"steps": 5}
     first, second = measure_task(cell), measure_task(cell)
     assert first.pop("seconds_per_step") > 0
     second.pop("seconds_per_step")
@@ -95,9 +93,7 @@ def test_a_cell_measured_twice_is_the_same() -> None:
 
 
 def test_unstable_poles_are_told_and_a_window_is_taken() -> None:
-    cell = next(cell for cell in Synthetic().cells("tiny") if cell["task"] == "delay") | {
-        "constraint": "none"
-    }
+    cell = next(cell for cell in SYNTHETIC.grid("tiny") if cell["task"] == "delay") | {"constraint": "none"}
     model = build_model(cell)
     with torch.no_grad():
         model.conv.kernel.denominator[:, 0] = 1.5
@@ -107,17 +103,18 @@ def test_unstable_poles_are_told_and_a_window_is_taken() -> None:
 
 
 def test_tensors_held_at_a_time_are_counted() -> None:
-    with PeakBytes() as counted:
+    def run() -> None:
         x = torch.ones(1000, dtype=torch.float64)
         y = x + 1  # two at a time
         del x
         _ = y.view(10, 100) * 2  # a view is no tensor more
-    assert counted.peak == 2 * 8000
+
+    assert 2 * 8000 <= peak_allocated(run) < 2 * 8000 + 200
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "paper"])
 def test_cells_are_all_different_and_can_be_built(size: str) -> None:
-    cells = Synthetic().cells(size)
+    cells = SYNTHETIC.grid(size)
     assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
     for cell in cells:
         if cell["task"] != "cost" and cell["seed"] == 0:

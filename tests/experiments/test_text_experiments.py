@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments.etsc import ETSC
-from experiments.etsc_cost import peak_allocated
-from experiments.experiment import Experiment, Verdict
-from experiments.extrapolation import FLAT, Extrapolation
-from experiments.families import Families
-from experiments.run import reproduce
-from experiments.text_models import CONFIGS, text_models
+from experiments.extrapolation import EXTRAPOLATION, FLAT
+from experiments.families import families
+from experiments.frame import CONFIGS, Claim, Experiment, reproduce
+from experiments.sizing import text_models
 from tnnlm.errors import UserError
 from training_runs import write_text
 
@@ -27,18 +24,17 @@ def _text() -> None:
     write_text()
 
 
-def run(experiment: Experiment) -> list[Verdict]:
-    experiment.data = ("text.txt",)
-    return reproduce(experiment, "tiny", Path("out"), lambda cells: cells)
+def run(experiment: Experiment) -> list[Claim]:
+    return reproduce(experiment, "tiny", Path("out"), lambda cells: cells, data=("text.txt",))
 
 
 def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
-    verdicts = run(Extrapolation())
-    flat = [verdict for verdict in verdicts if "flat" in verdict.claim]
+    claims = run(EXTRAPOLATION)
+    flat = [claim for claim in claims if "flat" in claim.claim]
     assert len(flat) == 3  # parallel, ETSC, auto
-    assert all(verdict.holds for verdict in flat)
-    assert all(verdict.holds for verdict in verdicts if "recurrent" in verdict.claim)
-    (rotary,) = (verdict for verdict in verdicts if "rotary" in verdict.claim)
+    assert all(claim.holds for claim in flat)
+    assert all(claim.holds for claim in claims if "recurrent" in claim.claim)
+    (rotary,) = (claim for claim in claims if "rotary" in claim.claim)
     assert rotary.holds
     rows = [
         json.loads(key) | row
@@ -55,8 +51,8 @@ def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
 
 
 def test_families_are_equal_in_size_and_convolutions_in_quality() -> None:
-    verdicts = run(Families())
-    assert verdicts[-1].holds  # parameters and tokens
+    claims = run(families())
+    assert claims[-1].holds  # parameters and tokens
     cells = json.loads(Path("out/families.json").read_text())["cells"]
     rows = {json.loads(key)["family"]: row for key, row in cells.items()}
     assert all(row["curve"][-1][1] < 0.95 * row["curve"][0][1] for row in rows.values())
@@ -67,9 +63,9 @@ def test_families_are_equal_in_size_and_convolutions_in_quality() -> None:
 
 
 def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
-    exact = [v for v in run(ETSC()) if "the same before and after" in v.claim or "exact" in v.claim]
+    exact = [v for v in run(ETSC) if "the same before and after" in v.claim or "exact" in v.claim]
     assert len(exact) == 3
-    assert all(verdict.holds for verdict in exact)
+    assert all(claim.holds for claim in exact)
     found = json.loads(Path("out/etsc.json").read_text())["cells"]
     cells = [json.loads(key) | row for key, row in found.items()]
     converted = [row["methods"] for row in cells if row["part"] == "conversion"]
@@ -83,18 +79,9 @@ def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
     assert Path("out/etsc.png").stat().st_size > 10_000
 
 
-def test_the_peak_is_what_is_held_at_once() -> None:
-    def one_after_the_other() -> None:
-        for _ in range(3):
-            torch.ones(1000)
-
-    assert 4000 <= peak_allocated(one_after_the_other) < 4200
-    assert 12_000 <= peak_allocated(lambda: [torch.ones(1000) for _ in range(3)]) < 12_400
-
-
-@pytest.mark.parametrize("experiment", [Extrapolation(), Families()])
+@pytest.mark.parametrize("experiment", [EXTRAPOLATION, families()])
 def test_paper_size_is_the_published_training(experiment: Experiment) -> None:
-    cells = experiment.cells("paper")
+    cells = experiment.grid("paper")
     assert all(cell["size"] == "paper" for cell in cells)
     assert {cell["steps"] for cell in cells} == {0}  # what the configuration says
     assert (CONFIGS / "tnn_wt103.yaml").is_file()
@@ -104,5 +91,5 @@ def test_paper_size_is_the_published_training(experiment: Experiment) -> None:
 
 def test_a_family_that_cannot_be_had_stops_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.sizing.SIZE_TOLERANCE", 0.0)
-    with pytest.raises(UserError, match="no width"):
+    with pytest.raises(UserError, match="rtf: no width"):
         text_models(("tnn", "rtf"), "tiny", 5, ("text.txt",))

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.subjects import SHAPE, ours
-from benchmarks.training import OURS, trainee
+from benchmarks.train_step import OURS, trainee
+from experiments.report import table
+from experiments.timing import interleaved
 from tnnlm.config.schema import ModelConfig
 from tnnlm.inference.linear import DTYPES
 from tnnlm.inference.linear_choice import choose_linear
@@ -31,11 +32,7 @@ from tnnlm.machine.threads import limit_threads
 NATIVE = "native"
 LEVELS: dict[str, dict[str, str]] = {
     NATIVE: {},
-    "AVX2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "no AVX": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
@@ -80,20 +77,17 @@ def time_levels(
 def level_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per level, training beside decoding, each with its ratio to the native level."""
     head = ["level", "training tokens/s", "of native", *(f"{dtype}, ms per token" for dtype in DTYPES)]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     native = rows[0]["tokens_per_second"]
-    for row in rows:
-        name = row["level"] if row["level"] != NATIVE else f"native ({row['cpu_level']})"
-        cells = [
-            name,
+    lines = [
+        [
+            row["level"] if row["level"] != NATIVE else f"native ({row['cpu_level']})",
             f"{row['tokens_per_second']:,.0f} ({row['training_dtype']})",
             f"{row['tokens_per_second'] / native:.2f}",
+            *(f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})" for own in row["decoding"].values()),
         ]
-        for dtype in DTYPES:
-            own = row["decoding"][dtype]
-            cells.append(f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return table(head, lines)
 
 
 @contextmanager
@@ -116,29 +110,21 @@ def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(shape.vocab_size, (batch, shape.max_length + 1), generator=generator)
     decoding = {}
-    training = _times(lambda: model.step(rows), 2, steps)
+    training = interleaved({"": lambda: model.step(rows)}, steps, warm_up=2)[""]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for dtype in DTYPES:
             step = ours("balanced", "packed", dtype, decoded, Path(folder)).step_at(1, _CONTEXT).step
             operator = choose_linear(torch.device("cpu"), dtype).name
-            decoding[dtype] = {"linear": operator, "seconds": _times(step, 10, 4 * steps)}
+            decoding[dtype] = {
+                "linear": operator,
+                "seconds": interleaved({"": step}, 4 * steps, warm_up=10)[""],
+            }
     return {
         "cpu_level": cpu_level(),
         "training_dtype": "bfloat16" if capability("bfloat16_arithmetic") else "float32",
         "seconds_per_token": [seconds / (batch * shape.max_length) for seconds in training],
         "decoding": decoding,
     }
-
-
-def _times(step: Any, warm_up: int, n: int) -> list[float]:
-    for _ in range(warm_up):
-        step()
-    seconds = []
-    for _ in range(n):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return seconds
 
 
 def _row(level: str, measured: list[dict[str, Any]]) -> dict[str, Any]:

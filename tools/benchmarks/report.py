@@ -5,57 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tnnlm.files import atomic_file
+from experiments import report
+from experiments.report import Line, Panel, line
 
-_X = {
-    "decode": "tokens read before",
-    "batch": "rows",
-    "prefill": "prompt tokens",
-    "train": "tokens per row",
-}
+_X = {"batch": "rows", "prefill": "prompt tokens", "train": "tokens per row"}
 _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
 
 
 def table(result: dict[str, Any]) -> str:
     """Milliseconds per token by name and dtype, a column per case; the share of the bandwidth in brackets."""
-    rows = result["results"]
+    rows, mode = result["results"], result["mode"]
     cases = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
-    batches = result["mode"] == "batch"
-    head = ["name", "dtype", *(f"batch {b}" if batches else f"{c:,} tokens" for b, c in cases)]
-    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * len(cases) + "|"]
-    for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):
-        cells = []
-        for case in cases:
-            found = [
-                r for r in rows if (r["name"], r["dtype"], r["batch"], r["context"]) == (name, dtype, *case)
-            ]
-            cells.append(_cell(found[0], result["mode"]) if found else "-")
-        lines.append("| " + " | ".join((name, dtype, *cells)) + " |")
-    return "\n".join(lines)
+    found = {(row["name"], row["dtype"], row["batch"], row["context"]): _cell(row, mode) for row in rows}
+    lines = [
+        [name, dtype, *(found.get((name, dtype, *case), "-") for case in cases)]
+        for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows)
+    ]
+    heads = (f"batch {batch}" if mode == "batch" else f"{context:,} tokens" for batch, context in cases)
+    return report.table(["name", "dtype", *heads], lines)
 
 
 def memory_table(result: dict[str, Any]) -> str:
     """Peak memory in MiB by name, a column per length; and what the convolution takes of our step."""
     rows = result["results"]
     lengths = list(dict.fromkeys(row["context"] for row in rows))
+    held = {(row["name"], row["context"]): f"{row['peak_bytes'] / 2**20:,.0f}" for row in rows}
     lines = [
-        "| peak MiB | " + " | ".join(f"{n:,} tokens" for n in lengths) + " |",
-        "|---" + "|---:" * len(lengths) + "|",
+        [name, *(held.get((name, n), "-") for n in lengths)]
+        for name in dict.fromkeys(row["name"] for row in rows)
     ]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        held = {row["context"]: f"{row['peak_bytes'] / 2**20:,.0f}" for row in rows if row["name"] == name}
-        lines.append(f"| {name} | " + " | ".join(held.get(n, "-") for n in lengths) + " |")
     shares = {r["context"]: f"{r['convolution_share']:.0%}" for r in rows if "convolution_share" in r}
-    lines.append(
-        "| convolution's share of the step | " + " | ".join(shares.get(n, "-") for n in lengths) + " |"
-    )
-    return "\n".join(lines)
+    lines.append(["convolution's share of the step", *(shares.get(n, "-") for n in lengths)])
+    return report.table(["peak MiB", *(f"{n:,} tokens" for n in lengths)], lines)
 
 
 def _cell(row: dict[str, Any], mode: str) -> str:
     if mode == "train":
         return f"{row['tokens_per_second']:,.0f} ({row['flop_share']:.0%})"
-    if mode != "decode":
+    if mode not in ("decode", "constant"):
         return f"{row['tokens_per_second']:,.0f}"
     share = f" ({row['bandwidth_share']:.0%})" if "bandwidth_share" in row else ""
     return f"{1e3 * row['seconds_per_token']:.2f}{share}"
@@ -68,41 +55,26 @@ def _family(name: str) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time per token against context, tokens per second against batch or prompt length."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib import ticker
-
     rows, mode = result["results"], result["mode"]
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    key = "batch" if mode == "batch" else "context"
-    families = dict.fromkeys(_family(row["name"]) for row in rows)
-    colours = {family: f"C{index}" for index, family in enumerate(families)}
+    key, in_time = "batch" if mode == "batch" else "context", mode in ("decode", "constant")
+
+    names = list(dict.fromkeys(_family(row["name"]) for row in rows))
+    lines: list[Line] = []
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["name"], row["dtype"]) == (name, dtype)]
-        scale = "seconds_per_token" if mode == "decode" else "tokens_per_second"
-        y = [row[scale] * (1e3 if mode == "decode" else 1) for row in own]
-        style: dict[str, Any] = {
-            "color": colours[_family(name)],
-            "linestyle": _DASHES[dtype],
-            "marker": "o",
-            "markersize": 4,
-        }
-        axes.plot([row[key] for row in own], y, label=f"{name}, {dtype}", **style)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(
-        sorted({row[key] for row in rows}), [f"{row:,}" for row in sorted({r[key] for r in rows})]
-    )
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-    axes.set_xlabel(_X[mode])
-    axes.set_ylabel("ms per token" if mode == "decode" else "tokens per second")
-    axes.grid(True, which="major", alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    plt.close(figure)
+        points = [
+            (row[key], 1e3 * row["seconds_per_token"] if in_time else row["tokens_per_second"]) for row in own
+        ]
+        colour = f"C{names.index(_family(name)) % 10}"
+        lines.append(line(f"{name}, {dtype}", points, color=colour, linestyle=_DASHES[dtype]))
+    if "floor_seconds" in result:
+        style = {"color": "grey", "linestyle": "--"}
+        lines.append(Line("memory bandwidth floor", y=[1e3 * result["floor_seconds"]], style=style))
+    axes = {
+        "xlabel": _X.get(mode, "tokens read before"),
+        "ylabel": "ms per token" if in_time else "tokens per second",
+        "xscale": "log",
+        "yscale": "log",
+    }
+    ticks: dict[float, str] = {x: f"{x:,}" for x in sorted({row[key] for row in rows})}
+    report.figure([Panel("", lines, axes=axes, base=2, ticks=ticks)], path, size=(8, 4.8), dpi=140)

@@ -1,4 +1,4 @@
-"""What is timed: our models by conversion, engine and dtype; their peers are in :mod:`benchmarks.peers`.
+"""What is timed: our models by conversion, engine and dtype, and models of ``transformers`` as their peers.
 
 All have random weights: speed does not depend on them. Every subject offers a step at a context of a
 given length, and a parallel pass over a prompt.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.onnx import OnnxModel
+from benchmarks.onnx_runtime import OnnxModel
+from experiments.peers import GPT2, Llama, Mamba, Peer
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
@@ -35,13 +37,14 @@ CONVERSIONS = {
 CHUNK = 512
 """tokens that prompts are read in"""
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+PEERS: dict[str, type[Peer]] = {"llama": Llama, "gpt2": GPT2, "mamba": Mamba}
 
 
 class Stepper(NamedTuple):
     """One more token per row at a context, and what takes it back, outside the clock."""
 
-    step: Callable[[], None]
-    undo: Callable[[], None] = lambda: None
+    step: Callable[[], Any]
+    undo: Callable[[], None]
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Subject:
     """of linear layers and head, read for each token of one row"""
     step_at: Callable[[int, int], Stepper]
     """(batch, context) -> a step at that context"""
-    prefill: Callable[[Tensor], None]
+    prefill: Callable[[Tensor], Any]
     """reads a prompt (1, L) from an empty state"""
     state_at: Callable[[int], int]
     """context -> bytes of state per sequence"""
@@ -86,22 +89,85 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
     whole = ConvertedModel(model, tokenizer, "")
     decoder = _decoder(whole, own, dtype, engine)
 
-    def step_at(batch: int, context: int) -> Stepper:
-        state = decoder.init_state(batch)
-        tokens = torch.zeros(batch, dtype=torch.long)
-        for chunk in prompt_of(context, shape.vocab_size).expand(batch, -1).split(CHUNK, dim=1):
-            _, state = decoder.prefill(chunk, state, keep=1)
-        return Stepper(lambda: discard(decoder.step(tokens, state)))
-
-    def prefill(prompt: Tensor) -> None:
-        state = decoder.init_state(1)
-        for chunk in prompt.split(CHUNK, dim=1):
-            _, state = decoder.prefill(chunk, state, keep=1)
-
     def size(context: int) -> int:
         return state_bytes(decoder.init_state(1))
 
-    return Subject(f"tnnlm-{conversion}-{engine}", dtype, weights * WIDTHS[dtype], step_at, prefill, size)
+    read = partial(_read, decoder)
+    name = f"tnnlm-{conversion}-{engine}"
+    return Subject(
+        name, dtype, weights * WIDTHS[dtype], partial(_step_at, decoder, shape.vocab_size), read, size
+    )
+
+
+def peer(kind: str, dtype: str, shape: ModelConfig, longest: int) -> Subject:
+    """A model of ``transformers`` with about as many weights per token, and random ones.
+
+    Args:
+        kind: of ``PEERS``.
+        dtype: float32 or bfloat16.
+        shape: of our model, whose weights it is to have.
+        longest: context that it must hold.
+
+    Raises:
+        UserError: if ``transformers`` is missing.
+    """
+    torch.manual_seed(0)
+    own = peer_shape(kind, shape, longest)
+    model = PEERS[kind](own).eval().to(getattr(torch, dtype)).requires_grad_(False)
+    width = WIDTHS[dtype]
+
+    def size(context: int) -> int:
+        if kind == "mamba":
+            config = model.net.config
+            numbers = config.intermediate_size * (config.state_size + config.conv_kernel)
+            return int(width * own.n_layers * numbers)
+        return 2 * width * own.n_layers * own.d_model * context
+
+    step_at = partial(_step_at, model, shape.vocab_size)
+    read = partial(_read, model)
+    name = f"transformers-{kind}"
+    return Subject(name, dtype, linear_weights(model) * width, step_at, read, size, longest)
+
+
+def peer_shape(kind: str, shape: ModelConfig, longest: int) -> ModelConfig:
+    """Sizes with which a peer has as many weights per token as our model of sizes ``shape``."""
+    width = shape.d_model
+    own = replace(shape, max_length=longest + 8)
+    rest = _block_weights(shape) - 4 * width * width  # of attention
+    if kind == "gpt2":
+        return replace(own, glu_dim=max(1, round(rest / (2 * width))))
+    if kind == "mamba":
+        inner, rank = 2 * width, max(1, width // 16)
+        block = 3 * width * inner + inner * (2 * rank + 2 * Mamba.STATE)
+        return replace(own, n_layers=max(1, round(shape.n_layers * _block_weights(shape) / block)))
+    # A multiple of 32 for the block formats.
+    return replace(own, glu_dim=max(32, 32 * round(rest / (96 * width))))
+
+
+def _block_weights(shape: ModelConfig) -> int:
+    """Of one of our layers: three products of the mixer, three of the GLU."""
+    inner, hidden = shape.expand * shape.d_model, shape.glu_dim or shape.d_model
+    return 3 * shape.d_model * (inner + hidden)
+
+
+def _read(model: Any, prompt: Tensor, state: Any = None) -> Any:
+    """The state after a prompt (B, L)."""
+    state = model.init_state(len(prompt)) if state is None else state
+    for chunk in prompt.split(CHUNK, dim=1):
+        _, state = model.prefill(chunk, state, keep=1)
+    return state
+
+
+def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
+    prompt = prompt_of(context, vocabulary).expand(batch, -1)
+    # Mamba's time does not depend on the context, and it reads prompts in a loop.
+    state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
+    undo = partial(model.undo, state) if isinstance(model, Peer) else _nothing
+    return Stepper(partial(model.step, torch.zeros(batch, dtype=torch.long), state), undo)
+
+
+def _nothing() -> None:
+    """A recurrence's state is another tensor after a step: there is nothing to take back."""
 
 
 def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -> Any:
@@ -119,7 +185,3 @@ def linear_weights(model: Any) -> int:
 def prompt_of(length: int, vocabulary: int) -> Tensor:
     """Random token ids (1, ``length``)."""
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-
-
-def discard(_: Any) -> None:
-    """Nothing: what a step returns is not looked at."""

@@ -1,10 +1,9 @@
-"""Fair times: subjects take turns in every round, warm-up left out, medians and quartiles reported."""
+"""Times of decoding steps and of prompts: subjects take turns in every round, medians are reported."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.subjects import Subject, prompt_of
+from benchmarks.subjects import Stepper, Subject, prompt_of
+from experiments.timing import clock, interleaved, quartile_range, read_bandwidth
 
-_READ_BYTES = 1 << 28
 _STATE_BYTES = 1 << 31
 """a case whose state is larger is left out: all subjects' states are held side by side"""
 
@@ -33,13 +32,6 @@ class Effort:
 QUICK = Effort(rounds=3, settle=3, steps=4)
 
 
-def read_bandwidth() -> float:
-    """GB/s at which all threads together read memory, the best of several passes over 256 MiB."""
-    data = torch.ones(_READ_BYTES // 4)
-    best = min(_clock(lambda: data.sum()) for _ in range(8))
-    return _READ_BYTES / best / 1e9
-
-
 @torch.inference_mode()
 def time_steps(
     subjects: Sequence[Subject], cases: Sequence[tuple[int, int]], effort: Effort
@@ -52,41 +44,34 @@ def time_steps(
         effort: how often.
 
     Returns:
-        the read bandwidth in GB/s (median over the rounds), and rows: ``name``, ``dtype``, ``batch``,
+        the read bandwidth in GB/s (median over the cases), and rows: ``name``, ``dtype``, ``batch``,
         ``context``, ``seconds_per_token`` (of a step, median), ``tokens_per_second``, ``spread``
         (quartiles over the median), ``state_bytes`` per sequence, ``bandwidth_share``: weights and
         state read, over what the machine reads in that time.
     """
-    bandwidths, rows = [], []
+    bandwidths: list[float] = []
+    rows: list[tuple[dict[str, Any], Subject]] = []
     for batch, context in cases:
         chosen = [
             subject
             for subject in subjects
             if context <= subject.longest and batch * subject.state_at(context) <= _STATE_BYTES
         ]
-        steps = []
-        for subject in tqdm(
-            chosen, desc=f"reading {context} tokens, batch {batch}", leave=False, disable=None
-        ):
-            steps.append(subject.step_at(batch, context))
-        times: list[list[float]] = [[] for _ in chosen]
-        for _ in tqdm(
-            range(effort.rounds), desc=f"context {context}, batch {batch}", leave=False, disable=None
-        ):
-            bandwidths.append(read_bandwidth())
-            for stepper, seconds in zip(steps, times, strict=True):
-                for index in range(effort.settle + effort.steps):
-                    took = _clock(stepper.step)
-                    stepper.undo()
-                    if index >= effort.settle:
-                        seconds.append(took)
-        for subject, seconds in zip(chosen, times, strict=True):
-            rows.append(_row(subject, batch, context, seconds) | {"state_bytes": subject.state_at(context)})
+        about = f"reading {context} tokens, batch {batch}"
+        reading = tqdm(enumerate(chosen), about, len(chosen), leave=False, disable=None)
+        steps = {index: subject.step_at(batch, context) for index, subject in reading}
+        bandwidths.append(read_bandwidth())
+        times = interleaved(
+            steps, effort.rounds, warm_up=0, settle=effort.settle, steps=effort.steps, clock=_clock
+        )
+        for index, subject in enumerate(chosen):
+            own = row(subject.name, subject.dtype, batch, context, times[index])
+            rows.append((own | {"state_bytes": subject.state_at(context)}, subject))
     bandwidth = statistics.median(bandwidths)
-    for row, subject in ((row, _named(subjects, row)) for row in rows):
-        read = subject.weight_bytes + 2 * row["batch"] * row["state_bytes"]
-        row["bandwidth_share"] = read / row["seconds_per_token"] / 1e9 / bandwidth
-    return bandwidth, rows
+    for own, subject in rows:
+        read = subject.weight_bytes + 2 * own["batch"] * own["state_bytes"]
+        own["bandwidth_share"] = read / own["seconds_per_token"] / 1e9 / bandwidth
+    return bandwidth, [own for own, _ in rows]
 
 
 @torch.inference_mode()
@@ -95,25 +80,24 @@ def time_prefill(
 ) -> list[dict[str, Any]]:
     """Seconds per prompt token of every subject at every prompt length: rows as of :func:`time_steps`."""
     rows = []
-    for length in lengths:
+    for length in tqdm(lengths, desc="prompts", leave=False, disable=None):
         prompt = prompt_of(length, vocabulary)
         chosen = [subject for subject in subjects if length <= subject.longest]
-        times: list[list[float]] = [[] for _ in chosen]
-        rounds = range(1 + max(2, effort.rounds // 2))
-        for index in tqdm(rounds, desc=f"prompt of {length}", leave=False, disable=None):
-            for subject, seconds in zip(chosen, times, strict=True):
-                took = _clock(partial(subject.prefill, prompt)) / length
-                if index:
-                    seconds.append(took)
-        rows += [_row(s, 1, length, seconds) for s, seconds in zip(chosen, times, strict=True)]
+        cases = {index: partial(subject.prefill, prompt) for index, subject in enumerate(chosen)}
+        times = interleaved(cases, max(2, effort.rounds // 2))
+        rows += [
+            row(subject.name, subject.dtype, 1, length, [seconds / length for seconds in times[index]])
+            for index, subject in enumerate(chosen)
+        ]
     return rows
 
 
-def _row(subject: Subject, batch: int, context: int, seconds: list[float]) -> dict[str, Any]:
+def row(name: str, dtype: str, batch: int, context: int, seconds: list[float]) -> dict[str, Any]:
+    """What every measurement of a model says; ``seconds`` are those of a step that gives ``batch`` tokens."""
     median = statistics.median(seconds)
     return {
-        "name": subject.name,
-        "dtype": subject.dtype,
+        "name": name,
+        "dtype": dtype,
         "batch": batch,
         "context": context,
         "seconds_per_token": median,
@@ -122,17 +106,8 @@ def _row(subject: Subject, batch: int, context: int, seconds: list[float]) -> di
     }
 
 
-def quartile_range(seconds: list[float]) -> float:
-    """Distance of the quartiles, over the median."""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return (high - low) / median
-
-
-def _named(subjects: Sequence[Subject], row: dict[str, Any]) -> Subject:
-    return next(s for s in subjects if (s.name, s.dtype) == (row["name"], row["dtype"]))
-
-
-def _clock(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _clock(stepper: Stepper) -> float:
+    """Seconds of a step; what takes it back is outside."""
+    seconds = clock(stepper.step)
+    stepper.undo()
+    return seconds

@@ -7,18 +7,18 @@ the same hidden tokens at every length.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from functools import partial
+from statistics import fmean
 
 import torch
 from torch import nn
 
-from experiments import masked_report
-from experiments.bert import Bert, RotaryBert
-from experiments.experiment import Row, Verdict
-from experiments.family_training import train_plain
-from experiments.part import Part
-from experiments.sizing import SIZE_TOLERANCE, match_width, n_params
-from experiments.text_models import CONFIGS, text_words
+from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, select
+from experiments.peers import Bert, RotaryBert
+from experiments.report import Panel, Table, line
+from experiments.scoring import PASS_TOKENS
+from experiments.sizing import match_parameters, n_params, text_words
+from experiments.training import own_loss, train_plain
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.masking import MaskedRows
@@ -28,84 +28,61 @@ from tnnlm.evaluation import add, masked_nll
 from tnnlm.models.batches import MaskedBatch
 from tnnlm.models.encoders import MaskedLM
 
-MODELS = ("two-sided", "causal", "bert", "rotary bert")
+LABELS = {
+    "two-sided": "TNN, two-sided",
+    "causal": "TNN, causal",
+    "bert": "BERT",
+    "rotary bert": "BERT, rotary positions",
+}
+MODELS = tuple(LABELS)
 MULTIPLES = (1, 2, 4)
 """lengths to score at, in training lengths"""
-_FILES = {"tiny": "tnn_masked_demo", "small": "tnn_masked_demo", "paper": "tnn_masked_wt103"}
-_WORDS = {
-    "tiny": (
-        *("model.d_model=32", "model.n_layers=1", "model.vocab_size=300", "model.max_length=32"),
-        *("model.kernel.decay=0.85", "optim.lr=1e-2", "optim.warmup_steps=20", "trainer.max_steps=200"),
-        *("data.val_fraction=0.1", "trainer.precision=32-true", "trainer.accelerator=cpu"),
-    ),
-    "small": ("trainer.max_steps=600",),
-    "paper": (),
-}
+MARGIN = 0.05
+"""of perplexity, relative, within which two models are equals"""
+FLAT = 0.02
+"""rise of perplexity over that at the training length, relative, up to which it counts as flat"""
 _BERTS = {"bert": Bert, "rotary bert": RotaryBert}
-_BERT_LR = {
-    "tiny": {"bert": 3e-3, "rotary bert": 3e-3},
-    "small": {"bert": 1e-3, "rotary bert": 4e-3},
-    "paper": {"bert": 5e-4, "rotary bert": 5e-4},
-}
-"""small: the better of 1e-3 and 3e-3, and of 1e-3 and 4e-3"""
-_TOKENS = {"tiny": 1 << 13, "small": 1 << 17, "paper": 1 << 18}
-"""held-out, of which the hidden ones are scored"""
-_PASS_TOKENS = 1 << 13
+TEXTS = Declarations("masked")
 
 
-class Masked(Part):
-    """Masked-token perplexity."""
+def _grid(size: str) -> list[Record]:
+    return [{"part": "masked", "model": model, "seed": 0, "size": size} for model in MODELS]
 
-    name = "masked"
-    panels = 2
 
-    def cells(self, size: str) -> list[Row]:
-        """Every model on every seed."""
-        return [{"model": model, "seed": seed, "size": size} for seed in (0,) for model in MODELS]
-
-    def measure(self, cell: Row, data: tuple[str, ...]) -> Row:
-        """Train one, and score it."""
-        config, rows = masked_text(cell["size"], data)
-        config = model_settings(cell["model"], cell["size"], config)
-        torch.manual_seed(cell["seed"])
-        model = build(cell["model"], config.model)
-        name = f"{cell['model']}, {n_params(model):,} parameters"
-        trained = train_plain(name, model, config, rows.train, cell["seed"], _loss, numbered=True)
-        held_out = held_out_rows(rows, _TOKENS[cell["size"]])
-        return {
-            "params": n_params(model),
-            "lr": config.optim.lr,
-            "seconds": trained["seconds"],
-            "tokens_trained": trained["tokens"],
-            "tokens": held_out.targets.numel(),
-            "curve": trained["curve"],
-            "ppl": perplexities(model.eval(), cell["model"], held_out),
-        }
-
-    def verdicts(self, rows: list[Row]) -> list[Verdict]:
-        """See :mod:`experiments.masked_report`."""
-        return masked_report.verdicts(rows)
-
-    def tables(self, rows: list[Row]) -> str:
-        """Perplexity by model and length."""
-        return masked_report.tables(rows)
-
-    def draw(self, axes: list[Any], rows: list[Row]) -> None:
-        """Loss while training, and perplexity against length."""
-        masked_report.draw(axes, rows)
+def _measure(cell: Record, data: Files) -> Record:
+    """Train one, and score it."""
+    config, rows = masked_text(cell["size"], data)
+    config = model_settings(cell["model"], cell["size"], config)
+    torch.manual_seed(cell["seed"])
+    model = build(cell["model"], config.model)
+    name = f"{cell['model']}, {n_params(model):,} parameters"
+    trained = train_plain(name, model, config, rows.train, cell["seed"], own_loss, numbered=True)
+    held_out = held_out_rows(rows, TEXTS.sizes(cell["size"])["tokens"])
+    return {
+        "params": n_params(model),
+        "lr": config.optim.lr,
+        "seconds": trained["seconds"],
+        "tokens_trained": trained["tokens"],
+        "tokens": held_out.targets.numel(),
+        "curve": trained["curve"],
+        "ppl": perplexities(model.eval(), cell["model"], held_out),
+    }
 
 
 @functools.cache
-def masked_text(size: str, data: tuple[str, ...]) -> tuple[Config, TaskData]:
+def masked_text(size: str, data: Files) -> tuple[Config, TaskData]:
     """Settings of a size, and its text with hidden tokens."""
-    words = list(_WORDS[size])
     if size == "tiny" and not data:
         from pydoc_data import topics
 
         data = (topics.__file__,)
-    words += text_words(data)
-    config = load_config(CONFIGS / f"{_FILES[size]}.yaml", words)
+    config = _load(size, text_words(data))
     return config, open_data(config)
+
+
+def _load(size: str, words: list[str]) -> Config:
+    sizes = TEXTS.sizes(size)
+    return load_config(CONFIGS / f"{sizes['config']}.yaml", [*sizes["settings"], *words])
 
 
 def model_settings(model: str, size: str, config: Config) -> Config:
@@ -114,35 +91,20 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     Raises:
         UserError: if no width brings them near.
     """
-    words = [] if model not in _BERTS else [f"optim.lr={_BERT_LR[size][model]}"]
-    own = load_config(CONFIGS / f"{_FILES[size]}.yaml", [*_WORDS[size], *words])
+    rate = TEXTS.sizes(size)["bert_lr"].get(model)
+    own = _load(size, [] if rate is None else [f"optim.lr={rate}"])
     own.data = config.data
-    if model == "causal":
-        own.model.causal = True
-    if model not in _BERTS:
-        return own
-    with torch.device("meta"):
-        target = n_params(build("two-sided", config.model))
-
-    def count(width: int) -> int:
-        own.model.glu_dim = width
+    own.model.causal = model == "causal"
+    if model in _BERTS:
         with torch.device("meta"):
-            return n_params(build(model, own.model))
-
-    own.model.glu_dim = match_width(count, target)
-    if abs(count(own.model.glu_dim) - target) > SIZE_TOLERANCE * target:
-        raise UserError(f"no width of a BERT brings its parameters within {SIZE_TOLERANCE:.0%} of {target:,}")
+            target = n_params(build("two-sided", config.model))
+        match_parameters(partial(build, model), own.model, target)
     return own
 
 
 def build(model: str, config: ModelConfig) -> Bert | MaskedLM:
     """One of ``MODELS``, untrained."""
     return _BERTS[model](config) if model in _BERTS else MaskedLM(config)
-
-
-def _loss(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
-    assert isinstance(model, Bert | MaskedLM)
-    return model.loss(batch)
 
 
 def held_out_rows(data: TaskData, tokens: int) -> MaskedBatch:
@@ -164,7 +126,7 @@ def perplexities(model: nn.Module, name: str, held_out: MaskedBatch) -> dict[str
     found = {}
     for multiple in MULTIPLES[:1] if name == "bert" else MULTIPLES:
         batch = joined(held_out, multiple)
-        size = max(1, _PASS_TOKENS // (multiple * length))
+        size = max(1, PASS_TOKENS // (multiple * length))
         pieces = zip(*(part.to(device).split(size) for part in batch), strict=True)
         nll = add([masked_nll(model, MaskedBatch(*piece)) for piece in pieces])  # type: ignore[arg-type]
         found[str(multiple * length)] = nll.ppl
@@ -180,3 +142,66 @@ def joined(batch: MaskedBatch, multiple: int) -> MaskedBatch:
         batch.positions.reshape(-1, multiple * count) + offsets,
         batch.targets.reshape(-1, multiple * count),
     )
+
+
+def _ppl(records: list[Record], model: str, length: str) -> list[float]:
+    """Of every seed."""
+    return [record["ppl"][length] for record in select(records, part="masked", model=model)]
+
+
+def _lengths(records: list[Record]) -> list[str]:
+    return list(select(records, part="masked", model="two-sided")[0]["ppl"])
+
+
+def _claims(records: list[Record]) -> list[Claim]:
+    trained, *_, longest = _lengths(records)
+    two_sided, causal, bert, rotary = (_ppl(records, model, trained) for model in MODELS)
+    longer = _ppl(records, "two-sided", longest)
+    rise = max(one / other - 1 for one, other in zip(longer, two_sided, strict=True))
+
+    def shown(values: list[float]) -> str:
+        return " and ".join(f"{value:.2f}" for value in values)
+
+    names = ("two_sided", "causal", "bert", "rotary")
+    ppl = dict(zip(names, map(shown, (two_sided, causal, bert, rotary)), strict=True))
+    better = all(one < other for one, other in zip(two_sided, causal, strict=True))
+    good = fmean(two_sided) <= (1 + MARGIN) * min(fmean(bert), fmean(rotary))
+    return [
+        TEXTS.claim("both_sides", better, **ppl),
+        TEXTS.claim("bert", good, margin=MARGIN, **ppl),
+        TEXTS.claim("flat", rise <= FLAT, trained=int(trained), longest=int(longest), rise=rise),
+    ]
+
+
+def _tables(records: list[Record]) -> list[Table]:
+    """Perplexity by model and length, means over the seeds."""
+    lengths, own = _lengths(records), select(records, part="masked")
+    items = []
+    for model, label in LABELS.items():
+        found = select(own, model=model)
+        item = found[0] | {"label": label, "mean_seconds": fmean(record["seconds"] for record in found)}
+        for n in lengths:
+            known = n in found[0]["ppl"]
+            item[f"{int(n):,}"] = f"{fmean(_ppl(own, model, n)):.2f}" if known else "-"
+        items.append(item)
+    tried = TEXTS.text("tried") if own[0]["size"] == "small" else ""
+    titles = [f"{int(n):,}" for n in lengths]
+    return [TEXTS.table("models", items, titles, **own[0], trained=int(lengths[0]), tried=tried)]
+
+
+def _panels(records: list[Record]) -> list[Panel]:
+    """Loss while training, of the first seed; perplexity against length, means over the seeds."""
+    curves, ppl = [], []
+    for model, label in LABELS.items():
+        first = select(records, part="masked", model=model)[0]
+        curves.append(line(label, first["curve"], model, marker=None))
+        ppl.append(line(label, [(int(n), fmean(_ppl(records, model, n))) for n in first["ppl"]], model))
+    length = {"xlabel": "tokens in a row", "ylabel": "perplexity of hidden tokens", "xscale": "log"}
+    ticks = {float(n): f"{int(n):,}" for n in _lengths(records)}
+    return [
+        Panel("Training", curves, axes={"xlabel": "tokens read", "ylabel": "nats per hidden token"}),
+        Panel("Held out", ppl, axes=length, ticks=ticks),
+    ]
+
+
+MASKED = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)

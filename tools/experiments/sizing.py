@@ -1,29 +1,49 @@
-"""Families of language models of equal size: ours by their kernels, and Transformers as peers."""
+"""Families of language models of equal size on one text: ours by their kernels, and Transformers as peers.
+
+Settings are those of ``configs/``, so that what is measured is what a user gets: at small size the demo's
+with fewer channels, so that more tokens are read; at paper size those of WikiText-103, which reads the hub
+unless files are given.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from experiments.family_peers import LearnedPositions, Peer, Transformer
+from experiments.frame import CONFIGS, Files
+from experiments.peers import GPT2, Llama, Peer
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.tasks import open_rows
 from tnnlm.errors import UserError
+from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 
-TRANSFORMER = "transformer"
-PEERS: dict[str, type[Peer]] = {TRANSFORMER: Transformer, "gpt2": LearnedPositions}
+PEERS: dict[str, type[Peer]] = {"transformer": Llama, "gpt2": GPT2}
 """by name: what is compared with ours"""
-TRANSFORMER_LR = 1e-3
-"""their peak learning rate unless one is given: at the demo's, four times as high, they learn worse"""
 SIZE_TOLERANCE = 0.03
 """how far parameters may be apart"""
-_OF_FAMILY = ("conversion.", "optim.kernel_lr_scale=")
+TRAINED = 512
+"""length at which the published decay is set"""
+_KINDS = {"tnn": "", "sgconv": "sgconv_", "rtf": "rtf_"}
+_WORDS = {
+    "tiny": (
+        *("model.d_model=32", "model.n_layers=2", "model.vocab_size=400", "model.max_length=32"),
+        *("data.batch_size=8", "data.val_fraction=0.1", "optim.warmup_steps=5", "trainer.precision=32-true"),
+    ),
+    "small": (*("model.d_model=128", "model.n_layers=3", "model.vocab_size=2048"),),
+    "paper": (),
+}
+_PEER_LR = {"tiny": 1e-2, "small": 2e-3, "paper": 5e-4}
+"""of Transformers; small: the best of 1e-3, 2e-3 and 4e-3; paper: the published one, of all models"""
 
 
 @dataclass(frozen=True)
@@ -36,82 +56,101 @@ class Family:
     params: int
     """trainable parameters"""
 
-    @property
-    def kernel(self) -> str:
-        """What mixes the tokens: a kernel's name, or attention."""
-        return "attention" if self.name in PEERS else self.config.model.kernel.name
-
     def build(self, seed: int) -> nn.Module:
         """The model in its parallel form, initialised under ``seed``."""
         torch.manual_seed(seed)
         return _model(self.name, self.config.model)
 
 
-def load_families(
-    files: Mapping[str, Path | None],
-    base_file: Path,
-    overrides: Sequence[str],
-    lrs: Mapping[str, float],
-) -> tuple[Config, dict[str, Family], dict[str, str]]:
-    """Read the families and give each the parameters of ``base_file``'s own model.
+class TextModels(NamedTuple):
+    """What is trained, and on what."""
+
+    families: dict[str, Family]
+    corpus: PackedCorpus
+    rows: PackedRows
+    """of the training split"""
+
+
+@functools.cache
+def text_models(
+    names: tuple[str, ...], size: str, steps: int, data: Files, files: tuple[tuple[str, Path], ...] = ()
+) -> TextModels:
+    """Families of the parameters of the TNN, and the text.
 
     Args:
-        files: by name, where kernel, its learning rate and conversion are read; None for ``PEERS``.
-        base_file: everything else, for all of them.
-        overrides: words ``key=value``, for all of them.
-        lrs: peak learning rates that differ, by name.
-
-    Returns:
-        the base configuration, the families, and by name why others can't be used.
+        names: of tnn, sgconv, rtf, ``PEERS`` and those of ``files``.
+        size: of ``SIZES``.
+        steps: optimizer steps; 0: as the configuration says.
+        data: text files or globs; none: the configuration's own text.
+        files: names of other families, and the files that their kernels are read from.
 
     Raises:
-        UserError: for a wrong setting, and if no family is left.
+        UserError: if a family or the text can't be used.
     """
-    for word in overrides:
-        if word.startswith("model.kernel"):
-            raise UserError(f"{word}: kernels are set in each family's file, --families NAME=FILE")
-    base = load_config(base_file, overrides)
-    if base.task != "causal":
-        raise UserError(f"task={base.task}: families are compared as causal language models; leave task out")
-    own = [word for word in overrides if word.startswith(_OF_FAMILY)]
-    families: dict[str, Family] = {}
-    left_out: dict[str, str] = {}
-    for name, file in files.items():
+    words = [*_WORDS[size], *text_words(data), *([f"trainer.max_steps={steps}"] if steps else [])]
+    base = load_config(_file("tnn", size), words)
+    own = dict(files)
+    families = {}
+    for name in names:
+        file = own.get(name) or (None if name in PEERS else _file(name, size))
         try:
-            families[name] = _load(name, file, base, own, lrs.get(name))
+            families[name] = _sized(name, file, base, _PEER_LR[size])
         except UserError as error:
-            left_out[name] = str(error)
-    if not families:
-        raise UserError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
-    return base, families, left_out
+            raise UserError(f"{name}: {error}") from None
+    for family in families.values():
+        kernel = family.config.model.kernel
+        if isinstance(kernel, TNOConfig):  # reaches as many training lengths as the published one does
+            kernel.decay **= TRAINED / base.model.max_length
+    corpus = prepare(base.data, base.model.vocab_size, base.seed)
+    return TextModels(families, corpus, open_rows(corpus, base)[0])
 
 
-def _load(name: str, file: Path | None, base: Config, overrides: Sequence[str], lr: float | None) -> Family:
+def _sized(name: str, file: Path | None, base: Config, peer_lr: float) -> Family:
+    """A family that takes its kernel from a file and all else from ``base``."""
     config = copy.deepcopy(base)
     if file is None:
-        config.optim.lr = TRANSFORMER_LR
+        config.optim.lr = peer_lr
     else:
-        own = load_config(file, overrides)
+        own = load_config(file, [])
         config.model.kernel = own.model.kernel
         config.optim.kernel_lr_scale = own.optim.kernel_lr_scale
         config.conversion = own.conversion
-    config.optim.lr = config.optim.lr if lr is None else lr
-
-    def count(width: int) -> int:
-        config.model.glu_dim = width
-        with torch.device("meta"):
-            return n_params(_model(name, config.model))
-
     with torch.device("meta"):
         target = CausalLM(base.model).n_params
-    width = match_width(count, target)
-    params = count(width)
+    params = match_parameters(lambda model: _model(name, model), config.model, target)
+    return Family(name, config, params)
+
+
+def match_parameters(
+    build: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    target: int,
+    count: Callable[[nn.Module], int] | None = None,
+) -> int:
+    """Set ``config.glu_dim`` so that the model has the parameters of another, and return how many.
+
+    Args:
+        build: makes the model.
+        config: of the model, changed in place.
+        target: parameters of the other.
+        count: what counts as a parameter; None: all that are trained.
+
+    Raises:
+        UserError: if no width brings them within ``SIZE_TOLERANCE``.
+    """
+
+    def size(width: int) -> int:
+        config.glu_dim = width
+        with torch.device("meta"):
+            return (count or n_params)(build(config))
+
+    params = size(match_width(size, target))
     if abs(params - target) > SIZE_TOLERANCE * target:
         raise UserError(
             f"no width of its channel mixing brings its parameters within {SIZE_TOLERANCE:.0%} of "
             f"{target:,}; the closest has {params:,}: change model.glu_dim, or its kernel"
         )
-    return Family(name, config, params)
+    return params
 
 
 def match_width(count: Callable[[int], int], target: int) -> int:
@@ -128,6 +167,16 @@ def match_width(count: Callable[[int], int], target: int) -> int:
 def n_params(model: nn.Module) -> int:
     """Trainable parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def text_words(data: Files) -> list[str]:
+    """Settings ``key=value`` that read the given files or globs; none for none."""
+    return ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"] if data else []
+
+
+def _file(name: str, size: str) -> Path:
+    kind = _KINDS[name]
+    return CONFIGS / (f"{kind or 'tnn_'}wt103.yaml" if size == "paper" else f"{kind}demo.yaml")
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:

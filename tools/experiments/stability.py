@@ -7,14 +7,12 @@ in float32: within the horizon, where rounding piles up, and after four, where w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from experiments import stability_report
 from experiments.ablations import vandermonde
-from experiments.experiment import Experiment, Row, Verdict
+from experiments.frame import Experiment, Files, Record, Section
+from experiments.stability_claims import TEXTS, claims, panels, tables
 from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
@@ -31,67 +29,32 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 """that poles and residues are rounded to"""
 LARGEST_VANDERMONDE = 512
 """taps: its system has as many unknowns"""
-_SWEEPS = {
-    "tiny": {"length": (16, 64), "decay": (0.9, 1.0), "depth": (1,), "distance": (1e-2,), "layers": (1,)},
-    "small": {
-        "length": (64, 128, 256, 512, 1024, 2048, 4096),
-        "decay": (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0),
-        "depth": (1, 3, 6, 12, 24),
-        "distance": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
-        "layers": (1, 2, 4, 8, 16, 32),
-    },
-}
-_SWEEPS["paper"] = _SWEEPS["small"] | {"length": (*_SWEEPS["small"]["length"], 8192, 16384)}
 
 
-class Stability(Experiment):
-    """Error and outright failure of every conversion."""
-
-    name = "stability"
-    title = "Where conversions fail"
-
-    def cells(self, size: str) -> list[Row]:
-        """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
-        sweep = _SWEEPS[size]
-        n = 64 if size == "tiny" else 512
-        base: Row = {
-            "source": "tno",
-            "n": n,
-            "decay": 0.99,
-            "init": "default",
-            "depth": 3,
-            "stored": "float32",
-        }
-        changes: list[tuple[str, Row]] = [("length", {"n": value}) for value in sweep["length"]]
-        changes += [("decay", {"decay": value}) for value in sweep["decay"]]
-        changes += [("depth", {"depth": value}) for value in sweep["depth"]]
-        changes += [("initialisation", {"init": value}) for value in INITIALISATIONS]
-        changes += [("precision", {"stored": value}) for value in PRECISIONS]
-        changes += [("taps", {"source": value}) for value in DISTRIBUTIONS]
-        changes += [("poles", {"source": "resonances", "distance": value}) for value in sweep["distance"]]
-        cells = [{"sweep": name, "method": m, **base, **change} for name, change in changes for m in METHODS]
-        layers = [{"sweep": "layers", "layers": value, "decay": 0.99} for value in sweep["layers"]]
-        return cells + [{**cell, "method": m} for cell in layers for m in ("etsc", "balanced", "window")]
-
-    def measure(self, cell: Row) -> Row:
-        """Both errors, and what the user is told."""
-        with torch.no_grad():
-            return _measure_model(cell) if cell["sweep"] == "layers" else _measure_taps(cell)
-
-    def verdicts(self, rows: list[Row]) -> list[Verdict]:
-        """See :mod:`experiments.stability_report`."""
-        return stability_report.verdicts(rows)
-
-    def tables(self, rows: list[Row]) -> str:
-        """One per factor, and the thresholds."""
-        return stability_report.tables(rows)
-
-    def plot(self, rows: list[Row], path: Path) -> None:
-        """Error of the outputs against every factor that is a number."""
-        stability_report.plot(rows, path)
+def _grid(size: str) -> list[Record]:
+    """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
+    sweep = TEXTS.sizes(size)
+    base: Record = {"source": "tno", "n": sweep["taps"], "decay": 0.99}
+    base |= {"init": "default", "depth": 3, "stored": "float32"}
+    changes: list[tuple[str, Record]] = [("length", {"n": value}) for value in sweep["length"]]
+    changes += [("decay", {"decay": value}) for value in sweep["decay"]]
+    changes += [("depth", {"depth": value}) for value in sweep["depth"]]
+    changes += [("initialisation", {"init": value}) for value in INITIALISATIONS]
+    changes += [("precision", {"stored": value}) for value in PRECISIONS]
+    changes += [("taps", {"source": value}) for value in DISTRIBUTIONS]
+    changes += [("poles", {"source": "resonances", "distance": value}) for value in sweep["distance"]]
+    cells = [{"sweep": name, "method": m, **base, **change} for name, change in changes for m in METHODS]
+    layers = [{"sweep": "layers", "layers": value, "decay": 0.99} for value in sweep["layers"]]
+    return cells + [{**cell, "method": m} for cell in layers for m in ("etsc", "balanced", "window")]
 
 
-def _measure_taps(cell: Row) -> Row:
+@torch.no_grad()
+def _measure(cell: Record, data: Files) -> Record:
+    """Both errors, and what the user is told."""
+    return _measure_model(cell) if cell["sweep"] == "layers" else _measure_taps(cell)
+
+
+def _measure_taps(cell: Record) -> Record:
     n, stored = cell["n"], getattr(torch, cell["stored"])
     k = make_taps(cell, EXTENT * n)
     kept = torch.float64 if stored == torch.float64 else torch.float32
@@ -117,7 +80,7 @@ def _measure_taps(cell: Row) -> Row:
     }
 
 
-def _convert(k: Tensor, cell: Row) -> SSMParams:
+def _convert(k: Tensor, cell: Record) -> SSMParams:
     n = cell["n"]
     if cell["method"] == "vandermonde":
         return vandermonde(k[:, :n].double(), "real")[0].to_dtype(k.dtype)
@@ -125,7 +88,7 @@ def _convert(k: Tensor, cell: Row) -> SSMParams:
     return convert_taps(k, method=cell["method"], horizon=n, decay=decay)[0]
 
 
-def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> Row:
+def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> Record:
     """Relative RMS of outputs to uniform noise in the second half of the horizon and in the last horizon of
     k (E, T); and the largest of all, over the taps' L1 norm, which the certificate bounds."""
     length = k.shape[1]
@@ -153,7 +116,7 @@ def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> 
     }
 
 
-def _measure_model(cell: Row) -> Row:
+def _measure_model(cell: Record) -> Record:
     """Logits of an untrained model of so many layers, recurrent against parallel, at four horizons."""
     torch.manual_seed(0)
     kernel = TNOConfig(decay=cell["decay"], rpe_dim=16, rpe_layers=2)
@@ -169,3 +132,12 @@ def _measure_model(cell: Row) -> Row:
     logits, _ = converted.prefill(tokens, converted.init_state(1))
     off = float((logits - expected).norm() / expected.norm())
     return {"refused": False, "output_error": off}
+
+
+STABILITY = Experiment(
+    name="stability",
+    title="Where conversions fail",
+    sections=(Section(grid=_grid, measure=_measure, claims=claims, tables=tables, panels=panels),),
+    columns=5,
+    panel_size=(3.4, 3.2),
+)

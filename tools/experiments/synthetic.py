@@ -7,86 +7,179 @@ other. Small is the published size with lengths, delays and state sizes divided 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
-from experiments import synthetic_report, synthetic_verdicts
-from experiments.experiment import Experiment, Row, Verdict
-from experiments.synthetic_cost import measure_cost
-from experiments.synthetic_training import measure_task
+import torch
+from torch import Tensor, nn
 
-_PUBLISHED = (64, 128, 256, 512, 1024)
-_STATE_SIZES = {"tiny": (2, 16), "small": (8, 16, 32, 64, 128), "paper": _PUBLISHED}
-_ALWAYS: dict[str, Row] = {
-    "copying": {"d_model": 64, "layers": 4, "vocab_size": 64},
-    "delay": {"d_model": 4, "layers": 1},
-    "cost": {"d_model": 64, "batch": 4},
-}
-_SIZES: dict[str, dict[str, Row]] = {
-    "tiny": {
-        "copying": {"lag": 16, "length": 32, "batch": 8, "steps": 120, "lr": 1e-2, "test_rows": 32}
-        | {"d_model": 32, "layers": 2, "vocab_size": 10},
-        "delay": {"lag": 12, "length": 48, "batch": 16, "steps": 250, "lr": 1e-2, "test_rows": 32},
-        "cost": {"state_sizes": [8, 128], "length": 256, "rounds": 5},
-    },
-    "small": {
-        "copying": {"lag": 128, "length": 256, "batch": 8, "steps": 1000, "lr": 4e-3, "test_rows": 256},
-        "delay": {"lag": 125, "length": 500, "batch": 16, "steps": 6000, "lr": 3e-3, "test_rows": 256},
-        "cost": {"state_sizes": [*_PUBLISHED], "length": 2048, "rounds": 40},
-    },
-    "paper": {
-        "copying": {"lag": 1024, "length": 2048, "batch": 8, "steps": 62_500, "lr": 1e-3, "test_rows": 1000},
-        "delay": {"lag": 1000, "length": 4000, "batch": 64, "steps": 5120, "lr": 1e-3, "test_rows": 1024},
-        "cost": {"state_sizes": [*_PUBLISHED], "length": 4096, "rounds": 50},
-    },
-}
-_KERNEL_LR = {"rtf": 4.0, "tnn": 1.0, "sgconv": 4.0}
-"""learning rate of kernels over that of all else: of 1 and 4 the better in trials on 32 symbols. At the
-published size 1, as its authors have it"""
-_DECAYS = {"tiny": 0.95, "small": 0.99, "paper": 0.999}
-"""of TNN's kernel, so that it reaches as far as the task does"""
-_RTF: Row = {"init": "xavier", "constraint": "montel"}
+from experiments.frame import Experiment, Files, Record, Section
+from experiments.synthetic_claims import CLAIMS, PANELS, TABLES, TEXTS, afterwards, form_claims
+from experiments.synthetic_models import Model, answers, answers_by_steps, build_model, convert_by_family
+from experiments.synthetic_tasks import Batch, copying, delay
+from experiments.timing import interleaved, medians, peak_allocated
+from experiments.training import fit
+from tnnlm.config.schema import OptimConfig
+from tnnlm.errors import UserError
+from tnnlm.kernels import RTFConfig, build_kernel
+from tnnlm.modules import LongConv
+
+_RTF: Record = {"init": "xavier", "constraint": "montel"}
+_TEST = 1 << 20
+"""added to the seed for the test set"""
+_TEST_ROWS = 64
+"""read at a time: the states of all are held"""
+_WARM_UP = 2
 
 
-class Synthetic(Experiment):
-    """Copying and Delay."""
+def _task_grid(task: str, size: str) -> list[Record]:
+    """A model per family, state size of RTF and seed."""
+    sizes = TEXTS.sizes(size)
+    shared = {"task": task} | sizes[task]
+    kernels: list[tuple[str, Record]] = [("rtf", {"state_size": n} | _RTF) for n in sizes["states"]]
+    kernels += [("tnn", {"decay": sizes["decay"]}), ("sgconv", {})]
+    return [
+        shared | {"family": name, "seed": seed, "kernel_lr_scale": sizes["kernel_lr"][name]} | kernel
+        for seed in sizes["seeds"]
+        for name, kernel in kernels
+    ]
 
-    name = "synthetic"
-    title = "Copying and delay at growing state sizes"
-    seeds: ClassVar[tuple[int, ...]] = (0, 1)
 
-    def cells(self, size: str) -> list[Row]:
-        """A model per task, family, state size of RTF and seed; and one cell of timing."""
-        seeds = self.seeds[:1] if size == "tiny" else self.seeds
-        own: list[tuple[str, Row]] = [("rtf", {"state_size": n}) for n in _STATE_SIZES[size]]
-        others: list[tuple[str, Row]] = [("tnn", {"decay": _DECAYS[size]}), ("sgconv", {})]
-        found: list[Row] = []
+def _cost_grid(size: str) -> list[Record]:
+    return [{"task": "cost", "seed": 0} | TEXTS.sizes(size)["cost"]]
 
-        def scale(family: str) -> float:
-            return 1.0 if size == "paper" else _KERNEL_LR[family]
 
-        for task in ("copying", "delay"):
-            shared = {"task": task} | _ALWAYS[task] | _SIZES[size][task]
-            families = [(name, kernel | _RTF) for name, kernel in own] + others
-            found += [
-                shared | {"family": name, "seed": seed, "kernel_lr_scale": scale(name)} | kernel
-                for seed in seeds
-                for name, kernel in families
-            ]
-        return [*found, {"task": "cost", "seed": 0} | _ALWAYS["cost"] | _SIZES[size]["cost"]]
+def measure_task(cell: Record, data: Files = ()) -> Record:
+    """Train, convert and test the model that a cell names, on a GPU where there is one.
 
-    def measure(self, cell: Row) -> Row:
-        """Train, convert and test one model; or time the layer."""
-        return measure_cost(cell) if cell["task"] == "cost" else measure_task(cell)
+    Returns:
+        ``seconds_per_step`` of the training, ``score`` and ``score_recurrent`` (share of symbols told
+        right; for delay the RMSE of all outputs), ``chance`` (what a model without memory gets),
+        ``difference`` of the forms' outputs, relative, ``method``, ``order`` (real state numbers per
+        channel), ``largest_pole``, and ``refused``: what conversions tried before said. Without the
+        recurrent form's figures if there is none.
+    """
+    model = build_model(cell).to(_device())
+    measured: Record = {"seconds_per_step": _train(model, cell)}
+    model.eval()
+    try:
+        made = convert_by_family(model, cell["family"], cell["length"])
+    except UserError as error:
+        return measured | _test(cell, model, None) | {"refused": str(error)}
+    params = [layer.params for layer in made.layers]
+    return (
+        measured
+        | _test(cell, model, made.model)
+        | {
+            "method": made.layers[0].method,
+            "order": max(part.order() for part in params),
+            "largest_pole": max(part.largest_pole() for part in params),
+            "refused": made.refused,
+        }
+    )
 
-    def verdicts(self, rows: list[Row]) -> list[Verdict]:
-        """See :mod:`experiments.synthetic_verdicts`."""
-        return synthetic_verdicts.verdicts(rows)
 
-    def tables(self, rows: list[Row]) -> str:
-        """One per task, both forms beside each other, and one of the cost."""
-        return synthetic_report.tables(rows)
+def _train(model: Model, cell: Record) -> float:
+    """Train in place on batches of the cell's seed; returns seconds per step."""
+    steps = cell["steps"]
+    config = OptimConfig(
+        lr=cell["lr"], kernel_lr_scale=cell["kernel_lr_scale"], weight_decay=0.0, warmup_steps=min(20, steps)
+    )
+    batches = (_draw(cell, cell["seed"], step, cell["batch"]) for step in range(steps))
+    trace = fit(model, batches, partial(_loss, cell), config, steps, what=f"{cell['task']}, {cell['family']}")
+    return (trace.marks[-1] - trace.marks[0]) / steps
 
-    def plot(self, rows: list[Row], path: Path) -> None:
-        """Accuracy, error and cost against the state size."""
-        synthetic_report.plot(rows, path)
+
+def _draw(cell: Record, seed: int, batch: int, rows: int) -> Batch:
+    """A batch of the cell's task."""
+    if cell["task"] == "copying":
+        blanks = cell["length"] - 2 * cell["lag"]
+        sizes = {"symbols": cell["lag"], "vocab_size": cell["vocab_size"], "blanks": blanks}
+        return copying(seed, batch, rows=rows, **sizes)
+    return delay(seed, batch, rows=rows, length=cell["length"], lag=cell["lag"])
+
+
+def _loss(cell: Record, model: nn.Module, batch: Batch) -> Tensor:
+    outputs = model(batch.inputs)[:, -batch.targets.shape[1] :]
+    if cell["task"] == "copying":
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), batch.targets.flatten())
+    return nn.functional.mse_loss(outputs, batch.targets)
+
+
+def _test(cell: Record, model: Model, converted: Model | None) -> Record:
+    """Both forms' scores, what knowing nothing scores, and how far the forms are apart."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for number, start in enumerate(range(0, cell["test_rows"], _TEST_ROWS)):
+        batch = _draw(cell, _TEST, number, min(cell["test_rows"] - start, _TEST_ROWS))
+        inputs, targets = (part.to(_device()) for part in batch)
+        outputs = answers(model, inputs, targets.shape[1])
+        sums["count"] += targets.numel()
+        sums["score"] += _points(cell, outputs, targets)
+        sums["chance"] += _points(cell, torch.zeros_like(outputs), targets)
+        if converted is not None:
+            again = answers_by_steps(converted, inputs, targets.shape[1])
+            sums["score_recurrent"] += _points(cell, again, targets)
+            sums["apart"] += float((again - outputs).double().square().sum())
+            sums["size"] += float(outputs.double().square().sum())
+    count = sums.pop("count")
+    apart, size = sums.pop("apart", 0.0), sums.pop("size", 0.0)
+    means = {name: value / count for name, value in sums.items()}
+    if cell["task"] == "copying":
+        means["chance"] = 1 / (cell["vocab_size"] - 2)
+    else:
+        means = {name: value**0.5 for name, value in means.items()}
+    return means if converted is None else means | {"difference": (apart / size) ** 0.5}
+
+
+def _points(cell: Record, outputs: Tensor, targets: Tensor) -> float:
+    """How many symbols are right; of a signal, the sum of squared errors."""
+    if cell["task"] == "copying":
+        return float((outputs.argmax(-1) == targets).sum())
+    return float((outputs - targets).double().square().sum())
+
+
+def _measure_cost(cell: Record, data: Files) -> Record:
+    """Training steps of one RTF layer alone, where a model would hide it, at several state sizes, in turns.
+
+    Returns:
+        by state size, as strings: ``seconds`` (medians) and ``peak_bytes`` (of what a step allocates;
+        parameters, which do grow with the state, are not among it).
+    """
+    torch.manual_seed(cell["seed"])
+    x = torch.randn(cell["batch"], cell["length"], cell["d_model"], device=_device())
+    steps = {str(n): _layer_step(n, x) for n in cell["state_sizes"]}
+    seconds = medians(interleaved(steps, cell["rounds"], warm_up=_WARM_UP))
+    return {"seconds": seconds, "peak_bytes": {n: peak_allocated(step) for n, step in steps.items()}}
+
+
+def _layer_step(state_size: int, x: Tensor) -> Callable[[], None]:
+    """Taps, convolution and their gradients."""
+    config = RTFConfig(name="rtf", state_size=state_size, denominators=1, init="xavier", constraint="montel")
+    conv = LongConv(build_kernel(config, x.shape[2], x.shape[1])).to(x.device)
+
+    def step() -> None:
+        conv.zero_grad()
+        loss: Tensor = conv(x).square().mean()
+        loss.backward()
+
+    return step
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _section(name: str, grid: Callable[[str], list[Record]], measure: Callable[..., Record]) -> Section:
+    return Section(grid=grid, measure=measure, claims=CLAIMS[name], tables=TABLES[name], panels=PANELS[name])
+
+
+SYNTHETIC = Experiment(
+    name="synthetic",
+    title="Copying and delay at growing state sizes",
+    sections=(
+        *(_section(task, partial(_task_grid, task), measure_task) for task in ("copying", "delay")),
+        _section("cost", _cost_grid, _measure_cost),
+        Section(claims=form_claims, tables=afterwards),
+    ),
+)

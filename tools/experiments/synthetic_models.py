@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from experiments.experiment import Row
+from experiments.frame import Record
 from tnnlm.config.schema import ConversionConfig, ModelConfig
 from tnnlm.conversion import convert_kernels
 from tnnlm.conversion.methods import Converted
@@ -65,7 +65,7 @@ class Recurrent(NamedTuple):
     """what was said of the methods before"""
 
 
-def build_model(cell: Row) -> Model:
+def build_model(cell: Record) -> Model:
     """The model that a cell of the experiment names, in its parallel form, initialised under its seed."""
     torch.manual_seed(cell["seed"])
     kernel, width = kernel_config(cell), cell["d_model"]
@@ -83,7 +83,7 @@ def build_model(cell: Row) -> Model:
     )
 
 
-def kernel_config(cell: Row) -> KernelConfig:
+def kernel_config(cell: Record) -> KernelConfig:
     """A cell's kernel. RTF as published for these tasks: one denominator for all channels of a layer."""
     if cell["family"] == "rtf":
         return RTFConfig(

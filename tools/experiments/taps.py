@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from experiments.experiment import Row
+from experiments.frame import Record
 from tnnlm.kernels import TNOConfig
 from tnnlm.kernels.tno import TNOKernel
 
@@ -65,7 +65,7 @@ def resonances(length: int, distance: float) -> Tensor:
     return ((1 - distance) ** lags * torch.cos(phase * lags + shift)).sum(1)
 
 
-def make_taps(cell: Row, length: int) -> Tensor:
+def make_taps(cell: Record, length: int) -> Tensor:
     """The taps that a cell of the stability experiment names, on any number of lags."""
     source = cell["source"]
     if source == "tno":

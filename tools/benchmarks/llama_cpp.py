@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers import llama_hidden
-from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, prompt_of
+from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, peer_shape, prompt_of
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 
@@ -69,7 +68,7 @@ def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
     """A Llama of random weights, tied embeddings, no vocabulary; returns its weights per token."""
     import gguf
 
-    width, hidden = shape.d_model, llama_hidden(shape)
+    width, hidden = shape.d_model, peer_shape("llama", shape, longest).glu_dim or 0
     heads = max(1, width // 64)
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     writer = gguf.GGUFWriter(path, "llama")

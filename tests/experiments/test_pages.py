@@ -1,0 +1,46 @@
+"""The committed results of docs/results: every page is rendered from its JSON to the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from experiments.frame import reproduce
+from reproduce import EXPERIMENTS
+
+RESULTS = ROOT / "docs" / "results"
+
+
+def words(page: str) -> str:
+    """A page without the padding of its tables' cells and the alignment of their columns."""
+    page = re.sub(r"\|[ :|-]*-[ :|-]*\|\n", "|---|\n", page)
+    return re.sub(r" +", " ", page)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_page_and_picture_follow_from_the_committed_numbers(name: str, tmp_path: Path) -> None:
+    shutil.copy(RESULTS / f"{name}.json", tmp_path)
+
+    def nothing_left(cells: object) -> list[dict[str, object]]:
+        assert cells == [], "docs/results lacks cells of this experiment"
+        return []
+
+    reproduce(EXPERIMENTS[name], "small", tmp_path, nothing_left)
+    assert words((tmp_path / f"{name}.md").read_text()) == words((RESULTS / f"{name}.md").read_text())
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(
+        (RESULTS / f"{name}.json").read_text()
+    )
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_index_follows_from_the_committed_numbers(tmp_path: Path) -> None:
+    for name in EXPERIMENTS:
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    shutil.copy(RESULTS / "families.md", tmp_path)
+    reproduce(EXPERIMENTS["families"], "small", tmp_path, lambda cells: cells)
+    assert words((tmp_path / "README.md").read_text()) == words((RESULTS / "README.md").read_text())

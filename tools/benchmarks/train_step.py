@@ -1,0 +1,241 @@
+"""Training steps timed in turns, beside the rate at which the machine multiplies matrices.
+
+Ours, ours without its convolution, GPT-2, and a TNN as tnn-pytorch has it: all have as many parameters and
+read the same tokens. A step is all of it: forward under bf16 autocast where the machine computes in it,
+backward, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.subjects import peer_shape
+from benchmarks.timing import row
+from experiments.peers import GPT2 as GPT2Model
+from experiments.timing import clock, interleaved
+from experiments.training import next_token_loss
+from tnnlm.config.schema import ModelConfig, OptimConfig
+from tnnlm.kernels import Kernel, build_kernel
+from tnnlm.machine.allocator import keep_large_blocks
+from tnnlm.machine.capabilities import capability
+from tnnlm.machine.resident import resident_peak
+from tnnlm.machine.threads import limit_threads
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.modules import SimpleRMSNorm
+from tnnlm.training.optim import build_optimizer
+
+OURS, WITHOUT, PYPI, GPT2 = "tnnlm-tno", "tnnlm-without-convolution", "tnn-pytorch", "transformers-gpt2"
+NAMES = (OURS, WITHOUT, PYPI, GPT2)
+TOKENS = 4096
+"""per step, or one row where that is longer"""
+RECOMPUTED = 32_768
+"""tokens of a row from which on ours computes the activations again in the backward pass"""
+_GEMM = 2048
+
+
+@dataclass
+class Trainee:
+    """A model with its optimizer."""
+
+    name: str
+    params: int
+    """trainable; GPT-2's table of positions, which grows with the length, left out"""
+    matrix_weights: int
+    """of matrix products, the tied head among them: six FLOP each per token, forward and backward"""
+    step: Callable[[Tensor], float]
+    """reads tokens (B, L + 1), updates the weights, returns the loss"""
+
+
+def trainee(name: str, shape: ModelConfig, length: int, compiled: bool, recompute: bool = False) -> Trainee:
+    """One of ``NAMES``, ready to train on rows of ``length`` tokens.
+
+    Args:
+        name: what to build.
+        shape: of our model; the others get as many parameters.
+        length: tokens per row.
+        compiled: by torch.compile: all but tnn-pytorch, whose complex numbers it can't take.
+        recompute: activations of ours in the backward pass.
+
+    Raises:
+        UserError: if ``transformers`` is missing.
+    """
+    torch.manual_seed(0)
+    shape = replace(shape, max_length=length)
+    if name == GPT2:
+        other = GPT2Model(peer_shape("gpt2", shape, length)).train()
+        if compiled:
+            other.net.compile()
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True)
+        params = sum(p.numel() for p in other.parameters()) - other.net.transformer.wpe.weight.numel()
+        return Trainee(name, params, _matrices(other), _stepper(other, optimizer, next_token_loss))
+    model = CausalLM(shape).train()
+    model.recompute = recompute
+    if name == WITHOUT:
+        for block in model.layers:
+            block.mixer.conv = _Identity()  # type: ignore[assignment]
+    if name == PYPI:
+        model.blocks = nn.ModuleList(_PyPIBlock(shape) for _ in range(shape.n_layers))
+    elif compiled:
+        model.compile_blocks()
+    step = _stepper(model, build_optimizer(model, OptimConfig()), CausalLM.loss)
+    return Trainee(name, model.n_params, _matrices(model), step)
+
+
+def _matrices(model: nn.Module) -> int:
+    """Weights of matrix products per token: what has two dimensions, but for tables of positions and
+    the kernels' own networks, which run once per lag."""
+    in_kernels = {id(p) for m in model.modules() if isinstance(m, Kernel) for p in m.parameters()}
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and id(p) not in in_kernels and "wpe" not in name
+    )
+
+
+def _stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Tensor], float]:
+    half = capability("bfloat16_arithmetic").available
+
+    def step(rows: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss = loss_of(model, rows)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+class _Identity(nn.Module):
+    """In the place of the convolution: what is left is all else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _PyPIBlock(nn.Module):
+    """The operations of a layer of tnn-pytorch, whose packages on PyPI hold no code: a projection for each
+    of u and v, transforms of the axis in the middle with autograd's own backward, two norms before
+    the mixer."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        width, inner, hidden = shape.d_model, shape.expand * shape.d_model, shape.glu_dim or shape.d_model
+        self.kernel = build_kernel(shape.kernel, inner, shape.max_length)
+        self.norm = SimpleRMSNorm()
+        self.u, self.v, self.out = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
+        self.gate, self.value = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.mix = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, mask: None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); no row is padded."""
+        silu, length = nn.functional.silu, x.shape[1]
+        h = self.norm(self.norm(x))
+        u, v = silu(self.u(h)), silu(self.v(h))
+        taps = torch.fft.rfft(self.kernel(length).T, 2 * length, dim=0)
+        y = torch.fft.irfft(torch.fft.rfft(v.float(), 2 * length, dim=1) * taps, 2 * length, dim=1)
+        x = x + self.out(u * y[:, :length])
+        h = self.norm(x)
+        return x + self.mix(silu(self.gate(h)) * self.value(h))
+
+
+def time_training(
+    shape: ModelConfig, lengths: Sequence[int], rounds: int, compiled: bool, longest_peer: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds per token of a training step, for every model and length.
+
+    Args:
+        shape: of our model.
+        lengths: tokens per row; rows are as many as make ``TOKENS``.
+        rounds: timed steps of each, in turns, after some that warm up; two where rows are ``RECOMPUTED``.
+        compiled: by torch.compile.
+        longest_peer: above, ours alone is timed.
+
+    Returns:
+        FLOP/s of large matrix products (median), and rows: ``name``, ``dtype``,
+        ``batch``, ``context``, ``seconds_per_token``, ``tokens_per_second``, ``spread``, ``params``,
+        ``flop_share`` (of matrix products, over that rate), ``peak_bytes`` of a process that takes
+        two such steps, and for ours ``convolution_share``: what a step without it saves.
+
+    Raises:
+        UserError: if ``transformers`` is missing.
+    """
+    rates: list[float] = []
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        names = NAMES if length <= longest_peer else (OURS,)
+        data = _rows(shape, length)
+        models = {}
+        for name in tqdm(names, desc=f"building, {length} tokens", leave=False, disable=None):
+            models[name] = _ready(name, shape, length, compiled)
+            for _ in range(2 if length < RECOMPUTED else 1):
+                models[name].step(data)
+        cases = {name: partial(model.step, data) for name, model in models.items()}
+        rates.append(_gemm_rate())
+        times = interleaved(cases, rounds if length < RECOMPUTED else 2, warm_up=0)
+        rates.append(_gemm_rate())
+        rows += [_row(model, data, times[name]) for name, model in models.items()]
+        if WITHOUT in times:
+            ours = next(one for one in rows if (one["name"], one["context"]) == (OURS, length))
+            ours["convolution_share"] = 1 - statistics.median(times[WITHOUT]) / statistics.median(times[OURS])
+        del models
+    rate = statistics.median(rates)
+    for own in tqdm(rows, desc="peak memory", leave=False, disable=None):
+        own["flop_share"] = own.pop("flops_per_token") * own["tokens_per_second"] / rate
+        own["peak_bytes"] = peak_bytes(own["name"], shape, own["context"], compiled)
+    return rate, rows
+
+
+def peak_bytes(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
+    """Most memory that two training steps held, beyond the loaded libraries: in a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (name, shape, length, compiled))
+
+
+def _peak(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
+    before = resident_peak()
+    keep_large_blocks()
+    limit_threads()
+    model, data = _ready(name, shape, length, compiled), _rows(shape, length)
+    for _ in range(2):
+        model.step(data)
+    return resident_peak() - before
+
+
+def _ready(name: str, shape: ModelConfig, length: int, compiled: bool) -> Trainee:
+    return trainee(name, shape, length, compiled, recompute=length >= RECOMPUTED)
+
+
+def _rows(shape: ModelConfig, length: int) -> Tensor:
+    """Random token ids (B, L + 1)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(shape.vocab_size, (max(1, TOKENS // length), length + 1), generator=generator)
+
+
+def _row(model: Trainee, data: Tensor, seconds: list[float]) -> dict[str, Any]:
+    tokens = data[:, 1:].numel()
+    dtype = "bfloat16" if capability("bfloat16_arithmetic") else "float32"
+    per_token = [one / tokens for one in seconds]
+    own = row(model.name, dtype, data.shape[0], data.shape[1] - 1, per_token)
+    extra = {"params": model.params, "flops_per_token": 6.0 * model.matrix_weights}
+    return own | {"tokens_per_second": 1 / own["seconds_per_token"]} | extra
+
+
+def _gemm_rate() -> float:
+    """FLOP/s of a large product in the dtype of the training, the best of three."""
+    dtype = torch.bfloat16 if capability("bfloat16_arithmetic") else torch.float32
+    a, b = (torch.ones(_GEMM, _GEMM, dtype=dtype) for _ in range(2))
+    return 2.0 * _GEMM**3 / min(clock(partial(torch.matmul, a, b)) for _ in range(3))

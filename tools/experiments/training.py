@@ -1,0 +1,199 @@
+"""One plain training loop, the same for every architecture, loss and source of batches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from experiments.frame import Record
+from experiments.sizing import Family
+from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.data.packing import PackedRows
+from tnnlm.data.sampler import GlobalOrderSampler
+from tnnlm.errors import UserError
+from tnnlm.training.estimate import resolve_precision
+from tnnlm.training.optim import build_optimizer, build_scheduler
+
+WINDOW = 10
+"""steps over which loss and speed are averaged; speeds leave the first window out"""
+_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+
+
+class Trace(NamedTuple):
+    """What a training was like: one entry per window of steps."""
+
+    steps: list[int]
+    losses: list[float]
+    marks: list[float]
+    """clock, in seconds; one more: its start"""
+
+
+def device_of(config: Config) -> torch.device:
+    """A GPU where there is one and ``trainer.accelerator`` doesn't say cpu."""
+    return torch.device(
+        "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    )
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterator[Any],
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    optim: OptimConfig,
+    steps: int,
+    *,
+    what: str = "",
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Trace:
+    """Train ``model`` in place, on the device that it lies on.
+
+    Args:
+        model: initialised.
+        batches: as many as steps times ``accumulate``.
+        loss_of: mean loss of a batch, called under autocast.
+        optim: optimizer and schedule.
+        steps: of the optimizer.
+        what: is trained, for the progress bar.
+        accumulate: batches per step.
+        dtype: of autocast; float32: without.
+
+    Raises:
+        UserError: for a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    optimizer = build_optimizer(model, optim)
+    scheduler = build_scheduler(optimizer, optim, steps)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    window: list[Tensor] = []
+    trace = Trace([], [], [time.perf_counter()])
+    for step in tqdm(range(1, steps + 1), desc=what, leave=False, disable=None):
+        for _ in range(accumulate):
+            batch = move_data_to_device(next(batches), device)
+            with autocast:
+                loss = loss_of(model, batch)
+            (loss / accumulate).backward()
+            window.append(loss.detach())
+        if optim.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % WINDOW == 0 or step == steps:
+            mean = float(torch.stack(window).mean())  # waits for the device, so the clock below is right
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"{what}: the loss is not finite by step {step}; lower the learning rate, {optim.lr:g}"
+                )
+            window = []
+            trace.steps.append(step)
+            trace.losses.append(mean)
+            trace.marks.append(time.perf_counter())
+    return trace
+
+
+def train_family(family: Family, rows: PackedRows, seed: int) -> tuple[nn.Module, Record]:
+    """Train a family to guess the next token; initialisation and order of the data follow from ``seed``.
+
+    As :func:`train_plain`, on rows of the training split, at least one batch.
+    """
+    model = family.build(seed)
+    return model, train_plain(family.name, model, family.config, rows, seed, next_token_loss)
+
+
+def train_plain(
+    name: str,
+    model: nn.Module,
+    config: Config,
+    rows: Dataset[Any],
+    seed: int,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    *,
+    numbered: bool = False,
+) -> Record:
+    """Train ``model`` in place by the settings of a run, on a GPU if there is one.
+
+    Args:
+        name: of what is trained, for the progress bar and errors.
+        model: initialised.
+        config: everything but the model.
+        rows: of the training split, at least one batch.
+        seed: of the order of the data.
+        loss_of: mean loss of a batch, called under autocast.
+        numbered: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
+
+    Returns:
+        ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the windows) and ``curve``:
+        (tokens read, mean loss) per window.
+
+    Raises:
+        UserError: for a precision that this loop hasn't, and a loss that is not finite.
+    """
+    precision = resolve_precision(config)
+    if precision not in _DTYPES:
+        raise UserError(f"trainer.precision={precision}: families are compared in {' or '.join(_DTYPES)}")
+    model.to(device_of(config))
+    if config.trainer.compile:
+        model.compile()
+    steps, accumulate = config.trainer.max_steps, config.trainer.accumulate
+    trace = fit(
+        model,
+        iter(_loader(rows, config, seed, numbered)),
+        loss_of,
+        config.optim,
+        steps,
+        what=f"{name}, seed {seed}",
+        accumulate=accumulate,
+        dtype=_DTYPES[precision],
+    )
+    tokens = config.data.batch_size * config.model.max_length * accumulate
+    return {
+        "steps": steps,
+        "tokens": steps * tokens,
+        "seconds": trace.marks[-1] - trace.marks[0],
+        "tokens_per_second": _speed(trace.marks, steps, tokens),
+        "curve": [[step * tokens, loss] for step, loss in zip(trace.steps, trace.losses, strict=True)],
+    }
+
+
+def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Mean cross-entropy of rows (B, L + 1) in nats per token, for any model that gives logits."""
+    logits = model(rows[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """The loss that an encoder has itself."""
+    loss: Tensor = model.loss(batch)
+    return loss
+
+
+def _speed(marks: list[float], steps: int, tokens: int) -> float:
+    """Median tokens/s of the full windows after the first; of the whole run if there is none."""
+    full = marks[1 : 1 + steps // WINDOW]
+    speeds = [WINDOW * tokens / (after - before) for before, after in pairwise(full)]
+    return statistics.median(speeds) if speeds else steps * tokens / (marks[-1] - marks[0])
+
+
+def _loader(rows: Any, config: Config, seed: int, numbered: bool) -> DataLoader[Any]:
+    order = GlobalOrderSampler(
+        len(rows),
+        batch_size=config.data.batch_size,
+        n_batches=config.trainer.max_steps * config.trainer.accumulate,
+        seed=seed,
+        numbered=numbered,
+    )
+    return DataLoader(
+        rows, batch_sampler=order, num_workers=config.data.num_workers, pin_memory=torch.cuda.is_available()
+    )
