@@ -65,6 +65,8 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
     assert metadata["Version"] == tnnlm.__version__
     assert metadata["Author"] == "tnnlm developers"
     assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
     needed = {
         re.split(r"[^\w-]", line)[0]
         for line in metadata.get_all("Requires-Dist", [])
