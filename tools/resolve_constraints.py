@@ -119,14 +119,18 @@ def compile_pins(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def resolve(version: str, system: System, folder: Path) -> list[dict[str, Any]] | str:
-    """The packages of one Python version and system, as in a pylock.toml, or why there are none."""
+def resolve(version: str, system: System, folder: Path) -> list[dict[str, Any]]:
+    """The packages of one Python version and system, as in a pylock.toml.
+
+    Raises:
+        UserError: if there are none.
+    """
     lock = folder / "pylock.toml"
     target = ("--python-version", version, "--python-platform", system.uv_platform)
     output = ("--format", "pylock.toml", "--output-file", str(lock))
     done = compile_pins(folder, "--constraints", "constraints.txt", *target, *output)
     if done.returncode:
-        return done.stderr.strip()
+        raise UserError(done.stderr.strip())
     found: list[dict[str, Any]] = tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]
     lock.unlink()  # uv prefers the versions of a file that exists
     return found
@@ -157,9 +161,11 @@ def wheel_name(wheel: dict[str, Any]) -> str:
 def check(version: str, name: str, folder: Path) -> bool:
     """Print what the pins give for one Python version and system of ``SYSTEMS``; whether they resolve."""
     system = SYSTEMS[name]
-    packages = resolve(version, system, folder)
-    if isinstance(packages, str):
-        print(f"Python {version}, {name}: can't be resolved\n  " + packages.replace("\n", "\n  "), flush=True)
+    try:
+        packages = resolve(version, system, folder)
+    except UserError as error:
+        reason = error.reason.replace("\n", "\n  ")
+        print(f"Python {version}, {name}: can't be resolved\n  {reason}", flush=True)
         return False
     built = without_wheel(packages, tags_of(version, system))
     loose = sorted({package["name"] for package in packages} - pins().keys())

@@ -75,7 +75,7 @@ def model_card(
         report=report,
         lengths=[f"{int(length):,} tokens" for length in report.ppl.get("parallel", {})],
         perplexities=_perplexities(report),
-        note=(note or "no text was at hand").removeprefix("no perplexities: "),
+        note=note or "no text was at hand",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],
     )
 

@@ -205,13 +205,13 @@ def _measure(converted: ConvertedModel, done: Conversion) -> None:
     """Perplexities, into the report and conversion.json; none if the run's text is gone."""
     source = done.source
     failures: dict[str, str] = {}
-    with collect_failure(failures, "no perplexities"):
+    step = "perplexities"
+    with collect_failure(failures, step):
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the text of this run has changed")
         measure_perplexities(source.model, converted.model, corpus, source.config, done.report)
-    if failures:
-        done.note = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    done.note = failures.get(step)
     with collect_failure(done.failures, "conversion.json"):
         check_unchanged(done.folder, converted.fingerprint)
         save_report(done.folder, done.report)

@@ -31,7 +31,8 @@ def show_conversion(done: Conversion, console: Console) -> None:
     lines += [
         f"perplexity with {form}: not measured here: {why}" for form, why in report.not_measured.items()
     ]
-    lines += [f"note: {text}" for text in (done.note, report.warning) if text]
+    no_perplexities = f"no perplexities: {done.note}" if done.note else None
+    lines += [f"note: {text}" for text in (no_perplexities, report.warning) if text]
     for check in done.checks:
         verdict = "ok" if check.passed else "FAILED"
         lines.append(f"verify: {check.name}: {check.error:.1e}, at most {check.threshold:.0e}: {verdict}")

@@ -126,24 +126,30 @@ def check_compiler() -> None:
         raise UserError(f"--compile: no working C++ compiler ({found.reason})")
 
 
-def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel | str:
-    """The model of this fingerprint with its compiled step, or in words why there is none."""
+def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel:
+    """The model of this fingerprint with its compiled step.
+
+    Raises:
+        UserError: if there is none that can be used here, saying why.
+    """
     path = package_path(folder, dtype)
     if not path.is_file():
-        return "no compiled step: convert.py --compile makes one"
+        raise UserError("no compiled step: convert.py --compile makes one")
     try:
         made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         made_for = None
     expected = _made_for(fingerprint)
     if isinstance(made_for, dict) and made_for.get("model_sha256", fingerprint) != fingerprint:
-        return "the compiled step is of another model: convert.py --compile makes a new one"
+        raise UserError("the compiled step is of another model: convert.py --compile makes a new one")
     if made_for != expected:
-        return "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
+        raise UserError(
+            "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
+        )
     try:
         return CompiledModel(model, _runner(path))
     except Exception as error:  # whatever the loader raises, the plain engine runs
-        return f"the compiled step can't be loaded ({one_line(error)[:80]})"
+        raise UserError(f"the compiled step can't be loaded ({one_line(error)[:80]})") from None
 
 
 def _runner(path: Path) -> Callable[..., Any]:

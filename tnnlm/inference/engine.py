@@ -100,14 +100,19 @@ def open_engine(
         )
     choice = choose_linear(where, dtype)
     replace_linears(model, choice.make)
-    found = _faster(model, folder, where, dtype, engine, converted.fingerprint)
-    if not isinstance(found, str):
-        name = "graph" if isinstance(found, GraphedModel) else "compiled"
-        return Engine(TextGenerator(found, *converted[1:]), _info(name, where, dtype, choice))
-    if engine in ("compiled", "graph"):
-        raise UserError(f"--engine {engine}: {found}")
-    reason = "; ".join(part for part in (choice.reason, found) if part)
-    return Engine(TextGenerator(model, *converted[1:]), _info("packed", where, dtype, choice, reason))
+    reasons = [choice.reason]
+    if engine != "packed":
+        try:
+            found = _faster(model, folder, where, dtype, engine, converted.fingerprint)
+        except UserError as error:
+            if engine in ("compiled", "graph"):
+                raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
+            reasons.append(str(error))
+        else:
+            name = "graph" if isinstance(found, GraphedModel) else "compiled"
+            return Engine(TextGenerator(found, *converted[1:]), _info(name, where, dtype, choice))
+    info = _info("packed", where, dtype, choice, "; ".join(filter(None, reasons)))
+    return Engine(TextGenerator(model, *converted[1:]), info)
 
 
 def _info(name: str, where: torch.device, dtype: str, linear: Choice, reason: str = "") -> EngineInfo:
@@ -126,22 +131,24 @@ def _info(name: str, where: torch.device, dtype: str, linear: Choice, reason: st
 
 def _faster(
     model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str, fingerprint: str
-) -> CompiledModel | GraphedModel | str:
-    """A compiled or a recorded step of a packed model, or in words why there is none."""
-    if engine == "packed":
-        return ""
+) -> CompiledModel | GraphedModel:
+    """A compiled or a recorded step of a packed model.
+
+    Raises:
+        UserError: if there is none, saying why.
+    """
     if where.type == "cpu":
         if engine == "graph":
-            return "only on a GPU"
+            raise UserError("only on a GPU")
         if folder is None:
-            return "no folder to look for a compiled step in"
+            raise UserError("no folder to look for a compiled step in")
         return load_step(model, folder, dtype, fingerprint)
     if engine == "compiled":
-        return "only on a CPU"
+        raise UserError("only on a CPU")
     try:
         return GraphedModel(model)
     except (RuntimeError, AssertionError) as error:  # what torch raises where there are no CUDA graphs
-        return f"the step can't be recorded ({str(error).splitlines()[0][:80]})"
+        raise UserError(f"the step can't be recorded ({str(error).splitlines()[0][:80]})") from None
 
 
 def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:

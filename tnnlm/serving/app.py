@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.middleware import CountAnswers, WholeBody
 from tnnlm.serving.responses import Answer
-from tnnlm.serving.scheduler import TIMEOUT
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.service import Service
 from tnnlm.serving.settings import Settings
@@ -105,9 +104,9 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
         if not whole.done():
             return Response(status_code=499)  # to nobody
         return JSONResponse(whole.result())
+    except TimeoutError:
+        raise ApiError(503, "no place became free in time; try again later") from None
     except RuntimeError as error:
-        if str(error) == TIMEOUT:
-            raise ApiError(503, "no place became free in time; try again later") from None
         raise ApiError(500, str(error)) from None
     finally:
         service.batcher.cancel(answer.jobs)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from tnnlm.serving.logprobs import TokenScore
-from tnnlm.serving.sequence import Event, Job
+from tnnlm.serving.sequence import TIMEOUT, Event, Job
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -59,12 +59,13 @@ class Answer:
         """The answer to a request without ``stream``.
 
         Raises:
-            RuntimeError: with the error of a text that had one.
+            TimeoutError: if the time of a text ran out before its first token.
+            RuntimeError: with another error of a text.
         """
         texts = {job: Event(job, self.echo[index]) for job, index in self._index.items()}
         async for event in self.events():
             if event.finish == "error":
-                raise RuntimeError(event.error)
+                raise (TimeoutError if event.error == TIMEOUT else RuntimeError)(event.error)
             texts[event.job].merge(event)
         return self._head | {
             "choices": [self._choice(event) for event in texts.values()],

@@ -23,13 +23,11 @@ from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefill import Reader
 from tnnlm.serving.prefix_cache import PrefixCache
 from tnnlm.serving.sampler import draw
-from tnnlm.serving.sequence import Event, Finish, Job, Reading
+from tnnlm.serving.sequence import TIMEOUT, Event, Finish, Job, Reading
 from tnnlm.serving.settings import Limits
 
 READ_SECONDS = 0.05
 """of a turn go to prompts while texts are being written, or one chunk if that takes longer"""
-TIMEOUT = "timeout"
-"""the error of a text whose time ran out before its first token"""
 
 
 class QueueFullError(Exception):

@@ -12,6 +12,8 @@ from tnnlm.serving.sampler import RowSampler
 from tnnlm.tokenizer import TextStream, TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]
+TIMEOUT = "timeout"
+"""the error of a text whose time ran out before its first token"""
 
 
 @dataclass
