@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
 
@@ -16,12 +14,6 @@ from reproduce import EXPERIMENTS
 RESULTS = ROOT / "docs" / "results"
 
 
-def words(page: str) -> str:
-    """A page without the padding of its tables' cells and the alignment of their columns."""
-    page = re.sub(r"\|[ :|-]*-[ :|-]*\|\n", "|---|\n", page)
-    return re.sub(r" +", " ", page)
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_page_and_picture_follow_from_the_committed_numbers(name: str, tmp_path: Path) -> None:
     shutil.copy(RESULTS / f"{name}.json", tmp_path)
@@ -31,10 +23,8 @@ def test_page_and_picture_follow_from_the_committed_numbers(name: str, tmp_path:
         return []
 
     reproduce(EXPERIMENTS[name], "small", tmp_path, nothing_left)
-    assert words((tmp_path / f"{name}.md").read_text()) == words((RESULTS / f"{name}.md").read_text())
-    assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(
-        (RESULTS / f"{name}.json").read_text()
-    )
+    for kind in ("md", "json"):
+        assert (tmp_path / f"{name}.{kind}").read_text() == (RESULTS / f"{name}.{kind}").read_text()
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
@@ -43,4 +33,4 @@ def test_index_follows_from_the_committed_numbers(tmp_path: Path) -> None:
         shutil.copy(RESULTS / f"{name}.json", tmp_path)
     shutil.copy(RESULTS / "families.md", tmp_path)
     reproduce(EXPERIMENTS["families"], "small", tmp_path, lambda cells: cells)
-    assert words((tmp_path / "README.md").read_text()) == words((RESULTS / "README.md").read_text())
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()

@@ -93,10 +93,8 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
         return state_bytes(decoder.init_state(1))
 
     read = partial(_read, decoder)
-    name = f"tnnlm-{conversion}-{engine}"
-    return Subject(
-        name, dtype, weights * WIDTHS[dtype], partial(_step_at, decoder, shape.vocab_size), read, size
-    )
+    step_at = partial(_step_at, decoder, shape.vocab_size)
+    return Subject(f"tnnlm-{conversion}-{engine}", dtype, weights * WIDTHS[dtype], step_at, read, size)
 
 
 def peer(kind: str, dtype: str, shape: ModelConfig, longest: int) -> Subject:
@@ -150,9 +148,9 @@ def _block_weights(shape: ModelConfig) -> int:
     return 3 * shape.d_model * (inner + hidden)
 
 
-def _read(model: Any, prompt: Tensor, state: Any = None) -> Any:
+def _read(model: Any, prompt: Tensor) -> Any:
     """The state after a prompt (B, L)."""
-    state = model.init_state(len(prompt)) if state is None else state
+    state = model.init_state(len(prompt))
     for chunk in prompt.split(CHUNK, dim=1):
         _, state = model.prefill(chunk, state, keep=1)
     return state
