@@ -119,18 +119,22 @@ def compile_pins(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+class NoResolution(UserError):
+    """No set of versions fits the pins."""
+
+
 def resolve(version: str, system: System, folder: Path) -> list[dict[str, Any]]:
     """The packages of one Python version and system, as in a pylock.toml.
 
     Raises:
-        UserError: if there are none.
+        NoResolution: if there are none.
     """
     lock = folder / "pylock.toml"
     target = ("--python-version", version, "--python-platform", system.uv_platform)
     output = ("--format", "pylock.toml", "--output-file", str(lock))
     done = compile_pins(folder, "--constraints", "constraints.txt", *target, *output)
     if done.returncode:
-        raise UserError(done.stderr.strip())
+        raise NoResolution(done.stderr.strip())
     found: list[dict[str, Any]] = tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]
     lock.unlink()  # uv prefers the versions of a file that exists
     return found
@@ -163,7 +167,7 @@ def check(version: str, name: str, folder: Path) -> bool:
     system = SYSTEMS[name]
     try:
         packages = resolve(version, system, folder)
-    except UserError as error:
+    except NoResolution as error:
         reason = error.reason.replace("\n", "\n  ")
         print(f"Python {version}, {name}: can't be resolved\n  {reason}", flush=True)
         return False
