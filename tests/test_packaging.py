@@ -23,8 +23,8 @@ from support.converted import write_converted
 from tnnlm.tokenizer import train_bpe
 from training_runs import SETTINGS, write_text
 
-LEFT_OUT = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
-"""of the repository, when it is copied to be built"""
+LEFT_OUT = (".*", "__pycache__", "build", "dist", "*.egg-info")
+"""of the repository, when it is copied to be built; at its top also runs"""
 
 
 def run(*command: str, **environment: str) -> str:
@@ -35,12 +35,18 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What isn't copied of a folder's names."""
+    top = {"runs"} if Path(folder) == ROOT else set()
+    return top | set(shutil.ignore_patterns(*LEFT_OUT)(folder, names))
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution and the wheel that was built of it, without a network."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copytree(ROOT, folder / "source", ignore=left_out)
     out = folder / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(folder / "source"))
     return out

@@ -50,7 +50,7 @@ def test_train_convert_generate(script: Any) -> None:
     assert converted.out.count(": ok") == 3
     report = json.loads(Path("runs/demo/converted/conversion.json").read_text())
     sizes = {"state_bytes", "etsc_state_bytes", "window_state_bytes", "kv_cache_bytes"}
-    assert set(report) == {"method", "horizon", "layers", "seconds", "ppl", "not_measured"} | sizes
+    assert set(report) == {"method", "horizon", "layers", "seconds", "warning", "ppl", "not_measured"} | sizes
     dtypes = {"bfloat16 weights", "int8 weights"}
     assert set(report["ppl"]) == {"parallel", "recurrent", "etsc 32", "window 32"} | dtypes
     assert all(set(values) == {"32", "256"} for values in report["ppl"].values())
@@ -192,9 +192,12 @@ def test_convert_and_generate_refuse_bad_input(script: Any) -> None:
     assert_refused(script("convert", "--tolerance", "0"), "tolerance 0")
     assert_refused(script("convert", "--tolerance", "1e-12"), "1e-12", "can't be met", "relative error of")
     assert_refused(script("convert", "--order", "0"), "order 0")
-    assert_refused(script("convert", "--order", "99999999"), "order 99999999", "horizon")
-    for horizon in ("0", "-3", "many", "99999999999"):
-        assert_refused(script("convert", f"--horizon={horizon}"), horizon, "from 1 to")
+    assert_refused(script("convert", "--order", "99999999"), "order 99999999", "at most 1,048,576")
+    for horizon, bound in (("0", "at least 1"), ("-3", "at least 1"), ("99999999999", "at most 1,048,576")):
+        assert_refused(script("convert", f"--horizon={horizon}"), horizon, bound)
+    many = script("convert", "--horizon=many")
+    assert many.code == 2
+    assert "expected auto or a number: 'many'" in many.err
     assert_refused(script("generate", "--prompt", ""), "prompt is empty")
     for option, value in (
         ("--temperature", "-1"),

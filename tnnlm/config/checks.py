@@ -50,8 +50,12 @@ def check_value(shown: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if value != value:
         raise ConfigError(f"{shown}: not a number")
     if low is not None and value < low:
-        raise ConfigError(f"{shown}: must be at least {low:g}")
+        raise ConfigError(f"{shown}: must be at least {_number(low)}")
     if above is not None and value <= above:
-        raise ConfigError(f"{shown}: must be above {above:g}")
+        raise ConfigError(f"{shown}: must be above {_number(above)}")
     if high is not None and value > high:
-        raise ConfigError(f"{shown}: must be at most {high:g}")
+        raise ConfigError(f"{shown}: must be at most {_number(high)}")
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
