@@ -18,7 +18,6 @@ from torchmetrics import Metric
 
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
-from tnnlm.data.tasks import TaskData
 from tnnlm.evaluation import (
     NLL,
     Scores,
@@ -51,9 +50,9 @@ class NLLMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nll: NLL) -> None:
-        """Add a batch."""
-        self.total += nll.total
-        self.tokens += nll.tokens
+        """Add a batch. Not in place: what an earlier ``trainer.validate`` left may be inference tensors."""
+        self.total = self.total + nll.total
+        self.tokens = self.tokens + nll.tokens
 
     def compute(self) -> NLL:
         """Over all batches of all ranks."""
@@ -73,10 +72,10 @@ class ScoresMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, scores: Scores) -> None:
-        """Add a batch."""
-        self.total += scores.total
-        self.correct += scores.correct
-        self.rows += scores.rows
+        """Add a batch, not in place either."""
+        self.total = self.total + scores.total
+        self.correct = self.correct + scores.correct
+        self.rows = self.rows + scores.rows
 
     def compute(self) -> Scores:
         """Over all batches of all ranks."""
@@ -112,12 +111,16 @@ class Task(nn.Module, ABC):
         """Have all ranks do the same, after ``begin``."""
 
     @abstractmethod
-    def validate(self, model: Any, batch: Any, counted: int) -> None:
-        """Score one batch, of which the first ``counted`` rows count."""
+    def validate(self, model: Any, batch: Any, counted: int | None) -> None:
+        """Score one batch, of which the first ``counted`` rows count; None counts all."""
 
     @abstractmethod
-    def results(self, data: TaskData) -> dict[str, float]:
-        """Values for ``columns`` over all batches of all ranks, then start anew."""
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+        """Values for ``columns`` over all batches of all ranks, then start anew.
+
+        Args:
+            bytes_per_token: of the text that was validated on; None leaves bits per byte out.
+        """
 
 
 class CausalTask(Task):
@@ -147,7 +150,7 @@ class CausalTask(Task):
         if not strategy.reduce_boolean_decision(bool(self.recurrences)):
             self.recurrences = []
 
-    def validate(self, model: CausalLM, batch: Tensor, counted: int) -> None:
+    def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
         """Score the same rows by FFT and by the recurrence."""
         self.nll_parallel.update(parallel_nll(model, batch, counted))
         if self.recurrences:
@@ -162,18 +165,17 @@ class CausalTask(Task):
         with whole(model), in_recurrent_form(model, self.recurrences):
             yield model
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
         parallel = self.nll_parallel.compute()
-        values = {
-            "val/loss": parallel.mean,
-            "val/ppl": parallel.ppl,
-            "val/bpb": bits_per_byte(parallel.mean, data.bytes_per_token),
-        }
+        values = {"val/loss": parallel.mean, "val/ppl": parallel.ppl}
+        if bytes_per_token is not None:
+            values["val/bpb"] = bits_per_byte(parallel.mean, bytes_per_token)
         if self.recurrences:
             recurrent = self.nll_recurrent.compute()
             values["val/ppl_recurrent"] = recurrent.ppl
-            values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, data.bytes_per_token)
+            if bytes_per_token is not None:
+                values["val/bpb_recurrent"] = bits_per_byte(recurrent.mean, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(parallel.ppl, recurrent.ppl)
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
@@ -191,11 +193,11 @@ class MaskedTask(Task):
         super().__init__(config)
         self.nll = NLLMetric()
 
-    def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int) -> None:
+    def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int | None) -> None:
         """Score the tokens to be guessed."""
         self.nll.update(masked_nll(model, batch, counted))
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
         nll = self.nll.compute()
         self.nll.reset()
@@ -214,11 +216,11 @@ class ClassifyTask(Task):
         super().__init__(config)
         self.scores = ScoresMetric()
 
-    def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int) -> None:
+    def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int | None) -> None:
         """Classify a batch."""
         self.scores.update(class_scores(model, batch, counted))
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then divide once."""
         scores = self.scores.compute()
         self.scores.reset()
