@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = (
         "import sys; before = set(sys.modules); import tnnlm; dir(tnnlm); tnnlm.__version__; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
-        "print(sorted(new - set(sys.stdlib_module_names)), sorted(n for n in sys.modules if n.split('.')[0] == 'tnnlm'))"
+        "own = sorted(name for name in sys.modules if name.split('.')[0] == 'tnnlm'); "
+        "print(sorted(new - set(sys.stdlib_module_names)), own)"
     )
     assert python(code) == "['tnnlm'] ['tnnlm']"
 
@@ -46,6 +48,15 @@ def test_public_name_is_found_and_documented(name: str) -> None:
     assert value.__doc__
     assert value.__name__ == name
     assert name in dir(tnnlm)
+
+
+@pytest.mark.parametrize("name", tnnlm.__all__)
+def test_public_name_has_a_short_example_on_the_page(name: str) -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8").replace("\\_", "_")
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^#{2,3} ", page, flags=re.MULTILINE)}
+    (example,) = re.findall(r"```python\n(.*?)```", sections[name], flags=re.DOTALL)
+    assert f"tnnlm.{name}" in example or name in ("TextGenerator", "RecurrentConv")  # what others return
+    assert len([line for line in example.splitlines() if line]) <= 10
 
 
 def test_star_import_gives_the_public_names() -> None:
