@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_public_name_is_found_and_documented(name: str) -> None:
     assert value.__doc__
     assert value.__name__ == name
     assert name in dir(tnnlm)
+
+
+@pytest.mark.parametrize("name", tnnlm.__all__)
+def test_public_name_has_a_short_example_on_the_page(name: str) -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8").replace("\\_", "_")
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^#{2,3} ", page, flags=re.MULTILINE)}
+    (example,) = re.findall(r"```python\n(.*?)```", sections[name], flags=re.DOTALL)
+    assert f"tnnlm.{name}" in example or name in ("TextGenerator", "RecurrentConv")  # what others return
+    assert len([line for line in example.splitlines() if line]) <= 10
 
 
 def test_star_import_gives_the_public_names() -> None:

@@ -1,4 +1,8 @@
-"""The LightningModule of every task: loss, optimizer, logs, and validations as the task has them."""
+"""The LightningModule of every task: loss, optimizer, logs, and validations as the task has them.
+
+It trains under any ``lightning.Trainer``, on the batches of any loader. With ``TextDataModule`` it keeps the
+log of a run, as :func:`tnnlm.training.run.train` has it; with other data it logs by Lightning's own means.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,42 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
 from tnnlm.config.schema import Config
-from tnnlm.data.datamodule import TextDataModule
+from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.batches import checked_batch, own_data, schedule_steps, tokens_in
 from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.tasks import TASKS
-from tnnlm.training.throughput import StepWatch, memory_values
+from tnnlm.training.throughput import DataWait, StepWatch, memory_values
 
 
 class LitModel(lightning.LightningModule):
-    """Trains the model of ``config.task``; batches are what its ``loss`` takes."""
+    """Trains the model of ``config.task``; batches are what its ``loss`` takes.
 
-    def __init__(self, config: Config) -> None:
+    Of task causal these are token ids (B, L + 1), inputs and targets in one tensor, of any loader. Sizes,
+    optimizer, clipping and conversion are those of ``config``; everything else is the trainer's. Without a
+    :class:`~tnnlm.data.datamodule.TextDataModule` ``val/bpb`` is left out: how many bytes a token stands for
+    is not known.
+    """
+
+    def __init__(self, config: Config, tokenizer: TextTokenizer | None = None) -> None:
+        """Build the model.
+
+        Args:
+            config: all settings.
+            tokenizer: of the rows, if they come from a loader of your own: checkpoints then hold it, so that
+                convert.py and ``tnnlm.load_trained`` read them. ``TextDataModule`` has its own.
+        """
         super().__init__()
         self.config = config
+        self.tokenizer = tokenizer
         self.model = build_model(config)
         self.task = TASKS[config.task](config)
         self.watch = StepWatch(config)
@@ -35,12 +56,16 @@ class LitModel(lightning.LightningModule):
         self.skipped: Tensor | float = 0.0
         """steps that the guard left out"""
         self._memory: dict[str, float] = {}
+        self._tokens = 0
+        """read by this rank since the last log"""
 
     def configure_model(self) -> None:
         """Compile and shard in place, so that checkpoint keys stay the same."""
         self.model.recompute = self.config.trainer.recompute
         if self.config.trainer.compile:
             self.model.compile_blocks()
+        if self._trainer is None:  # load_from_checkpoint calls this too
+            return
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
@@ -48,9 +73,10 @@ class LitModel(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimizer step."""
         # Fused AdamW unscales gradients itself, after clipping: wrong under 16-mixed only.
-        fused = self.config.trainer.precision != "16-mixed"
+        fused = self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.config.optim, fused)
-        scheduler = build_scheduler(optimizer, self.config.optim, self.config.trainer.max_steps)
+        steps = schedule_steps(self.trainer, self.config)
+        scheduler = build_scheduler(optimizer, self.config.optim, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -60,38 +86,57 @@ class LitModel(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm, and keep the norm for the log. Lightning refuses a fused optimizer under every
-        mixed precision, bf16 too, though only 16-mixed scales gradients."""
+        mixed precision, bf16 too, though only 16-mixed scales gradients.
+
+        A trainer that was given no limit clips at ``optim.grad_clip``.
+        """
+        gradient_clip_val = gradient_clip_val or self.config.optim.grad_clip
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if gradient_clip_val:
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         # Of sharded gradients, each rank holds a part of the norm.
         self.watch.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_start(self) -> None:
         """Start the clocks."""
-        self._last_log = self.global_step
+        self._last_log, self._tokens = self.global_step, 0
+        if own_data(self.trainer) is None and self.config.task == "causal":
+            rank_zero_info(
+                "val/bpb is left out: the bytes of a token are known with tnnlm.TextDataModule only"
+            )
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
-        micro = batch_idx % self.config.trainer.accumulate
-        gradient_sync(self.model, micro == self.config.trainer.accumulate - 1)
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        gradient_sync(self.model, micro == self.trainer.accumulate_grad_batches - 1)
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token, or whatever the task guesses."""
+        batch = self._checked(batch, batch_idx)
         loss: Tensor = self.model.loss(batch)
         self._losses.append(loss.detach())
+        self._tokens += tokens_in(batch)
         return loss
+
+    def _checked(self, batch: Any, batch_idx: int) -> Any:
+        if own_data(self.trainer) is not None:
+            return batch
+        return checked_batch(batch, self.config, first=batch_idx == 0)
 
     def step_loss(self) -> Tensor:
         """Mean loss of this rank's batches since the last optimizer step; for the guard."""
-        return torch.stack(self._losses[-self.config.trainer.accumulate :]).mean()
+        return torch.stack(self._losses[-self.trainer.accumulate_grad_batches :]).mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next row of the log averages over, and number the optimizer's states so that every
-        strategy can read them."""
+        strategy can read them; with a tokenizer of the user's, what makes it a checkpoint of this project."""
+        if self.tokenizer is not None and ENTRY not in checkpoint:
+            checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, None)
         checkpoint["losses_since_log"] = [float(loss) for loss in self._losses]
         if not is_sharded(self.model):  # else Lightning has done so
             states = checkpoint.get("optimizer_states", ())
@@ -105,6 +150,9 @@ class LitModel(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss since the last log, learning rate, speed, gradient norm and memory."""
+        if own_data(self.trainer) is None:
+            self._log_training()
+            return
         step = self.global_step
         if step == self._last_log or step % self.config.trainer.log_every_n_steps:
             return
@@ -118,6 +166,21 @@ class LitModel(lightning.LightningModule):
         self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
         self._losses = []
         self._last_log = step
+
+    def _log_training(self) -> None:
+        """Log with other data than ours: the loss of every batch, all else at the trainer's own interval."""
+        self.log("train/loss", self._losses[-1], prog_bar=True)
+        del self._losses[: -self.trainer.accumulate_grad_batches]
+        step = self.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._last_log or not every or step % every:
+            return
+        tokens = self._tokens * self.trainer.world_size // (step - self._last_log)
+        values = self.watch.read(self.trainer, tokens)
+        if not isinstance(self.trainer.profiler, DataWait):  # type: ignore[attr-defined]
+            del values["train/data_seconds"]  # nothing measured it
+        self.log_dict({"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"], **values})
+        self._tokens, self._last_log = 0, step
 
     def on_validation_epoch_start(self) -> None:
         """Measure the current kernels, and convert them if the task does; a failure costs the second
@@ -134,16 +197,24 @@ class LitModel(lightning.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """As the task scores."""
-        self.task.validate(self.model, batch, data_of(self.trainer).val_counted(batch_idx))
+        data = own_data(self.trainer)
+        counted = None if data is None else data.val_counted(batch_idx)
+        self.task.validate(self.model, self._checked(batch, batch_idx), counted)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the task makes of it."""
-        values = self.task.results(data_of(self.trainer).opened)
-        self._write(values | self._memory, self.task.shown())
+        data = own_data(self.trainer)
+        values = self.task.results(None if data is None else data.opened.bytes_per_token) | self._memory
+        if data is not None:
+            self._write(values, self.task.shown())
+            return
+        for name, value in values.items():
+            shown = name in self.task.shown()
+            self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=shown, sync_dist=True)
 
     def on_validation_end(self) -> None:
         """The clocks leave validation out."""
-        self._last_log = self.global_step
+        self._last_log, self._tokens = self.global_step, 0
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
@@ -160,15 +231,20 @@ class LitModel(lightning.LightningModule):
 
 
 def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
-    """The tokenizer of what ``trainer`` reads."""
-    return data_of(trainer).opened.tokenizer
+    """The tokenizer of what ``trainer`` reads.
 
-
-def data_of(trainer: lightning.Trainer) -> TextDataModule:
-    """The data module of ``trainer``."""
-    data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit
-    assert isinstance(data, TextDataModule)
-    return data
+    Raises:
+        UserError: if it is not known.
+    """
+    data, module = own_data(trainer), trainer.lightning_module
+    if data is not None:
+        return data.opened.tokenizer
+    if not isinstance(module, LitModel) or module.tokenizer is None:
+        raise UserError(
+            "a callback needs the tokenizer, which is known with tnnlm.TextDataModule only: give "
+            "LitModel(config, tokenizer)"
+        )
+    return module.tokenizer
 
 
 def tokens_per_update(config: Config, world_size: int) -> int:

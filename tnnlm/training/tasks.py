@@ -19,7 +19,6 @@ from torchmetrics import MeanMetric
 
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
-from tnnlm.data.tasks import TaskData
 from tnnlm.evaluation import (
     bits_per_byte,
     class_scores,
@@ -96,12 +95,16 @@ class Task(nn.Module, ABC):
         """Have all ranks do the same, after ``begin``."""
 
     @abstractmethod
-    def validate(self, model: Any, batch: Any, counted: int) -> None:
-        """Score one batch, of which the first ``counted`` rows count."""
+    def validate(self, model: Any, batch: Any, counted: int | None) -> None:
+        """Score one batch, of which the first ``counted`` rows count; None counts all."""
 
     @abstractmethod
-    def results(self, data: TaskData) -> dict[str, float]:
-        """Values for :meth:`columns` over all batches of all ranks, then start anew."""
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+        """Values for :meth:`columns` over all batches of all ranks, then start anew.
+
+        Args:
+            bytes_per_token: of the text that was validated on; None leaves bits per byte out.
+        """
 
 
 class CausalTask(Task):
@@ -118,17 +121,6 @@ class CausalTask(Task):
         self.nll_parallel = WeightedMean()
         self.nll_recurrent = WeightedMean()
 
-    @classmethod
-    def columns(cls) -> tuple[str, ...]:
-        """What a validation logs."""
-        return columns_at(cls.place)
-
-    @classmethod
-    def shown(cls) -> tuple[str, ...]:
-        """Of these, what the progress bar and callbacks get."""
-        metrics = metrics_at(cls.place)
-        return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
-
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
         """Convert them."""
         self.recurrences = []
@@ -141,7 +133,7 @@ class CausalTask(Task):
         if not strategy.reduce_boolean_decision(bool(self.recurrences)):
             self.recurrences = []
 
-    def validate(self, model: CausalLM, batch: Tensor, counted: int) -> None:
+    def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
         """Score the same rows by FFT and by the recurrence."""
         self.nll_parallel.add(*parallel_nll(model, batch, counted))
         if self.recurrences:
@@ -156,18 +148,17 @@ class CausalTask(Task):
         with whole(model), in_recurrent_form(model, self.recurrences):
             yield model
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
         parallel = float(self.nll_parallel.compute())
-        values = {
-            "val/loss": parallel,
-            "val/ppl": perplexity(parallel),
-            "val/bpb": bits_per_byte(parallel, data.bytes_per_token),
-        }
+        values = {"val/loss": parallel, "val/ppl": perplexity(parallel)}
+        if bytes_per_token is not None:
+            values["val/bpb"] = bits_per_byte(parallel, bytes_per_token)
         if self.recurrences:
             recurrent = float(self.nll_recurrent.compute())
             values["val/ppl_recurrent"] = perplexity(recurrent)
-            values["val/bpb_recurrent"] = bits_per_byte(recurrent, data.bytes_per_token)
+            if bytes_per_token is not None:
+                values["val/bpb_recurrent"] = bits_per_byte(recurrent, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(values["val/ppl"], values["val/ppl_recurrent"])
         self.nll_parallel.reset()
         self.nll_recurrent.reset()
@@ -184,11 +175,11 @@ class MaskedTask(Task):
         super().__init__(config)
         self.nll = WeightedMean()
 
-    def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int) -> None:
+    def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int | None) -> None:
         """Score the tokens to be guessed."""
         self.nll.add(*masked_nll(model, batch, counted))
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
         nll = float(self.nll.compute())
         self.nll.reset()
@@ -207,13 +198,13 @@ class ClassifyTask(Task):
         self.nll = WeightedMean()
         self.correct = WeightedMean()
 
-    def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int) -> None:
+    def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int | None) -> None:
         """Classify a batch."""
         scores = class_scores(model, batch, counted)
         self.nll.add(scores.total, scores.rows)
         self.correct.add(scores.correct, scores.rows)
 
-    def results(self, data: TaskData) -> dict[str, float]:
+    def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks."""
         values = {"val/loss": float(self.nll.compute()), "val/accuracy": float(self.correct.compute())}
         self.nll.reset()

@@ -1,0 +1,249 @@
+"""LitModel under a plain ``lightning.Trainer``, on loaders that know nothing of this package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from conftest import tiny_config
+from tnnlm.checkpoints.locate import load_trained
+from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.errors import DataError, UserError
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.tokenizer import train_bpe
+from tnnlm.training.callbacks.checkpoint import ConversionCallback
+from tnnlm.training.lit_module import LitModel
+from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.optim import lr_factor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+]
+ROWS, BATCH, LENGTH = 24, 4, 32
+
+
+def settings(**optim: Any) -> Config:
+    return Config(model=tiny_config(), optim=OptimConfig(**{"warmup_steps": 2, "lr": 0.01, **optim}))
+
+
+def rows() -> Tensor:
+    return torch.arange(ROWS)[:, None] % 5 + torch.arange(LENGTH + 1) % 7
+
+
+def trainer(**options: Any) -> lightning.Trainer:
+    chosen = {
+        "max_steps": 12,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    } | options
+    return lightning.Trainer(**chosen)
+
+
+class Stream(IterableDataset[Tensor]):
+    """Of unknown length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(rows())
+
+
+class Batches:
+    """Any iterable. Not a list: to Lightning that is a collection of loaders."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+UNEVEN = [rows()[:3], rows()[3:, :9], rows()[5:7, :20]]
+LOADERS = {
+    "DataLoader": lambda: DataLoader(rows(), batch_size=BATCH),  # type: ignore[arg-type]
+    "TensorDataset": lambda: DataLoader(TensorDataset(rows()), batch_size=BATCH),
+    "stream": lambda: DataLoader(Stream(), batch_size=BATCH),
+    "iterable": lambda: Batches(*rows().split(BATCH)),
+    "int32": lambda: Batches(*rows().int().split(BATCH)),
+    "uneven": lambda: Batches(*UNEVEN),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_trains_and_validates_on_any_iterable_of_token_rows(name: str) -> None:
+    model, run = LitModel(settings()), trainer()
+    before = run.validate(model, LOADERS[name](), verbose=False)[0]["val/loss"]
+    run.fit(model, LOADERS[name](), LOADERS[name]())
+    assert run.global_step == 12
+    found = run.callback_metrics
+    assert found["val/loss"] < before
+    assert {"train/loss", "val/ppl", "val/ppl_recurrent", "val/ppl_gap", "kernel/order/0"} <= set(found)
+    assert abs(float(found["val/ppl_gap"])) < 1e-4
+    assert "val/bpb" not in found
+
+
+def test_validation_counts_every_row_once() -> None:
+    model = LitModel(settings())
+    found = trainer().validate(model, LOADERS["uneven"](), verbose=False)[0]
+    with torch.no_grad():
+        sums = [
+            nn.functional.cross_entropy(
+                model.model(part[:, :-1]).flatten(0, 1),
+                part[:, 1:].flatten(),
+                reduction="sum",  # type: ignore[operator]
+            )
+            for part in UNEVEN
+        ]
+    tokens = sum(part[:, 1:].numel() for part in UNEVEN)
+    assert found["val/loss"] == pytest.approx(float(sum(sums)) / tokens, rel=1e-5)
+
+
+def test_loggers_get_everything_at_the_trainers_interval() -> None:
+    logger = CSVLogger("logs", name="", version="")
+    run = trainer(logger=logger, log_every_n_steps=3)
+    run.fit(LitModel(settings()), LOADERS["DataLoader"](), LOADERS["DataLoader"]())
+    logged = read_metrics(Path("logs/metrics.csv"))
+    assert [row["step"] for row in logged if row["train/loss"]] == ["2", "5", "8", "11"]
+    names = {name for row in logged for name, value in row.items() if value}
+    assert {"train/lr", "train/tokens_per_second", "train/step_seconds", "train/grad_norm"} <= names
+    assert {"val/loss", "val/ppl", "val/ppl_recurrent", "kernel/length/1"} <= names
+    assert "train/data_seconds" not in names  # nothing measured it
+
+
+def test_schedule_spans_the_trainers_steps() -> None:
+    config = settings()
+    assert config.trainer.max_steps == 2000
+    for options, steps in (({"max_steps": 12}, 12), ({"max_steps": -1, "max_epochs": 3}, 3 * ROWS // BATCH)):
+        run = trainer(**options)
+        run.fit(LitModel(config), LOADERS["DataLoader"]())
+        rate = run.optimizers[0].param_groups[0]["lr"]
+        assert rate == pytest.approx(0.01 * lr_factor(steps, config.optim, steps))
+
+
+def test_unknown_number_of_steps_is_said_in_one_line() -> None:
+    run = trainer(max_steps=-1, max_epochs=1)
+    with pytest.warns(UserWarning, match=r"does not know how many steps .*max_steps") as caught:
+        run.fit(LitModel(settings()), LOADERS["stream"]())
+    assert not any("\n" in str(warning.message) for warning in caught)
+    trainer(max_steps=-1, max_epochs=1).fit(LitModel(settings(schedule="constant")), LOADERS["stream"]())
+
+
+def test_gradients_are_clipped_as_the_trainer_or_the_configuration_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[float] = []
+    clip = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grads_with_norm_",
+        lambda p, limit, norm: (seen.append(limit), clip(p, limit, norm)),
+    )
+    trainer(max_steps=1).fit(LitModel(settings(grad_clip=0.7)), LOADERS["iterable"]())
+    trainer(max_steps=1, gradient_clip_val=0.3).fit(LitModel(settings()), LOADERS["iterable"]())
+    trainer(max_steps=1).fit(LitModel(settings(grad_clip=0.0)), LOADERS["iterable"]())
+    assert seen == [0.7, 0.3]
+    model = LitModel(settings())
+    trainer(max_steps=1, gradient_clip_val=1e-4, gradient_clip_algorithm="value").fit(
+        model, LOADERS["iterable"]()
+    )
+    assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) <= 1e-4
+
+
+def test_lightnings_own_checkpoints_resume_and_load() -> None:
+    keep = ModelCheckpoint(dirpath="saved", save_last=True, monitor="val/loss", every_n_train_steps=6)
+    whole = LitModel(settings())
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    trainer(max_steps=12).fit(whole, LOADERS["iterable"]())
+    half = LitModel(settings())
+    half.load_state_dict(start)
+    # The schedule is that of all twelve steps.
+    run = trainer(max_steps=12, callbacks=[keep, StopAt(6)], enable_checkpointing=True, val_check_interval=6)
+    run.fit(half, LOADERS["iterable"](), LOADERS["iterable"]())
+    assert keep.best_model_path
+    loaded = LitModel.load_from_checkpoint("saved/last.ckpt", config=settings())
+    assert all(torch.equal(value, half.state_dict()[name]) for name, value in loaded.state_dict().items())
+    resumed = LitModel(settings())
+    again = trainer(max_steps=12, callbacks=[keep], enable_checkpointing=True)
+    again.fit(resumed, LOADERS["iterable"](), ckpt_path="saved/last.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class StopAt(lightning.Callback):
+    """Ends the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    run = trainer(max_steps=3, accumulate_grad_batches=2)
+    model = LitModel(settings())
+    run.fit(model, LOADERS["iterable"]())
+    assert run.global_step == 3
+    torch.testing.assert_close(model.step_loss(), torch.stack(model._losses).mean())
+    assert len(model._losses) == 2
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_checkpoints_are_ours_where_the_tokenizer_is_given(attached: bool) -> None:
+    tokenizer = train_bpe(["some text " * 50], 270, "<|endoftext|>", 1, progress=False)
+    config = settings()
+    run = trainer(max_steps=2, callbacks=[ConversionCallback(config)] if attached else [])
+    model = LitModel(config, tokenizer)
+    run.fit(model, LOADERS["iterable"]())
+    run.save_checkpoint("mine.ckpt")
+    found = load_trained("mine.ckpt")
+    assert isinstance(found.model, CausalLM)
+    assert found.tokenizer.to_json() == tokenizer.to_json()
+    assert (found.ssm is not None) == attached
+    assert torch.equal(found.model.embedding.weight, model.model.embedding.weight)  # type: ignore[union-attr]
+
+
+def test_a_callback_that_needs_a_tokenizer_says_so() -> None:
+    config = settings()
+    run = trainer(max_steps=1, callbacks=[ConversionCallback(config)])
+    run.fit(LitModel(config), LOADERS["iterable"]())
+    with pytest.raises(UserError, match=r"give LitModel\(config, tokenizer\)"):
+        run.save_checkpoint("mine.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": rows()}, "a batch is a dict"),
+        (rows().float(), "a batch is float32 of shape (24, 33)"),
+        (rows()[0], "a batch is int64 of shape (33,)"),
+        (rows()[:, :1], "of shape (24, 1)"),
+        ([rows(), rows()], "a batch is a list"),
+        (rows() + 300, "token ids from 300 to 310, and model.vocab_size is 300"),
+    ],
+)
+def test_other_batches_are_refused_in_one_line(batch: Any, message: str) -> None:
+    for call in (trainer().fit, trainer().validate):
+        with pytest.raises(DataError, match=re.escape(message)) as raised:
+            call(LitModel(settings()), Batches(batch))
+        assert "\n" not in str(raised.value)
+
+
+def test_other_tasks_name_the_batches_they_take() -> None:
+    config = settings()
+    config.task = "masked"
+    with pytest.raises(DataError, match=r"task=masked takes tnnlm\.models\.batches\.MaskedBatch"):
+        trainer().fit(LitModel(config), Batches(rows()))
