@@ -87,8 +87,14 @@ def train(
         write_text(folder / "config.yaml", config_to_yaml(config))
         _show_start(config, folder, resume_step)
     _fit(trainer, module, data, None if resume_step is None else folder / source, last)
-    if trainer.global_rank != 0:
-        return {}
+    return _summarise(trainer, module, data, folder, last) if trainer.global_rank == 0 else {}
+
+
+def _summarise(
+    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, folder: Path, last: SaveLast
+) -> dict[str, Any]:
+    """Score the test split, write summary.json and loss.png, and show them."""
+    config = data.config
     task = TASKS[config.task]
     tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
