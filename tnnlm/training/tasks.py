@@ -50,6 +50,8 @@ class WeightedMean(MeanMetric):
 
     def add(self, total: float, count: int) -> None:
         """Add a batch: the sum over ``count`` tokens or rows, of which there may be none."""
+        # A Trainer may begin in inference mode, whose tensors can't be changed in place outside of it.
+        self.mean_value, self.weight = self.mean_value.clone(), self.weight.clone()
         self.update(total / max(count, 1), count)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
