@@ -44,7 +44,7 @@ FAILURES = {
     "disk": (OSError(errno.ENOSPC, "No space left on device"), FULL),
     "disk, named": (OSError(errno.ENOSPC, "No space left on device", "/t/a.cpp"), f"/t/a.cpp: {FULL}"),
     "disk, further behind": (behind(RuntimeError("writing failed"), OSError(errno.ENOSPC, "full")), FULL),
-    "file size": (OSError(errno.EFBIG, "File too large"), "File too large"),
+    "file size": (OSError(errno.EFBIG, "File too large"), "(ulimit -f)"),
     "memory": (MemoryError(), "out of memory"),
     "PyTorch's memory": (
         RuntimeError(

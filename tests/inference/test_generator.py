@@ -92,7 +92,7 @@ def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> N
 
 def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([7, 8, writer.tokenizer.eos_id, 9])
-    monkeypatch.setattr("tnnlm.inference.sampling.sample", lambda *_: torch.tensor([next(drawn)]))
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor([next(drawn)]))
     record, pieces = writer.write(writer.read("the"), 10, GREEDY)
     assert "".join(pieces) == writer.tokenizer.decode([7, 8])
     assert record.tokens == [7, 8]
@@ -216,7 +216,7 @@ def test_a_batch_writes_what_its_rows_write_alone(exact: TextGenerator) -> None:
 def test_rows_of_a_batch_stop_one_by_one(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = exact.tokenizer.eos_id
     drawn = iter([[7, eos, 8], [9, eos], [10], [eos]])
-    monkeypatch.setattr("tnnlm.inference.sampling.sample", lambda *_: torch.tensor(next(drawn)))
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor(next(drawn)))
     records = exact.write_batch(exact.read_tokens(ROWS), 20, GREEDY)
     assert [record.tokens for record in records] == [[7, 9, 10], [], [8]]
     assert [record.context.n_tokens for record in records] == [12, 1, 5]

@@ -52,7 +52,11 @@ if "compile" in sys.argv:
 
 def onednn_calls(without: str, *words: str) -> list[str]:
     """What oneDNN ran, a line each."""
-    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "ONEDNN_VERBOSE": "1", WITHOUT: without}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tools"))),
+        "ONEDNN_VERBOSE": "1",
+        WITHOUT: without,
+    }
     command = [sys.executable, "-c", CODE, *words]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if ",exec," in line]
