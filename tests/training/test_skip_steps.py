@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -167,7 +168,8 @@ def test_skipping_can_be_switched_off() -> None:
     assert not BEST.exists()
 
 
-def test_step_loss_is_the_mean_over_the_step() -> None:
+def test_step_loss_is_the_mean_over_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LitModel, "trainer", SimpleNamespace(accumulate_grad_batches=2))
     module = LitModel(tiny_run("trainer.accumulate=2"))
     module._losses = [torch.tensor(float(value)) for value in (9, 9, 1, 2)]
     assert float(module.step_loss()) == 1.5
