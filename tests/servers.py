@@ -16,7 +16,7 @@ from conftest import tiny_config
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure
-from tnnlm.inference.engine import pack
+from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach
@@ -38,7 +38,7 @@ class Running(NamedTuple):
 def tiny_generator(dtype: str = "float32") -> TextGenerator:
     """A converted model of random weights, packed."""
     model, tokenizer = _tiny_parts()
-    return TextGenerator(pack(convert_model(model), dtype), tokenizer)
+    return TextGenerator(optimize_for_decoding(convert_model(model), dtype), tokenizer)
 
 
 def tiny_converted(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from conftest import FAMILIES, tiny_config
 from simulated import MACHINES
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.conversion import convert_model
-from tnnlm.inference.engine import pack
+from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.inference.linear import DTYPES, HalfLinear, to_int8
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
@@ -142,7 +142,7 @@ def test_conversions_decode_as_the_plain_modules(machine: str, method: str, dtyp
     torch.manual_seed(0)
     model = CausalLM(tiny_config(kernel=FAMILIES[METHODS[method]](), d_model=32)).eval()
     plain, packed = (convert_model(model, method=method) for _ in range(2))
-    pack(packed, dtype)
+    optimize_for_decoding(packed, dtype)
     tokens = torch.randint(300, (3, 40))
     expected, after = plain.prefill(tokens[:, :-1], plain.init_state(3))
     logits, state = packed.prefill(tokens[:, :-1], packed.init_state(3))
@@ -206,7 +206,7 @@ def test_wrong_switch_is_refused_before_any_work(
 
 BOOM = "RuntimeError: boom"
 OPTIONAL = {
-    "perplexity of a dtype": ("perplexity.pack", (), 0, f"not measured here: {BOOM}"),
+    "perplexity of a dtype": ("perplexity.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
     "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
     "parallel perplexity": ("perplexity.parallel_nll", (), 0, f"no perplexities: {BOOM}"),
     "a form while it is scored": ("perplexity.recurrent_nll", (), 0, f"not measured here: {BOOM}"),

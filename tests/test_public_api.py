@@ -120,7 +120,7 @@ def test_what_was_saved_generates_when_loaded(
         assert model.training
     assert folder == Path("out")
     generator = tnnlm.load("out", device="cpu")
-    greedy = tnnlm.Sampling(temperature=0)
+    greedy = tnnlm.SamplingParams(temperature=0)
     text = generator("the text", 8, greedy)
     tokens = tokenizer.encode("the text")
     with torch.no_grad():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tnnlm.errors import UserError
     from tnnlm.inference.generator import TextGenerator
     from tnnlm.inference.load import load
-    from tnnlm.inference.sampling import Sampling
+    from tnnlm.inference.sampling import SamplingParams
     from tnnlm.kernels import FDTNOConfig, RTFConfig, SGConvConfig, TNOConfig
     from tnnlm.kernels.base import Kernel, KernelConfig, build_kernel, register_kernel
     from tnnlm.models.causal_lm import CausalLM
@@ -43,7 +43,7 @@ _HOMES = {
     "tnnlm.errors": ("UserError",),
     "tnnlm.inference.generator": ("TextGenerator",),
     "tnnlm.inference.load": ("load",),
-    "tnnlm.inference.sampling": ("Sampling",),
+    "tnnlm.inference.sampling": ("SamplingParams",),
     "tnnlm.kernels": ("FDTNOConfig", "RTFConfig", "SGConvConfig", "TNOConfig"),
     "tnnlm.kernels.base": ("Kernel", "KernelConfig", "build_kernel", "register_kernel"),
     "tnnlm.models.causal_lm": ("CausalLM",),
@@ -69,7 +69,7 @@ __all__ = [
     "RTFConfig",
     "RecurrentConv",
     "SGConvConfig",
-    "Sampling",
+    "SamplingParams",
     "TNOConfig",
     "TextDataModule",
     "TextGenerator",

@@ -43,7 +43,7 @@ from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.inference.engine import ENGINES as LOADED
 from tnnlm.inference.engine import open_engine
-from tnnlm.inference.generator import Context, TextGenerator
+from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, describe_cpu
@@ -153,14 +153,14 @@ def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
     writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
     vocabulary = converted.tokenizer.size
     read = {
-        n: writer.read_tokens([torch.arange(n).remainder(vocabulary).tolist()])
+        n: writer.prefill_tokens([torch.arange(n).remainder(vocabulary).tolist()])
         for n in args.contexts or CONTEXTS
     }
     cases = {n: partial(take_steps, writer, context, steps) for n, context in read.items()}
     times = interleaved(cases, turns, warm_up=2)
     rows = [
         row("recurrent step", args.dtype, 1, n, [seconds / steps for seconds in times[n]])
-        | {"state_bytes": state_bytes(context.state), "prefill_seconds": context.seconds}
+        | {"state_bytes": state_bytes(context.model_state), "prefill_seconds": context.seconds}
         for n, context in read.items()
     ]
     bandwidth = read_bandwidth()
@@ -178,9 +178,9 @@ def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def take_steps(writer: TextGenerator, context: Context, n: int) -> None:
+def take_steps(writer: TextGenerator, context: GenerationState, n: int) -> None:
     """Greedy tokens on top of ``context``, which stays as it is."""
-    state, token = context.state, context.logits.argmax(-1)
+    state, token = context.model_state, context.logits.argmax(-1)
     for _ in range(n):
         logits, state = writer.model.step(token, state)
         token = logits.argmax(-1)

@@ -23,10 +23,10 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
 from tnnlm.data import packing
-from tnnlm.data.arrow_text import Documents, survey
+from tnnlm.data.arrow_text import Documents, index_documents
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sources import load_corpus
-from tnnlm.data.tasks import open_rows
+from tnnlm.data.tasks import split_rows
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import train_bpe
 from training_runs import SETTINGS
@@ -80,14 +80,18 @@ def test_documents_on_disk_give_the_split_of_those_in_memory(n: int, streaming: 
 
 def test_documents_are_a_sequence() -> None:
     rows = datasets.Dataset.from_dict({"text": ["", "a", "b", None, "c", "d", " "]})
-    found = survey(rows, "text", "here", seed=0, limit=None).documents(rows, "text")
+    found = index_documents(rows, "text", "here", seed=0, limit=None).select(rows, "text")
     assert list(found) == ["a", "b", "c", "d"]
     assert (len(found), found.size, found[1], found[-1]) == (4, 4, "b", "d")
     assert list(found[2:]) == ["c", "d"]
-    assert list(survey(rows, "text", "here", seed=0, limit=3).documents(rows, "text")) == ["a", "b", "c"]
+    assert list(index_documents(rows, "text", "here", seed=0, limit=3).select(rows, "text")) == [
+        "a",
+        "b",
+        "c",
+    ]
     numbers = datasets.Dataset.from_dict({"n": [1, 2]})
     with pytest.raises(DataError, match="here: row 1: column 'n' is not text"):
-        survey(numbers, "n", "here", seed=0, limit=None)
+        index_documents(numbers, "n", "here", seed=0, limit=None)
 
 
 class Killed(BaseException):
@@ -251,7 +255,7 @@ def test_training_on_prepared_data_touches_no_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     config = load_config(None, [*SETTINGS, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"])
     corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
-    open_rows(corpus, config)
+    split_rows(corpus, config)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the network was asked")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf.conftest import Opened
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 
 PROMPTS = [
     "The",
@@ -25,7 +25,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 def own_greedy(opened: Opened, prompt: str, n: int) -> list[int]:
     """The own generator's tokens; it stops at the end token, as ``generate()`` does."""
-    record, pieces = opened.own.write(opened.own.read(prompt), n, Sampling(temperature=0))
+    record, pieces = opened.own.stream(opened.own.prefill([prompt]), n, SamplingParams(temperature=0))
     assert "".join(pieces) == record.text
     return record.tokens
 
@@ -45,8 +45,8 @@ def test_greedy_text_is_the_own_generators_over_2000_tokens(opened: Opened) -> N
     assert len(expected) == 2000
     assert len(set(expected)) > 10
     assert found == expected
-    context = opened.own.read("The first")
-    logits, _ = opened.inner.prefill(torch.tensor([expected[:-1]]), context.state)
+    state = opened.own.prefill(["The first"])
+    logits, _ = opened.inner.prefill(torch.tensor([expected[:-1]]), state.model_state)
     written = torch.stack(out.logits, dim=1)[0, 1:]
     torch.testing.assert_close(written, logits[0], rtol=1e-3, atol=1e-3)
 

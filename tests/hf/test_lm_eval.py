@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from hf.conftest import TEXT, Opened
 from tnnlm.evaluation import recurrent_nll
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).parent / "tasks"
@@ -55,7 +55,7 @@ def token_perplexity(opened: Opened, nats: float) -> float:
 
 def write_texts(opened: Opened) -> None:
     """The data of both tasks; what the model will write up to a comma is known for the first text alone."""
-    record, pieces = opened.own.write(opened.own.read("The"), 8, Sampling(temperature=0))
+    record, pieces = opened.own.stream(opened.own.prefill(["The"]), 8, SamplingParams(temperature=0))
     written = "".join(pieces).split(",")[0]
     assert record.tokens
     rows = [

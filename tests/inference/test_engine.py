@@ -13,7 +13,7 @@ from torch import nn
 from support.steps import METHODS, assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from tnnlm.errors import UserError
 from tnnlm.inference.aot import _made_for, load_step
-from tnnlm.inference.engine import open_engine, pack
+from tnnlm.inference.engine import open_engine, optimize_for_decoding
 from tnnlm.inference.linear import DTYPES, Int8Linear
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
@@ -62,7 +62,7 @@ def test_four_weights_in_a_word_are_the_same_int8_weights(bias: bool) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_model_gives_the_logits_of_the_plain_one(method: str, dtype: str) -> None:
-    plain, packed = converted(method), pack(converted(method), dtype)
+    plain, packed = converted(method), optimize_for_decoding(converted(method), dtype)
     tokens = torch.randint(300, (2, 30))
     expected, after = plain.prefill(tokens, plain.init_state(2))
     logits, state = packed.prefill(tokens, packed.init_state(2))
@@ -130,7 +130,7 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
     assert info.name == "packed"
     assert "the compiled step is for another machine" in info.reason
     assert info.reason in str(info)
-    assert engine.read("the cat").logits.shape == (1, 300)
+    assert engine.prefill(["the cat"]).logits.shape == (1, 300)
 
 
 @pytest.mark.parametrize(

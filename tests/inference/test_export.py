@@ -23,7 +23,7 @@ from tnnlm.errors import UserError
 from tnnlm.inference import export
 from tnnlm.inference.export import PREFILL_CHUNK, export_onnx, export_torch
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams
@@ -207,7 +207,7 @@ def test_documented_programs_write_our_text_without_this_package(script: Any) ->
     assert {path.name for path in (folder / "onnx").iterdir()} == names | {"step.onnx"}
     generator = TextGenerator(*load_converted(folder))
     prompt = "The statement is a statement. " * 20  # of more than one chunk
-    record, pieces = generator.write(generator.read(prompt), 40, Sampling(temperature=0.0))
+    record, pieces = generator.stream(generator.prefill([prompt]), 40, SamplingParams(temperature=0.0))
     "".join(pieces)
     assert len(SNIPPETS) == 2
     for snippet in SNIPPETS:

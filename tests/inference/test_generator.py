@@ -12,12 +12,12 @@ from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.inference.generator import TextGenerator, join
-from tnnlm.inference.sampling import Sampling, sample
-from tnnlm.inference.session import Decoder
+from tnnlm.inference.sampling import SamplingParams, sample
+from tnnlm.inference.session import GenerationSession
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def greedy_by_forward(model: CausalLM, writer: TextGenerator, text: str, n: int)
 
 
 def test_greedy_decoding_equals_the_parallel_model(model: CausalLM, writer: TextGenerator) -> None:
-    record, pieces = writer.write(writer.read("the cat"), 12, GREEDY)
+    record, pieces = writer.stream(writer.prefill(["the cat"]), 12, GREEDY)
     text = "".join(pieces)
     assert record.tokens == greedy_by_forward(model, writer, "the cat", 12)
     assert record.text == text == writer.tokenizer.decode(record.tokens)
@@ -57,26 +57,26 @@ def test_greedy_decoding_equals_the_parallel_model(model: CausalLM, writer: Text
 
 def test_read_in_two_parts_equals_read_in_one(exact: TextGenerator) -> None:
     writer = exact
-    whole = writer.read_tokens([[5, 6, 7, 8, 9]])
-    parts = writer.read_tokens([[8, 9]], writer.read_tokens([[5, 6, 7]]))
+    whole = writer.prefill_tokens([[5, 6, 7, 8, 9]])
+    parts = writer.prefill_tokens([[8, 9]], writer.prefill_tokens([[5, 6, 7]]))
     assert parts.n_tokens == whole.n_tokens == 5
     torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-9)
 
 
 def test_long_prompts_are_read_in_chunks(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(300, (50,)).tolist()
-    expected = exact.read_tokens([ids])
+    expected = exact.prefill_tokens([ids])
     monkeypatch.setattr("tnnlm.inference.generator.PREFILL_CHUNK", 7)
-    found = exact.read_tokens([ids])
+    found = exact.prefill_tokens([ids])
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-9)
 
 
 def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
-    context = writer.read("the")
+    state = writer.prefill(["the"])
     texts = []
     for seed in (1, 1, 2):
-        _record, pieces = writer.write(
-            context, 20, Sampling(temperature=1.5), torch.Generator().manual_seed(seed)
+        _record, pieces = writer.stream(
+            state, 20, SamplingParams(temperature=1.5), torch.Generator().manual_seed(seed)
         )
         texts.append("".join(pieces))
     assert texts[0] == texts[1] != texts[2]
@@ -84,7 +84,7 @@ def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
 
 def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> None:
     sizes = {
-        sum(part.numel() for layer in writer.read_tokens([[1] * n]).state.layers for part in layer)
+        sum(part.numel() for layer in writer.prefill_tokens([[1] * n]).model_state.layers for part in layer)
         for n in (1, 99)
     }
     assert len(sizes) == 1
@@ -93,15 +93,15 @@ def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> N
 def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([7, 8, writer.tokenizer.eos_id, 9])
     monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor([next(drawn)]))
-    record, pieces = writer.write(writer.read("the"), 10, GREEDY)
+    record, pieces = writer.stream(writer.prefill(["the"]), 10, GREEDY)
     assert "".join(pieces) == writer.tokenizer.decode([7, 8])
     assert record.tokens == [7, 8]
 
 
 def test_entries_without_a_token_are_never_drawn(writer: TextGenerator) -> None:
     assert writer.tokenizer.size < 300
-    record, pieces = writer.write(
-        writer.read("the"), 50, Sampling(temperature=100), torch.Generator().manual_seed(0)
+    record, pieces = writer.stream(
+        writer.prefill(["the"]), 50, SamplingParams(temperature=100), torch.Generator().manual_seed(0)
     )
     list(pieces)
     assert max(record.tokens) < writer.tokenizer.size
@@ -110,7 +110,7 @@ def test_entries_without_a_token_are_never_drawn(writer: TextGenerator) -> None:
 @pytest.mark.parametrize("text", ["", "\udcff"])
 def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
     with pytest.raises(UserError, match="prompt"):
-        writer.read(text)
+        writer.prefill([text])
 
 
 @pytest.mark.parametrize(
@@ -126,22 +126,24 @@ def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
 )
 def test_absurd_sampling_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"temperature|top-"):
-        Sampling(**settings)  # type: ignore[arg-type]
+        SamplingParams(**settings)  # type: ignore[arg-type]
 
 
 def test_sample_cuts_to_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1).expand(2000, -1)
-    assert set(sample(logits, Sampling(temperature=1, top_k=2)).tolist()) == {1, 2}
-    assert set(sample(logits, Sampling(temperature=1, top_p=0.5)).tolist()) == {1}
-    assert set(sample(logits, Sampling(temperature=1, top_p=0.8)).tolist()) == {1, 2}
-    assert set(sample(logits, Sampling(temperature=1)).tolist()) == {0, 1, 2, 3}
+    assert set(sample(logits, SamplingParams(temperature=1, top_k=2)).tolist()) == {1, 2}
+    assert set(sample(logits, SamplingParams(temperature=1, top_p=0.5)).tolist()) == {1}
+    assert set(sample(logits, SamplingParams(temperature=1, top_p=0.8)).tolist()) == {1, 2}
+    assert set(sample(logits, SamplingParams(temperature=1)).tolist()) == {0, 1, 2, 3}
     assert set(sample(logits, GREEDY).tolist()) == {1}
 
 
 def test_sample_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.2])
     drawn = sample(
-        probabilities.log().expand(20_000, -1), Sampling(temperature=1), torch.Generator().manual_seed(0)
+        probabilities.log().expand(20_000, -1),
+        SamplingParams(temperature=1),
+        torch.Generator().manual_seed(0),
     )
     counts = drawn.bincount(minlength=3) / 20_000
     torch.testing.assert_close(counts, probabilities, rtol=0, atol=0.02)
@@ -149,14 +151,14 @@ def test_sample_follows_the_distribution() -> None:
 
 def test_conversation_keeps_the_state_between_turns(writer: TextGenerator) -> None:
     out = io.StringIO()
-    Decoder(writer, GREEDY, 6, 0).converse(None, io.StringIO("the cat\n\nsat on\n"), out)
-    context = writer.read("the cat\n")
+    GenerationSession(writer, GREEDY, 6, 0).converse(None, io.StringIO("the cat\n\nsat on\n"), out)
+    state = writer.prefill(["the cat\n"])
     expected = ""
     for turn in (None, "sat on\n"):
-        context = writer.read(turn, context) if turn else context
-        record, pieces = writer.write(context, 6, GREEDY)
+        state = writer.prefill([turn], state) if turn else state
+        record, pieces = writer.stream(state, 6, GREEDY)
         expected += "".join(pieces) + "\n"
-        context = record.context
+        state = record.state
     assert out.getvalue() == expected
 
 
@@ -188,51 +190,51 @@ ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20], [30, 31, 32, 33]]
 def test_a_batch_reads_as_its_rows_alone(
     exact: TextGenerator, chunk: int, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = [exact.read_tokens([row[::-1]]) if warm else None for row in ROWS]
-    start = join([context for context in before if context]) if warm else None
-    singles = [exact.read_tokens([row], context) for row, context in zip(ROWS, before, strict=True)]
+    before = [exact.prefill_tokens([row[::-1]]) if warm else None for row in ROWS]
+    start = join([state for state in before if state]) if warm else None
+    singles = [exact.prefill_tokens([row], state) for row, state in zip(ROWS, before, strict=True)]
     monkeypatch.setattr("tnnlm.inference.generator.PREFILL_CHUNK", chunk)
-    together = exact.read_tokens(ROWS, start)
+    together = exact.prefill_tokens(ROWS, start)
     assert together.lengths == tuple(single.n_tokens for single in singles)
     for index, single in enumerate(singles):
         row = together.select([index])
         torch.testing.assert_close(row.logits, single.logits, rtol=0, atol=1e-9)
-        for a, b in zip(row.state.layers, single.state.layers, strict=True):
+        for a, b in zip(row.model_state.layers, single.model_state.layers, strict=True):
             for x, y in zip(a, b, strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
 def test_a_batch_writes_what_its_rows_write_alone(exact: TextGenerator) -> None:
-    context = exact.read_tokens(ROWS)
-    records = exact.write_batch(context, 15, GREEDY)
+    state = exact.prefill_tokens(ROWS)
+    records = exact.generate(state, 15, GREEDY)
     for index, record in enumerate(records):
-        single, pieces = exact.write(context.select([index]), 15, GREEDY)
+        single, pieces = exact.stream(state.select([index]), 15, GREEDY)
         assert record.text == "".join(pieces)
         assert record.tokens == single.tokens
-        assert record.context.lengths == single.context.lengths
-        torch.testing.assert_close(record.context.logits, single.context.logits, rtol=0, atol=1e-9)
+        assert record.state.lengths == single.state.lengths
+        torch.testing.assert_close(record.state.logits, single.state.logits, rtol=0, atol=1e-9)
 
 
 def test_rows_of_a_batch_stop_one_by_one(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = exact.tokenizer.eos_id
     drawn = iter([[7, eos, 8], [9, eos], [10], [eos]])
     monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor(next(drawn)))
-    records = exact.write_batch(exact.read_tokens(ROWS), 20, GREEDY)
+    records = exact.generate(exact.prefill_tokens(ROWS), 20, GREEDY)
     assert [record.tokens for record in records] == [[7, 9, 10], [], [8]]
-    assert [record.context.n_tokens for record in records] == [12, 1, 5]
+    assert [record.state.n_tokens for record in records] == [12, 1, 5]
 
 
 def test_samples_of_one_prompt_share_its_state_and_differ(exact: TextGenerator) -> None:
-    context = exact.read("the cat")
-    hot = Sampling(temperature=2.0)
-    records = exact.write_batch(context.select([0] * 4), 20, hot, torch.Generator().manual_seed(0))
+    state = exact.prefill(["the cat"])
+    hot = SamplingParams(temperature=2.0)
+    records = exact.generate(state.select([0] * 4), 20, hot, torch.Generator().manual_seed(0))
     assert len({record.text for record in records}) == 4
-    again = exact.write_batch(context.select([0] * 4), 20, hot, torch.Generator().manual_seed(0))
+    again = exact.generate(state.select([0] * 4), 20, hot, torch.Generator().manual_seed(0))
     assert [record.text for record in again] == [record.text for record in records]
 
 
 def test_absurd_number_of_tokens_is_refused_for_a_batch(exact: TextGenerator) -> None:
     with pytest.raises(UserError, match="new tokens"):
-        exact.write_batch(exact.read_tokens(ROWS), -1, GREEDY)
-    context = exact.read_tokens(ROWS)
-    assert all(record.text == "" for record in exact.write_batch(context, 0, GREEDY))
+        exact.generate(exact.prefill_tokens(ROWS), -1, GREEDY)
+    state = exact.prefill_tokens(ROWS)
+    assert all(record.text == "" for record in exact.generate(state, 0, GREEDY))

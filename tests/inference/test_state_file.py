@@ -16,14 +16,14 @@ from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.sampling import Sampling
-from tnnlm.inference.state_file import load_context, save_context
+from tnnlm.inference.sampling import SamplingParams
+from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
 from training_runs import tiny_run
 
-HOT = Sampling(temperature=1.5)
+HOT = SamplingParams(temperature=1.5)
 
 
 def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerator:
@@ -37,48 +37,48 @@ def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerato
 @pytest.mark.parametrize("method", ["balanced", "window", "companion"])
 def test_going_on_from_a_file_equals_never_having_stopped(method: str) -> None:
     writer, random = writer_of(method), torch.Generator().manual_seed(3)
-    first, pieces = writer.write(writer.read("the cat"), 10, HOT, random)
+    first, pieces = writer.stream(writer.prefill(["the cat"]), 10, HOT, random)
     list(pieces)
-    save_context(Path("a.state"), writer, first.context, random)
-    expected, pieces = writer.write(first.context, 10, HOT, random)
+    save_state(Path("a.state"), writer, first.state, random)
+    expected, pieces = writer.stream(first.state, 10, HOT, random)
     list(pieces)
-    context, stream = load_context(Path("a.state"), writer_of(method))
-    assert context.n_tokens == first.context.n_tokens
+    state, stream = load_state(Path("a.state"), writer_of(method))
+    assert state.n_tokens == first.state.n_tokens
     assert stream is not None
     other = torch.Generator().manual_seed(99)
     other.set_state(stream)
-    found, pieces = writer.write(context, 10, HOT, other)
+    found, pieces = writer.stream(state, 10, HOT, other)
     list(pieces)
     assert found.tokens == expected.tokens
-    assert torch.equal(found.context.logits, expected.context.logits)
+    assert torch.equal(found.state.logits, expected.state.logits)
 
 
 def test_several_rows_are_kept_and_the_stream_is_optional() -> None:
     writer = writer_of("balanced")
-    context = writer.read_batch(["the", "cat sat"])
-    save_context(Path("b.state"), writer, context)
-    found, stream = load_context(Path("b.state"), writer)
+    state = writer.prefill(["the", "cat sat"])
+    save_state(Path("b.state"), writer, state)
+    found, stream = load_state(Path("b.state"), writer)
     assert stream is None
-    assert found.lengths == context.lengths
-    assert torch.equal(found.logits, context.logits)
+    assert found.lengths == state.lengths
+    assert torch.equal(found.logits, state.logits)
     assert not list(Path().glob("*.tmp"))
 
 
 def test_another_model_or_tokenizer_or_file_is_refused() -> None:
     writer = writer_of("balanced")
-    save_context(Path("a.state"), writer, writer.read("the"))
+    save_state(Path("a.state"), writer, writer.prefill(["the"]))
     with pytest.raises(CheckpointError, match="another model"):
-        load_context(Path("a.state"), writer_of("window"))
+        load_state(Path("a.state"), writer_of("window"))
     other = writer_of("balanced", "quite other words for a tokenizer")
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        load_context(Path("a.state"), other)
+        load_state(Path("a.state"), other)
     with pytest.raises(CheckpointError, match="no such file"):
-        load_context(Path("none.state"), writer)
+        load_state(Path("none.state"), writer)
     data = Path("a.state").read_bytes()
     for damaged in (data[:-7], b"", b"text"):
         Path("bad.state").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"bad\.state: is not a saved state"):
-            load_context(Path("bad.state"), writer)
+            load_state(Path("bad.state"), writer)
 
 
 def test_fingerprint_follows_every_weight() -> None:
@@ -144,7 +144,7 @@ def test_a_conversation_without_a_word_has_no_state_to_keep(
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     refused = script("generate", "--interactive", "--save-state", "s")
     assert refused.code == 2
-    assert "nothing was read" in refused.err
+    assert "there was no prompt" in refused.err
     assert not Path("s").exists()
 
 

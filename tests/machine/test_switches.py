@@ -20,7 +20,7 @@ from conftest import FAMILIES, tiny_config
 from tnnlm.machine.capabilities import capability
 from tnnlm.inference.aot import compile_step, load_step
 from tnnlm.conversion import convert_model
-from tnnlm.inference.engine import pack
+from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
 
 def converted(method, family):
@@ -37,14 +37,14 @@ with torch.inference_mode():
     for method, family in (("balanced", "tno"), ("window", "sgconv"), ("companion", "rtf")):
         decode(converted(method, family), 2)
         for dtype in ("float32", "bfloat16", "int8"):
-            model = pack(converted(method, family), dtype)
+            model = optimize_for_decoding(converted(method, family), dtype)
             decode(model, 1)
             decode(model, 2)
 if "compile" in sys.argv:
     model = converted("balanced", "tno")
     with tempfile.TemporaryDirectory() as folder:
         compile_step(converted("balanced", "tno"), Path(folder), "float32", "abc")
-        compiled = load_step(pack(model), Path(folder), "float32", "abc")
+        compiled = load_step(optimize_for_decoding(model), Path(folder), "float32", "abc")
         with torch.inference_mode():
             decode(compiled, 1)
 """

@@ -15,7 +15,7 @@ import pytest
 
 from servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 
 PROMPT = "the quick brown"
 
@@ -26,7 +26,7 @@ def client(server: Running) -> openai.OpenAI:
 
 
 def own_text(generator: TextGenerator, prompt: str, tokens: int) -> str:
-    return "".join(generator.write(generator.read(prompt), tokens, Sampling(temperature=0))[1])
+    return "".join(generator.stream(generator.prefill([prompt]), tokens, SamplingParams(temperature=0))[1])
 
 
 def complete(client: openai.OpenAI, **more: Any) -> Any:
@@ -118,7 +118,7 @@ def test_logprobs_and_echo(client: openai.OpenAI, generator: TextGenerator) -> N
     assert scores.token_logprobs[0] is None
     # The prompt's own, one by one.
     for end in range(1, len(ids)):
-        expected = generator.read_tokens([ids[:end]]).logits.log_softmax(-1)[0, ids[end]]
+        expected = generator.prefill_tokens([ids[:end]]).logits.log_softmax(-1)[0, ids[end]]
         assert scores.token_logprobs[end] == pytest.approx(expected.item(), abs=1e-4)
     only = complete(client, max_tokens=0, logprobs=1, echo=True, prompt=PROMPT * 40)
     assert only.choices[0].text == PROMPT * 40
@@ -214,8 +214,8 @@ def test_a_client_that_goes_away_frees_its_place(generator: TextGenerator, strea
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(address) as connection:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            wait_for(lambda: running.service.batcher.load["running"] == 1)
-        wait_for(lambda: running.service.batcher.load["running"] == 0)
+            wait_for(lambda: running.service.scheduler.load["running"] == 1)
+        wait_for(lambda: running.service.scheduler.load["running"] == 0)
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=20)
         assert complete(client, max_tokens=2).choices
         assert 'finished_total{reason="cancelled"} 1.0' in httpx2.get(f"{running.url}/metrics").text

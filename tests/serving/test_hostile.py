@@ -94,7 +94,7 @@ def test_any_request(client: httpx2.Client, small: Running, body: dict[str, Any]
     content = json.dumps(body).encode("utf-8", "surrogatepass")
     headers = {"Content-Type": "application/json"}
     check(client.post("/v1/completions", content=content, headers=headers))
-    assert small.service.batcher.alive
+    assert small.service.scheduler.alive
 
 
 @many

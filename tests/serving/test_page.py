@@ -115,7 +115,7 @@ def test_text_streams_in(page: Any, server: Running) -> None:
 
 
 def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGenerator) -> None:
-    row_bytes = server.service.batcher.row_bytes
+    row_bytes = server.service.scheduler.row_bytes
     state = f"{row_bytes / 2**20:.1f} MiB" if row_bytes >= 2**20 else f"{row_bytes / 1024:,.0f} KiB"
     expect(page.locator("#state")).to_have_text(state)
     write(page, tokens=60)
@@ -135,7 +135,7 @@ def test_stop_keeps_what_was_written_and_frees_the_server(page: Any, server: Run
     kept = text_of(page)
     expect(page.locator("#generate")).to_have_attribute("aria-disabled", "false")
     for _ in range(100):
-        if not any(server.service.health()[name] for name in server.service.batcher.load):
+        if not any(server.service.health()[name] for name in server.service.scheduler.load):
             break
         page.wait_for_timeout(50)
     assert text_of(page) == kept

@@ -5,30 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnnlm.inference.sampling import Sampling, sample, tempered
+from tnnlm.inference.sampling import SamplingParams, sample, tempered
 from tnnlm.serving.logprobs import score_tokens
-from tnnlm.serving.sampler import RowSampler, draw, least_kept
+from tnnlm.serving.sampler import SequenceSampler, least_kept, sample_batch
 
 SETTINGS = [
-    Sampling(temperature=0),
-    Sampling(temperature=1),
-    Sampling(temperature=0.7, top_k=5),
-    Sampling(temperature=1.3, top_p=0.6),
-    Sampling(temperature=1, top_k=40, top_p=0.9),
-    Sampling(temperature=1, top_k=10_000, top_p=0.999),
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=0.7, top_k=5),
+    SamplingParams(temperature=1.3, top_p=0.6),
+    SamplingParams(temperature=1, top_k=40, top_p=0.9),
+    SamplingParams(temperature=1, top_k=10_000, top_p=0.999),
 ]
 
 
-def samplers(settings: list[Sampling], vocabulary: int, seed: int) -> list[RowSampler]:
-    return [RowSampler(s, vocabulary, seed=seed, index=i) for i, s in enumerate(settings)]
+def samplers(settings: list[SamplingParams], vocabulary: int, seed: int) -> list[SequenceSampler]:
+    return [SequenceSampler(s, vocabulary, seed=seed, index=i) for i, s in enumerate(settings)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_frequencies_are_those_of_the_plain_sampler(settings: Sampling) -> None:
+def test_frequencies_are_those_of_the_plain_sampler(settings: SamplingParams) -> None:
     logits = 2 * torch.randn(1, 50)
     n = 20_000
     rows = samplers([settings] * n, 50, 0)
-    drawn = torch.tensor(draw(logits.expand(n, -1), rows)).bincount(minlength=50) / n
+    drawn = torch.tensor(sample_batch(logits.expand(n, -1), rows)).bincount(minlength=50) / n
     plain = (
         sample(logits.expand(n, -1), settings, torch.Generator().manual_seed(0)).bincount(minlength=50) / n
     )
@@ -49,32 +49,32 @@ def test_a_wide_vocabulary_is_cut_exactly(scale: float) -> None:
         kept = set(order[mass.cumsum(0) - mass < settings.top_p].tolist())
         scaled = tempered(logits, settings.temperature)
         assert set((scaled >= least_kept(scaled, [settings])).nonzero()[:, 1].tolist()) == kept
-        assert set(draw(logits.expand(300, -1), samplers([settings] * 300, 6000, 1))) <= kept
+        assert set(sample_batch(logits.expand(300, -1), samplers([settings] * 300, 6000, 1))) <= kept
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 100.0])
 def test_any_temperature_is_finite(temperature: float) -> None:
     logits = torch.tensor([[3.0, 5.0, -4.0]])
-    settings = Sampling(temperature=temperature, top_p=0.9)
-    tokens = {*draw(logits, samplers([settings], 3, 0)), *sample(logits, settings).tolist()}
+    settings = SamplingParams(temperature=temperature, top_p=0.9)
+    tokens = {*sample_batch(logits, samplers([settings], 3, 0)), *sample(logits, settings).tolist()}
     assert tokens <= ({0, 1, 2} if temperature > 1 else {1})
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:
     logits = torch.randn(len(SETTINGS), 3000)
-    together = [draw(logits, rows) for rows in [samplers(SETTINGS, 3000, 7)] for _ in range(5)]
+    together = [sample_batch(logits, rows) for rows in [samplers(SETTINGS, 3000, 7)] for _ in range(5)]
     alone = samplers(SETTINGS, 3000, 7)
     for tokens in together:
         for i, token in enumerate(tokens):
-            assert draw(logits[i : i + 1], [alone[i]]) == [token]
+            assert sample_batch(logits[i : i + 1], [alone[i]]) == [token]
 
 
 def test_seeds() -> None:
     logits = torch.zeros(1, 1000)
 
     def run(seed: int | None, index: int = 0) -> list[int]:
-        row = RowSampler(Sampling(temperature=1), 1000, seed=seed, index=index)
-        return [draw(logits, [row])[0] for _ in range(5)]
+        row = SequenceSampler(SamplingParams(temperature=1), 1000, seed=seed, index=index)
+        return [sample_batch(logits, [row])[0] for _ in range(5)]
 
     assert run(3) == run(3)
     assert run(-1) == run(-1)
@@ -83,12 +83,12 @@ def test_seeds() -> None:
 
 def test_bias_and_penalties() -> None:
     logits = torch.tensor([[3.0, 2.5, 1.0]])
-    greedy = Sampling(temperature=0)
-    assert draw(logits, [RowSampler(greedy, 3, bias={2: 5.0})]) == [2]
-    row = RowSampler(greedy, 3, frequency=0.4)
-    assert [draw(logits, [row])[0] for _ in range(4)] == [0, 0, 1, 0]
-    row = RowSampler(greedy, 3, presence=1.0)
-    assert [draw(logits, [row])[0] for _ in range(4)] == [0, 1, 0, 0]
+    greedy = SamplingParams(temperature=0)
+    assert sample_batch(logits, [SequenceSampler(greedy, 3, bias={2: 5.0})]) == [2]
+    row = SequenceSampler(greedy, 3, frequency=0.4)
+    assert [sample_batch(logits, [row])[0] for _ in range(4)] == [0, 0, 1, 0]
+    row = SequenceSampler(greedy, 3, presence=1.0)
+    assert [sample_batch(logits, [row])[0] for _ in range(4)] == [0, 1, 0, 0]
     assert logits.tolist() == [[3.0, 2.5, 1.0]]
 
 

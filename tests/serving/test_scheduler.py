@@ -13,12 +13,12 @@ import torch
 from servers import tiny_generator
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
-from tnnlm.inference.sampling import Sampling
-from tnnlm.serving import prefill as reader
+from tnnlm.inference.sampling import SamplingParams
+from tnnlm.serving import prefill
 from tnnlm.serving.metrics import Metrics
-from tnnlm.serving.sampler import RowSampler
-from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError
-from tnnlm.serving.sequence import Event, Job, Reading, StoppedText
+from tnnlm.serving.sampler import SequenceSampler
+from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
+from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput, StoppedText
 from tnnlm.serving.settings import Limits
 
 
@@ -26,57 +26,57 @@ class Collector:
     """Events by text, and a way to wait for the end."""
 
     def __init__(self) -> None:
-        self.events: dict[Job, list[Event]] = {}
-        self.order: list[Job] = []
+        self.outputs: dict[GeneratedSequence, list[SequenceOutput]] = {}
+        self.order: list[GeneratedSequence] = []
         self._changed = threading.Condition()
 
-    def __call__(self, events: list[Event]) -> None:
+    def __call__(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
-            for event in events:
-                self.events.setdefault(event.job, []).append(event)
-                if event.tokens:
-                    self.order.append(event.job)
+            for output in outputs:
+                self.outputs.setdefault(output.sequence, []).append(output)
+                if output.tokens:
+                    self.order.append(output.sequence)
             self._changed.notify_all()
 
-    def wait(self, *jobs: Job, tokens: int | None = None) -> None:
-        def done(job: Job) -> bool:
-            events = self.events.get(job, [])
-            if tokens is not None and sum(event.tokens for event in events) >= tokens:
+    def wait(self, *sequences: GeneratedSequence, tokens: int | None = None) -> None:
+        def done(sequence: GeneratedSequence) -> bool:
+            outputs = self.outputs.get(sequence, [])
+            if tokens is not None and sum(output.tokens for output in outputs) >= tokens:
                 return True
-            return any(event.finish for event in events)
+            return any(output.finish for output in outputs)
 
         with self._changed:
-            assert self._changed.wait_for(lambda: all(map(done, jobs)), 60)
+            assert self._changed.wait_for(lambda: all(map(done, sequences)), 60)
 
-    def text(self, job: Job) -> str:
-        return "".join(event.text for event in self.events[job])
+    def text(self, sequence: GeneratedSequence) -> str:
+        return "".join(output.text for output in self.outputs[sequence])
 
-    def finish(self, job: Job) -> str | None:
-        return self.events[job][-1].finish
+    def finish(self, sequence: GeneratedSequence) -> str | None:
+        return self.outputs[sequence][-1].finish
 
 
 class Bench:
-    """A batcher with its collector."""
+    """A scheduler with its collector."""
 
     def __init__(self, generator: TextGenerator, **limits: float) -> None:
         self.generator = generator
         self.collector = Collector()
         self.metrics = Metrics()
-        self.batcher = Batcher(generator, Limits(**limits), self.metrics, self.collector)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(generator, Limits(**limits), self.metrics, self.collector)  # type: ignore[arg-type]
 
-    def job(
+    def sequence(
         self, tokens: int = 20, *, seed: int | None = None, stops: tuple[str, ...] = (), seconds: float = 60
-    ) -> Job:
-        sampling = Sampling(temperature=0 if seed is None else 1)
-        sampler = RowSampler(sampling, self.generator.tokenizer.size, seed=seed)
+    ) -> GeneratedSequence:
+        sampling = SamplingParams(temperature=0 if seed is None else 1)
+        sampler = SequenceSampler(sampling, self.generator.tokenizer.size, seed=seed)
         deadline = time.monotonic() + seconds
-        return Job(sampler, StoppedText(self.generator.tokenizer, stops), tokens, deadline)
+        return GeneratedSequence(sampler, StoppedText(self.generator.tokenizer, stops), tokens, deadline)
 
-    def ask(self, prompt: str | list[int], *jobs: Job) -> Reading:
+    def ask(self, prompt: str | list[int], *sequences: GeneratedSequence) -> Prompt:
         ids = self.generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        reading = Reading(ids, list(jobs))
-        self.batcher.submit([reading])
-        return reading
+        prompt = Prompt(ids, list(sequences))
+        self.scheduler.submit([prompt])
+        return prompt
 
 
 @pytest.fixture
@@ -85,12 +85,12 @@ def make(generator: TextGenerator) -> Iterator[type[Bench]]:
 
     def build(other: TextGenerator | None = None, **limits: float) -> Bench:
         made.append(Bench(other or generator, **limits))
-        made[-1].batcher.start()
+        made[-1].scheduler.start()
         return made[-1]
 
     yield build  # type: ignore[misc]
     for bench in made:
-        bench.batcher.close()
+        bench.scheduler.close()
 
 
 PROMPTS = ["the quick", "pack my box with", "a", "fox jumps over " * 20, "dog; " * 90, "zzz qqq"]
@@ -105,50 +105,54 @@ def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
     alone = make(generator)
     expected = []
     for index, prompt in enumerate(PROMPTS * 3):
-        job = alone.job(30 + 7 * index, seed=index if index % 2 else None)
-        alone.ask(prompt, job)
-        alone.collector.wait(job)
-        expected.append((alone.collector.text(job), list(job.drawn)))
+        sequence = alone.sequence(30 + 7 * index, seed=index if index % 2 else None)
+        alone.ask(prompt, sequence)
+        alone.collector.wait(sequence)
+        expected.append((alone.collector.text(sequence), list(sequence.drawn)))
     assert len({text for text, _ in expected}) == len(expected)
     busy = make(generator, cache_bytes=0)
-    jobs = []
+    sequences = []
     for index, prompt in enumerate(PROMPTS * 3):
-        jobs.append(busy.job(30 + 7 * index, seed=index if index % 2 else None))
-        busy.ask(prompt, jobs[-1])
+        sequences.append(busy.sequence(30 + 7 * index, seed=index if index % 2 else None))
+        busy.ask(prompt, sequences[-1])
         time.sleep(0.003 * (index % 4))
-    busy.collector.wait(*jobs)
-    assert [(busy.collector.text(job), job.drawn) for job in jobs] == expected
+    busy.collector.wait(*sequences)
+    assert [(busy.collector.text(sequence), sequence.drawn) for sequence in sequences] == expected
 
 
 def test_greedy_text_is_generates(make: type[Bench], generator: TextGenerator) -> None:
     bench = make()
-    job = bench.job(50)
-    bench.ask("the quick", job)
-    bench.collector.wait(job)
-    record, pieces = generator.write(generator.read("the quick"), 50, Sampling(temperature=0))
-    assert "".join(pieces) == bench.collector.text(job)
-    assert record.tokens == [token for token in job.drawn if token != generator.tokenizer.eos_id]
+    sequence = bench.sequence(50)
+    bench.ask("the quick", sequence)
+    bench.collector.wait(sequence)
+    record, pieces = generator.stream(generator.prefill(["the quick"]), 50, SamplingParams(temperature=0))
+    assert "".join(pieces) == bench.collector.text(sequence)
+    assert record.tokens == [token for token in sequence.drawn if token != generator.tokenizer.eos_id]
 
 
 def test_texts_of_a_prompt_are_read_once(make: type[Bench]) -> None:
     bench = make()
-    jobs = [bench.job(12, seed=seed) for seed in range(4)]
-    reading = bench.ask("the quick brown fox", *jobs)
-    bench.collector.wait(*jobs)
-    assert bench.metrics.prompt_tokens._value.get() == len(reading.prompt)
-    assert len({bench.collector.text(job) for job in jobs}) > 1
+    sequences = [bench.sequence(12, seed=seed) for seed in range(4)]
+    prompt = bench.ask("the quick brown fox", *sequences)
+    bench.collector.wait(*sequences)
+    assert bench.metrics.prompt_tokens._value.get() == len(prompt.tokens)
+    assert len({bench.collector.text(sequence) for sequence in sequences}) > 1
 
 
 def test_a_prompt_is_reused_from_its_state(make: type[Bench]) -> None:
     bench, ids = make(), list(range(3, 290)) * 2
-    first, again, longer = bench.job(), bench.job(), bench.job()
-    for job, prompt, cached in ((first, ids, 0), (again, ids, len(ids)), (longer, ids[:300] + [5] * 9, 256)):
-        bench.ask(prompt, job)
-        bench.collector.wait(job)
-        assert job.cached == cached
+    first, again, longer = bench.sequence(), bench.sequence(), bench.sequence()
+    for sequence, prompt, cached in (
+        (first, ids, 0),
+        (again, ids, len(ids)),
+        (longer, ids[:300] + [5] * 9, 256),
+    ):
+        bench.ask(prompt, sequence)
+        bench.collector.wait(sequence)
+        assert sequence.cached == cached
     assert bench.collector.text(first) == bench.collector.text(again)
     fresh = make(cache_bytes=0)
-    alone = fresh.job()
+    alone = fresh.sequence()
     fresh.ask(ids[:300] + [5] * 9, alone)
     fresh.collector.wait(alone)
     assert fresh.collector.text(alone) == bench.collector.text(longer)
@@ -157,15 +161,15 @@ def test_a_prompt_is_reused_from_its_state(make: type[Bench]) -> None:
 def test_a_long_prompt_stalls_nobody(make: type[Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make()
     reads: list[tuple[int, int]] = []
-    plain = reader.Reader.read_chunk
+    plain = prefill.PrefillWorker.prefill_chunk
 
-    def spy(self: reader.Reader, reading: Reading) -> list[Event]:
-        reads.append((len(reading.prompt), len(bench.collector.order)))
-        return plain(self, reading)
+    def spy(self: prefill.PrefillWorker, prompt: Prompt) -> list[SequenceOutput]:
+        reads.append((len(prompt.tokens), len(bench.collector.order)))
+        return plain(self, prompt)
 
-    monkeypatch.setattr(reader.Reader, "read_chunk", spy)
-    monkeypatch.setattr("tnnlm.serving.scheduler.READ_SECONDS", 0.0)
-    writer, long, short = bench.job(3000), bench.job(5), bench.job(5)
+    monkeypatch.setattr(prefill.PrefillWorker, "prefill_chunk", spy)
+    monkeypatch.setattr("tnnlm.serving.scheduler.PREFILL_SECONDS", 0.0)
+    writer, long, short = bench.sequence(3000), bench.sequence(5), bench.sequence(5)
     bench.ask("the quick", writer)
     bench.collector.wait(writer, tokens=3)
     bench.ask([7] * 2000, long)
@@ -181,51 +185,51 @@ def test_a_long_prompt_stalls_nobody(make: type[Bench], monkeypatch: pytest.Monk
 
 def test_places_are_limited_and_given_in_order(make: type[Bench]) -> None:
     bench = make(max_batch=2, max_queue=3)
-    jobs = [bench.job(200) for _ in range(5)]
-    for job in jobs:
-        bench.ask("the quick", job)
+    sequences = [bench.sequence(200) for _ in range(5)]
+    for sequence in sequences:
+        bench.ask("the quick", sequence)
     with pytest.raises(QueueFullError):
-        bench.ask("one more", bench.job())
-    bench.collector.wait(*jobs)
-    first = [bench.collector.order.index(job) for job in jobs]
+        bench.ask("one more", bench.sequence())
+    bench.collector.wait(*sequences)
+    first = [bench.collector.order.index(sequence) for sequence in sequences]
     assert first == sorted(first)
     for place in range(len(bench.collector.order)):
         assert len(set(bench.collector.order[place : place + 2])) <= 2
-    again = bench.job(1)
+    again = bench.sequence(1)
     bench.ask("a", again)
     bench.collector.wait(again)
 
 
 def test_cancelled_texts_free_their_place(make: type[Bench]) -> None:
     bench = make(max_batch=1, max_queue=4)
-    endless, waiting, last = bench.job(10**7), bench.job(10**7), bench.job(3)
-    for job in (endless, waiting, last):
-        bench.ask("the quick", job)
+    endless, waiting, last = bench.sequence(10**7), bench.sequence(10**7), bench.sequence(3)
+    for sequence in (endless, waiting, last):
+        bench.ask("the quick", sequence)
     bench.collector.wait(endless, tokens=5)
-    bench.batcher.cancel([endless, waiting])
+    bench.scheduler.cancel([endless, waiting])
     bench.collector.wait(last)
     assert bench.metrics.finished.labels("cancelled")._value.get() == 2
-    assert waiting not in bench.collector.events
+    assert waiting not in bench.collector.outputs
 
 
 def test_time_limits(make: type[Bench]) -> None:
     bench = make(max_batch=1)
-    writer, waiting = bench.job(10**7, seconds=0.5), bench.job(5, seconds=0.2)
+    writer, waiting = bench.sequence(10**7, seconds=0.5), bench.sequence(5, seconds=0.2)
     bench.ask("the quick", writer)
     bench.ask("the quick", waiting)
     bench.collector.wait(writer, waiting)
     assert bench.collector.finish(writer) == "length"
-    assert bench.collector.events[waiting][-1].error == "timeout"
+    assert bench.collector.outputs[waiting][-1].error == "timeout"
 
 
 def test_stop_strings(make: type[Bench]) -> None:
     bench = make()
-    plain = bench.job(200)
+    plain = bench.sequence(200)
     bench.ask("the quick", plain)
     bench.collector.wait(plain)
     text = bench.collector.text(plain)
     stop = text[20:26]
-    stopped = bench.job(200, stops=("never to be seen", stop))
+    stopped = bench.sequence(200, stops=("never to be seen", stop))
     bench.ask("the quick", stopped)
     bench.collector.wait(stopped)
     assert bench.collector.text(stopped) == text[: text.index(stop)]
@@ -248,12 +252,12 @@ def test_a_failure_ends_the_texts_and_not_the_server(
 ) -> None:
     bench = make()
     with monkeypatch.context() as patch:
-        patch.setattr(bench.batcher._rows._model, "step", lambda *_: 1 / 0)
-        job, other = bench.job(5), bench.job(5)
-        bench.ask("the quick", job, other)
-        bench.collector.wait(job, other)
-    assert "ZeroDivisionError" in bench.collector.events[job][-1].error
-    again = bench.job(5)
+        patch.setattr(bench.scheduler._batch._model, "step", lambda *_: 1 / 0)
+        sequence, other = bench.sequence(5), bench.sequence(5)
+        bench.ask("the quick", sequence, other)
+        bench.collector.wait(sequence, other)
+    assert "ZeroDivisionError" in bench.collector.outputs[sequence][-1].error
+    again = bench.sequence(5)
     bench.ask("the quick", again)
     bench.collector.wait(again)
     assert bench.collector.finish(again) in ("length", "stop")
@@ -263,22 +267,22 @@ def test_a_failure_ends_the_texts_and_not_the_server(
 def test_closing(make: type[Bench], grace: float) -> None:
     bench = make()
     tokens = 300 if grace else 10**7
-    job = bench.job(tokens)
-    bench.ask("the quick", job)
-    bench.collector.wait(job, tokens=2)
-    bench.batcher.close(grace)
-    assert bench.collector.finish(job) == ("length" if grace else "error")
+    sequence = bench.sequence(tokens)
+    bench.ask("the quick", sequence)
+    bench.collector.wait(sequence, tokens=2)
+    bench.scheduler.close(grace)
+    assert bench.collector.finish(sequence) == ("length" if grace else "error")
     with pytest.raises(ClosedError):
-        bench.ask("the quick", bench.job())
+        bench.ask("the quick", bench.sequence())
 
 
 def test_memory_does_not_grow_with_what_was_read(make: type[Bench]) -> None:
     bench = make()
-    job = bench.job(400)
-    bench.ask("the quick", job)
-    bench.collector.wait(job)
+    sequence = bench.sequence(400)
+    bench.ask("the quick", sequence)
+    bench.collector.wait(sequence)
     assert bench.metrics.state_bytes._value.get() == 0
-    assert bench.batcher.row_bytes == sum(
+    assert bench.scheduler.row_bytes == sum(
         part.numel() * part.element_size()
         for layer in bench.generator.model.init_state(1).layers
         for part in layer

@@ -21,7 +21,7 @@ from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.errors import DataError, UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
-from tnnlm.training.callbacks.checkpoint import ConversionCallback
+from tnnlm.training.callbacks.checkpoint import AttachRecurrences
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.optim import lr_factor
@@ -205,7 +205,7 @@ def test_accumulated_batches_make_one_step() -> None:
 def test_checkpoints_are_ours_where_the_tokenizer_is_given(attached: bool) -> None:
     tokenizer = train_bpe(["some text " * 50], 270, "<|endoftext|>", 1, progress=False)
     config = settings()
-    run = trainer(max_steps=2, callbacks=[ConversionCallback(config)] if attached else [])
+    run = trainer(max_steps=2, callbacks=[AttachRecurrences(config)] if attached else [])
     model = LitModel(config, tokenizer)
     run.fit(model, LOADERS["iterable"]())
     run.save_checkpoint("mine.ckpt")
@@ -218,7 +218,7 @@ def test_checkpoints_are_ours_where_the_tokenizer_is_given(attached: bool) -> No
 
 def test_a_callback_that_needs_a_tokenizer_says_so() -> None:
     config = settings()
-    run = trainer(max_steps=1, callbacks=[ConversionCallback(config)])
+    run = trainer(max_steps=1, callbacks=[AttachRecurrences(config)])
     run.fit(LitModel(config), LOADERS["iterable"]())
     with pytest.raises(UserError, match=r"give LitModel\(config, tokenizer\)"):
         run.save_checkpoint("mine.ckpt")

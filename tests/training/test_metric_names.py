@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conftest import ROOT
 from tnnlm.training.loggers.names import METRICS, Place, csv_columns
-from tnnlm.training.tasks import TASKS
+from tnnlm.training.tasks import VALIDATION_TASKS
 
 OLD = ROOT / "tests/fixtures/version_0.1.0/runs/old/metrics.csv"
 N_COMMON = 10
@@ -25,6 +25,6 @@ def test_each_name_stands_once() -> None:
 
 
 def test_every_task_shows_what_it_monitors() -> None:
-    for task in TASKS.values():
+    for task in VALIDATION_TASKS.values():
         assert task.monitor in task.shown()
         assert set(task.shown()) <= set(task.columns())

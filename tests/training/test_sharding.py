@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
-from tnnlm.training.estimate import make_plan
+from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.csv import read_metrics
 from training_runs import write_text
 
@@ -177,7 +177,7 @@ def test_precisions_that_can_not_be_sharded_are_refused(script: Any, precision: 
 
 def test_dry_run_counts_the_share_of_a_device() -> None:
     sizes = [
-        make_plan(
+        estimate_run(
             load_config(None, ["trainer.accelerator=cpu", f"trainer.strategy={name}", f"trainer.devices={n}"])
         )
         for name, n in (("ddp", 8), ("fsdp", 8), ("fsdp", 64))

@@ -76,33 +76,33 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "":
         raise UserError("the prompt is empty: give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    from tnnlm.inference.sampling import Sampling
-    from tnnlm.inference.session import Decoder
+    from tnnlm.inference.sampling import SamplingParams
+    from tnnlm.inference.session import GenerationSession
     from tnnlm.inference.state_file import check_state_path
 
     if args.save_state:
         check_state_path(args.save_state)
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
-    decoder = Decoder.load(
+    session = GenerationSession.load(
         args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
     )
     if not args.json:
-        print(f"[{decoder.engine}]", file=sys.stderr)
+        print(f"[{session.engine}]", file=sys.stderr)
     if args.load_state:
-        decoder.load_state(args.load_state, reseed=args.seed is not None)
+        session.load_state(args.load_state, reseed=args.seed is not None)
     if args.interactive:
-        decoder.converse(prompt, sys.stdin, sys.stdout)
+        session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
-        print(json.dumps(decoder.measure_batch(prompts), ensure_ascii=False))
+        print(json.dumps(session.measure_batch(prompts), ensure_ascii=False))
     elif prompts:
-        decoder.show_batch(prompts, sys.stdout)
+        session.show_batch(prompts, sys.stdout)
     elif args.json:
-        print(json.dumps(decoder.measure(prompt, args.num_samples), ensure_ascii=False))
+        print(json.dumps(session.measure(prompt, args.num_samples), ensure_ascii=False))
     else:
-        decoder.show(prompt, args.num_samples, sys.stdout)
+        session.show(prompt, args.num_samples, sys.stdout)
     if args.save_state:
-        decoder.save_state(args.save_state)
+        session.save_state(args.save_state)
     return 0
 
 

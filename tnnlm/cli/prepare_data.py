@@ -25,9 +25,9 @@ from tnnlm.config.shipped import find_config
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
-from tnnlm.data.tasks import open_rows
+from tnnlm.data.tasks import split_rows
 from tnnlm.errors import command
-from tnnlm.training.estimate import make_plan
+from tnnlm.training.estimate import estimate_run
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    open_rows(corpus, config)
+    split_rows(corpus, config)
     show(corpus, config)
     say_next(args)
     return 0
@@ -80,5 +80,5 @@ def show(corpus: PackedCorpus, config: Config) -> None:
             f"({split.bytes_per_token:.2f} bytes each)"
         )
     print(f"tokenizer: {corpus.tokenizer.size:,} entries, end token {corpus.tokenizer.eos_token}")
-    planned = make_plan(config).total_tokens
+    planned = estimate_run(config).total_tokens
     print(f"the run reads {planned:,} tokens: {planned / corpus.train.tokens:.2f} passes over the text")

@@ -146,9 +146,9 @@ def search(config: Config) -> None:
 
 
 def show(config: Config, as_json: bool) -> None:
-    from tnnlm.training.estimate import make_plan
+    from tnnlm.training.estimate import estimate_run
 
-    plan = make_plan(config)
+    plan = estimate_run(config)
     if as_json:
         print(json.dumps(plan.to_dict(config), indent=2))
         return

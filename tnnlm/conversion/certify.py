@@ -13,7 +13,7 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
-from tnnlm.conversion.methods import Converted
+from tnnlm.conversion.methods import LayerConversion
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops import recurrence
@@ -52,7 +52,7 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
 
 
 def measure(
-    model: CausalLM, layers: list[Converted], *, method: str, horizon: int, seconds: float
+    model: CausalLM, layers: list[LayerConversion], *, method: str, horizon: int, seconds: float
 ) -> ModelReport:
     """Compare every converted layer with the kernel it came from.
 
@@ -107,11 +107,11 @@ def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
 
 def measure_model(model: CausalLM, converted: CausalLM, *, method: str, horizon: int) -> ModelReport:
     """:func:`measure` for a model that was converted before."""
-    layers = [Converted(params, method, "as asked") for params in recurrences(converted)]
+    layers = [LayerConversion(params, method, "as asked") for params in recurrences(converted)]
     return measure(model, layers, method=method, horizon=horizon, seconds=0.0)
 
 
-def certify(k: Tensor, converted: Converted, horizon: int) -> ConversionReport:
+def certify(k: Tensor, converted: LayerConversion, horizon: int) -> ConversionReport:
     """Compare the effective taps of a recurrence with the true ones.
 
     Args:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.horizon import MAX_HORIZON, ROUNDING, auto_horizon, tail_energy
-from tnnlm.conversion.methods import Converted, Source, convert
+from tnnlm.conversion.methods import LayerConversion, Source, convert
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
@@ -25,7 +25,7 @@ _FIRST_LENGTH = 512
 
 def convert_kernel(
     kernel: Kernel, recipe: ConversionConfig, horizon: int, progress: Progress = silent
-) -> Converted:
+) -> LayerConversion:
     """The recurrence for ``kernel`` at lags below ``horizon``.
 
     The taps are those that training used, bit for bit; the algebra on them is in float64; what
@@ -54,7 +54,7 @@ def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
 
 def convert_layers(
     model: nn.Module, recipe: ConversionConfig, progress: Progress = silent, max_length: int | None = None
-) -> tuple[int, list[Converted]]:
+) -> tuple[int, list[LayerConversion]]:
     """The horizon, and the recurrence of every layer by ``recipe``.
 
     Args:
@@ -73,7 +73,7 @@ def convert_layers(
 
 def convert_kernels(
     found: Sequence[Kernel], max_length: int | None, recipe: ConversionConfig, progress: Progress = silent
-) -> tuple[int, list[Converted]]:
+) -> tuple[int, list[LayerConversion]]:
     """As :func:`convert_layers`, for the kernels of a model that is not at hand as a whole.
 
     Args:

@@ -22,7 +22,7 @@ from tnnlm.ops.ssm import SSMParams
 METHODS = ("balanced", "auto", "etsc", "window", "companion", "gradient")
 
 
-class Converted(NamedTuple):
+class LayerConversion(NamedTuple):
     """A recurrence, the method that made it, and why that one."""
 
     params: Params
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """whether the kernel is zero from lag T on, however large its last taps are"""
 
 
-def convert(source: Source, recipe: ConversionConfig, progress: Progress = silent) -> Converted:
+def convert(source: Source, recipe: ConversionConfig, progress: Progress = silent) -> LayerConversion:
     """Convert taps by ``recipe.method``.
 
     Args:
@@ -75,7 +75,7 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
         params = gradient(
             k, order=recipe.order or 16, steps=recipe.gradient_steps, lr=recipe.gradient_lr, progress=progress
         )
-    return Converted(params.to_dtype(k.dtype), recipe.method, "as asked")
+    return LayerConversion(params.to_dtype(k.dtype), recipe.method, "as asked")
 
 
 def check_taps(k: Tensor) -> None:
@@ -160,7 +160,7 @@ def _companion(own: Params | None) -> Params:
     return own
 
 
-def _auto(source: Source, recipe: ConversionConfig) -> Converted:
+def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
     """The cheapest that meets the tolerance: fewest state bytes, then multiply-adds per token."""
     k = source.k
     candidates: dict[str, Params] = {
@@ -185,6 +185,6 @@ def _auto(source: Source, recipe: ConversionConfig) -> Converted:
     table = ", ".join(
         f"{name} {size / 1024:,.0f} KiB" for name, (size, _) in sorted(cost.items(), key=lambda i: i[1])
     )
-    return Converted(
+    return LayerConversion(
         candidates[best], best, f"smallest state at tolerance {recipe.tolerance:g}: {table}{failed}"
     )

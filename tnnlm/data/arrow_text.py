@@ -61,8 +61,8 @@ class Documents(Sequence[str]):
             yield from self.rows[rows][self.column]
 
 
-class Survey:
-    """What one pass over a table finds: rows that hold text, their lengths in characters and hashes."""
+class DocumentIndex:
+    """The rows of a table that hold text, found in one pass, with their lengths in characters and hashes."""
 
     def __init__(
         self, chosen: NDArray[np.int64], lengths: NDArray[np.int64], hashes: NDArray[np.bytes_]
@@ -71,9 +71,7 @@ class Survey:
         self.lengths = lengths
         self.hashes = hashes
 
-    def documents(
-        self, rows: datasets.Dataset, column: str, some: NDArray[np.bool_] | None = None
-    ) -> Documents:
+    def select(self, rows: datasets.Dataset, column: str, some: NDArray[np.bool_] | None = None) -> Documents:
         """The texts that were found, or some of them."""
         some = np.ones(len(self.chosen), dtype=bool) if some is None else some
         return Documents(rows, column, self.chosen[some], int(self.lengths[some].sum()))
@@ -84,9 +82,9 @@ def text_hash(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
-def survey(
+def index_documents(
     rows: datasets.Dataset, column: str, where: str, *, seed: int, limit: int | None, kept: Path | None = None
-) -> Survey:
+) -> DocumentIndex:
     """Find the rows with text in them, the first ``limit``.
 
     Args:
@@ -95,10 +93,10 @@ def survey(
         where: names the table in errors.
         seed: of the hashes.
         limit: documents at the most.
-        kept: file of a survey that was made before, or to keep this one in.
+        kept: file of an index that was made before, or to keep this one in.
 
     Raises:
-        DataError: for a row that is not text, and for a kept survey of another table.
+        DataError: for a row that is not text, and for a kept index of another table.
     """
     fingerprint = np.array(f"{rows._fingerprint} {len(rows)} {column} {seed} {limit}")
     if kept is not None and kept.is_file():
@@ -107,7 +105,7 @@ def survey(
                 raise DataError(
                     f"{where}: has changed since its preparation began", f"remove {kept.parent} to begin anew"
                 )
-            return Survey(found["chosen"], found["lengths"], found["hashes"])
+            return DocumentIndex(found["chosen"], found["lengths"], found["hashes"])
     chosen, lengths, hashes = [], [], []
     texts = Documents(rows, column, np.arange(len(rows)), 0)
     for index, text in enumerate(
@@ -121,7 +119,7 @@ def survey(
             hashes.append(text_hash(seed, text))
             if len(chosen) == limit:
                 break
-    made = Survey(np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"))
+    made = DocumentIndex(np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"))
     if kept is not None:
         with atomic_file(kept) as temporary, temporary.open("wb") as file:
             arrays: dict[str, Any] = {"chosen": made.chosen, "lengths": made.lengths, "hashes": made.hashes}
@@ -129,7 +127,7 @@ def survey(
     return made
 
 
-def spool(
+def materialize_stream(
     rows: datasets.IterableDataset, column: str, where: str, *, limit: int, folder: Path, name: str
 ) -> datasets.Dataset:
     """Write the first ``limit`` documents of a stream to files in ``folder``, and open them as a table.
@@ -182,7 +180,7 @@ def spool(
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what :func:`survey` and :func:`spool` left in ``folder``."""
+    """Remove what :func:`index_documents` and :func:`materialize_stream` left in ``folder``."""
     for pattern in ("*.arrow", "*.stream.json", "*.survey.npz"):
         for path in folder.glob(pattern):
             path.unlink()

@@ -14,7 +14,7 @@ from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import (
     TaskData,
-    open_data,
+    load_task_data,
 )
 
 
@@ -35,7 +35,7 @@ class TextDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Prepare what is kept in the cache: on one rank of each node."""
-        open_data(self.config)
+        load_task_data(self.config)
 
     def setup(self, stage: str | None = None) -> None:
         """Open it.
@@ -44,7 +44,7 @@ class TextDataModule(lightning.LightningDataModule):
             DataError: if there is too little for one batch.
         """
         if not hasattr(self, "opened"):
-            self.opened = open_data(self.config)
+            self.opened = load_task_data(self.config)
 
     @property
     def train_rows(self) -> Any:
@@ -67,7 +67,7 @@ class TextDataModule(lightning.LightningDataModule):
             start=self.samples_seen,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            numbered=self.opened.numbered,
+            resampled=self.opened.resampled,
         )
         return self._loader(self.train_rows, sampler)
 

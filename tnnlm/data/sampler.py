@@ -27,7 +27,7 @@ class GlobalOrderSampler(Sampler[list[Any]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        numbered: bool = False,
+        resampled: bool = False,
     ) -> None:
         """``numbered``: yield (row, sample) in the place of rows, for what is drawn anew at each reading."""
         self.n_rows = n_rows
@@ -37,7 +37,7 @@ class GlobalOrderSampler(Sampler[list[Any]]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
-        self.numbered = numbered
+        self.resampled = resampled
 
     def __len__(self) -> int:
         return self.n_batches
@@ -53,5 +53,5 @@ class GlobalOrderSampler(Sampler[list[Any]]):
                     epoch = sample // self.n_rows
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
                 row = int(order[sample % self.n_rows])
-                rows.append((row, sample) if self.numbered else row)
+                rows.append((row, sample) if self.resampled else row)
             yield rows

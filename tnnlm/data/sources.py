@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.arrow_text import TEXT, Survey, spool, survey
+from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.errors import OS_ADVICE, DataError
 
@@ -110,11 +110,11 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path | None = None) -> C
     rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
     if config.hub_val_split:
         held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
-        return Corpus(found.documents(rows, column), val.documents(held_out, val_column))
+        return Corpus(found.select(rows, column), val.select(held_out, val_column))
     if len(found.chosen) < FEW_DOCUMENTS:
-        return split_texts(list(found.documents(rows, column)), config.val_fraction, seed)
+        return split_texts(list(found.select(rows, column)), config.val_fraction, seed)
     some = hold_out(found.lengths, found.hashes, config.val_fraction)
-    return Corpus(found.documents(rows, column, ~some), found.documents(rows, column, some))
+    return Corpus(found.select(rows, column, ~some), found.select(rows, column, some))
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -157,7 +157,7 @@ def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
 
 def _hub_table(
     config: DataConfig, split: str, seed: int, scratch: Path | None
-) -> tuple[datasets.Dataset, str, Survey]:
+) -> tuple[datasets.Dataset, str, DocumentIndex]:
     """A split of a hub data set on the disk, its column, and which rows hold text."""
     if not config.hub_name:
         raise DataError("data.hub_name is empty: name a data set, for example Salesforce/wikitext")
@@ -181,11 +181,11 @@ def _hub_table(
             rows = datasets.Dataset.from_dict({TEXT: texts})
         else:
             with _readable(name):
-                rows = spool(rows, column, name, limit=limit, folder=scratch, name=split)
+                rows = materialize_stream(rows, column, name, limit=limit, folder=scratch, name=split)
         column = TEXT
     kept = None if scratch is None else scratch / f"{split}.survey.npz"
     with _readable(name):
-        found = survey(rows, column, name, seed=seed, limit=limit, kept=kept)
+        found = index_documents(rows, column, name, seed=seed, limit=limit, kept=kept)
     if not len(found.chosen):
         raise DataError(f"{name}: no text in it")
     return rows, column, found

@@ -17,7 +17,7 @@ from tnnlm.models.batches import LabelledBatch
 from tnnlm.tokenizer import TextTokenizer
 
 
-def open_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
+def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
     """The rows of both splits.
 
     Raises:
@@ -50,11 +50,11 @@ class TaskData(NamedTuple):
     tokenizer: TextTokenizer
     bytes_per_token: float
     """of the held-out text; 1 where that means nothing"""
-    numbered: bool = False
+    resampled: bool = False
     """what a training row gives depends on how often it was read"""
 
 
-def open_data(config: Config) -> TaskData:
+def load_task_data(config: Config) -> TaskData:
     """Prepare, or find prepared, what ``config.task`` reads.
 
     Raises:
@@ -66,7 +66,7 @@ def open_data(config: Config) -> TaskData:
 def _open_text(config: Config) -> TaskData:
     """Rows (L + 1,): inputs and targets in one tensor."""
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
-    return TaskData(*open_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
+    return TaskData(*split_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
 
 
 def _open_masked(config: Config) -> TaskData:
@@ -76,7 +76,7 @@ def _open_masked(config: Config) -> TaskData:
     tokenizer = text.tokenizer
     masking = Masking(data.mask_fraction, tokenizer.id_of(data.mask_token), tokenizer.size, config.seed)
     train, val = MaskedRows(text.train, masking), MaskedRows(text.val, masking)
-    return text._replace(train=train, val=val, numbered=True)
+    return text._replace(train=train, val=val, resampled=True)
 
 
 def _open_sequences(config: Config) -> TaskData:

@@ -19,7 +19,7 @@ from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
-from tnnlm.inference.engine import pack
+from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}
@@ -84,4 +84,4 @@ def _forms(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> di
 
 
 def _packed(converted: CausalLM, dtype: str) -> CausalLM:
-    return pack(copy.deepcopy(converted), dtype)
+    return optimize_for_decoding(copy.deepcopy(converted), dtype)

@@ -47,7 +47,7 @@ STEPS = 128
 
 
 @dataclass
-class Conversion:
+class ConversionResult:
     """A finished conversion."""
 
     folder: Path
@@ -72,7 +72,7 @@ def convert_checkpoint(
     compiled: Sequence[str] = (),
     exported: Sequence[str] = (),
     runs_dir: Path = Path("runs"),
-) -> Conversion:
+) -> ConversionResult:
     """Convert and write, then measure, and write the measurements beside it.
 
     Whatever fails once the model is written, a measurement, the model card, a compiled step, an export,
@@ -117,14 +117,14 @@ def _convert(
     verify: bool,
     compiled: Sequence[str],
     exported: Sequence[str],
-) -> Conversion:
+) -> ConversionResult:
     started = time.perf_counter()
     horizon, layers = convert_layers(source.model, recipe, _bar)
     seconds = time.perf_counter() - started
     converted = attach(source.model, [layer.params for layer in layers])
     report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
     save_converted(folder, converted, source.tokenizer, report, force)
-    done = Conversion(folder, source, report)
+    done = ConversionResult(folder, source, report)
     whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
     try:
         _measure(whole, done)
@@ -201,7 +201,7 @@ def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def _measure(converted: ConvertedModel, done: Conversion) -> None:
+def _measure(converted: ConvertedModel, done: ConversionResult) -> None:
     """Perplexities, into the report and conversion.json; none if the run's text is gone."""
     source = done.source
     failures: dict[str, str] = {}
@@ -217,7 +217,7 @@ def _measure(converted: ConvertedModel, done: Conversion) -> None:
         save_report(done.folder, done.report)
 
 
-def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done: Conversion) -> None:
+def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done: ConversionResult) -> None:
     generator = torch.Generator().manual_seed(0)
     horizon = done.report.horizon
     tokens = torch.randint(done.source.tokenizer.size, (1, min(STEPS, horizon)), generator=generator)

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tnnlm.checkpoints.certificate import ModelReport
-from tnnlm.deployment.pipeline import Conversion
+from tnnlm.deployment.pipeline import ConversionResult
 from tnnlm.errors import command
 from tnnlm.evaluation import ppl_gap
 
 
-def show_conversion(done: Conversion, console: Console) -> None:
+def show_conversion(done: ConversionResult, console: Console) -> None:
     """Print the certificate, the perplexities of all forms, the checks, and what to run next."""
     report = done.report
     title = f"{done.source.path} (step {done.source.step}) by {report.method}, horizon {report.horizon}"

@@ -151,7 +151,7 @@ def _faster(
         raise UserError(f"the step can't be recorded ({str(error).splitlines()[0][:80]})") from None
 
 
-def pack(model: CausalLM, dtype: str = "float32") -> CausalLM:
+def optimize_for_decoding(model: CausalLM, dtype: str = "float32") -> CausalLM:
     """Give a converted model the fastest linear layers and head for its device, in place; returns it.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
-from tnnlm.inference.sampling import Sampling, sample
+from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.tokenizer import TextTokenizer
 
@@ -25,46 +25,48 @@ MAX_NEW_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True)
-class Context:
-    """What has been read, by one or several rows: states and the logits of the next token. Immutable, so
+class GenerationState:
+    """One or several sequences up to here: recurrent states and the logits of the next token. Immutable, so
     it can be forked."""
 
-    state: ModelState
+    model_state: ModelState
     logits: Tensor
     """(B, V)"""
     lengths: tuple[int, ...]
-    """tokens that each row has read"""
+    """tokens of each sequence so far"""
     seconds: float
-    """that reading took"""
+    """that the prefill took"""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens read, by all rows together."""
+        """Tokens of all sequences together."""
         return sum(self.lengths)
 
-    def select(self, rows: Sequence[int]) -> Context:
+    def select(self, rows: Sequence[int]) -> GenerationState:
         """Some rows; ``[0] * n`` forks a single one."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.logits.device)
         lengths = tuple(self.lengths[row] for row in rows)
-        return Context(self.state.select(index), self.logits.index_select(0, index), lengths, self.seconds)
+        return GenerationState(
+            self.model_state.select(index), self.logits.index_select(0, index), lengths, self.seconds
+        )
 
 
-def join(contexts: Sequence[Context]) -> Context:
-    """Rows of several contexts of one model as one batch."""
-    return Context(
-        ModelState.join([context.state for context in contexts]),
-        torch.cat([context.logits for context in contexts]),
-        tuple(length for context in contexts for length in context.lengths),
-        max(context.seconds for context in contexts),
+def join(states: Sequence[GenerationState]) -> GenerationState:
+    """Sequences of several states of one model as one batch."""
+    return GenerationState(
+        ModelState.join([state.model_state for state in states]),
+        torch.cat([state.logits for state in states]),
+        tuple(length for state in states for length in state.lengths),
+        max(state.seconds for state in states),
     )
 
 
 @dataclass
-class Continuation:
-    """A text being written; filled while its pieces are consumed."""
+class Completion:
+    """Generated text; filled while its pieces are consumed."""
 
-    context: Context
-    """after the last token that was read back"""
+    state: GenerationState
+    """after the last token that was fed back"""
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -86,8 +88,8 @@ def check_new_tokens(n: int) -> None:
         raise UserError(f"{n} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
 
 
-class Decodes(Protocol):
-    """What decoding needs of a model: a converted ``CausalLM``, or one whose step was compiled."""
+class DecoderModel(Protocol):
+    """A model that decodes: a converted ``CausalLM``, or one whose step was compiled."""
 
     embedding: torch.nn.Embedding
 
@@ -98,24 +100,24 @@ class Decodes(Protocol):
     def prefill(
         self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Read tokens (B, L) in parallel."""
+        """Process tokens (B, L) in parallel."""
         ...
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Read one token per row (B,)."""
+        """Process one token per row (B,)."""
         ...
 
 
 class TextGenerator:
-    """A converted model and its tokenizer, ready to read prompts and write text.
+    """A converted model and its tokenizer: prefills prompts and generates text.
 
     ``fingerprint`` names the model in saved states. :func:`tnnlm.inference.engine.open_engine` makes a fast
     one.
     """
 
-    def __init__(self, model: Decodes, tokenizer: TextTokenizer, fingerprint: str = "") -> None:
+    def __init__(self, model: DecoderModel, tokenizer: TextTokenizer, fingerprint: str = "") -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -125,7 +127,7 @@ class TextGenerator:
         self,
         prompt: str,
         max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         seed: int | None = None,
     ) -> str:
@@ -134,7 +136,7 @@ class TextGenerator:
         Args:
             prompt: at least one character.
             max_new_tokens: the text ends here, or before at the end-of-document token.
-            sampling: how tokens are drawn; None is ``Sampling()``.
+            sampling: how tokens are drawn; None is ``SamplingParams()``.
             seed: of the random numbers; None draws another text at each call.
 
         Raises:
@@ -143,24 +145,16 @@ class TextGenerator:
         check_new_tokens(max_new_tokens)
         random = torch.Generator(self.device)
         random.seed() if seed is None else random.manual_seed(seed)
-        _, pieces = self.write(self.read(prompt), max_new_tokens, sampling or Sampling(), random)
+        _, pieces = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
         return "".join(pieces)
 
     @torch.inference_mode()
-    def read(self, text: str, context: Context | None = None) -> Context:
-        """Prefill ``text``, from an empty state or on top of ``context``.
+    def prefill(self, texts: Sequence[str], state: GenerationState | None = None) -> GenerationState:
+        """Process prompts in parallel, a row each, from an empty state or on top of ``state``, which has as
+        many rows.
 
         Raises:
-            UserError: if the text is empty or not valid Unicode.
-        """
-        return self.read_batch([text], context)
-
-    @torch.inference_mode()
-    def read_batch(self, texts: Sequence[str], context: Context | None = None) -> Context:
-        """Prefill several texts at once, a row each; ``context`` has as many rows.
-
-        Raises:
-            UserError: if a text is empty or not valid Unicode.
+            UserError: if a prompt is empty or not valid Unicode.
         """
         rows = []
         for text in texts:
@@ -170,16 +164,18 @@ class TextGenerator:
                 raise UserError("the prompt is not valid UTF-8") from None
             if not rows[-1]:
                 raise UserError("the prompt is empty: give at least one character")
-        return self.read_tokens(rows, context)
+        return self.prefill_tokens(rows, state)
 
     @torch.inference_mode()
-    def read_tokens(self, rows: Sequence[Sequence[int]], context: Context | None = None) -> Context:
+    def prefill_tokens(
+        self, rows: Sequence[Sequence[int]], state: GenerationState | None = None
+    ) -> GenerationState:
         """Prefill rows of token ids, at least one each, in chunks of bounded memory.
 
         Rows of different lengths are padded at their end; a pad leaves the state as it is.
         """
         started = time.perf_counter()
-        state = context.state if context else self.model.init_state(len(rows))
+        model_state = state.model_state if state else self.model.init_state(len(rows))
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = int(lengths.max())
         tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
@@ -188,24 +184,24 @@ class TextGenerator:
         for start in range(0, longest, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
             own = None if even else (lengths - start).clamp(0, chunk.shape[1])
-            last, state = self.model.prefill(chunk, state, own, keep=1)
+            last, model_state = self.model.prefill(chunk, model_state, own, keep=1)
             # A row that ended in an earlier chunk keeps the logits from there.
             if logits is None or own is None:
                 logits = last[:, 0]
             else:
                 logits = torch.where((own > 0)[:, None], last[:, 0], logits)
         assert logits is not None
-        before = context.lengths if context else (0,) * len(rows)
-        read = tuple(old + len(row) for old, row in zip(before, rows, strict=True))
-        return Context(state, logits, read, time.perf_counter() - started)
+        before = state.lengths if state else (0,) * len(rows)
+        after = tuple(old + len(row) for old, row in zip(before, rows, strict=True))
+        return GenerationState(model_state, logits, after, time.perf_counter() - started)
 
-    def write(
+    def stream(
         self,
-        context: Context,
+        state: GenerationState,
         max_new_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         generator: torch.Generator | None = None,
-    ) -> tuple[Continuation, Iterator[str]]:
+    ) -> tuple[Completion, Iterator[str]]:
         """Continue a single row: a record that fills up, and the pieces of text, correct UTF-8 each.
 
         Ends after ``max_new_tokens`` or at the end-of-document token, which is not shown.
@@ -214,69 +210,69 @@ class TextGenerator:
             UserError: if ``max_new_tokens`` is negative or absurd.
         """
         check_new_tokens(max_new_tokens)
-        record = Continuation(context)
+        record = Completion(state)
         tokens = self._tokens(record, max_new_tokens, sampling, generator)
         return record, self._pieces(record, tokens)
 
     @torch.inference_mode()
-    def write_batch(
+    def generate(
         self,
-        context: Context,
+        state: GenerationState,
         max_new_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         generator: torch.Generator | None = None,
-    ) -> list[Continuation]:
-        """Continue all rows of ``context`` together, a token each per step.
+    ) -> list[Completion]:
+        """Continue all rows of ``state`` together, a token each per step.
 
         A row that reaches the end-of-document token leaves the batch; the others go on. Greedy rows are
-        what :meth:`write` gives for each alone; drawn ones share one random stream.
+        what :meth:`stream` gives for each alone; drawn ones share one random stream.
 
         Raises:
             UserError: if ``max_new_tokens`` is negative or absurd.
         """
         check_new_tokens(max_new_tokens)
-        records = [Continuation(context) for _ in context.lengths]
-        rows, current = list(range(len(records))), context
+        records = [Completion(state) for _ in state.lengths]
+        rows, current = list(range(len(records))), state
         started = time.perf_counter()
         for _ in range(max_new_tokens):
             tokens = sample(current.logits[:, : self.tokenizer.size], sampling, generator)
             kept = [i for i, token in enumerate(tokens.tolist()) if token != self.tokenizer.eos_id]
             if len(kept) < len(rows):
                 for i in {*range(len(rows))} - {*kept}:
-                    records[rows[i]].context = current.select([i])
+                    records[rows[i]].state = current.select([i])
                 tokens = tokens[torch.tensor(kept, dtype=torch.long, device=tokens.device)]
                 current, rows = current.select(kept), [rows[i] for i in kept]
             if not rows:
                 break
-            logits, state = self.model.step(tokens, current.state)
-            current = Context(state, logits, tuple(n + 1 for n in current.lengths), 0.0)
+            logits, model_state = self.model.step(tokens, current.model_state)
+            current = GenerationState(model_state, logits, tuple(n + 1 for n in current.lengths), 0.0)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 records[row].tokens.append(token)
                 records[row].seconds = time.perf_counter() - started
         for i, row in enumerate(rows):
-            records[row].context = current.select([i])
+            records[row].state = current.select([i])
         for record in records:
             record.text = self.tokenizer.decode(record.tokens)
         return records
 
-    def _pieces(self, record: Continuation, tokens: Iterator[int]) -> Iterator[str]:
+    def _pieces(self, record: Completion, tokens: Iterator[int]) -> Iterator[str]:
         for piece in self.tokenizer.stream(tokens):
             record.text += piece
             yield piece
 
     def _tokens(
-        self, record: Continuation, limit: int, sampling: Sampling, generator: torch.Generator | None
+        self, record: Completion, limit: int, sampling: SamplingParams, generator: torch.Generator | None
     ) -> Iterator[int]:
         for _ in range(limit):
             started = time.perf_counter()
             with torch.inference_mode():
-                # Entries of the embedding that the tokenizer doesn't know can't be written.
-                token = sample(record.context.logits[:, : self.tokenizer.size], sampling, generator)
+                # Entries of the embedding that the tokenizer doesn't know can't be decoded.
+                token = sample(record.state.logits[:, : self.tokenizer.size], sampling, generator)
                 chosen = int(token)
                 if chosen == self.tokenizer.eos_id:
                     return
-                logits, state = self.model.step(token, record.context.state)
-            record.context = Context(state, logits, (record.context.n_tokens + 1,), 0.0)
+                logits, model_state = self.model.step(token, record.state.model_state)
+            record.state = GenerationState(model_state, logits, (record.state.n_tokens + 1,), 0.0)
             record.tokens.append(chosen)
             record.seconds += time.perf_counter() - started
             yield chosen

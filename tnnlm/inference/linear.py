@@ -32,7 +32,7 @@ _TILE_BYTES = 1 << 19
 """of widened weights: a tile stays in the second-level cache"""
 
 
-class PackedLinear(nn.Module):
+class InferenceLinear(nn.Module):
     """y = x W^T + b with W packed by oneDNN, in float32 or bfloat16; x and y keep their dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:

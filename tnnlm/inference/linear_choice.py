@@ -18,8 +18,8 @@ from tnnlm.inference.linear import (
     DTYPES,
     INT8_BLOCK,
     HalfLinear,
+    InferenceLinear,
     Int8Linear,
-    PackedLinear,
     WidenedLinear,
     cast_linear,
 )
@@ -74,11 +74,11 @@ def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
 
 _ON_CPU = {
     "float32": (
-        ("onednn_float32", Choice("oneDNN", partial(PackedLinear, dtype=torch.float32), True)),
+        ("onednn_float32", Choice("oneDNN", partial(InferenceLinear, dtype=torch.float32), True)),
         ("", Choice("plain", partial(cast_linear, dtype=torch.float32))),
     ),
     "bfloat16": (
-        ("onednn_bfloat16", Choice("oneDNN", partial(PackedLinear, dtype=torch.bfloat16), True)),
+        ("onednn_bfloat16", Choice("oneDNN", partial(InferenceLinear, dtype=torch.bfloat16), True)),
         ("fbgemm_float16", Choice("FBGEMM float16", HalfLinear, True)),
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="bfloat16"))),
     ),

@@ -12,7 +12,7 @@ from tnnlm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How the next token is drawn. Temperature 0 is greedy; the cuts are applied in the order k, p."""
 
     temperature: float = 0.8
@@ -35,7 +35,7 @@ def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
     """Draw the next token of every row: logits (B, V) -> (B,).
 
     Raises:

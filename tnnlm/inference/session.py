@@ -12,20 +12,20 @@ import torch
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.errors import UserError
 from tnnlm.inference.engine import EngineInfo, open_engine, usable_device
-from tnnlm.inference.generator import Context, Continuation, TextGenerator, check_new_tokens, join
-from tnnlm.inference.sampling import Sampling
-from tnnlm.inference.state_file import load_context, save_context
+from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
+from tnnlm.inference.sampling import SamplingParams
+from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
 
 
-class Decoder:
+class GenerationSession:
     """A loaded model with its sampling settings and random stream."""
 
     def __init__(
         self,
         generator: TextGenerator,
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_new_tokens: int,
         seed: int,
         engine: EngineInfo | None = None,
@@ -37,7 +37,7 @@ class Decoder:
         self.engine = engine
         """what runs"""
         self.random = torch.Generator(generator.device).manual_seed(seed)
-        self.context: Context | None = None
+        self.state: GenerationState | None = None
         """after the last token, or as loaded"""
 
     @classmethod
@@ -46,12 +46,12 @@ class Decoder:
         target: str | None,
         runs_dir: Path,
         device: str,
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_new_tokens: int,
         seed: int,
         dtype: str = "float32",
         engine: str = "auto",
-    ) -> Decoder:
+    ) -> GenerationSession:
         """Find and load a converted model.
 
         Raises:
@@ -65,51 +65,51 @@ class Decoder:
         return cls(generator, sampling, max_new_tokens, seed, info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
-        """Go on from a saved context, and from its random stream unless ``reseed``.
+        """Go on from a saved state, and from its random stream unless ``reseed``.
 
         Raises:
             CheckpointError: if it is missing, damaged, or another model's.
         """
-        self.context, random = load_context(path, self.generator)
+        self.state, random = load_state(path, self.generator)
         if random is not None and not reseed:
             self.random.set_state(random)
 
     def save_state(self, path: Path) -> None:
-        """Write the context after the last token.
+        """Write the state after the last token.
 
         Raises:
-            UserError: if nothing was read.
+            UserError: if there was no token.
         """
-        if self.context is None:
-            raise UserError(f"--save-state {path}: nothing was read, there is no state to keep")
-        save_context(path, self.generator, self.context, self.random)
+        if self.state is None:
+            raise UserError(f"--save-state {path}: there was no prompt, so there is no state to keep")
+        save_state(path, self.generator, self.state, self.random)
 
     def show(self, prompt: str | None, n_samples: int, out: TextIO) -> None:
         """Write the prompt and its continuation as it comes; several samples, written together, in turn."""
-        context = self._read(prompt)
+        state = self._state_after(prompt)
         if n_samples == 1:
             out.write(prompt or "")
-            self.context = self._stream(context, out).context
+            self.state = self._stream(state, out).state
             out.write("\n")
             return
-        for index, record in enumerate(self._batch(context.select([0] * n_samples))):
+        for index, record in enumerate(self._batch(state.select([0] * n_samples))):
             out.write(f"--- sample {index + 1}\n{prompt or ''}{record.text}\n")
 
     def show_batch(self, prompts: Sequence[str], out: TextIO) -> None:
         """Continue several prompts together, then write each with its continuation."""
         self._check_rows(len(prompts))
-        for prompt, record in zip(prompts, self._batch(self._read_all(prompts)), strict=True):
+        for prompt, record in zip(prompts, self._batch(self._prefill(prompts)), strict=True):
             out.write(f"--- {prompt}\n{record.text}\n")
 
     def measure(self, prompt: str | None, n_samples: int) -> dict[str, Any]:
         """Text and measurements as plain data; ``text`` and the times are the first sample's."""
-        context = self._read(prompt)
+        state = self._state_after(prompt)
         if n_samples == 1:
-            records = [self._stream(context, None)]
-            self.context = records[0].context
+            records = [self._stream(state, None)]
+            self.state = records[0].state
         else:
-            records = self._batch(context.select([0] * n_samples))
-        result = self._measured(context, records[0]) | {"prompt": prompt or "", "text": records[0].text}
+            records = self._batch(state.select([0] * n_samples))
+        result = self._measured(state, records[0]) | {"prompt": prompt or "", "text": records[0].text}
         if n_samples > 1:
             result["samples"] = [record.text for record in records]
         return result
@@ -117,11 +117,11 @@ class Decoder:
     def measure_batch(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Texts and measurements of a batch; times are those of the whole."""
         self._check_rows(len(prompts))
-        context = self._read_all(prompts)
-        records = self._batch(context)
+        state = self._prefill(prompts)
+        records = self._batch(state)
         longest = max(records, key=lambda record: len(record.tokens))
         texts = [{"prompt": p, "text": r.text} for p, r in zip(prompts, records, strict=True)]
-        return self._measured(context, longest) | {"samples": texts}
+        return self._measured(state, longest) | {"samples": texts}
 
     def converse(self, prompt: str | None, source: TextIO, out: TextIO) -> None:
         """Read lines and continue each on top of everything before; the state stays the same size."""
@@ -134,45 +134,45 @@ class Decoder:
                 if not prompt:
                     return
             if prompt.strip():
-                self.context = self._stream(self._read(prompt), out).context
+                self.state = self._stream(self._state_after(prompt), out).state
                 out.write("\n")
             prompt = None
 
-    def _measured(self, context: Context, record: Continuation) -> dict[str, Any]:
+    def _measured(self, state: GenerationState, record: Completion) -> dict[str, Any]:
         return {
-            "prompt_tokens": context.n_tokens,
+            "prompt_tokens": state.n_tokens,
             "new_tokens": len(record.tokens),
-            "prefill_seconds": context.seconds,
+            "prefill_seconds": state.seconds,
             "seconds_per_token": record.seconds_per_token,
             "state_bytes": state_bytes(self.generator.model.init_state(1)),
             "engine": str(self.engine or ""),
             "engine_info": self.engine.to_dict() if self.engine else {},
         }
 
-    def _read(self, prompt: str | None) -> Context:
-        """The prompt on top of what was read before; without one, that alone."""
+    def _state_after(self, prompt: str | None) -> GenerationState:
+        """After the prompt, on top of what came before; without a prompt, that alone."""
         self._check_rows(1)
-        if prompt is None and self.context is not None:
-            return self.context
-        return self._read_all([prompt or ""])
+        if prompt is None and self.state is not None:
+            return self.state
+        return self._prefill([prompt or ""])
 
-    def _read_all(self, prompts: Sequence[str]) -> Context:
-        return self.generator.read_batch(prompts, self.context)
+    def _prefill(self, prompts: Sequence[str]) -> GenerationState:
+        return self.generator.prefill(prompts, self.state)
 
     def _check_rows(self, prompts: int) -> None:
-        if self.context is not None and len(self.context.lengths) != prompts:
+        if self.state is not None and len(self.state.lengths) != prompts:
             raise UserError(
-                f"the loaded state has {len(self.context.lengths)} rows, and there are {prompts} prompts: "
+                f"the loaded state has {len(self.state.lengths)} rows, and there are {prompts} prompts: "
                 "give as many"
             )
 
-    def _batch(self, context: Context) -> list[Continuation]:
-        records = self.generator.write_batch(context, self.max_new_tokens, self.sampling, self.random)
-        self.context = join([record.context for record in records])
+    def _batch(self, state: GenerationState) -> list[Completion]:
+        records = self.generator.generate(state, self.max_new_tokens, self.sampling, self.random)
+        self.state = join([record.state for record in records])
         return records
 
-    def _stream(self, context: Context, out: TextIO | None) -> Continuation:
-        record, pieces = self.generator.write(context, self.max_new_tokens, self.sampling, self.random)
+    def _stream(self, state: GenerationState, out: TextIO | None) -> Completion:
+        record, pieces = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
         for piece in pieces:
             if out is not None:
                 out.write(piece)

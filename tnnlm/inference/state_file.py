@@ -17,15 +17,15 @@ from torch import Tensor
 from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file, check_parents
-from tnnlm.inference.generator import Context, TextGenerator
+from tnnlm.inference.generator import GenerationState, TextGenerator
 
 FORMAT = "tnnlm-state-1"
 
 
-class SavedContext(NamedTuple):
+class SavedState(NamedTuple):
     """What a file holds."""
 
-    context: Context
+    state: GenerationState
     random: Tensor | None
     """state of the random stream, for :meth:`torch.Generator.set_state`"""
 
@@ -41,15 +41,15 @@ def check_state_path(path: Path) -> None:
     check_parents(path)
 
 
-def save_context(
-    path: Path, generator: TextGenerator, context: Context, random: torch.Generator | None = None
+def save_state(
+    path: Path, generator: TextGenerator, state: GenerationState, random: torch.Generator | None = None
 ) -> None:
-    """Write a context; the file appears whole or not at all.
+    """Write a generation state; the file appears whole or not at all.
 
     Args:
         path: of the file; one that is there is replaced.
-        generator: the model and tokenizer that read it.
-        context: one or several rows.
+        generator: the model and tokenizer that it belongs to.
+        state: of one or several sequences.
         random: the stream that goes on with it, if it matters.
 
     Raises:
@@ -57,24 +57,24 @@ def save_context(
     """
     tensors = {
         f"layers.{index}.{name}": part
-        for index, layer in enumerate(context.state.layers)
+        for index, layer in enumerate(state.model_state.layers)
         for name, part in layer._asdict().items()
     }
-    tensors["logits"] = context.logits
+    tensors["logits"] = state.logits
     if random is not None:
         tensors["random"] = random.get_state()
     metadata = {
         "kind": FORMAT,
         "model": generator.fingerprint,
         "tokenizer": generator.tokenizer.fingerprint,
-        "lengths": json.dumps(context.lengths),
+        "lengths": json.dumps(state.lengths),
     }
     with atomic_file(path) as temporary:
         save_tensors({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
 
 
-def load_context(path: Path, generator: TextGenerator) -> SavedContext:
-    """Read a context back, onto the model's device.
+def load_state(path: Path, generator: TextGenerator) -> SavedState:
+    """Load a generation state, onto the model's device.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another model or tokenizer.
@@ -108,5 +108,5 @@ def load_context(path: Path, generator: TextGenerator) -> SavedContext:
         type(layer)(*(tensors[f"layers.{index}.{name}"].to(device) for name in layer._fields))
         for index, layer in enumerate(empty.layers)
     )
-    context = Context(type(empty)(layers), tensors["logits"].to(device), lengths, 0.0)
-    return SavedContext(context, random)
+    state = GenerationState(type(empty)(layers), tensors["logits"].to(device), lengths, 0.0)
+    return SavedState(state, random)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.middleware import CountAnswers, WholeBody
-from tnnlm.serving.responses import Answer
+from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.service import Service
 from tnnlm.serving.settings import Settings
@@ -54,7 +54,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
     @app.get("/v1/models/{name:path}", dependencies=[key])
     def model(name: str) -> dict[str, Any]:
-        service.intake.check_model(name)
+        service.parser.check_model(name)
         return service.card()
 
     @app.post("/v1/completions", dependencies=[key], response_model=None)
@@ -67,7 +67,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
     @app.get("/health")
     def health() -> JSONResponse:
-        return JSONResponse(service.health(), 200 if service.batcher.alive else 503)
+        return JSONResponse(service.health(), 200 if service.scheduler.alive else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -88,16 +88,16 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
 async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     # Tokenizing a long prompt must not hold up the streams of others.
-    work = await asyncio.to_thread(service.intake.take, body)
-    answer = work.answer
-    service.submit(answer, work.readings)
+    parsed = await asyncio.to_thread(service.parser.parse, body)
+    response = parsed.response
+    service.submit(response, parsed.prompts)
     if body.stream:
         options = body.stream_options
-        pieces = answer.stream(options.include_usage, options.include_timing)
-        stream = _cancelled_with(service, answer, pieces)
+        pieces = response.stream(options.include_usage, options.include_timing)
+        stream = _cancelled_with(service, response, pieces)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    whole = asyncio.ensure_future(answer.whole())
+    whole = asyncio.ensure_future(response.whole())
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -109,20 +109,20 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
     except RuntimeError as error:
         raise ApiError(500, str(error)) from None
     finally:
-        service.batcher.cancel(answer.jobs)
+        service.scheduler.cancel(response.sequences)
         whole.cancel()
         gone.cancel()
 
 
 async def _cancelled_with(
-    service: Service, answer: Answer, pieces: AsyncIterator[bytes]
+    service: Service, response: CompletionResponse, pieces: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
     """A stream whose texts are given up with it, as when its client goes away."""
     try:
         async for piece in pieces:
             yield piece
     finally:
-        service.batcher.cancel(answer.jobs)
+        service.scheduler.cancel(response.sequences)
 
 
 async def _gone(request: Request) -> None:

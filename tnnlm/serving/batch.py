@@ -1,4 +1,4 @@
-"""The rows of a running batch: texts with their states, which join and leave between any two steps."""
+"""The running batch: sequences with their states, which join and leave between any two steps."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import ModelState
-from tnnlm.serving.sampler import RowSampler, draw
-from tnnlm.serving.sequence import Job
+from tnnlm.serving.sampler import SequenceSampler, sample_batch
+from tnnlm.serving.sequence import GeneratedSequence
 
 LEAST_ROWS = 2
 """one row alone takes another routine of the matrix products, which rounds differently: with an idle row
 beside it the packed engine gives a text the same bits under any load"""
 
 
-class Drawn(NamedTuple):
-    """What a step gave."""
+class StepOutput(NamedTuple):
+    """Tokens of one step."""
 
-    jobs: list[Job | None]
+    sequences: list[GeneratedSequence | None]
     """by row; None is an idle one"""
     tokens: list[int]
     logits: Tensor
@@ -31,47 +31,57 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-class Rows:
-    """Fixed memory per row, whatever it has read."""
+class RunningBatch:
+    """Fixed memory per sequence, however long it is."""
 
     def __init__(self, generator: TextGenerator) -> None:
         self._model, self._device = generator.model, generator.device
         self._vocabulary = generator.tokenizer.size
-        self._idle = RowSampler(Sampling(temperature=0), self._vocabulary)
-        self._jobs: list[Job | None] = []
+        self._idle = SequenceSampler(SamplingParams(temperature=0), self._vocabulary)
+        self._sequences: list[GeneratedSequence | None] = []
         self._state: ModelState | None = None
 
     @property
-    def jobs(self) -> list[Job]:
-        """The texts in it."""
-        return [job for job in self._jobs if job is not None]
+    def sequences(self) -> list[GeneratedSequence]:
+        """The sequences in it."""
+        return [sequence for sequence in self._sequences if sequence is not None]
 
-    def step(self) -> Drawn:
+    def step(self) -> StepOutput:
         """Feed every row its last token, and draw its next."""
         assert self._state is not None
         started = time.perf_counter()
-        last = torch.tensor([job.drawn[-1] if job else 0 for job in self._jobs])
+        last = torch.tensor([sequence.drawn[-1] if sequence else 0 for sequence in self._sequences])
         logits, self._state = self._model.step(last.to(self._device), self._state)
         logits = logits[:, : self._vocabulary]
-        tokens = draw(logits, [job.sampler if job else self._idle for job in self._jobs])
-        return Drawn(list(self._jobs), tokens, logits, time.perf_counter() - started)
+        tokens = sample_batch(
+            logits, [sequence.sampler if sequence else self._idle for sequence in self._sequences]
+        )
+        return StepOutput(list(self._sequences), tokens, logits, time.perf_counter() - started)
 
-    def change(self, leave: Sequence[Job] = (), join: Sequence[tuple[Job, ModelState]] = ()) -> None:
-        """Take texts out, and in, each with its state of one row."""
+    def change(
+        self,
+        leave: Sequence[GeneratedSequence] = (),
+        join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
+    ) -> None:
+        """Take sequences out, and in, each with its state of one row."""
         if not leave and not join:
             return
-        kept = [row for row, job in enumerate(self._jobs) if job is not None and job not in leave]
-        jobs = [self._jobs[row] for row in kept] + [job for job, _ in join]
+        kept = [
+            row
+            for row, sequence in enumerate(self._sequences)
+            if sequence is not None and sequence not in leave
+        ]
+        sequences = [self._sequences[row] for row in kept] + [sequence for sequence, _ in join]
         states = [state for _, state in join]
         if kept:
             assert self._state is not None
             states.insert(0, self._state.select(torch.tensor(kept, device=self._device)))
-        idle = LEAST_ROWS - len(jobs) if jobs else 0
+        idle = LEAST_ROWS - len(sequences) if sequences else 0
         if idle > 0:
-            jobs += [None] * idle
+            sequences += [None] * idle
             states.append(self._model.init_state(idle))
-        self._jobs, self._state = jobs, ModelState.join(states) if states else None
+        self._sequences, self._state = sequences, ModelState.join(states) if states else None
 
     def clear(self) -> None:
         """Take all out."""
-        self._jobs, self._state = [], None
+        self._sequences, self._state = [], None

@@ -30,13 +30,13 @@ class WholeBody:
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except TimeoutError:
-            answer = error_response(408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
-            return await answer(scope, receive, send)
+            response = error_response(408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
+            return await response(scope, receive, send)
         if body is None:
             # What is left of it is never read.
             headers = {"Connection": "close"}
-            answer = error_response(413, f"the body is larger than {self.limit:,} bytes", headers=headers)
-            return await answer(scope, receive, send)
+            response = error_response(413, f"the body is larger than {self.limit:,} bytes", headers=headers)
+            return await response(scope, receive, send)
         replayed = False
 
         async def again() -> Message:

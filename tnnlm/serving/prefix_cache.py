@@ -1,6 +1,6 @@
-"""States of token sequences that were read, for prompts that begin with them: forked, never changed.
+"""States after token sequences, for prompts that begin with them: forked, never changed.
 
-A state is a few hundred kilobytes whatever it has read, so that a whole prompt's costs what a token's does.
+A state is a few hundred kilobytes however long the sequence: a whole prompt costs what a token costs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from tnnlm.inference.generator import Context
+from tnnlm.inference.generator import GenerationState
 from tnnlm.models.causal_lm import state_bytes
 
 Key: TypeAlias = tuple[int, bytes]
@@ -19,7 +19,7 @@ Key: TypeAlias = tuple[int, bytes]
 
 
 class _Kept(NamedTuple):
-    context: Context
+    state: GenerationState
     size: int
 
 
@@ -35,25 +35,25 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def longest(self, tokens: Sequence[int]) -> tuple[int, Context] | None:
-        """How many of ``tokens`` were read before, and the context after those; None if none were."""
+    def longest(self, tokens: Sequence[int]) -> tuple[int, GenerationState] | None:
+        """How many of ``tokens`` were processed before, and the state after those; None if none were."""
         lengths = sorted(length for length in self._lengths if length <= len(tokens))
         found = [key for key in _keys(tokens, lengths) if key in self._kept]
         if not found:
             return None
         self._kept.move_to_end(found[-1])
-        return found[-1][0], self._kept[found[-1]].context
+        return found[-1][0], self._kept[found[-1]].state
 
-    def put(self, tokens: Sequence[int], context: Context) -> None:
-        """Keep the context after ``tokens``, one row that shares no memory with a batch."""
-        size = state_bytes(context.state) + context.logits.numel() * context.logits.element_size()
+    def put(self, tokens: Sequence[int], state: GenerationState) -> None:
+        """Keep the state after ``tokens``, one row that shares no memory with a batch."""
+        size = state_bytes(state.model_state) + state.logits.numel() * state.logits.element_size()
         if size > self.limit:
             return
         (key,) = _keys(tokens, [len(tokens)])
         if key in self._kept:
             self._kept.move_to_end(key)
             return
-        self._kept[key] = _Kept(context, size)
+        self._kept[key] = _Kept(state, size)
         self._lengths[key[0]] += 1
         self.bytes += size
         while self.bytes > self.limit:

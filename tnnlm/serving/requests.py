@@ -1,27 +1,27 @@
-"""From a request as it came to what the batcher takes, or a refusal that says why."""
+"""From a request as it came to what the scheduler takes, or a refusal that says why."""
 
 from __future__ import annotations
 
 import time
 from typing import NamedTuple
 
-from tnnlm.inference.sampling import Sampling
-from tnnlm.serving.responses import Answer
-from tnnlm.serving.sampler import RowSampler
+from tnnlm.inference.sampling import SamplingParams
+from tnnlm.serving.responses import CompletionResponse
+from tnnlm.serving.sampler import SequenceSampler
 from tnnlm.serving.schemas import ApiError, CompletionRequest
-from tnnlm.serving.sequence import Job, Reading, StoppedText
+from tnnlm.serving.sequence import GeneratedSequence, Prompt, StoppedText
 from tnnlm.serving.settings import PROMPTS, Limits
 from tnnlm.tokenizer import TextTokenizer
 
 
-class Work(NamedTuple):
-    """A request that was taken."""
+class ParsedRequest(NamedTuple):
+    """A request that was accepted."""
 
-    answer: Answer
-    readings: list[Reading]
+    response: CompletionResponse
+    prompts: list[Prompt]
 
 
-class Intake:
+class RequestParser:
     """Checks what a schema can't: ids, lengths, names; tokenizes."""
 
     def __init__(self, tokenizer: TextTokenizer, model: str, limits: Limits) -> None:
@@ -38,8 +38,8 @@ class Intake:
         if name not in ("", self.model):
             raise ApiError(404, f"no model {name!r} here: it is {self.model!r}", "model", "model_not_found")
 
-    def take(self, request: CompletionRequest) -> Work:
-        """The texts that a request asks for, ready to be submitted.
+    def parse(self, request: CompletionRequest) -> ParsedRequest:
+        """The sequences that a request asks for, ready to be submitted.
 
         Raises:
             ApiError: 400 or 404, with the parameter that is wrong.
@@ -52,34 +52,36 @@ class Intake:
         most = min(PROMPTS, self.limits.max_batch)
         if len(given) * request.n > most:
             raise ApiError(400, f"prompts times n: at most {most} texts per request", "n")
-        prompts = [self._tokens(prompt) for prompt in given]
+        rows = [self._tokens(prompt) for prompt in given]
         bias = self._bias(request.logit_bias)
-        sampling = Sampling(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
-        readings: list[Reading] = []
-        jobs: list[Job] = []
+        sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
+        prompts: list[Prompt] = []
+        sequences: list[GeneratedSequence] = []
         echo = []
-        for tokens in prompts:
+        for tokens in rows:
             own = []
             for _ in range(request.n):
-                sampler = RowSampler(
+                sampler = SequenceSampler(
                     sampling,
                     self.tokenizer.size,
                     seed=request.seed,
-                    index=len(jobs),
+                    index=len(sequences),
                     bias=bias,
                     presence=request.presence_penalty,
                     frequency=request.frequency_penalty,
                 )
                 text = StoppedText(self.tokenizer, request.stop)
                 deadline = arrived + self.limits.timeout
-                own.append(Job(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs))
-                jobs.append(own[-1])
+                own.append(
+                    GeneratedSequence(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs)
+                )
+                sequences.append(own[-1])
                 echo.append(self.tokenizer.decode(tokens) if request.echo else "")
             scored = request.logprobs if request.echo else None
-            readings.append(Reading(tokens, own, scored))
-        answer = Answer(self.model, self.tokenizer, prompts, jobs)
-        answer.echo = echo
-        return Work(answer, readings)
+            prompts.append(Prompt(tokens, own, scored))
+        response = CompletionResponse(self.model, self.tokenizer, rows, sequences)
+        response.echo = echo
+        return ParsedRequest(response, prompts)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

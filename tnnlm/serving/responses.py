@@ -1,4 +1,4 @@
-"""Answers of the completions API, whole or as a stream of server-sent events."""
+"""Responses of the completions API, whole or as a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from tnnlm.serving.logprobs import TokenScore
-from tnnlm.serving.sequence import TIMEOUT, Event, Job
+from tnnlm.serving.sequence import TIMEOUT, GeneratedSequence, SequenceOutput
 from tnnlm.tokenizer import TextTokenizer
 
 
-class Answer:
-    """The texts of one request, filled by events."""
+class CompletionResponse:
+    """The sequences of one request, filled by outputs."""
 
     def __init__(
-        self, model: str, tokenizer: TextTokenizer, prompts: list[list[int]], jobs: list[Job]
+        self,
+        model: str,
+        tokenizer: TextTokenizer,
+        prompts: list[list[int]],
+        sequences: list[GeneratedSequence],
     ) -> None:
-        self.jobs = jobs
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.echo: list[str] = [""] * len(jobs)
-        """what each text begins with"""
+        self.sequences = sequences
+        self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
+        self.echo: list[str] = [""] * len(sequences)
+        """what each sequence begins with"""
         self._tokenizer = tokenizer
         self._prompt_tokens = sum(map(len, prompts))
         self._tokens = 0
-        self._offsets = [0] * len(jobs)
-        self._index = {job: index for index, job in enumerate(jobs)}
-        self._open = set(jobs)
+        self._offsets = [0] * len(sequences)
+        self._index = {sequence: index for index, sequence in enumerate(sequences)}
+        self._open = set(sequences)
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -37,68 +41,72 @@ class Answer:
             "model": model,
         }
 
-    async def events(self) -> AsyncIterator[Event]:
-        """What happens, in order, until all texts have ended; what has piled up of a text comes as one."""
+    async def outputs(self) -> AsyncIterator[SequenceOutput]:
+        """Outputs in order, until all sequences have ended; what has piled up of a sequence comes as one."""
         while self._open:
             new = [await self.queue.get()]
             while not self.queue.empty():
                 new.append(self.queue.get_nowait())
-            merged: dict[Job, Event] = {}
-            for event in new:
-                if event.job in merged:
-                    merged[event.job].merge(event)
+            merged: dict[GeneratedSequence, SequenceOutput] = {}
+            for output in new:
+                if output.sequence in merged:
+                    merged[output.sequence].merge(output)
                 else:
-                    merged[event.job] = event
-            for event in merged.values():
-                self._tokens += event.tokens
-                if event.finish:
-                    self._open.discard(event.job)
-                yield event
+                    merged[output.sequence] = output
+            for output in merged.values():
+                self._tokens += output.tokens
+                if output.finish:
+                    self._open.discard(output.sequence)
+                yield output
 
     async def whole(self) -> dict[str, Any]:
-        """The answer to a request without ``stream``.
+        """The response to a request without ``stream``.
 
         Raises:
-            TimeoutError: if the time of a text ran out before its first token.
-            RuntimeError: with another error of a text.
+            TimeoutError: if the time of a sequence ran out before its first token.
+            RuntimeError: with another error of a sequence.
         """
-        texts = {job: Event(job, self.echo[index]) for job, index in self._index.items()}
-        async for event in self.events():
-            if event.finish == "error":
-                raise (TimeoutError if event.error == TIMEOUT else RuntimeError)(event.error)
-            texts[event.job].merge(event)
+        texts = {
+            sequence: SequenceOutput(sequence, self.echo[index]) for sequence, index in self._index.items()
+        }
+        async for output in self.outputs():
+            if output.finish == "error":
+                raise (TimeoutError if output.error == TIMEOUT else RuntimeError)(output.error)
+            texts[output.sequence].merge(output)
         return self._head | {
-            "choices": [self._choice(event) for event in texts.values()],
+            "choices": [self._choice(output) for output in texts.values()],
             "usage": self._usage(),
         }
 
     async def stream(self, usage: bool, timing: bool) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; ends with ``[DONE]``, or with an error event."""
-        for job, index in self._index.items():
+        """The response as server-sent events; ends with ``[DONE]``, or with an error event."""
+        for sequence, index in self._index.items():
             if self.echo[index]:
-                yield _sse(self._head | {"choices": [self._choice(Event(job, self.echo[index]))]})
-        async for event in self.events():
-            if event.finish == "error":
-                error = {"message": event.error, "type": "server_error", "param": None, "code": None}
+                yield _sse(
+                    self._head | {"choices": [self._choice(SequenceOutput(sequence, self.echo[index]))]}
+                )
+        async for output in self.outputs():
+            if output.finish == "error":
+                error = {"message": output.error, "type": "server_error", "param": None, "code": None}
                 yield _sse({"error": error})
                 return
-            if not (event.text or event.finish or event.scores or timing):
+            if not (output.text or output.finish or output.scores or timing):
                 continue
-            chunk = self._head | {"choices": [self._choice(event)]}
+            chunk = self._head | {"choices": [self._choice(output)]}
             if timing:
                 chunk["tnnlm"] = {
-                    "position": event.position,
-                    "step_ms": [round(ms, 3) for ms in event.step_ms],
+                    "position": output.position,
+                    "step_ms": [round(ms, 3) for ms in output.step_ms],
                 }
             yield _sse(chunk)
         if usage:
             yield _sse(self._head | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
-    def _choice(self, event: Event) -> dict[str, Any]:
-        index = self._index[event.job]
-        scores = self._scores(event.scores, index) if event.job.logprobs is not None else None
-        return {"index": index, "text": event.text, "logprobs": scores, "finish_reason": event.finish}
+    def _choice(self, output: SequenceOutput) -> dict[str, Any]:
+        index = self._index[output.sequence]
+        scores = self._scores(output.scores, index) if output.sequence.logprobs is not None else None
+        return {"index": index, "text": output.text, "logprobs": scores, "finish_reason": output.finish}
 
     def _scores(self, scores: list[TokenScore], index: int) -> dict[str, Any]:
         words = [self._word(score.token) for score in scores]
@@ -126,7 +134,7 @@ class Answer:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
             "total_tokens": self._prompt_tokens + self._tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in self.jobs)},
+            "prompt_tokens_details": {"cached_tokens": sum(sequence.cached for sequence in self.sequences)},
         }
 
 

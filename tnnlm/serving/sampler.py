@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnnlm.inference.sampling import Sampling, tempered
+from tnnlm.inference.sampling import SamplingParams, tempered
 
 _HEAD = 1024
 """likeliest tokens that are sorted first; all of them only where these don't reach ``top_p``"""
 
 
-class RowSampler:
-    """How one text's tokens are drawn."""
+class SequenceSampler:
+    """How one sequence's tokens are sampled."""
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingParams,
         vocabulary: int,
         *,
         seed: int | None = None,
@@ -36,7 +36,7 @@ class RowSampler:
         sampling: temperature and cuts.
         vocabulary: tokens there are.
         seed: of the random stream; None takes a new one.
-        index: of several texts from one seed.
+        index: of several sequences from one seed.
         bias: added to the logits of these tokens.
         presence: taken from the logit of every token that was drawn.
         frequency: taken from it for each time.
@@ -62,8 +62,8 @@ class RowSampler:
             self.added[token] -= self._presence
 
 
-def draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """Draw a token per row of logits (B, V)."""
+def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
+    """Sample a token per row of logits (B, V)."""
     logits = logits.float()
     if any(row.added is not None for row in rows):
         logits = logits.clone()
@@ -76,14 +76,14 @@ def draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
         chosen = [rows[i] for i in drawn]
         temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
         scaled = tempered(logits[drawn], temperatures.to(logits.device))
-        for i, token in zip(drawn, _draw(scaled, chosen), strict=True):
+        for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
             tokens[i] = token
     for token, row in zip(tokens, rows, strict=True):
         row.took(token)
     return tokens
 
 
-def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     """From logits (B, V) in float64, by inverting the distribution function at a uniform number per row."""
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1]
     if cut:
@@ -97,7 +97,7 @@ def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()
 
 
-def least_kept(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def least_kept(logits: Tensor, settings: Sequence[SamplingParams]) -> Tensor:
     """The smallest logit that the cuts keep, (B,): k first, then p of what k kept."""
     vocabulary = logits.shape[1]
     k = torch.tensor([s.top_k or vocabulary for s in settings], device=logits.device)

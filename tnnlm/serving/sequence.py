@@ -1,4 +1,4 @@
-"""One text of a request while it waits, is read and is written; and the events that tell of it."""
+"""A sequence of a request from its prompt to its last token, and what each step adds to it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from tnnlm.inference.generator import Context
+from tnnlm.inference.generator import GenerationState
 from tnnlm.serving.logprobs import TokenScore
-from tnnlm.serving.sampler import RowSampler
+from tnnlm.serving.sampler import SequenceSampler
 from tnnlm.tokenizer import TextStream, TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]
 TIMEOUT = "timeout"
-"""the error of a text whose time ran out before its first token"""
+"""the error of a sequence whose time ran out before its first token"""
 
 
 @dataclass
-class Event:
-    """What one step added to a text."""
+class SequenceOutput:
+    """What one step added to a sequence."""
 
-    job: Job
+    sequence: GeneratedSequence
     text: str = ""
     scores: list[TokenScore] = field(default_factory=list)
     tokens: int = 0
@@ -32,8 +32,8 @@ class Event:
     finish: Finish | None = None
     error: str = ""
 
-    def merge(self, later: Event) -> None:
-        """Take up a later event of the same text."""
+    def merge(self, later: SequenceOutput) -> None:
+        """Add a later output of the same sequence."""
         self.text += later.text
         self.scores += later.scores
         self.tokens += later.tokens
@@ -79,41 +79,41 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass(eq=False)
-class Job:
-    """One text: how it is to be written, and how far it is."""
+class GeneratedSequence:
+    """One sequence: how it is sampled, and how far it is."""
 
-    sampler: RowSampler
+    sampler: SequenceSampler
     text: StoppedText
     max_tokens: int
     deadline: float
     """on the monotonic clock"""
     owner: Any = None
-    """whom its events are for"""
+    """whom its outputs are for"""
     logprobs: int | None = None
     drawn: list[int] = field(default_factory=list)
     """the end token too"""
     position: int = 0
-    """tokens read"""
+    """tokens processed"""
     cached: int = 0
     """of the prompt's tokens, found in the cache"""
     cancelled: bool = False
 
 
 @dataclass(eq=False)
-class Reading:
-    """A prompt with the texts that begin with it: read once, then forked."""
+class Prompt:
+    """A prompt with the sequences that begin with it: prefilled once, then forked."""
 
-    prompt: list[int]
-    jobs: list[Job]
+    tokens: list[int]
+    sequences: list[GeneratedSequence]
     score_prompt: int | None = None
     """how many alternatives to score the prompt's tokens with; None leaves it"""
-    context: Context | None = None
+    state: GenerationState | None = None
     position: int = 0
-    """tokens read"""
+    """tokens processed"""
     cached: int = 0
     """of these, found in the cache"""
 
     @property
-    def whole(self) -> bool:
-        """Whether the prompt is read to its end."""
-        return self.position == len(self.prompt)
+    def complete(self) -> bool:
+        """Whether it was processed to its end."""
+        return self.position == len(self.tokens)

@@ -1,4 +1,4 @@
-"""One model behind a batcher, for one event loop: what the routes of an application share."""
+"""One model behind a scheduler, for one event loop: what the routes of an application share."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from fastapi import FastAPI
 
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.metrics import Metrics
-from tnnlm.serving.requests import Intake
-from tnnlm.serving.responses import Answer
-from tnnlm.serving.scheduler import Batcher, ClosedError, QueueFullError
+from tnnlm.serving.requests import RequestParser
+from tnnlm.serving.responses import CompletionResponse
+from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
 from tnnlm.serving.schemas import ApiError
-from tnnlm.serving.sequence import Event, Reading
+from tnnlm.serving.sequence import Prompt, SequenceOutput
 from tnnlm.serving.settings import Settings
 
 
 class Service:
-    """A generator behind a batcher, for one event loop."""
+    """A generator behind a scheduler, for one event loop."""
 
     def __init__(
         self, generator: TextGenerator, settings: Settings, executor: Executor | None = None
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.batcher = Batcher(generator, settings.limits, self.metrics, self._deliver, executor)
-        self.intake = Intake(generator.tokenizer, settings.name, settings.limits)
+        self.scheduler = Scheduler(generator, settings.limits, self.metrics, self._deliver, executor)
+        self.parser = RequestParser(generator.tokenizer, settings.name, settings.limits)
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Run the batcher as long as the application."""
+        """Run the scheduler as long as the application."""
         self._loop = asyncio.get_running_loop()
-        self.batcher.start()
+        self.scheduler.start()
         try:
             yield
         finally:
-            # Not on the loop: the batcher's last events go through it.
-            await asyncio.to_thread(self.batcher.close)
+            # Not on the loop: the scheduler's last outputs go through it.
+            await asyncio.to_thread(self.scheduler.close)
 
-    def submit(self, answer: Answer, readings: Sequence[Reading]) -> None:
-        """Hand a request to the batcher.
+    def submit(self, response: CompletionResponse, prompts: Sequence[Prompt]) -> None:
+        """Hand a request to the scheduler.
 
         Raises:
             ApiError: if it is full, or closing.
         """
-        for job in answer.jobs:
-            job.owner = answer
+        for sequence in response.sequences:
+            sequence.owner = response
         try:
-            self.batcher.submit(readings)
+            self.scheduler.submit(prompts)
         except QueueFullError:
             raise ApiError(429, "too many requests wait; try again in a moment") from None
         except ClosedError:
@@ -70,8 +70,8 @@ class Service:
             "owned_by": "tnnlm",
             "tnnlm": {
                 "parameters": settings.parameters,
-                "vocabulary": self.intake.tokenizer.size,
-                "state_bytes": self.batcher.row_bytes,
+                "vocabulary": self.parser.tokenizer.size,
+                "state_bytes": self.scheduler.row_bytes,
                 "engine": settings.engine,
                 "max_prompt_tokens": limits.max_prompt_tokens,
                 "max_tokens": limits.max_tokens,
@@ -81,18 +81,18 @@ class Service:
     def health(self) -> dict[str, Any]:
         """Whether it takes requests, and what it has to do."""
         return {
-            "status": "ok" if self.batcher.alive else "stopping",
+            "status": "ok" if self.scheduler.alive else "stopping",
             "model": self.settings.name,
             "uptime_s": round(time.time() - self.started, 1),
-            **self.batcher.load,
+            **self.scheduler.load,
         }
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
         assert self._loop is not None
-        # One wake-up of the loop for all events of a step.
-        self._loop.call_soon_threadsafe(_hand_out, events)
+        # One wake-up of the loop for all outputs of a step.
+        self._loop.call_soon_threadsafe(_hand_out, outputs)
 
 
-def _hand_out(events: list[Event]) -> None:
-    for event in events:
-        event.job.owner.queue.put_nowait(event)
+def _hand_out(outputs: list[SequenceOutput]) -> None:
+    for output in outputs:
+        output.sequence.owner.queue.put_nowait(output)

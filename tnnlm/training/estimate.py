@@ -21,7 +21,7 @@ _BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunEstimate:
     """Sizes of a run that can be known without training."""
 
     params: int
@@ -40,7 +40,7 @@ class Plan:
         return {"config": config_to_dict(config), **asdict(self)}
 
 
-def make_plan(config: Config) -> Plan:
+def estimate_run(config: Config) -> RunEstimate:
     """Build the model without memory and work out what training it takes."""
     with torch.device("meta"):
         model = build_model(config)
@@ -49,7 +49,7 @@ def make_plan(config: Config) -> Plan:
     rows = config.data.batch_size * config.model.max_length
     per_update = rows * config.trainer.accumulate * devices
     read = rows * (2 if config.model.pair else 1)
-    return Plan(
+    return RunEstimate(
         params=model.n_params,
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,

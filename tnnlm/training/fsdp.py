@@ -97,7 +97,7 @@ def gather_kernels(model: Backbone) -> list[Kernel | TwoSidedKernel]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Keep all weights gathered on every rank for the length of a block, in which nothing communicates:
     one rank may run the model alone. Takes the memory of a whole model on every device."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -113,7 +113,9 @@ def whole(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def number_like_model(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+def renumber_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module
+) -> None:
     """Number an optimizer's saved parameters in the order of ``module.parameters()``, in place.
 
     torch counts them group by group, ModelParallelStrategy as the module has them, when it writes and

@@ -22,10 +22,10 @@ from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.batches import checked_batch, own_data, schedule_steps, tokens_in
-from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, number_like_model, shard
+from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, renumber_optimizer_state, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
-from tnnlm.training.tasks import TASKS
-from tnnlm.training.throughput import DataWait, StepWatch, memory_values
+from tnnlm.training.tasks import VALIDATION_TASKS
+from tnnlm.training.throughput import DataWait, Throughput, memory_values
 
 
 class LitModel(lightning.LightningModule):
@@ -49,8 +49,8 @@ class LitModel(lightning.LightningModule):
         self.config = config
         self.tokenizer = tokenizer
         self.model = build_model(config)
-        self.task = TASKS[config.task](config)
-        self.watch = StepWatch(config)
+        self.task = VALIDATION_TASKS[config.task](config)
+        self.watch = Throughput(config)
         self._last_log = 0
         self._losses: list[Tensor] = []
         self.skipped: Tensor | float = 0.0
@@ -141,7 +141,7 @@ class LitModel(lightning.LightningModule):
         if not is_sharded(self.model):  # else Lightning has done so
             states = checkpoint.get("optimizer_states", ())
             for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
-                number_like_model(state, optimizer, self)
+                renumber_optimizer_state(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on averaging."""

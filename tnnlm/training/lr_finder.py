@@ -25,7 +25,7 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
-from tnnlm.training.estimate import make_plan, resolve_accelerator, resolve_precision
+from tnnlm.training.estimate import estimate_run, resolve_accelerator, resolve_precision
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.run import quieten
@@ -93,7 +93,7 @@ def find_lr(config: Config) -> FoundRate:
     config = copy.deepcopy(config)
     keep_large_blocks()
     limit_threads()
-    devices = make_plan(config).devices
+    devices = estimate_run(config).devices
     config.trainer.accumulate *= devices
     config.trainer.max_steps = STEPS
     config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = "auto", 1, 1

@@ -17,22 +17,22 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
-from tnnlm.data.tasks import open_data
+from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, SaveLast
-from tnnlm.training.callbacks.resumed_optimizer import ResumedSettings
-from tnnlm.training.callbacks.skip_steps import Guard
-from tnnlm.training.estimate import make_plan
+from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
+from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
+from tnnlm.training.callbacks.skip_steps import SkipBadSteps
+from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
-from tnnlm.training.tasks import TASKS
+from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.test_split import final_scores
 from tnnlm.training.trainer import build_trainer
 
@@ -72,8 +72,8 @@ def train(
         resume_step = check_resumable(config, run, source)
     folder, tokenizer = _open_folder(config, run, source, job, resume_step)
     lightning.seed_everything(config.seed, verbose=False)
-    last = SaveLast(folder / LAST, config.checkpoint.every_n_steps)
-    guards: list[Callback] = [last, Guard(config.trainer, last), ResumedSettings(config)]
+    last = CheckpointLast(folder / LAST, config.checkpoint.every_n_steps)
+    guards: list[Callback] = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
     try:
         trainer = build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
     except ConfigError:
@@ -91,11 +91,11 @@ def train(
 
 
 def _summarise(
-    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, folder: Path, last: SaveLast
+    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, folder: Path, last: CheckpointLast
 ) -> dict[str, Any]:
     """Score the test split, write summary.json and loss.png, and show them."""
     config = data.config
-    task = TASKS[config.task]
+    task = VALIDATION_TASKS[config.task]
     tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
         folder,
@@ -124,7 +124,7 @@ def _open_folder(
         return run or Path(config.runs_dir), None
     # Before anything is written, so that unusable text leaves no run behind. The other ranks find it in
     # the cache, after Lightning's barrier.
-    tokenizer = open_data(config).tokenizer
+    tokenizer = load_task_data(config).tokenizer
     folder = run or _new_folder(config)
     if job is not None:
         record_job(folder, job)
@@ -135,7 +135,11 @@ def _open_folder(
 
 
 def _fit(
-    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, path: Path | None, last: SaveLast
+    trainer: lightning.Trainer,
+    module: LitModel,
+    data: TextDataModule,
+    path: Path | None,
+    last: CheckpointLast,
 ) -> None:
     try:
         trainer.fit(module, data, ckpt_path=path, weights_only=True)
@@ -175,7 +179,7 @@ def _new_folder(config: Config) -> Path:
 
 
 def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
-    plan = make_plan(config)
+    plan = estimate_run(config)
     start = "" if resume_step is None else f", continuing at step {resume_step}"
     line = (
         f"{folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "

@@ -102,7 +102,7 @@ def requeue() -> str:
 def time_limit_noticed() -> Iterator[None]:
     """Raise :class:`TimeLimit` on the cluster's signal, where it would end the process without a word.
 
-    While steps are trained the signal is :class:`~tnnlm.training.callbacks.checkpoint.SaveLast`'s.
+    While steps are trained the signal is :class:`~tnnlm.training.callbacks.checkpoint.CheckpointLast`'s.
     """
     if TIME_LIMIT is None:
         yield

@@ -15,13 +15,13 @@ from tnnlm.errors import command
 from tnnlm.files import atomic_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.loggers.names import BY_COLUMN, Place, metrics_at
-from tnnlm.training.tasks import Task
+from tnnlm.training.tasks import ValidationTask
 
 
 def write_summary(
     run: Path,
     *,
-    task: type[Task],
+    task: type[ValidationTask],
     params: int,
     tokens_seen: int,
     train_seconds: float,
@@ -103,7 +103,9 @@ def plot_loss(run: Path) -> None:
     plt.close(figure)
 
 
-def show_summary(run: Path, summary: dict[str, Any], task: type[Task], prompt: str, console: Console) -> None:
+def show_summary(
+    run: Path, summary: dict[str, Any], task: type[ValidationTask], prompt: str, console: Console
+) -> None:
     """Print the table, where things lie, what to run next."""
     console.print(_forms(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
@@ -139,7 +141,7 @@ def _forms(run: Path, summary: dict[str, Any]) -> Table:
     return table
 
 
-def _values(run: Path, summary: dict[str, Any], task: type[Task]) -> Table:
+def _values(run: Path, summary: dict[str, Any], task: type[ValidationTask]) -> Table:
     """What the last validation measured."""
     table = Table("validation", "", title=f"run {run.name}")
     for name in task.columns():

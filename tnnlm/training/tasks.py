@@ -34,7 +34,7 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
-from tnnlm.training.fsdp import whole
+from tnnlm.training.fsdp import unsharded
 from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
 
@@ -59,7 +59,7 @@ class WeightedMean(MeanMetric):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device, torch.float64), exclude_state)
 
 
-class Task(nn.Module, ABC):
+class ValidationTask(nn.Module, ABC):
     """One task's validation. A module for its metrics' sake: they follow the model's device."""
 
     converts: ClassVar[bool] = False
@@ -109,7 +109,7 @@ class Task(nn.Module, ABC):
         """
 
 
-class CausalTask(Task):
+class CausalTask(ValidationTask):
     """Perplexity of both forms on the same tokens."""
 
     converts = True
@@ -147,7 +147,7 @@ class CausalTask(Task):
     def recurrent_form(self, model: CausalLM) -> Iterator[CausalLM]:
         """The model whole and in the recurrent form of this validation, for the length of a block, in
         which ranks may do different things. To be entered on all of them."""
-        with whole(model), in_recurrent_form(model, self.recurrences):
+        with unsharded(model), in_recurrent_form(model, self.recurrences):
             yield model
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
@@ -167,7 +167,7 @@ class CausalTask(Task):
         return values
 
 
-class MaskedTask(Task):
+class MaskedTask(ValidationTask):
     """Perplexity of the hidden tokens."""
 
     place = Place.MASKED
@@ -188,7 +188,7 @@ class MaskedTask(Task):
         return {"val/loss": nll, "val/ppl_masked": perplexity(nll)}
 
 
-class ClassifyTask(Task):
+class ClassifyTask(ValidationTask):
     """Share of whole sequences whose class is found."""
 
     place = Place.CLASSIFY
@@ -214,5 +214,9 @@ class ClassifyTask(Task):
         return values
 
 
-TASKS: dict[str, type[Task]] = {"causal": CausalTask, "masked": MaskedTask, "classify": ClassifyTask}
+VALIDATION_TASKS: dict[str, type[ValidationTask]] = {
+    "causal": CausalTask,
+    "masked": MaskedTask,
+    "classify": ClassifyTask,
+}
 """by ``config.task``"""

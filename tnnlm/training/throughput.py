@@ -112,7 +112,7 @@ class DataWait(Profiler):
             self.waited += time.perf_counter() - self._began
 
 
-class StepWatch:
+class Throughput:
     """Figures of the optimizer steps since the last row of the log."""
 
     def __init__(self, config: Config) -> None:

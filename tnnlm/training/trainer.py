@@ -16,7 +16,7 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import BEST
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
-from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, ConversionCallback
+from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, AttachRecurrences
 from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.progress import TrainingBar
 from tnnlm.training.callbacks.samples import SampleWriter
@@ -26,7 +26,7 @@ from tnnlm.training.loggers.console import PlainLines
 from tnnlm.training.loggers.csv import MetricsCSV
 from tnnlm.training.loggers.wandb import wandb_logger
 from tnnlm.training.slurm import cluster_plugins
-from tnnlm.training.tasks import TASKS
+from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.throughput import DataWait
 
 
@@ -96,7 +96,7 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
 
 def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal: bool) -> list[Callback]:
     settings = config.trainer
-    task, average = TASKS[config.task], averaging(config)
+    task, average = VALIDATION_TASKS[config.task], averaging(config)
     samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
     best = ModelCheckpoint(
         dirpath=folder / BEST.parent,
@@ -111,7 +111,7 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
         *([TrainingBar(Console())] if at_terminal else []),
         ValidationSchedule(settings.val_every_n_steps),
         *average,  # before what saves
-        ConversionCallback(config, *average),
+        AttachRecurrences(config, *average),
         *([samples] if task.converts else []),
         *given,
         best,

@@ -22,7 +22,7 @@ from experiments.training import own_loss, train_plain
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.masking import MaskedRows
-from tnnlm.data.tasks import TaskData, open_data
+from tnnlm.data.tasks import TaskData, load_task_data
 from tnnlm.errors import UserError
 from tnnlm.evaluation import add, masked_nll
 from tnnlm.models.batches import MaskedBatch
@@ -56,7 +56,7 @@ def _measure(cell: Record, data: Files) -> Record:
     torch.manual_seed(cell["seed"])
     model = build(cell["model"], config.model)
     name = f"{cell['model']}, {n_params(model):,} parameters"
-    trained = train_plain(name, model, config, rows.train, cell["seed"], own_loss, numbered=True)
+    trained = train_plain(name, model, config, rows.train, cell["seed"], own_loss, resampled=True)
     held_out = held_out_rows(rows, TEXTS.sizes(cell["size"])["tokens"])
     return {
         "params": n_params(model),
@@ -77,7 +77,7 @@ def masked_text(size: str, data: Files) -> tuple[Config, TaskData]:
 
         data = (topics.__file__,)
     config = _load(size, text_words(data))
-    return config, open_data(config)
+    return config, load_task_data(config)
 
 
 def _load(size: str, words: list[str]) -> Config:

@@ -22,7 +22,7 @@ from experiments.peers import GPT2, Llama, Peer
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
-from tnnlm.data.tasks import open_rows
+from tnnlm.data.tasks import split_rows
 from tnnlm.errors import UserError
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
@@ -102,7 +102,7 @@ def text_models(
         if isinstance(kernel, TNOConfig):  # reaches as many training lengths as the published one does
             kernel.decay **= TRAINED / base.model.max_length
     corpus = prepare(base.data, base.model.vocab_size, base.seed)
-    return TextModels(families, corpus, open_rows(corpus, base)[0])
+    return TextModels(families, corpus, split_rows(corpus, base)[0])
 
 
 def _sized(name: str, file: Path | None, base: Config, peer_lr: float) -> Family:

@@ -28,7 +28,7 @@ from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate
 from tnnlm.conversion.convert import convert_layers
 from tnnlm.data.packing import prepare
-from tnnlm.data.tasks import open_rows
+from tnnlm.data.tasks import split_rows
 from tnnlm.errors import UserError
 from tnnlm.kernels import FDTNOConfig, FDTNOKernel, KernelConfig, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM
@@ -87,7 +87,7 @@ def _train(cell: Record, data: Files) -> Record:
     sizes, config = SKI_TEXTS.sizes(cell["size"]), config_of(cell["size"], data)
     family = family_of(cell["variant"], config)
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
-    rows, _ = open_rows(corpus, config)
+    rows, _ = split_rows(corpus, config)
     model, trained = train_family(family, rows, cell["seed"])
     assert isinstance(model, CausalLM)
     forms, conversions = _forms(model.eval())

@@ -17,7 +17,7 @@ from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.certify import EXTENT, horizon_warning
-from tnnlm.conversion.methods import Converted, relative_error
+from tnnlm.conversion.methods import LayerConversion, relative_error
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
 from tnnlm.kernels import TNOConfig
@@ -69,7 +69,7 @@ def _measure_taps(cell: Record) -> Record:
     measured = {"refused": False, **_output_errors(params, k, n, kept)}
     if cell["method"] == "vandermonde":  # no method of the package's: it has no certificate
         return measured | {"tap_error": relative_error(k[:, :n], params)}
-    report = certify(k, Converted(params, cell["method"], ""), n)
+    report = certify(k, LayerConversion(params, cell["method"], ""), n)
     return measured | {
         "tap_error": report.relative_tap_error,
         "l1_error": report.l1_error,

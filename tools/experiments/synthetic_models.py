@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from experiments.frame import Record
 from tnnlm.config.schema import ConversionConfig, ModelConfig
 from tnnlm.conversion import convert_kernels
-from tnnlm.conversion.methods import Converted
+from tnnlm.conversion.methods import LayerConversion
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel, KernelConfig, RTFConfig, SGConvConfig, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM
@@ -60,7 +60,7 @@ class Recurrent(NamedTuple):
     """A converted model, and what became of its kernels."""
 
     model: Model
-    layers: list[Converted]
+    layers: list[LayerConversion]
     refused: str
     """what was said of the methods before"""
 

@@ -120,7 +120,7 @@ def train_plain(
     seed: int,
     loss_of: Callable[[nn.Module, Any], Tensor],
     *,
-    numbered: bool = False,
+    resampled: bool = False,
 ) -> Record:
     """Train ``model`` in place by the settings of a run, on a GPU if there is one.
 
@@ -149,7 +149,7 @@ def train_plain(
     steps, accumulate = config.trainer.max_steps, config.trainer.accumulate
     trace = fit(
         model,
-        iter(_loader(rows, config, seed, numbered)),
+        iter(_loader(rows, config, seed, resampled)),
         loss_of,
         config.optim,
         steps,
@@ -186,13 +186,13 @@ def _speed(marks: list[float], steps: int, tokens: int) -> float:
     return statistics.median(speeds) if speeds else steps * tokens / (marks[-1] - marks[0])
 
 
-def _loader(rows: Any, config: Config, seed: int, numbered: bool) -> DataLoader[Any]:
+def _loader(rows: Any, config: Config, seed: int, resampled: bool) -> DataLoader[Any]:
     order = GlobalOrderSampler(
         len(rows),
         batch_size=config.data.batch_size,
         n_batches=config.trainer.max_steps * config.trainer.accumulate,
         seed=seed,
-        numbered=numbered,
+        resampled=resampled,
     )
     return DataLoader(
         rows, batch_sampler=order, num_workers=config.data.num_workers, pin_memory=torch.cuda.is_available()

@@ -14,7 +14,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.lra import splits
 from tnnlm.data.sequences.prepare import prepare_sequences
-from tnnlm.data.sequences.rows import SPLITS, TASKS, Example
+from tnnlm.data.sequences.rows import SEQUENCE_TASKS, SPLITS, Example
 from tnnlm.errors import ConfigError, DataError
 
 LISTOPS = ["task=classify", "data.source=listops", "model.n_classes=10"]
@@ -33,24 +33,24 @@ def read(task: str, folder: Path, seed: int = 0) -> dict[str, list[Example]]:
 
 
 def config_of(task: str, folder: Path, *words: str) -> Any:
-    own = TASKS[task]
+    own = SEQUENCE_TASKS[task]
     model = [f"model.max_length={own.length}", "model.vocab_size=257", f"model.n_classes={own.n_classes}"]
     data = ["task=classify", "data.source=lra", f"data.lra.task={task}", f"data.lra.folder={folder}"]
     return load_config(None, [*model, f"model.pair={own.parts == 2}", *data, *words])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SEQUENCE_TASKS)
 def test_every_task_has_rows_and_labels_of_its_kind(task: str, release: Path) -> None:
     found = read(task, release)
     assert tuple(found) == SPLITS
     for rows in found.values():
         assert rows
         for row in rows:
-            assert len(row.parts) == TASKS[task].parts
-            assert 0 <= row.label < TASKS[task].n_classes
-            assert max(max(part) for part in row.parts) < TASKS[task].n_symbols
+            assert len(row.parts) == SEQUENCE_TASKS[task].parts
+            assert 0 <= row.label < SEQUENCE_TASKS[task].n_classes
+            assert max(max(part) for part in row.parts) < SEQUENCE_TASKS[task].n_symbols
     if task in ("image", "pathfinder", "pathx"):
-        assert {len(row.parts[0]) for rows in found.values() for row in rows} == {TASKS[task].length}
+        assert {len(row.parts[0]) for rows in found.values() for row in rows} == {SEQUENCE_TASKS[task].length}
 
 
 def test_listops_loses_its_parentheses_alone(release: Path) -> None:
@@ -111,7 +111,7 @@ def test_release_in_its_own_folders(release: Path, tmp_path: Path) -> None:
     assert len(read("listops", tmp_path / "outer")["train"]) == 12
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SEQUENCE_TASKS)
 def test_a_missing_file_is_named(task: str, release: Path) -> None:
     from tnnlm.data.sequences.lra import needed
 
@@ -240,7 +240,7 @@ def test_labels_out_of_range_are_refused(release: Path) -> None:
         prepare_sequences(config_of("listops", release))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SEQUENCE_TASKS)
 def test_prepared_rows_are_those_of_the_files(task: str, release: Path) -> None:
     config = config_of(task, release, "data.val_fraction=0.2")
     corpus = prepare_sequences(config)

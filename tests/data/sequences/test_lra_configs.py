@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from tnnlm.data.sequences.rows import TASKS
+from tnnlm.data.sequences.rows import SEQUENCE_TASKS
 
 FILES = sorted((ROOT / "configs/lra").glob("*.yaml"))
 
 
 def test_every_task_has_one() -> None:
-    assert {path.stem for path in FILES} == set(TASKS)
+    assert {path.stem for path in FILES} == set(SEQUENCE_TASKS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -22,7 +22,7 @@ def test_config_fits_its_task(script: Any, path: Any) -> None:
     shown = script("train", "--config", str(path), "--dry-run", "--json")
     assert shown.code == 0, shown.err
     plan = json.loads(shown.out)
-    config, task = plan["config"], TASKS[path.stem]
+    config, task = plan["config"], SEQUENCE_TASKS[path.stem]
     assert config["name"] == f"lra_{path.stem}"
     assert config["task"] == "classify"
     model = config["model"]

@@ -13,7 +13,14 @@ from tqdm import tqdm
 from tnnlm.config.schema import Config
 from tnnlm.data.sequences.listops import generate
 from tnnlm.data.sequences.lra import needed, splits
-from tnnlm.data.sequences.rows import SPLITS, TASKS, Example, LabelledCorpus, read_corpus, write_corpus
+from tnnlm.data.sequences.rows import (
+    SEQUENCE_TASKS,
+    SPLITS,
+    Example,
+    LabelledCorpus,
+    read_corpus,
+    write_corpus,
+)
 from tnnlm.data.sources import cache_folder
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
@@ -24,7 +31,7 @@ _WHOLE = ("image", "pathfinder", "pathx")
 
 
 def task_name(config: Config) -> str:
-    """Which of ``TASKS`` is classified."""
+    """Which of ``SEQUENCE_TASKS`` is classified."""
     return "listops" if config.data.source == "listops" else config.data.lra.task
 
 
@@ -36,7 +43,7 @@ def check_sequences(config: Config) -> None:
         DataError: if a file is missing.
     """
     name, model = task_name(config), config.model
-    task = TASKS[name]
+    task = SEQUENCE_TASKS[name]
     for key, value in (("n_classes", task.n_classes), ("pair", task.parts == 2)):
         if getattr(model, key) != value:
             set_to = str(value).lower()

@@ -123,19 +123,21 @@ class LabelledCorpus(NamedTuple):
 
 
 def write_corpus(folder: Path, task: str, source: Iterator[tuple[str, Iterable[Example]]]) -> None:
-    """Fill ``folder`` with the splits of a task of ``TASKS``."""
-    counts = {name: write_rows(folder, name, examples, TASKS[task].n_classes) for name, examples in source}
+    """Fill ``folder`` with the splits of a task of ``SEQUENCE_TASKS``."""
+    counts = {
+        name: write_rows(folder, name, examples, SEQUENCE_TASKS[task].n_classes) for name, examples in source
+    }
     (folder / "meta.json").write_text(json.dumps({"task": task, "rows": counts}), encoding="utf-8")
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
     """What :func:`write_corpus` left."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    task = TASKS[meta["task"]]
+    task = SEQUENCE_TASKS[meta["task"]]
     return LabelledCorpus(folder, task.n_classes, task.n_symbols, task.parts, meta["rows"])
 
 
-class Task(NamedTuple):
+class SequenceTask(NamedTuple):
     """What is classified."""
 
     n_classes: int
@@ -145,12 +147,12 @@ class Task(NamedTuple):
     parts: int = 1
 
 
-TASKS = {
-    "listops": Task(10, 15, 2_000),
-    "text": Task(2, 256, 4_000),
-    "retrieval": Task(2, 256, 4_000, parts=2),
-    "image": Task(10, 256, 1_024),
-    "pathfinder": Task(2, 256, 1_024),
-    "pathx": Task(2, 256, 16_384),
+SEQUENCE_TASKS = {
+    "listops": SequenceTask(10, 15, 2_000),
+    "text": SequenceTask(2, 256, 4_000),
+    "retrieval": SequenceTask(2, 256, 4_000, parts=2),
+    "image": SequenceTask(10, 256, 1_024),
+    "pathfinder": SequenceTask(2, 256, 1_024),
+    "pathx": SequenceTask(2, 256, 16_384),
 }
 """of the Long Range Arena"""

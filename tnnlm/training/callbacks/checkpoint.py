@@ -100,7 +100,7 @@ def second_name(path: Path, name: Path) -> None:
     beside.unlink(missing_ok=True)
 
 
-class ConversionCallback(Callback):
+class AttachRecurrences(Callback):
     """Attaches configuration, tokenizer and, where the task has them, converted kernels to every checkpoint.
 
     Where weights are averaged the kernels of the average are converted: those that the checkpoint
@@ -136,7 +136,7 @@ class ConversionCallback(Callback):
             return None
 
 
-class SaveLast(Callback):
+class CheckpointLast(Callback):
     """Keeps ``last.ckpt``: at the start, every so many steps, at the end, and when asked to stop.
 
     It is saved once a step is logged and validated, so that what a killed run wrote up to its
@@ -166,6 +166,11 @@ class SaveLast(Callback):
     def run(self) -> Path:
         """The run's folder."""
         return self.path.parents[1]
+
+    @property
+    def state_key(self) -> str:
+        """Of its state in a checkpoint, as in files of version 0.1.0."""
+        return "SaveLast"
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far."""

@@ -11,7 +11,7 @@ from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer, lr_factor
 
 
-class ResumedSettings(Callback):
+class RestoreOptimizerSettings(Callback):
     """Lets settings of the optimizer that were changed on resume act: a checkpoint brings its old ones."""
 
     def __init__(self, config: Config) -> None:

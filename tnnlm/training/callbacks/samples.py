@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.inference.sampling import Sampling
+from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of
 from tnnlm.training.tasks import CausalTask
@@ -39,8 +39,8 @@ class SampleWriter(Callback):
     def _write(self, trainer: lightning.Trainer, writer: TextGenerator) -> None:
         tokenizer = writer.tokenizer
         generator = torch.Generator(writer.device).manual_seed(trainer.global_step)
-        context = writer.read(self.prompt) if self.prompt else writer.read_tokens([[tokenizer.eos_id]])
-        record, pieces = writer.write(context, self.n_tokens, Sampling(), generator)
+        state = writer.prefill([self.prompt]) if self.prompt else writer.prefill_tokens([[tokenizer.eos_id]])
+        record, pieces = writer.stream(state, self.n_tokens, SamplingParams(), generator)
         for _ in pieces:
             pass
         text, step = f"{self.prompt}{record.text}", trainer.global_step

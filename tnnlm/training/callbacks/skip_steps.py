@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from tnnlm.config.schema import TrainerConfig
-from tnnlm.training.callbacks.checkpoint import SaveLast
+from tnnlm.training.callbacks.checkpoint import CheckpointLast
 from tnnlm.training.lit_module import LitModel
 
 _MEMORY = 0.98
 """weight of the past in the running mean of the loss: about the last 50 steps"""
 
 
-class Guard(Callback):
+class SkipBadSteps(Callback):
     """Skips steps whose loss or gradient is not finite or whose loss leaps; stops after too many in a row.
 
     A skipped step counts as a step and takes its batch and its place in the learning rate's course;
@@ -31,13 +31,18 @@ class Guard(Callback):
     run comes to the host one step late on a GPU, so that nothing waits for it.
     """
 
-    def __init__(self, settings: TrainerConfig, last: SaveLast) -> None:
+    def __init__(self, settings: TrainerConfig, last: CheckpointLast) -> None:
         self.settings = settings
         self.last = last
         # Steps skipped in all, in a row up to now, and the running mean of the loss; 0 before the first.
         self._state = torch.zeros(3)
         self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Of its state in a checkpoint, as in files of version 0.1.0."""
+        return "Guard"
 
     def state_dict(self) -> dict[str, Any]:
         """What later decisions depend on."""

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from tnnlm.config.schema import Config
 from tnnlm.files import write_text
 from tnnlm.training.loggers.names import csv_columns
-from tnnlm.training.tasks import TASKS
+from tnnlm.training.tasks import VALIDATION_TASKS
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -38,7 +38,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, config: Config, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.columns = csv_columns(TASKS[config.task].place, config.model.n_layers)
+        self.columns = csv_columns(VALIDATION_TASKS[config.task].place, config.model.n_layers)
         self.resume_step = resume_step
 
     @property
