@@ -25,9 +25,9 @@ def while_measuring(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], objec
     """Let something happen to the files once the model is written and before it is measured."""
     measure = perplexity.measure_perplexities
 
-    def measured(*arguments: Any) -> None:
+    def measured(*arguments: Any) -> Any:
         happens()
-        measure(*arguments)
+        return measure(*arguments)
 
     monkeypatch.setattr(pipeline, "measure_perplexities", measured)
 
@@ -65,7 +65,7 @@ def test_second_convert_of_the_same_folder_waits_for_the_first(run_here: Path, s
     with only_process(run_here / "converted", CheckpointError("two writers")):
         refused = script("convert", "runs/tiny")
     assert refused.code == 2
-    assert refused.err.endswith("runs/tiny/converted: another convert.py writes it: wait until it is done\n")
+    assert refused.err.endswith("runs/tiny/converted: another convert.py writes it; wait until it is done\n")
     assert not (run_here / "converted").exists()
     assert script("convert", "runs/tiny").code == 0
     with only_process(run_here / "converted", CheckpointError("two writers")):

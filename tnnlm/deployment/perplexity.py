@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus
@@ -28,10 +28,19 @@ at the training length that is what training validated on, unless there is very 
 _BATCH_TOKENS = 4096
 
 
+class Perplexities(NamedTuple):
+    """Fields of a :class:`~tnnlm.checkpoints.certificate.ModelReport`."""
+
+    ppl: dict[str, dict[str, float]]
+    """by form, then by length in tokens"""
+    not_measured: dict[str, str]
+    """forms that can't be measured here, with the reason"""
+
+
 def measure_perplexities(
-    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, config: Config, report: ModelReport
-) -> None:
-    """Fill ``report.ppl`` and ``report.not_measured`` on the validation split, in float32.
+    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, config: Config
+) -> Perplexities:
+    """Perplexities of all forms on the validation split, in float32.
 
     Measured are the parallel form, the recurrence, the recurrence with weights in bfloat16 and int8, and
     ETSC and the window at the training length.
@@ -41,15 +50,15 @@ def measure_perplexities(
         converted: its recurrent form.
         corpus: the run's text.
         config: of the run.
-        report: of the conversion.
     """
-    forms = _forms(model, converted, report.not_measured)
+    not_measured: dict[str, str] = {}
+    forms = _forms(model, converted, not_measured)
     ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}
     for multiple, limit in LENGTHS.items():
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length, config.data.max_val_tokens)
         if not len(rows):
-            report.not_measured[f"context of {length:,} tokens"] = "the validation text is shorter"
+            not_measured[f"context of {length:,} tokens"] = "the validation text is shorter"
             continue
         # Evenly spaced: the first documents alone are no sample of the text.
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
@@ -59,13 +68,14 @@ def measure_perplexities(
             tokens = torch.stack([rows[int(index)] for index in batch])
             scores["parallel"].append(parallel_nll(model, tokens))
             for name, form in list(forms.items()):
-                with collect_failure(report.not_measured, name):
+                with collect_failure(not_measured, name):
                     scores[name].append(recurrent_nll(form, tokens, config.conversion.chunk))
-                if name in report.not_measured:
+                if name in not_measured:
                     del forms[name]
         for name in ("parallel", *forms):
             ppl[name][str(length)] = add(scores[name]).ppl
-    report.ppl = {name: values for name, values in ppl.items() if name not in report.not_measured}
+    measured = {name: values for name, values in ppl.items() if name not in not_measured}
+    return Perplexities(measured, not_measured)
 
 
 def _forms(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.packing import prepare
 from tnnlm.deployment.model_card import model_card
-from tnnlm.deployment.perplexity import measure_perplexities
+from tnnlm.deployment.perplexity import Perplexities, measure_perplexities
 from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.files import only_process, write_text
@@ -46,20 +46,20 @@ STEPS = 128
 """tokens that ``--verify`` decodes one by one"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ConversionResult:
-    """A finished conversion."""
+    """A finished conversion: the model is written, whatever else failed."""
 
     folder: Path
     source: TrainedCheckpoint
     report: ModelReport
-    checks: list[Check] = field(default_factory=list)
-    packages: list[Path] = field(default_factory=list)
+    checks: list[Check]
+    packages: list[Path]
     """compiled steps, and exports"""
-    note: str | None = None
+    note: str | None
     """why there are no perplexities, if there are none"""
-    failures: dict[str, str] = field(default_factory=dict)
-    """optional steps that failed, with the reason; the converted model stands all the same"""
+    failures: dict[str, str]
+    """optional steps that failed, with the reason"""
 
 
 def convert_checkpoint(
@@ -100,48 +100,55 @@ def convert_checkpoint(
         folder = folder.resolve()  # what a link names is replaced, not the link
     source = load_checkpoint(path)
     with _only_writer(folder):
-        return _convert(source, recipe, folder, force, verify, compiled, exported)
+        started = time.perf_counter()
+        horizon, layers = convert_layers(source.model, recipe, _bar)
+        seconds = time.perf_counter() - started
+        model = attach(source.model, [layer.params for layer in layers])
+        report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
+        save_converted(folder, model, source.tokenizer, report, force)
+        written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
+        try:
+            return _complete(source, written, report, recipe, folder, verify, compiled, exported)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{folder} holds the converted model, without what was not done yet; "
+                "the same command with --force does all of it"
+            ) from None
 
 
 def _only_writer(folder: Path) -> AbstractContextManager[None]:
     return only_process(
-        folder, CheckpointError(f"{folder}: another convert.py writes it: wait until it is done")
+        folder, CheckpointError(f"{folder}: another convert.py writes it", "wait until it is done")
     )
 
 
-def _convert(
+def _complete(
     source: TrainedCheckpoint,
+    written: ConvertedModel,
+    report: ModelReport,
     recipe: ConversionConfig,
     folder: Path,
-    force: bool,
     verify: bool,
     compiled: Sequence[str],
     exported: Sequence[str],
 ) -> ConversionResult:
-    started = time.perf_counter()
-    horizon, layers = convert_layers(source.model, recipe, _bar)
-    seconds = time.perf_counter() - started
-    converted = attach(source.model, [layer.params for layer in layers])
-    report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
-    save_converted(folder, converted, source.tokenizer, report, force)
-    done = ConversionResult(folder, source, report)
-    whole = ConvertedModel(converted, source.tokenizer, model_fingerprint(converted))
-    try:
-        _measure(whole, done)
-        if verify:
-            with collect_failure(done.failures, "verify"):
-                _verify(source.model, converted, recipe, done)
-        with collect_failure(done.failures, "model card"):
-            card = model_card(source.config, source.step, source.model, report, done.note)
-            check_unchanged(folder, whole.fingerprint)
-            write_text(folder / "README.md", card)
-        done.packages = _write_packages(whole, folder, compiled, exported, done.failures)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{folder} holds the converted model, without what was not done yet; "
-            "the same command with --force does all of it"
-        ) from None
-    return done
+    """Measure, check, describe and package the written model; failures are named, and lose nothing."""
+    failures: dict[str, str] = {}
+    found, note = _perplexities(source, written.model)
+    report = replace(report, **found._asdict()) if found else report
+    with collect_failure(failures, "conversion.json"):
+        check_unchanged(folder, written.fingerprint)
+        save_report(folder, report)
+    checks: list[Check] = []
+    if verify:
+        with collect_failure(failures, "verify"):
+            checks = _checks(source, written.model, recipe, report)
+    with collect_failure(failures, "model card"):
+        card = model_card(source.config, source.step, source.model, report, note)
+        check_unchanged(folder, written.fingerprint)
+        write_text(folder / "README.md", card)
+    packages, missing = _write_packages(written, folder, compiled, exported)
+    return ConversionResult(folder, source, report, checks, packages, note, failures | missing)
 
 
 def package_converted(
@@ -158,11 +165,10 @@ def package_converted(
     """
     limit_threads()
     check_packages(compiled, exported)
-    failures: dict[str, str] = {}
     if folder.is_symlink():
         folder = folder.resolve()
     with _only_writer(folder):
-        return _write_packages(load_converted(folder), folder, compiled, exported, failures), failures
+        return _write_packages(load_converted(folder), folder, compiled, exported)
 
 
 def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
@@ -179,13 +185,10 @@ def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
 
 
 def _write_packages(
-    converted: ConvertedModel,
-    folder: Path,
-    compiled: Sequence[str],
-    exported: Sequence[str],
-    failures: dict[str, str],
-) -> list[Path]:
-    written = []
+    converted: ConvertedModel, folder: Path, compiled: Sequence[str], exported: Sequence[str]
+) -> tuple[list[Path], dict[str, str]]:
+    written: list[Path] = []
+    failures: dict[str, str] = {}
     for dtype in _bar(compiled, "compiling"):
         with collect_failure(failures, f"--compile {dtype}"):
             check_unchanged(folder, converted.fingerprint)
@@ -194,45 +197,43 @@ def _write_packages(
         with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[form]):
             check_unchanged(folder, converted.fingerprint)
             written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
-    return written
+    return written, failures
 
 
 def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def _measure(converted: ConvertedModel, done: ConversionResult) -> None:
-    """Perplexities, into the report and conversion.json; none if the run's text is gone."""
-    source = done.source
+def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perplexities | None, str | None]:
+    """Of both forms on the run's validation text; or None, and why, as when the text is gone."""
+    found = None
     failures: dict[str, str] = {}
-    step = "perplexities"
-    with collect_failure(failures, step):
+    with collect_failure(failures, "perplexities"):
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the text of this run has changed")
-        measure_perplexities(source.model, converted.model, corpus, source.config, done.report)
-    done.note = failures.get(step)
-    with collect_failure(done.failures, "conversion.json"):
-        check_unchanged(done.folder, converted.fingerprint)
-        save_report(done.folder, done.report)
+        found = measure_perplexities(source.model, converted, corpus, source.config)
+    return found, failures.get("perplexities")
 
 
-def _verify(model: CausalLM, converted: CausalLM, recipe: ConversionConfig, done: ConversionResult) -> None:
-    generator = torch.Generator().manual_seed(0)
-    horizon = done.report.horizon
-    tokens = torch.randint(done.source.tokenizer.size, (1, min(STEPS, horizon)), generator=generator)
+def _checks(
+    source: TrainedCheckpoint, converted: CausalLM, recipe: ConversionConfig, report: ModelReport
+) -> list[Check]:
+    """What ``--verify`` compares with slow references."""
+    model, generator = source.model, torch.Generator().manual_seed(0)
+    tokens = torch.randint(source.tokenizer.size, (1, min(STEPS, report.horizon)), generator=generator)
     exact = recipe.method in ("etsc", "window")
-    allowed = 0.0 if exact else max(layer.relative_tap_error for layer in done.report.layers)
+    allowed = 0.0 if exact else max(layer.relative_tap_error for layer in report.layers)
     if recipe.order is None and not exact:
         allowed = recipe.tolerance
-    done.checks = [
-        check_layers(model, converted, min(64, horizon), allowed),
+    checks = [
+        check_layers(model, converted, min(64, report.horizon), allowed),
         check_steps(model if exact else converted, converted, tokens),
     ]
     key = str(model.config.max_length)
-    if key in done.report.ppl["parallel"] and key in done.report.ppl.get("recurrent", {}):
-        gap = ppl_gap(done.report.ppl["parallel"][key], done.report.ppl["recurrent"][key])
-        done.checks.append(check_gap(gap))
+    if key in report.ppl["parallel"] and key in report.ppl.get("recurrent", {}):
+        checks.append(check_gap(ppl_gap(report.ppl["parallel"][key], report.ppl["recurrent"][key])))
+    return checks
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -6,10 +6,11 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
@@ -66,35 +67,83 @@ def train(
     keep_large_blocks()
     limit_threads()
     quieten()
-    strategy = choose_strategy(config)
-    resume_step = None
-    if run is not None and (job is None or began(run)):
-        resume_step = check_resumable(config, run, source)
-    folder, tokenizer = _open_folder(config, run, source, job, resume_step)
+    start = _resolve(config, run, source, job)
     lightning.seed_everything(config.seed, verbose=False)
-    last = CheckpointLast(folder / LAST, config.checkpoint.every_n_steps)
-    guards: list[Callback] = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
-    try:
-        trainer = build_trainer(config, strategy, folder, resume_step, [*guards, *(extra_callbacks or [])])
-    except ConfigError:
-        if run is None and is_main_process():
-            shutil.rmtree(folder)  # new, with nothing trained in it
-        raise
+    last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
+    trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
     module, data = LitModel(config), TextDataModule(config)
     if trainer.global_rank == 0:
-        assert tokenizer is not None
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
-        write_text(folder / "config.yaml", config_to_yaml(config))
-        _show_start(config, folder, resume_step)
-    _fit(trainer, module, data, None if resume_step is None else folder / source, last)
-    return _summarise(trainer, module, data, folder, last) if trainer.global_rank == 0 else {}
+        _begin(config, start)
+    _fit(trainer, module, data, start.checkpoint, last)
+    return _summarise(trainer, module, data, last) if trainer.global_rank == 0 else {}
+
+
+class _Start(NamedTuple):
+    """Where a run begins."""
+
+    strategy: str | Strategy
+    folder: Path
+    tokenizer: TextTokenizer | None
+    """of its text, on the main process"""
+    step: int | None
+    """of the checkpoint, None for a new run"""
+    checkpoint: Path | None
+
+
+def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
+    """Everything that can be refused is checked before the run's folder is made, or an old one is changed."""
+    strategy = choose_strategy(config)
+    step = None
+    if run is not None and (job is None or began(run)):
+        step = check_resumable(config, run, source)
+    if not is_main_process():
+        # Rank 0 chooses the name: it is broadcast to the callbacks that write. It opens the text, which the
+        # other ranks find in the cache, after Lightning's barrier.
+        folder = run or Path(config.runs_dir)
+        return _Start(strategy, folder, None, step, None if step is None else folder / source)
+    tokenizer = load_task_data(config).tokenizer
+    folder = run or _new_folder(config)
+    if job is not None:
+        record_job(folder, job)
+    if step is None:
+        return _Start(strategy, folder, tokenizer, None, None)
+    _check_tokenizer(folder, tokenizer)
+    begin_at(folder, source, step)
+    return _Start(strategy, folder, tokenizer, step, folder / source)
+
+
+def _build(
+    config: Config, start: _Start, last: CheckpointLast, extra: list[Callback], *, new: bool
+) -> lightning.Trainer:
+    """The trainer; a new folder goes if there can be none."""
+    own = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
+    try:
+        return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra])
+    except ConfigError:
+        if new and is_main_process():
+            shutil.rmtree(start.folder)
+        raise
+
+
+def _begin(config: Config, start: _Start) -> None:
+    """Write what belongs to a run from its first step on, and say what is trained."""
+    assert start.tokenizer is not None
+    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
+    write_text(start.folder / "config.yaml", config_to_yaml(config))
+    plan = estimate_run(config)
+    resumed = "" if start.step is None else f", continuing at step {start.step}"
+    line = (
+        f"{start.folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
+        f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
+    )
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summarise(
-    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, folder: Path, last: CheckpointLast
+    trainer: lightning.Trainer, module: LitModel, data: TextDataModule, last: CheckpointLast
 ) -> dict[str, Any]:
     """Score the test split, write summary.json and loss.png, and show them."""
-    config = data.config
+    config, folder = data.config, last.run
     task = VALIDATION_TASKS[config.task]
     tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
@@ -113,25 +162,6 @@ def _summarise(
 def is_main_process() -> bool:
     """Whether this process is rank 0 of the training, or will be."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _open_folder(
-    config: Config, run: Path | None, source: Path, job: str | None, resume_step: int | None
-) -> tuple[Path, TextTokenizer | None]:
-    """The run's folder, ready to be written to, and on the main process the tokenizer of its text."""
-    if not is_main_process():
-        # Rank 0 chooses the name: it is broadcast to the callbacks that write.
-        return run or Path(config.runs_dir), None
-    # Before anything is written, so that unusable text leaves no run behind. The other ranks find it in
-    # the cache, after Lightning's barrier.
-    tokenizer = load_task_data(config).tokenizer
-    folder = run or _new_folder(config)
-    if job is not None:
-        record_job(folder, job)
-    if resume_step is not None:
-        _check_tokenizer(folder, tokenizer)
-        begin_at(folder, source, resume_step)
-    return folder, tokenizer
 
 
 def _fit(
@@ -176,16 +206,6 @@ def _new_folder(config: Config) -> Path:
             return folder
         except FileExistsError:
             number += 1
-
-
-def _show_start(config: Config, folder: Path, resume_step: int | None) -> None:
-    plan = estimate_run(config)
-    start = "" if resume_step is None else f", continuing at step {resume_step}"
-    line = (
-        f"{folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
-        f"{plan.tokens_per_update:,} tokens, {plan.precision}{start}"
-    )
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def quieten() -> None:
