@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -16,36 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before 
 
 import torch
 
-from simulated import MACHINES, forget_probes
-from tnnlm.cli import convert as convert_command
-from tnnlm.cli import generate as generate_command
-from tnnlm.cli import train as train_command
-from tnnlm.config.schema import ModelConfig
+from tests.support.models import tiny_config
+from tests.support.scripts import SCRIPTS, Result
+from tests.support.simulated import MACHINES, forget_probes
 from tnnlm.errors import run_script
-from tnnlm.kernels import FDTNOConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
-from tnnlm.models.causal_lm import CausalLM, ModelState
-
-ROOT = Path(__file__).parents[1]
-"""of the repository"""
-
-SCRIPTS = {"train": train_command, "convert": convert_command, "generate": generate_command}
-
-
-FAMILIES: dict[str, Callable[[], KernelConfig]] = {
-    "tno": lambda: TNOConfig(rpe_dim=8, rpe_layers=2),
-    "fd_tno": lambda: FDTNOConfig(name="fd_tno", rpe_dim=8, rpe_layers=2),
-    "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
-    "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
-}
-"""settings of a small kernel of every family"""
-
-
-class Result(NamedTuple):
-    """Exit code and output of a script."""
-
-    code: int
-    out: str
-    err: str
+from tnnlm.models.causal_lm import CausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -56,21 +31,6 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
     return
-
-
-def tiny_config(**changes: object) -> ModelConfig:
-    """A model of a few thousand parameters."""
-    settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
-    return ModelConfig(**{**settings, "kernel": FAMILIES["tno"](), **changes})
-
-
-def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
-    """Logits of tokens (B, L), one step after the other, and the last state."""
-    outputs = []
-    for t in range(tokens.shape[1]):
-        logits, state = model.step(tokens[:, t], state)
-        outputs.append(logits)
-    return torch.stack(outputs, dim=1), state
 
 
 @pytest.fixture
@@ -99,8 +59,8 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained run, its text and its cache."""
     folder = tmp_path_factory.mktemp("trained")
+    from tests.support.training_runs import tiny_run
     from tnnlm.training.run import train
-    from training_runs import tiny_run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -132,7 +92,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def generator() -> Any:
     """A tiny converted model, packed."""
-    from servers import tiny_generator  # not every test needs a server's packages
+    from tests.support.servers import tiny_generator  # not every test needs a server's packages
 
     return tiny_generator()
 
@@ -140,7 +100,7 @@ def generator() -> Any:
 @pytest.fixture(scope="module")
 def server(generator: Any) -> Iterator[Any]:
     """It behind a server with small limits and no key."""
-    from servers import run_server
+    from tests.support.servers import run_server
 
     with run_server(generator, max_prompt_tokens=2000, max_tokens=3000) as running:
         yield running

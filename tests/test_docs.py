@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.cli import COMMANDS
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import run_script
 from tnnlm.kernels import KERNEL_SCHEMAS
-from training_runs import SETTINGS, write_text
 
 OWN_TESTS = {"docs/export.md", "docs/serving.md", "docs/transformers.md"}
 """pages whose commands tests of their own run"""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import FAMILIES, run_steps, tiny_config
+from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model, measure_model, model_horizon
 from tnnlm.models.causal_lm import CausalLM, ModelState

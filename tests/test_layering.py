@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from count_imports import LAW, LONGEST, arrows, circles, imported_names, room_of, sources, upwards
+from tests.support.scripts import ROOT
 
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 NOT_FOR_DECODING = sorted(

@@ -14,9 +14,9 @@ import pytest
 from torch._inductor import config as inductor_config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from conftest import ROOT
-from simulated import LEVELS, level_environment
-from support.steps import assert_steps_round_the_weights_alone, compile_converted, converted, whole
+from tests.support.scripts import ROOT
+from tests.support.simulated import LEVELS, level_environment
+from tests.support.steps import assert_steps_round_the_weights_alone, compile_converted, converted, whole
 from tnnlm.inference.engine import open_engine
 from tnnlm.machine.capabilities import capability, cpu_level
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import FAMILIES, tiny_config
-from simulated import MACHINES
+from tests.support.models import FAMILIES, tiny_config
+from tests.support.simulated import MACHINES
+from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.conversion import convert_model
 from tnnlm.inference.engine import optimize_for_decoding
@@ -21,7 +22,6 @@ from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.estimate import resolve_precision
-from training_runs import tiny_run
 
 CPU = torch.device("cpu")
 AVX512 = torch.cpu._is_avx512_supported()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 
 OLD = ROOT / "tests/fixtures/version_0.1.0"
 """eight steps of a tiny model on text.txt with weight averaging, converted, and a state after a prompt"""

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
 from tnnlm.models.causal_lm import CausalLM
-from training_runs import SETTINGS, write_text
 
 EXAMPLE = ROOT / "examples" / "hyena_kernel.py"
 

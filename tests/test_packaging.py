@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 import tnnlm
-from conftest import ROOT
-from support.converted import write_converted
+from tests.support.converted import write_converted
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.tokenizer import train_bpe
-from training_runs import SETTINGS, write_text
 
 LEFT_OUT = (".*", "__pycache__", "build", "dist", "*.egg-info")
 """of the repository, when it is copied to be built; at its top also runs"""

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, Result
 from run_plots import final_figures, plot_runs, read_run
+from tests.support.scripts import ROOT, Result
+from tests.support.training_runs import tiny_run
 from tnnlm.errors import run_script
 from tnnlm.training.loggers.names import Place, metrics_at
 from tnnlm.training.run import train
-from training_runs import tiny_run
 
 
 @pytest.fixture

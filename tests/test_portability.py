@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedRows, prepare
 from tnnlm.data.sequences.rows import Example, LabelledRows, write_rows
 from tnnlm.machine import resident
 from tnnlm.training import estimate, throughput
-from training_runs import SETTINGS, write_text
 
 SCRIPTS = ("train.py", "convert.py", "generate.py")
 PACKAGE = sorted((ROOT / "tnnlm").rglob("*.py"))

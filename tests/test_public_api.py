@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import tnnlm
-from conftest import ROOT, tiny_config
+from tests.support.models import tiny_config
+from tests.support.scripts import ROOT
 from tnnlm.tokenizer import train_bpe
 
 PUBLIC = [name for name in tnnlm.__all__ if not name.startswith("_")]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
-from training_runs import SETTINGS, write_text
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

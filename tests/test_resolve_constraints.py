@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, Result
+from tests.support.scripts import ROOT, Result
 from tnnlm.errors import run_script
 
 UV = """#!{python}

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS, Result
-from training_runs import SETTINGS, write_text
+from tests.support.scripts import ROOT, SCRIPTS, Result
+from tests.support.training_runs import SETTINGS, write_text
 
 
 def train_tiny(script: Any, *overrides: str) -> None:

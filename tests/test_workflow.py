@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 
 FILE = ROOT / ".github/workflows/ci.yml"
 TEXT = FILE.read_text(encoding="utf-8")

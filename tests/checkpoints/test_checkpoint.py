@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_config
-from support.converted import HORIZON, write_converted
+from tests.support.converted import HORIZON, write_converted
+from tests.support.models import tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
 from tnnlm.checkpoints.training import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.training.estimate import guessed_share

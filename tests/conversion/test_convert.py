@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import FAMILIES, run_steps, tiny_config
+from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import (
     auto_horizon,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.config.schema import Config, DataConfig, TrainerConfig
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.sampler import GlobalOrderSampler

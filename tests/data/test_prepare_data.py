@@ -17,7 +17,8 @@ import datasets
 import numpy as np
 import pytest
 
-from conftest import ROOT, Result
+from tests.support.scripts import ROOT, Result
+from tests.support.training_runs import SETTINGS
 from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
@@ -29,7 +30,6 @@ from tnnlm.data.sources import load_corpus
 from tnnlm.data.tasks import split_rows
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import train_bpe
-from training_runs import SETTINGS
 
 TEXTS = [f"document {i} says\n" + f"word{i % 17} and {i} " * (5 + i % 11) for i in range(300)]
 TOOL = ROOT / "tools/prepare_data.py"

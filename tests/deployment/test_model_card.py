@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.conversion.certify import horizon_warning
 from tnnlm.deployment.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM
-from training_runs import SETTINGS, write_text
 
 
 def front_matter(card: str) -> dict[str, Any]:

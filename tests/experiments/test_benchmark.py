@@ -19,15 +19,16 @@ from benchmarks.report import plot, table
 from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
 from benchmarks.timing import Effort, time_prefill, time_steps
 from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
-from conftest import ROOT, tiny_config
 from experiments.timing import read_bandwidth
+from tests.support.models import tiny_config
+from tests.support.scripts import ROOT
+from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
 from tnnlm.errors import run_script
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
-from training_runs import tiny_run
 
 SHAPE = tiny_config(d_model=64, n_layers=2, glu_dim=64)
 LITTLE = Effort(rounds=2, settle=1, steps=2)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import Result
 from experiments.families import families
 from experiments.frame import Claim, reproduce
 from experiments.scoring import recurrent_forms
 from experiments.sizing import PEERS, Family, match_width, text_models
 from experiments.training import train_family, train_plain
+from tests.support.scripts import Result
+from tests.support.training_runs import write_text
 from tnnlm.data.packing import PackedRows
 from tnnlm.errors import UserError
 from tnnlm.models.causal_lm import CausalLM
-from training_runs import write_text
 
 NAMES = ("tnn", "sgconv", "rtf")
 needs_transformers = pytest.mark.skipif(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from experiments.frame import reproduce
 from reproduce import EXPERIMENTS
+from tests.support.scripts import ROOT
 
 RESULTS = ROOT / "docs" / "results"
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
 from experiments.frame import Record, reproduce
 from experiments.stability import STABILITY
 from experiments.stability_claims import FAILED
+from tests.support.scripts import ROOT
 from tnnlm.errors import UserError
 
 

@@ -12,8 +12,8 @@ from experiments.extrapolation import EXTRAPOLATION, FLAT
 from experiments.families import families
 from experiments.frame import CONFIGS, Claim, Experiment, reproduce
 from experiments.sizing import text_models
+from tests.support.training_runs import write_text
 from tnnlm.errors import UserError
-from training_runs import write_text
 
 pytest.importorskip("transformers")
 

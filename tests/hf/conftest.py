@@ -1,102 +1,17 @@
-"""Converted folders of every family, opened by Transformers and by the package itself."""
+"""Converted folders of every family, each opened once."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
-
-# Read when the libraries are imported: the file that auto_map names, and texts of tasks, are copied there.
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf-modules-"))
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf-datasets-"))
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
-from torch import Tensor
 
-from conftest import FAMILIES, tiny_config
-from tnnlm.checkpoints.converted import load_converted, save_converted
-from tnnlm.conversion import convert_model, measure_model
-from tnnlm.inference.generator import TextGenerator
-from tnnlm.models.causal_lm import CausalLM
-from tnnlm.tokenizer import TextTokenizer, train_bpe
+from tests.support.hf_folders import FORMS, Opened, open_folder, write_folder
 
-TEXT = (
-    "The first words, some more words, and then the last words of all; 1, 2, 3 \u2014 na\u00efve caf\u00e9s."
-)
-FORMS = {
-    "tno-balanced": ("tno", "balanced"),
-    "tno-etsc": ("tno", "etsc"),
-    "sgconv-window": ("sgconv", "window"),
-    "rtf-companion": ("rtf", "companion"),
-}
-HORIZON = 40
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 # Transformers is an extra.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
-
-
-class Opened(NamedTuple):
-    """One converted folder, as Transformers and as the package itself opens it."""
-
-    folder: Path
-    model: Any
-    tokenizer: Any
-    own: TextGenerator
-
-    @property
-    def inner(self) -> CausalLM:
-        """The package's own model."""
-        assert isinstance(self.own.model, CausalLM)
-        return self.own.model
-
-
-def lively_model(family: str = "tno", **changes: Any) -> CausalLM:
-    """A random model whose greedy text doesn't repeat one token, its blocks outweigh the residual stream,
-    and doesn't end, for the end token comes last."""
-    torch.manual_seed(1)
-    model = CausalLM(tiny_config(**{"kernel": FAMILIES[family](), **changes})).eval()
-    with torch.no_grad():
-        model.embedding.weight[0] = 0
-        for block in model.layers:
-            block.mixer.out_proj.weight.mul_(60)
-            block.glu.out_proj.weight.mul_(60)
-    return model
-
-
-def make_tokenizer() -> TextTokenizer:
-    return train_bpe([TEXT] * 3, 290, "<|endoftext|>", 3, False)
-
-
-def write_folder(folder: Path, family: str, method: str, **changes: Any) -> Path:
-    model = lively_model(family, **changes)
-    converted = convert_model(model, method=method, horizon=HORIZON)
-    report = measure_model(model, converted, method=method, horizon=HORIZON)
-    save_converted(folder, converted, make_tokenizer(), report)
-    return folder
-
-
-def open_folder(folder: Path, **options: Any) -> Opened:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
-    loaded = load_converted(folder)
-    own = TextGenerator(loaded.model, loaded.tokenizer)
-    return Opened(folder, model, AutoTokenizer.from_pretrained(folder), own)
-
-
-def some_tokens(rows: int, length: int) -> Tensor:
-    return torch.randint(290, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-@torch.no_grad()
-def own_logits(opened: Opened, tokens: Tensor) -> Tensor:
-    logits, _ = opened.inner.prefill(tokens, opened.inner.init_state(len(tokens)))
-    return logits
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
-from training_runs import SETTINGS, write_text
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, write_text
 
 DOCS = (ROOT / "docs/transformers.md").read_text(encoding="utf-8")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf.conftest import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
+from tests.support.hf_folders import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM

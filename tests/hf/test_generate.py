@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf.conftest import Opened
+from tests.support.hf_folders import Opened
 from tnnlm.inference.sampling import SamplingParams
 
 PROMPTS = [

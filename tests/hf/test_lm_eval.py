@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
-from hf.conftest import TEXT, Opened
+from tests.support.hf_folders import TEXT, Opened
+from tests.support.scripts import ROOT
 from tnnlm.evaluation import recurrent_nll
 from tnnlm.inference.sampling import SamplingParams
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from hf.conftest import CLOSE, Opened, own_logits, some_tokens
+from tests.support.hf_folders import CLOSE, Opened, own_logits, some_tokens
 from tnnlm.inference.generator import PREFILL_CHUNK
 
 

@@ -12,9 +12,9 @@ import torch._inductor
 from torch._inductor import config as inductor_config
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-from conftest import tiny_config
-from simulated import forget_probes
-from support.compilers import fake_compiler, needs_gxx
+from tests.support.compilers import fake_compiler, needs_gxx
+from tests.support.models import tiny_config
+from tests.support.simulated import forget_probes
 from tnnlm.conversion import convert_model
 from tnnlm.errors import OS_ADVICE, UserError
 from tnnlm.inference import aot as compiled

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.inference.cuda_graph import GraphedModel, cuda_graph
 from tnnlm.models.causal_lm import CausalLM

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from support.steps import METHODS, assert_steps_round_the_weights_alone, compile_converted, converted, whole
+from tests.support.steps import (
+    METHODS,
+    assert_steps_round_the_weights_alone,
+    compile_converted,
+    converted,
+    whole,
+)
+from tests.support.training_runs import tiny_run
 from tnnlm.errors import UserError
 from tnnlm.inference.aot import _made_for, load_step
 from tnnlm.inference.engine import open_engine, optimize_for_decoding
@@ -19,7 +26,6 @@ from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.machine.capabilities import capability
 from tnnlm.training.run import train
-from training_runs import tiny_run
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 """of logits around 1: float32 but for the order of sums, the others by the rounding of the weights"""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from conftest import FAMILIES, ROOT, tiny_config
+from tests.support.models import FAMILIES, tiny_config
+from tests.support.scripts import ROOT
+from tests.support.training_runs import tiny_run, write_text
 from tnnlm.checkpoints.converted import ConvertedModel, load_converted, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
@@ -29,7 +31,6 @@ from tnnlm.modules import RecurrentConv
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 from tnnlm.training.run import train
-from training_runs import tiny_run, write_text
 
 METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
 STEPS = 50

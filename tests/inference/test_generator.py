@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 
-from conftest import FAMILIES, tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import FAMILIES, tiny_config
+from tests.support.models import FAMILIES, tiny_config
+from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
@@ -21,7 +22,6 @@ from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.run import train
-from training_runs import tiny_run
 
 HOT = SamplingParams(temperature=1.5)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import ConfigError, UserError

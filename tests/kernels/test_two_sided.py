@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import FAMILIES
+from tests.support.models import FAMILIES
 from tnnlm.kernels import TNOConfig, TNOKernel, TwoSidedKernel, build_kernel
 
 

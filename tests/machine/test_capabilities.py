@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
-from simulated import NO_BFLOAT16
+from tests.support.scripts import ROOT
+from tests.support.simulated import NO_BFLOAT16
 from tnnlm.errors import UserError
 from tnnlm.inference import aot as compiled
 from tnnlm.inference.aot import load_step, package_path

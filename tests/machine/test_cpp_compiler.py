@@ -15,8 +15,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import cpp_compiler_search, run_compile_cmd
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from simulated import forget_probes, name_compiler
-from support.compilers import GXX, fake_compiler, needs_gxx
+from tests.support.compilers import GXX, fake_compiler, needs_gxx
+from tests.support.simulated import forget_probes, name_compiler
 from tnnlm.errors import UserError
 from tnnlm.inference.aot import check_compiler
 from tnnlm.machine import cpp_compiler

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 from tnnlm.machine.capabilities import WITHOUT, capability
 
 CODE = """
 import sys, tempfile
 from pathlib import Path
 import torch
-from conftest import FAMILIES, tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.machine.capabilities import capability
 from tnnlm.inference.aot import compile_step, load_step
 from tnnlm.conversion import convert_model

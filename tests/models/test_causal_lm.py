@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, tiny_config
+from tests.support.models import tiny_config
+from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM

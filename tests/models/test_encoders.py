@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import FAMILIES, tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError, ConfigError, UserError

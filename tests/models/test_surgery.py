@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import FAMILIES
+from tests.support.models import FAMILIES
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel, TwoSidedKernel, build_kernel

@@ -13,7 +13,7 @@ import httpx2
 import openai
 import pytest
 
-from servers import Running, run_server
+from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams
 

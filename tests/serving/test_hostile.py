@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from servers import Running, run_server
+from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.schemas import CompletionRequest
 

@@ -14,8 +14,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from conftest import ROOT
-from servers import Running, run_server
+from tests.support.scripts import ROOT
+from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
 
 sync_api = pytest.importorskip("playwright.sync_api")

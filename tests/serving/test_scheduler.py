@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from servers import tiny_generator
+from tests.support.servers import tiny_generator
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import SamplingParams

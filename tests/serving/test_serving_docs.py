@@ -8,8 +8,8 @@ import json
 import re
 import subprocess
 
-from conftest import ROOT
-from servers import Running
+from tests.support.scripts import ROOT
+from tests.support.servers import Running
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"

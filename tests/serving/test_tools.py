@@ -16,8 +16,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from conftest import ROOT
-from servers import tiny_converted
+from tests.support.scripts import ROOT
+from tests.support.servers import tiny_converted
 
 TOOLS = ROOT / "tools"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.conversion import convert_model, measure_model
 from tnnlm.models.causal_lm import CausalLM

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import FAMILIES, tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.inference.aot import compile_step

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.errors import DataError, UserError

@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning import Callback
 
+from tests.support.training_runs import tiny_run
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, TrainingStopped
 from tnnlm.training.run import train
-from training_runs import tiny_run
 
 
 def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

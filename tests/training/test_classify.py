@@ -13,10 +13,10 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from ranks import run_ranks
 
 from run_plots import final_figures, plot_runs, read_run
-from support.archive_files import WRITERS
+from tests.support.archive_files import WRITERS
+from tests.support.ranks import run_ranks
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, run_ranks
 
-from conftest import ROOT
+from tests.support.ddp import WORKER, finish, run_worker, start
+from tests.support.ranks import free_port, run_ranks
+from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.training.loggers.csv import read_metrics
-from training_runs import SETTINGS, write_text
-
-WORKER = Path(__file__).with_name("ddp_worker.py")
-
-
-def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the worker; loopback only, one thread a process."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "PYTHONWARNINGS": "ignore",
-            **environment,
-        },
-    )
-
-
-def finish(*processes: subprocess.Popen[str]) -> None:
-    """Wait for them, and show what went wrong."""
-    for process in processes:
-        try:
-            _, errors = process.communicate(timeout=600)
-        finally:
-            process.kill()
-        assert process.returncode == 0, errors
-
-
-def run_worker(*words: str) -> None:
-    """Run to the end."""
-    finish(start(str(WORKER), *SETTINGS, *words))
 
 
 def load(path: str) -> Any:

@@ -9,9 +9,10 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from test_distributed import run_worker
 from test_run import StopAt, assert_same_run
 
+from tests.support.ddp import run_worker
+from tests.support.training_runs import tiny_run, write_text
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.conversion import convert_layers
 from tnnlm.data.datamodule import TextDataModule
@@ -21,7 +22,6 @@ from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import tiny_run, write_text
 
 EMA = ("trainer.ema_decay=0.8", "trainer.precision=32-true")
 LAST = Path("runs/demo/checkpoints/last.ckpt")

@@ -18,19 +18,19 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from killed_run import train_until_killed
 from lightning.pytorch.callbacks import Callback
-from resume_worker import Scenario
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT
+from tests.support.killed_run import train_until_killed
+from tests.support.resume_worker import Scenario
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import CheckpointError
 from tnnlm.training.callbacks.checkpoint import TrainingStopped, second_name
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 WORDS = ("trainer.accumulate=2", "model.dropout=0.1", "trainer.max_steps=18", "trainer.log_every_n_steps=4")
 RUN = Path("runs/killed")
@@ -243,13 +243,13 @@ def worker(*words: str) -> tuple[int, str]:
     """Run resume_worker.py; its exit code and errors."""
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("resume_worker.py")), *words],
+        [sys.executable, str(ROOT / "tests/support/resume_worker.py"), *words],
         capture_output=True, text=True, env=environment, timeout=600, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr

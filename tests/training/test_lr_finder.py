@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.training_runs import SETTINGS, tiny_run, write_text
 from tnnlm.errors import DataError
 from tnnlm.training import lr_finder as module
 from tnnlm.training.lr_finder import HIGHEST, LOWEST, STEPS, find_lr, suggest
-from training_runs import SETTINGS, tiny_run, write_text
 
 
 def test_find_lr_suggests_draws_and_leaves_no_run(script: Any) -> None:

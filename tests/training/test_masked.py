@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from run_plots import final_figures, plot_runs, read_run
+from tests.support.training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
@@ -28,7 +29,6 @@ from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 
 def masked_run(*overrides: str) -> Config:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import write_text
 from tnnlm.training.loggers.csv import read_metrics
-from training_runs import write_text
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

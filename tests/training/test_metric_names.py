@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 from tnnlm.training.loggers.names import METRICS, Place, csv_columns
 from tnnlm.training.tasks import VALIDATION_TASKS
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.config.schema import OptimConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.optim import build_optimizer, build_scheduler, lr_factor

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from tests.support.training_runs import assert_same_run, tiny_run
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
@@ -21,7 +22,6 @@ from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import assert_same_run, tiny_run
 
 
 class Recorder(Callback):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import write_text
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.csv import read_metrics
-from training_runs import write_text
 
 # The same 4 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.
 COMMON = (

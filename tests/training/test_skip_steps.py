@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from tests.support.training_runs import assert_same_run, tiny_run
 from tnnlm.errors import UserError
 from tnnlm.training.callbacks.checkpoint import TrainingDiverged
 from tnnlm.training.lit_module import LitModel
@@ -20,7 +21,6 @@ from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import assert_same_run, tiny_run
 
 LAST, BEST = (Path("runs/demo/checkpoints") / name for name in ("last.ckpt", "best.ckpt"))
 

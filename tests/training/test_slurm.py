@@ -18,12 +18,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
+from tests.support.training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.training.run import train
 from tnnlm.training.slurm import cluster_plugins, find_job, job_name, record_job, requeue
-from training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 
 SBATCH = ROOT / "tools/slurm/train.sbatch"
 RUN = Path("runs/demo")

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.training_runs import tiny_run
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import balanced
 from tnnlm.data.sampler import GlobalOrderSampler
@@ -20,7 +21,6 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
 from tnnlm.training.throughput import LARGEST_ORDER, flops_per_token, kernel_memory
-from training_runs import tiny_run
 
 
 def modes(radii: list[float], channels: int = 5, length: int = 512) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 import lightning.pytorch.loggers.wandb as lightning_wandb
 import pytest
 
+from tests.support.training_runs import SETTINGS, tiny_run, write_text
 from tnnlm.errors import ConfigError
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import SETTINGS, tiny_run, write_text
 
 
 class Run:

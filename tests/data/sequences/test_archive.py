@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.archive_files import DIFFICULTY, WRITERS
+from tests.support.archive_files import DIFFICULTY, WRITERS
 from tnnlm.config.loader import load_config
 from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.lra import splits

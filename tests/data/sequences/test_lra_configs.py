@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from tests.support.scripts import ROOT
 from tnnlm.data.sequences.rows import SEQUENCE_TASKS
 
 FILES = sorted((ROOT / "configs/lra").glob("*.yaml"))

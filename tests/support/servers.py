@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import uvicorn
 
-from conftest import tiny_config
+from tests.support.models import tiny_config
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure

@@ -20,10 +20,10 @@ import torch.utils.tensorboard
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tests.support.training_runs import SETTINGS
 from tnnlm.config.loader import load_config
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
-from training_runs import SETTINGS
 
 
 class Watch(Callback):
@@ -47,7 +47,7 @@ class Watch(Callback):
 def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
     """Train on ``n`` processes, started as torchrun starts them; what each rank noted."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
+    context.set_forkserver_preload(["tests.support.ranks"])
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
         own_kernel = any(word.startswith("model.kernel.name=") for word in words)

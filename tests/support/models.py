@@ -1,0 +1,34 @@
+"""Tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tnnlm.config.schema import ModelConfig
+from tnnlm.kernels import FDTNOConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.models.causal_lm import CausalLM, ModelState
+
+FAMILIES: dict[str, Callable[[], KernelConfig]] = {
+    "tno": lambda: TNOConfig(rpe_dim=8, rpe_layers=2),
+    "fd_tno": lambda: FDTNOConfig(name="fd_tno", rpe_dim=8, rpe_layers=2),
+    "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
+    "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
+}
+"""settings of a small kernel of every family"""
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A model of a few thousand parameters."""
+    settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
+    return ModelConfig(**{**settings, "kernel": FAMILIES["tno"](), **changes})
+
+
+def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+    """Logits of tokens (B, L), one step after the other, and the last state."""
+    outputs = []
+    for t in range(tokens.shape[1]):
+        logits, state = model.step(tokens[:, t], state)
+        outputs.append(logits)
+    return torch.stack(outputs, dim=1), state
