@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import pickle
+import signal
+import time
 
 import pytest
 
@@ -86,3 +90,17 @@ def test_broken_pipe_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     # `generate.py | head`: the reader has gone, there is nobody to tell.
     assert script_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")) == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_interrupt_that_a_library_swallows_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def swallowed() -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise AttributeError("module has no attribute")
+
+    assert run_script(swallowed) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(AttributeError):
+        run_script(lambda: int(object().missing))  # type: ignore[attr-defined]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 
 class UserError(ValueError):
@@ -98,6 +101,18 @@ def run_script(main: Callable[[], int]) -> int:
     carry a message of what was finished.
     """
     _replace_unprintable()
+    with _noted_interrupts() as interrupts:
+        try:
+            return _exit_code(main)
+        except Exception:
+            # Some libraries swallow an interrupt of their import, and then miss what was not imported.
+            if not interrupts:
+                raise
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
@@ -115,6 +130,26 @@ def run_script(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt as always, and is noted in the list; not where it was taken over."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _replace_unprintable() -> None:
