@@ -59,7 +59,7 @@ def test_load_config_takes_the_last_of_two_equal_overrides() -> None:
 
 
 def test_load_config_gives_plain_objects() -> None:
-    config = load_config(write("data: {files: [a.txt]}\n"))
+    config = load_config(write("data: {source: files, files: [a.txt]}\n"))
     assert type(config) is Config
     assert type(config.model.kernel) is TNOConfig
     assert type(config.data.files) is list
@@ -205,9 +205,9 @@ def test_invalid_yaml_is_an_error_that_names_the_file(text: str | bytes) -> None
 
 
 def test_files_may_be_a_single_string() -> None:
-    assert load_config(write("data: {files: a.txt}\n")).data.files == ["a.txt"]
-    assert load_config(overrides=["data.files=a.txt"]).data.files == ["a.txt"]
-    assert load_config(overrides=["data.files=[a.txt,b.txt]"]).data.files == ["a.txt", "b.txt"]
+    assert load_config(write("data: {source: files, files: a.txt}\n")).data.files == ["a.txt"]
+    assert load_config(overrides=["data.source=files", "data.files=a.txt"]).data.files == ["a.txt"]
+    assert load_config(overrides=["data.source=files", "data.files=[a.txt,b.txt]"]).data.files == ["a.txt", "b.txt"]
 
 
 @pytest.mark.usefixtures("_other_kernel")
@@ -250,6 +250,7 @@ def test_kernel_that_is_no_group_is_named_in_full() -> None:
 def test_config_survives_dict_and_yaml(name: str) -> None:
     words = [
         f"model.kernel.name={name}",
+        "data.source=files",
         "data.files=[ü.txt]",
         "conversion.horizon=64",
         "trainer.devices=2",
@@ -291,7 +292,7 @@ def test_dollar_signs_are_text_or_an_error_that_names_the_key() -> None:
 
 def test_files_of_a_wrong_type_name_the_key() -> None:
     with pytest.raises(ConfigError, match=r"data\.files"):
-        load_config(overrides=["data.files={a: 1}"])
+        load_config(overrides=["data.source=files", "data.files={a: 1}"])
 
 
 GROUPS = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}
@@ -303,3 +304,34 @@ KERNELS = [schema for schema in KERNEL_SCHEMAS.values() if schema.__module__.sta
 def test_every_field_has_a_docstring(schema: type) -> None:
     groups = {name for name, group in GROUPS.items() if schema is Config and group in SCHEMAS}
     assert {field.name for field in dataclasses.fields(schema)} == groups | set(field_docs(schema))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "owner"),
+    [
+        ("data.files=book.txt", "files", "files"),
+        ("data.source=files data.hub_name=x", "hub_name", "hub"),
+        ("data.source=hub data.hub_split=test data.files=[a.txt]", "files", "files"),
+        ("data.listops.max_length=50", "listops", "listops"),
+        ("task=classify data.source=listops data.lra.folder=x", "lra", "lra"),
+    ],
+)
+def test_settings_of_a_source_that_is_not_chosen_are_an_error(words: str, key: str, owner: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}: is not read .*set data\.source={owner} too"):
+        load_config(None, words.split())
+
+
+def test_another_source_may_be_chosen_over_a_file_that_describes_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {source: files, files: [a.txt]}")
+    assert load_config(path, ["data.source=stdlib"]).data.source == "stdlib"
+    path.write_text("data: {files: [a.txt]}")
+    assert load_config(path, ["data.source=files"]).data.files == ["a.txt"]
+    with pytest.raises(ConfigError, match=r"\(.*c\.yaml\)"):
+        load_config(path)
+
+
+def test_a_whole_configuration_chooses_its_own_source(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(config_to_yaml(load_config(None, ["data.source=files", "data.files=a.txt"])))
+    assert load_config(path).data.files == ["a.txt"]

@@ -5,7 +5,7 @@ Examples:
   tnnlm train data.source=files data.files=book.txt name=book
   tnnlm train --config tnn_wt103 --dry-run
   tnnlm train --resume                                       # the newest run; or --resume NAME
-  tnnlm train --job nightly name=book data.files=book.txt    # begin, or go on: the same command each time
+  tnnlm train --job nightly --config rtf_demo                # begin, or go on: the same command each time
 """
 
 from __future__ import annotations

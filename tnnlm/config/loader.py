@@ -27,10 +27,14 @@ from tnnlm.config.schema import (
     SMALLEST_MASKED,
     SMALLEST_TEXT,
     Config,
+    DataConfig,
     ModelConfig,
 )
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
+
+_OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
+"""source -> how the settings that it alone reads begin"""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -45,7 +49,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
     layers.append((_read_overrides(overrides), "command line"))
-    return _merge(layers)
+    config = _merge(layers)
+    for layer, where in reversed(layers):
+        _check_source(layer, config.data.source, where)
+        if OmegaConf.select(layer, "data.source") is not None:
+            break  # it chose among the sources that those before it describe
+    return config
 
 
 def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
@@ -145,6 +154,19 @@ def _settle_task(config: Config) -> None:
             )
     elif data.mask_token is not None:
         raise ConfigError(f"data.mask_token={data.mask_token}: belongs to task=masked, not {config.task}")
+
+
+def _check_source(layer: DictConfig, source: str, where: str) -> None:
+    """Refuse settings of a source that is not the chosen one: the run would train on something else."""
+    defaults = config_to_dict(DataConfig())
+    group = layer.get("data")
+    given = cast(dict[str, Any], OmegaConf.to_container(group)) if group else {}
+    for key, value in given.items():
+        owner = next((own for own, prefix in _OWNERS.items() if key.startswith(prefix)), source)
+        if owner != source and value != defaults[key]:
+            raise ConfigError(
+                f"data.{key}: is not read with data.source={source} ({where})", f"set data.source={owner} too"
+            )
 
 
 def _read_yaml(path: Path) -> DictConfig:
