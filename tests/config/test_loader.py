@@ -207,7 +207,10 @@ def test_invalid_yaml_is_an_error_that_names_the_file(text: str | bytes) -> None
 def test_files_may_be_a_single_string() -> None:
     assert load_config(write("data: {source: files, files: a.txt}\n")).data.files == ["a.txt"]
     assert load_config(overrides=["data.source=files", "data.files=a.txt"]).data.files == ["a.txt"]
-    assert load_config(overrides=["data.source=files", "data.files=[a.txt,b.txt]"]).data.files == ["a.txt", "b.txt"]
+    assert load_config(overrides=["data.source=files", "data.files=[a.txt,b.txt]"]).data.files == [
+        "a.txt",
+        "b.txt",
+    ]
 
 
 @pytest.mark.usefixtures("_other_kernel")

@@ -83,7 +83,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
         raise CheckpointError(
-            f"{run}: is complete at step {step}", f"to train on, add trainer.max_steps={2 * step} or more"
+            f"{run}: is complete at step {step}", f"to train on, add trainer.max_steps=N with N above {step}"
         )
     return step
 
