@@ -39,17 +39,20 @@ class CheckpointError(UserError):
     """A run, checkpoint or converted model that is missing, damaged or not ours."""
 
 
-OS_ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EACCES: "no permission: choose another place or change the permissions",
-    errno.EPERM: "no permission: choose another place or change the permissions",
-    errno.EROFS: "the file system is read-only: choose another place",
-    errno.EFBIG: "the file is larger than the system allows: raise the limit (ulimit -f)",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
-    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another place",
-    errno.EISDIR: "is a folder: give the name of a file",
+OS_PROBLEMS = {
+    errno.ENOSPC: UserError("the disk is full", "free some space and run the same command again"),
+    errno.EDQUOT: UserError("the disk quota is used up", "free some space and run the same command again"),
+    errno.EACCES: UserError("no permission", "choose another place or change the permissions"),
+    errno.EPERM: UserError("no permission", "choose another place or change the permissions"),
+    errno.EROFS: UserError("the file system is read-only", "choose another place"),
+    errno.EFBIG: UserError("the file is larger than the system allows", "raise the limit (ulimit -f)"),
+    errno.ENAMETOOLONG: UserError("the name is too long", "choose a shorter one"),
+    errno.ENOTDIR: UserError("a part of this path is a file, not a folder", "choose another place"),
+    errno.EISDIR: UserError("is a folder", "give the name of a file"),
 }
+"""errors of the operating system that a user can mend: what is wrong, and what to do"""
+OS_ADVICE = {number: str(problem) for number, problem in OS_PROBLEMS.items()}
+"""the same in one line"""
 
 
 def one_line(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def run(name: str, words: Sequence[str] | None = None) -> int:
 
 def _module(name: str) -> ModuleType:
     if name not in COMMANDS:
-        raise UserError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: no such command", f"there are {', '.join(COMMANDS)}")
     return import_module(f"{__name__}.{name.replace('-', '_')}")
 
 

@@ -91,10 +91,12 @@ def refuse_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name, value in vars(args).items():
         if name not in used and value != parser.get_default(name):
             option = "--" + FLAGS.get(name, name)
-            raise UserError(f"{args.target}: is converted already, {option} has no use; name the run instead")
+            raise UserError(
+                f"{args.target}: is converted already, {option} has no use", "name the run instead"
+            )
     if not args.compile and not args.export:
         raise UserError(
-            f"{args.target}: is converted already; add --compile, --export or --onnx, or name the run"
+            f"{args.target}: is converted already", "add --compile, --export or --onnx, or name the run"
         )
 
 

@@ -59,7 +59,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
         raise UserError("--prompts: goes without --prompt, --interactive and --num-samples")
     if args.save_state and args.num_samples > 1:
-        raise UserError("--save-state: which of several samples? leave --num-samples out")
+        raise UserError("--save-state: keeps the state of one sample", "leave --num-samples out")
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
     if prompt == "":
-        raise UserError("the prompt is empty: give at least one character")
+        raise UserError("the prompt is empty", "give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession

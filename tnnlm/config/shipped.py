@@ -34,5 +34,6 @@ def find_config(name: str) -> Path:
     if name in shipped_names():
         return shipped_folder() / f"{name}.yaml"
     raise ConfigError(
-        f"--config {name}: no such file, and none of the shipped configurations: {', '.join(shipped_names())}"
+        f"--config {name}: no such file, and not a shipped configuration",
+        f"there is {', '.join(shipped_names())}",
     )

@@ -91,7 +91,7 @@ def convert_kernels(
         try:
             layers.append(convert_kernel(kernel, recipe, n, progress))
         except UserError as error:
-            raise UserError(f"layer {index}: {error}") from None
+            raise UserError(f"layer {index}: {error.reason}", error.remedy) from None
     return n, layers
 
 
@@ -123,7 +123,7 @@ def convert_model(
             kernel can't be converted.
     """
     if isinstance(model, LongConv):
-        raise UserError("a LongConv alone can't be replaced: convert the module around it, or a Sequential")
+        raise UserError("a LongConv alone can't be replaced", "convert the module around it, or a Sequential")
     _, layers = convert_layers(model, recipe or ConversionConfig(**options), max_length=max_length)
     return attach(model, [converted.params for converted in layers], inplace=inplace)
 
@@ -136,8 +136,8 @@ def _horizon(found: Sequence[Kernel], max_length: int | None, horizon: int | str
         lags = auto_horizon(kernel, max_length or _FIRST_LENGTH) or max_length
         if lags is None:
             raise UserError(
-                f"layer {index}: its kernel does not decay within {MAX_HORIZON} lags: give max_length, the "
-                "training length, or a horizon"
+                f"layer {index}: its kernel does not decay within {MAX_HORIZON} lags",
+                "give max_length, the training length, or a horizon",
             )
         needed.append(lags)
     return max(needed)

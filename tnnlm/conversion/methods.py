@@ -87,7 +87,7 @@ def check_taps(k: Tensor) -> None:
     if k.dim() != 2 or 0 in k.shape:
         raise UserError(f"taps of shape {tuple(k.shape)}: expected (channels, lags), at least one of each")
     if not all(bool(torch.isfinite(block).all()) for _, block in channel_blocks(k)):
-        raise UserError("the taps are not finite: the training diverged, take an earlier checkpoint")
+        raise UserError("the taps are not finite: the training diverged", "take an earlier checkpoint")
 
 
 def check_recipe(recipe: ConversionConfig, lags: int) -> None:
@@ -150,7 +150,7 @@ def _companion(own: Params | None) -> Params:
         UserError: if there is none, or it blows up.
     """
     if own is None:
-        raise UserError("this kernel has no recurrence of its own: use --method balanced, auto or window")
+        raise UserError("this kernel has no recurrence of its own", "use --method balanced, auto or window")
     radius = own.largest_pole()
     if radius >= 1:
         raise UserError(

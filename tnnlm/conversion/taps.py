@@ -57,7 +57,7 @@ def convert_taps(
     if not taps.is_floating_point():
         taps = taps.to(torch.float64) if not taps.is_complex() else taps
     if taps.is_complex():
-        raise UserError("the taps are complex: convert their real part")
+        raise UserError("the taps are complex", "convert their real part")
     taps = taps.unsqueeze(0) if taps.dim() == 1 else taps
     taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
     check_taps(taps)

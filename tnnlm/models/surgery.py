@@ -68,7 +68,7 @@ def kernels(model: nn.Module) -> list[Kernel]:
     if any(isinstance(module, BiConv) for module in model.modules()):
         raise UserError("a two-sided model has no recurrent form: its outputs depend on tokens to come")
     if any(isinstance(module, RecurrentConv) for module in model.modules()):
-        raise UserError("this model is converted already: convert the checkpoint it came from")
+        raise UserError("this model is converted already", "convert the checkpoint it came from")
     raise UserError(f"{type(model).__name__} contains no LongConv: there is nothing to convert")
 
 

@@ -55,6 +55,6 @@ class BiConv(ParallelConv):
 
 def _not_converted() -> NoReturn:
     raise CheckpointError(
-        "this model is in its parallel form and can't decode: convert it first, with convert.py "
-        "or tnnlm.convert_model(model)"
+        "this model is in its parallel form and can't decode",
+        "convert it first, with convert.py or tnnlm.convert_model(model)",
     )

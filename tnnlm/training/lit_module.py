@@ -241,8 +241,8 @@ def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
         return data.opened.tokenizer
     if not isinstance(module, LitModel) or module.tokenizer is None:
         raise UserError(
-            "a callback needs the tokenizer, which is known with tnnlm.TextDataModule only: give "
-            "LitModel(config, tokenizer)"
+            "a callback needs the tokenizer, which is known with tnnlm.TextDataModule only",
+            "give LitModel(config, tokenizer)",
         )
     return module.tokenizer
 

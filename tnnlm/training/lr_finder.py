@@ -153,7 +153,7 @@ def suggest(rates: list[float], losses: list[float]) -> FoundRate:
     slope = np.gradient(smooth, np.log(tried))[: best + 1]
     steepest = int(slope.argmin())
     if smooth[0] - smooth[best] < 0.01 * smooth[0]:
-        raise DataError("the loss falls at no learning rate: look at the data and the sizes of the model")
+        raise DataError("the loss falls at no learning rate", "look at the data and the sizes of the model")
     return FoundRate(
         tried.tolist(), seen.tolist(), smooth.tolist(), float(tried[steepest]), float(tried[best])
     )

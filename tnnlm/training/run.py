@@ -19,7 +19,7 @@ from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.tasks import load_task_data
-from tnnlm.errors import OS_ADVICE, CheckpointError, ConfigError, command
+from tnnlm.errors import OS_PROBLEMS, CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
@@ -174,9 +174,9 @@ def _fit(
     try:
         trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except OSError as error:
-        if error.errno not in OS_ADVICE:
+        if error.errno not in OS_PROBLEMS:
             raise
-        what = OS_ADVICE[error.errno].partition(":")[0]
+        what = OS_PROBLEMS[error.errno].reason
         go_on = NOTHING_SAVED
         if last.saved_step is not None:
             go_on = f"go on from step {last.saved_step} with: {command('train')} --resume {last.run}"

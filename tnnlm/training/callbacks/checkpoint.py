@@ -257,7 +257,7 @@ class CheckpointLast(Callback):
                 f"the last good checkpoint is {self.path} of step {self.saved_step}; go on from it with "
                 f"other settings, for example: {command('train')} --resume {self.run} optim.lr=..."
             )
-        return TrainingDiverged(f"stopped after step {step}: {reason}; {go_on}")
+        return TrainingDiverged(f"stopped after step {step}: {reason}", go_on)
 
     def _save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.check_finite(trainer, pl_module)

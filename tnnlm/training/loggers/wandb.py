@@ -46,7 +46,7 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
             project=config.trainer.wandb, name=folder.name, id=identity, resume="allow", save_dir=folder
         )
     except ModuleNotFoundError:
-        raise ConfigError(f"{asked}: needs the package wandb: pip install 'tnnlm[wandb]'") from None
+        raise ConfigError(f"{asked}: needs the package wandb", "pip install 'tnnlm[wandb]'") from None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         try:
             logger.log_hyperparams(config_to_dict(config))
