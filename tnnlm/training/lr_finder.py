@@ -25,10 +25,11 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
-from tnnlm.training.estimate import estimate_run, resolve_accelerator, resolve_precision
+from tnnlm.training.estimate import estimate_run
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.run import quieten
+from tnnlm.training.trainer import step_options
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -103,15 +104,7 @@ def find_lr(config: Config) -> FoundRate:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
         trainer = lightning.Trainer(
-            accelerator=resolve_accelerator(config),
-            devices=1,
-            precision=resolve_precision(config),  # type: ignore[arg-type]
-            max_steps=STEPS,
-            accumulate_grad_batches=config.trainer.accumulate,
-            gradient_clip_val=config.optim.grad_clip or None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
+            **step_options(config),
             enable_progress_bar=False,
             enable_checkpointing=False,
             logger=False,
@@ -161,12 +154,10 @@ def suggest(rates: list[float], losses: list[float]) -> FoundRate:
 
 def plot_rates(found: FoundRate, path: Path) -> None:
     """Draw loss against learning rate, with the suggestion."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     axis.semilogx(found.rates, found.losses, color="#9ecae1", linewidth=1, label="loss of each step")
     axis.semilogx(found.rates, found.smooth, color="#08519c", label=f"mean of {_WINDOW} steps")
     for rate, colour, label in (
@@ -181,7 +172,6 @@ def plot_rates(found: FoundRate, path: Path) -> None:
     axis.legend()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
 
 
 def _scale(optimizer: torch.optim.Optimizer, factors: list[float]) -> None:

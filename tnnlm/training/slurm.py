@@ -15,7 +15,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from tnnlm.config.loader import config_to_dict, load_config
+from tnnlm.config.checks import leaves
+from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.files import write_text
@@ -127,7 +128,7 @@ def _raise_time_limit(number: int, frame: FrameType | None) -> None:
 
 
 def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
-    new, old = (dict(_flat(config_to_dict(c))) for c in (config, recorded))
+    new, old = ({name: value for name, value, _ in leaves(c)} for c in (config, recorded))
     for key in sorted(new.keys() | old.keys()):
         # The folder's number is part of its name.
         if key not in ("name", "runs_dir") and new.get(key) != old.get(key):
@@ -135,11 +136,3 @@ def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
                 f"--job: {run} of job {job!r} has {key}={old.get(key)}, not {new.get(key)}",
                 f"give this training another name: --job NAME, or continue that one: --resume {run}",
             )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -60,13 +60,11 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def plot_loss(run: Path) -> None:
     """Draw loss.png: training loss and both validation losses over steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_metrics(run / "metrics.csv")
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     train = [(int(r["step"]), float(r["train/loss"])) for r in rows if r["train/loss"]]
     val = [(int(r["step"]), float(r["val/loss"])) for r in rows if r["val/loss"]]
     if train:
@@ -100,7 +98,6 @@ def plot_loss(run: Path) -> None:
         axis.legend()
     with atomic_file(run / "loss.png") as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
 
 
 def show_summary(

@@ -54,6 +54,12 @@ class WeightedMean(MeanMetric):
         self.mean_value, self.weight = self.mean_value.clone(), self.weight.clone()
         self.update(total / max(count, 1), count)
 
+    def take(self) -> float:
+        """The mean over all batches of all ranks, of which it then starts anew."""
+        mean = float(self.compute())
+        self.reset()
+        return mean
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
         # Sums would follow a model to bfloat16, and any move rounds to float32 what is added from then on.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device, torch.float64), exclude_state)
@@ -152,18 +158,16 @@ class CausalTask(ValidationTask):
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
-        parallel = float(self.nll_parallel.compute())
+        parallel = self.nll_parallel.take()
         values = {"val/loss": parallel, "val/ppl": perplexity(parallel)}
         if bytes_per_token is not None:
             values["val/bpb"] = bits_per_byte(parallel, bytes_per_token)
         if self.recurrences:
-            recurrent = float(self.nll_recurrent.compute())
+            recurrent = self.nll_recurrent.take()
             values["val/ppl_recurrent"] = perplexity(recurrent)
             if bytes_per_token is not None:
                 values["val/bpb_recurrent"] = bits_per_byte(recurrent, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(values["val/ppl"], values["val/ppl_recurrent"])
-        self.nll_parallel.reset()
-        self.nll_recurrent.reset()
         return values
 
 
@@ -183,8 +187,7 @@ class MaskedTask(ValidationTask):
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks, then exponentiate once."""
-        nll = float(self.nll.compute())
-        self.nll.reset()
+        nll = self.nll.take()
         return {"val/loss": nll, "val/ppl_masked": perplexity(nll)}
 
 
@@ -208,10 +211,7 @@ class ClassifyTask(ValidationTask):
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
         """Reduce over ranks."""
-        values = {"val/loss": float(self.nll.compute()), "val/accuracy": float(self.correct.compute())}
-        self.nll.reset()
-        self.correct.reset()
-        return values
+        return {"val/loss": self.nll.take(), "val/accuracy": self.correct.take()}
 
 
 VALIDATION_TASKS: dict[str, type[ValidationTask]] = {

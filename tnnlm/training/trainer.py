@@ -52,20 +52,12 @@ def build_trainer(
     settings = config.trainer
     at_terminal = sys.stdout.isatty()
     options = dict[str, Any](
-        accelerator=resolve_accelerator(config),
-        devices=resolve_devices(config),
+        **step_options(config),
         num_nodes=settings.num_nodes,
         strategy=strategy,
         # Lightning's inference mode makes tensors that FSDP2 can't train on when it gathers into them.
         inference_mode=settings.strategy != FSDP,
-        precision=resolve_precision(config),
-        max_steps=settings.max_steps,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=config.optim.grad_clip or None,
         log_every_n_steps=1,  # the module keeps its own interval
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
         enable_progress_bar=at_terminal,
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
@@ -78,6 +70,21 @@ def build_trainer(
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
         raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
+
+
+def step_options(config: Config) -> dict[str, Any]:
+    """Options of Lightning's Trainer for the same steps on the same devices, whatever is logged and saved."""
+    return {
+        "accelerator": resolve_accelerator(config),
+        "devices": resolve_devices(config),
+        "precision": resolve_precision(config),
+        "max_steps": config.trainer.max_steps,
+        "accumulate_grad_batches": config.trainer.accumulate,
+        "gradient_clip_val": config.optim.grad_clip or None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }
 
 
 def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal: bool) -> list[Logger]:

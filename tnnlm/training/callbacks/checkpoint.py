@@ -212,12 +212,7 @@ class CheckpointLast(Callback):
             raise TrainingStopped(self._step, self.run, limit, self.saved_step is not None)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Notice whether this batch ended an optimizer step."""
         self._at_border = trainer.global_step != self._step

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 
@@ -30,44 +30,38 @@ class TrainingBar(ProgressBar):
             TextColumn("{task.fields[shown]}"),
             console=console,
         )
-        self._training: TaskID | None = None
-        self._validation: TaskID | None = None
+        self._training = self.bar.add_task("training", shown="")
+        self._validation = self.bar.add_task("validating", shown="", visible=False)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the bar."""
-        self._training = self.bar.add_task(
-            "training", total=trainer.max_steps, completed=trainer.global_step, shown=""
-        )
+        self.bar.reset(self._training, total=trainer.max_steps, completed=trainer.global_step)
         self.bar.start()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Advance with the optimizer step."""
-        if self._training is not None:
-            metrics = trainer.progress_bar_metrics
-            named = [metric for metric in METRICS if metric.short and metric.column in metrics]
-            shown = "  ".join(f"{metric.short} {metrics[metric.column]:.4g}" for metric in named)
-            self.bar.update(self._training, completed=trainer.global_step, shown=shown)
+        metrics = trainer.progress_bar_metrics
+        named = [metric for metric in METRICS if metric.short and metric.column in metrics]
+        shown = "  ".join(f"{metric.short} {metrics[metric.column]:.4g}" for metric in named)
+        self.bar.update(self._training, completed=trainer.global_step, shown=shown)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A second line while it lasts."""
         total = int(sum(trainer.num_val_batches))
         both = isinstance(pl_module, LitModel) and pl_module.task.converts
-        self._validation = self.bar.add_task("validating", total=total, shown="both forms" if both else "")
+        self.bar.reset(self._validation, total=total, visible=True, shown="both forms" if both else "")
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Advance."""
-        if self._validation is not None:
-            self.bar.advance(self._validation)
+        self.bar.advance(self._validation)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take the second line away."""
-        if self._validation is not None:
-            self.bar.remove_task(self._validation)
-            self._validation = None
+        self.bar.update(self._validation, visible=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leave the bar where it ended."""

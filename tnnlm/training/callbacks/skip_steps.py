@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from tnnlm.config.schema import TrainerConfig
 from tnnlm.training.callbacks.checkpoint import CheckpointLast
@@ -61,10 +62,7 @@ class SkipBadSteps(Callback):
         self._publish(pl_module)
 
     def on_before_optimizer_step(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        optimizer: torch.optim.Optimizer,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
         """Decide whether this step counts, before its gradient is clipped."""
         assert isinstance(pl_module, LitModel)
@@ -83,12 +81,7 @@ class SkipBadSteps(Callback):
         self._publish(pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Stop the run after too many skipped steps in a row; the same on every rank."""
         if trainer.global_step == self._step:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from typing import Any
-
-from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
+from tnnlm.training.loggers import LocalLogger
 from tnnlm.training.loggers.names import LENGTH, Place, columns_at
 
 
-class PlainLines(Logger):
+class PlainLines(LocalLogger):
     """A line per log, for output that is no terminal."""
 
     def __init__(self, max_steps: int) -> None:
         super().__init__()
         self.max_steps = max_steps
         self.console = Console()
-
-    @property
-    def name(self) -> str:
-        """For Lightning."""
-        return "lines"
-
-    @property
-    def version(self) -> str:
-        """For Lightning."""
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: they were shown before training."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

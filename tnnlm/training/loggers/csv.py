@@ -1,18 +1,16 @@
-"""What a run writes while it trains: metrics.csv, plain lines where there is no terminal, samples."""
+"""metrics.csv: written while a run trains, read by whatever looks at it afterwards."""
 
 from __future__ import annotations
 
 import csv
 import io
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from tnnlm.config.schema import Config
 from tnnlm.files import write_text
+from tnnlm.training.loggers import LocalLogger
 from tnnlm.training.loggers.names import csv_columns
 from tnnlm.training.tasks import VALIDATION_TASKS
 
@@ -32,7 +30,7 @@ def whole_rows(path: Path) -> list[dict[str, str]]:
     return rows[:-1] if cut else rows
 
 
-class MetricsCSV(Logger):
+class MetricsCSV(LocalLogger):
     """metrics.csv, a row per log, on the disk at once. Lightning's own deletes the file on resume."""
 
     def __init__(self, path: Path, config: Config, resume_step: int | None = None) -> None:
@@ -40,19 +38,6 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = csv_columns(VALIDATION_TASKS[config.task].place, config.model.n_layers)
         self.resume_step = resume_step
-
-    @property
-    def name(self) -> str:
-        """For Lightning."""
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        """For Lightning."""
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
