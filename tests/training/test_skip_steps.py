@@ -82,7 +82,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 def test_training_without_a_bad_step_is_as_without_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny_run("name=guarded", "trainer.spike_factor=5"))
     skip_steps = "tnnlm.training.callbacks.skip_steps"
-    monkeypatch.setattr(f"{skip_steps}.Guard.on_before_optimizer_step", lambda *args: None)
+    monkeypatch.setattr(f"{skip_steps}.SkipBadSteps.on_before_optimizer_step", lambda *args: None)
     train(tiny_run("name=bare"))
     assert_same_run(Path("runs/guarded"), Path("runs/bare"))
 
