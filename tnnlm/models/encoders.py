@@ -52,10 +52,10 @@ class SequenceClassifier(Backbone):
         Of pairs: tokens (B, 2, L) and lengths (B, 2).
         """
         if not self.config.pair:
-            return self._head(self.pooled(tokens, lengths))
+            return self.head(self.pooled(tokens, lengths))
         flat = None if lengths is None else lengths.flatten()
         a, b = self.pooled(tokens.flatten(0, 1), flat).unflatten(0, (-1, 2)).unbind(1)
-        return self._head(torch.cat((a, b, a * b, a - b), dim=-1))
+        return self.head(torch.cat((a, b, a * b, a - b), dim=-1))
 
     def pooled(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean of the features (B, D) of tokens (B, L), over the first ``lengths`` (B,) or all."""
@@ -68,6 +68,3 @@ class SequenceClassifier(Backbone):
     def loss(self, batch: LabelledBatch) -> Tensor:
         """Mean cross-entropy in nats per sequence."""
         return nn.functional.cross_entropy(self(batch.tokens, batch.lengths).float(), batch.labels)
-
-    def _head(self, pooled: Tensor) -> Tensor:
-        return self.head(pooled)

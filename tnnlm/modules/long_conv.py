@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from tnnlm.errors import CheckpointError
 from tnnlm.kernels import Kernel, TwoSidedKernel
-from tnnlm.ops.recurrence import State
 from tnnlm.ops.toeplitz import toeplitz, toeplitz_two_sided
 
 
 class ParallelConv(nn.Module):
     """What has no state: it trains, and can't decode."""
 
-    def init_state(self, batch_size: int) -> State:
-        """Always raises: this form has no state."""
-        _not_converted()
+    def init_state(self, *args: Any) -> NoReturn:
+        """Always raises, as :meth:`prefill` and :meth:`step` do: this form has no state."""
+        raise CheckpointError(
+            "this model is in its parallel form and can't decode",
+            "convert it first, with convert.py or tnnlm.convert_model(model)",
+        )
 
-    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Always raises: this form has no state."""
-        _not_converted()
-
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Always raises: this form has no state."""
-        _not_converted()
+    prefill = step = init_state
 
 
 class LongConv(ParallelConv):
@@ -51,10 +47,3 @@ class BiConv(ParallelConv):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, E) -> (B, L, E)."""
         return toeplitz_two_sided(x, self.kernel(x.shape[1]))
-
-
-def _not_converted() -> NoReturn:
-    raise CheckpointError(
-        "this model is in its parallel form and can't decode",
-        "convert it first, with convert.py or tnnlm.convert_model(model)",
-    )
