@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tnnlm.cli.usage import parser_of
+from tnnlm.cli.usage import add_device, parser_of
 from tnnlm.errors import UserError
 
 
@@ -43,10 +43,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save-state", type=Path, metavar="FILE", help="keep the state after the text, to go on from there")
     add = parser.add_argument_group("model and machine").add_argument
     add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
-    add(
-        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
-    )
+    add_device(add)
     add(
         "--engine",
         default="auto",

@@ -43,22 +43,17 @@ def main(words: Sequence[str] | None = None) -> int:
     config = load_config(find_config(args.config), args.overrides)
     if config.task == "classify":
         show_sequences(prepare_sequences(config), config)
-        say_next(args)
-        return 0
-    try:
-        corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    split_rows(corpus, config)
-    show(corpus, config)
-    say_next(args)
-    return 0
-
-
-def say_next(args: argparse.Namespace) -> None:
+    else:
+        try:
+            corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        split_rows(corpus, config)
+        show(corpus, config)
     words = [*(["--config", args.config] if args.config != "demo" else []), *args.overrides]
     print(f"train on it, without network: HF_HUB_OFFLINE=1 {command('train')} {shlex.join(words)}".rstrip())
+    return 0
 
 
 def show_sequences(corpus: LabelledCorpus, config: Config) -> None:

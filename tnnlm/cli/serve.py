@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tnnlm.cli.usage import parser_of
+from tnnlm.cli.usage import add_device, parser_of
 from tnnlm.errors import UserError
 
 GRACE = 30
@@ -36,10 +36,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and machine").add_argument
     add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
     add("--name", help="of the model, as the API reports it (default: its run's)")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
-    add(
-        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
-    )
+    add_device(add)
     add(
         "--engine",
         default="packed",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from tnnlm.errors import command
 
@@ -33,4 +35,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over those of the file, as optim.lr=1e-3"
+    )
+
+
+def add_device(add: Callable[..., Any]) -> None:
+    """What every command that decodes takes; ``add`` is the ``add_argument`` of a parser or a group."""
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    add(
+        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
     )
