@@ -32,6 +32,7 @@ from tnnlm.config.schema import (
 )
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
+from tnnlm.kernels.base import unknown_kernel
 
 _OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
 """source -> how the settings that it alone reads begin"""
@@ -108,10 +109,7 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     if module is not None:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
-        raise ConfigError(
-            f"model.kernel.name={name}: unknown kernel",
-            f"there is {', '.join(KERNEL_SCHEMAS)}; model.kernel.module=FILE names the file of another one",
-        )
+        raise unknown_kernel(name)
     schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
     for layer, where in layers:
         _check_keys(layer, schema, "", where)

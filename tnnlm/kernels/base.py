@@ -101,8 +101,13 @@ def build_kernel(config: KernelConfig, n_channels: int, max_length: int) -> Kern
         ConfigError: if no kernel of that name was registered, or its settings don't fit together.
     """
     if config.name not in _BUILDERS:
-        raise ConfigError(
-            f"model.kernel.name={config.name}: unknown kernel",
-            f"there is {', '.join(_BUILDERS)}; model.kernel.module=FILE names the file of another one",
-        )
+        raise unknown_kernel(config.name)
     return _BUILDERS[config.name](config, n_channels, max_length)
+
+
+def unknown_kernel(name: str) -> ConfigError:
+    """The error for a name that no kernel is registered under."""
+    return ConfigError(
+        f"model.kernel.name={name}: unknown kernel",
+        f"there is {', '.join(_BUILDERS)}; model.kernel.module=FILE names the file of another one",
+    )
