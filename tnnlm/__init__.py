@@ -10,25 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tnnlm.checkpoints.locate import load_trained
-    from tnnlm.config.loader import load_config
-    from tnnlm.config.schema import Config, ConversionConfig, ModelConfig
-    from tnnlm.conversion.convert import convert_model
-    from tnnlm.conversion.taps import convert_taps
-    from tnnlm.data.datamodule import TextDataModule
-    from tnnlm.deployment.save import save
-    from tnnlm.errors import UserError
-    from tnnlm.inference.generator import TextGenerator
-    from tnnlm.inference.load import load
-    from tnnlm.inference.sampling import SamplingParams
-    from tnnlm.kernels import FDTNOConfig, RTFConfig, SGConvConfig, TNOConfig
-    from tnnlm.kernels.base import Kernel, KernelConfig, build_kernel, register_kernel
-    from tnnlm.models.causal_lm import CausalLM
-    from tnnlm.modules.long_conv import LongConv
-    from tnnlm.modules.recurrent_conv import RecurrentConv
-    from tnnlm.tokenizer import TextTokenizer
-    from tnnlm.training.lit_module import LitModel
-    from tnnlm.training.run import train
+    from tnnlm.checkpoints.locate import load_trained as load_trained
+    from tnnlm.config.loader import load_config as load_config
+    from tnnlm.config.schema import Config as Config
+    from tnnlm.config.schema import ConversionConfig as ConversionConfig
+    from tnnlm.config.schema import ModelConfig as ModelConfig
+    from tnnlm.conversion.convert import convert_model as convert_model
+    from tnnlm.conversion.taps import convert_taps as convert_taps
+    from tnnlm.data.datamodule import TextDataModule as TextDataModule
+    from tnnlm.deployment.save import save as save
+    from tnnlm.errors import UserError as UserError
+    from tnnlm.inference.generator import TextGenerator as TextGenerator
+    from tnnlm.inference.load import load as load
+    from tnnlm.inference.sampling import SamplingParams as SamplingParams
+    from tnnlm.kernels import FDTNOConfig as FDTNOConfig
+    from tnnlm.kernels import RTFConfig as RTFConfig
+    from tnnlm.kernels import SGConvConfig as SGConvConfig
+    from tnnlm.kernels import TNOConfig as TNOConfig
+    from tnnlm.kernels.base import Kernel as Kernel
+    from tnnlm.kernels.base import KernelConfig as KernelConfig
+    from tnnlm.kernels.base import build_kernel as build_kernel
+    from tnnlm.kernels.base import register_kernel as register_kernel
+    from tnnlm.models.causal_lm import CausalLM as CausalLM
+    from tnnlm.modules.long_conv import LongConv as LongConv
+    from tnnlm.modules.recurrent_conv import RecurrentConv as RecurrentConv
+    from tnnlm.tokenizer import TextTokenizer as TextTokenizer
+    from tnnlm.training.lit_module import LitModel as LitModel
+    from tnnlm.training.run import train as train
 
 __version__ = "0.1.0"
 
@@ -56,36 +64,7 @@ _HOMES = {
 """module -> the public names that it defines; the same as what type checkers read above"""
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "CausalLM",
-    "Config",
-    "ConversionConfig",
-    "FDTNOConfig",
-    "Kernel",
-    "KernelConfig",
-    "LitModel",
-    "LongConv",
-    "ModelConfig",
-    "RTFConfig",
-    "RecurrentConv",
-    "SGConvConfig",
-    "SamplingParams",
-    "TNOConfig",
-    "TextDataModule",
-    "TextGenerator",
-    "TextTokenizer",
-    "UserError",
-    "__version__",
-    "build_kernel",
-    "convert_model",
-    "convert_taps",
-    "load",
-    "load_config",
-    "load_trained",
-    "register_kernel",
-    "save",
-    "train",
-]
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
