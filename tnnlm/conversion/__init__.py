@@ -12,13 +12,10 @@ from tnnlm.conversion.convert import (
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.horizon import auto_horizon
-from tnnlm.conversion.methods import METHODS, LayerConversion
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.conversion.window import window
 
 __all__ = [
-    "METHODS",
-    "LayerConversion",
     "auto_horizon",
     "balanced",
     "certify",

@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks
-from tnnlm.conversion.linalg import compress, hankel_svd
+from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
 from tnnlm.errors import UserError
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ConversionReport, ModelReport
 from tnnlm.config.schema import ModelConfig
-from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
-from tnnlm.conversion.linalg import compress, hankel_norm, hankel_svd
+from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
 from tnnlm.conversion.methods import LayerConversion
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
@@ -162,4 +161,6 @@ def _hankel_ratio(k: Tensor, error: Tensor, params: Params) -> float | None:
     total = sum(float(block.square().sum()) for _, block in channel_blocks(error))
     if float(sigma[-1]) < 10 * ROUNDING * float(sigma[0]) or float(leading.square().sum()) < 0.8 * total:
         return None
-    return hankel_norm(leading, columns) / float(sigma[-1])
+    # Its norm is the gain from past inputs to future outputs.
+    norm = hankel_svd(leading.unsqueeze(0), 1, columns)[0]
+    return float(norm.max()) / float(sigma[-1])

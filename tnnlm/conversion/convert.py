@@ -44,12 +44,12 @@ def convert_kernel(
         return convert(source, recipe, progress)
 
 
-def model_horizon(model: CausalLM, horizon: int | str = "auto") -> int:
-    """The horizon in lags: as given, or for ``auto`` the largest that a layer needs.
+def model_horizon(model: CausalLM) -> int:
+    """The horizon in lags that ``auto`` stands for: the largest that a layer needs.
 
     A kernel that never dies out (no decay) is converted on the training length.
     """
-    return _horizon(kernels(model), model.config.max_length, horizon)
+    return _horizon(kernels(model), model.config.max_length, "auto")
 
 
 def convert_layers(
@@ -74,16 +74,9 @@ def convert_layers(
 def convert_kernels(
     found: Sequence[Kernel], max_length: int | None, recipe: ConversionConfig, progress: Progress = silent
 ) -> tuple[int, list[LayerConversion]]:
-    """As :func:`convert_layers`, for the kernels of a model that is not at hand as a whole.
+    """As :func:`convert_layers`, for kernels, one per layer, of a model that is not at hand as a whole.
 
-    Args:
-        found: one per layer.
-        max_length: the training length, None if it is unknown.
-        recipe: method, horizon, tolerance and the like.
-        progress: wraps what takes long, for a bar.
-
-    Raises:
-        UserError: if a kernel can't be converted.
+    ``max_length``: the training length, None if it is unknown.
     """
     n = _horizon(found, max_length, recipe.horizon)
     layers = []

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks
+from tnnlm.conversion.linalg import channel_blocks
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -60,7 +60,11 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
 
 def _residues(k: Tensor, rate: Tensor, weight: Tensor) -> Tensor:
     """Planes (E, 2, N): the balanced, un-decayed taps' discrete Fourier transform, a pair counted once."""
-    t = _undecayed(k, rate)
+    lags = torch.arange(k.shape[1], dtype=torch.float64, device=k.device)
+    envelope = rate[:, None] ** lags
+    # Where the envelope itself has underflowed the tap is zero for every purpose.
+    usable = envelope > torch.finfo(torch.float64).tiny
+    t = torch.where(usable, k / envelope.where(usable, torch.ones_like(envelope)), 0.0)
     spectrum = torch.fft.rfft(torch.cat((t, -t.sum(1, keepdim=True)), dim=1))[:, 1:] * weight
     return torch.view_as_real(spectrum).transpose(1, 2)
 
@@ -81,11 +85,3 @@ def roots_of_unity(n: int, device: torch.device | None = None) -> Tensor:
     swapped = (octant == 1) | (octant == 2)
     cos, sin = torch.where(swapped, far, near), torch.where(swapped, near, far)
     return torch.stack((torch.where(octant >= 2, -cos, cos), sin))
-
-
-def _undecayed(k: Tensor, rate: Tensor) -> Tensor:
-    lags = torch.arange(k.shape[1], dtype=torch.float64, device=k.device)
-    envelope = rate[:, None] ** lags
-    # Where the envelope itself has underflowed the tap is zero for every purpose.
-    usable = envelope > torch.finfo(torch.float64).tiny
-    return torch.where(usable, k / envelope.where(usable, torch.ones_like(envelope)), 0.0)

@@ -17,6 +17,7 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.ops.ssm import SSMParams
 
 
+@torch.enable_grad()
 def gradient(
     k: Tensor, *, order: int, steps: int = 2000, lr: float = 1e-2, progress: Progress = silent
 ) -> SSMParams:
@@ -32,11 +33,7 @@ def gradient(
     Returns:
         parameters in float64: the best of all steps.
     """
-    with torch.enable_grad():
-        return _fit(k.detach().double(), (order + 1) // 2, steps, lr, progress)
-
-
-def _fit(k: Tensor, modes: int, steps: int, lr: float, progress: Progress) -> SSMParams:
+    k, modes = k.detach().double(), (order + 1) // 2
     channels, length = k.shape
     norm = k.norm().clamp(min=torch.finfo(torch.float64).tiny)
     generator = torch.Generator(k.device).manual_seed(0)

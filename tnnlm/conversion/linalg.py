@@ -4,20 +4,31 @@ The block Hankel matrix of taps f (R, T) has the block f[:, i + j] in row i and 
 where i + j >= T. It maps past inputs to future outputs. Its singular values bound every
 recurrence: none of order N has a Hankel-norm error below the (N+1)-st (Adamyan, Arov, Krein 1971).
 A leading axis G holds independent problems: one per channel, or a single one for all channels.
+Float64 algebra on 16,384 x 16,384 float32 taps fits in a few gigabytes: channels are taken in blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.ops.toeplitz import fft_length
 
+CHANNELS = 256
+"""channels that are held in float64 at a time"""
 _SPECTRUM_BYTES = 1 << 25
 """of spectra at a time"""
 _ITERATIONS = 4
 """of subspace iteration: Hankel singular values fall fast"""
+
+
+def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Taps (E, T) in float64, some channels at a time: 16,384 x 16,384 taps take 2 GB in all."""
+    for start in range(0, k.shape[0], CHANNELS):
+        part = slice(start, min(start + CHANNELS, k.shape[0]))
+        yield part, k[part].double()
 
 
 def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
@@ -97,8 +108,3 @@ def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor
     energy, rotation = torch.linalg.eigh((small + small.transpose(1, 2)) / 2)
     sigma = energy.clamp(min=0).sqrt().flip(1)[:, :wanted]
     return sigma, (x @ rotation.flip(2))[..., :wanted]
-
-
-def hankel_norm(f: Tensor, columns: int | None = None) -> float:
-    """Largest Hankel singular value of taps f (R, T): the gain from past inputs to future outputs."""
-    return float(hankel_svd(f.unsqueeze(0), 1, columns)[0].max())

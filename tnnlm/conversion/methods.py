@@ -7,19 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.blocks import channel_blocks
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
+from tnnlm.conversion.linalg import channel_blocks
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
-
-METHODS = ("balanced", "auto", "etsc", "window", "companion", "gradient")
 
 
 class LayerConversion(NamedTuple):
@@ -96,18 +95,13 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
     Raises:
         UserError: naming the setting.
     """
-    if recipe.method not in METHODS:
-        raise UserError(f"unknown conversion method {recipe.method!r}", f"there is {', '.join(METHODS)}")
-    if recipe.poles not in ("shared", "channel"):
-        raise UserError(f"poles {recipe.poles!r}: must be shared or channel")
-    if recipe.order is not None and not 1 <= recipe.order <= lags:
+    check_settings(recipe, lambda name, value: f"{name.replace('_', ' ')} {value}")
+    if recipe.order is not None and recipe.order > lags:
         raise UserError(f"order {recipe.order}: must be from 1 to the horizon, {lags}")
-    if not 0 <= recipe.window_taps < lags:
+    if recipe.window_taps >= lags:
         raise UserError(f"window taps {recipe.window_taps}: must be from 0 to below the horizon, {lags}")
     if recipe.method == "balanced" and recipe.order is not None and recipe.order <= recipe.window_taps:
         raise UserError(f"order {recipe.order}: must be above the {recipe.window_taps} window taps it counts")
-    if not 0 < recipe.tolerance < 1:
-        raise UserError(f"tolerance {recipe.tolerance:g}: must be above 0 and below 1")
 
 
 def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams:
@@ -176,10 +170,9 @@ def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
     for poles in ("shared", "channel"):
         try:
             candidates["balanced"] = _balanced(source, recipe, poles)
+            break
         except UserError as error:
             failed += f"; balanced with {poles} poles: {error.reason}"
-            continue
-        break
     cost = {name: (recurrence.state_bytes(p), p.multiply_adds()) for name, p in candidates.items()}
     best = min(cost, key=lambda name: cost[name])
     table = ", ".join(
