@@ -101,12 +101,8 @@ class TextTokenizer:
         Bytes of a character that the last token left open are shown as U+FFFD, as ``decode`` does.
         """
         stream = TextStream(self)
-        for token in ids:
-            piece = stream.push(token)
-            if piece:
-                yield piece
-        rest = stream.finish()
-        if rest:
+        yield from filter(None, map(stream.push, ids))
+        if rest := stream.finish():
             yield rest
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tnnlm.cli.usage import add_settings, parser_of
@@ -150,7 +151,7 @@ def show(config: Config, as_json: bool) -> None:
 
     plan = estimate_run(config)
     if as_json:
-        print(json.dumps(plan.to_dict(config), indent=2))
+        print(json.dumps({"config": asdict(config), **asdict(plan)}, indent=2))
         return
     print(config_to_yaml(config))
     print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")

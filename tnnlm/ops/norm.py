@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def simple_rms_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
+def simple_rms_norm(x: Tensor) -> Tensor:
     """Scale the last axis (..., D) to root mean square 1 (arXiv 2305.04749, section 3.3)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / (norm * x.shape[-1] ** -0.5 + eps)
+    return x / (norm * x.shape[-1] ** -0.5 + 1e-8)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
@@ -35,10 +33,6 @@ class RunEstimate:
     precision: str
     devices: int
 
-    def to_dict(self, config: Config) -> dict[str, Any]:
-        """Plain data: these numbers beside the resolved configuration."""
-        return {"config": config_to_dict(config), **asdict(self)}
-
 
 def estimate_run(config: Config) -> RunEstimate:
     """Build the model without memory and work out what training it takes."""
@@ -46,9 +40,8 @@ def estimate_run(config: Config) -> RunEstimate:
         model = build_model(config)
     precision = resolve_precision(config)
     devices = resolve_devices(config) * config.trainer.num_nodes
-    rows = config.data.batch_size * config.model.max_length
-    per_update = rows * config.trainer.accumulate * devices
-    read = rows * (2 if config.model.pair else 1)
+    per_update = tokens_per_update(config, devices)
+    read = config.data.batch_size * config.model.max_length * (2 if config.model.pair else 1)
     return RunEstimate(
         params=model.n_params,
         buffers=sum(b.numel() for b in model.buffers()),
@@ -58,6 +51,11 @@ def estimate_run(config: Config) -> RunEstimate:
         precision=precision,
         devices=devices,
     )
+
+
+def tokens_per_update(config: Config, devices: int) -> int:
+    """Tokens that one optimizer step reads on all devices together."""
+    return config.data.batch_size * config.model.max_length * config.trainer.accumulate * devices
 
 
 def guessed_share(config: Config) -> float:

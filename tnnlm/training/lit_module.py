@@ -22,6 +22,7 @@ from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.batches import checked_batch, own_data, schedule_steps, tokens_in
+from tnnlm.training.estimate import tokens_per_update
 from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, renumber_optimizer_state, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.tasks import VALIDATION_TASKS
@@ -245,8 +246,3 @@ def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
             "give LitModel(config, tokenizer)",
         )
     return module.tokenizer
-
-
-def tokens_per_update(config: Config, world_size: int) -> int:
-    """Tokens that one optimizer step reads on all ranks together."""
-    return config.data.batch_size * config.model.max_length * config.trainer.accumulate * world_size

@@ -69,7 +69,12 @@ class _Probe(LitModel):
             self.model, self.config.optim, self.config.trainer.precision != "16-mixed"
         )
         factors = [group["lr"] / self.config.optim.lr for group in optimizer.param_groups]
-        optimizer.register_step_pre_hook(lambda *_: _scale(optimizer, factors))
+
+        def scale(*_: Any) -> None:
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] *= factor
+
+        optimizer.register_step_pre_hook(scale)
         return optimizer
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -172,8 +177,3 @@ def plot_rates(found: FoundRate, path: Path) -> None:
     axis.legend()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-
-
-def _scale(optimizer: torch.optim.Optimizer, factors: list[float]) -> None:
-    for group, factor in zip(optimizer.param_groups, factors, strict=True):
-        group["lr"] *= factor

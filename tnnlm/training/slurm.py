@@ -108,7 +108,11 @@ def time_limit_noticed() -> Iterator[None]:
     if TIME_LIMIT is None:
         yield
         return
-    before = signal.signal(TIME_LIMIT, _raise_time_limit)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeLimit
+
+    before = signal.signal(TIME_LIMIT, stop)
     try:
         yield
     finally:
@@ -121,10 +125,6 @@ def cluster_plugins() -> list[Any]:
     # torchrun's processes, inside a SLURM job too, are torchrun's.
     by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
-
-
-def _raise_time_limit(number: int, frame: FrameType | None) -> None:
-    raise TimeLimit
 
 
 def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:

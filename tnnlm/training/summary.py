@@ -63,35 +63,27 @@ def plot_loss(run: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(run / "metrics.csv")
+
+    def curve(column: str) -> dict[int, float]:
+        return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
+
+    train, val = curve("train/loss"), curve("val/loss")
+    bits, recurrent = curve("val/bpb"), curve("val/bpb_recurrent")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    train = [(int(r["step"]), float(r["train/loss"])) for r in rows if r["train/loss"]]
-    val = [(int(r["step"]), float(r["val/loss"])) for r in rows if r["val/loss"]]
     if train:
-        axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+        axis.plot(list(train), list(train.values()), color="#9ecae1", linewidth=1, label="training")
     if val:
-        steps, losses = zip(*val, strict=True)
-        bits = [float(r["val/bpb"]) for r in rows if r.get("val/bpb")]
-        axis.plot(
-            steps, losses, "o-", color="#08519c", label="validation, parallel" if bits else "validation"
-        )
-        axis.annotate(
-            f"{bits[-1]:.3f} bits per byte" if bits else f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            xytext=(4, -22),
-            textcoords="offset points",
-            ha="right",
-        )
-    recurrent = [
-        (int(r["step"]), float(r["val/loss"]) * float(r["val/bpb_recurrent"]) / float(r["val/bpb"]))
-        for r in rows
-        if r.get("val/bpb_recurrent")
-    ]
+        label = "validation, parallel" if bits else "validation"
+        axis.plot(list(val), list(val.values()), "o-", color="#08519c", label=label)
+        step, loss = list(val.items())[-1]
+        reached = f"{bits[step]:.3f} bits per byte" if bits else f"{loss:.3f}"
+        axis.annotate(reached, (step, loss), xytext=(4, -22), textcoords="offset points", ha="right")
     if recurrent:
-        axis.plot(
-            *zip(*recurrent, strict=True), "x", color="#e6550d", markersize=9, label="validation, recurrent"
-        )
-    unit = "sequence" if any(r.get("val/accuracy") for r in rows) else "token"
+        losses = [val[step] * value / bits[step] for step, value in recurrent.items()]
+        label = "validation, recurrent"
+        axis.plot(list(recurrent), losses, "x", color="#e6550d", markersize=9, label=label)
+    unit = "sequence" if curve("val/accuracy") else "token"
     axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}", title=run.name)
     axis.grid(alpha=0.3)
     if train or val:
@@ -126,15 +118,10 @@ def _forms(run: Path, summary: dict[str, Any]) -> Table:
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
         table.add_column(column, justify="left" if column == "validation" else "right")
     gap = summary.get("val/ppl_gap")
-    table.add_row(
-        "perplexity",
-        _shown(summary.get("val/ppl")),
-        _shown(summary.get("val/ppl_recurrent")),
-        "-" if gap is None else f"{gap:+.1e}",
-    )
-    table.add_row(
-        "bits per byte", _shown(summary.get("val/bpb")), _shown(summary.get("val/bpb_recurrent")), ""
-    )
+    gaps = {"val/ppl": "-" if gap is None else f"{gap:+.1e}", "val/bpb": ""}
+    for name, shown in gaps.items():
+        values = (_shown(summary.get(column)) for column in (name, f"{name}_recurrent"))
+        table.add_row(BY_COLUMN[name].label, *values, shown)
     return table
 
 

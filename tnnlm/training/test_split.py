@@ -19,9 +19,7 @@ from tnnlm.models.batches import LabelledBatch
 from tnnlm.models.encoders import SequenceClassifier
 
 
-def score_rows(
-    model: nn.Module, rows: LabelledRows, batch_size: int, device: torch.device, title: str = "test"
-) -> Scores:
+def score_rows(model: nn.Module, rows: LabelledRows, batch_size: int, device: torch.device) -> Scores:
     """Classify every row of a data set, in order.
 
     Args:
@@ -30,12 +28,11 @@ def score_rows(
         rows: all of them are read, whole.
         batch_size: at a time.
         device: where.
-        title: of the progress bar.
     """
     was_training = model.training
     model.eval()
     parts = []
-    for batch in tqdm(DataLoader(rows, batch_size=batch_size), desc=title, leave=False, disable=None):
+    for batch in tqdm(DataLoader(rows, batch_size=batch_size), desc="test", leave=False, disable=None):
         parts.append(class_scores(model, LabelledBatch(*(tensor.to(device) for tensor in batch))))
     model.train(was_training)
     return Scores(*(sum(values) for values in zip(*parts, strict=True)))
