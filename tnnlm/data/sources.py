@@ -53,7 +53,7 @@ def source_files(config: DataConfig) -> list[Path]:
     if config.source == "hub":
         return []
     if not config.files:
-        raise DataError("data.files is empty: name text files, for example data.files=book.txt")
+        raise DataError("data.files is empty", "name text files, for example data.files=book.txt")
     files = []
     for pattern in config.files:
         path = Path(pattern).expanduser()
@@ -160,7 +160,7 @@ def _hub_table(
 ) -> tuple[datasets.Dataset, str, DocumentIndex]:
     """A split of a hub data set on the disk, its column, and which rows hold text."""
     if not config.hub_name:
-        raise DataError("data.hub_name is empty: name a data set, for example Salesforce/wikitext")
+        raise DataError("data.hub_name is empty", "name a data set, for example Salesforce/wikitext")
     if config.streaming and config.max_documents is None:
         raise DataError("data.streaming=true needs data.max_documents: a stream has no end to split at")
     name, column = config.hub_name, config.text_column

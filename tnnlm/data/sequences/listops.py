@@ -63,8 +63,8 @@ def generate(config: ListOpsConfig, seed: int) -> Iterator[Expression]:
         in_vain = in_vain + 1 if len(seen) == found else 0
     raise DataError(
         f"ListOps: {len(seen):,} different expressions of {config.min_length} to {config.max_length} symbols "
-        f"were found, and {PATIENCE * FOREST:,} more trees held no other: ask for fewer rows, raise "
-        "data.listops.max_length, or lower data.listops.min_length"
+        f"were found, and {PATIENCE * FOREST:,} more trees held no other",
+        "ask for fewer rows, raise data.listops.max_length, or lower data.listops.min_length",
     )
 
 
