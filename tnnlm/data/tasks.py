@@ -44,7 +44,7 @@ class TaskData(NamedTuple):
     """What a run reads."""
 
     train: Any
-    """data set of the training rows; of (row, sample) where ``numbered``"""
+    """data set of the training rows; of (row, sample) where ``resampled``"""
     val: Any
     """data set of the held-out rows"""
     tokenizer: TextTokenizer

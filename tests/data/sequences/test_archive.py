@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from support.archive_files import DIFFICULTY, WRITERS
+from support.listops import evaluate
 from tnnlm.config.loader import load_config
-from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.lra import splits
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import SEQUENCE_TASKS, SPLITS, Example
