@@ -138,8 +138,8 @@ def test_validation_rows_are_split_over_ranks_without_duplicates(world_size: int
         taken += [row for i, batch in enumerate(batches) for row in batch[: module.val_counted(i)]]
     # No rank has a batch more, or a larger one, than another.
     assert len(shapes) == 1
-    assert len(taken) == len(module.val_rows) == 19
-    assert {tuple(row.tolist()) for row in taken} == {tuple(module.val_rows[i].tolist()) for i in range(19)}
+    assert len(taken) == len(module.opened.val) == 19
+    assert {tuple(row.tolist()) for row in taken} == {tuple(module.opened.val[i].tolist()) for i in range(19)}
 
 
 def test_too_little_training_text_says_what_to_change() -> None:
@@ -159,7 +159,7 @@ def test_too_little_validation_text_says_what_to_change(data: dict[str, Any]) ->
 
 def test_text_for_exactly_one_batch_is_enough() -> None:
     config = config_of()
-    rows = len(module_of(config).train_rows)
-    assert len(module_of(config_of(batch_size=rows)).train_rows) == rows
+    rows = len(module_of(config).opened.train)
+    assert len(module_of(config_of(batch_size=rows)).opened.train) == rows
     with pytest.raises(DataError, match="too little text"):
         module_of(config_of(batch_size=rows + 1))

@@ -62,7 +62,7 @@ def _corpus() -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_stream_is_eos_document_eos(split: str) -> None:
     corpus = prepared()
-    documents: list[str] = getattr(load_corpus(config_of(), 0), split)
+    documents: list[str] = getattr(load_corpus(config_of(), 0, Path("scratch")), split)
     eos = corpus.tokenizer.eos_id
     expected = [eos]
     for text in documents:
@@ -74,7 +74,9 @@ def test_stream_is_eos_document_eos(split: str) -> None:
 
 def test_stream_decodes_to_the_documents() -> None:
     corpus = prepared()
-    assert corpus.tokenizer.decode(tokens_of(corpus, "val")) == "".join(load_corpus(config_of(), 0).val)
+    assert corpus.tokenizer.decode(tokens_of(corpus, "val")) == "".join(
+        load_corpus(config_of(), 0, Path("scratch")).val
+    )
 
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_rows_stop_at_max_tokens() -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_bytes_per_token_counts_utf8(split: str) -> None:
     corpus = prepared()
-    documents = getattr(load_corpus(config_of(), 0), split)
+    documents = getattr(load_corpus(config_of(), 0, Path("scratch")), split)
     info = getattr(corpus, split)
     n_bytes = sum(len(text.encode()) for text in documents)
     n_tokens = len(tokens_of(corpus, split))

@@ -68,30 +68,28 @@ def test_documents_on_disk_give_the_split_of_those_in_memory(n: int, streaming: 
     write_hub(TEXTS[:n])
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:n])
     Path("same.jsonl").write_text(lines)
-    inside = load_corpus(DataConfig(source="files", files=["same.jsonl"], val_fraction=0.1), 7)
+    inside = load_corpus(DataConfig(source="files", files=["same.jsonl"], val_fraction=0.1), 7, tmp_path)
     config = config_of(streaming=streaming, max_documents=n if streaming else None)
-    for scratch in (None, tmp_path):
-        outside = load_corpus(config, 7, scratch)
-        assert list(outside.train) == list(inside.train)
-        assert list(outside.val) == list(inside.val)
+    outside = load_corpus(config, 7, tmp_path)
+    assert list(outside.train) == list(inside.train)
+    assert list(outside.val) == list(inside.val)
     if n > 5:
         assert isinstance(outside.train, Documents)
 
 
-def test_documents_are_a_sequence() -> None:
+def test_documents_are_a_sequence(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["", "a", "b", None, "c", "d", " "]})
-    found = index_documents(rows, "text", "here", seed=0, limit=None).select(rows, "text")
+    found = index_documents(rows, "text", "here", seed=0, limit=None, kept=tmp_path / "all").select(
+        rows, "text"
+    )
     assert list(found) == ["a", "b", "c", "d"]
     assert (len(found), found.size, found[1], found[-1]) == (4, 4, "b", "d")
     assert list(found[2:]) == ["c", "d"]
-    assert list(index_documents(rows, "text", "here", seed=0, limit=3).select(rows, "text")) == [
-        "a",
-        "b",
-        "c",
-    ]
+    first = index_documents(rows, "text", "here", seed=0, limit=3, kept=tmp_path / "first")
+    assert list(first.select(rows, "text")) == ["a", "b", "c"]
     numbers = datasets.Dataset.from_dict({"n": [1, 2]})
     with pytest.raises(DataError, match="here: row 1: column 'n' is not text"):
-        index_documents(numbers, "n", "here", seed=0, limit=None)
+        index_documents(numbers, "n", "here", seed=0, limit=None, kept=tmp_path / "none")
 
 
 class Killed(BaseException):
@@ -139,7 +137,7 @@ def test_stopped_preparation_goes_on(
 
 
 def resumed_documents(config: DataConfig) -> list[str]:
-    corpus = load_corpus(config, 0)
+    corpus = load_corpus(config, 0, Path("scratch"))
     return [*corpus.train, *corpus.val]
 
 

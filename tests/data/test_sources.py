@@ -53,7 +53,9 @@ def documents(n: int) -> list[str]:
 
 def read(*files: str, seed: int = 0, **changes: Any) -> tuple[list[str], list[str]]:
     """Both splits of ``files``."""
-    corpus = load_corpus(DataConfig(**{"source": "files", "files": list(files), **changes}), seed)
+    corpus = load_corpus(
+        DataConfig(**{"source": "files", "files": list(files), **changes}), seed, Path("scratch")
+    )
     return list(corpus.train), list(corpus.val)
 
 

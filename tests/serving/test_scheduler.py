@@ -263,15 +263,13 @@ def test_a_failure_ends_the_texts_and_not_the_server(
     assert bench.collector.finish(again) in ("length", "stop")
 
 
-@pytest.mark.parametrize("grace", [0.0, 30.0])
-def test_closing(make: type[Bench], grace: float) -> None:
+def test_closing(make: type[Bench]) -> None:
     bench = make()
-    tokens = 300 if grace else 10**7
-    sequence = bench.sequence(tokens)
+    sequence = bench.sequence(10**7)
     bench.ask("the quick", sequence)
     bench.collector.wait(sequence, tokens=2)
-    bench.scheduler.close(grace)
-    assert bench.collector.finish(sequence) == ("length" if grace else "error")
+    bench.scheduler.close()
+    assert bench.collector.finish(sequence) == "error"
     with pytest.raises(ClosedError):
         bench.ask("the quick", bench.sequence())
 

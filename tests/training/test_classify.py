@@ -101,7 +101,7 @@ def test_checkpoint_reads_back_and_scores_as_it_was_validated() -> None:
     assert isinstance(read.model, SequenceClassifier)
     data = TextDataModule(config)
     data.setup()
-    batch = torch.utils.data.default_collate(list(data.val_rows))
+    batch = torch.utils.data.default_collate(list(data.opened.val))
     scores = class_scores(read.model, batch)
     assert scores.rows == 30
     assert scores.accuracy == pytest.approx(summary["val/accuracy_best"])
@@ -150,14 +150,14 @@ def test_every_held_out_row_counts_once_on_any_number_of_ranks(ranks: int) -> No
         for index, batch in enumerate(data.val_dataloader()):
             assert isinstance(batch, LabelledBatch)
             counted += [tokens.tolist() for tokens in batch.tokens[: data.val_counted(index)]]
-    assert sorted(counted) == sorted(row.tokens.tolist() for row in data.val_rows)
+    assert sorted(counted) == sorted(row.tokens.tolist() for row in data.opened.val)
     assert len(counted) == 30
 
 
 def test_validation_can_be_cut() -> None:
     data = TextDataModule(config_of("data.max_val_tokens=120"))
     data.setup()
-    assert len(data.val_rows) == 10
+    assert len(data.opened.val) == 10
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -72,7 +72,7 @@ def test_validation_and_conversion_are_of_the_average() -> None:
     checkpoint = load_checkpoint(Path("runs/demo/checkpoints/best.ckpt"))
     data = TextDataModule(config)
     data.setup()
-    rows = torch.stack([data.val_rows[i] for i in range(len(data.val_rows))])
+    rows = torch.stack([data.opened.val[i] for i in range(len(data.opened.val))])
     row = read_metrics(Path("runs/demo/metrics.csv"))[-1]
     assert row["step"] == str(checkpoint.step)
     assert float(row["val/ppl"]) == pytest.approx(add([parallel_nll(checkpoint.model, rows)]).ppl, rel=1e-6)

@@ -88,7 +88,7 @@ def test_checkpoint_reads_back_and_scores_as_it_was_validated() -> None:
     assert read.tokenizer.decode(read.tokenizer.encode("<|mask|>")) == "<|mask|>"  # in a text it is text
     data = TextDataModule(config)
     data.setup()
-    batch = torch.utils.data.default_collate([data.val_rows[i] for i in range(len(data.val_rows))])
+    batch = torch.utils.data.default_collate([data.opened.val[i] for i in range(len(data.opened.val))])
     assert add([masked_nll(read.model, batch)]).ppl == pytest.approx(summary["val/ppl_masked"], rel=1e-5)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import datasets
 import numpy as np
@@ -61,15 +61,13 @@ class Documents(Sequence[str]):
             yield from self.rows[rows][self.column]
 
 
-class DocumentIndex:
-    """The rows of a table that hold text, found in one pass, with their lengths in characters and hashes."""
+class DocumentIndex(NamedTuple):
+    """The rows of a table that hold text, found in one pass."""
 
-    def __init__(
-        self, chosen: NDArray[np.int64], lengths: NDArray[np.int64], hashes: NDArray[np.bytes_]
-    ) -> None:
-        self.chosen = chosen
-        self.lengths = lengths
-        self.hashes = hashes
+    chosen: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    """characters of each"""
+    hashes: NDArray[np.bytes_]
 
     def select(self, rows: datasets.Dataset, column: str, some: NDArray[np.bool_] | None = None) -> Documents:
         """The texts that were found, or some of them."""
@@ -82,8 +80,19 @@ def text_hash(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
+def text_of(cell: Any, column: str, where: str) -> str:
+    """The text of a cell; empty where there is none.
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    if cell is not None and not isinstance(cell, str):
+        raise DataError(f"{where}: column {column!r} is not text")
+    return cell or ""
+
+
 def index_documents(
-    rows: datasets.Dataset, column: str, where: str, *, seed: int, limit: int | None, kept: Path | None = None
+    rows: datasets.Dataset, column: str, where: str, *, seed: int, limit: int | None, kept: Path
 ) -> DocumentIndex:
     """Find the rows with text in them, the first ``limit``.
 
@@ -93,13 +102,13 @@ def index_documents(
         where: names the table in errors.
         seed: of the hashes.
         limit: documents at the most.
-        kept: file of an index that was made before, or to keep this one in.
+        kept: file of the index, read if it was made before, else written.
 
     Raises:
         DataError: for a row that is not text, and for a kept index of another table.
     """
     fingerprint = np.array(f"{rows._fingerprint} {len(rows)} {column} {seed} {limit}")
-    if kept is not None and kept.is_file():
+    if kept.is_file():
         with np.load(kept) as found:
             if found["fingerprint"] != fingerprint:
                 raise DataError(
@@ -111,19 +120,16 @@ def index_documents(
     for index, text in enumerate(
         tqdm(texts, desc=f"read {where}", unit="doc", unit_scale=True, disable=None)
     ):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}: row {index + 1}: column {column!r} is not text")
-        if text and text.strip():
+        if text_of(text, column, f"{where}: row {index + 1}").strip():
             chosen.append(index)
             lengths.append(len(text))
             hashes.append(text_hash(seed, text))
             if len(chosen) == limit:
                 break
     made = DocumentIndex(np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"))
-    if kept is not None:
-        with atomic_file(kept) as temporary, temporary.open("wb") as file:
-            arrays: dict[str, Any] = {"chosen": made.chosen, "lengths": made.lengths, "hashes": made.hashes}
-            np.savez(file, fingerprint=fingerprint, **arrays)
+    with atomic_file(kept) as temporary, temporary.open("wb") as file:
+        arrays: dict[str, Any] = made._asdict()
+        np.savez(file, fingerprint=fingerprint, **arrays)
     return made
 
 
@@ -160,10 +166,8 @@ def materialize_stream(
                 row = next(source, None)
                 if row is None:
                     break
-                text = row.get(column)
-                if text is not None and not isinstance(text, str):
-                    raise DataError(f"{where}: column {column!r} is not text")
-                if text and text.strip():
+                text = text_of(row.get(column), column, where)
+                if text.strip():
                     texts.append(text)
                     size += len(text)
                     bar.update()

@@ -12,10 +12,7 @@ from torch.utils.data import DataLoader
 from tnnlm.config.schema import Config
 from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
-from tnnlm.data.tasks import (
-    TaskData,
-    load_task_data,
-)
+from tnnlm.data.tasks import TaskData, load_task_data
 
 
 class TextDataModule(lightning.LightningDataModule):
@@ -46,21 +43,11 @@ class TextDataModule(lightning.LightningDataModule):
         if not hasattr(self, "opened"):
             self.opened = load_task_data(self.config)
 
-    @property
-    def train_rows(self) -> Any:
-        """Data set of the training rows."""
-        return self.opened.train
-
-    @property
-    def val_rows(self) -> Any:
-        """Data set of the held-out rows."""
-        return self.opened.val
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Everything that is left to train on, as one Lightning epoch: no border to resume across."""
         trainer = self._trainer()
         sampler = GlobalOrderSampler(
-            len(self.train_rows),
+            len(self.opened.train),
             batch_size=self.config.data.batch_size,
             n_batches=self.config.trainer.max_steps * self.config.trainer.accumulate,
             seed=self.config.seed,
@@ -69,22 +56,22 @@ class TextDataModule(lightning.LightningDataModule):
             world_size=trainer.world_size,
             resampled=self.opened.resampled,
         )
-        return self._loader(self.train_rows, sampler)
+        return self._loader(self.opened.train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Ranks take every world_size-th row, none twice. Where that is uneven, row 0 stands in at
         the end and doesn't count: a rank with a batch less would leave the others waiting for its
         share of the weights, where they are sharded."""
         trainer = self._trainer()
-        rows, ranks, size = len(self.val_rows), trainer.world_size, self.config.data.batch_size
+        rows, ranks, size = len(self.opened.val), trainer.world_size, self.config.data.batch_size
         places = range(trainer.global_rank, math.ceil(rows / ranks) * ranks, ranks)
         mine = [row if row < rows else 0 for row in places]
-        return self._loader(self.val_rows, [mine[i : i + size] for i in range(0, len(mine), size)])
+        return self._loader(self.opened.val, [mine[i : i + size] for i in range(0, len(mine), size)])
 
     def val_counted(self, batch_idx: int) -> int:
         """How many rows of this rank's validation batch count: the first ones; 0 for none."""
         trainer = self._trainer()
-        mine = len(range(trainer.global_rank, len(self.val_rows), trainer.world_size))
+        mine = len(range(trainer.global_rank, len(self.opened.val), trainer.world_size))
         size = self.config.data.batch_size
         return min(size, max(0, mine - batch_idx * size))
 

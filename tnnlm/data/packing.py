@@ -74,7 +74,7 @@ class PackedCorpus:
         n_tokens = {"train": self.train, "val": self.val}[split].tokens
         if not path.is_file() or path.stat().st_size != 4 * n_tokens:
             raise DataError(
-                f"{path}: is missing or damaged: delete its folder, it is made again from the text"
+                f"{path}: is missing or damaged", "delete its folder, it is made again from the text"
             )
         return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
 
@@ -125,8 +125,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
         given = given.with_special(config.mask_token)
     if given is not None and given.size > vocab_size:
         raise DataError(
-            f"{config.tokenizer}: has {given.size} tokens, the model {vocab_size}: "
-            f"set model.vocab_size={given.size} or more"
+            f"{config.tokenizer}: has {given.size} tokens, the model {vocab_size}",
+            f"set model.vocab_size={given.size} or more",
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
     if not (folder / "meta.json").is_file():
@@ -162,7 +162,7 @@ def _resumable_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that stays if the block fails, and is moved there when it ends."""
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    refusal = DataError(f"{part}: another process prepares the same data: wait until it is done")
+    refusal = DataError(f"{part}: another process prepares the same data", "wait until it is done")
     with only_process(part, refusal):
         part.mkdir(exist_ok=True)
         try:
@@ -193,7 +193,7 @@ def _tokenize(
 ) -> None:
     corpus = load_corpus(config, seed, folder)
     if not corpus.train or not corpus.val:
-        raise DataError("too little text to hold some out for validation: give more of it")
+        raise DataError("too little text to hold some out for validation", "give more of it")
     tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
     meta = {}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):

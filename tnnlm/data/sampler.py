@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
+@dataclass(eq=False)
 class GlobalOrderSampler(Sampler[list[Any]]):
     """Batches of row indices whose order follows from (seed, samples seen) alone.
 
@@ -17,27 +19,17 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     ``start``: the global order is the same on any number of ranks, and resuming is starting later.
     """
 
-    def __init__(
-        self,
-        n_rows: int,
-        *,
-        batch_size: int,
-        n_batches: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        resampled: bool = False,
-    ) -> None:
-        """``numbered``: yield (row, sample) in the place of rows, for what is drawn anew at each reading."""
-        self.n_rows = n_rows
-        self.batch_size = batch_size
-        self.n_batches = n_batches
-        self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
-        self.resampled = resampled
+    n_rows: int
+    _: KW_ONLY
+    batch_size: int
+    n_batches: int
+    seed: int
+    start: int = 0
+    """samples that were read before"""
+    rank: int = 0
+    world_size: int = 1
+    resampled: bool = False
+    """yield (row, sample) in the place of rows, for what is drawn anew at each reading"""
 
     def __len__(self) -> int:
         return self.n_batches

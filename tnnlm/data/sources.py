@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
+from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream, text_of
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.errors import OS_ADVICE, DataError
 
@@ -53,7 +53,7 @@ def source_files(config: DataConfig) -> list[Path]:
     if config.source == "hub":
         return []
     if not config.files:
-        raise DataError("data.files is empty: name text files, for example data.files=book.txt")
+        raise DataError("data.files is empty", "name text files, for example data.files=book.txt")
     files = []
     for pattern in config.files:
         path = Path(pattern).expanduser()
@@ -93,20 +93,24 @@ def source_fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def load_corpus(config: DataConfig, seed: int, scratch: Path | None = None) -> Corpus:
+def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
     """Read and split the documents; those of a hub data set stay on the disk.
 
     Args:
         config: where from.
         seed: of the split.
-        scratch: a folder to keep intermediate files in, for going on after a kill; a stream without
-            one is held in memory.
+        scratch: a folder to keep intermediate files of a hub data set in, for going on after a kill.
 
     Raises:
         DataError: for missing, empty, binary or damaged input.
     """
     if config.source != "hub":
-        return split_texts(_collect(config, _documents(config)), config.val_fraction, seed)
+        documents = (text for text in _documents(config) if text.strip())
+        texts = list(itertools.islice(documents, config.max_documents))
+        if not texts:
+            where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
+            raise DataError(f"{where}: no text in it")
+        return split_texts(texts, config.val_fraction, seed)
     rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
     if config.hub_val_split:
         held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
@@ -120,13 +124,6 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path | None = None) -> C
 def cache_folder(config: DataConfig) -> Path:
     """Where prepared text is kept: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
     return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
-
-
-def _collect(config: DataConfig, documents: Iterator[str]) -> list[str]:
-    texts = list(itertools.islice((text for text in documents if text.strip()), config.max_documents))
-    if not texts:
-        raise DataError(f"{_describe(config)}: no text in it")
-    return texts
 
 
 def _documents(config: DataConfig) -> Iterator[str]:
@@ -156,11 +153,11 @@ def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
 
 
 def _hub_table(
-    config: DataConfig, split: str, seed: int, scratch: Path | None
+    config: DataConfig, split: str, seed: int, scratch: Path
 ) -> tuple[datasets.Dataset, str, DocumentIndex]:
     """A split of a hub data set on the disk, its column, and which rows hold text."""
     if not config.hub_name:
-        raise DataError("data.hub_name is empty: name a data set, for example Salesforce/wikitext")
+        raise DataError("data.hub_name is empty", "name a data set, for example Salesforce/wikitext")
     if config.streaming and config.max_documents is None:
         raise DataError("data.streaming=true needs data.max_documents: a stream has no end to split at")
     name, column = config.hub_name, config.text_column
@@ -176,15 +173,11 @@ def _hub_table(
     limit = config.max_documents
     if config.streaming:
         assert limit is not None
-        if scratch is None:
-            texts = list(itertools.islice((t for t in _rows(rows, config, name) if t.strip()), limit))
-            rows = datasets.Dataset.from_dict({TEXT: texts})
-        else:
-            with _readable(name):
-                rows = materialize_stream(rows, column, name, limit=limit, folder=scratch, name=split)
+        with _readable(name):
+            rows = materialize_stream(rows, column, name, limit=limit, folder=scratch, name=split)
         column = TEXT
-    kept = None if scratch is None else scratch / f"{split}.survey.npz"
     with _readable(name):
+        kept = scratch / f"{split}.survey.npz"
         found = index_documents(rows, column, name, seed=seed, limit=limit, kept=kept)
     if not len(found.chosen):
         raise DataError(f"{name}: no text in it")
@@ -228,10 +221,7 @@ def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
     _check_column(rows, config, where)
     with _readable(where):
         for index, row in enumerate(rows):
-            text = row.get(config.text_column)
-            if text is not None and not isinstance(text, str):
-                raise DataError(f"{where}: row {index + 1}: column {config.text_column!r} is not text")
-            yield text or ""
+            yield text_of(row.get(config.text_column), config.text_column, f"{where}: row {index + 1}")
 
 
 def _read_text(path: Path) -> str:
@@ -250,9 +240,3 @@ def _read_text(path: Path) -> str:
 
 def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _describe(config: DataConfig) -> str:
-    return {"stdlib": "standard library", "files": ", ".join(config.files), "hub": str(config.hub_name)}[
-        config.source
-    ]

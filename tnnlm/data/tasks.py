@@ -29,13 +29,13 @@ def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, Packed
     if len(train_rows) < data.batch_size:
         raise DataError(
             f"too little text: {corpus.train.tokens} training tokens fill {len(train_rows)} rows of "
-            f"{length}, one batch takes {data.batch_size}: give more text, or lower data.batch_size or "
-            "model.max_length"
+            f"{length}, one batch takes {data.batch_size}",
+            "give more text, or lower data.batch_size or model.max_length",
         )
     if not len(val_rows):
         raise DataError(
-            f"too little text: {corpus.val.tokens} validation tokens fill no row of {length}: give more "
-            "text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length"
+            f"too little text: {corpus.val.tokens} validation tokens fill no row of {length}",
+            "give more text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length",
         )
     return train_rows, val_rows
 
@@ -44,7 +44,7 @@ class TaskData(NamedTuple):
     """What a run reads."""
 
     train: Any
-    """data set of the training rows; of (row, sample) where ``numbered``"""
+    """data set of the training rows; of (row, sample) where ``resampled``"""
     val: Any
     """data set of the held-out rows"""
     tokenizer: TextTokenizer

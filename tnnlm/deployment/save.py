@@ -45,15 +45,17 @@ def save(
     """
     folder = Path(folder)
     if not isinstance(model, CausalLM):
-        raise UserError(f"a {type(model).__name__} can't be saved: give a CausalLM, as LitModel.model is one")
+        raise UserError(
+            f"a {type(model).__name__} can't be saved", "give a CausalLM, as LitModel.model is one"
+        )
     if model.head is not None:
-        raise UserError("this model is packed for decoding, its weights are gone: save it before that")
+        raise UserError("this model is packed for decoding, its weights are gone", "save it before that")
     if folder.exists() and not force:
-        raise CheckpointError(f"{folder}: exists already; give another folder, or force=True to replace it")
+        raise CheckpointError(f"{folder}: exists already", "give another folder, or force=True to replace it")
     check_tokenizer(tokenizer, model, folder)
     if recurrences(model):
         if recipe is not None or options:
-            raise UserError("this model is converted already: leave the settings of a conversion out")
+            raise UserError("this model is converted already", "leave the settings of a conversion out")
         save_converted(folder, model, tokenizer, describe(model), force)
         return folder
     recipe = recipe or ConversionConfig(**options)

@@ -134,17 +134,17 @@ def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Co
     """
     path = package_path(folder, dtype)
     if not path.is_file():
-        raise UserError("no compiled step: convert.py --compile makes one")
+        raise UserError("no compiled step", "convert.py --compile makes one")
     try:
         made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         made_for = None
     expected = _made_for(fingerprint)
     if isinstance(made_for, dict) and made_for.get("model_sha256", fingerprint) != fingerprint:
-        raise UserError("the compiled step is of another model: convert.py --compile makes a new one")
+        raise UserError("the compiled step is of another model", "convert.py --compile makes a new one")
     if made_for != expected:
         raise UserError(
-            "the compiled step is for another machine or PyTorch: convert.py --compile makes a new one"
+            "the compiled step is for another machine or PyTorch", "convert.py --compile makes a new one"
         )
     try:
         return CompiledModel(model, _runner(path))

@@ -92,7 +92,7 @@ def open_engine(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if engine == "eager" and dtype != "float32":
-        raise UserError("--engine eager: runs in float32 only; leave --dtype out")
+        raise UserError("--engine eager: runs in float32 only", "leave --dtype out")
     model = converted.model.to(where)
     if engine == "eager":
         return Engine(

@@ -104,7 +104,7 @@ def check_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--onnx: needs {' and '.join(missing)}: pip install 'tnnlm[onnx]'")
+        raise UserError(f"--onnx: needs {' and '.join(missing)}", "pip install 'tnnlm[onnx]'")
 
 
 def _frozen(converted: ConvertedModel) -> ConvertedModel:

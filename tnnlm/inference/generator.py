@@ -163,7 +163,7 @@ class TextGenerator:
             except (TypeError, UnicodeEncodeError):
                 raise UserError("the prompt is not valid UTF-8") from None
             if not rows[-1]:
-                raise UserError("the prompt is empty: give at least one character")
+                raise UserError("the prompt is empty", "give at least one character")
         return self.prefill_tokens(rows, state)
 
     @torch.inference_mode()

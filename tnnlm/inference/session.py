@@ -162,8 +162,8 @@ class GenerationSession:
     def _check_rows(self, prompts: int) -> None:
         if self.state is not None and len(self.state.lengths) != prompts:
             raise UserError(
-                f"the loaded state has {len(self.state.lengths)} rows, and there are {prompts} prompts: "
-                "give as many"
+                f"the loaded state has {len(self.state.lengths)} rows, and there are {prompts} prompts",
+                "give as many",
             )
 
     def _batch(self, state: GenerationState) -> list[Completion]:

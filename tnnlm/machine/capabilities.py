@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,29 +130,20 @@ def _cpuinfo(*names: str) -> str:
     return ""
 
 
-def _onednn_linear(dtype: torch.dtype) -> None:
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
-        return torch.ops.mkldnn._linear_pointwise.default(x.to(dtype), packed, None, "none", [], "")
-
-    _compare(multiply)
+def _onednn_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+    return torch.ops.mkldnn._linear_pointwise.default(x.to(dtype), packed, None, "none", [], "")
 
 
-def _fbgemm_float16() -> None:
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-
-    _compare(multiply)
+def _fbgemm_float16(x: Tensor, weight: Tensor) -> Tensor:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    return torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
-def _int8_linear() -> None:
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        scale = weight.abs().amax(1) / 127
-        integers = (weight / scale[:, None]).round().to(torch.int8)
-        return torch._weight_int8pack_mm(x.bfloat16(), integers, scale.bfloat16())
-
-    _compare(multiply)
+def _int8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1) / 127
+    integers = (weight / scale[:, None]).round().to(torch.int8)
+    return torch._weight_int8pack_mm(x.bfloat16(), integers, scale.bfloat16())
 
 
 def _compare(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -190,13 +182,16 @@ class Probe(NamedTuple):
 PROBES = {
     "onednn_float32": Probe(
         "oneDNN linear layers, float32 weights, and convolutions of prefill",
-        functools.partial(_onednn_linear, torch.float32),
+        partial(_compare, partial(_onednn_linear, dtype=torch.float32)),
     ),
     "onednn_bfloat16": Probe(
-        "oneDNN linear layers, bfloat16 weights", functools.partial(_onednn_linear, torch.bfloat16)
+        "oneDNN linear layers, bfloat16 weights",
+        partial(_compare, partial(_onednn_linear, dtype=torch.bfloat16)),
     ),
-    "fbgemm_float16": Probe("FBGEMM linear layers, float16 weights, float32 arithmetic", _fbgemm_float16),
-    "int8": Probe("weight-only int8 linear layers", _int8_linear),
+    "fbgemm_float16": Probe(
+        "FBGEMM linear layers, float16 weights, float32 arithmetic", partial(_compare, _fbgemm_float16)
+    ),
+    "int8": Probe("weight-only int8 linear layers", partial(_compare, _int8_linear)),
     "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
     "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", check_cpp_compiler),
 }

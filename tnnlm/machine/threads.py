@@ -20,6 +20,9 @@ _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _NUMBER = r"\s*\+?0*[1-9][0-9]*\s*"
 _NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})*", re.ASCII)
 """what OpenMP takes: a number of threads, or one for each level of nested loops"""
+_FILES_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+_FILES_V2: tuple[str, ...] = ("cpu.max",)
+"""of a control group: quota and period"""
 
 
 class ThreadLimit(NamedTuple):
@@ -78,15 +81,13 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers == "":
-            mounts, read = [root / "sys/fs/cgroup"], _quota_v2
+            mounts, files = [root / "sys/fs/cgroup"], _FILES_V2
         elif "cpu" in controllers.split(","):
-            mounts, read = _mounts_v1(root), _quota_v1
+            mounts, files = _mounts_v1(root), _FILES_V1
         else:
             continue
-        for folder in _groups(mounts, path):
-            quota = read(folder)
-            if quota is not None:
-                quotas.append(quota)
+        found = (_quota(folder, files) for folder in _groups(mounts, path))
+        quotas += [quota for quota in found if quota is not None]
     return min(quotas, default=None)
 
 
@@ -108,25 +109,11 @@ def _groups(mounts: list[Path], path: str) -> Iterator[Path]:
         yield from (parent for parent in own.parents if parent.is_relative_to(mount))
 
 
-def _quota_v2(folder: Path) -> float | None:
-    """Of ``cpu.max``, "QUOTA PERIOD" in microseconds, or "max PERIOD"."""
+def _quota(folder: Path, files: tuple[str, ...]) -> float | None:
+    """CPUs of one control group, from its quota and period in microseconds; None for no quota ("max", -1)."""
     try:
-        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        return _ratio(quota, period)
+        texts = [(folder / name).read_text(encoding="utf-8") for name in files]
+        quota, period = map(int, " ".join(texts).split())
     except (OSError, ValueError):
         return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    """Of ``cpu.cfs_quota_us``, -1 for none, and ``cpu.cfs_period_us``."""
-    try:
-        quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
-        return _ratio(quota, (folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _ratio(quota: str, period: str) -> float | None:
-    if int(quota) <= 0 or int(period) <= 0:
-        return None
-    return int(quota) / int(period)
+    return quota / period if quota > 0 and period > 0 else None

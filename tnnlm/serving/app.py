@@ -1,4 +1,4 @@
-"""The HTTP application: routes, keys, limits, and the way from a request to the batcher and back."""
+"""The HTTP application: routes, keys, limits, and the way from a request to the scheduler and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     Args:
         generator: from :func:`tnnlm.inference.engine.open_engine`.
         settings: name, key, limits.
-        executor: of one thread, best that which loaded the model; see :class:`Batcher`.
+        executor: of one thread, best that which loaded the model; see ``serving.scheduler``.
     """
     service = Service(generator, settings, executor)
     # Without the framework's documentation pages: they load scripts from elsewhere.
@@ -117,7 +117,7 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
 async def _cancelled_with(
     service: Service, response: CompletionResponse, pieces: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    """A stream whose texts are given up with it, as when its client goes away."""
+    """A stream whose sequences are cancelled when it ends, as when its client goes away."""
     try:
         async for piece in pieces:
             yield piece

@@ -17,7 +17,7 @@ from tnnlm.serving.sequence import GeneratedSequence
 
 LEAST_ROWS = 2
 """one row alone takes another routine of the matrix products, which rounds differently: with an idle row
-beside it the packed engine gives a text the same bits under any load"""
+next to it the packed engine gives a sequence the same bits under any load"""
 
 
 class StepOutput(NamedTuple):
@@ -66,11 +66,8 @@ class RunningBatch:
         """Take sequences out, and in, each with its state of one row."""
         if not leave and not join:
             return
-        kept = [
-            row
-            for row, sequence in enumerate(self._sequences)
-            if sequence is not None and sequence not in leave
-        ]
+        stays = {*self.sequences} - {*leave}
+        kept = [row for row, sequence in enumerate(self._sequences) if sequence in stays]
         sequences = [self._sequences[row] for row in kept] + [sequence for sequence, _ in join]
         states = [state for _, state in join]
         if kept:
@@ -81,7 +78,3 @@ class RunningBatch:
             sequences += [None] * idle
             states.append(self._model.init_state(idle))
         self._sequences, self._state = sequences, ModelState.join(states) if states else None
-
-    def clear(self) -> None:
-        """Take all out."""
-        self._sequences, self._state = [], None

@@ -55,33 +55,28 @@ class RequestParser:
         rows = [self._tokens(prompt) for prompt in given]
         bias = self._bias(request.logit_bias)
         sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
-        prompts: list[Prompt] = []
-        sequences: list[GeneratedSequence] = []
-        echo = []
-        for tokens in rows:
-            own = []
-            for _ in range(request.n):
-                sampler = SequenceSampler(
-                    sampling,
-                    self.tokenizer.size,
-                    seed=request.seed,
-                    index=len(sequences),
-                    bias=bias,
-                    presence=request.presence_penalty,
-                    frequency=request.frequency_penalty,
-                )
-                text = StoppedText(self.tokenizer, request.stop)
-                deadline = arrived + self.limits.timeout
-                own.append(
-                    GeneratedSequence(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs)
-                )
-                sequences.append(own[-1])
-                echo.append(self.tokenizer.decode(tokens) if request.echo else "")
-            scored = request.logprobs if request.echo else None
-            prompts.append(Prompt(tokens, own, scored))
-        response = CompletionResponse(self.model, self.tokenizer, rows, sequences)
-        response.echo = echo
-        return ParsedRequest(response, prompts)
+        sequences = []
+        for index in range(len(rows) * request.n):
+            sampler = SequenceSampler(
+                sampling,
+                self.tokenizer.size,
+                seed=request.seed,
+                index=index,
+                bias=bias,
+                presence=request.presence_penalty,
+                frequency=request.frequency_penalty,
+            )
+            text = StoppedText(self.tokenizer, request.stop)
+            deadline = arrived + self.limits.timeout
+            sequences.append(
+                GeneratedSequence(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs)
+            )
+        scored = request.logprobs if request.echo else None
+        prompts = [
+            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored)
+            for i, tokens in enumerate(rows)
+        ]
+        return ParsedRequest(CompletionResponse(self.model, self.tokenizer, prompts, request.echo), prompts)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

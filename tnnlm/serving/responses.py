@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from tnnlm.serving.logprobs import TokenScore
-from tnnlm.serving.sequence import TIMEOUT, GeneratedSequence, SequenceOutput
+from tnnlm.serving.sequence import TIMEOUT, GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -21,19 +21,24 @@ class CompletionResponse:
         self,
         model: str,
         tokenizer: TextTokenizer,
-        prompts: list[list[int]],
-        sequences: list[GeneratedSequence],
+        prompts: list[Prompt],
+        echo: bool,
     ) -> None:
-        self.sequences = sequences
+        """``echo``: begin every sequence's text with its prompt's."""
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
-        self.echo: list[str] = [""] * len(sequences)
-        """what each sequence begins with"""
+        # What each sequence's text begins with.
+        self._echo = {
+            sequence: tokenizer.decode(prompt.tokens) if echo else ""
+            for prompt in prompts
+            for sequence in prompt.sequences
+        }
+        self.sequences = [*self._echo]
         self._tokenizer = tokenizer
-        self._prompt_tokens = sum(map(len, prompts))
+        self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._tokens = 0
-        self._offsets = [0] * len(sequences)
-        self._index = {sequence: index for index, sequence in enumerate(sequences)}
-        self._open = set(sequences)
+        self._offsets = [0] * len(self.sequences)
+        self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
+        self._open = set(self.sequences)
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -66,9 +71,7 @@ class CompletionResponse:
             TimeoutError: if the time of a sequence ran out before its first token.
             RuntimeError: with another error of a sequence.
         """
-        texts = {
-            sequence: SequenceOutput(sequence, self.echo[index]) for sequence, index in self._index.items()
-        }
+        texts = {sequence: SequenceOutput(sequence, echo) for sequence, echo in self._echo.items()}
         async for output in self.outputs():
             if output.finish == "error":
                 raise (TimeoutError if output.error == TIMEOUT else RuntimeError)(output.error)
@@ -80,11 +83,9 @@ class CompletionResponse:
 
     async def stream(self, usage: bool, timing: bool) -> AsyncIterator[bytes]:
         """The response as server-sent events; ends with ``[DONE]``, or with an error event."""
-        for sequence, index in self._index.items():
-            if self.echo[index]:
-                yield _sse(
-                    self._head | {"choices": [self._choice(SequenceOutput(sequence, self.echo[index]))]}
-                )
+        for sequence, echo in self._echo.items():
+            if echo:
+                yield _sse(self._head | {"choices": [self._choice(SequenceOutput(sequence, echo))]})
         async for output in self.outputs():
             if output.finish == "error":
                 error = {"message": output.error, "type": "server_error", "param": None, "code": None}

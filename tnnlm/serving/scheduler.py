@@ -72,7 +72,7 @@ class Scheduler:
         self._prefilling: deque[Prompt] = deque()
         self._inside: set[GeneratedSequence] = set()
         self._outputs: list[SequenceOutput] = []
-        self._closing: float | None = None
+        self._closing = False
         self._executor = executor or ThreadPoolExecutor(1, "scheduler")
         self._run_of: Future[None] | None = None
 
@@ -83,7 +83,7 @@ class Scheduler:
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._run_of is not None and not self._run_of.done() and self._closing is None
+        return self._run_of is not None and not self._run_of.done() and not self._closing
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         """Take on the prompts of a request, all or none; ``max_batch`` sequences of a prompt at the most.
@@ -107,10 +107,10 @@ class Scheduler:
         for sequence in sequences:
             sequence.cancelled = True
 
-    def close(self, grace: float = 0.0) -> None:
-        """Take no more requests, finish what runs within ``grace`` seconds, end the rest, and stop."""
+    def close(self) -> None:
+        """Take no more requests, end what runs with an error, and stop."""
         with self._wake:
-            self._closing = time.monotonic() + grace
+            self._closing = True
             self._wake.notify()
         if self._run_of is not None:
             wait([self._run_of])
@@ -128,11 +128,8 @@ class Scheduler:
 
     def _more(self) -> bool:
         with self._wake:
-            while not self._inside:
-                if self._closing is not None:
-                    return False
-                self._wake.wait()
-            return self._closing is None or time.monotonic() < self._closing
+            self._wake.wait_for(lambda: self._inside or self._closing)
+            return not self._closing
 
     def _turn(self) -> None:
         self._drop()
@@ -148,19 +145,16 @@ class Scheduler:
             gone = {sequence for sequence in self._inside if sequence.cancelled or now > sequence.deadline}
         if not gone:
             return
-        written = [sequence for sequence in self._batch.sequences if sequence in gone]
+        running = [sequence for sequence in self._batch.sequences if sequence in gone]
         for sequence in gone:
             if sequence.cancelled:
                 self._forget(sequence, "cancelled")
-            elif sequence in written:
-                self._emit(
-                    SequenceOutput(
-                        sequence, sequence.text.finish(), position=sequence.position, finish="length"
-                    )
-                )
+            elif sequence in running:
+                rest, position = sequence.text.finish(), sequence.position
+                self._emit(SequenceOutput(sequence, rest, position=position, finish="length"))
             else:
                 self._emit(SequenceOutput(sequence, finish="error", error=TIMEOUT))
-        self._batch.change(leave=written)
+        self._batch.change(leave=running)
         with self._wake:
             for queue in (self._waiting, self._prefilling):
                 for prompt in queue:
@@ -259,16 +253,14 @@ class Scheduler:
                 self._emit(SequenceOutput(sequence, finish="error", error=error))
             self._waiting.clear()
         self._prefilling.clear()
-        self._batch.clear()
+        self._batch.change(leave=self._batch.sequences)
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
             self._deliver(outputs)
-        running, reading = (
-            len(self._batch.sequences),
-            sum(len(prompt.sequences) for prompt in self._prefilling),
-        )
+        running = len(self._batch.sequences)
+        reading = sum(len(prompt.sequences) for prompt in self._prefilling)
         waiting = max(0, len(self._inside) - running - reading)
         self.load = {"running": running, "reading": reading, "waiting": waiting}
         for name, count in self.load.items():

@@ -37,12 +37,12 @@ def _are_ids(value: Any) -> bool:
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside text."""
+    """What a stream tells besides text."""
 
     model_config = _STRICT
     include_usage: bool = False
     include_timing: bool = False
-    """ours: context length and time of the step with every piece"""
+    """ours: context length and step time with every chunk"""
     include_obfuscation: bool = False
     """accepted, of no effect"""
 

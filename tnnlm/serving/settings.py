@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tnnlm.errors import UserError
 
 PROMPTS = 256
-"""texts of one request, prompts times choices"""
+"""sequences of one request, prompts times choices"""
 STOPS = 16
 """stop strings of a request"""
 LOGPROBS = 20
@@ -17,20 +17,20 @@ LOGPROBS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of a server; every one is a flag of tools/serve.py.
+    """Limits of a server; every one is a flag of ``tnnlm serve``.
 
     Raises:
         UserError: for one that is out of range.
     """
 
     max_batch: int = 256
-    """texts written at once; further ones wait"""
+    """sequences generated at once; further ones wait"""
     max_queue: int = 1024
-    """texts that wait; further ones are refused with 429"""
+    """sequences that wait; further ones are refused with 429"""
     max_prompt_tokens: int = 131_072
     """tokens of a prompt"""
     max_tokens: int = 131_072
-    """new tokens of a text"""
+    """new tokens of a sequence"""
     timeout: float = 600.0
     """seconds for a request, the wait included; then it ends as if its tokens were used up"""
     cache_bytes: int = 256 << 20
@@ -45,7 +45,7 @@ class Limits:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request: a prompt at the limit, as text or as ids, and room for the rest."""
+        """Of a request: a prompt at the limit, as a string or as ids, and room for the rest."""
         return (1 << 18) + 24 * self.max_prompt_tokens
 
 

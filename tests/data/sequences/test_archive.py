@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.archive_files import DIFFICULTY, WRITERS
+from tests.support.listops import evaluate
 from tnnlm.config.loader import load_config
-from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.lra import splits
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import SEQUENCE_TASKS, SPLITS, Example
@@ -282,7 +282,7 @@ def test_settings_that_don_t_fit(release: Path) -> None:
         prepare_sequences(load_config(None, [*LISTOPS, "model.n_classes=2"]))
     with pytest.raises(ConfigError, match=r"model\.pair=true: listops takes pair=false"):
         prepare_sequences(load_config(None, [*LISTOPS, "model.pair=true"]))
-    with pytest.raises(ConfigError, match="listops has 15 symbols and one that pads: set it to 16 or more"):
+    with pytest.raises(ConfigError, match="listops has 15 symbols and one that pads; set it to 16 or more"):
         prepare_sequences(load_config(None, [*LISTOPS, "model.vocab_size=15"]))
     with pytest.raises(ConfigError, match=r"data\.source=stdlib: is not for task=classify"):
         load_config(None, ["task=classify"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.data import default_collate
 
+from tests.support.listops import evaluate
 from tnnlm.config.loader import load_config
-from tnnlm.data.sequences.listops import evaluate
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, write_rows
 from tnnlm.models.batches import LabelledBatch

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.listops import decode, evaluate
 from tnnlm.config.schema import ListOpsConfig
-from tnnlm.data.sequences.listops import END, MIN, SYMBOLS, Expression, decode, encode, evaluate, generate
+from tnnlm.data.sequences.listops import END, MIN, SYMBOLS, Expression, encode, generate
 from tnnlm.errors import DataError
 
 SHORT = ListOpsConfig(min_length=4, max_length=60, max_depth=5, max_args=6)

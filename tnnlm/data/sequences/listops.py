@@ -20,7 +20,6 @@ from tnnlm.errors import DataError
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """by number; digits stand for themselves"""
 MIN, MAX, MED, SM, END = range(10, 15)
-N_CLASSES = 10
 OPERATOR_SHARE = 0.25
 """of the nodes above the greatest depth"""
 FOREST = 1 << 14
@@ -63,8 +62,8 @@ def generate(config: ListOpsConfig, seed: int) -> Iterator[Expression]:
         in_vain = in_vain + 1 if len(seen) == found else 0
     raise DataError(
         f"ListOps: {len(seen):,} different expressions of {config.min_length} to {config.max_length} symbols "
-        f"were found, and {PATIENCE * FOREST:,} more trees held no other: ask for fewer rows, raise "
-        "data.listops.max_length, or lower data.listops.min_length"
+        f"were found, and {PATIENCE * FOREST:,} more trees held no other",
+        "ask for fewer rows, raise data.listops.max_length, or lower data.listops.min_length",
     )
 
 
@@ -79,40 +78,6 @@ def encode(text: str) -> Symbols:
         return np.array([_NUMBERS[word] for word in words], dtype=np.uint8)
     except KeyError as error:
         raise DataError(f"{error.args[0]!r} is no symbol of ListOps: there is {' '.join(SYMBOLS)}") from None
-
-
-def decode(symbols: Symbols) -> str:
-    """The inverse of :func:`encode`."""
-    return " ".join(SYMBOLS[number] for number in symbols)
-
-
-def evaluate(symbols: Symbols) -> int:
-    """The value of an expression, 0 to 9; medians of an even number are rounded down.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    stack: list[tuple[int, list[int]]] = [(END, [])]
-    for number in symbols.tolist():
-        if MIN <= number < END:
-            stack.append((number, []))
-            continue
-        if number == END:
-            operator, values = stack.pop()
-            if not values or not stack:
-                raise ValueError("an operator without arguments, or an end without an operator")
-            number = _apply(operator, sorted(values))
-        stack[-1][1].append(number)
-    if len(stack) != 1 or len(stack[0][1]) != 1:
-        raise ValueError("more than one expression, or one that doesn't end")
-    return stack[0][1][0]
-
-
-def _apply(operator: int, values: list[int]) -> int:
-    middle = len(values) // 2
-    if operator == MED:
-        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) // 2
-    return {MIN: values[0], MAX: values[-1], SM: sum(values) % 10}[operator]
 
 
 class _Level(NamedTuple):
@@ -185,16 +150,11 @@ def _worked_out(levels: list[_Level]) -> tuple[list[Ints], Ints]:
         length, value = np.ones(len(level.symbol), dtype=np.int64), level.symbol.copy()
         operators = np.flatnonzero(level.symbol >= MIN)
         if len(operators):
-            length[operators] = 2 + _sums(children.parent, lengths[-1], operators)
+            length[operators] = 2 + np.add.reduceat(lengths[-1], np.searchsorted(children.parent, operators))
             value[operators] = _applied(level.symbol[operators], children.parent, values)
         lengths.append(length)
         values, children = value, level
     return lengths[::-1], values
-
-
-def _sums(parent: Ints, amounts: Ints, operators: Ints) -> Ints:
-    """Of the children of every operator."""
-    return np.add.reduceat(amounts, np.searchsorted(parent, operators))
 
 
 def _applied(symbols: Ints, parent: Ints, values: Ints) -> Ints:

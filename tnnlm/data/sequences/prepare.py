@@ -50,12 +50,14 @@ def check_sequences(config: Config) -> None:
             raise ConfigError(f"model.{key}={str(getattr(model, key)).lower()}: {name} takes {key}={set_to}")
     if model.vocab_size <= task.n_symbols:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: {name} has {task.n_symbols} symbols and one that pads: "
-            f"set it to {task.n_symbols + 1} or more"
+            f"model.vocab_size={model.vocab_size}: {name} has {task.n_symbols} symbols and one that pads",
+            f"set it to {task.n_symbols + 1} or more",
         )
     if config.data.source == "lra":
         if config.data.lra.folder is None:
-            raise ConfigError("data.source=lra: name the archive's folder, data.lra.folder=PATH")
+            raise ConfigError(
+                "data.source=lra: needs a folder", "name the archive's folder, data.lra.folder=PATH"
+            )
         needed(name, Path(config.data.lra.folder))
         if name in _WHOLE and model.max_length < task.length:
             raise ConfigError(f"model.max_length={model.max_length}: pictures of {name} take {task.length}")
