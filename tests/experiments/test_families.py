@@ -13,7 +13,8 @@ from torch import nn
 
 from conftest import Result
 from experiments.families import families
-from experiments.frame import Claim, reproduce
+from experiments.frame import Claim
+from experiments.results import reproduce
 from experiments.scoring import recurrent_forms
 from experiments.sizing import PEERS, Family, match_width, text_models
 from experiments.training import train_family, train_plain

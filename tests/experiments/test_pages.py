@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from experiments.frame import reproduce
+from experiments.results import reproduce
 from reproduce import EXPERIMENTS
 
 RESULTS = ROOT / "docs" / "results"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from experiments.frame import Record, reproduce
-from experiments.stability import STABILITY
-from experiments.stability_claims import FAILED
+from experiments.frame import Record
+from experiments.results import reproduce
+from experiments.stability import FAILED, STABILITY
 from tnnlm.errors import UserError
 
 

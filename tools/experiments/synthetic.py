@@ -15,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from experiments.frame import Experiment, Files, Record, Section
-from experiments.synthetic_claims import CLAIMS, PANELS, TABLES, TEXTS, afterwards, form_claims
-from experiments.synthetic_models import Model, answers, answers_by_steps, build_model, convert_by_family
-from experiments.synthetic_tasks import Batch, copying, delay
+from experiments.synthetic_claims import SAYS, TASKS, TEXTS
+from experiments.synthetic_tasks import (
+    Batch,
+    Model,
+    answers,
+    answers_by_steps,
+    build_model,
+    convert_by_family,
+    copying,
+    delay,
+)
 from experiments.timing import interleaved, medians, peak_allocated
 from experiments.training import fit
 from tnnlm.config.schema import OptimConfig
@@ -170,16 +178,12 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _section(name: str, grid: Callable[[str], list[Record]], measure: Callable[..., Record]) -> Section:
-    return Section(grid=grid, measure=measure, claims=CLAIMS[name], tables=TABLES[name], panels=PANELS[name])
-
-
 SYNTHETIC = Experiment(
     name="synthetic",
     title="Copying and delay at growing state sizes",
     sections=(
-        *(_section(task, partial(_task_grid, task), measure_task) for task in ("copying", "delay")),
-        _section("cost", _cost_grid, _measure_cost),
-        Section(claims=form_claims, tables=afterwards),
+        *(Section(grid=partial(_task_grid, task), measure=measure_task) for task in TASKS),
+        Section(grid=_cost_grid, measure=_measure_cost),
+        *SAYS,
     ),
 )

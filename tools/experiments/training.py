@@ -48,7 +48,7 @@ def device_of(config: Config) -> torch.device:
 def fit(
     model: nn.Module,
     batches: Iterator[Any],
-    loss_of: Callable[[nn.Module, Any], Tensor],
+    loss_of: Callable[[Any, Any], Tensor],
     optim: OptimConfig,
     steps: int,
     *,
@@ -118,7 +118,7 @@ def train_plain(
     config: Config,
     rows: Dataset[Any],
     seed: int,
-    loss_of: Callable[[nn.Module, Any], Tensor],
+    loss_of: Callable[[Any, Any], Tensor],
     *,
     resampled: bool = False,
 ) -> Record:
@@ -131,7 +131,7 @@ def train_plain(
         rows: of the training split, at least one batch.
         seed: of the order of the data.
         loss_of: mean loss of a batch, called under autocast.
-        numbered: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
+        resampled: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
 
     Returns:
         ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the windows) and ``curve``:
@@ -171,12 +171,6 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     """Mean cross-entropy of rows (B, L + 1) in nats per token, for any model that gives logits."""
     logits = model(rows[:, :-1])
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-
-
-def own_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that an encoder has itself."""
-    loss: Tensor = model.loss(batch)
-    return loss
 
 
 def _speed(marks: list[float], steps: int, tokens: int) -> float:
