@@ -135,12 +135,9 @@ def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
     prompt = random_tokens(1, context, vocabulary).expand(batch, -1)
     # Mamba's time does not depend on the context, and it reads prompts in a loop.
     state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
-    undo = partial(model.undo, state) if isinstance(model, Peer) else _nothing
+    # A recurrence's state is another tensor after a step: there is nothing to take back.
+    undo = partial(model.undo, state) if isinstance(model, Peer) else None
     return Stepper(partial(model.step, torch.zeros(batch, dtype=torch.long), state), undo)
-
-
-def _nothing() -> None:
-    """A recurrence's state is another tensor after a step: there is nothing to take back."""
 
 
 def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -> Any:

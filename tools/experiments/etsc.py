@@ -191,9 +191,8 @@ def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
             for name in own[0]["methods"]:
                 made = [(record[size], record["methods"][name]) for record in own]
                 lines.append(line(name, [(x, smallest_shown(cell[key])) for x, cell in made if key in cell]))
-            yield TEXTS.panel(
-                f"conversion_{key}", lines, legend=(sweep, key) == ("length", "error"), what=what
-            )
+            first = (sweep, key) == ("length", "error")
+            yield TEXTS.panel(f"conversion_{key}", lines, {"what": what}, legend=first)
 
 
 ETSC = Experiment(

@@ -113,7 +113,7 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
     lines = [line(MODELS[model], zip(lengths, rises, strict=True), model) for model, rises in drawn.items()]
     last = [(n, 100 * rise) for n, rise in zip(lengths, _rises(records, "tnn", form), strict=True)]
     lines.append(line("TNN as a recurrence", last, color="black", marker="x", linestyle=":"))
-    yield TEXTS.panel("rise", lines, ticks={n: f"{n:,}" for n in lengths}, trained=lengths[0])
+    yield TEXTS.panel("rise", lines, {"trained": lengths[0]}, ticks={n: f"{n:,}" for n in lengths})
 
 
 EXTRAPOLATION = Experiment(

@@ -6,7 +6,7 @@ panels, all of them plain data. :mod:`experiments.results` measures an experimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -135,23 +135,13 @@ class Declarations:
         )
         return Table(heading, rows, before, after)
 
-    def panel(
-        self,
-        name: str,
-        lines: Sequence[Line],
-        *,
-        bars: Mapping[str, tuple[float, str]] | None = None,
-        ticks: Mapping[float, str] | None = None,
-        legend: bool = True,
-        **values: Any,
-    ) -> Panel:
-        """A panel of the declared title and axes; all but the name and ``values``, as a ``Panel`` has it."""
+    def panel(self, name: str, lines: Sequence[Line], values: Record | None = None, **more: Any) -> Panel:
+        """A panel of the declared title and axes, its texts showing ``values``; ``more`` goes to it."""
         given = self._data["panels"][name]
         axes: Record = {
-            key: text.format(**values) if isinstance(text, str) else text for key, text in given.items()
+            key: text.format(**values or {}) if isinstance(text, str) else text for key, text in given.items()
         }
-        title, base = axes.pop("title"), axes.pop("base", 10)
-        return Panel(title, lines, bars or {}, axes, base, ticks or {}, legend)
+        return Panel(axes.pop("title"), lines, base=axes.pop("base", 10), axes=axes, **more)
 
     def text(self, name: str, **values: Any) -> str:
         """A paragraph or more."""

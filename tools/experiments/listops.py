@@ -192,7 +192,7 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
         bars[below] = (100 * record["accuracy"], PALETTE[model])
     yield TEXTS.panel("training", curves)
     level = Line(COMMONEST, y=[100 * own[0]["majority"]], style={"color": "black", "linestyle": ":"})
-    yield TEXTS.panel("accuracy", [level], bars=bars, longest=own[0]["longest"])
+    yield TEXTS.panel("accuracy", [level], own[0], bars=bars)
 
 
 def _smooth(points: list[list[float]], width: int = 5) -> list[list[float]]:

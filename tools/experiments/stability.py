@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.ablations import vandermonde
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, select
 from experiments.report import PALETTE, Line, Panel, Table, line, smallest_shown
-from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
+from experiments.taps import make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.certify import EXTENT, horizon_warning
@@ -39,29 +39,25 @@ SETTINGS: dict[str, str] = TEXTS.named("settings")
 """sweep -> the setting that it changes"""
 LABELS: dict[str, str] = TEXTS.named("labels")
 """sweep -> what that is"""
-TAP_METHODS = ("etsc", "balanced", "window", "vandermonde")
+TAP_METHODS: tuple[str, ...] = ("etsc", "balanced", "window", "vandermonde")
 """of single kernels; whole models are converted by all but the last, which is no method of the package's"""
-PRECISIONS = ("float64", "float32", "bfloat16")
-"""that poles and residues are rounded to"""
 LARGEST_VANDERMONDE = 512
 """taps: its system has as many unknowns"""
 
 
 def _grid(size: str) -> list[Record]:
-    """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
-    sweep = TEXTS.sizes(size)
-    base: Record = {"source": "tno", "n": sweep["taps"], "decay": 0.99}
-    base |= {"init": "default", "depth": 3, "stored": "float32"}
-    changes: list[tuple[str, Record]] = [("length", {"n": value}) for value in sweep["length"]]
-    changes += [("decay", {"decay": value}) for value in sweep["decay"]]
-    changes += [("depth", {"depth": value}) for value in sweep["depth"]]
-    changes += [("initialisation", {"init": value}) for value in INITIALISATIONS]
-    changes += [("precision", {"stored": value}) for value in PRECISIONS]
-    changes += [("taps", {"source": value}) for value in DISTRIBUTIONS]
-    changes += [("poles", {"source": "resonances", "distance": value}) for value in sweep["distance"]]
-    cells = [{"sweep": name, "method": m, **base, **change} for name, change in changes for m in TAP_METHODS]
-    layers = [{"sweep": "layers", "layers": value, "decay": 0.99} for value in sweep["layers"]]
-    return cells + [{**cell, "method": m} for cell in layers for m in ("etsc", "balanced", "window")]
+    """One factor at a time around a TNO kernel; whole models, which differ in their layers, last."""
+    sizes = TEXTS.sizes(size)
+    cells: list[Record] = []
+    for sweep, setting in SETTINGS.items():
+        base, methods = sizes["kernel"], TAP_METHODS
+        if sweep == "poles":
+            base = base | {"source": "resonances"}
+        elif sweep == "layers":
+            base, methods = {"decay": base["decay"]}, TAP_METHODS[:-1]
+        varied = ({setting: value, "method": m} for value in sizes[sweep] for m in methods)
+        cells += [{"sweep": sweep} | base | change for change in varied]
+    return cells
 
 
 @torch.no_grad()
@@ -223,7 +219,7 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
                 lines.append(line(method, [(_position(r), smallest_shown(r[key])) for r in finite]))
             below = "1 - decay (none drawn at 1e-5)" if sweep == "decay" else LABELS[sweep]
             first = (name, sweep) == ("inside", "length")
-            yield TEXTS.panel(name, [*lines, limit], legend=first, below=below)
+            yield TEXTS.panel(name, [*lines, limit], {"below": below}, legend=first)
 
 
 def _position(record: Record) -> float:

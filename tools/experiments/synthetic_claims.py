@@ -35,12 +35,8 @@ def by_state(records: Iterable[Record], key: str, over_seeds: Any = statistics.m
 def threshold(copies: list[Record]) -> int | None:
     """The state size from which on every seed copies perfectly, if there is one."""
     worst = by_state(copies, "score", min)
-    enough = None
-    for n in sorted(worst, reverse=True):
-        if worst[n] < PERFECT:
-            break
-        enough = n
-    return enough
+    missed = max((n for n, score in worst.items() if score < PERFECT), default=0)
+    return min((n for n in worst if n > missed), default=None)
 
 
 def _figure(task: str, value: float) -> str:

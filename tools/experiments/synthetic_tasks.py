@@ -145,28 +145,15 @@ def build_model(cell: Record) -> Model:
     kernel, width = kernel_config(cell), cell["d_model"]
     if cell["task"] == "delay":
         return SignalModel(width, LongConv(build_kernel(kernel, width, cell["length"])))
-    return CausalLM(
-        ModelConfig(
-            d_model=width,
-            n_layers=cell["layers"],
-            vocab_size=cell["vocab_size"],
-            max_length=cell["length"],
-            expand=1,
-            kernel=kernel,
-        )
-    )
+    sizes = {"n_layers": cell["layers"], "vocab_size": cell["vocab_size"], "max_length": cell["length"]}
+    return CausalLM(ModelConfig(d_model=width, expand=1, kernel=kernel, **sizes))
 
 
 def kernel_config(cell: Record) -> KernelConfig:
     """A cell's kernel. RTF as published for these tasks: one denominator for all channels of a layer."""
     if cell["family"] == "rtf":
-        return RTFConfig(
-            name="rtf",
-            state_size=cell["state_size"],
-            denominators=1,
-            init=cell["init"],
-            constraint=cell["constraint"],
-        )
+        own = {name: cell[name] for name in ("state_size", "init", "constraint")}
+        return RTFConfig(name="rtf", denominators=1, **own)
     return SGConvConfig(name="sgconv") if cell["family"] == "sgconv" else TNOConfig(decay=cell["decay"])
 
 

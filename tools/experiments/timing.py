@@ -105,7 +105,7 @@ class Stepper(NamedTuple):
     """One more token per row at a context, and what takes it back, outside the clock."""
 
     step: Callable[[], Any]
-    undo: Callable[[], None]
+    undo: Callable[[], None] | None
 
 
 @dataclass
@@ -217,7 +217,8 @@ def row(name: str, dtype: str, batch: int, context: int, seconds: list[float]) -
 def _clock(stepper: Stepper) -> float:
     """Seconds of a step; what takes it back is outside."""
     seconds = clock(stepper.step)
-    stepper.undo()
+    if stepper.undo:
+        stepper.undo()
     return seconds
 
 

@@ -129,8 +129,8 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
     ):
         own = select(records, part="cost", sweep=sweep)
         lines = [line(form, [(record[sweep], record[key][form]) for record in own]) for form in FORMS]
-        first = (key, sweep) == ("seconds", "length")
-        yield TEXTS.panel(key, lines, legend=first, below="context" if sweep == "length" else sweep)
+        below, first = "context" if sweep == "length" else sweep, (key, sweep) == ("seconds", "length")
+        yield TEXTS.panel(key, lines, {"below": below}, legend=first)
 
 
 TOKEN_COST = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)

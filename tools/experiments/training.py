@@ -38,11 +38,10 @@ class Trace(NamedTuple):
     """clock, in seconds; one more: its start"""
 
 
-def device_of(config: Config) -> torch.device:
+def device_of(config: Config | None = None) -> torch.device:
     """A GPU where there is one and ``trainer.accelerator`` doesn't say cpu."""
-    return torch.device(
-        "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    )
+    allowed = config is None or config.trainer.accelerator != "cpu"
+    return torch.device("cuda" if allowed and torch.cuda.is_available() else "cpu")
 
 
 def fit(
@@ -162,7 +161,7 @@ def train_plain(
         "steps": steps,
         "tokens": steps * tokens,
         "seconds": trace.marks[-1] - trace.marks[0],
-        "tokens_per_second": _speed(trace.marks, steps, tokens),
+        "tokens_per_second": _speed(trace, steps, tokens),
         "curve": [[step * tokens, loss] for step, loss in zip(trace.steps, trace.losses, strict=True)],
     }
 
@@ -173,8 +172,9 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def _speed(marks: list[float], steps: int, tokens: int) -> float:
+def _speed(trace: Trace, steps: int, tokens: int) -> float:
     """Median tokens/s of the full windows after the first; of the whole run if there is none."""
+    marks = trace.marks
     full = marks[1 : 1 + steps // WINDOW]
     speeds = [WINDOW * tokens / (after - before) for before, after in pairwise(full)]
     return statistics.median(speeds) if speeds else steps * tokens / (marks[-1] - marks[0])
