@@ -31,11 +31,19 @@ from tqdm import tqdm
 from benchmarks.levels import level_table, time_levels
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.report import memory_table, plot, table
-from benchmarks.subjects import PEERS, SHAPE, WIDTHS, Subject, linear_weights, ours, peer
-from benchmarks.timing import QUICK, Effort, row, time_prefill, time_steps
+from benchmarks.subjects import PEERS, SHAPE, WIDTHS, linear_weights, ours, peer
 from benchmarks.train_step import time_training
 from experiments import report
-from experiments.timing import interleaved, read_bandwidth
+from experiments.timing import (
+    QUICK,
+    Effort,
+    Subject,
+    interleaved,
+    read_bandwidth,
+    row,
+    time_prefill,
+    time_steps,
+)
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
@@ -223,16 +231,18 @@ def show(result: dict[str, Any]) -> None:
         )
         return
     if mode == "constant":
-        head = ["context", "ms per token", "quartiles", "prefill s", "state bytes"]
         lines = [
-            [
-                *(f"{one['context']:,}", f"{1e3 * one['seconds_per_token']:.3f}", f"{one['spread']:.1%}"),
-                *(f"{one['prefill_seconds']:.3f}", f"{one['state_bytes']:,}"),
-            ]
+            {
+                "context": f"{one['context']:,}",
+                "ms per token": f"{1e3 * one['seconds_per_token']:.3f}",
+                "quartiles": f"{one['spread']:.1%}",
+                "prefill s": f"{one['prefill_seconds']:.3f}",
+                "state bytes": f"{one['state_bytes']:,}",
+            }
             for one in result["results"]
         ]
         print(
-            f"{result['model']}, {result['engine']}\n\n{report.table(head, lines)}\n\nlongest over shortest "
+            f"{result['model']}, {result['engine']}\n\n{report.table(lines)}\n\nlongest over shortest "
             f"context: {result['ratio_longest_to_shortest']:.3f} times the time per token\nfloor: "
             f"{1e3 * result['floor_seconds']:.3f} ms at {result['bandwidth_gbs']:.1f} GB/s read bandwidth"
         )

@@ -26,7 +26,8 @@ from experiments.bidirectional import BIDIRECTIONAL
 from experiments.etsc import ETSC
 from experiments.extrapolation import EXTRAPOLATION
 from experiments.families import NAMES, families
-from experiments.frame import SIZES, Experiment, Record, reproduce
+from experiments.frame import SIZES, Experiment, Record
+from experiments.results import reproduce
 from experiments.ski import SKI
 from experiments.stability import STABILITY
 from experiments.synthetic import SYNTHETIC

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import train_step
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.onnx_runtime import OnnxModel
 from benchmarks.report import plot, table
 from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
-from benchmarks.timing import Effort, time_prefill, time_steps
 from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
-from experiments.timing import read_bandwidth
+from experiments.timing import Effort, read_bandwidth, time_prefill, time_steps
 from tests.support.models import tiny_config
 from tests.support.scripts import ROOT
 from tests.support.training_runs import tiny_run
@@ -122,9 +122,10 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
         assert (tmp_path / "times.png").stat().st_size > 5_000
 
 
-def test_trainees_learn_and_hold_memory() -> None:
+def test_trainees_learn_and_hold_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(300, (2, 17))
-    model = trainee(OURS, SHAPE, 16, compiled=False, recompute=True)
+    monkeypatch.setattr(train_step, "RECOMPUTED", 16)
+    model = trainee(OURS, SHAPE, 16, compiled=False)
     losses = [model.step(rows) for _ in range(5)]
     assert losses[-1] < losses[0]
     assert peak_bytes("tnn-pytorch", SHAPE, 16, False) > 4 * trainee("tnn-pytorch", SHAPE, 16, False).params

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.bidirectional import BIDIRECTIONAL
-from experiments.frame import Record, reproduce
+from experiments.frame import Record
 from experiments.masked import (
     MODELS,
     build,
@@ -20,6 +20,7 @@ from experiments.masked import (
     model_settings,
     perplexities,
 )
+from experiments.results import reproduce
 from tnnlm.models.batches import MaskedBatch
 from tnnlm.models.encoders import MaskedLM
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from experiments.families import families
-from experiments.frame import Claim, reproduce
+from experiments.frame import Claim
+from experiments.results import reproduce
 from experiments.scoring import recurrent_forms
 from experiments.sizing import PEERS, Family, match_width, text_models
 from experiments.training import train_family, train_plain

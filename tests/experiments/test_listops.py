@@ -34,15 +34,15 @@ def test_every_model_learns_and_structure_helps(rows: list[Record]) -> None:
 
 
 def test_report(rows: list[Record], tmp_path: Path) -> None:
-    claims = {claim.claim: claim for claim in listops.claims(rows)}
+    claims = {claim.claim: claim for claim in LISTOPS.claims(rows)}
     assert len(claims) == 4
     reached = claims["accuracy on ListOps of 500 to 2,000 symbols"]
     assert not reached.holds
     assert "another task" in reached.ours
-    (table,) = listops.tables(rows)
+    (table,) = LISTOPS.tables(rows)
     for label in (*listops.LABELS.values(), "the commonest value"):
         assert f"| {label} |" in table.markdown()
-    figure(listops.panels(rows), tmp_path / "listops.png")
+    figure(LISTOPS.panels(rows), tmp_path / "listops.png")
     assert (tmp_path / "listops.png").stat().st_size > 5_000
 
 
@@ -67,7 +67,7 @@ def rows_with(longest: int = 1999, **percent: float) -> list[Record]:
     ],
 )
 def test_claims_follow_the_figures(changes: dict[str, Any], holds: list[bool]) -> None:
-    assert [claim.holds for claim in listops.claims(rows_with(**changes))] == holds
+    assert [claim.holds for claim in LISTOPS.claims(rows_with(**changes))] == holds
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "paper"])

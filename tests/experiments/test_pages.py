@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.frame import reproduce
+from experiments.results import reproduce
 from reproduce import EXPERIMENTS
 from tests.support.scripts import ROOT
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from experiments.frame import Record, reproduce
-from experiments.stability import STABILITY
-from experiments.stability_claims import FAILED
+from experiments.frame import Record
+from experiments.results import reproduce
+from experiments.stability import FAILED, STABILITY
 from tests.support.scripts import ROOT
 from tnnlm.errors import UserError
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.frame import SIZES, Record, reproduce
+from experiments.frame import SIZES, Record
+from experiments.results import reproduce
 from experiments.ski import SKI, VARIANTS, config_of, family_of, tails
 from experiments.ski_claims import SKI_TEXTS, reach
 from tnnlm.models.causal_lm import CausalLM

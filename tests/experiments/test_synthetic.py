@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.frame import Record, reproduce
+from experiments.frame import Record
+from experiments.results import reproduce
 from experiments.synthetic import SYNTHETIC, measure_task
 from experiments.synthetic_claims import PERFECT, threshold
-from experiments.synthetic_models import build_model, convert_by_family
+from experiments.synthetic_tasks import build_model, convert_by_family
 from experiments.timing import peak_allocated
 from tnnlm.models.causal_lm import CausalLM
 

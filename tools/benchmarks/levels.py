@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.subjects import SHAPE, ours
 from benchmarks.train_step import OURS, trainee
 from experiments.report import table
-from experiments.timing import interleaved
+from experiments.timing import interleaved, random_tokens
 from tnnlm.config.schema import ModelConfig
 from tnnlm.inference.linear import DTYPES
 from tnnlm.inference.linear_choice import choose_linear
@@ -30,14 +30,11 @@ from tnnlm.machine.capabilities import capability, cpu_level
 from tnnlm.machine.threads import limit_threads
 
 NATIVE = "native"
+_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 LEVELS: dict[str, dict[str, str]] = {
     NATIVE: {},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "no AVX": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    },
+    "AVX2": dict(zip(_VARIABLES, ("avx2", "AVX2", "AVX2"), strict=True)),
+    "no AVX": dict(zip(_VARIABLES, ("default", "SSE41", "SSE4_2"), strict=True)),
 }
 """environment of each level"""
 _CONTEXT = 128
@@ -69,37 +66,26 @@ def time_levels(
     parts: dict[str, list[dict[str, Any]]] = {name: [] for name in levels_here()}
     for _ in tqdm(range(rounds), desc="rounds of all levels", leave=False, disable=None):
         for name, measured in parts.items():
-            with _environment(LEVELS[name]), multiprocessing.get_context("spawn").Pool(1) as pool:
+            with patch.dict(os.environ, LEVELS[name]), multiprocessing.get_context("spawn").Pool(1) as pool:
                 measured.append(pool.apply(_measure, (shape, batch, steps, decoded)))
     return [_row(name, measured) for name, measured in parts.items()]
 
 
 def level_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per level, training beside decoding, each with its ratio to the native level."""
-    head = ["level", "training tokens/s", "of native", *(f"{dtype}, ms per token" for dtype in DTYPES)]
     native = rows[0]["tokens_per_second"]
-    lines = [
-        [
-            row["level"] if row["level"] != NATIVE else f"native ({row['cpu_level']})",
-            f"{row['tokens_per_second']:,.0f} ({row['training_dtype']})",
-            f"{row['tokens_per_second'] / native:.2f}",
-            *(f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})" for own in row["decoding"].values()),
-        ]
-        for row in rows
-    ]
-    return table(head, lines)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """For processes that are started meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    lines = []
+    for row in rows:
+        level, speed = row["level"], row["tokens_per_second"]
+        line = {
+            "level": f"native ({row['cpu_level']})" if level == NATIVE else level,
+            "training tokens/s": f"{speed:,.0f} ({row['training_dtype']})",
+            "of native": f"{speed / native:.2f}",
+        }
+        for dtype, own in row["decoding"].items():
+            line[f"{dtype}, ms per token"] = f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})"
+        lines.append(line)
+    return table(lines)
 
 
 def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -> dict[str, Any]:
@@ -107,18 +93,14 @@ def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -
     keep_large_blocks()
     limit_threads()
     model = trainee(OURS, shape, shape.max_length, compiled=False)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(shape.vocab_size, (batch, shape.max_length + 1), generator=generator)
+    rows = random_tokens(batch, shape.max_length + 1, shape.vocab_size)
     decoding = {}
     training = interleaved({"": lambda: model.step(rows)}, steps, warm_up=2)[""]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for dtype in DTYPES:
             step = ours("balanced", "packed", dtype, decoded, Path(folder)).step_at(1, _CONTEXT).step
-            operator = choose_linear(torch.device("cpu"), dtype).name
-            decoding[dtype] = {
-                "linear": operator,
-                "seconds": interleaved({"": step}, 4 * steps, warm_up=10)[""],
-            }
+            seconds = interleaved({"": step}, 4 * steps, warm_up=10)[""]
+            decoding[dtype] = {"linear": choose_linear(torch.device("cpu"), dtype).name, "seconds": seconds}
     return {
         "cpu_level": cpu_level(),
         "training_dtype": "bfloat16" if capability("bfloat16_arithmetic") else "float32",
@@ -128,19 +110,12 @@ def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -
 
 
 def _row(level: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over all processes of a level."""
     first = measured[0]
-    return {
-        "level": level,
-        "cpu_level": first["cpu_level"],
-        "training_dtype": first["training_dtype"],
-        "tokens_per_second": 1 / statistics.median(s for part in measured for s in part["seconds_per_token"]),
-        "decoding": {
-            dtype: {
-                "linear": first["decoding"][dtype]["linear"],
-                "seconds_per_token": statistics.median(
-                    s for part in measured for s in part["decoding"][dtype]["seconds"]
-                ),
-            }
-            for dtype in DTYPES
-        },
-    }
+    row = {"level": level, "cpu_level": first["cpu_level"], "training_dtype": first["training_dtype"]}
+    row["tokens_per_second"] = 1 / median(s for part in measured for s in part["seconds_per_token"])
+    row["decoding"] = {}
+    for dtype, own in first["decoding"].items():
+        took = median(s for part in measured for s in part["decoding"][dtype]["seconds"])
+        row["decoding"][dtype] = {"linear": own["linear"], "seconds_per_token": took}
+    return row

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.subjects import CHUNK, WIDTHS, Stepper, Subject, peer_shape, prompt_of
+from benchmarks.subjects import CHUNK, WIDTHS, peer_shape
+from experiments.timing import Stepper, Subject, random_tokens
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 
@@ -43,24 +44,15 @@ def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: P
     runner = _Runner(library, path, shape, longest + 8, rows)
 
     def step_at(batch: int, context: int) -> Stepper:
-        prompt = prompt_of(context, shape.vocab_size)[0].tolist()
-        runner.clear()
-        for row in range(batch):
-            for start in range(0, context, CHUNK):
-                runner.read(prompt[start : start + CHUNK], start, row)
+        runner.read(random_tokens(1, context, shape.vocab_size), batch)
         return Stepper(lambda: runner.step(batch, context), lambda: runner.cut(batch, context))
-
-    def prefill(prompt: Tensor) -> None:
-        runner.clear()
-        for start in range(0, prompt.shape[1], CHUNK):
-            runner.read(prompt[0, start : start + CHUNK].tolist(), start, 0)
 
     def size(context: int) -> int:
         return 2 * 2 * shape.n_layers * shape.d_model * context
 
     width = _Q8_BYTES if dtype == "int8" else WIDTHS[dtype]
     return Subject(
-        f"llama.cpp-{DTYPES[dtype]}", dtype, round(weights * width), step_at, prefill, size, longest
+        f"llama.cpp-{DTYPES[dtype]}", dtype, round(weights * width), step_at, runner.read, size, longest
     )
 
 
@@ -135,13 +127,14 @@ class _Runner:
         self._memory = library.llama_get_memory(self._context)
         self._batch = library.llama_batch_init(max(CHUNK, rows), 0, 1)
 
-    def clear(self) -> None:
+    def read(self, prompt: Tensor, rows: int = 1) -> None:
+        """A prompt (1, L) into every row, in the place of what was read; logits for a piece's last."""
         self._library.llama_memory_clear(self._memory, True)
-
-    def read(self, tokens: list[int], start: int, row: int) -> None:
-        """A piece of a prompt, with logits for its last token."""
-        last = len(tokens) - 1
-        self._decode([(token, start + i, row, i == last) for i, token in enumerate(tokens)])
+        for row in range(rows):
+            for start, piece in enumerate(prompt[0].split(CHUNK)):
+                tokens, last = piece.tolist(), len(piece) - 1
+                entries = [(token, start * CHUNK + i, row, i == last) for i, token in enumerate(tokens)]
+                self._decode(entries)
 
     def step(self, batch: int, context: int) -> None:
         """One token for every row."""

@@ -14,29 +14,25 @@ _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
 
 def table(result: dict[str, Any]) -> str:
     """Milliseconds per token by name and dtype, a column per case; the share of the bandwidth in brackets."""
-    rows, mode = result["results"], result["mode"]
-    cases = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
-    found = {(row["name"], row["dtype"], row["batch"], row["context"]): _cell(row, mode) for row in rows}
-    lines = [
-        [name, dtype, *(found.get((name, dtype, *case), "-") for case in cases)]
-        for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows)
-    ]
-    heads = (f"batch {batch}" if mode == "batch" else f"{context:,} tokens" for batch, context in cases)
-    return report.table(["name", "dtype", *heads], lines)
+    mode = result["mode"]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["results"]:
+        name, dtype = row["name"], row["dtype"]
+        case = f"batch {row['batch']}" if mode == "batch" else f"{row['context']:,} tokens"
+        lines.setdefault((name, dtype), {"name": name, "dtype": dtype})[case] = _cell(row, mode)
+    return report.table(list(lines.values()))
 
 
 def memory_table(result: dict[str, Any]) -> str:
     """Peak memory in MiB by name, a column per length; and what the convolution takes of our step."""
-    rows = result["results"]
-    lengths = list(dict.fromkeys(row["context"] for row in rows))
-    held = {(row["name"], row["context"]): f"{row['peak_bytes'] / 2**20:,.0f}" for row in rows}
-    lines = [
-        [name, *(held.get((name, n), "-") for n in lengths)]
-        for name in dict.fromkeys(row["name"] for row in rows)
-    ]
-    shares = {r["context"]: f"{r['convolution_share']:.0%}" for r in rows if "convolution_share" in r}
-    lines.append(["convolution's share of the step", *(shares.get(n, "-") for n in lengths)])
-    return report.table(["peak MiB", *(f"{n:,} tokens" for n in lengths)], lines)
+    lines: dict[str, dict[str, str]] = {}
+    shares = {"peak MiB": "convolution's share of the step"}
+    for row in result["results"]:
+        name, length = row["name"], f"{row['context']:,} tokens"
+        lines.setdefault(name, {"peak MiB": name})[length] = f"{row['peak_bytes'] / 2**20:,.0f}"
+        if "convolution_share" in row:
+            shares[length] = f"{row['convolution_share']:.0%}"
+    return report.table([*lines.values(), shares])
 
 
 def _cell(row: dict[str, Any], mode: str) -> str:
@@ -57,13 +53,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Time per token against context, tokens per second against batch or prompt length."""
     rows, mode = result["results"], result["mode"]
     key, in_time = "batch" if mode == "batch" else "context", mode in ("decode", "constant")
-
     names = list(dict.fromkeys(_family(row["name"]) for row in rows))
     lines: list[Line] = []
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):
-        own = [row for row in rows if (row["name"], row["dtype"]) == (name, dtype)]
         points = [
-            (row[key], 1e3 * row["seconds_per_token"] if in_time else row["tokens_per_second"]) for row in own
+            (row[key], 1e3 * row["seconds_per_token"] if in_time else row["tokens_per_second"])
+            for row in rows
+            if (row["name"], row["dtype"]) == (name, dtype)
         ]
         colour = f"C{names.index(_family(name)) % 10}"
         lines.append(line(f"{name}, {dtype}", points, color=colour, linestyle=_DASHES[dtype]))

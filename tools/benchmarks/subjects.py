@@ -7,17 +7,17 @@ given length, and a parallel pass over a prompt.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.onnx_runtime import OnnxModel
 from experiments.peers import GPT2, Llama, Mamba, Peer
+from experiments.timing import Stepper, Subject, random_tokens
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
@@ -38,31 +38,6 @@ CHUNK = 512
 """tokens that prompts are read in"""
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
 PEERS: dict[str, type[Peer]] = {"llama": Llama, "gpt2": GPT2, "mamba": Mamba}
-
-
-class Stepper(NamedTuple):
-    """One more token per row at a context, and what takes it back, outside the clock."""
-
-    step: Callable[[], Any]
-    undo: Callable[[], None]
-
-
-@dataclass
-class Subject:
-    """One model as it is timed."""
-
-    name: str
-    dtype: str
-    weight_bytes: int
-    """of linear layers and head, read for each token of one row"""
-    step_at: Callable[[int, int], Stepper]
-    """(batch, context) -> a step at that context"""
-    prefill: Callable[[Tensor], Any]
-    """reads a prompt (1, L) from an empty state"""
-    state_at: Callable[[int], int]
-    """context -> bytes of state per sequence"""
-    longest: int = 1 << 20
-    """context that it can be asked for"""
 
 
 def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: Path) -> Subject:
@@ -157,15 +132,12 @@ def _read(model: Any, prompt: Tensor) -> Any:
 
 
 def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
-    prompt = prompt_of(context, vocabulary).expand(batch, -1)
+    prompt = random_tokens(1, context, vocabulary).expand(batch, -1)
     # Mamba's time does not depend on the context, and it reads prompts in a loop.
     state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
-    undo = partial(model.undo, state) if isinstance(model, Peer) else _nothing
+    # A recurrence's state is another tensor after a step: there is nothing to take back.
+    undo = partial(model.undo, state) if isinstance(model, Peer) else None
     return Stepper(partial(model.step, torch.zeros(batch, dtype=torch.long), state), undo)
-
-
-def _nothing() -> None:
-    """A recurrence's state is another tensor after a step: there is nothing to take back."""
 
 
 def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -> Any:
@@ -178,8 +150,3 @@ def linear_weights(model: Any) -> int:
     """How many numbers linear layers hold; a tied head counts with them, an embedding does not."""
     kinds = ("Linear", "Conv1D")
     return sum(m.weight.numel() for m in model.modules() if type(m).__name__ in kinds)
-
-
-def prompt_of(length: int, vocabulary: int) -> Tensor:
-    """Random token ids (1, ``length``)."""
-    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))

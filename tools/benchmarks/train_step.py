@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.subjects import peer_shape
-from benchmarks.timing import row
 from experiments.peers import GPT2 as GPT2Model
-from experiments.timing import clock, interleaved
+from experiments.timing import clock, interleaved, random_tokens, row
 from experiments.training import next_token_loss
 from tnnlm.config.schema import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
@@ -55,15 +54,14 @@ class Trainee:
     """reads tokens (B, L + 1), updates the weights, returns the loss"""
 
 
-def trainee(name: str, shape: ModelConfig, length: int, compiled: bool, recompute: bool = False) -> Trainee:
-    """One of ``NAMES``, ready to train on rows of ``length`` tokens.
+def trainee(name: str, shape: ModelConfig, length: int, compiled: bool) -> Trainee:
+    """One of ``NAMES``, ready to train on rows of ``length`` tokens, which ours recomputes if ``RECOMPUTED``.
 
     Args:
         name: what to build.
         shape: of our model; the others get as many parameters.
         length: tokens per row.
         compiled: by torch.compile: all but tnn-pytorch, whose complex numbers it can't take.
-        recompute: activations of ours in the backward pass.
 
     Raises:
         UserError: if ``transformers`` is missing.
@@ -78,10 +76,10 @@ def trainee(name: str, shape: ModelConfig, length: int, compiled: bool, recomput
         params = sum(p.numel() for p in other.parameters()) - other.net.transformer.wpe.weight.numel()
         return Trainee(name, params, _matrices(other), _stepper(other, optimizer, next_token_loss))
     model = CausalLM(shape).train()
-    model.recompute = recompute
+    model.recompute = length >= RECOMPUTED
     if name == WITHOUT:
         for block in model.layers:
-            block.mixer.conv = _Identity()  # type: ignore[assignment]
+            block.mixer.conv = nn.Identity()  # type: ignore[assignment]
     if name == PYPI:
         model.blocks = nn.ModuleList(_PyPIBlock(shape) for _ in range(shape.n_layers))
     elif compiled:
@@ -116,13 +114,6 @@ def _stepper(
         return float(loss.detach())
 
     return step
-
-
-class _Identity(nn.Module):
-    """In the place of the convolution: what is left is all else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 class _PyPIBlock(nn.Module):
@@ -176,10 +167,10 @@ def time_training(
     rows: list[dict[str, Any]] = []
     for length in lengths:
         names = NAMES if length <= longest_peer else (OURS,)
-        data = _rows(shape, length)
+        data = random_tokens(max(1, TOKENS // length), length + 1, shape.vocab_size)
         models = {}
         for name in tqdm(names, desc=f"building, {length} tokens", leave=False, disable=None):
-            models[name] = _ready(name, shape, length, compiled)
+            models[name] = trainee(name, shape, length, compiled)
             for _ in range(2 if length < RECOMPUTED else 1):
                 models[name].step(data)
         cases = {name: partial(model.step, data) for name, model in models.items()}
@@ -209,20 +200,13 @@ def _peak(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
     before = resident_peak()
     keep_large_blocks()
     limit_threads()
-    model, data = _ready(name, shape, length, compiled), _rows(shape, length)
+    model, data = (
+        trainee(name, shape, length, compiled),
+        random_tokens(max(1, TOKENS // length), length + 1, shape.vocab_size),
+    )
     for _ in range(2):
         model.step(data)
     return resident_peak() - before
-
-
-def _ready(name: str, shape: ModelConfig, length: int, compiled: bool) -> Trainee:
-    return trainee(name, shape, length, compiled, recompute=length >= RECOMPUTED)
-
-
-def _rows(shape: ModelConfig, length: int) -> Tensor:
-    """Random token ids (B, L + 1)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(shape.vocab_size, (max(1, TOKENS // length), length + 1), generator=generator)
 
 
 def _row(model: Trainee, data: Tensor, seconds: list[float]) -> dict[str, Any]:

@@ -32,13 +32,12 @@ def without_balancing(k: Tensor) -> SSMParams:
     return SSMParams(residues.new_zeros(len(k), 0), poles, residues)
 
 
-def vandermonde(k: Tensor, eigenvalues: str, seed: int = 0) -> tuple[SSMParams, float]:
+def vandermonde(k: Tensor, eigenvalues: str) -> tuple[SSMParams, float]:
     """Residues for n given eigenvalues, by solving the Vandermonde system of n taps.
 
     Args:
         k: taps (E, n) in float64.
         eigenvalues: ``real``, evenly spaced on (-1, 1), or ``random``, uniform in the unit disc.
-        seed: of the random ones.
 
     Returns:
         parameters in float64, and the condition number of the system: beyond 1e16 the solution
@@ -48,7 +47,7 @@ def vandermonde(k: Tensor, eigenvalues: str, seed: int = 0) -> tuple[SSMParams, 
     if eigenvalues == "real":
         poles = torch.linspace(-1, 1, n + 2, dtype=torch.float64)[1:-1].to(torch.complex128)
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         radius = torch.rand(n, dtype=torch.float64, generator=generator).sqrt()
         poles = torch.polar(radius, 2 * math.pi * torch.rand(n, dtype=torch.float64, generator=generator))
     poles = poles.to(k.device)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
 
-from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
-from experiments.report import Column, Panel, Table, line
+from experiments.frame import (
+    Claim,
+    Declarations,
+    Experiment,
+    Files,
+    Record,
+    Section,
+    grouped,
+    mean_of,
+    select,
+)
+from experiments.report import Panel, Table, line
 from experiments.scoring import perplexities, recurrent_forms
 from experiments.sizing import text_models
 from experiments.training import train_family
@@ -16,10 +27,6 @@ MODELS = {
     "gpt2": "Transformer with learned positions",
     "transformer": "Transformer with rotary positions",
 }
-FLAT = 0.02
-"""rise of perplexity over that at the training length, relative, up to which it counts as flat"""
-PARITY = 1e-4
-"""relative difference of two forms' perplexities"""
 _MULTIPLES = (1, 2, 4, 7, 14, 28)
 """lengths in training lengths, each a divisor of the last: 512 .. 14,336"""
 TEXTS = Declarations("extrapolation")
@@ -57,78 +64,56 @@ def _lengths(records: list[Record]) -> list[int]:
     return [int(length) for length in records[0]["ppl"]["parallel"]]
 
 
-def _forms(records: list[Record]) -> list[str]:
-    return list(select(records, model="tnn")[0]["ppl"])
+def _rises(records: list[Record], model: str, form: str = "parallel") -> list[float]:
+    """Of perplexity over that at the training length, relative, by length, means over the seeds."""
+    own = [list(record["ppl"][form].values()) for record in select(records, model=model)]
+    return [fmean(rises) for rises in zip(*([x / ppl[0] - 1 for x in ppl] for ppl in own), strict=True)]
 
 
-def _rise(records: list[Record], model: str, form: str, length: int) -> float:
-    """Of perplexity over that at the training length, relative, mean over the seeds."""
-    own = [record["ppl"][form] for record in select(records, model=model)]
-    return fmean(ppl[str(length)] / ppl[str(_lengths(records)[0])] - 1 for ppl in own)
-
-
-def _claims(records: list[Record]) -> list[Claim]:
+def _claims(records: list[Record]) -> Iterator[Claim]:
     """Flat or not, both forms."""
-    trained, *longer = lengths = _lengths(records)
-    found = []
-    for form in _forms(records):
-        rises = [_rise(records, "tnn", form, length) for length in lengths]
-        shown = {"form": form, "last": rises[-1], "most": max(*rises, 0), "trained": trained}
-        found.append(TEXTS.claim("flat", max(rises) <= FLAT, longest=longer[-1], **shown))
+    lengths = _lengths(records)
+    trained, following, longest = lengths[0], lengths[1], lengths[-1]
+    for form in records[0]["ppl"]:
+        rises = _rises(records, "tnn", form)
+        shown = {"form": form, "last": rises[-1], "most": max(*rises, 0)}
+        yield TEXTS.claim("flat", trained=trained, longest=longest, **shown)
     gap = max(
         abs(ppl / record["ppl"]["parallel"][length] - 1)
         for record in records
         for form in record["ppl"].values()
         for length, ppl in form.items()
     )
-    found.append(TEXTS.claim("equal", gap <= PARITY, gap=gap))
+    yield TEXTS.claim("equal", gap=gap)
     for model in ("gpt2", "transformer"):
-        far, near = (_rise(records, model, "parallel", length) for length in (longer[-1], longer[0]))
-        shown = {"far": far, "near": near, "longest": longer[-1], "next": longer[0]}
-        found.append(TEXTS.claim("rises", far > FLAT, model=MODELS[model], **shown))
-    return found
+        rises = _rises(records, model)
+        shown = {"model": MODELS[model], "far": rises[-1], "near": rises[1]}
+        yield TEXTS.claim("rises", longest=longest, next=following, **shown)
 
 
-def _tables(records: list[Record]) -> list[Table]:
+def _tables(records: list[Record]) -> Iterator[Table]:
     """Perplexity by model, form and length, means over the seeds."""
-    lengths = _lengths(records)
-    rows = [(model, form) for model in MODELS for form in select(records, model=model)[0]["ppl"]]
-
-    def mean(length: int) -> Column:
-        def shown(row: tuple[str, str]) -> str:
-            own = select(records, model=row[0])
-            return f"{fmean(record['ppl'][row[1]][str(length)] for record in own):.2f}"
-
-        return shown
-
+    items = []
+    for model, own in grouped(records, "model").items():
+        for form in own[0]["ppl"]:
+            ppl = [record["ppl"][form] for record in own]
+            shown = {f"{int(n):,}": f"{mean_of(ppl, n):.2f}" for n in ppl[0]}
+            items.append({"model": MODELS[model], "form": form} | shown)
     params = ", ".join(
         f"{MODELS[record['model']]}: {record['params']:,} (learning rate {record['lr']:g})"
         for record in select(records, seed=records[0]["seed"])
     )
-    note = TEXTS.text("about", **records[0], sizes=params, trained=lengths[0])
-    columns: dict[str, Column] = {"model": lambda row: MODELS[row[0]], "form": lambda row: row[1]}
-    columns |= {f"{length:,}": mean(length) for length in lengths}
-    return [Table("## Perplexity", columns, rows, after=note)]
+    yield TEXTS.table("perplexity", items, **records[0], sizes=params, trained=_lengths(records)[0])
 
 
-def _panels(records: list[Record]) -> list[Panel]:
+def _panels(records: list[Record]) -> Iterator[Panel]:
     """Rise of perplexity over that at the training length, against length."""
-    lengths = _lengths(records)
-
-    def rises(model: str, form: str) -> list[tuple[float, float]]:
-        return [(length, 100 * _rise(records, model, form, length)) for length in lengths]
-
-    lines = [line(label, rises(model, "parallel"), model) for model, label in MODELS.items()]
-    last = rises("tnn", _forms(records)[-1])
+    lengths, form = _lengths(records), list(records[0]["ppl"])[-1]
+    drawn = {model: [100 * rise for rise in _rises(records, model)] for model in MODELS}
+    lines = [line(MODELS[model], zip(lengths, rises, strict=True), model) for model, rises in drawn.items()]
+    last = [(n, 100 * rise) for n, rise in zip(lengths, _rises(records, "tnn", form), strict=True)]
     lines.append(line("TNN as a recurrence", last, color="black", marker="x", linestyle=":"))
-    return [
-        Panel(
-            f"Perplexity past {lengths[0]:,} tokens, the training length",
-            lines,
-            axes={"xlabel": "tokens in a row", "ylabel": "rise of perplexity in per cent", "xscale": "log"},
-            ticks={length: f"{length:,}" for length in lengths},
-        )
-    ]
+    yield TEXTS.panel("rise", lines, {"trained": lengths[0]}, ticks={n: f"{n:,}" for n in lengths})
 
 
 EXTRAPOLATION = Experiment(

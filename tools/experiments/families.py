@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
+from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, mean_of
 from experiments.report import PALETTE, Line, Panel, Table, line
 from experiments.scoring import held_out_bits
 from experiments.sizing import text_models
@@ -25,14 +25,11 @@ def families(files: Mapping[str, Path] | None = None) -> Experiment:
         files: by name, families beside those of ``NAMES``: the files that their kernels are read from.
     """
     own = tuple((files or {}).items())
-    section = Section(
-        grid=partial(_grid, own),
-        measure=partial(_measure, own),
-        claims=_claims,
-        tables=_tables,
-        panels=_panels,
+    sections = (
+        Section(grid=partial(_grid, own), measure=partial(_measure, own)),
+        Section(claims=_claims, tables=_tables, panels=_panels),
     )
-    return Experiment(name="families", title="Families at equal parameters and tokens", sections=(section,))
+    return Experiment(name="families", title="Families at equal parameters and tokens", sections=sections)
 
 
 def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
@@ -64,70 +61,47 @@ def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> 
     }
 
 
-def _bits(own: list[Record]) -> list[float]:
-    return [record["bits_per_byte"] for record in own]
-
-
-def _by_family(records: list[Record]) -> dict[str, list[Record]]:
-    names = dict.fromkeys(record["family"] for record in records)
-    return {name: select(records, family=name) for name in names}
-
-
-def _claims(records: list[Record]) -> list[Claim]:
+def _claims(records: list[Record]) -> Iterator[Claim]:
     """Who is ahead of whom, by means over the seeds."""
-    bits = {name: fmean(_bits(own)) for name, own in _by_family(records).items()}
+    bits = {name: mean_of(own, "bits_per_byte") for name, own in grouped(records, "family").items()}
     peer = bits.pop("transformer")
-    sizes = [record["params"] for record in records]
-    ours = [bits[name] for name in NAMES if name in bits]
-    found = []
     for name, own in bits.items():
         published = TEXTS.text(name) if name in ("tnn", "rtf") else "-"
         shown = {"family": NAMES.get(name, name), "own": own, "peer": peer, "gap": own / peer - 1}
-        found.append(TEXTS.claim("ahead", own <= peer, published=published, **shown))
-    near, least, most = max(ours) <= 1.05 * min(ours), min(sizes), max(sizes)
+        yield TEXTS.claim("ahead", published=published, **shown)
+    ours = [bits[name] for name in NAMES if name in bits]
+    sizes = [record["params"] for record in records]
     tokens = {record["tokens"] for record in records}
-    equal = most <= 1.03 * least and len(tokens) == 1
-    return [
-        *found,
-        TEXTS.claim("near", near, least=min(ours), most=max(ours)),
-        TEXTS.claim("equal", equal, least=least, most=most, tokens=records[0]["tokens"]),
-    ]
+    least, most = min(ours), max(ours)
+    yield TEXTS.claim("near", least=least, most=most, ratio=most / least)
+    least, most = min(sizes), max(sizes)
+    same = len(tokens) == 1
+    yield TEXTS.claim("equal", same, least=least, most=most, ratio=most / least, tokens=records[0]["tokens"])
 
 
-def _tables(records: list[Record]) -> list[Table]:
+def _tables(records: list[Record]) -> Iterator[Table]:
     """Quality and speed by family, means over the seeds."""
-
-    def shown(own: list[Record]) -> str:
-        bits = _bits(own)
-        return f"{fmean(bits):.4f}" + (f" ± {stdev(bits):.4f}" if len(bits) > 1 else "")
-
-    items = [
-        own[0]
-        | {
-            "label": NAMES.get(name, name),
-            "bits": shown(own),
-            "ppl": fmean(record["ppl"] for record in own),
-            "speed": median(record["tokens_per_second"] for record in own),
-        }
-        for name, own in _by_family(records).items()
-    ]
+    items = []
+    for name, own in grouped(records, "family").items():
+        bits = [record["bits_per_byte"] for record in own]
+        deviation = f" ± {stdev(bits):.4f}" if len(bits) > 1 else ""
+        speed = median(record["tokens_per_second"] for record in own)
+        means = {"bits": f"{fmean(bits):.4f}{deviation}", "ppl": mean_of(own, "ppl"), "speed": speed}
+        items.append(own[0] | {"label": NAMES.get(name, name)} | means)
     tried = TEXTS.text("tried") if records[0]["size"] == "small" else ""
-    return [TEXTS.table("quality", items, tokens=records[0]["tokens"], tried=tried)]
+    yield TEXTS.table("quality", items, tokens=records[0]["tokens"], tried=tried)
 
 
-def _panels(records: list[Record]) -> list[Panel]:
+def _panels(records: list[Record]) -> Iterator[Panel]:
     """Learning curves, and bits per byte of every seed."""
     curves, points = [], []
-    for place, (name, own) in enumerate(_by_family(records).items()):
+    labels = {name: NAMES.get(name, name) for name in grouped(records, "family")}
+    for place, (name, own) in enumerate(grouped(records, "family").items()):
         windows = zip(*(record["curve"] for record in own), strict=True)
         mean = [(window[0][0], fmean(loss for _, loss in window)) for window in windows]
-        curves.append(line(NAMES.get(name, name), mean, name, marker=None))
-        bits, style = _bits(own), {"color": PALETTE.get(name)}
+        curves.append(line(labels[name], mean, name, marker=None))
+        bits, style = [record["bits_per_byte"] for record in own], {"color": PALETTE.get(name)}
         points.append(Line("", [place] * len(bits), bits, style | {"marker": "o", "linestyle": ""}))
         points.append(Line("", [place - 0.25, place + 0.25], [fmean(bits)] * 2, style))
-    names = [NAMES.get(name, name) for name in _by_family(records)]
-    labels = {"xlabel": "tokens read", "ylabel": "training loss, nats per token", "xscale": "log"}
-    return [
-        Panel("training", curves, axes=labels),
-        Panel("held out", points, axes={"ylabel": "bits per byte"}, ticks=dict(enumerate(names))),
-    ]
+    yield TEXTS.panel("training", curves)
+    yield TEXTS.panel("held_out", points, ticks=dict(enumerate(labels.values())))

@@ -7,18 +7,18 @@ the same hidden tokens at every length.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from functools import partial
-from statistics import fmean
 
 import torch
 from torch import nn
 
-from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, select
+from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, grouped, mean_of, select
 from experiments.peers import Bert, RotaryBert
 from experiments.report import Panel, Table, line
 from experiments.scoring import PASS_TOKENS
 from experiments.sizing import match_parameters, n_params, text_words
-from experiments.training import own_loss, train_plain
+from experiments.training import train_plain
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.masking import MaskedRows
@@ -28,21 +28,12 @@ from tnnlm.evaluation import add, masked_nll
 from tnnlm.models.batches import MaskedBatch
 from tnnlm.models.encoders import MaskedLM
 
-LABELS = {
-    "two-sided": "TNN, two-sided",
-    "causal": "TNN, causal",
-    "bert": "BERT",
-    "rotary bert": "BERT, rotary positions",
-}
-MODELS = tuple(LABELS)
 MULTIPLES = (1, 2, 4)
 """lengths to score at, in training lengths"""
-MARGIN = 0.05
-"""of perplexity, relative, within which two models are equals"""
-FLAT = 0.02
-"""rise of perplexity over that at the training length, relative, up to which it counts as flat"""
 _BERTS = {"bert": Bert, "rotary bert": RotaryBert}
 TEXTS = Declarations("masked")
+LABELS: dict[str, str] = TEXTS.named("models")
+MODELS = tuple(LABELS)
 
 
 def _grid(size: str) -> list[Record]:
@@ -56,7 +47,7 @@ def _measure(cell: Record, data: Files) -> Record:
     torch.manual_seed(cell["seed"])
     model = build(cell["model"], config.model)
     name = f"{cell['model']}, {n_params(model):,} parameters"
-    trained = train_plain(name, model, config, rows.train, cell["seed"], own_loss, resampled=True)
+    trained = train_plain(name, model, config, rows.train, cell["seed"], MaskedLM.loss, resampled=True)
     held_out = held_out_rows(rows, TEXTS.sizes(cell["size"])["tokens"])
     return {
         "params": n_params(model),
@@ -96,9 +87,7 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     own.data = config.data
     own.model.causal = model == "causal"
     if model in _BERTS:
-        with torch.device("meta"):
-            target = n_params(build("two-sided", config.model))
-        match_parameters(partial(build, model), own.model, target)
+        match_parameters(partial(build, model), own.model, partial(build, "two-sided", config.model))
     return own
 
 
@@ -144,64 +133,54 @@ def joined(batch: MaskedBatch, multiple: int) -> MaskedBatch:
     )
 
 
-def _ppl(records: list[Record], model: str, length: str) -> list[float]:
-    """Of every seed."""
-    return [record["ppl"][length] for record in select(records, part="masked", model=model)]
-
-
 def _lengths(records: list[Record]) -> list[str]:
     return list(select(records, part="masked", model="two-sided")[0]["ppl"])
 
 
-def _claims(records: list[Record]) -> list[Claim]:
+def _ppl(records: list[Record], model: str) -> dict[str, float]:
+    """By length, the means over the seeds."""
+    own = [record["ppl"] for record in select(records, part="masked", model=model)]
+    return {length: mean_of(own, length) for length in own[0]}
+
+
+def _claims(records: list[Record]) -> Iterator[Claim]:
     trained, *_, longest = _lengths(records)
-    two_sided, causal, bert, rotary = (_ppl(records, model, trained) for model in MODELS)
-    longer = _ppl(records, "two-sided", longest)
-    rise = max(one / other - 1 for one, other in zip(longer, two_sided, strict=True))
-
-    def shown(values: list[float]) -> str:
-        return " and ".join(f"{value:.2f}" for value in values)
-
-    names = ("two_sided", "causal", "bert", "rotary")
-    ppl = dict(zip(names, map(shown, (two_sided, causal, bert, rotary)), strict=True))
-    better = all(one < other for one, other in zip(two_sided, causal, strict=True))
-    good = fmean(two_sided) <= (1 + MARGIN) * min(fmean(bert), fmean(rotary))
-    return [
-        TEXTS.claim("both_sides", better, **ppl),
-        TEXTS.claim("bert", good, margin=MARGIN, **ppl),
-        TEXTS.claim("flat", rise <= FLAT, trained=int(trained), longest=int(longest), rise=rise),
-    ]
+    each = {
+        name: [record["ppl"] for record in select(records, part="masked", model=model)]
+        for name, model in zip(("two_sided", "causal", "bert", "rotary"), MODELS, strict=True)
+    }
+    ppl = {name: " and ".join(f"{one[trained]:.2f}" for one in own) for name, own in each.items()}
+    means = {name: mean_of(own, trained) for name, own in each.items()}
+    pairs = zip(each["two_sided"], each["causal"], strict=True)
+    yield TEXTS.claim("both_sides", all(one[trained] < other[trained] for one, other in pairs), **ppl)
+    ratio = means["two_sided"] / min(means["bert"], means["rotary"])
+    yield TEXTS.claim("bert", ratio=ratio, **ppl)
+    rise = max(one[longest] / one[trained] - 1 for one in each["two_sided"])
+    yield TEXTS.claim("flat", trained=int(trained), longest=int(longest), rise=rise)
 
 
-def _tables(records: list[Record]) -> list[Table]:
+def _tables(records: list[Record]) -> Iterator[Table]:
     """Perplexity by model and length, means over the seeds."""
     lengths, own = _lengths(records), select(records, part="masked")
     items = []
-    for model, label in LABELS.items():
-        found = select(own, model=model)
-        item = found[0] | {"label": label, "mean_seconds": fmean(record["seconds"] for record in found)}
-        for n in lengths:
-            known = n in found[0]["ppl"]
-            item[f"{int(n):,}"] = f"{fmean(_ppl(own, model, n)):.2f}" if known else "-"
-        items.append(item)
+    for model, found in grouped(own, "model").items():
+        ppl = _ppl(own, model)
+        shown = {f"{int(n):,}": f"{ppl[n]:.2f}" if n in ppl else "-" for n in lengths}
+        seconds = mean_of(found, "seconds")
+        items.append(found[0] | {"label": LABELS[model], "mean_seconds": seconds, "*": shown})
     tried = TEXTS.text("tried") if own[0]["size"] == "small" else ""
-    titles = [f"{int(n):,}" for n in lengths]
-    return [TEXTS.table("models", items, titles, **own[0], trained=int(lengths[0]), tried=tried)]
+    yield TEXTS.table("models", items, **own[0], trained=int(lengths[0]), tried=tried)
 
 
-def _panels(records: list[Record]) -> list[Panel]:
+def _panels(records: list[Record]) -> Iterator[Panel]:
     """Loss while training, of the first seed; perplexity against length, means over the seeds."""
     curves, ppl = [], []
-    for model, label in LABELS.items():
-        first = select(records, part="masked", model=model)[0]
-        curves.append(line(label, first["curve"], model, marker=None))
-        ppl.append(line(label, [(int(n), fmean(_ppl(records, model, n))) for n in first["ppl"]], model))
-    length = {"xlabel": "tokens in a row", "ylabel": "perplexity of hidden tokens", "xscale": "log"}
-    ticks = {float(n): f"{int(n):,}" for n in _lengths(records)}
-    return [
-        Panel("Training", curves, axes={"xlabel": "tokens read", "ylabel": "nats per hidden token"}),
-        Panel("Held out", ppl, axes=length, ticks=ticks),
-    ]
+    for model, own in grouped(select(records, part="masked"), "model").items():
+        curves.append(line(LABELS[model], own[0]["curve"], model, marker=None))
+        points = [(int(n), value) for n, value in _ppl(own, model).items()]
+        ppl.append(line(LABELS[model], points, model))
+    yield TEXTS.panel("training", curves)
+    yield TEXTS.panel("held_out", ppl, ticks={float(n): f"{int(n):,}" for n in _lengths(records)})
 
 
 MASKED = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)

@@ -1,7 +1,7 @@
 """Models of ``transformers`` beside ours, all made of the same ``ModelConfig``: its sizes are theirs too.
 
 ``glu_dim`` is the width of the MLP of what attends. Causal ones have the methods of a ``CausalLM``, their
-cache as the state; encoders those of ``MaskedLM`` and ``SequenceClassifier``.
+cache as the state; encoders take what ``MaskedLM`` and ``SequenceClassifier`` take, and their losses.
 
 Raises:
     UserError: every one of them, if ``transformers`` is missing.
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
-from tnnlm.models.batches import LabelledBatch, MaskedBatch
 
 _HEAD = 64
 
@@ -166,11 +165,6 @@ class Bert(nn.Module):
         logits: Tensor = self.net.cls(_at(positions, self.net.bert(input_ids=tokens).last_hidden_state))
         return logits
 
-    def loss(self, batch: MaskedBatch) -> Tensor:
-        """Mean cross-entropy in nats per token to be guessed."""
-        logits = self(batch.tokens, batch.positions)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
-
 
 class RotaryBert(Bert):
     """A ModernBERT (arXiv 2412.13663): rotary positions, norms first, gated MLP; attention over all in every
@@ -211,10 +205,6 @@ class BertClassifier(nn.Module):
         x = self.net(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         logits: Tensor = self.head(x.masked_fill(~mask[:, :, None], 0.0).sum(1) / lengths[:, None])
         return logits
-
-    def loss(self, batch: LabelledBatch) -> Tensor:
-        """Mean cross-entropy in nats per sequence."""
-        return nn.functional.cross_entropy(self(batch.tokens, batch.lengths).float(), batch.labels)
 
 
 def _at(positions: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,19 @@ from typing import Any
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_file
 
-PALETTE = {
-    **dict.fromkeys(("tnn", "balanced", "two-sided"), "#08519c"),
-    **dict.fromkeys(("sgconv", "gradient", "fd gelu"), "#31a354"),
-    **dict.fromkeys(("rtf", "fd silu"), "#756bb1"),
-    **dict.fromkeys(("transformer", "etsc", "etsc, n = horizon", "rotary bert", "fd relu"), "#e6550d"),
-    **dict.fromkeys(("gpt2", "bert", "without balancing", "etsc, n = length", "fd relu, angle"), "#fdae6b"),
-    **dict.fromkeys(("causal", "tnn, decay 0.9"), "#9ecae1"),
-    **dict.fromkeys(("window", "cached history"), "#636363"),
-    **dict.fromkeys(("vandermonde", "vandermonde, real"), "#9e9ac8"),
-    **dict.fromkeys(("vandermonde, random",), "#54278f"),
-    **dict.fromkeys(("recompute", "limit"), "#a50f15"),
-    **dict.fromkeys(("bag", "chance"), "#bdbdbd"),
+Texts = Mapping[str, str]
+"""title -> what stands below it"""
+
+
+def declared(name: str) -> dict[str, Any]:
+    """What NAME.toml beside this module holds."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+
+
+PALETTE: dict[str, str] = {
+    name: colour for colour, names in declared("report")["colours"].items() for name in names
 }
 """colour of everything that is drawn, by name; what has none takes matplotlib's next one"""
-Column = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -34,32 +33,28 @@ class Table:
 
     heading: str = ""
     """Markdown, with its number signs"""
-    columns: Mapping[str, Column | str] = field(default_factory=dict)
-    """title -> what shows an item there: a function, or a format of the values of a record; none: no table"""
-    items: Sequence[Any] = ()
+    items: Sequence[Texts] = ()
     before: str = ""
     after: str = ""
 
     def markdown(self) -> str:
         """The parts that are there, as paragraphs."""
-        rows = [
-            [show.format_map(item) if isinstance(show, str) else show(item) for show in self.columns.values()]
-            for item in self.items
-        ]
-        shown = table(list(self.columns), rows) if self.columns else ""
+        shown = table(self.items) if self.items else ""
         return "\n\n".join(part for part in (self.heading, self.before, shown, self.after) if part)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown: columns whose cells all begin with a digit or a sign are aligned to the right.
+def table(items: Sequence[Texts]) -> str:
+    """A table as Markdown, a dash where an item lacks a title that others have.
+
+    Columns whose cells all begin with a digit or a sign are aligned to the right.
 
     Raises:
         UserError: if ``tabulate`` is missing.
     """
     import pandas
 
-    frame = pandas.DataFrame([list(row) for row in rows], columns=list(head), dtype=object)
-    align = ["right" if _figures(frame.iloc[:, i]) else "left" for i in range(len(head))]
+    frame = pandas.DataFrame(list(items), dtype=object).fillna("-")
+    align = ["right" if _figures(frame.iloc[:, i]) else "left" for i in range(frame.shape[1])]
     try:
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
     except ImportError as error:
@@ -76,7 +71,10 @@ def _figures(cells: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line; without ``x`` a level, without ``y`` a vertical mark at the first value."""
+    """Points joined by a line; without ``x`` a level, without ``y`` a vertical mark at the first value.
+
+    Without either nothing is drawn.
+    """
 
     label: str
     x: Sequence[float] = ()
@@ -104,22 +102,22 @@ class Panel:
 
 def line(label: str, points: Iterable[Sequence[float]], name: str = "", **style: Any) -> Line:
     """A line with dots through (x, y) in the colour that ``PALETTE`` has for ``name``, or for its label."""
-    x, y = zip(*points, strict=True)
+    x, y = tuple(zip(*points, strict=True)) or ((), ())
     return Line(label, x, y, {"marker": "o", "markersize": 4, "color": PALETTE.get(name or label)} | style)
 
 
-def smallest_shown(value: float, floor: float = 1e-9) -> float:
+def smallest_shown(value: float) -> float:
     """A value that a logarithmic axis can show: what is exact stands at its foot."""
-    return max(value, floor)
+    return max(value, 1e-9)
 
 
 def figure(
-    panels: Sequence[Panel], path: Path, columns: int = 0, size: tuple[float, float] = (5, 4), dpi: int = 110
+    drawn: Iterable[Panel], path: Path, columns: int = 0, size: tuple[float, float] = (5, 4), dpi: int = 110
 ) -> None:
     """Draw panels side by side and write them as PNG, whole or not at all.
 
     Args:
-        panels: at least one.
+        drawn: panels, at least one.
         path: of the picture.
         columns: in a row; 0: all.
         size: inches of a panel.
@@ -130,6 +128,7 @@ def figure(
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    panels = list(drawn)
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     whole, axes = plt.subplots(
@@ -147,6 +146,8 @@ def figure(
 def _draw(ax: Any, panel: Panel) -> None:
     for one in panel.lines:
         style = {key: value for key, value in one.style.items() if value is not None}
+        if not (one.x or one.y):
+            continue
         if not one.x:
             ax.axhline(one.y[0], label=one.label or None, **style)
         elif not one.y:

@@ -23,10 +23,10 @@ PASS_TOKENS = 1 << 13
 def score(model: Any, rows: Tensor, chunk: int | None) -> NLL:
     """Score rows (B, L + 1), some at a time: in parallel, or recurrently in chunks of so many tokens."""
     device = next(model.parameters()).device
-    parts = []
-    for part in rows.to(device).split(max(1, PASS_TOKENS // (rows.shape[1] - 1))):
-        parts.append(parallel_nll(model, part) if chunk is None else recurrent_nll(model, part, chunk))
-    return add(parts)
+    parts = rows.to(device).split(max(1, PASS_TOKENS // (rows.shape[1] - 1)))
+    if chunk is None:
+        return add([parallel_nll(model, part) for part in parts])
+    return add([recurrent_nll(model, part, chunk) for part in parts])
 
 
 def spread(rows: PackedRows, tokens: int) -> Tensor:

@@ -11,13 +11,14 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from experiments.frame import CONFIGS, Files
+from experiments.frame import CONFIGS, Declarations, Files
 from experiments.peers import GPT2, Llama, Peer
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, ModelConfig
@@ -34,16 +35,7 @@ SIZE_TOLERANCE = 0.03
 TRAINED = 512
 """length at which the published decay is set"""
 _KINDS = {"tnn": "", "sgconv": "sgconv_", "rtf": "rtf_"}
-_WORDS = {
-    "tiny": (
-        *("model.d_model=32", "model.n_layers=2", "model.vocab_size=400", "model.max_length=32"),
-        *("data.batch_size=8", "data.val_fraction=0.1", "optim.warmup_steps=5", "trainer.precision=32-true"),
-    ),
-    "small": (*("model.d_model=128", "model.n_layers=3", "model.vocab_size=2048"),),
-    "paper": (),
-}
-_PEER_LR = {"tiny": 1e-2, "small": 2e-3, "paper": 5e-4}
-"""of Transformers; small: the best of 1e-3, 2e-3 and 4e-3; paper: the published one, of all models"""
+TEXTS = Declarations("sizing")
 
 
 @dataclass(frozen=True)
@@ -87,14 +79,15 @@ def text_models(
     Raises:
         UserError: if a family or the text can't be used.
     """
-    words = [*_WORDS[size], *text_words(data), *([f"trainer.max_steps={steps}"] if steps else [])]
+    sizes = TEXTS.sizes(size)
+    words = [*sizes["settings"], *text_words(data), *([f"trainer.max_steps={steps}"] if steps else [])]
     base = load_config(_file("tnn", size), words)
     own = dict(files)
     families = {}
     for name in names:
         file = own.get(name) or (None if name in PEERS else _file(name, size))
         try:
-            families[name] = _sized(name, file, base, _PEER_LR[size])
+            families[name] = _sized(name, file, base, sizes["transformer_lr"])
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for family in families.values():
@@ -115,16 +108,14 @@ def _sized(name: str, file: Path | None, base: Config, peer_lr: float) -> Family
         config.model.kernel = own.model.kernel
         config.optim.kernel_lr_scale = own.optim.kernel_lr_scale
         config.conversion = own.conversion
-    with torch.device("meta"):
-        target = CausalLM(base.model).n_params
-    params = match_parameters(lambda model: _model(name, model), config.model, target)
+    params = match_parameters(partial(_model, name), config.model, partial(CausalLM, base.model))
     return Family(name, config, params)
 
 
 def match_parameters(
     build: Callable[[ModelConfig], nn.Module],
     config: ModelConfig,
-    target: int,
+    other: Callable[[], nn.Module],
     count: Callable[[nn.Module], int] | None = None,
 ) -> int:
     """Set ``config.glu_dim`` so that the model has the parameters of another, and return how many.
@@ -132,7 +123,7 @@ def match_parameters(
     Args:
         build: makes the model.
         config: of the model, changed in place.
-        target: parameters of the other.
+        other: makes the other.
         count: what counts as a parameter; None: all that are trained.
 
     Raises:
@@ -141,9 +132,9 @@ def match_parameters(
 
     def size(width: int) -> int:
         config.glu_dim = width
-        with torch.device("meta"):
-            return (count or n_params)(build(config))
+        return size_of(partial(build, config), count)
 
+    target = size_of(other, count)
     params = size(match_width(size, target))
     if abs(params - target) > SIZE_TOLERANCE * target:
         raise UserError(
@@ -151,6 +142,12 @@ def match_parameters(
             f"{target:,}; the closest has {params:,}: change model.glu_dim, or its kernel"
         )
     return params
+
+
+def size_of(build: Callable[[], nn.Module], count: Callable[[nn.Module], int] | None = None) -> int:
+    """Parameters of a model that takes no memory meanwhile; ``count`` as for :func:`match_parameters`."""
+    with torch.device("meta"):
+        return (count or n_params)(build())
 
 
 def match_width(count: Callable[[int], int], target: int) -> int:

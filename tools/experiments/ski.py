@@ -11,16 +11,16 @@ from __future__ import annotations
 import copy
 import sysconfig
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments import ski_claims as says
 from experiments.frame import CONFIGS, Experiment, Files, Record, Section
 from experiments.scoring import held_out_bits, perplexities
-from experiments.sizing import Family, text_words
-from experiments.ski_claims import ACTIVATIONS, SKI_TEXTS
+from experiments.sizing import Family, size_of, text_words
+from experiments.ski_claims import ACTIVATIONS, SAYS, SKI_TEXTS
 from experiments.timing import Run, interleaved
 from experiments.training import device_of, next_token_loss, train_family
 from tnnlm.config.loader import load_config
@@ -43,13 +43,6 @@ VARIANTS: dict[str, KernelConfig] = {
 }
 """By name, all with the published position encoder, 6 layers of 64: the TNN, one with a memory as short as
 untrained frequency-domain kernels have, and those; the last as in the authors' code."""
-CONVERSIONS = {
-    "balanced 1e-2": ["conversion.method=balanced", "conversion.tolerance=1e-2"],
-    "balanced 1e-3": ["conversion.method=balanced", "conversion.tolerance=1e-3"],
-    "etsc": ["conversion.method=etsc"],
-    "window": ["conversion.method=window"],
-    "auto 1e-3": ["conversion.method=auto", "conversion.tolerance=1e-3"],
-}
 _CHANNELS = 64
 """of the kernels whose decay is looked at"""
 
@@ -70,9 +63,7 @@ def config_of(size: str, data: Files = (), words: tuple[str, ...] = ()) -> Confi
 def family_of(variant: str, config: Config) -> Family:
     """One of ``VARIANTS``, with the sizes and settings of ``config``, which it changes."""
     config.model.kernel = copy.deepcopy(VARIANTS[variant])
-    with torch.device("meta"):
-        params = CausalLM(config.model).n_params
-    return Family(variant, config, params)
+    return Family(variant, config, size_of(partial(CausalLM, config.model)))
 
 
 def _train_grid(size: str) -> list[Record]:
@@ -114,7 +105,7 @@ def _forms(model: CausalLM) -> tuple[dict[str, CausalLM], dict[str, Any]]:
     """The model converted in every way, and what each way cost; refusals stand in their place."""
     forms: dict[str, CausalLM] = {}
     conversions: dict[str, Any] = {}
-    for name, words in CONVERSIONS.items():
+    for name, words in SKI_TEXTS.named("conversions").items():
         started = time.perf_counter()
         try:
             horizon, layers = convert_layers(model, load_config(None, words).conversion)
@@ -217,23 +208,10 @@ SKI = Experiment(
     name="ski",
     title="The frequency-domain TNN beside the TNN",
     sections=(
-        Section(grid=_train_grid, measure=_train, claims=says.quality_claims, tables=says.quality_tables),
-        Section(
-            grid=_time_grid,
-            measure=_times,
-            claims=says.speed_claims,
-            tables=says.speed_tables,
-            panels=says.speed_panels,
-        ),
-        Section(
-            grid=_decay_grid,
-            measure=_decay,
-            claims=says.decay_claims,
-            tables=says.decay_tables,
-            panels=says.decay_panels,
-        ),
-        Section(claims=says.conversion_claims, tables=says.conversion_tables, panels=says.conversion_panels),
-        Section(tables=says.tried_tables),
+        Section(grid=_train_grid, measure=_train),
+        Section(grid=_time_grid, measure=_times),
+        Section(grid=_decay_grid, measure=_decay),
+        *SAYS,
     ),
     panel_size=(4, 3.8),
 )

@@ -7,13 +7,17 @@ in float32: within the horizon, where rounding piles up, and after four, where w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from experiments.ablations import vandermonde
-from experiments.frame import Experiment, Files, Record, Section
-from experiments.stability_claims import TEXTS, claims, panels, tables
-from experiments.taps import DISTRIBUTIONS, INITIALISATIONS, make_taps
+from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, select
+from experiments.report import PALETTE, Line, Panel, Table, line, smallest_shown
+from experiments.taps import make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.certify import EXTENT, horizon_warning
@@ -24,28 +28,36 @@ from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops.ssm import SSMParams
 
-METHODS = ("etsc", "balanced", "window", "vandermonde")
-PRECISIONS = ("float64", "float32", "bfloat16")
-"""that poles and residues are rounded to"""
+FAILED = 0.1
+"""relative error of outputs above which a conversion is of no use"""
+ROUNDING = 1e-4
+"""of outputs, in float32, below which a conversion counts as exact"""
+DEAD = 1e-7
+"""share of a kernel's norm past the horizon below which it has died out there"""
+TEXTS = Declarations("stability")
+SETTINGS: dict[str, str] = TEXTS.named("settings")
+"""sweep -> the setting that it changes"""
+LABELS: dict[str, str] = TEXTS.named("labels")
+"""sweep -> what that is"""
+TAP_METHODS: tuple[str, ...] = ("etsc", "balanced", "window", "vandermonde")
+"""of single kernels; whole models are converted by all but the last, which is no method of the package's"""
 LARGEST_VANDERMONDE = 512
 """taps: its system has as many unknowns"""
 
 
 def _grid(size: str) -> list[Record]:
-    """One factor at a time around a TNO kernel of 512 taps, decay 0.99."""
-    sweep = TEXTS.sizes(size)
-    base: Record = {"source": "tno", "n": sweep["taps"], "decay": 0.99}
-    base |= {"init": "default", "depth": 3, "stored": "float32"}
-    changes: list[tuple[str, Record]] = [("length", {"n": value}) for value in sweep["length"]]
-    changes += [("decay", {"decay": value}) for value in sweep["decay"]]
-    changes += [("depth", {"depth": value}) for value in sweep["depth"]]
-    changes += [("initialisation", {"init": value}) for value in INITIALISATIONS]
-    changes += [("precision", {"stored": value}) for value in PRECISIONS]
-    changes += [("taps", {"source": value}) for value in DISTRIBUTIONS]
-    changes += [("poles", {"source": "resonances", "distance": value}) for value in sweep["distance"]]
-    cells = [{"sweep": name, "method": m, **base, **change} for name, change in changes for m in METHODS]
-    layers = [{"sweep": "layers", "layers": value, "decay": 0.99} for value in sweep["layers"]]
-    return cells + [{**cell, "method": m} for cell in layers for m in ("etsc", "balanced", "window")]
+    """One factor at a time around a TNO kernel; whole models, which differ in their layers, last."""
+    sizes = TEXTS.sizes(size)
+    cells: list[Record] = []
+    for sweep, setting in SETTINGS.items():
+        base, methods = sizes["kernel"], TAP_METHODS
+        if sweep == "poles":
+            base = base | {"source": "resonances"}
+        elif sweep == "layers":
+            base, methods = {"decay": base["decay"]}, TAP_METHODS[:-1]
+        varied = ({setting: value, "method": m} for value in sizes[sweep] for m in methods)
+        cells += [{"sweep": sweep} | base | change for change in varied]
+    return cells
 
 
 @torch.no_grad()
@@ -134,10 +146,122 @@ def _measure_model(cell: Record) -> Record:
     return {"refused": False, "output_error": off}
 
 
+def _claims(records: list[Record]) -> Iterator[Claim]:
+    told = [record for record in records if "l1_error" in record]
+    ordinary = [r for r in told if r["sweep"] in ("length", "depth", "initialisation", "decay")]
+    exact = select(ordinary, method="etsc")
+    rounded = all(r["tap_error"] <= 1e-5 and r["inside_error"] <= ROUNDING for r in exact)
+    taps, outputs = _largest(exact, "tap_error"), _largest(exact, "inside_error")
+    yield TEXTS.claim("exact", rounded, taps=taps, outputs=outputs)
+    dead = [record for record in exact if record["tail"] <= DEAD]
+    stays = bool(dead) and all(record["output_error"] <= ROUNDING for record in dead)
+    yield TEXTS.claim("dead", stays, outputs=_largest(dead, "output_error"), count=len(dead))
+    alive = [record for record in exact if record["tail"] > DEAD]
+    failed, outputs = sum(map(_failed, alive)), _largest(alive, "output_error")
+    yield TEXTS.claim("alive", failed=failed, count=len(alive), outputs=outputs)
+    reduced = [r for r in select(records, method="balanced") if r["sweep"] != "precision"]
+    made = [record for record in reduced if "tap_error" in record]
+    met, refused = all(record["tap_error"] <= 1.001e-3 for record in made), len(reduced) - len(made)
+    yield TEXTS.claim("balanced", met, made=len(made), taps=_largest(made, "tap_error"), refused=refused)
+    yield TEXTS.claim("poles", largest=max((record["largest_pole"] for record in told), default=0.0))
+    failing = [r["n"] for r in select(records, method="vandermonde", sweep="length") if _failed(r)]
+    useless = f"from {min(failing)} taps on" if failing else "not at these lengths"
+    yield TEXTS.claim("eigenvalues", bool(failing), found=useless)
+    unsaid = [record for record in told if _failed(record) and not record["told"]]
+    warned = f"{sum(map(_failed, told))} cells warned of"
+    if unsaid:
+        warned = f"silent in {len(unsaid)}; first {_name(unsaid[0])}"
+    yield TEXTS.claim("warned", not unsaid, found=warned)
+    # Rounding of the outputs, in units of the largest possible one.
+    silent = [record for record in told if not record["bounded_error"] <= record["l1_error"] + 1e-5]
+    bound = f"not in {len(silent)}; first {_name(silent[0])}" if silent else f"{len(told)} cells"
+    yield TEXTS.claim("bound", not silent, found=bound)
+
+
+def _tables(records: list[Record]) -> Iterator[Table]:
+    """A table per factor: errors of taps and outputs, and where each method fails."""
+    yield TEXTS.table("factors", failed=FAILED)
+    for sweep, setting in SETTINGS.items():
+        items = [
+            {setting: _shown(value)} | {record["method"]: _cell(record) for record in own}
+            for value, own in grouped(select(records, sweep=sweep), setting).items()
+        ]
+        yield TEXTS.table("factor", items, label=LABELS[sweep].capitalize())
+    rows = [
+        _thresholds(sweep, method, own)
+        for sweep in SETTINGS
+        for method, own in grouped(select(records, sweep=sweep), "method").items()
+        if method != "vandermonde"
+    ]
+    yield TEXTS.table("thresholds", rows, failed=FAILED)
+
+
+def _thresholds(sweep: str, method: str, own: list[Record]) -> Record:
+    """Where a method fails, all settings or by name, and what the user reads at the first."""
+    row: Record = {"factor": LABELS[sweep], "method": method, "told": ""}
+    for key in ("inside_error", "output_error", "refused"):
+        failing = [record for record in own if _above(record, key)]
+        named = ", ".join(_shown(record[SETTINGS[sweep]]) for record in failing) or "-"
+        row[key] = "all" if len(failing) == len(own) > 1 else named
+    failing = [record for record in own if _failed(record) or _above(record, "inside_error")]
+    return row | ({"told": f"`{failing[0].get('told') or 'nothing'}`"} if failing else {})
+
+
+def _panels(records: list[Record]) -> Iterator[Panel]:
+    """A panel per factor that is a number: errors within the horizon above, after four of them below."""
+    limit = Line("", y=[FAILED], style={"color": PALETTE["limit"], "linestyle": ":"})
+    for name, key in (("inside", "inside_error"), ("outside", "output_error")):
+        for sweep in ("length", "decay", "depth", "poles", "layers"):
+            lines = []
+            for method in grouped(records, "method"):
+                own = select(records, sweep=sweep, method=method)
+                finite = [record for record in own if math.isfinite(record.get(key, math.nan))]
+                lines.append(line(method, [(_position(r), smallest_shown(r[key])) for r in finite]))
+            below = "1 - decay (none drawn at 1e-5)" if sweep == "decay" else LABELS[sweep]
+            first = (name, sweep) == ("inside", "length")
+            yield TEXTS.panel(name, [*lines, limit], {"below": below}, legend=first)
+
+
+def _position(record: Record) -> float:
+    value = float(record[SETTINGS[record["sweep"]]])
+    return max(1 - value, 1e-5) if record["sweep"] == "decay" else value
+
+
+def _above(record: Record, key: str) -> bool:
+    """A refusal, or an error of no use; NaN is one."""
+    return bool(record.get(key)) if key == "refused" else key in record and not record[key] <= FAILED
+
+
+def _failed(record: Record) -> bool:
+    """Refused counts as failing; what was left out does not."""
+    return _above(record, "refused") or _above(record, "output_error")
+
+
+def _cell(record: Record) -> str:
+    if record.get("refused"):
+        return "refused"
+    errors = [record[key] for key in ("inside_error", "output_error") if key in record]
+    shown = (f"{error:.1e}" if error <= FAILED else f"**{error:.1e}**" for error in errors)
+    return " / ".join(shown) if "output_error" in record else "-"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _largest(records: Iterable[Record], key: str) -> str:
+    worst = max(records, key=lambda record: float(record[key]), default=None)
+    return "not measured" if worst is None else f"{worst[key]:.1e} ({_name(worst)})"
+
+
+def _name(record: Record) -> str:
+    return f"{record['method']}, {record['sweep']} {record[SETTINGS[record['sweep']]]}"
+
+
 STABILITY = Experiment(
     name="stability",
     title="Where conversions fail",
-    sections=(Section(grid=_grid, measure=_measure, claims=claims, tables=tables, panels=panels),),
+    sections=(Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels),),
     columns=5,
     panel_size=(3.4, 3.2),
 )

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from experiments.frame import Experiment, Files, Record, Section
-from experiments.synthetic_claims import CLAIMS, PANELS, TABLES, TEXTS, afterwards, form_claims
-from experiments.synthetic_models import Model, answers, answers_by_steps, build_model, convert_by_family
-from experiments.synthetic_tasks import Batch, copying, delay
+from experiments.synthetic_claims import SAYS, TASKS, TEXTS
+from experiments.synthetic_tasks import (
+    Batch,
+    Model,
+    answers,
+    answers_by_steps,
+    build_model,
+    convert_by_family,
+    copying,
+    delay,
+)
 from experiments.timing import interleaved, medians, peak_allocated
-from experiments.training import fit
+from experiments.training import device_of, fit
 from tnnlm.config.schema import OptimConfig
 from tnnlm.errors import UserError
 from tnnlm.kernels import RTFConfig, build_kernel
@@ -60,7 +68,7 @@ def measure_task(cell: Record, data: Files = ()) -> Record:
         channel), ``largest_pole``, and ``refused``: what conversions tried before said. Without the
         recurrent form's figures if there is none.
     """
-    model = build_model(cell).to(_device())
+    model = build_model(cell).to(device_of())
     measured: Record = {"seconds_per_step": _train(model, cell)}
     model.eval()
     try:
@@ -68,16 +76,14 @@ def measure_task(cell: Record, data: Files = ()) -> Record:
     except UserError as error:
         return measured | _test(cell, model, None) | {"refused": str(error)}
     params = [layer.params for layer in made.layers]
-    return (
-        measured
-        | _test(cell, model, made.model)
-        | {
-            "method": made.layers[0].method,
-            "order": max(part.order() for part in params),
-            "largest_pole": max(part.largest_pole() for part in params),
-            "refused": made.refused,
-        }
-    )
+    return {
+        **measured,
+        **_test(cell, model, made.model),
+        "method": made.layers[0].method,
+        "order": max(part.order() for part in params),
+        "largest_pole": max(part.largest_pole() for part in params),
+        "refused": made.refused,
+    }
 
 
 def _train(model: Model, cell: Record) -> float:
@@ -112,7 +118,7 @@ def _test(cell: Record, model: Model, converted: Model | None) -> Record:
     sums: defaultdict[str, float] = defaultdict(float)
     for number, start in enumerate(range(0, cell["test_rows"], _TEST_ROWS)):
         batch = _draw(cell, _TEST, number, min(cell["test_rows"] - start, _TEST_ROWS))
-        inputs, targets = (part.to(_device()) for part in batch)
+        inputs, targets = (part.to(device_of()) for part in batch)
         outputs = answers(model, inputs, targets.shape[1])
         sums["count"] += targets.numel()
         sums["score"] += _points(cell, outputs, targets)
@@ -147,7 +153,7 @@ def _measure_cost(cell: Record, data: Files) -> Record:
         parameters, which do grow with the state, are not among it).
     """
     torch.manual_seed(cell["seed"])
-    x = torch.randn(cell["batch"], cell["length"], cell["d_model"], device=_device())
+    x = torch.randn(cell["batch"], cell["length"], cell["d_model"], device=device_of())
     steps = {str(n): _layer_step(n, x) for n in cell["state_sizes"]}
     seconds = medians(interleaved(steps, cell["rounds"], warm_up=_WARM_UP))
     return {"seconds": seconds, "peak_bytes": {n: peak_allocated(step) for n, step in steps.items()}}
@@ -166,20 +172,12 @@ def _layer_step(state_size: int, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _section(name: str, grid: Callable[[str], list[Record]], measure: Callable[..., Record]) -> Section:
-    return Section(grid=grid, measure=measure, claims=CLAIMS[name], tables=TABLES[name], panels=PANELS[name])
-
-
 SYNTHETIC = Experiment(
     name="synthetic",
     title="Copying and delay at growing state sizes",
     sections=(
-        *(_section(task, partial(_task_grid, task), measure_task) for task in ("copying", "delay")),
-        _section("cost", _cost_grid, _measure_cost),
-        Section(claims=form_claims, tables=afterwards),
+        *(Section(grid=partial(_task_grid, task), measure=measure_task) for task in TASKS),
+        Section(grid=_cost_grid, measure=_measure_cost),
+        *SAYS,
     ),
 )

@@ -12,8 +12,6 @@ from tnnlm.kernels import TNOConfig
 from tnnlm.kernels.tno import TNOKernel
 
 CHANNELS = 16
-INITIALISATIONS = ("default", "xavier", "orthogonal")
-DISTRIBUTIONS = ("noise", "heavy tails", "dynamic range", "one late tap", "tiny scale", "huge scale")
 
 
 def tno_taps(length: int, *, decay: float, init: str, depth: int) -> Tensor:
@@ -22,7 +20,7 @@ def tno_taps(length: int, *, decay: float, init: str, depth: int) -> Tensor:
     Args:
         length: lags.
         decay: per lag; 1 for none.
-        init: one of ``INITIALISATIONS``, of the position encoder's weights.
+        init: default, xavier or orthogonal, of the position encoder's weights.
         depth: its hidden layers.
     """
     torch.manual_seed(0)
@@ -36,8 +34,8 @@ def tno_taps(length: int, *, decay: float, init: str, depth: int) -> Tensor:
         return kernel(length)
 
 
-def random_taps(length: int, distribution: str, decay: float = 0.99) -> Tensor:
-    """Taps (E, ``length``) drawn from a distribution under an exponential envelope, in float64."""
+def random_taps(length: int, distribution: str) -> Tensor:
+    """Taps (E, ``length``) drawn from a distribution under an envelope that decays by 0.99, in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def normal() -> Tensor:
@@ -53,7 +51,7 @@ def random_taps(length: int, distribution: str, decay: float = 0.99) -> Tensor:
         k[:, length * 3 // 4] = 1
         return k
     scale = {"tiny scale": 1e-30, "huge scale": 1e30}.get(distribution, 1.0)
-    return scale * k * decay ** torch.arange(length, dtype=torch.float64)
+    return scale * k * 0.99 ** torch.arange(length, dtype=torch.float64)
 
 
 def resonances(length: int, distance: float) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -11,18 +10,17 @@ import torch
 from torch import Tensor
 
 from experiments.frame import Claim, Declarations, Files, Record, Section, select
-from experiments.report import Column, Panel, Table, line
+from experiments.report import Panel, Table, line
 from experiments.timing import clock_mean, interleaved, medians, peak_allocated
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
 
 FORMS = ("recompute", "cached history", "etsc, n = length", "etsc, n = horizon", "balanced")
-GROWTH = 2.0
-"""time of a token at the longest context over that at the shortest, up to which it counts as flat"""
 VOCABULARY = 256
 """small, so that what is timed is the mixing"""
 _ROUNDS = 7
+_SWEEPS = ("length", "width", "depth")
 TEXTS = Declarations("etsc")
 
 
@@ -79,29 +77,26 @@ def _stepper(name: str, model: CausalLM, tokens: Tensor) -> Callable[[], Any]:
     return lambda: model.step(tokens[:, -1], state)
 
 
-def _claims(records: list[Record]) -> list[Claim]:
-    by_length = select(records, part="cost", sweep="length")
+def _claims(records: list[Record]) -> Iterator[Claim]:
+    own = select(records, part="cost")
+    by_length = select(own, sweep="length")
     shortest, longest = (pick(by_length, key=lambda record: record["length"]) for pick in (min, max))
-    found = []
-    for form, label in (
-        ("etsc, n = horizon", "by ETSC, at the horizon at which the kernel has died out"),
-        ("balanced", "by our reduced form"),
-    ):
-        first, last = shortest["seconds"][form], longest["seconds"][form]
+    lengths = {"shortest": shortest["length"], "longest": longest["length"]}
+    for form, label in TEXTS.named("flat_forms").items():
+        first, last = (1e3 * record["seconds"][form] for record in (shortest, longest))
         same = longest["bytes"][form] <= 1.01 * shortest["bytes"][form]
-        shown = {"first": 1e3 * first, "last": 1e3 * last, "memory": "the same" if same else "grows"}
-        lengths = {"shortest": shortest["length"], "longest": longest["length"]}
-        found.append(TEXTS.claim("flat", last <= GROWTH * first and same, which=label, **shown, **lengths))
+        shown = {"first": first, "last": last, "growth": last / first}
+        held = "the same" if same else "grows"
+        yield TEXTS.claim("flat", same, which=label, memory=held, **shown, **lengths)
     for form in ("recompute", "cached history"):
         ratio = longest["seconds"][form] / longest["seconds"]["etsc, n = horizon"]
-        found.append(TEXTS.claim("cheaper", ratio > 1, form=form, longest=longest["length"], ratio=ratio))
+        yield TEXTS.claim("cheaper", form=form, longest=longest["length"], ratio=ratio)
     speed, memory = (
-        [record[key]["etsc, n = length"] / record[key]["balanced"] for record in select(records, part="cost")]
+        [record[key]["etsc, n = length"] / record[key]["balanced"] for record in own]
         for key in ("seconds", "kept")
     )
     shown = {"slow": min(speed), "fast": max(speed), "large": min(memory), "small": max(memory)}
-    cheaper = min(speed) > 1 and min(memory) > 1
-    return [*found, TEXTS.claim("reduced", cheaper, median=median(speed), **shown)]
+    yield TEXTS.claim("reduced", median=median(speed), **shown)
 
 
 def duration(value: float) -> str:
@@ -109,39 +104,33 @@ def duration(value: float) -> str:
     return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def _tables(records: list[Record]) -> list[Table]:
-    def varied(sweep: str, record: Record) -> str:
-        return f"{record[sweep]:,}"
-
-    def cost(form: str, record: Record) -> str:
-        return f"{duration(record['seconds'][form])}, {record['bytes'][form] / 1e6:.3g} MB"
-
-    found = []
-    sweeps = ("length", "width", "depth")
-    for sweep in sweeps:
+def _tables(records: list[Record]) -> Iterator[Table]:
+    for sweep in _SWEEPS:
         own = select(records, part="cost", sweep=sweep)
-        columns: dict[str, Column] = {sweep: partial(varied, sweep)}
-        columns |= {form: partial(cost, form) for form in FORMS}
-        note = f"At {', '.join(f'{name} {own[0][name]:,}' for name in sweeps if name != sweep)}."
-        if sweep == sweeps[-1]:
-            note += " " + TEXTS.text("cost")
-        found.append(Table(f"## Cost of a token against {sweep}", columns, own, after=note))
-    return found
+        items = [
+            {sweep: f"{record[sweep]:,}"}
+            | {
+                form: f"{duration(record['seconds'][form])}, {record['bytes'][form] / 1e6:.3g} MB"
+                for form in FORMS
+            }
+            for record in own
+        ]
+        fixed = ", ".join(f"{name} {own[0][name]:,}" for name in _SWEEPS if name != sweep)
+        about = f" {TEXTS.text('cost')}" if sweep == _SWEEPS[-1] else ""
+        yield TEXTS.table("cost", items, sweep=sweep, fixed=fixed, about=about)
 
 
-def _panels(records: list[Record]) -> list[Panel]:
-    panels: list[Panel] = []
-    for sweep, key, label in (
-        ("length", "seconds", "seconds per token"),
-        ("length", "bytes", "bytes"),
-        ("width", "seconds", "seconds per token"),
-        ("depth", "seconds", "seconds per token"),
+def _panels(records: list[Record]) -> Iterator[Panel]:
+    for key, sweep in (
+        ("seconds", "length"),
+        ("bytes", "length"),
+        ("seconds", "width"),
+        ("seconds", "depth"),
     ):
         own = select(records, part="cost", sweep=sweep)
         lines = [line(form, [(record[sweep], record[key][form]) for record in own]) for form in FORMS]
-        axes = {"xlabel": "context" if sweep == "length" else sweep, "xscale": "log", "yscale": "log"}
-        panels.append(Panel(f"a token: {label}", lines, axes=axes, legend=not panels))
-    return panels
+        below, first = "context" if sweep == "length" else sweep, (key, sweep) == ("seconds", "length")
+        yield TEXTS.panel(key, lines, {"below": below}, legend=first)
 
 
 TOKEN_COST = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)

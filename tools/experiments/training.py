@@ -38,17 +38,16 @@ class Trace(NamedTuple):
     """clock, in seconds; one more: its start"""
 
 
-def device_of(config: Config) -> torch.device:
+def device_of(config: Config | None = None) -> torch.device:
     """A GPU where there is one and ``trainer.accelerator`` doesn't say cpu."""
-    return torch.device(
-        "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    )
+    allowed = config is None or config.trainer.accelerator != "cpu"
+    return torch.device("cuda" if allowed and torch.cuda.is_available() else "cpu")
 
 
 def fit(
     model: nn.Module,
     batches: Iterator[Any],
-    loss_of: Callable[[nn.Module, Any], Tensor],
+    loss_of: Callable[[Any, Any], Tensor],
     optim: OptimConfig,
     steps: int,
     *,
@@ -118,7 +117,7 @@ def train_plain(
     config: Config,
     rows: Dataset[Any],
     seed: int,
-    loss_of: Callable[[nn.Module, Any], Tensor],
+    loss_of: Callable[[Any, Any], Tensor],
     *,
     resampled: bool = False,
 ) -> Record:
@@ -131,7 +130,7 @@ def train_plain(
         rows: of the training split, at least one batch.
         seed: of the order of the data.
         loss_of: mean loss of a batch, called under autocast.
-        numbered: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
+        resampled: rows are indexed by (row, sample), as ``GlobalOrderSampler`` has it.
 
     Returns:
         ``steps``, ``tokens``, ``seconds``, ``tokens_per_second`` (median of the windows) and ``curve``:
@@ -162,7 +161,7 @@ def train_plain(
         "steps": steps,
         "tokens": steps * tokens,
         "seconds": trace.marks[-1] - trace.marks[0],
-        "tokens_per_second": _speed(trace.marks, steps, tokens),
+        "tokens_per_second": _speed(trace, steps, tokens),
         "curve": [[step * tokens, loss] for step, loss in zip(trace.steps, trace.losses, strict=True)],
     }
 
@@ -173,14 +172,9 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def own_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that an encoder has itself."""
-    loss: Tensor = model.loss(batch)
-    return loss
-
-
-def _speed(marks: list[float], steps: int, tokens: int) -> float:
+def _speed(trace: Trace, steps: int, tokens: int) -> float:
     """Median tokens/s of the full windows after the first; of the whole run if there is none."""
+    marks = trace.marks
     full = marks[1 : 1 + steps // WINDOW]
     speeds = [WINDOW * tokens / (after - before) for before, after in pairwise(full)]
     return statistics.median(speeds) if speeds else steps * tokens / (marks[-1] - marks[0])
