@@ -248,3 +248,9 @@ def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_run_behind_compile_is_told_where_it_belongs(script: Any) -> None:
+    refused = script("convert", "--compile", "runs/book")
+    assert refused.code == 2
+    assert "runs/book: is not one of float32, bfloat16, int8; the run or folder goes before" in refused.err

@@ -55,7 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--compile",
         nargs="*",
-        choices=DTYPES,
+        type=dtype,
         metavar="DTYPE",
         help="compile the decoding step, for float32 (default), bfloat16, int8 weights; needs a C++ compiler",
     )
@@ -70,6 +70,19 @@ def arguments() -> argparse.ArgumentParser:
         help="write the step as an ONNX model, into onnx/; needs the extra [onnx]",
     )
     return parser
+
+
+def dtype(word: str) -> str:
+    """One word after ``--compile``, which takes all that follow it.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is something else, such as the run.
+    """
+    if word not in DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"{word}: is not one of {', '.join(DTYPES)}; the run or folder goes before the options"
+        )
+    return word
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
