@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, Result
-from run_plots import final_figures, plot_runs, read_run
+from plot_run import final_figures, plot_runs, read_run
 from tnnlm.errors import run_script
 from tnnlm.training.loggers.names import Place, metrics_at
 from tnnlm.training.run import train

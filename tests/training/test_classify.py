@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 
-from run_plots import final_figures, plot_runs, read_run
+from plot_run import final_figures, plot_runs, read_run
 from support.archive_files import WRITERS
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
