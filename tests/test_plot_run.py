@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from run_plots import final_figures, plot_runs, read_run
+from plot_run import final_figures, plot_runs, read_run
 from tests.support.scripts import ROOT, Result
 from tests.support.training_runs import tiny_run
 from tnnlm.errors import run_script

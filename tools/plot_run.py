@@ -11,15 +11,22 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from run_plots import final_figures, plot_runs, read_run
 from tnnlm.errors import CheckpointError, run_script
-from tnnlm.training.loggers.names import Place, metrics_at
+from tnnlm.files import atomic_file
+from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.loggers.names import BY_COLUMN, LENGTH, ORDER, Place, columns_at, metrics_at
+from tnnlm.training.throughput import ENERGY
+
+_TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 
 def parse() -> argparse.Namespace:
@@ -59,6 +66,207 @@ def folder_of(name: str, runs_dir: Path) -> Path:
     raise CheckpointError(
         f"{name}: no such run with a metrics.csv, neither as a folder nor under {runs_dir}/"
     )
+
+
+class Curves(NamedTuple):
+    """A run's metrics: for each name the steps and values that were logged."""
+
+    name: str
+    values: dict[str, tuple[list[int], list[float]]]
+
+    def of(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of ``key``; empty if it was never logged."""
+        return self.values.get(key, ([], []))
+
+    def layers(self, prefix: str) -> list[str]:
+        """Names of the per-layer values that were logged, in the order of the layers."""
+        found = [key for key in self.values if key.startswith(f"{prefix}/")]
+        return sorted(found, key=lambda key: int(key.rpartition("/")[2]))
+
+
+def read_run(run: Path) -> Curves:
+    """Read a run's metrics.csv.
+
+    Raises:
+        CheckpointError: if there is none, or nothing in it.
+    """
+    path = run / "metrics.csv"
+    values: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(path):
+        for key, cell in row.items():
+            if key != "step" and cell and math.isfinite(float(cell)):
+                steps, numbers = values.setdefault(key, ([], []))
+                steps.append(int(row["step"]))
+                numbers.append(float(cell))
+    if not values:
+        raise CheckpointError(f"{path}: nothing was logged yet, or it is not the folder of a run")
+    return Curves(run.name, values)
+
+
+def final_figures(run: Curves) -> dict[str, str]:
+    """The figures of the table as text: the last logged, the median speed, the range over layers."""
+    figures = {"step": f"{max(steps[-1] for steps, _ in run.values.values()):,}"}
+    for key in columns_at(Place.TABLE):
+        _, values = run.of(key)
+        if key in (LENGTH, ORDER):
+            last = [run.of(layer)[1][-1] for layer in run.layers(key)]
+            figures[key] = f"{min(last):.0f} to {max(last):.0f}" if last else "-"
+        elif key == "train/tokens_per_second" and values:
+            figures[key] = f"{sorted(values)[len(values) // 2]:,.0f}"
+        elif key != "step":
+            figures[key] = f"{values[-1]:.4f}" if values else "-"
+    return figures
+
+
+def plot_runs(runs: Sequence[Curves], path: Path) -> None:
+    """Draw one run in full, or several over each other; whole or not at all."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = _draw_one(runs[0], plt) if len(runs) == 1 else _draw_several(runs, plt)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _draw_one(run: Curves, plt: Any) -> Any:
+    figure, axes = plt.subplots(4, 2, figsize=(13, 15), layout="constrained")
+    figure.suptitle(run.name, fontsize=14)
+    (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
+    _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
+    _line(loss, run, "val/loss", "validation", "o-", color=_VAL, markersize=4)
+    classifies = "val/accuracy" in run.values
+    _finish(loss, "Loss", "nats per sequence" if classifies else "nats per token")
+    _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL, markersize=4)
+    _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=7)
+    _line(ppl, run, "val/ppl_masked", "of hidden tokens", "o-", color=_VAL, markersize=4)
+    _line(ppl, run, "val/accuracy", "whole sequences", "o-", color=_VAL, markersize=4)
+    of_both = " of both forms" if "val/ppl_recurrent" in run.values else ""
+    if classifies:
+        _finish(ppl, "Validation accuracy", "share that is right")
+    else:
+        _finish(ppl, f"Validation perplexity{of_both}", "perplexity", log=True)
+    _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
+    speed.set_ylim(bottom=0)
+    _finish(speed, "Throughput", "tokens per second")
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    other = speed.twinx()
+    _line(other, run, "train/tflops", "TFLOP/s", color=_OTHER, linewidth=0)
+    other.set_ylim(bottom=0)
+    other.set_ylabel("model TFLOP/s per device")
+    _line(wait, run, "train/step_seconds", "step", color=_VAL)
+    _line(wait, run, "train/data_seconds", "of which waiting for data", color=_OTHER)
+    _finish(wait, "Time per optimizer step", "seconds", log=True)
+    _line(norm, run, "train/grad_norm", "before clipping", color=_VAL, linewidth=1)
+    _finish(norm, "Gradient norm", "norm, mean since the last row", log=True)
+    _line(rate, run, "train/lr", "learning rate", color=_VAL)
+    _finish(rate, "Learning rate", "learning rate")
+    _layers(length, run, LENGTH, plt)
+    _finish(length, f"Effective length: lags with {ENERGY:.0%} of a layer's energy", "lags", columns=2)
+    _layers(order, run, ORDER, plt)
+    _finish(order, "Hankel order: state numbers per channel", "order", columns=2)
+    return figure
+
+
+def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
+    figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
+    accuracy = any("val/accuracy" in run.values for run in runs)
+    scored = "val/accuracy" if accuracy else "val/ppl"
+    panels = ("train/loss", scored, "train/tokens_per_second", "train/grad_norm", LENGTH, ORDER)
+    for axis, key in zip(axes.flat, panels, strict=True):
+        for index, run in enumerate(runs):
+            colour = plt.get_cmap("tab10")(index % 10)
+            if key in (LENGTH, ORDER):
+                _range(axis, run, key, colour)
+            else:
+                marker = "o-" if key == scored else "-"
+                logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
+                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+        title = BY_COLUMN[key].title.capitalize() + (" (mean and range)" if key in (LENGTH, ORDER) else "")
+        unit = BY_COLUMN[key].unit or BY_COLUMN[key].title
+        if unit == "nats":
+            unit += " per sequence" if accuracy else " per token"
+        _finish(axis, title, unit, log=key in ("val/ppl", "train/grad_norm"))
+        if key == "train/tokens_per_second":
+            axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+        elif key in (LENGTH, ORDER):
+            _from_zero(axis)
+    return figure
+
+
+def _line(axis: Any, run: Curves, key: str, label: str, marker: str = "-", **style: Any) -> None:
+    steps, values = run.of(key)
+    if steps:
+        # A single point has no line.
+        axis.plot(steps, values, marker if len(steps) > 1 else "o", label=label, **style)
+
+
+def _layers(axis: Any, run: Curves, prefix: str, plt: Any) -> None:
+    names = run.layers(prefix)
+    for index, key in enumerate(names):
+        colour = plt.get_cmap("viridis")(index / max(1, len(names) - 1) * 0.92)
+        label = f"layer {key.rpartition('/')[2]}"
+        _line(
+            axis,
+            run,
+            key,
+            label if len(names) <= 12 or index % 4 == 0 else "",
+            "o-",
+            color=colour,
+            markersize=3,
+        )
+    _from_zero(axis)
+
+
+def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
+    found = [run.of(key) for key in run.layers(prefix)]
+    if not found:
+        return
+    steps = found[0][0]
+    rows = [values for at, values in found if at == steps]  # a layer whose taps were not finite has gaps
+    columns = list(zip(*rows, strict=True))
+    axis.plot(steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=run.name)
+    axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
+
+
+def _finish(axis: Any, title: str, unit: str, log: bool = False, columns: int = 1) -> None:
+    axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axis.grid(alpha=0.3)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="grey")
+        return
+    if log:
+        _plain_logarithmic(axis)
+    axis.legend(fontsize="small", ncols=columns)
+
+
+def _plain_logarithmic(axis: Any) -> None:
+    """A logarithmic axis whose ticks are plain numbers, also within one decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    steps: tuple[float, ...] = (
+        (1.0, 2.0, 5.0) if high / low > 5 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    )
+    if high / low > 1e3:
+        steps = (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _from_zero(axis: Any) -> None:
+    """Whole numbers from zero, so that a change by one looks like one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(0, 1.15 * max(1.0, axis.get_ylim()[1]))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_cells_are_different_and_their_models_of_equal_size(
     experiment = BIDIRECTIONAL
     cells = [json.dumps(cell, sort_keys=True) for cell in experiment.grid(size)]
     assert len(set(cells)) == len(cells)
-    monkeypatch.setattr("experiments.masked.open_data", lambda config: None)
+    monkeypatch.setattr("experiments.masked.load_task_data", lambda config: None)
     masked_text.cache_clear()
     config, _ = masked_text(size, ())
     params = []

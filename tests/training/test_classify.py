@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from run_plots import final_figures, plot_runs, read_run
+from plot_run import final_figures, plot_runs, read_run
 from tests.support.archive_files import WRITERS
 from tests.support.ranks import run_ranks
 from tnnlm.checkpoints.training import load_encoder

@@ -291,8 +291,8 @@ def test_one_rank_goes_on_as_two_one_is_killed_and_the_order_stays() -> None:
     assert load_config(RUN / "config.yaml").trainer.devices == 2
 
 
-def test_kill_test_as_a_user_runs_it() -> None:
-    command = [sys.executable, str(ROOT / "tools/kill_test.py"), "--kills", "2", "--json", "kills.json"]
+def test_crash_test_as_a_user_runs_it() -> None:
+    command = [sys.executable, str(ROOT / "tools/crash_test.py"), "--kills", "2", "--json", "kills.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(Path("kills.json").read_text())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from run_plots import final_figures, plot_runs, read_run
+from plot_run import final_figures, plot_runs, read_run
 from tests.support.training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 from tnnlm.checkpoints.training import load_encoder
 from tnnlm.config.loader import load_config
