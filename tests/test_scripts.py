@@ -224,7 +224,7 @@ def test_convert_on_a_full_or_forbidden_disk_leaves_nothing(
         Path(path).write_bytes(b"half")
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("tnnlm.checkpoints.converted.save_file", fail)
+    monkeypatch.setattr("tnnlm.checkpoints.converted.save_tensors", fail)
     assert_refused(script("convert"), "disk is full" if number == errno.ENOSPC else "no permission")
     assert files() == before
 

@@ -253,7 +253,7 @@ def test_damaged_model_is_named_and_not_exported(script: Any) -> None:
 
 def test_missing_extra_is_named_before_anything_is_done(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--onnx: needs onnx and onnxscript: pip install 'tnnlm\[onnx\]'"):
+    with pytest.raises(UserError, match=r"--onnx: needs onnx and onnxscript; pip install 'tnnlm\[onnx\]'"):
         export.check_onnx()
     done = script("convert", "runs/none", "--onnx")
     assert done.code == 2

@@ -11,6 +11,7 @@ from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, ppl_gap, recurrent_nll
+from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import TextGenerator, join
 from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.inference.session import GenerationSession
@@ -151,7 +152,8 @@ def test_sample_follows_the_distribution() -> None:
 
 def test_conversation_keeps_the_state_between_turns(writer: TextGenerator) -> None:
     out = io.StringIO()
-    GenerationSession(writer, GREEDY, 6, 0).converse(None, io.StringIO("the cat\n\nsat on\n"), out)
+    info = EngineInfo(name="eager", device="cpu", dtype="float32", linear="plain")
+    GenerationSession(writer, GREEDY, 6, 0, info).converse(None, io.StringIO("the cat\n\nsat on\n"), out)
     state = writer.prefill(["the cat\n"])
     expected = ""
     for turn in (None, "sat on\n"):

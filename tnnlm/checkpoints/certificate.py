@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,3 @@ class ModelReport:
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
     not_measured: dict[str, str] = field(default_factory=dict)
     """forms whose perplexity could not be measured on this machine, with the reason"""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for conversion.json."""
-        return asdict(self)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ModelReport
@@ -84,23 +83,18 @@ def save_converted(
     texts = {
         "config.json": json.dumps(config, indent=2),
         "tokenizer.json": tokenizer.to_json(),
-        "conversion.json": _report_text(report),
+        "conversion.json": json.dumps(asdict(report), indent=2),
         **hf_files(model, tokenizer),
     }
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
-        save_tensors(tensors, temporary / "model.safetensors")
+        save_tensors(model.state_dict(), temporary / "model.safetensors")
         for name, text in texts.items():
             write_text(temporary / name, text)
 
 
 def save_report(folder: Path, report: ModelReport) -> None:
     """Write conversion.json of a converted model again, with what was measured since; whole or not at all."""
-    write_text(folder / "conversion.json", _report_text(report))
-
-
-def _report_text(report: ModelReport) -> str:
-    return json.dumps(report.to_dict(), indent=2)
+    write_text(folder / "conversion.json", json.dumps(asdict(report), indent=2))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -109,17 +103,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Raises:
         OSError: if the disk is full.
     """
-    path.touch()
-    mode = path.stat().st_mode  # the library's own files are for their owner alone
-    try:
-        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
-        path.chmod(mode)
-    except SafetensorError as error:
-        # The library wraps the operating system's errors: a full disk is one the user can mend.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # From memory: the library's own writer hides the operating system's errors in the text of its own, and
+    # its files are for their owner alone.
+    path.write_bytes(save(contiguous, metadata={"format": "pt"} | (metadata or {})))
 
 
 def check_out_folder(folder: Path, force: bool) -> None:
@@ -221,7 +208,10 @@ def _read(folder: Path) -> ConvertedModel:
     if tokenizer.fingerprint != fingerprint and tokenizer.ids_fingerprint != config.get(
         "tokenizer_ids_sha256"
     ):
-        raise CheckpointError(f"{folder}: tokenizer.json is not the one this model was trained with")
+        raise CheckpointError(
+            f"{folder}: tokenizer.json is not the one this model was trained with",
+            "convert again into another folder",
+        )
     return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 
 

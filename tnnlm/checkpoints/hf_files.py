@@ -49,22 +49,15 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
             {name: list(tensor.shape) for name, tensor in params._asdict().items()}
             for params in recurrences(model)
         ],
-        "n_ctx": evaluation_window(report, model.config.max_length),
+        # Tokens that lm-evaluation-harness reads at a time: no limit of the model, it cuts text to this. A
+        # conversion that is right up to its horizon only must not be measured past it.
+        "n_ctx": report.horizon if report.warning else max(EVALUATION_WINDOW, model.config.max_length),
         "tokenizer_ids_sha256": tokenizer.ids_fingerprint,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
     }
-
-
-def evaluation_window(report: ModelReport, trained: int) -> int:
-    """Tokens that lm-evaluation-harness shall read at a time: no limit of the model, it cuts text to this.
-
-    At least the training length. A conversion that is right up to its horizon only must not be measured
-    past it.
-    """
-    return report.horizon if report.warning else max(EVALUATION_WINDOW, trained)
 
 
 def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:

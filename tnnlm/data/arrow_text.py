@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -29,15 +30,15 @@ TEXT = "text"
 """the column of written tables"""
 
 
+@dataclass(frozen=True, eq=False)
 class Documents(Sequence[str]):
     """Some rows of a table, in order, as texts."""
 
-    def __init__(self, rows: datasets.Dataset, column: str, chosen: NDArray[np.int64], size: int) -> None:
-        self.rows = rows
-        self.column = column
-        self.chosen = chosen
-        self.size = size
-        """characters of all together"""
+    rows: datasets.Dataset
+    column: str
+    chosen: NDArray[np.int64]
+    size: int
+    """characters of all together"""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -87,7 +88,7 @@ def text_of(cell: Any, column: str, where: str) -> str:
         DataError: if it holds something else.
     """
     if cell is not None and not isinstance(cell, str):
-        raise DataError(f"{where}: column {column!r} is not text")
+        raise DataError(f"{where}: column {column!r} is not text", "choose one with data.text_column=...")
     return cell or ""
 
 

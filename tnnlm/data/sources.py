@@ -159,7 +159,7 @@ def _hub_table(
     if not config.hub_name:
         raise DataError("data.hub_name is empty", "name a data set, for example Salesforce/wikitext")
     if config.streaming and config.max_documents is None:
-        raise DataError("data.streaming=true needs data.max_documents: a stream has no end to split at")
+        raise DataError("data.streaming=true: a stream has no end to split at", "set data.max_documents")
     name, column = config.hub_name, config.text_column
     rows = _load(
         name,

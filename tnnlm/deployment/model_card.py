@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config, DataConfig
-from tnnlm.evaluation import ppl_gap
+from tnnlm.deployment.perplexity import perplexity_cells
 from tnnlm.models.causal_lm import CausalLM
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -74,7 +74,7 @@ def model_card(
         vocab_size=sizes.vocab_size,
         report=report,
         lengths=[f"{int(length):,} tokens" for length in report.ppl.get("parallel", {})],
-        perplexities=_perplexities(report),
+        perplexities=perplexity_cells(report),
         note=note or "no text was at hand",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],
     )
@@ -108,17 +108,3 @@ def _data_names(data: DataConfig) -> list[str]:
 def _is_local(name: str) -> bool:
     """Whether a data set's name is a folder's: its place on a disk is nobody's business."""
     return name.startswith(("/", ".", "~")) or Path(name).exists()
-
-
-def _perplexities(report: ModelReport) -> dict[str, list[str]]:
-    """Cells by form; empty where nothing was measured."""
-    parallel = report.ppl.get("parallel")
-    if not parallel:
-        return {}
-    return {
-        form: [
-            f"{value:.4f}" + ("" if form == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})")
-            for length, value in values.items()
-        ]
-        for form, values in report.ppl.items()
-    }

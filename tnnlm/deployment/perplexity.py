@@ -18,7 +18,7 @@ from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.errors import collect_failure
-from tnnlm.evaluation import NLL, add, parallel_nll, recurrent_nll
+from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
 
@@ -76,6 +76,21 @@ def measure_perplexities(
             ppl[name][str(length)] = add(scores[name]).ppl
     measured = {name: values for name, values in ppl.items() if name not in not_measured}
     return Perplexities(measured, not_measured)
+
+
+def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:
+    """The perplexities as tables show them, with the gap to the parallel form: cells, a length each, by form.
+    Empty where nothing was measured."""
+    parallel = report.ppl.get("parallel")
+    if not parallel:
+        return {}
+    return {
+        form: [
+            f"{value:.4f}" + ("" if form == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})")
+            for length, value in values.items()
+        ]
+        for form, values in report.ppl.items()
+    }
 
 
 def _forms(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tnnlm.checkpoints.certificate import ModelReport
+from tnnlm.deployment.perplexity import perplexity_cells
 from tnnlm.deployment.pipeline import ConversionResult
 from tnnlm.errors import command
-from tnnlm.evaluation import ppl_gap
 
 
 def show_conversion(done: ConversionResult, console: Console) -> None:
@@ -56,14 +56,9 @@ def _layers(report: ModelReport, title: str) -> Table:
 def _perplexities(report: ModelReport) -> Table:
     table = Table(title="perplexity (gap to parallel)")
     table.add_column("form")
-    parallel = report.ppl["parallel"]
-    for length in parallel:
+    for length in report.ppl["parallel"]:
         table.add_column(f"{length} tokens", justify="right")
-    for form, values in report.ppl.items():
-        cells = []
-        for length, value in values.items():
-            gap = "" if form == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})"
-            cells.append(f"{value:.4f}{gap}")
+    for form, cells in perplexity_cells(report).items():
         name = {"parallel": "parallel (FFT)", "recurrent": f"recurrent, {report.method}"}.get(form, form)
         table.add_row(name, *cells)
     return table

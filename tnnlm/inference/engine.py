@@ -8,9 +8,9 @@ packed. ``graph``, on a GPU, replays packed steps as a CUDA graph (:mod:`tnnlm.i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -53,10 +53,6 @@ class EngineInfo:
         note = f" ({self.reason})" if self.reason else ""
         return f"{self.name} engine, {self.device}, {self.dtype}{operator}{note}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 class Engine(NamedTuple):
     """A generator, and what runs it."""
@@ -94,39 +90,32 @@ def open_engine(
     if engine == "eager" and dtype != "float32":
         raise UserError("--engine eager: runs in float32 only", "leave --dtype out")
     model = converted.model.to(where)
+    runs: CausalLM | CompiledModel | GraphedModel = model
     if engine == "eager":
-        return Engine(
-            TextGenerator(model, *converted[1:]), _info("eager", where, dtype, Choice("plain", cast_linear))
-        )
-    choice = choose_linear(where, dtype)
-    replace_linears(model, choice.make)
-    reasons = [choice.reason]
-    if engine != "packed":
+        name, choice, reasons = "eager", Choice("plain", cast_linear), []
+    else:
+        choice = choose_linear(where, dtype)
+        replace_linears(model, choice.make)
+        name, reasons = "packed", [choice.reason]
+    if engine in ("auto", "compiled", "graph"):
         try:
-            found = _faster(model, folder, where, dtype, engine, converted.fingerprint)
+            runs = _faster(model, folder, where, dtype, engine, converted.fingerprint)
+            name, reasons = "graph" if isinstance(runs, GraphedModel) else "compiled", []
         except UserError as error:
-            if engine in ("compiled", "graph"):
+            if engine != "auto":
                 raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
             reasons.append(str(error))
-        else:
-            name = "graph" if isinstance(found, GraphedModel) else "compiled"
-            return Engine(TextGenerator(found, *converted[1:]), _info(name, where, dtype, choice))
-    info = _info("packed", where, dtype, choice, "; ".join(filter(None, reasons)))
-    return Engine(TextGenerator(model, *converted[1:]), info)
-
-
-def _info(name: str, where: torch.device, dtype: str, linear: Choice, reason: str = "") -> EngineInfo:
-    on_cpu = where.type == "cpu"
-    return EngineInfo(
+    info = EngineInfo(
         name=name,
         device=where.type,
         dtype=dtype,
-        linear=linear.name,
-        batch_invariant=name == "packed" and linear.batch_invariant,
-        reason=reason,
-        threads=torch.get_num_threads() if on_cpu else None,
-        cpu_level=cpu_level() if on_cpu else None,
+        linear=choice.name,
+        batch_invariant=name == "packed" and choice.batch_invariant,
+        reason="; ".join(filter(None, reasons)),
+        threads=torch.get_num_threads() if where.type == "cpu" else None,
+        cpu_level=cpu_level() if where.type == "cpu" else None,
     )
+    return Engine(TextGenerator(runs, converted.tokenizer, converted.fingerprint), info)
 
 
 def _faster(

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,15 @@ def export_torch(converted: ConvertedModel, folder: Path) -> Path:
     Returns:
         the folder that was written, whole or not at all.
     """
-    converted = _frozen(converted)
-    model, target = converted.model, folder / FOLDERS["torch"]
+    converted, target = _frozen(converted), folder / FOLDERS["torch"]
+    functions = {"step": _Step(converted.model), "prefill": _Prefill(converted.model)}
     with atomic_folder(target) as temporary, _quiet():
-        for name, function in (("step", _Step(model)), ("prefill", _Prefill(model))):
+        for name, function in functions.items():
             # Into memory first: on a full disk the library's own writer ends the process.
             program = io.BytesIO()
             torch.export.save(_program(function), program)
             (temporary / f"{name}.pt2").write_bytes(program.getbuffer())
-        _describe(converted, temporary, ("step", "prefill"))
+        _describe(converted, temporary, functions)
     return target
 
 
@@ -77,13 +77,12 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
     check_onnx()
     converted = _frozen(converted)
     function, target = _Step(converted.model), folder / FOLDERS["onnx"]
-    names = _names(function)
     with atomic_folder(target) as temporary, _quiet():
         program = torch.onnx.export(
             _program(function),
             dynamic_shapes=_shapes(function, _BATCH),
-            input_names=names["inputs"],
-            output_names=names["outputs"],
+            input_names=[*function.inputs, *function.state],
+            output_names=["logits", *(f"next_{name}" for name in function.state)],
             verbose=False,
         )
         assert program is not None
@@ -92,7 +91,7 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
         # Poles are split into float32 once and for all, however many: many runtimes have no float64.
         optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
         program.save(temporary / "step.onnx")
-        _describe(converted, temporary, ("step",))
+        _describe(converted, temporary, {"step": function})
     return target
 
 
@@ -183,14 +182,7 @@ def _shapes(function: _Flat, batch: Any) -> dict[str, Any]:
     return {**dict.fromkeys(function.inputs, free), **state}
 
 
-def _names(function: _Flat) -> dict[str, list[str]]:
-    return {
-        "inputs": [*function.inputs, *function.state],
-        "outputs": ["logits", *(f"next_{name}" for name in function.state)],
-    }
-
-
-def _describe(converted: ConvertedModel, folder: Path, functions: tuple[str, ...]) -> None:
+def _describe(converted: ConvertedModel, folder: Path, functions: Mapping[str, _Flat]) -> None:
     """Write interface.json and tokenizer.json."""
     model, tokenizer, fingerprint = converted
     data: dict[str, Any] = {
@@ -200,9 +192,8 @@ def _describe(converted: ConvertedModel, folder: Path, functions: tuple[str, ...
         "tokenizer_size": tokenizer.size,
         "eos_id": tokenizer.eos_id,
     }
-    kinds: dict[str, type[_Flat]] = {"step": _Step, "prefill": _Prefill}
-    for name in functions:
-        data[name] = _interface(kinds[name](model))
+    for name, function in functions.items():
+        data[name] = _interface(function)
     write_text(folder / _INTERFACE, json.dumps(data, indent=2) + "\n")
     write_text(folder / "tokenizer.json", tokenizer.to_json())
 

@@ -108,6 +108,12 @@ class NarrowLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
+    def completed(self, y: Tensor) -> Tensor:
+        """The layer's output (..., O) from the product y of x and the rounded W."""
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
 
 class WidenedLinear(NarrowLinear):
     """y = x W^T + b with narrow weights, widened to float32 a tile at a time: for machines that have no
@@ -118,11 +124,7 @@ class WidenedLinear(NarrowLinear):
         rows = x.reshape(-1, x.shape[-1]).float()
         tile = max(1, _TILE_BYTES // (4 * rows.shape[1]))
         y = torch.cat([rows @ part.float().T for part in self.weight.split(tile)], dim=1)
-        if self.scale is not None:
-            y *= self.scale
-        if self.bias is not None:
-            y += self.bias
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return self.completed(y).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Int8Linear(WidenedLinear):

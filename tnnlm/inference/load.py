@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tnnlm.checkpoints.locate import load_for_decoding
-from tnnlm.inference.engine import open_engine, usable_device
+from tnnlm.inference.engine import Engine, open_engine, usable_device
 from tnnlm.inference.generator import TextGenerator
 
 
@@ -35,7 +35,13 @@ def load(
         CheckpointError: if there is no model, it is damaged, or it is not converted.
         UserError: for a device, dtype or engine that can't be used here.
     """
+    target = None if path is None else str(path)
+    return load_engine(target, Path(runs_dir), device=device, dtype=dtype, engine=engine).generator
+
+
+def load_engine(target: str | None, runs_dir: Path, *, device: str, dtype: str, engine: str) -> Engine:
+    """Find and load a converted model; arguments and what is raised are those of :func:`load`."""
     where = usable_device(device)
-    found, converted = load_for_decoding(None if path is None else str(path), Path(runs_dir))
+    found, converted = load_for_decoding(target, runs_dir)
     folder = found if found.is_dir() else None
-    return open_engine(converted, folder, device=where, dtype=dtype, engine=engine).generator
+    return open_engine(converted, folder, device=where, dtype=dtype, engine=engine)

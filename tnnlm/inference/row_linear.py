@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnnlm.inference.linear import NarrowLinear, to_int8
+from tnnlm.inference.linear import NarrowLinear
 from tnnlm.machine.capabilities import cpu_level
 
 _BYTES = 4
@@ -22,13 +22,10 @@ class RowLinear(NarrowLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, I) -> (1, O)."""
-        y = (x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias
+        return self.completed((x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1))
 
 
-class FourByteRowLinear(nn.Module):
+class FourByteRowLinear(NarrowLinear):
     """y = x W^T + b with int8 weights, four of them in an int32 that shifts take apart.
 
     PyTorch's compiler turns int8 into float32 element by element where there is no AVX-512, ten times slower
@@ -36,20 +33,16 @@ class FourByteRowLinear(nn.Module):
     """
 
     words: Tensor
-    scale: Tensor
-    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """I has to be a multiple of four."""
-        super().__init__()
-        integers, scale = to_int8(weight)
+        super().__init__(weight, bias, "int8")
         self.quarter = weight.shape[1] // _BYTES
         # Byte i of word q is column i I/4 + q: every shift then belongs to a run of inputs that lie together.
-        octets = integers.unflatten(1, (_BYTES, self.quarter)).to(torch.int32).bitwise_and(0xFF)
+        octets = self.weight.unflatten(1, (_BYTES, self.quarter)).to(torch.int32).bitwise_and(0xFF)
         places = 8 * torch.arange(_BYTES, dtype=torch.int32, device=weight.device)
         self.register_buffer("words", (octets << places[:, None]).sum(1, dtype=torch.int32))
-        self.register_buffer("scale", scale.float())
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, I) -> (1, O)."""
@@ -57,8 +50,7 @@ class FourByteRowLinear(nn.Module):
         for i, part in enumerate(x.unsqueeze(-2).split(self.quarter, dim=-1)):
             # Up to the sign bit and down again: the shift to the right keeps the sign.
             products = products + part * ((self.words << (24 - 8 * i)) >> 24).to(x.dtype)
-        y = products.sum(-1) * self.scale
-        return y if self.bias is None else y + self.bias
+        return self.completed(products.sum(-1))
 
 
 def row_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:

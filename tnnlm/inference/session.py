@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.errors import UserError
-from tnnlm.inference.engine import EngineInfo, open_engine, usable_device
+from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
+from tnnlm.inference.load import load_engine
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.machine.threads import limit_threads
@@ -28,7 +29,7 @@ class GenerationSession:
         sampling: SamplingParams,
         max_new_tokens: int,
         seed: int,
-        engine: EngineInfo | None = None,
+        engine: EngineInfo,
     ) -> None:
         check_new_tokens(max_new_tokens)
         self.generator = generator
@@ -49,8 +50,8 @@ class GenerationSession:
         sampling: SamplingParams,
         max_new_tokens: int,
         seed: int,
-        dtype: str = "float32",
-        engine: str = "auto",
+        dtype: str,
+        engine: str,
     ) -> GenerationSession:
         """Find and load a converted model.
 
@@ -58,11 +59,8 @@ class GenerationSession:
             UserError: if there is none, it is damaged, or the device or a number can't be used.
         """
         limit_threads()
-        where = usable_device(device)
-        found, converted = load_for_decoding(target, runs_dir)
-        folder = found if found.is_dir() else None
-        generator, info = open_engine(converted, folder, device=where, dtype=dtype, engine=engine)
-        return cls(generator, sampling, max_new_tokens, seed, info)
+        loaded = load_engine(target, runs_dir, device=device, dtype=dtype, engine=engine)
+        return cls(loaded.generator, sampling, max_new_tokens, seed, loaded.info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
         """Go on from a saved state, and from its random stream unless ``reseed``.
@@ -85,7 +83,8 @@ class GenerationSession:
         save_state(path, self.generator, self.state, self.random)
 
     def show(self, prompt: str | None, n_samples: int, out: TextIO) -> None:
-        """Write the prompt and its continuation as it comes; several samples, written together, in turn."""
+        """Write the prompt and its continuation as it comes; several samples are generated
+        together and written in turn."""
         state = self._state_after(prompt)
         if n_samples == 1:
             out.write(prompt or "")
@@ -98,7 +97,8 @@ class GenerationSession:
     def show_batch(self, prompts: Sequence[str], out: TextIO) -> None:
         """Continue several prompts together, then write each with its continuation."""
         self._check_rows(len(prompts))
-        for prompt, record in zip(prompts, self._batch(self._prefill(prompts)), strict=True):
+        records = self._batch(self.generator.prefill(prompts, self.state))
+        for prompt, record in zip(prompts, records, strict=True):
             out.write(f"--- {prompt}\n{record.text}\n")
 
     def measure(self, prompt: str | None, n_samples: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class GenerationSession:
     def measure_batch(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Texts and measurements of a batch; times are those of the whole."""
         self._check_rows(len(prompts))
-        state = self._prefill(prompts)
+        state = self.generator.prefill(prompts, self.state)
         records = self._batch(state)
         longest = max(records, key=lambda record: len(record.tokens))
         texts = [{"prompt": p, "text": r.text} for p, r in zip(prompts, records, strict=True)]
@@ -145,8 +145,8 @@ class GenerationSession:
             "prefill_seconds": state.seconds,
             "seconds_per_token": record.seconds_per_token,
             "state_bytes": state_bytes(self.generator.model.init_state(1)),
-            "engine": str(self.engine or ""),
-            "engine_info": self.engine.to_dict() if self.engine else {},
+            "engine": str(self.engine),
+            "engine_info": asdict(self.engine),
         }
 
     def _state_after(self, prompt: str | None) -> GenerationState:
@@ -154,10 +154,7 @@ class GenerationSession:
         self._check_rows(1)
         if prompt is None and self.state is not None:
             return self.state
-        return self._prefill([prompt or ""])
-
-    def _prefill(self, prompts: Sequence[str]) -> GenerationState:
-        return self.generator.prefill(prompts, self.state)
+        return self.generator.prefill([prompt or ""], self.state)
 
     def _check_rows(self, prompts: int) -> None:
         if self.state is not None and len(self.state.lengths) != prompts:

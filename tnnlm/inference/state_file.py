@@ -1,6 +1,6 @@
-"""A context on disk: states, next logits and random stream of what has been read, as safetensors.
+"""A generation state on disk: recurrent states, next logits and random stream, as safetensors.
 
-Continuing a loaded context equals never having stopped. The file names the model and the tokenizer it
+Continuing a loaded state equals never having stopped. The file names the model and the tokenizer it
 belongs to by their hashes; under any other it is refused, since a state means nothing there.
 """
 
@@ -70,7 +70,7 @@ def save_state(
         "lengths": json.dumps(state.lengths),
     }
     with atomic_file(path) as temporary:
-        save_tensors({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        save_tensors(tensors, temporary, metadata)
 
 
 def load_state(path: Path, generator: TextGenerator) -> SavedState:
@@ -91,10 +91,7 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
         raise CheckpointError(f"{path}: is not a saved state, or damaged") from None
     if metadata.get("kind") != FORMAT:
         raise CheckpointError(f"{path}: is not a saved state of this project's generate.py")
-    expected = {
-        "model": generator.fingerprint,
-        "tokenizer": generator.tokenizer.fingerprint,
-    }
+    expected = {"model": generator.fingerprint, "tokenizer": generator.tokenizer.fingerprint}
     for part, fingerprint in expected.items():
         if metadata.get(part) != fingerprint:
             raise CheckpointError(

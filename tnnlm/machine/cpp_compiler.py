@@ -47,11 +47,9 @@ def check_cpp_compiler() -> None:
     options = ["/LD", f"/Fe{target}"] if _WINDOWS else ["-shared", "-fPIC", "-o", target]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cpp").write_text(_SOURCE, encoding="ascii")
-        reason = _failure([name, "probe.cpp", *options], folder)
-        if reason is None and not Path(folder, target).is_file():
-            reason = "compiles nothing"
-    if reason is not None:
-        raise RuntimeError(f"{name}: {reason}")
+        _run([name, "probe.cpp", *options], folder)
+        if not Path(folder, target).is_file():
+            raise RuntimeError(f"{name}: compiles nothing")
 
 
 def compiler_names() -> list[str]:
@@ -134,9 +132,10 @@ def _choose(names: list[str]) -> str:
     """
     refusals = []
     for name in names:
-        refusal = _refusal(name)
-        if refusal is not None:
-            refusals.append(refusal)
+        try:
+            _check_answers(name)
+        except RuntimeError as refusal:
+            refusals.append(str(refusal))
             continue
         path = name.replace(os.sep, "/")
         if _words(path) != [path]:
@@ -147,20 +146,25 @@ def _choose(names: list[str]) -> str:
     raise RuntimeError("; ".join(refusals) or "torch._inductor.config.cpp.cxx names no compiler")
 
 
-def _refusal(name: str) -> str | None:
-    """Why PyTorch will not take this compiler, or None if it will."""
+def _check_answers(name: str) -> None:
+    """Start a compiler as PyTorch does before it takes it.
+
+    Raises:
+        RuntimeError: if PyTorch will not take it.
+    """
     if not name.strip():
-        return "CXX is empty: unset it or name a compiler"
+        raise RuntimeError("CXX is empty: unset it or name a compiler")
     try:
-        # On Windows it is started for its help, whatever it makes of that.
-        reason = _failure([name, "/help" if _WINDOWS else "--version"], None)
+        _run([name, "/help" if _WINDOWS else "--version"], None)
     except FileNotFoundError:
         if len(_words(name)) > 1:
-            return f"{name}: PyTorch takes the name of one program, without options"
-        return f"{name}: not found, install g++ or name a compiler in CXX"
+            raise RuntimeError(f"{name}: PyTorch takes the name of one program, without options") from None
+        raise RuntimeError(f"{name}: not found, install g++ or name a compiler in CXX") from None
     except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None if reason is None or _WINDOWS else f"{name}: {reason}"
+        raise RuntimeError(f"{name}: {error.strerror}") from None
+    except RuntimeError:
+        if not _WINDOWS:  # there it is started for its help, whatever it makes of that
+            raise
 
 
 def _words(text: str) -> list[str]:
@@ -171,11 +175,12 @@ def _words(text: str) -> list[str]:
         return []
 
 
-def _failure(command: list[str], folder: str | None) -> str | None:
-    """Run a command, and say why it failed, or None if it didn't.
+def _run(command: list[str], folder: str | None) -> None:
+    """Run a command.
 
     Raises:
         OSError: if it can't be started.
+        RuntimeError: if it fails or does not end, saying why.
     """
     # In a group of its own: a compiler starts others, which would outlive it.
     own_group = hasattr(os, "killpg")
@@ -194,7 +199,6 @@ def _failure(command: list[str], folder: str | None) -> str | None:
                 os.killpg(process.pid, signal.SIGKILL) if own_group else process.kill()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return "does not answer"
-    if process.returncode == 0:
-        return None
-    return complaint(output) or f"exit code {process.returncode}"
+            raise RuntimeError(f"{command[0]}: does not answer") from None
+    if process.returncode:
+        raise RuntimeError(f"{command[0]}: {complaint(output) or f'exit code {process.returncode}'}")

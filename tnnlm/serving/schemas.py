@@ -147,7 +147,9 @@ async def on_invalid_request(request: Request, error: Exception) -> JSONResponse
         return error_response(400, "the body is not valid JSON")
     where = [str(part)[:64] for part in first["loc"][1:]]
     name = where[0] if where else None
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"]
+    if first["type"] == "value_error":  # of the validators above
+        message = str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         message = "no such parameter"
     if first["type"] == "missing" and not where:

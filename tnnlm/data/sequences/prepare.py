@@ -60,7 +60,10 @@ def check_sequences(config: Config) -> None:
             )
         needed(name, Path(config.data.lra.folder))
         if name in _WHOLE and model.max_length < task.length:
-            raise ConfigError(f"model.max_length={model.max_length}: pictures of {name} take {task.length}")
+            raise ConfigError(
+                f"model.max_length={model.max_length}: pictures of {name} take {task.length}",
+                f"set it to {task.length} or more",
+            )
         return
     bounds = config.data.listops
     if bounds.min_length > bounds.max_length:

@@ -109,11 +109,6 @@ class LabelledCorpus(NamedTuple):
     """All splits of a task on disk."""
 
     folder: Path
-    n_classes: int
-    n_symbols: int
-    """tokens are 1 to this, 0 pads"""
-    parts: int
-    """sequences per row: 2 where a pair is classified"""
     rows: dict[str, int]
     """by split"""
 
@@ -132,9 +127,7 @@ def write_corpus(folder: Path, task: str, source: Iterator[tuple[str, Iterable[E
 
 def read_corpus(folder: Path) -> LabelledCorpus:
     """What :func:`write_corpus` left."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    task = SEQUENCE_TASKS[meta["task"]]
-    return LabelledCorpus(folder, task.n_classes, task.n_symbols, task.parts, meta["rows"])
+    return LabelledCorpus(folder, json.loads((folder / "meta.json").read_text(encoding="utf-8"))["rows"])
 
 
 class SequenceTask(NamedTuple):
@@ -142,9 +135,11 @@ class SequenceTask(NamedTuple):
 
     n_classes: int
     n_symbols: int
+    """tokens are 1 to this, 0 pads"""
     length: int
     """tokens of a sequence at the most, as published"""
     parts: int = 1
+    """sequences per row: 2 where a pair is classified"""
 
 
 SEQUENCE_TASKS = {
