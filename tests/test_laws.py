@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.converted import measure_model, model_horizon
 from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
-from tnnlm.conversion import convert_model, measure_model, model_horizon
+from tnnlm.conversion import convert_model
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.tokenizer import train_bpe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.converted import HORIZON, write_converted
+from tests.support.converted import HORIZON, measure_model, write_converted
 from tests.support.models import tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
@@ -20,7 +20,7 @@ from tnnlm.checkpoints.training import (
     load_checkpoint,
 )
 from tnnlm.config.schema import Config, ConversionConfig
-from tnnlm.conversion import convert_layers, convert_model, measure_model
+from tnnlm.conversion import convert_layers, convert_model
 from tnnlm.errors import UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.converted import measure_model, model_horizon
 from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import (
@@ -15,8 +16,6 @@ from tnnlm.conversion import (
     convert_layers,
     convert_model,
     measure,
-    measure_model,
-    model_horizon,
 )
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.converted import measure_model
 from tests.support.models import tiny_config
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.schema import Config, DataConfig
-from tnnlm.conversion import convert_model, measure_model
+from tnnlm.conversion import convert_model
 from tnnlm.conversion.certify import horizon_warning
 from tnnlm.deployment.model_card import model_card
 from tnnlm.models.causal_lm import CausalLM

@@ -15,9 +15,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import torch
 from torch import Tensor
 
+from tests.support.converted import measure_model
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
-from tnnlm.conversion import convert_model, measure_model
+from tnnlm.conversion import convert_model
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe

@@ -54,7 +54,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
         parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
     if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
-        raise UserError("--prompts: goes without --prompt, --interactive and --num-samples")
+        raise UserError("--prompts: cannot be combined with --prompt, --interactive or --num-samples")
     if args.save_state and args.num_samples > 1:
         raise UserError("--save-state: keeps the state of one sample", "leave --num-samples out")
     if not 1 <= args.num_samples <= 10_000:

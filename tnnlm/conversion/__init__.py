@@ -1,13 +1,12 @@
 """Conversion: taps -> recurrence, in closed form."""
 
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.certify import certify, describe, measure, measure_model
+from tnnlm.conversion.certify import certify, describe, measure
 from tnnlm.conversion.convert import (
     convert_kernel,
     convert_kernels,
     convert_layers,
     convert_model,
-    model_horizon,
 )
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
@@ -28,7 +27,5 @@ __all__ = [
     "etsc",
     "gradient",
     "measure",
-    "measure_model",
-    "model_horizon",
     "window",
 ]

@@ -104,12 +104,6 @@ def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
     )
 
 
-def measure_model(model: CausalLM, converted: CausalLM, *, method: str, horizon: int) -> ModelReport:
-    """:func:`measure` for a model that was converted before."""
-    layers = [LayerConversion(params, method, "as asked") for params in recurrences(converted)]
-    return measure(model, layers, method=method, horizon=horizon, seconds=0.0)
-
-
 def certify(k: Tensor, converted: LayerConversion, horizon: int) -> ConversionReport:
     """Compare the effective taps of a recurrence with the true ones.
 

@@ -15,7 +15,6 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.backbone import Backbone
-from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import M, attach, kernels
 from tnnlm.modules import LongConv
 
@@ -42,14 +41,6 @@ def convert_kernel(
             own = type(own)(*(tensor.detach() for tensor in own))
         source = Source(k[:, :horizon], kernel.decay, own, finite)
         return convert(source, recipe, progress)
-
-
-def model_horizon(model: CausalLM) -> int:
-    """The horizon in lags that ``auto`` stands for: the largest that a layer needs.
-
-    A kernel that never dies out (no decay) is converted on the training length.
-    """
-    return _horizon(kernels(model), model.config.max_length, "auto")
 
 
 def convert_layers(
