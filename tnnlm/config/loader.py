@@ -52,9 +52,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     layers.append((_read_overrides(overrides), "command line"))
     config = _merge(layers)
     for layer, where in reversed(layers):
-        _check_source(layer, config.data.source, where)
         if OmegaConf.select(layer, "data.source") is not None:
-            break  # it chose among the sources that those before it describe
+            break  # named, whatever else is described here or before
+        _check_source(layer, config.data.source, where)
     return config
 
 
@@ -155,7 +155,7 @@ def _settle_task(config: Config) -> None:
 
 
 def _check_source(layer: DictConfig, source: str, where: str) -> None:
-    """Refuse settings of a source that is not the chosen one: the run would train on something else."""
+    """Refuse settings of another source where none was named: the run would train on something else."""
     defaults = config_to_dict(DataConfig())
     group = layer.get("data")
     given = cast(dict[str, Any], OmegaConf.to_container(group)) if group else {}
