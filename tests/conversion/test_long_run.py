@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.ablations import without_balancing
+from experiments.etsc import without_balancing
 from tnnlm.conversion import convert_taps
 from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.ops.recurrence import Params, State

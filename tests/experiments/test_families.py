@@ -47,7 +47,7 @@ def test_width_is_the_closest() -> None:
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_parameters_are_equal_within_three_percent(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.sizing.open_rows", lambda corpus, config: (None, None))
+    monkeypatch.setattr("experiments.sizing.split_rows", lambda corpus, config: (None, None))
     names = (*NAMES, *(PEERS if importlib.util.find_spec("transformers") else []))
     found = text_models(names, size, 5, ("text.txt",)).families
     base = found["tnn"]

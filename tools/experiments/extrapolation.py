@@ -71,7 +71,6 @@ def _rises(records: list[Record], model: str, form: str = "parallel") -> list[fl
 
 
 def _claims(records: list[Record]) -> Iterator[Claim]:
-    """Flat or not, both forms."""
     lengths = _lengths(records)
     trained, following, longest = lengths[0], lengths[1], lengths[-1]
     for form in records[0]["ppl"]:
@@ -92,7 +91,6 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _tables(records: list[Record]) -> Iterator[Table]:
-    """Perplexity by model, form and length, means over the seeds."""
     items = []
     for model, own in grouped(records, "model").items():
         for form in own[0]["ppl"]:

@@ -80,7 +80,6 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _tables(records: list[Record]) -> Iterator[Table]:
-    """Quality and speed by family, means over the seeds."""
     items = []
     for name, own in grouped(records, "family").items():
         bits = [record["bits_per_byte"] for record in own]

@@ -35,8 +35,6 @@ PAPER_LENGTH = 1999
 NEAR = 2.0
 """points below the published accuracy up to which it counts as reached"""
 SYMBOLS = 15
-_TRIED_AT = 48
-"""symbols: the small size"""
 
 
 class BagOfSymbols(nn.Module):
@@ -177,7 +175,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
         shown |= {"rate": f"{record['lr']:g}", "time": f"{record['seconds']:.0f}"} if "lr" in record else {}
         rows.append(none | {"params": record["params"]} | shown)
     rows.append(none | {"label": COMMONEST, "params": 0, "shown": f"{100 * first['majority']:.2f}"})
-    tried = TEXTS.text("tried") if first["longest"] == _TRIED_AT else ""
+    tried = TEXTS.text("tried") if first["size"] == "small" else ""
     yield TEXTS.table("models", rows, **first, tried=tried)
 
 

@@ -160,7 +160,6 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _tables(records: list[Record]) -> Iterator[Table]:
-    """Perplexity by model and length, means over the seeds."""
     lengths, own = _lengths(records), select(records, part="masked")
     items = []
     for model, found in grouped(own, "model").items():

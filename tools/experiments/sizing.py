@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -152,13 +153,11 @@ def size_of(build: Callable[[], nn.Module], count: Callable[[nn.Module], int] | 
 
 def match_width(count: Callable[[int], int], target: int) -> int:
     """The width, 1 or more, whose ``count`` is closest to ``target``; counts must grow with it."""
-    low, high = 1, 2
+    high = 2
     while count(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return min((low, high), key=lambda width: abs(count(width) - target))
+        high *= 2
+    enough = bisect_left(range(high), target, lo=2, key=count)
+    return min((enough - 1, enough), key=lambda width: abs(count(width) - target))
 
 
 def n_params(model: nn.Module) -> int:

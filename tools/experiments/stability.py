@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.ablations import vandermonde
+from experiments.etsc import vandermonde
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, select
 from experiments.report import PALETTE, Line, Panel, Table, line, smallest_shown
 from experiments.taps import make_taps
@@ -179,7 +179,6 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _tables(records: list[Record]) -> Iterator[Table]:
-    """A table per factor: errors of taps and outputs, and where each method fails."""
     yield TEXTS.table("factors", failed=FAILED)
     for sweep, setting in SETTINGS.items():
         items = [
