@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus
