@@ -108,3 +108,10 @@ def test_licence_is_the_models_own() -> None:
     licensed = make_card(license="apache-2.0")
     assert front_matter(licensed)["license"] == "apache-2.0"
     assert licensed.endswith("## Licence\n\napache-2.0\n")
+
+
+def test_licence_is_named_on_the_command_line(run_here: Path, script: Any) -> None:
+    assert script("convert", "runs/tiny", "--license", "apache-2.0").code == 0
+    card = (run_here / "converted/README.md").read_text(encoding="utf-8")
+    assert front_matter(card)["license"] == "apache-2.0"
+    assert script("convert", str(run_here / "converted"), "--license", "mit", "--export").code == 2

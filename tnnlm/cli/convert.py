@@ -51,6 +51,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="default: RUN/converted")
     add("--force", action="store_true", help="replace a converted model at --out")
     add("--verify", action="store_true", help="compare with slow references; exit 1 if off")
+    add(
+        "--license",
+        metavar="NAME",
+        help="of the model, for its card, such as apache-2.0 (default: not stated)",
+    )
     add = parser.add_argument_group("other forms").add_argument
     add(
         "--compile",
@@ -136,6 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
         verify=args.verify,
         compiled=args.compile,
         exported=args.export,
+        license=args.license,
     )
     show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) and not done.failures else 1

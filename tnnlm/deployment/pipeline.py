@@ -71,6 +71,7 @@ def convert_checkpoint(
     verify: bool,
     compiled: Sequence[str] = (),
     exported: Sequence[str] = (),
+    license: str | None = None,
     runs_dir: Path = Path("runs"),
 ) -> ConversionResult:
     """Convert and write, then measure, and write the measurements beside it.
@@ -86,6 +87,7 @@ def convert_checkpoint(
         verify: fill ``checks``.
         compiled: dtypes of weights to compile a step for, beside the model.
         exported: of ``torch`` and ``onnx``, to export it as, beside the model.
+        license: of the model, for its card, as the hub names it; None: not stated.
 
     Raises:
         UserError: for unusable input, or an optional file that can't be made here; nothing was written then.
@@ -108,7 +110,7 @@ def convert_checkpoint(
         save_converted(folder, model, source.tokenizer, report, force)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
         try:
-            return _complete(source, written, report, recipe, folder, verify, compiled, exported)
+            return _complete(source, written, report, recipe, folder, verify, compiled, exported, license)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{folder} holds the converted model, without what was not done yet; "
@@ -131,6 +133,7 @@ def _complete(
     verify: bool,
     compiled: Sequence[str],
     exported: Sequence[str],
+    license: str | None,
 ) -> ConversionResult:
     """Measure, check, describe and package the written model; failures are named, and lose nothing."""
     failures: dict[str, str] = {}
@@ -144,7 +147,7 @@ def _complete(
         with collect_failure(failures, "verify"):
             checks = _checks(source, written.model, recipe, report)
     with collect_failure(failures, "model card"):
-        card = model_card(source.config, source.step, source.model, report, note)
+        card = model_card(source.config, source.step, source.model, report, note, license)
         check_unchanged(folder, written.fingerprint)
         write_text(folder / "README.md", card)
     packages, missing = _write_packages(written, folder, compiled, exported)
