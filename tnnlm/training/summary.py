@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tnnlm.checkpoints.locate import BEST
+from tnnlm.checkpoints.locate import BEST, CONVERTED
 from tnnlm.errors import command
 from tnnlm.files import atomic_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
@@ -99,11 +99,12 @@ def show_summary(
     console.print(_forms(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
+    again = " --force" if (run / CONVERTED).exists() else ""  # what was converted before the run went on
     lines = [
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
-        f"next: {command('convert')} {run} && "
+        f"next: {command('convert')} {run}{again} && "
         f"{command('generate')} --model {run} --prompt {shlex.quote(prompt)}"
         if task.converts
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
