@@ -198,8 +198,9 @@ def test_every_precision_policy_keeps_the_two_forms_together(precision: str) -> 
     assert all(torch.finfo(value.dtype).bits >= 32 for value in kernels.values())
 
 
-def test_a_run_that_goes_on_says_how_to_replace_what_was_converted(run_here: Path, script: Any) -> None:
-    (run_here / "converted").mkdir()
+def test_a_run_that_goes_on_says_how_to_replace_what_was_converted(script: Any) -> None:
+    train(tiny_run("name=tiny", "trainer.max_steps=4"))
+    Path("runs/tiny/converted").mkdir()
     done = script("train", "--resume", "tiny", "trainer.max_steps=5")
     assert done.code == 0, done.err
     assert "runs/tiny --force && " in done.out
