@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -92,6 +93,15 @@ def test_broken_pipe_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Tests that run in the background of a shell ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_that_a_library_swallows_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def swallowed() -> int:
         with contextlib.suppress(KeyboardInterrupt):

@@ -140,10 +140,11 @@ def kill_and_compare(script: Path, kills: int, seed: int, folder: Path, words: l
         whole.finish()
         progress.update(task, advance=1, description="training killed")
         run = folder / "runs" / "killed"
-        while len(records) < kills:
+        while len(records) < kills and not (run / "summary.json").is_file():
             attempt = Attempt(script, folder, _next_command(run, words))
             in_start = moments.random() < _IN_START
-            longest = whole.start_seconds if in_start else whole.step_seconds / kills
+            # Some of the run is left over: the machine may be faster by then.
+            longest = whole.start_seconds if in_start else whole.step_seconds / (kills + 1)
             attempt.kill_after(in_start, moments.random() * longest)
             if not attempt.killed:
                 break
