@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
 from tnnlm.errors import CheckpointError
 from tnnlm.kernels import Kernel, TwoSidedKernel
+from tnnlm.ops.recurrence import State
 from tnnlm.ops.toeplitz import toeplitz, toeplitz_two_sided
 
 
 class ParallelConv(nn.Module):
     """What has no state: it trains, and can't decode."""
 
-    def init_state(self, *args: Any) -> NoReturn:
-        """Always raises, as :meth:`prefill` and :meth:`step` do: this form has no state."""
-        raise CheckpointError(
-            "this model is in its parallel form and can't decode",
-            "convert it first, with convert.py or tnnlm.convert_model(model)",
-        )
+    def init_state(self, batch_size: int) -> NoReturn:
+        """Always raises: this form has no state."""
+        raise _not_converted()
 
-    prefill = step = init_state
+    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> NoReturn:
+        """Always raises: this form has no state."""
+        raise _not_converted()
+
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> NoReturn:
+        """Always raises: this form has no state."""
+        raise _not_converted()
+
+
+def _not_converted() -> CheckpointError:
+    return CheckpointError(
+        "this model is in its parallel form and can't decode",
+        "convert it first, with convert.py or tnnlm.convert_model(model)",
+    )
 
 
 class LongConv(ParallelConv):
