@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ModelReport
@@ -104,9 +106,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         OSError: if the disk is full.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # From memory: the library's own writer hides the operating system's errors in the text of its own, and
-    # its files are for their owner alone.
-    path.write_bytes(save(contiguous, metadata={"format": "pt"} | (metadata or {})))
+    path.touch()
+    mode = path.stat().st_mode  # the library's own files are for their owner alone
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"} | (metadata or {}))
+        path.chmod(mode)
+    except SafetensorError as error:
+        # The library has the operating system's errors in the text of its own alone: a full disk is one that
+        # the user can mend. Writing from memory would hold all weights twice.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def check_out_folder(folder: Path, force: bool) -> None:
