@@ -103,11 +103,12 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         return _Start(strategy, folder, None, step, None if step is None else folder / source)
     tokenizer = load_task_data(config).tokenizer
     folder = run or _new_folder(config)
+    if step is not None:
+        _check_tokenizer(folder, tokenizer)
     if job is not None:
         record_job(folder, job)
     if step is None:
         return _Start(strategy, folder, tokenizer, None, None)
-    _check_tokenizer(folder, tokenizer)
     begin_at(folder, source, step)
     return _Start(strategy, folder, tokenizer, step, folder / source)
 
