@@ -157,7 +157,7 @@ def test_installed_server_completes(installed: Path) -> None:
 def test_installed_wheel_decodes_as_documented(installed: Path) -> None:
     tokenizer = train_bpe(["The first and the second and the third"], 300, "<eos>", 1, False)
     write_converted(Path("runs/demo/converted"), tokenizer, "balanced")
-    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
     (snippet,) = (
         code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from tnnlm" in code
     )

@@ -53,7 +53,7 @@ def test_public_name_is_found_and_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", tnnlm.__all__)
 def test_public_name_has_a_short_example_on_the_page(name: str) -> None:
-    page = (ROOT / "docs/api.md").read_text(encoding="utf-8").replace("\\_", "_")
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8").replace("\\_", "_")
     sections = {part.partition("\n")[0]: part for part in re.split(r"^#{2,3} ", page, flags=re.MULTILINE)}
     (example,) = re.findall(r"```python\n(.*?)```", sections[name], flags=re.DOTALL)
     assert f"tnnlm.{name}" in example or name in ("TextGenerator", "RecurrentConv")  # what others return

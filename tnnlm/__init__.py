@@ -1,6 +1,6 @@
 """tnnlm: train long-convolution language models in parallel, deploy them as recurrences.
 
-Every public name is here, and documented with an example in docs/api.md. A name is imported when it is first
+Every public name is here, and documented with an example in docs/reference/api.md. A name is imported when it is first
 used, so that ``import tnnlm`` loads neither torch nor Lightning.
 """
 

@@ -1,4 +1,4 @@
-"""Every configuration can be planned, and docs/configs.md claims what comes out."""
+"""Every configuration can be planned, and docs/reference/configurations.md claims what comes out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnnlm.training.estimate import guessed_share
 from tnnlm.training.throughput import flops_per_token
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-DOCS = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs/reference/configurations.md").read_text(encoding="utf-8")
 PEAKS = {"A100 80 GB": (312e12, 0.30, 1.5), "H100 80 GB": (989e12, 0.25, 2.5)}
 """FLOP/s, utilisation, dollars per hour: as the page says"""
 

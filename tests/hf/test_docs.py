@@ -1,4 +1,4 @@
-"""The snippets of docs/transformers.md run as they stand there, on a run of the test's own."""
+"""The snippets of docs/how-to/use-with-transformers.md run as they stand there, on a run of the test's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 
-DOCS = (ROOT / "docs/transformers.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs/how-to/use-with-transformers.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -25,7 +25,7 @@ def test_snippets_of_the_docs_and_of_a_card_run(script: Any, capsys: Any) -> Non
     python = blocks(DOCS, "python")
     assert len(python) >= 4
     for block in python:
-        exec(compile(block, "docs/transformers.md", "exec"), names)
+        exec(compile(block, "docs/how-to/use-with-transformers.md", "exec"), names)
     assert script("generate", "--model", "copy", "--prompt", "The", "--max-new-tokens", "3").code == 0
     card = Path("runs/demo/converted/README.md").read_text()
     (snippet,) = blocks(card, "python")
@@ -36,6 +36,6 @@ def test_snippets_of_the_docs_and_of_a_card_run(script: Any, capsys: Any) -> Non
 
 
 def test_docs_are_linked_and_name_only_files_that_exist() -> None:
-    assert "docs/transformers.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "docs/how-to/use-with-transformers.md" in (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", DOCS):
         assert (ROOT / "docs" / target).exists(), target

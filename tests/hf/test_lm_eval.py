@@ -78,7 +78,7 @@ def test_harness_says_what_we_say(balanced: Opened, tmp_path: Path) -> None:
     write_texts(balanced)
     window = balanced.model.config.n_ctx
     assert len(balanced.own.tokenizer.encode(TEXTS[0])) > 3 * window
-    docs = (ROOT / "docs/transformers.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs/how-to/use-with-transformers.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^lm_eval .*$", docs, flags=re.MULTILINE)
     # As documented, but for the folder, and tasks that need no network.
     words = shlex.split(line.replace("runs/demo/converted", str(balanced.folder)))

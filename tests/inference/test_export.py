@@ -36,7 +36,7 @@ METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
 STEPS = 50
 LIMIT = 1e-4
 """of logits around 1, in float32"""
-PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
 SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "tnnlm" not in code]
 ALONE = "import sys\nsys.modules['tnnlm'] = None  # any import of it fails\n"
 

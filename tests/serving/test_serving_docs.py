@@ -1,4 +1,4 @@
-"""What docs/serving.md shows works as it stands."""
+"""What docs/how-to/serve.md shows works as it stands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 from tests.support.scripts import ROOT
 from tests.support.servers import Running
 
-PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
 
 
