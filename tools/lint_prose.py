@@ -81,8 +81,16 @@ def word_list() -> tuple[re.Pattern[str], list[tuple[re.Pattern[str], str]]]:
 
 
 def prose_of(text: str) -> str:
-    """The text with code, links' targets and roles blanked out; line breaks stay."""
-    for pattern in (r"```.*?```", r":\w+:`[^`]*`", r"``.*?``", r"`[^`]*`", r"\]\([^)]*\)", r"https?://\S+"):
+    """Return the text with code, comments, links' targets and roles blanked out; line breaks stay."""
+    for pattern in (
+        r"<!--.*?-->",
+        r"```.*?```",
+        r":\w+:`[^`]*`",
+        r"``.*?``",
+        r"`[^`]*`",
+        r"\]\([^)]*\)",
+        r"https?://\S+",
+    ):
         text = re.sub(pattern, lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
     return text
 

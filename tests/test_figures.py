@@ -1,0 +1,103 @@
+"""Figures of README.md and docs come from committed records, and reference tables from the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from documentation.records import PROVENANCE, RECORDS, figure, shown
+from documentation.regions import BLOCK, FIGURE, pages, render, without_regions
+from tests.support.scripts import ROOT
+from tnnlm.errors import UserError
+
+UNITS = (
+    r"tokens/s|tokens per second|ms|milliseconds|seconds?|minutes?|GB/s|GFLOP/s|TFLOP/s|MiB|KiB|GiB|MB|kB|"
+    r"bytes|times|M parameters|M tokens|million|bits per byte|%|x"
+)
+MEASURED = re.compile(
+    rf"(?<![\w.^-])\d[\d,]*(\.\d+)?(e-?\d+)? ?({UNITS})(?![\w/])|perplexit(y|ies) (of |is )?\d|\d\.\d+e-\d+"
+)
+"""A number with the unit of a measurement."""
+STATED = json.loads((RECORDS / "stated.json").read_text(encoding="utf-8"))
+"""By page: phrases with such a number that are no measurement of ours (arithmetic, a limit, a default, a
+published figure), each with the reason."""
+CHECKED_ELSEWHERE = {"docs/reference/configurations.md": "tests/config/test_shipped_configs.py"}
+"""Pages whose figures a test of their own compares with the code."""
+
+
+def name_of(page: Path) -> str:
+    """Path of a page below the root."""
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_page_is_rendered_from_its_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert render(text) == text, "out of date: python tools/render_docs.py"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in pages() if name_of(page) not in CHECKED_ELSEWHERE], ids=name_of
+)
+def test_measured_figures_of_a_page_come_from_a_record(page: Path) -> None:
+    text = without_regions(page.read_text(encoding="utf-8"))
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.DOTALL | re.MULTILINE)
+    for phrase in STATED.get(name_of(page), ()):
+        assert phrase in text, f"stated.json: {phrase!r} is no longer on the page"
+        text = text.replace(phrase, "")
+    found = [text[max(0, match.start() - 40) : match.end()] for match in MEASURED.finditer(text)]
+    assert not found, "put them into a record of docs/records, or a reason into stated.json"
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_record_says_where_it_comes_from(path: Path) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem != "stated":
+        assert all(data.get(key) for key in PROVENANCE)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"])
+        assert {"values", "tables", "texts", "result"} & set(data)
+
+
+def test_every_record_is_shown() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in pages())
+    text += (RECORDS / "comparisons.toml").read_text(encoding="utf-8")
+    for path in RECORDS.glob("*.json"):
+        assert path.stem == "stated" or re.search(rf"[ \"]{path.stem}[ /]", text), path.stem
+
+
+def test_figures_are_formatted() -> None:
+    assert shown(4_504_576, ",") == "4,504,576"
+    assert shown(4_504_576, ".1fM") == "4.5M"
+    assert shown(0.0026, ".1fms") == "2.6 ms"
+    assert shown(0.1234, ".1%") == "12.3%"
+    ratio = figure("decode/tnnlm-balanced-compiled/float32/8192 over decode/llama.cpp-F32/float32/8192 : .2f")
+    ours, theirs = (
+        float(figure(f"decode/{name}/float32/8192")) for name in ("tnnlm-balanced-compiled", "llama.cpp-F32")
+    )
+    assert float(ratio) == pytest.approx(ours / theirs, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!--= nothing/params -->1<!--/-->",
+        "<!--= demo/nothing -->1<!--/-->",
+        "<!--= decode/llama.cpp-F32/float32/77 -->1<!--/-->",
+        "<!--= demo/params : nonsense -->1<!--/-->",
+        "<!-- begin nothing demo -->\n<!-- end -->",
+        "<!-- begin table demo nothing -->\n<!-- end -->",
+    ],
+)
+def test_region_that_leads_nowhere_is_reported(text: str) -> None:
+    with pytest.raises(UserError, match="<!--"):
+        render(text)
+
+
+def test_regions_are_found_and_removed() -> None:
+    text = "a <!--= demo/params -->1<!--/--> b\n<!-- begin metrics -->\nold\n<!-- end -->\nc"
+    assert FIGURE.search(text)
+    assert BLOCK.search(text)
+    assert without_regions(text) == "a  b\n\nc"

@@ -1,0 +1,127 @@
+"""Measurements as JSON files in docs/records, and the values that pages show of them.
+
+A record names its command, machine, CPU level, PyTorch version, date and commit. It holds ``values`` (numbers
+by name), ``tables`` (lists of rows, which are dictionaries of cells), ``texts`` (captured output), or
+``result`` (what ``tools/benchmark.py --json`` writes).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs/records"
+RESULTS = ROOT / "docs/results"
+PROVENANCE = ("command", "machine", "cpu_level", "torch", "date", "commit")
+"""Keys that every record has."""
+
+
+@cache
+def record(name: str) -> dict[str, Any]:
+    """Return a record of docs/records, or the results of an experiment in docs/results.
+
+    Args:
+        name: File name without its suffix.
+
+    Raises:
+        KeyError: If there is no such file.
+    """
+    for folder in (RECORDS, RESULTS):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return data
+    raise KeyError(f"{name}: no such record in docs/records or docs/results")
+
+
+def figure(expression: str) -> str:
+    """Return a figure as a page shows it.
+
+    Args:
+        expression: ``PATH``, ``PATH over PATH`` (a ratio) or ``PATH below PATH`` (the relative reduction),
+            and optionally `` : FORMAT``, a format specification of Python with an optional suffix: ``M``
+            (millions), ``kB``, ``MB`` or ``ms`` (milliseconds from seconds).
+
+    Raises:
+        KeyError: If a path leads nowhere.
+    """
+    paths, _, spec = expression.strip().partition(" : ")
+    if " over " in paths:
+        above, below = (_number(path) for path in paths.split(" over "))
+        value = above / below
+    elif " below " in paths:
+        lower, higher = (_number(path) for path in paths.split(" below "))
+        value = 1 - lower / higher
+    else:
+        value = value_at(paths.strip())
+    return shown(value, spec.strip())
+
+
+def shown(value: Any, spec: str) -> str:
+    """Return a value in the format that :func:`figure` describes."""
+    factor, unit = {"M": (1e-6, "M"), "kB": (1e-3, " kB"), "MB": (1e-6, " MB"), "ms": (1e3, " ms")}.get(
+        found[0] if (found := re.search(r"(M|kB|MB|ms)$", spec)) else "", (1, "")
+    )
+    plain = spec.removesuffix(unit.strip()) if unit else spec
+    return f"{value * factor:{plain}}{unit}" if unit else f"{value:{plain}}"
+
+
+def value_at(path: str) -> Any:
+    """Return the value at a path.
+
+    ``RECORD/KEY`` is one of a record's values. ``RECORD/NAME/DTYPE/CASE`` is a benchmark's result:
+    milliseconds per token where the mode is decode, tokens per second otherwise; CASE is a context or a
+    batch size.
+    ``RESULTS/key=value,.../FIELD/...`` is the mean over the cells of an experiment that have these settings.
+    """
+    name, *keys = path.split("/")
+    data = record(name)
+    if "cells" in data:
+        return _mean_of_cells(data["cells"], keys)
+    if "result" in data and keys[0] not in data.get("values", {}):
+        return _benchmark_value(data["result"], keys)
+    value: Any = data["values"]
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def _number(path: str) -> float:
+    return float(value_at(path.strip()))
+
+
+def _benchmark_value(result: dict[str, Any], keys: list[str]) -> float:
+    name, dtype, case, *field = keys
+    column = "batch" if result["mode"] == "batch" else "context"
+    rows = [
+        row
+        for row in result["results"]
+        if row["name"] == name and row["dtype"] == dtype and str(row[column]) == case
+    ]
+    if len(rows) != 1:
+        raise KeyError(f"{'/'.join(keys)}: {len(rows)} rows")
+    if field:
+        return float(rows[0][field[0]])
+    if result["mode"] in ("decode", "constant"):
+        return 1e3 * float(rows[0]["seconds_per_token"])
+    return float(rows[0]["tokens_per_second"])
+
+
+def _mean_of_cells(cells: dict[str, Any], keys: list[str]) -> float:
+    settings = dict(part.split("=") for part in keys[0].split(","))
+    found = []
+    for key, measured in cells.items():
+        own = json.loads(key)
+        if all(str(own.get(name)) == value for name, value in settings.items()):
+            value: Any = measured
+            for field in keys[1:]:
+                value = value[field]
+            found.append(float(value))
+    if not found:
+        raise KeyError(f"{'/'.join(keys)}: no such cell")
+    return fmean(found)

@@ -1,0 +1,110 @@
+"""Reference tables of settings, options of commands, and metrics, from the code that defines them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from tnnlm.config.flags import field_docs
+from tnnlm.config.schema import Config
+from tnnlm.kernels import KERNEL_SCHEMAS
+from tnnlm.training.loggers.names import METRICS, Place
+
+
+def settings_table(prefix: str = "") -> str:
+    """Return the settings of a group as a table: name, type, default, description.
+
+    Args:
+        prefix: A group such as ``optim`` or ``data.listops``, ``kernel.NAME`` for the settings of a kernel,
+            or empty for the settings at the top.
+
+    Raises:
+        KeyError: If there is no such group.
+    """
+    if prefix.startswith("kernel."):
+        schema: Any = KERNEL_SCHEMAS[prefix.removeprefix("kernel.")]
+        shown = "model.kernel."
+    else:
+        schema, shown = _schema_of(prefix), f"{prefix}." if prefix else ""
+    hints, documented = get_type_hints(schema), field_docs(schema)
+    rows = [
+        f"| `{shown}{item.name}` | {_type(hints[item.name], item)} | {_default(item)} "
+        f"| {_cell(documented.get(item.name, ''))} |"
+        for item in fields(schema)
+        # A group has a table of its own, and the name of a kernel is in the heading above the table.
+        if not is_dataclass(_value(item)) and (schema is Config or item.name != "name")
+    ]
+    return "\n".join(("| setting | type | default | description |", "|---|---|---|---|", *rows))
+
+
+def options_table(command: str) -> str:
+    """Return the options of a command as a table: option, description.
+
+    Args:
+        command: A subcommand of ``tnnlm``, such as ``prepare_data``.
+    """
+    lines = ["| option | description |", "|---|---|"]
+    for action in _actions(importlib.import_module(f"tnnlm.cli.{command}").arguments()):
+        name = ", ".join(action.option_strings) or action.dest
+        value = action.metavar or ("" if action.nargs == 0 else "|".join(map(str, action.choices or ())))
+        value = " ".join(value) if isinstance(value, tuple) else value
+        called = name if not action.option_strings or not value else f"{name} {value}"
+        lines.append(f"| `{_cell(called)}` | {_cell((action.help or '').replace('%%', '%'))} |")
+    return "\n".join(lines)
+
+
+def metrics_table() -> str:
+    """Return the metrics of a run as a table: column, title, unit, tasks."""
+    tasks = {Place.CAUSAL: "causal", Place.MASKED: "masked", Place.CLASSIFY: "classify"}
+    lines = ["| column | is | unit | tasks |", "|---|---|---|---|"]
+    for metric in METRICS:
+        named = [name for place, name in tasks.items() if metric.shown & place]
+        column = f"{metric.column}/LAYER" if metric.shown & Place.LAYERS else metric.column
+        lines.append(f"| `{column}` | {metric.title} | {metric.unit or '-'} | {', '.join(named) or 'all'} |")
+    return "\n".join(lines)
+
+
+def _schema_of(prefix: str) -> type:
+    schema: Any = Config
+    for part in filter(None, prefix.split(".")):
+        schema = type(_value({item.name: item for item in fields(schema)}[part]))
+    assert isinstance(schema, type)
+    return schema
+
+
+def _value(item: Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _default(item: Field[Any]) -> str:
+    value = _value(item)
+    if value is None:
+        return "`null`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "empty"
+
+
+def _type(hint: Any, item: Field[Any]) -> str:
+    if options := item.metadata.get("options"):
+        return " \\| ".join(f"`{option}`" for option in options)
+    if get_origin(hint) is list:
+        return "list of strings"
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    words = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    return " or ".join(words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if action.dest != "help" and action.help is not argparse.SUPPRESS:
+            yield action
+
+
+def _cell(text: str) -> str:
+    """Text of a docstring or help as a cell of a Markdown table."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text).replace("``", "`").replace("|", "\\|")

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Render figures and reference tables into README.md and docs, from docs/records, docs/results and the code.
+
+Examples:
+  python tools/render_docs.py            # write the pages that are out of date
+  python tools/render_docs.py --check    # exit code 1 if a page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from documentation.records import ROOT
+from documentation.regions import pages, render
+from tnnlm.errors import UserError, run_script
+from tnnlm.files import write_text
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if a page is stale.")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the command, and return its exit code."""
+    args = parse()
+    stale = 0
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        try:
+            rendered = render(text)
+        except UserError as error:
+            raise UserError(f"{page.relative_to(ROOT)}: {error}") from None
+        if rendered != text:
+            stale += 1
+            print(f"{page.relative_to(ROOT)}: {'out of date' if args.check else 'rendered'}")
+            if not args.check:
+                write_text(page, rendered)
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
