@@ -1,4 +1,4 @@
-"""Fields of settings with bounds or choices, which are checked in one place before anything is built."""
+"""Dataclass fields of settings with bounds or choices, which :mod:`tnnlm.config.checks` validates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ def number(
     above: float | None = None,
     word: str | None = None,
 ) -> Any:
-    """A field with bounds: ``low`` <= value <= ``high`` and value > ``above``; None and ``word`` pass."""
+    """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
+
+    None and ``word`` are valid as well.
+    """
     return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
 
 
 def choice(default: str, *options: str) -> Any:
-    """A field that takes one of ``options``."""
+    """Return a field whose value is one of ``options``."""
     return field(default=default, metadata={"options": options})

@@ -238,7 +238,7 @@ def test_another_kernel_on_the_command_line_drops_the_settings_of_the_first() ->
 
 def test_kernel_that_is_unknown_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.kernel\.name=foo: unknown kernel; there is fd_tno, rtf, sgconv, tno"
+        ConfigError, match=r"model\.kernel\.name=foo: unknown kernel; choose one of fd_tno, rtf, sgconv, tno"
     ):
         load_config(overrides=["model.kernel.name=foo"])
 
@@ -319,7 +319,7 @@ def test_every_field_has_a_docstring(schema: type) -> None:
     ],
 )
 def test_settings_of_a_source_that_is_not_named_are_an_error(words: str, key: str, owner: str) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{key}: is not read .*set data\.source={owner} too"):
+    with pytest.raises(ConfigError, match=rf"data\.{key}: is not used .*set data\.source={owner} too"):
         load_config(None, words.split())
 
 

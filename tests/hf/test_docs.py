@@ -1,4 +1,4 @@
-"""The snippets of docs/how-to/use-with-transformers.md run as they stand there, on a run of the test's own."""
+"""The code blocks of docs/how-to/use-with-transformers.md run unchanged, on a small run."""
 
 from __future__ import annotations
 

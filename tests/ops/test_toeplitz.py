@@ -58,7 +58,7 @@ def test_zeros_of_padding_reach_no_output() -> None:
 
 
 def test_two_sided_toeplitz_refuses_an_even_number_of_taps() -> None:
-    with pytest.raises(ValueError, match="even number"):
+    with pytest.raises(ValueError, match="k has 6 taps: expected an odd number"):
         toeplitz_two_sided(torch.zeros(1, 4, 2), torch.zeros(2, 6))
 
 

@@ -207,7 +207,7 @@ def test_mistakes_end_with_one_line_and_no_run(script: Any) -> None:
     for words, told in (
         (("data.source=lra",), "name the archive's folder"),
         (("data.source=lra", "data.lra.folder=nowhere"), "no such folder"),
-        (("data.source=stdlib",), "is not for task=classify"),
+        (("data.source=stdlib",), "can't be used with task=classify"),
         (("model.n_classes=3",), "listops takes n_classes=10"),
         (("data.listops.max_length=13",), "above model.max_length=12"),
         (("data.listops.max_args=1",), "must be at least 2"),

@@ -150,10 +150,10 @@ def test_what_converts_or_writes_says_what_to_do(script: Any) -> None:
     ("words", "message"),
     [
         (["task=caus"], "expected one of causal, masked"),
-        (["model.causal=false"], "task=causal guesses the next token"),
-        (["data.mask_token=<mask>"], "belongs to task=masked"),
+        (["model.causal=false"], "task=causal predicts the next token"),
+        (["data.mask_token=<mask>"], "is for task=masked only"),
         (["task=masked", "data.mask_fraction=0"], "data.mask_fraction=0"),
-        (["task=masked", "data.mask_token=<|endoftext|>"], "is data.eos_token"),
+        (["task=masked", "data.mask_token=<|endoftext|>"], "is the same as data.eos_token"),
         (["task=masked", "model.vocab_size=257"], "must be at least 258"),
     ],
 )

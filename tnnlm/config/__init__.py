@@ -1,1 +1,1 @@
-"""Settings: their schema, and how they are read."""
+"""Configuration of a run: the schema of its settings, and the code that reads and checks them."""

@@ -1,4 +1,4 @@
-"""One check of settings for all their origins: files, ``key=value`` words, flags of a script, calls."""
+"""Checks of the bounds and choices of settings, whether from a file, an override, an option or a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tnnlm.errors import ConfigError
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Name, value and bounds of every field, those of nested groups as ``group.name``."""
+    """Yield name, value and metadata of every field; fields of nested groups are called ``group.name``."""
     for item in fields(settings):
         value = getattr(settings, item.name)
         if is_dataclass(value):
@@ -20,24 +20,24 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[
 
 
 def check_settings(settings: Any, shown: Callable[[str, Any], str] = "{}={}".format) -> None:
-    """Refuse values outside the bounds and choices of their fields.
+    """Raise an error if a value is outside the bounds or choices of its field.
 
     Args:
-        settings: a dataclass whose fields are made by :mod:`tnnlm.fields`.
-        shown: names a field and its value in the error.
+        settings: Dataclass whose fields are created with :mod:`tnnlm.fields`.
+        shown: Formats the name and value of a field for the error message.
 
     Raises:
-        ConfigError: for the first one.
+        ConfigError: If a value is invalid; the error reports the first one.
     """
     for name, value, metadata in leaves(settings):
         check_value(shown(name, value), value, metadata)
 
 
 def check_value(shown: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Refuse a value outside the bounds and choices of its field.
+    """Raise an error if a value is outside the bounds or choices given by the metadata of its field.
 
     Raises:
-        ConfigError: that begins with ``shown``.
+        ConfigError: If the value is invalid; the message begins with ``shown``.
     """
     options, word = metadata.get("options"), metadata.get("word")
     if options and value not in options:

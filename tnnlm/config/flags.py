@@ -1,4 +1,4 @@
-"""Flags of a script from a dataclass of settings, where names, types, choices and help stand already."""
+"""Command-line options generated from the fields of a settings dataclass: type, choices, default and help."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def add_flags(
     names: Mapping[str, str],
     defaults: Mapping[str, Any] = {},
 ) -> None:
-    """Add a flag for some fields of a dataclass.
+    """Add an option to a parser for each of the given fields of a dataclass.
 
     Args:
-        parser: or a group of it: gets the flags.
-        schema: a dataclass whose fields take a number, a string, or a number or a word.
-        names: field -> flag without dashes in front, in the order of ``--help``.
-        defaults: of fields for which the script's differ from the schema's.
+        parser: Parser or argument group that the options are added to.
+        schema: Dataclass whose fields are numbers, strings, or a number or a keyword such as ``auto``.
+        names: Field names mapped to option names without leading dashes, in the order of ``--help``.
+        defaults: Defaults of the script where they differ from the defaults of the schema.
 
     Raises:
-        TypeError: for a field of another type.
+        TypeError: If a field has another type.
     """
     hints, documented = get_type_hints(schema), field_docs(schema)
     by_name = {item.name: item for item in fields(schema)}
@@ -54,10 +54,10 @@ def add_flags(
 
 
 def settings_from_flags(schema: Callable[..., _T], names: Mapping[str, str], args: argparse.Namespace) -> _T:
-    """The settings that flags of :func:`add_flags` ask for.
+    """Return the settings given by the options that :func:`add_flags` added.
 
     Raises:
-        ConfigError: for a value out of bounds, naming the flag.
+        ConfigError: If a value is out of bounds; the message begins with the option.
     """
     settings = schema(**{name: getattr(args, name) for name in names})
     check_settings(settings, lambda name, value: f"--{names.get(name, name)} {value}")
@@ -66,9 +66,9 @@ def settings_from_flags(schema: Callable[..., _T], names: Mapping[str, str], arg
 
 @cache
 def field_docs(schema: type) -> Mapping[str, str]:
-    """What the string under each field of a class says, on one line; those of base classes too.
+    """Return the docstring of each field of a class and its base classes, each on one line.
 
-    Empty where the source is not at hand.
+    Classes whose source code is not available contribute no docstrings.
     """
     found: dict[str, str] = {}
     for part in reversed(schema.__mro__[:-1]):
@@ -90,14 +90,14 @@ def _string(node: ast.stmt) -> str:
 
 
 def _reader(hint: Any, word: str | None, where: str) -> tuple[Callable[[str], Any], str]:
-    """What reads a flag's value, and what stands for it in the help."""
+    """Return the parser of an option's value, and its metavar in the help."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if kinds == (str,):
         return str, "TEXT"
     numbers = [kind for kind in kinds if kind in _METAVARS]
     if len(numbers) != 1 or set(kinds) - {*numbers, str}:
-        raise TypeError(f"{where}: no flag can be made of {hint}")
+        raise TypeError(f"{where}: can't be an option, its type is {hint}")
     (kind,) = numbers
     if str not in kinds:
         return kind, _METAVARS[kind]
@@ -115,6 +115,6 @@ def _number_or(kind: type, word: str | None) -> Callable[[str], Any]:
 
 
 def _help(text: str, default: Any) -> str:
-    # null is YAML's; a percent sign would begin a format of argparse's.
+    # "null" means something in YAML files only, and argparse formats help with the % operator.
     text = text.replace("null:", "default:").replace("%", "%%")
     return text if default is None else f"{text} (default: {default})"

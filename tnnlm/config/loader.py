@@ -1,7 +1,7 @@
-"""From defaults, a YAML file and ``key=value`` words to a checked ``Config``, and back to plain data.
+"""Loading of a checked ``Config`` from defaults, a YAML file and overrides, and its conversion to plain data.
 
-defaults < yaml < command line. Unknown keys, wrong types and values out of bounds raise
-``ConfigError`` naming the key. Nobody behind this module sees an OmegaConf object.
+The YAML file overrides the defaults, and ``key=value`` arguments override both. Unknown keys, wrong types and
+values out of bounds raise ``ConfigError`` with the key. OmegaConf objects are not used outside this module.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
 
 _OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
-"""source -> how the settings that it alone reads begin"""
+"""Values of ``data.source``, each with the prefix of the settings that only this source uses."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+    """Load a configuration.
 
     Args:
-        path: a YAML file; None takes the defaults.
-        overrides: words like ``optim.lr=1e-3``.
+        path: YAML file; None uses the defaults only.
+        overrides: Overrides such as ``optim.lr=1e-3``.
 
     Raises:
-        ConfigError: for a missing or unreadable file and for every wrong key or value.
+        ConfigError: If the file is missing or unreadable, or a key or value is invalid.
     """
     layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
     layers.append((_read_overrides(overrides), "command line"))
     config = _merge(layers)
     for layer, where in reversed(layers):
         if OmegaConf.select(layer, "data.source") is not None:
-            break  # named, whatever else is described here or before
+            break  # The source was chosen explicitly: settings of other sources may be present.
         _check_source(layer, config.data.source, where)
     return config
 
 
 def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
-    """The inverse of :func:`config_to_dict`; ``where`` names the origin in errors."""
+    """Return the configuration that :func:`config_to_dict` stored; errors report ``where`` as its origin."""
     return _merge([(_as_dict_config(data, where), where)])
 
 
 def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
-    """The ``model`` group alone, as converted models store it.
+    """Return the ``model`` group alone, as stored in converted models.
 
-    Of the kernel only its name and module are kept: a converted model has none, and what
-    registered it need not be here.
+    Only the name and module of the kernel are kept: a converted model has no kernel, and the module that
+    registers it may not be installed.
     """
     kernel = data["kernel"]
     rest = {key: value for key, value in data.items() if key != "kernel"}
@@ -77,19 +77,19 @@ def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> M
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and strings: what checkpoints may hold."""
+    """Return a configuration as plain dicts, lists, numbers and strings, as stored in checkpoints."""
     return asdict(config)
 
 
 def config_to_yaml(config: Config) -> str:
-    """The whole configuration as YAML, defaults included."""
+    """Return the complete configuration as YAML, including defaults."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _merge(layers: list[tuple[DictConfig, str]]) -> Config:
     try:
         return _merged(layers)
-    except OmegaConfBaseException as error:  # an interpolation, ${...}, that leads nowhere
+    except OmegaConfBaseException as error:  # For example an interpolation, ${...}, that can't be resolved.
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
 
@@ -102,7 +102,7 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
         name = _kernel_setting(layer, "name", where) or name
         module = _kernel_setting(layer, "module", where) or module
         names.append(name)
-    # Who names another kernel on the command line has no use for the file's settings of the first.
+    # Settings of the file's kernel don't apply to another kernel that the command line selects.
     for (layer, _), meant in zip(layers, names, strict=True):
         if meant != name and "model" in layer:
             layer.model.pop("kernel", None)
@@ -122,40 +122,44 @@ def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
     check_settings(config)
     _settle_task(config)
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
-        raise ConfigError(f"name={config.name!r}: a run's name is a single folder name")
+        raise ConfigError(f"name={config.name!r}: must be a single folder name")
     return config
 
 
 def _settle_task(config: Config) -> None:
-    """Refuse settings that another task has, and fill in what the task needs."""
+    """Raise an error for settings that the task doesn't have, and set defaults that depend on the task."""
     if config.task == "causal" and config.model.causal is False:
         raise ConfigError(
-            "model.causal=false: task=causal guesses the next token and may not see it",
-            "leave model.causal out, or set task=masked",
+            "model.causal=false: task=causal predicts the next token and must not see it",
+            "omit model.causal, or set task=masked",
         )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):
-        instead = "set task=classify" if labelled else f"task=classify reads {' or '.join(LABELLED)}"
-        raise ConfigError(f"data.source={data.source}: is not for task={config.task}", instead)
+        instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
+        raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}", instead)
     if not labelled:
         size = config.model.vocab_size
         check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
     if config.task == "masked":
         data.mask_token = data.mask_token or MASK_TOKEN
         if data.mask_token == data.eos_token:
-            raise ConfigError(f"data.mask_token={data.mask_token}: is data.eos_token", "name another one")
+            raise ConfigError(
+                f"data.mask_token={data.mask_token}: is the same as data.eos_token", "set another token"
+            )
         if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
                 "task=masked: every byte, an end token and a mask token"
             )
     elif data.mask_token is not None:
-        raise ConfigError(f"data.mask_token={data.mask_token}: belongs to task=masked, not {config.task}")
+        raise ConfigError(
+            f"data.mask_token={data.mask_token}: is for task=masked only, not task={config.task}"
+        )
 
 
 def _check_source(layer: DictConfig, source: str, where: str) -> None:
-    """Refuse settings of another source where none was named: the run would train on something else."""
+    """Raise an error for settings of a source that is not selected: the run would silently use other data."""
     defaults = config_to_dict(DataConfig())
     group = layer.get("data")
     given = cast(dict[str, Any], OmegaConf.to_container(group)) if group else {}
@@ -163,7 +167,7 @@ def _check_source(layer: DictConfig, source: str, where: str) -> None:
         owner = next((own for own, prefix in _OWNERS.items() if key.startswith(prefix)), source)
         if owner != source and value != defaults[key]:
             raise ConfigError(
-                f"data.{key}: is not read with data.source={source} ({where})", f"set data.source={owner} too"
+                f"data.{key}: is not used with data.source={source} ({where})", f"set data.source={owner} too"
             )
 
 
@@ -192,7 +196,7 @@ def _read_overrides(words: Sequence[str]) -> DictConfig:
 def _as_dict_config(data: Any, where: str) -> DictConfig:
     node = data if isinstance(data, DictConfig) else OmegaConf.create(data)
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"{where}: expected settings by name, such as 'model:' and 'data:'")
+        raise ConfigError(f"{where}: expected a mapping of settings, such as 'model:' and 'data:'")
     group = node.get("data")
     if isinstance(group, DictConfig) and isinstance(group.get("files"), str):
         group.files = [group.files]
@@ -200,7 +204,7 @@ def _as_dict_config(data: Any, where: str) -> DictConfig:
 
 
 def _import_kernel(module: str) -> None:
-    """Run the file, or import the module, in which a user registers a kernel; a file only once."""
+    """Import the user's file or module that registers a kernel; a file is executed only once."""
     name = module
     try:
         if module.endswith(".py"):
@@ -212,12 +216,12 @@ def _import_kernel(module: str) -> None:
             assert spec is not None
             assert spec.loader is not None
             loaded = module_from_spec(spec)
-            # Before it runs: dataclasses look their module up.
+            # Registered before it is executed, because dataclasses look up their module.
             sys.modules[name] = loaded
             spec.loader.exec_module(loaded)
         else:
             import_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except Exception as error:  # The user's file may raise anything.
         sys.modules.pop(name, None)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(f"model.kernel.module={module}: can't be imported ({reason})") from error

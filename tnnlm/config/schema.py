@@ -1,6 +1,7 @@
-"""Every setting of a run, as keyword-only dataclasses; :mod:`tnnlm.config.loader` reads and checks them.
+"""Settings of a run, as keyword-only dataclasses.
 
-The settings of each kernel stand beside it, in :mod:`tnnlm.kernels`.
+:mod:`tnnlm.config.loader` reads and checks them. The settings of each kernel are defined with the kernel, in
+:mod:`tnnlm.kernels`.
 """
 
 from __future__ import annotations
@@ -15,242 +16,263 @@ from tnnlm.kernels.tno import TNOConfig
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Sizes of the model."""
+    """Architecture and sizes of the model."""
 
     d_model: int = number(256, low=1, high=1_000_000)
-    """width of the residual stream"""
+    """Width of the residual stream, in channels."""
     n_layers: int = number(4, low=1, high=10_000)
-    """blocks"""
+    """Number of blocks."""
     vocab_size: int = number(4096, low=2, high=10_000_000)
-    """entries of the embedding; at least 257 for text; a tokenizer trained here gets at most as many"""
+    """Number of embedding entries, at least 257 for text. A tokenizer trained for the run has at most this
+    many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
-    """training length in tokens"""
+    """Training sequence length in tokens. Decoding is not limited to it."""
     expand: int = number(3, low=1, high=64)
-    """channels of the mixer over d_model"""
+    """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
-    """hidden width of the channel mixing; null: d_model"""
+    """Hidden width of the GLU (null: ``d_model``)."""
     dropout: float = number(0.0, low=0, high=0.99)
-    """on embeddings and both branches of a block"""
+    """Dropout probability on the embeddings and on both branches of each block."""
     kernel: KernelConfig = field(default_factory=TNOConfig)
-    """the convolution kernel"""
+    """Convolution kernel and its settings, which depend on ``kernel.name``."""
     causal: bool | None = None
-    """whether a position sees those before it alone; null: as the task needs. false: kernels reach both
-    ways, by the network on negative lags too (tno) or a second kernel (all others)"""
+    """Whether a position depends on earlier positions only (null: true for task=causal, else false). With
+    false the convolutions are bidirectional: tno evaluates its network at negative lags too, every other
+    kernel gets a second instance."""
     n_classes: int = number(2, low=2, high=1_000_000)
-    """classes; task classify only"""
+    """Number of classes, for task=classify only."""
     pair: bool = False
-    """classify pairs of sequences, each read by itself; task classify only"""
+    """Whether an example is a pair of sequences, each encoded separately, for task=classify only."""
 
 
 @dataclass(kw_only=True)
 class ListOpsConfig:
-    """Expressions to be generated; the defaults are the Long Range Arena's."""
+    """Generated ListOps expressions; the defaults are those of the Long Range Arena (arXiv 2011.04006)."""
 
     min_length: int = number(501, low=1, high=1 << 20)
-    """symbols of the shortest expression"""
+    """Minimum length of an expression in symbols."""
     max_length: int = number(1999, low=4, high=1 << 20)
-    """of the longest; at most ``model.max_length``"""
+    """Maximum length of an expression in symbols, at most ``model.max_length``."""
     max_depth: int = number(10, low=2, high=100)
-    """of nesting, a value counted as 1"""
+    """Maximum nesting depth of an expression, where a digit alone has depth 1."""
     max_args: int = number(10, low=2, high=1_000)
-    """largest number of arguments; drawn evenly from 2 on"""
+    """Maximum number of arguments of an operator, sampled uniformly from 2 upwards."""
     train_rows: int = number(96_000, low=1)
-    """expressions to train on"""
+    """Number of training expressions."""
     val_rows: int = number(2_000, low=1)
-    """to validate on; none of them is trained on"""
+    """Number of validation expressions, all different from the training expressions."""
     test_rows: int = number(2_000, low=1)
-    """and to test on when the run ends"""
+    """Number of test expressions, which are scored when the run ends."""
 
 
 @dataclass(kw_only=True)
 class ArchiveConfig:
-    """A task of the Long Range Arena, read from files as they are published."""
+    """Task of the Long Range Arena (arXiv 2011.04006), read from the published files."""
 
     task: str = choice("listops", "listops", "text", "retrieval", "image", "pathfinder", "pathx")
-    """which; tnnlm/data/sequences/lra.py says what it reads"""
+    """Task to train on. The files that each task needs are listed in tnnlm/data/sequences/lra.py."""
     folder: str | None = None
-    """the unpacked lra_release, with aclImdb (text) and cifar-10-batches-py (image) in it"""
+    """Folder of the unpacked lra_release, which must also hold aclImdb (for text) and cifar-10-batches-py
+    (for image)."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the text or the labelled sequences come from, and how they become tokens."""
+    """Source of the text or of the labelled sequences, tokenization and batching."""
 
     source: str = choice("stdlib", "stdlib", "files", "hub", "listops", "lra")
-    """text: stdlib (sources of the running Python), files (``data.files``) or hub (a ``datasets`` name);
-    to classify: listops (expressions generated as ``data.listops`` says) or lra (the files in
-    ``data.lra.folder``)"""
+    """Source of the data. Text: stdlib (source code of the running Python's standard library), files
+    (``data.files``) or hub (a data set of the Hugging Face Hub). For task=classify: listops (generated from
+    ``data.listops``) or lra (read from ``data.lra.folder``)."""
     files: list[str] = field(default_factory=list)
-    """paths or globs of .txt .md .py .jsonl .parquet, each also as .gz; files only"""
+    """Paths or globs of .txt, .md, .py, .jsonl and .parquet files, optionally compressed as .gz, for
+    data.source=files only."""
     text_column: str = "text"
-    """column of .jsonl, .parquet and hub data that holds the text"""
+    """Column of .jsonl, .parquet and Hub data that contains the text."""
     hub_name: str | None = None
-    """name of a hub data set, or a local folder in its format; hub only"""
+    """Name of a data set on the Hugging Face Hub, or path of a local folder that ``datasets`` can load, for
+    data.source=hub only."""
     hub_config: str | None = None
-    """its configuration, where it has several"""
+    """Configuration of the Hub data set, if it has several."""
     hub_split: str = "train"
-    """the split to read"""
+    """Split of the Hub data set to train on."""
     hub_val_split: str | None = None
-    """its validation split; null: hold out ``val_fraction`` of ``hub_split``"""
+    """Split of the Hub data set to validate on (null: hold out ``data.val_fraction`` of
+    ``data.hub_split``)."""
     streaming: bool = False
-    """read the hub data set as a stream; needs ``data.max_documents``"""
+    """Whether to stream the Hub data set instead of downloading it first; requires ``data.max_documents``."""
     max_documents: int | None = number(None, low=2)
-    """stop after so many documents"""
+    """Maximum number of documents to read, per split for data.source=hub (null: all)."""
     tokenizer: str | None = None
-    """a tokenizer.json or the name of a hub tokenizer; null: train byte-level BPE on the training split"""
+    """Path of a tokenizer.json or name of a tokenizer on the Hub (null: train a byte-level BPE on the
+    training split)."""
     eos_token: str = "<|endoftext|>"
-    """the token that ends a document; a given tokenizer must have it"""
+    """End-of-document token. A given tokenizer must contain it."""
     mask_token: str | None = None
-    """the token that hides others, added to a tokenizer that lacks it; null: <|mask|>; task masked only"""
+    """Mask token, added to a given tokenizer that lacks it, for task=masked only (null: <|mask|>)."""
     mask_fraction: float = number(0.15, above=0, high=0.99)
-    """share of a row's tokens that are to be guessed: of ten of them 8 are hidden, 1 becomes any token and 1
-    stays; task masked only"""
+    """Fraction of the tokens of a row to predict, for task=masked only. As in BERT, 80 % of them become the
+    mask token, 10 % a random token, and 10 % are unchanged."""
     val_fraction: float = number(0.02, above=0, high=0.5)
-    """share of the text, by document, that is held out; of labelled sequences, where they come without
-    validation split"""
+    """Fraction of the text to hold out for validation, in whole documents. For data.source=lra, fraction of
+    the training examples of tasks without a validation split."""
     max_val_tokens: int | None = number(None, low=1)
-    """validate on so many tokens at the most"""
+    """Maximum number of tokens to validate on (null: all)."""
     batch_size: int = number(8, low=1, high=1_000_000)
-    """rows of ``model.max_length`` tokens per device and batch"""
+    """Rows of ``model.max_length`` tokens per device and batch."""
     num_workers: int = number(0, low=0, high=1_024)
-    """loader processes; rows come from a memory-mapped file, so 0 is rarely slow"""
+    """Number of data loader processes. 0 loads in the main process, which is fast enough for most models
+    because rows are memory-mapped."""
     cache_dir: str | None = None
-    """tokenized text is kept here; null: $TNNLM_CACHE or ~/.cache/tnnlm"""
+    """Folder of the tokenized data (null: $TNNLM_CACHE, else ~/.cache/tnnlm)."""
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)
-    """with source listops"""
+    """Settings of the generated expressions, for data.source=listops only."""
     lra: ArchiveConfig = field(default_factory=ArchiveConfig)
-    """with source lra"""
+    """Settings of the Long Range Arena, for data.source=lra only."""
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and the learning rate's course."""
+    """AdamW and the learning rate schedule."""
 
     lr: float = number(2e-3, above=0, high=100)
-    """peak learning rate"""
+    """Peak learning rate."""
     beta1: float = number(0.9, low=0, high=0.9999)
-    """decay of the gradient's mean"""
+    """AdamW beta1, the decay rate of the running mean of the gradient."""
     beta2: float = number(0.98, low=0, high=0.999999)
-    """decay of its square's mean"""
+    """AdamW beta2, the decay rate of the running mean of the squared gradient."""
     eps: float = number(1e-8, above=0, high=1)
-    """added to the denominator"""
+    """AdamW epsilon, added to the denominator for numerical stability."""
     weight_decay: float = number(0.1, low=0, high=100)
-    """decoupled; on matrices, not on biases nor kernels"""
+    """Decoupled weight decay of matrices. Biases are excluded, and so are kernels, because decaying them
+    would shorten the memory."""
     kernel_lr_scale: float = number(1.0, above=0, high=1_000)
-    """learning rate of kernel parameters over ``lr``"""
+    """Learning rate of the kernel parameters as a multiple of ``optim.lr``."""
     schedule: str = choice("cosine", "cosine", "inverse_sqrt", "constant")
-    """course after the warm-up"""
+    """Learning rate schedule after the warm-up."""
     warmup_steps: int = number(100, low=0)
-    """steps of linear warm-up"""
+    """Number of optimizer steps of linear warm-up."""
     min_lr_ratio: float = number(0.01, low=0, high=1)
-    """the cosine ends at this share of ``lr``"""
+    """Final learning rate of the cosine schedule as a fraction of ``optim.lr``."""
     grad_clip: float = number(1.0, low=0)
-    """largest gradient norm; 0 switches clipping off"""
+    """Maximum gradient norm; 0 disables clipping."""
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """Length of the training and the machine it runs on."""
+    """Length of the training, hardware, precision and logging."""
 
     max_steps: int = number(2000, low=1)
-    """optimizer steps"""
+    """Number of optimizer steps to train for."""
     val_every_n_steps: int = number(500, low=1)
-    """optimizer steps between validations; the last step is always validated"""
+    """Number of optimizer steps between validations. The last step is always validated."""
     log_every_n_steps: int = number(20, low=1)
-    """optimizer steps between rows of metrics.csv"""
+    """Number of optimizer steps between rows of metrics.csv."""
     precision: str = choice("auto", "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
-    """auto: bf16-mixed where the hardware has it, else 32-true"""
+    """Lightning's precision plugin; auto selects bf16-mixed on hardware that computes in bfloat16, else
+    32-true."""
     accelerator: str = "auto"
-    """auto (a CUDA or ROCm GPU, else the CPU), cpu, gpu ...: Lightning's names"""
+    """Lightning's accelerator; auto selects a CUDA or ROCm GPU if available, else the CPU."""
     devices: Union[int, str] = number("auto", low=1, word="auto")  # noqa: UP007  OmegaConf reads typing.Union
-    """how many per node, or auto"""
+    """Number of devices per node; auto selects all GPUs, or one CPU process."""
     num_nodes: int = number(1, low=1, high=100_000)
-    """machines"""
+    """Number of nodes (machines)."""
     strategy: str = "auto"
-    """auto, ddp: a whole model on every device; fsdp: parameters, gradients and moments sharded over
-    devices; or another of Lightning's names"""
+    """Lightning's distributed strategy. auto and ddp replicate the model on every device; fsdp shards
+    parameters, gradients and optimizer states."""
     accumulate: int = number(1, low=1, high=1_000_000)
-    """batches per optimizer step"""
+    """Number of batches to accumulate gradients over before each optimizer step."""
     skip_nonfinite: bool = True
-    """leave out a step whose loss or gradient is NaN or infinite"""
+    """Whether to skip optimizer steps whose loss or gradient is NaN or infinite."""
     spike_factor: float = number(0.0, low=0, high=1e6)
-    """leave out a step whose loss is above so many times the running mean of the last 50 or so; 0: none"""
+    """Skip optimizer steps whose loss exceeds this multiple of its running mean over about 50 steps; 0
+    disables the check."""
     max_skipped: int = number(10, low=1, high=1_000_000)
-    """stop after so many left out in a row; the last good checkpoint is kept"""
+    """Maximum number of consecutive skipped steps. The run then stops, and the last good checkpoint is
+    kept."""
     compile: bool = False
-    """torch.compile the blocks: a tenth faster on a CPU, after half a minute"""
+    """Whether to compile the blocks with torch.compile; about a tenth faster on a CPU, after half a minute of
+    compilation."""
     recompute: bool = False
-    """keep each block's input alone for the backward pass and compute the rest again, logits in pieces: for
-    long sequences; a third more work"""
+    """Activation checkpointing: store only the input of each block for the backward pass and compute logits
+    in chunks. Saves memory on long sequences for a third more compute."""
     ema_decay: float | None = number(None, above=0, high=0.999999)
-    """average the weights with this decay per step, and validate, save and convert the average; null: off"""
+    """Decay per step of an exponential moving average of the weights, which is then validated, saved and
+    converted instead of the weights (null: no averaging)."""
     wandb: str | None = None
-    """Weights & Biases project to log to as well (extra [wandb]; WANDB_MODE=offline works); null: none"""
+    """Weights & Biases project to log to, in addition to metrics.csv and TensorBoard (null: none). Requires
+    the extra [wandb]; WANDB_MODE=offline is supported."""
     sample_prompt: str = "def "
-    """a sample continues this text at each validation"""
+    """Prompt of the sample that is generated at each validation; the default suits Python source code."""
     sample_tokens: int = number(64, low=0, high=100_000)
-    """its length; 0 writes none"""
+    """Maximum number of tokens of each sample; 0 disables samples."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """Checkpointing of the run."""
 
     every_n_steps: int = number(500, low=1)
-    """optimizer steps between saves of last.ckpt; the one before is kept as previous.ckpt"""
+    """Number of optimizer steps between saves of last.ckpt. The checkpoint before it is kept as
+    previous.ckpt."""
 
 
 @dataclass(kw_only=True)
 class ConversionConfig:
-    """How checkpoints become recurrences."""
+    """Conversion of kernels to recurrences."""
 
     method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
-    """balanced: few poles within a tolerance; etsc: exact, as published; window: the last inputs
-    themselves; companion: the kernel's own recurrence, where it has one (rtf); auto: the smallest of
-    these; gradient: fitted by Adam, the slow baseline"""
+    """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,
+    exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
+    recurrence of an rtf kernel), auto (per layer, whichever of these has the smallest state within the
+    tolerance) or gradient (fitted with Adam, a slow baseline)."""
     horizon: Union[int, str] = number("auto", low=1, high=1 << 20, word="auto")  # noqa: UP007
-    """lags that must be right; auto: until the kernel's remaining energy is float32 rounding"""
+    """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
+    kernel is below float32 rounding, or the training length if it does not decay."""
     tolerance: float = number(1e-3, above=0, high=0.999)
-    """largest relative error of the taps; balanced and auto"""
+    """Maximum relative error of the taps, for balanced and auto."""
     order: int | None = number(None, low=1, high=1 << 20)
-    """real state numbers per channel; null: as few as the tolerance needs (gradient: 16)"""
+    """State size in real numbers per channel (null: the smallest that meets the tolerance; 16 for
+    gradient)."""
     poles: str = choice("shared", "shared", "channel")
-    """one set of poles for all channels of a layer, or one per channel; balanced"""
+    """Whether all channels of a layer share one set of poles or each channel has a separate set, for
+    balanced."""
     window_taps: int = number(0, low=0, high=1 << 20)
-    """first lags that a window of the last inputs takes over exactly; balanced"""
+    """Number of lags that are computed exactly by direct convolution before the poles take over, for
+    balanced."""
     gradient_steps: int = number(2000, low=1, high=100_000_000)
-    """steps of Adam; gradient"""
+    """Number of Adam steps, for gradient."""
     gradient_lr: float = number(1e-2, above=0, high=100)
-    """its learning rate; gradient"""
+    """Learning rate of Adam, for gradient."""
     chunk: int = number(256, low=1, high=1 << 20)
-    """tokens per prefill chunk when validating the recurrent form"""
+    """Number of tokens per prefill chunk when the recurrent form is validated."""
 
 
 MASK_TOKEN = "<|mask|>"
-"""``data.mask_token`` where none is named"""
+"""Default of ``data.mask_token`` for task=masked."""
 SMALLEST_TEXT = 257
-"""entries of the smallest tokenizer of text: every byte and an end token"""
+"""Minimum vocabulary size for text: every byte and an end-of-document token."""
 SMALLEST_MASKED = 258
-"""entries of the smallest tokenizer that is trained for task masked: every byte, an end and a mask token"""
+"""Minimum size of a tokenizer trained for task=masked: every byte, an end-of-document and a mask token."""
 LABELLED = ("listops", "lra")
-"""values of ``data.source`` whose rows have labels, which task classify takes"""
+"""Values of ``data.source`` that provide labelled sequences, for task=classify."""
 TASKS = ("causal", "masked", "classify")
-"""what a model can be trained for"""
+"""Values of ``task``."""
 
 
 @dataclass(kw_only=True)
 class Config:
-    """One run."""
+    """All settings of a run."""
 
     name: str = "demo"
-    """folder under ``runs_dir``"""
+    """Name of the run, which is its folder under ``runs_dir``."""
     task: str = choice("causal", *TASKS)
-    """causal: guess the next token; masked: guess hidden tokens from both sides; classify: say to which class
-    a whole sequence belongs"""
+    """Training task: causal (next-token prediction), masked (bidirectional masked language modelling) or
+    classify (classification of whole sequences)."""
     seed: int = number(0, low=0, high=2**32 - 1)
-    """of initialisation, order of the data, dropout, hidden tokens and split"""
+    """Random seed of the initialisation, data order, dropout, masking and validation split."""
     runs_dir: str = "runs"
-    """where runs lie"""
+    """Folder that contains the runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

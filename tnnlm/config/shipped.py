@@ -1,4 +1,4 @@
-"""Configurations that come with the package, found by name."""
+"""Configurations shipped with the package, which can be selected by name."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def shipped_folder() -> Path:
-    """Where they lie: in the package, or beside it in a checkout."""
+    """Return the folder of the configurations: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def shipped_names() -> list[str]:
-    """Such as ``demo`` or ``lra/listops``."""
+    """Return the names of all shipped configurations, such as ``demo`` or ``lra/listops``."""
     folder = shipped_folder()
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """A configuration by the path of its file, or by the name of one that is shipped.
+    """Return the path of a configuration given by its path or by the name of a shipped configuration.
 
     Raises:
-        ConfigError: if it is no path and no such name is shipped.
+        ConfigError: If the name is neither a path nor a shipped configuration.
     """
     path = Path(name)
     if path.suffix in _SUFFIXES or path.exists():
@@ -35,5 +35,5 @@ def find_config(name: str) -> Path:
         return shipped_folder() / f"{name}.yaml"
     raise ConfigError(
         f"--config {name}: no such file, and not a shipped configuration",
-        f"there is {', '.join(shipped_names())}",
+        f"choose one of {', '.join(shipped_names())}",
     )

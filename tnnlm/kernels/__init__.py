@@ -1,4 +1,7 @@
-"""Kernels: parameters -> taps (E, L). Importing this package registers all of its own."""
+"""Convolution kernels: modules that turn parameters into taps (E, L).
+
+Importing this package registers every kernel that is part of it.
+"""
 
 from tnnlm.kernels.base import KERNEL_SCHEMAS, Kernel, KernelConfig, LagKernel, build_kernel, register_kernel
 from tnnlm.kernels.fd_tno import FDTNOConfig, FDTNOKernel

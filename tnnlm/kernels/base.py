@@ -1,7 +1,7 @@
-"""What a kernel must offer, and the register of kernels by name.
+"""Base classes of kernels, and the registry of kernels by name.
 
-A kernel turns parameters into taps k (E, L), index = lag. Everything else (training by FFT,
-conversion, decoding) works on the taps alone.
+A kernel turns parameters into taps k (E, L), index = lag. FFT training, conversion and decoding use nothing
+but the taps.
 """
 
 from __future__ import annotations
@@ -20,48 +20,51 @@ from tnnlm.precision import KeepsFloat32
 
 @dataclass(kw_only=True)
 class KernelConfig:
-    """What every kernel's settings have in common: ``name`` selects the schema of the rest."""
+    """Settings common to all kernels; ``name`` selects the schema of the remaining settings."""
 
     name: str = "tno"
-    """which kernel; see tnnlm/kernels"""
+    """Name of the kernel: tno, fd_tno, sgconv, rtf, or a name that ``module`` registers."""
     module: str | None = None
-    """a Python file or module that registers this kernel; null: one of the package's own"""
+    """Python file or module that registers a custom kernel (null: the kernel is part of tnnlm)."""
 
 
 KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {}
-"""settings of each kernel, by name; filled by :func:`register_kernel`"""
+"""Settings schema of each kernel by name; :func:`register_kernel` adds entries."""
 
 
 class Kernel(KeepsFloat32, ABC):
-    """Parameters -> taps. Parameters and taps are float32 or wider under every precision policy."""
+    """Module that turns parameters into taps, both float32 or wider under every precision policy."""
 
     n_channels: int
-    """E, the number of convolutions"""
+    """Number of convolutions, E."""
 
     @abstractmethod
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` taps, (E, ``length``). Any length, also beyond the training length."""
+        """Return the first ``length`` taps, (E, ``length``); any length, even beyond the training length."""
 
     def recurrence(self) -> Params | None:
-        """The kernel's own exact recurrence, if it has one: another form beside the converted ones."""
+        """Return an exact recurrence of the kernel, or None if the kernel doesn't have one."""
         return None
 
     @property
     def decay(self) -> Tensor | None:
-        """Per-channel factor (E,) such that k[i] = decay^i t[i] with t of even size over the lags,
-        or None. Conversion moves it into the poles."""
+        """Decay of each channel, (E,), or None.
+
+        The kernel is k[i] = decay^i t[i], where t neither grows nor decays; conversion moves the decay into
+        the poles.
+        """
         return None
 
 
 class LagKernel(Kernel):
-    """A kernel whose taps are a function of the lag, negative lags too: one serves both directions."""
+    """Kernel defined at negative lags too, so that one instance serves both directions."""
 
     @abstractmethod
     def between(self, start: int, stop: int) -> Tensor:
-        """Taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``)."""
+        """Return the taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``)."""
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` taps, (E, ``length``)."""
+        """Return the first ``length`` taps, (E, ``length``)."""
         return self.between(0, length)
 
 
@@ -71,14 +74,14 @@ _B = TypeVar("_B", bound=Builder)
 
 
 def register_kernel(name: str, schema: type[KernelConfig]) -> Callable[[_B], _B]:
-    """Class decorator: ``model.kernel.name=NAME`` builds kernels by this class.
+    """Register a kernel class for ``model.kernel.name=NAME``; use it as a class decorator.
 
     Args:
-        name: as in configurations.
-        schema: a keyword-only dataclass under :class:`KernelConfig`, its settings.
+        name: Name of the kernel in configurations.
+        schema: Settings of the kernel, a keyword-only dataclass derived from :class:`KernelConfig`.
 
     Returns:
-        a decorator for a class that is called with (settings, n_channels, max_length).
+        Decorator for a class that is constructed with (settings, n_channels, max_length).
     """
 
     def register(builder: _B) -> _B:
@@ -90,15 +93,15 @@ def register_kernel(name: str, schema: type[KernelConfig]) -> Callable[[_B], _B]
 
 
 def build_kernel(config: KernelConfig, n_channels: int, max_length: int) -> Kernel:
-    """The kernel that ``config.name`` names.
+    """Build the kernel registered as ``config.name``.
 
     Args:
-        config: its settings.
-        n_channels: how many convolutions.
-        max_length: the training length.
+        config: Settings of the kernel.
+        n_channels: Number of convolutions, E.
+        max_length: Training length in tokens.
 
     Raises:
-        ConfigError: if no kernel of that name was registered, or its settings don't fit together.
+        ConfigError: If no kernel is registered under that name, or its settings are inconsistent.
     """
     if config.name not in _BUILDERS:
         raise unknown_kernel(config.name)
@@ -106,8 +109,8 @@ def build_kernel(config: KernelConfig, n_channels: int, max_length: int) -> Kern
 
 
 def unknown_kernel(name: str) -> ConfigError:
-    """The error for a name that no kernel is registered under."""
+    """Return the error for a name under which no kernel is registered."""
     return ConfigError(
         f"model.kernel.name={name}: unknown kernel",
-        f"there is {', '.join(_BUILDERS)}; model.kernel.module=FILE names the file of another one",
+        f"choose one of {', '.join(_BUILDERS)}, or load another kernel with model.kernel.module=FILE",
     )

@@ -1,5 +1,7 @@
-"""The relative position encoder (RPE) of Toeplitz neural networks (arXiv 2305.04749, section 3.2): an MLP on
-one number, a lag or a frequency, the same for all channels up to its last layer."""
+"""Relative position encoder (RPE) of Toeplitz neural networks (arXiv 2305.04749, section 3.2).
+
+It is an MLP on one number, a lag or a frequency. All layers but the last are shared by all channels.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,11 @@ ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functi
 
 
 class RelativePositionEncoder(nn.Module):
-    """Positions (L, 1) -> (E, L): Linear(1, r), ``layers`` times [norm, activation, Linear(r, r)], then norm,
-    activation, Linear(r, E)."""
+    """MLP from positions (L, 1) to values (E, L).
+
+    The layers are Linear(1, r), then ``layers`` times [norm, activation, Linear(r, r)], then norm, activation
+    and Linear(r, E).
+    """
 
     def __init__(
         self, width: int, layers: int, n_channels: int, activation: str = "relu", norm: bool = True
@@ -26,11 +31,11 @@ class RelativePositionEncoder(nn.Module):
         self.output = nn.Linear(width, n_channels)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Values at the given positions, (L, 1) -> (E, L), written as transforms want them."""
+        """Return the values at positions (L, 1) as (E, L), contiguous along L for the FFT."""
         return torch.addmm(self.output.bias[:, None], self.output.weight, self.features(positions).T)
 
     def features(self, positions: Tensor) -> Tensor:
-        """What the last layer combines, (L, 1) -> (L, r)."""
+        """Return the input features of the last layer, (L, r), for positions (L, 1)."""
         h = self.input(positions)
         for layer in self.hidden:
             h = layer(self._activate(h))

@@ -1,12 +1,12 @@
-"""The rational transfer function kernel (arXiv 2405.06147).
+"""Rational transfer function kernel (RTF, arXiv 2405.06147).
 
     H(z) = h0 + (b[1] z^-1 + .. + b[n] z^-n) / (1 + a[1] z^-1 + .. + a[n] z^-n)
 
-Its spectrum is a quotient of two FFTs of the training length L: time and memory don't depend on n.
-Sampling L points of the circle wraps the infinite kernel round: the taps that train are
-k[i] = sum over j of h[i + j L]. They are, for i < L, those of another numerator over the same
-denominator, row vector c = b (I - A^L)^-1 in companion form (section 3.3). Here c is read off the taps
-themselves: 1 + a times their series ends after n terms.
+The spectrum is the quotient of two FFTs of the training length L, so that time and memory don't depend on n.
+Sampling the spectrum at L points aliases the infinite impulse response h: the taps in training are
+k[i] = sum over j of h[i + j L]. For i < L they equal the taps of another numerator over the same
+denominator, the row vector c = b (I - A^L)^-1 in companion form (section 3.3). Here c is computed from the
+taps: the product of 1 + a and their power series has only n terms.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.toeplitz import fft_length
 
 MONTEL = 1 - 1e-4
-"""largest sum of the moduli of a denominator's coefficients under the Montel constraint"""
+"""Maximum sum of the moduli of a denominator's coefficients under the Montel constraint."""
 
 
 @dataclass(kw_only=True)
 class RTFConfig(KernelConfig):
-    """RTF: a rational transfer function, numerator over denominator."""
+    """Settings of the RTF kernel, a numerator over a denominator in z^-1."""
 
     state_size: int = number(16, low=1, high=65_536)
-    """n, the degree of both; below the training length"""
+    """Degree n of numerator and denominator, which is the state size per channel; must be below
+    ``model.max_length``."""
     denominators: int | None = number(None, low=1, high=1_000_000)
-    """how many denominators, each for as many channels; null: one per channel"""
+    """Number of denominators, each shared by an equal number of channels (null: one per channel)."""
     init: str = choice("zero", "zero", "xavier")
-    """zero: the identity, h0 = 1; xavier: uniform in both"""
+    """Initialisation of numerators and denominators: zero (the kernel starts as the identity, h0 = 1) or
+    xavier (Xavier uniform)."""
     constraint: str = choice("none", "none", "montel")
-    """montel: coefficients of a denominator sum to less than 1 in modulus, so that no pole leaves the
-    unit circle"""
+    """Constraint on the denominators: none, or montel (the moduli of the coefficients sum to less than 1,
+    which keeps all poles inside the unit circle)."""
 
 
 @register_kernel("rtf", RTFConfig)
 class RTFKernel(Kernel):
-    """Numerators per channel over denominators per channel or shared."""
+    """Rational transfer function kernel with one numerator per channel and optionally shared denominators."""
 
     def __init__(self, config: RTFConfig, n_channels: int, max_length: int) -> None:
         super().__init__()
@@ -68,9 +70,9 @@ class RTFKernel(Kernel):
             nn.init.xavier_uniform_(self.denominator)
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32).
+        """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32).
 
-        Those past the training length are what the recurrence makes of them.
+        Taps past the training length are computed from the recurrence.
         """
         with torch.autocast(self.direct.device.type, enabled=False):
             k = self._taps(self.direct.dtype)[:, :length]
@@ -80,26 +82,29 @@ class RTFKernel(Kernel):
             return torch.cat((k, rest.to(k.dtype)), dim=1)
 
     def recurrence(self) -> CompanionParams:
-        """The same kernel as a recurrence, at every lag, in the parameters' dtype; worked out in float64."""
+        """Return a recurrence with the taps of this kernel at every lag.
+
+        It is computed in float64 and returned in the parameters' dtype.
+        """
         k, a = self._taps(torch.float64), self._coefficients()
         n = a.shape[1]
         size = fft_length(2 * n)
-        # (1 + a) times the taps from lag 1 on, n terms of it; what the wrapping put on lag 0 has no delay
-        # and belongs to the direct tap.
+        # The first n terms of (1 + a) times the taps from lag 1. What aliasing adds at lag 0 has no delay and
+        # is part of the direct tap.
         below = torch.fft.rfft(nn.functional.pad(a.double(), (1, 0), value=1.0), n=size)
         taps = torch.fft.rfft(k[:, 1 : n + 1], n=size).unflatten(0, (len(a), -1))
         numerator = torch.fft.irfft((taps * below[:, None]).flatten(0, 1), n=size)[:, :n]
         return CompanionParams(k[:, 0].to(a.dtype), numerator.to(a.dtype), a)
 
     def _coefficients(self) -> Tensor:
-        """a[1] .. a[n], (G, n)."""
+        """Return the coefficients a[1] .. a[n] of the denominators under the constraint, (G, n)."""
         if self.constraint == "none":
             return self.denominator
         total = self.denominator.abs().sum(1, keepdim=True)
         return self.denominator / (total / MONTEL).clamp(min=1)
 
     def _taps(self, dtype: torch.dtype) -> Tensor:
-        """Taps of the training length, (E, L)."""
+        """Return the taps up to the training length, (E, L)."""
         length = self.max_length
         above = torch.fft.rfft(nn.functional.pad(self.numerator.to(dtype), (1, 0)), n=length)
         below = torch.fft.rfft(nn.functional.pad(self._coefficients().to(dtype), (1, 0), value=1.0), n=length)

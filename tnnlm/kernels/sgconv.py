@@ -1,8 +1,9 @@
-"""The SGConv kernel (arXiv 2210.09298, section 3): sub-kernels at scales 1, 1, 2, 4, ...
+"""SGConv kernel (arXiv 2210.09298, section 3): sub-kernels at scales 1, 1, 2, 4, ...
 
-Sub-kernel i has ``kernel_dim`` parameters, is stretched by linear interpolation to 2^max(0, i-1) times
-as many lags, and its amplitude is 1 / decay of the one before. Their concatenation is divided by the
-norm that it had at initialisation. Finite: zero from ``length`` lags on.
+Sub-kernel i has ``kernel_dim`` parameters per channel and is upsampled by linear interpolation to
+2^max(0, i-1) times that length. Each sub-kernel has 1 / decay of the amplitude of the previous one. The
+concatenation of all sub-kernels is divided by its norm at initialisation. The kernel is zero from lag
+``length`` onwards.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
 
 @dataclass(kw_only=True)
 class SGConvConfig(KernelConfig):
-    """SGConv: sub-kernels stretched over ever longer lags, each fainter than the one before."""
+    """Settings of the SGConv kernel: sub-kernels of increasing length and decreasing amplitude."""
 
     kernel_dim: int = number(16, low=1, high=65_536)
-    """parameters of each sub-kernel; the first two span as many lags, the next twice as many ..."""
+    """Number of parameters of each sub-kernel per channel, which is also the number of lags of the first two;
+    each further sub-kernel spans twice the lags of the previous one."""
     decay_min: float = number(2.0, low=1, high=100)
-    """amplitude of a scale over that of the next, of the first channel"""
+    """Ratio of the amplitudes of consecutive sub-kernels in the first channel; channels in between are
+    interpolated linearly to ``decay_max``."""
     decay_max: float = number(2.0, low=1, high=100)
-    """and of the last; evenly spaced between"""
+    """Ratio of the amplitudes of consecutive sub-kernels in the last channel."""
     length: int | None = number(None, low=1, high=1 << 24)
-    """lags of the whole kernel, zero from there on; null: the training length"""
+    """Length of the kernel in lags; later taps are zero (null: the training length)."""
 
 
 @register_kernel("sgconv", SGConvConfig)
 class SGConvKernel(Kernel):
-    """Multi-scale kernel with a learnable skip on lag 0."""
+    """Multi-scale kernel with a learnable skip connection at lag 0."""
 
     initial_norm: Tensor
     amplitudes: Tensor
@@ -47,24 +50,24 @@ class SGConvKernel(Kernel):
         self.scales = nn.Parameter(torch.randn(scales, n_channels, config.kernel_dim))
         self.skip = nn.Parameter(torch.randn(n_channels))
         decays = torch.linspace(config.decay_min, config.decay_max, n_channels)
-        # Buffers, so that a checkpoint carries them: the kernel of the first step can't be had again.
+        # Stored in checkpoints as buffers: the kernel at initialisation can't be reconstructed later.
         self.register_buffer("amplitudes", decays ** -torch.arange(scales)[:, None])
         self.register_buffer("initial_norm", torch.ones(n_channels))
         with torch.no_grad():
             self.initial_norm.copy_(self._unscaled().norm(dim=1))
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
+        """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
         with torch.autocast(self.skip.device.type, enabled=False):
             k = self._unscaled() / self.initial_norm[:, None]
             k = torch.cat((k[:, :1] + self.skip[:, None], k[:, 1:]), dim=1)[:, :length]
             return nn.functional.pad(k, (0, length - k.shape[1]))
 
     def _unscaled(self) -> Tensor:
-        """(E, length), before the norm and the skip."""
+        """Return the concatenated sub-kernels, (E, length), before normalisation and skip connection."""
         parts = []
         for index, (values, amplitude) in enumerate(zip(self.scales, self.amplitudes, strict=True)):
             width = values.shape[1] << max(0, index - 1)
-            stretched = nn.functional.interpolate(values[None], size=width, mode="linear")[0]
-            parts.append(stretched * amplitude[:, None])
+            upsampled = nn.functional.interpolate(values[None], size=width, mode="linear")[0]
+            parts.append(upsampled * amplitude[:, None])
         return torch.cat(parts, dim=1)[:, : self.length]

@@ -1,7 +1,7 @@
-"""The Toeplitz neural operator's kernel: k[i] = decay^|i| rpe(i) (arXiv 2305.04749, section 3.2).
+"""Kernel of the Toeplitz neural operator: k[i] = decay^|i| rpe(i) (arXiv 2305.04749, section 3.2).
 
-The relative position encoder takes the raw integer lag. It runs in float32 whatever the precision policy:
-bf16 can't count to 512.
+The relative position encoder takes the raw integer lag. It runs in float32 under every precision policy,
+because bf16 can't represent all integers up to 512.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tnnlm.kernels.rpe import RelativePositionEncoder
 
 @dataclass(kw_only=True)
 class TNOConfig(KernelConfig):
-    """The Toeplitz neural operator: an MLP on the lag, times decay^lag."""
+    """Settings of the Toeplitz neural operator: an MLP on the lag, multiplied by decay^lag."""
 
     decay: float = number(0.99, above=0, high=1)
-    """factor per lag, fixed; 1 switches it off"""
+    """Decay per lag, which is not trained; 0.99 as in the TNN paper. 1 disables it."""
     rpe_dim: int = number(64, low=1, high=65_536)
-    """width of the position network"""
+    """Width of the relative position encoder (RPE)."""
     rpe_layers: int = number(6, low=0, high=1_000)
-    """its hidden layers"""
+    """Number of hidden layers of the RPE."""
 
 
 @register_kernel("tno", TNOConfig)
 class TNOKernel(LagKernel):
-    """The kernel of a Toeplitz neural network; its decay is fixed, a buffer that checkpoints carry."""
+    """Kernel of a Toeplitz neural network; its decay is a buffer, stored in checkpoints and not trained."""
 
     decays: Tensor
 
@@ -42,15 +42,18 @@ class TNOKernel(LagKernel):
 
     @property
     def decay(self) -> Tensor | None:
-        """The frozen decay of every channel, (E,)."""
+        """Frozen decay of each channel, (E,)."""
         return self.decays
 
     def between(self, start: int, stop: int) -> Tensor:
-        """Taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``), in the parameters' dtype (at
-        least float32); one network serves both signs."""
+        """Return the taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``).
+
+        They have the parameters' dtype (at least float32). Lags may be negative: the same network serves both
+        signs.
+        """
         weight = self.rpe.input.weight
         with torch.autocast(weight.device.type, enabled=False):
-            # The dtype is named: under bf16-true the default is bf16, where 4,096 lags become 769.
+            # Under bf16-true the default dtype is bf16, which rounds 4,096 lags to 769 values.
             lags = torch.arange(start, stop, device=weight.device, dtype=weight.dtype)
             envelope = self.decays.to(weight.dtype)[:, None] ** lags.abs()
             return self.rpe(lags[:, None]) * envelope

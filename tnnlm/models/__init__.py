@@ -1,1 +1,1 @@
-"""Models: a backbone of blocks, the causal language model, masked models and classifiers."""
+"""Models: the shared backbone, the causal language model, the masked language model and the classifier."""

@@ -1,6 +1,7 @@
-"""What every model shares: embedding, blocks, norm. Not a LightningModule.
+"""Backbone of all models: embedding, blocks and final norm. It is not a LightningModule.
 
-The heads over it: ``model.CausalLM``, and in ``encoder`` those that see a text as a whole.
+The models built on it are :class:`tnnlm.models.causal_lm.CausalLM`, and the bidirectional models of
+:mod:`tnnlm.models.encoders`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentCon
 
 
 class Backbone(nn.Module):
-    """A stack of prenorm blocks over token embeddings, and a last norm (arXiv 2305.04749)."""
+    """Token embedding, prenorm blocks and a final norm (arXiv 2305.04749)."""
 
     causal_by_default: ClassVar[bool] = True
-    """what ``config.causal`` is where it is not set"""
+    """Default of ``config.causal``."""
 
     def __init__(
         self, config: ModelConfig, convs: Sequence[LongConv | BiConv | RecurrentConv] | None = None
     ) -> None:
-        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names."""
+        """Build the model with the kernel of ``config``, or with ``convs``, one per layer, if given."""
         super().__init__()
         self.config = config
         d_inner = config.expand * config.d_model
@@ -33,7 +34,7 @@ class Backbone(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
         self.causal = self.causal_by_default if config.causal is None else config.causal
-        """whether a position sees those before it alone"""
+        """Whether a position depends on earlier positions only."""
         self.blocks = nn.ModuleList(
             Block(
                 GatedMixer(config.d_model, d_inner, conv),
@@ -44,28 +45,29 @@ class Backbone(nn.Module):
         )
         self.norm = SimpleRMSNorm()
         self.recompute = False
-        """keep a block's input alone for the backward pass, and compute the rest again: a third more work"""
+        """Activation checkpointing: whether to store only the input of each block for the backward pass, at
+        the cost of a third more compute."""
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
+        """Blocks of the model as a typed list."""
         return cast(list[Block], list(self.blocks))
 
     @property
     def n_params(self) -> int:
-        """Trainable parameters; the tied embedding counts once, frozen decays not at all."""
+        """Number of trainable parameters; a tied embedding counts once, frozen decays don't count."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def compile_blocks(self) -> None:
-        """Compile every block in place: names of parameters stay, and one compilation serves all blocks."""
+        """Compile every block in place; parameter names don't change, and blocks share one compilation."""
         for block in self.layers:
             block.compile()
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What a head reads, normalised: (B, L, D) for tokens (B, L).
+        """Return the final hidden states (B, L, D), normalised, for tokens (B, L).
 
-        Tokens where ``mask`` (B, L) is False are padding, which no other position sees. Features there mean
-        nothing.
+        Tokens where ``mask`` (B, L) is False are padding, which doesn't affect other positions; hidden states
+        at padding positions are undefined.
         """
         x = self._embed(tokens)
         again = self.recompute and self.training

@@ -1,4 +1,4 @@
-"""What the models of each task train on, beside plain tensors."""
+"""Batches of the masked and classification tasks; causal models train on plain tensors."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch import Tensor
 
 
 class MaskedBatch(NamedTuple):
-    """Rows with tokens to be guessed, as many in each."""
+    """Batch for masked language modelling, with M tokens to predict in each row."""
 
     tokens: Tensor
-    """(B, L), what the model reads"""
+    """Input token ids after masking, (B, L)."""
     positions: Tensor
-    """(B, M), of those to be guessed"""
+    """Positions of the tokens to predict, (B, M)."""
     targets: Tensor
-    """(B, M), what stood there"""
+    """Original token ids at these positions, (B, M)."""
 
 
 class LabelledBatch(NamedTuple):
-    """Sequences and their classes."""
+    """Batch of sequences, or pairs of sequences, and their class labels."""
 
     tokens: Tensor
-    """(B, L); rows shorter than L are padded at their end, with any token; of pairs (B, 2, L)"""
+    """Token ids (B, L), or (B, 2, L) for pairs. Shorter rows are padded at the end with any token."""
     lengths: Tensor
-    """(B,) tokens per row, at least one; of pairs (B, 2)"""
+    """Number of tokens per sequence, (B,), or (B, 2) for pairs; at least 1."""
     labels: Tensor
-    """(B,)"""
+    """Class index of each sequence or pair, (B,)."""

@@ -1,7 +1,7 @@
-"""The language model: a backbone with a tied head. Not a LightningModule.
+"""Causal language model: a backbone with a tied head. It is not a LightningModule.
 
-``forward`` trains; ``prefill`` and ``step`` decode after conversion. The three share every
-projection, so decoding can't drift from training.
+``forward`` is for training; ``prefill`` and ``step`` decode after conversion. All three use the same
+projections, so that decoding can't drift from training.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State
 
 LOGITS = 4096
-"""tokens whose logits are held at a time where activations are recomputed"""
+"""Number of tokens per chunk of logits with activation checkpointing."""
 
 
 class ModelState(NamedTuple):
-    """What is carried between tokens: one convolution state per layer."""
+    """Decoding state of the model, which has a fixed size: one convolution state per layer."""
 
     layers: tuple[State, ...]
 
     def select(self, rows: Tensor) -> ModelState:
-        """The states of some rows of the batch, by index (R,); a row may come up more than once."""
+        """Return the states of the batch rows with the given indices (R,); an index may be repeated."""
         chosen = (type(layer)(*(part.index_select(0, rows) for part in layer)) for layer in self.layers)
         return ModelState(tuple(chosen))
 
     @classmethod
     def join(cls, states: Sequence[ModelState]) -> ModelState:
-        """Rows of several states of one model as one batch."""
+        """Concatenate states of the same model along the batch."""
         layers = (
             type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
             for parts in zip(*(state.layers for state in states), strict=True)
@@ -44,69 +44,70 @@ class ModelState(NamedTuple):
 
 
 def state_bytes(state: ModelState) -> int:
-    """Bytes of a state, of all its rows together."""
+    """Return the size of a state in bytes, over all its rows."""
     return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
 
 
 class CausalLM(Backbone):
-    """A Toeplitz neural network language model (arXiv 2305.04749), prenorm, tied embeddings.
+    """Causal Toeplitz neural network language model (arXiv 2305.04749), prenorm, with tied embeddings.
 
-    Training rows are packed: an eos stands between documents, and the convolution reads across it.
+    Training rows are packed: documents are separated by an end-of-document token, and the convolution isn't
+    reset at it.
     """
 
     def __init__(self, config: ModelConfig, convs: Sequence[LongConv | RecurrentConv] | None = None) -> None:
-        """Build it; ``convs``, one per layer, take the place of the kernels that ``config`` names.
+        """Build the model with the kernel of ``config``, or with ``convs``, one per layer, if given.
 
         Raises:
-            ConfigError: if ``config.causal`` is False.
+            ConfigError: If ``config.causal`` is False.
         """
         if config.causal is False:
             raise ConfigError(
-                "model.causal=false: a causal language model may see no later token",
-                "leave model.causal out, or set task=masked",
+                "model.causal=false: a causal language model must not see later tokens",
+                "omit model.causal, or set task=masked",
             )
         super().__init__(config, convs)
         self.head: nn.Module | None = None
-        """in the place of the tied embedding, for decoding"""
+        """Output layer that replaces the tied embedding in decoding, if set."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) for tokens (B, L), all positions at once."""
+        """Return the logits (B, L, V) for tokens (B, L), all positions in parallel."""
         return self._head(self.features(tokens))
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
+        """Return the mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
         features, targets = self.features(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
         if not self.recompute:
             return nn.functional.cross_entropy(self._head(features).float(), targets)
-        # All logits together would be the largest tensor of all.
-        pieces = zip(features.split(LOGITS), targets.split(LOGITS), strict=True)
-        total = sum(checkpoint(self._nll, *piece, use_reentrant=False) for piece in pieces)
+        # The logits of all tokens would be the largest tensor in training.
+        chunks = zip(features.split(LOGITS), targets.split(LOGITS), strict=True)
+        total = sum(checkpoint(self._nll, *chunk, use_reentrant=False) for chunk in chunks)
         return total / len(targets)
 
     def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token.
+        """Return the state before the first token.
 
         Raises:
-            CheckpointError: if the model is not converted.
+            CheckpointError: If the model is not converted.
         """
         return ModelState(tuple(block.mixer.conv.init_state(batch_size) for block in self.layers))
 
     def prefill(
         self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Read tokens (B, L) in parallel, on top of ``state``.
+        """Process tokens (B, L) in parallel, continuing from ``state``.
 
         Args:
-            tokens: (B, L); rows shorter than L are padded at their end.
-            state: from :meth:`init_state`, or warm.
-            lengths: (B,) tokens per row; None means L each. Logits at pads mean nothing.
-            keep: compute logits for each row's last ``keep`` tokens only; None means all positions.
+            tokens: Token ids (B, L); rows shorter than L are padded at their end.
+            state: State from :meth:`init_state` or after earlier tokens.
+            lengths: Number of tokens per row, (B,); None means L each. Logits at padding are undefined.
+            keep: Number of last tokens of each row to compute logits for; None means all positions.
 
         Returns:
-            logits (B, keep or L, V) and the state after each row's last token.
+            Logits (B, keep or L, V) and the state after the last token of each row.
 
         Raises:
-            CheckpointError: if the model is not converted.
+            CheckpointError: If the model is not converted.
         """
         x, state = self.read(tokens, state, lengths)
         return self.logits(x if keep is None else _last(x, keep, lengths)), state
@@ -114,7 +115,11 @@ class CausalLM(Backbone):
     def read(
         self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """As :meth:`prefill`, without the head: what :meth:`logits` reads, (B, L, D), and the state."""
+        """Process tokens like :meth:`prefill`, without the head.
+
+        Returns:
+            Hidden states (B, L, D) for :meth:`logits`, and the state after the last token of each row.
+        """
         x = self._embed(tokens)
         states = []
         for block, layer in zip(self.layers, state.layers, strict=True):
@@ -123,18 +128,18 @@ class CausalLM(Backbone):
         return x, ModelState(tuple(states))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (B, K, V) at some of the positions that :meth:`read` returned, (B, K, D)."""
+        """Return the logits (B, K, V) for K of the hidden states that :meth:`read` returned, (B, K, D)."""
         return self._head(self.norm(x))
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Read one token per row (B,): logits (B, V) and the next state, at constant cost.
+        """Process one token per row (B,) and return logits (B, V) and the next state, at constant cost.
 
         Rows where ``active`` (B,) is False keep their state.
 
         Raises:
-            CheckpointError: if the model is not converted.
+            CheckpointError: If the model is not converted.
         """
         x = self._embed(tokens)
         states = []
@@ -153,7 +158,7 @@ class CausalLM(Backbone):
 
 
 def _last(x: Tensor, keep: int, lengths: Tensor | None) -> Tensor:
-    """The last ``keep`` positions of every row of (B, L, D), which end after ``lengths``."""
+    """Return the last ``keep`` positions of each row of (B, L, D), where row b has ``lengths[b]`` tokens."""
     if lengths is None:
         return x[:, -keep:]
     index = lengths.to(x.device)[:, None] + torch.arange(-keep, 0, device=x.device)

@@ -1,6 +1,6 @@
-"""Models that read a text as a whole, masked language model and classifier; and the model of each task.
+"""Masked language model and sequence classifier, which are bidirectional unless ``config.causal`` is true.
 
-Two-sided unless ``config.causal`` says otherwise. They have no recurrent form.
+They have no recurrent form.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from tnnlm.models.batches import LabelledBatch, MaskedBatch
 
 
 class MaskedLM(Backbone):
-    """Guesses hidden tokens from both sides (Devlin et al., arXiv 1810.04805); tied embeddings, no bias."""
+    """Masked language model (as BERT, arXiv 1810.04805) with tied embeddings and no output bias."""
 
     causal_by_default = False
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) for tokens (B, L); or (B, M, V) at ``positions`` (B, M) alone, which costs less.
+        """Return the logits (B, L, V) for tokens (B, L), or (B, M, V) at ``positions`` (B, M) only.
 
-        ``mask``: as for :meth:`tnnlm.models.backbone.Backbone.features`.
+        Tokens where ``mask`` (B, L) is False are padding; see
+        :meth:`tnnlm.models.backbone.Backbone.features`.
         """
         x = self.features(tokens, mask)
         if positions is not None:
@@ -29,15 +30,16 @@ class MaskedLM(Backbone):
         return nn.functional.linear(x, self.embedding.weight)
 
     def loss(self, batch: MaskedBatch) -> Tensor:
-        """Mean cross-entropy in nats per token to be guessed."""
+        """Return the mean cross-entropy in nats per predicted token."""
         logits = self(batch.tokens, batch.positions)
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
 
 
 class SequenceClassifier(Backbone):
-    """Classes of whole sequences: a linear layer on the mean of the features, pads left out.
+    """Sequence classifier: a linear layer on the mean of the hidden states, excluding padding.
 
-    Of pairs, where ``config.pair``: on [a, b, a * b, a - b] of the two means (arXiv 2011.04006).
+    If ``config.pair`` is true, the linear layer takes [a, b, a * b, a - b], where a and b are the means of
+    the two sequences (arXiv 2011.04006).
     """
 
     causal_by_default = False
@@ -47,9 +49,9 @@ class SequenceClassifier(Backbone):
         self.head = nn.Linear((4 if config.pair else 1) * config.d_model, config.n_classes)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count; None: all of them.
+        """Return the class logits (B, C) for tokens (B, L), of which row b has ``lengths[b]`` (None: all L).
 
-        Of pairs: tokens (B, 2, L) and lengths (B, 2).
+        For pairs, tokens are (B, 2, L) and lengths (B, 2).
         """
         if not self.config.pair:
             return self.head(self.pooled(tokens, lengths))
@@ -58,7 +60,7 @@ class SequenceClassifier(Backbone):
         return self.head(torch.cat((a, b, a * b, a - b), dim=-1))
 
     def pooled(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Mean of the features (B, D) of tokens (B, L), over the first ``lengths`` (B,) or all."""
+        """Return the mean hidden state (B, D) of tokens (B, L), over the first ``lengths[b]`` or all."""
         if lengths is None:
             return self.features(tokens).mean(1)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -66,5 +68,5 @@ class SequenceClassifier(Backbone):
         return total / lengths[:, None]
 
     def loss(self, batch: LabelledBatch) -> Tensor:
-        """Mean cross-entropy in nats per sequence."""
+        """Return the mean cross-entropy in nats per sequence."""
         return nn.functional.cross_entropy(self(batch.tokens, batch.lengths).float(), batch.labels)

@@ -1,4 +1,4 @@
-"""The model of each task."""
+"""Registry of the model class of each task."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MODELS: dict[str, type[CausalLM | MaskedLM | SequenceClassifier]] = {
     "masked": MaskedLM,
     "classify": SequenceClassifier,
 }
-"""by task; each has ``loss(batch)``"""
+"""Model class of each task; each class has a method ``loss(batch)``."""
 
 
 def build_model(config: Config) -> CausalLM | MaskedLM | SequenceClassifier:
-    """The untrained model of ``config.task``."""
+    """Build the untrained model for ``config.task``."""
     return MODELS[config.task](config.model)

@@ -1,4 +1,4 @@
-"""Kernels and recurrences of any module tree: finding them, and putting one in the place of the other."""
+"""Functions that find the kernels and recurrences of any module and replace one by the other."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
     """Replace the long convolutions of ``model``, at any depth, by the given recurrences.
 
     Args:
-        model: any module that contains :class:`~tnnlm.modules.LongConv` and is none itself.
-        layers: one per convolution, in the order of ``model.modules()``. A convolution that is registered
-            in several places counts once, and is replaced in all of them.
-        inplace: change ``model`` itself instead of a copy.
+        model: Module that contains :class:`~tnnlm.modules.LongConv` and is not a ``LongConv`` itself.
+        layers: Recurrences, one per convolution, in the order of ``model.modules()``. A convolution that is
+            registered several times counts once, and is replaced everywhere.
+        inplace: Whether to modify ``model`` instead of a copy.
 
     Returns:
-        the copy, or ``model``, in eval mode and without gradients.
+        The copy, or ``model``, in eval mode and without gradients.
     """
     names = _names_of_convs(model)
-    # Kernels are not copied: the recurrences stand in their place.
+    # The copy needs no kernels, because recurrences replace them.
     memo = {id(model.get_submodule(places[0])): None for places in names}
     converted = model if inplace else copy.deepcopy(model, memo)
     for places, params in zip(names, layers, strict=True):
@@ -44,41 +44,43 @@ def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
 
 @contextmanager
 def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterator[CausalLM]:
-    """``model`` itself, with the given recurrences in the place of its long convolutions for the length
-    of a block: no second copy of its weights, which may be many or lie on other devices."""
-    own = [block.mixer.conv for block in model.layers]
+    """Replace the long convolutions of ``model`` by the given recurrences within a ``with`` block.
+
+    The weights are not copied: they may be large, or sharded over several devices.
+    """
+    originals = [block.mixer.conv for block in model.layers]
     try:
         for block, conv in zip(model.layers, convs, strict=True):
             block.mixer.conv = conv
         yield model
     finally:
-        for block, before in zip(model.layers, own, strict=True):
-            block.mixer.conv = before
+        for block, original in zip(model.layers, originals, strict=True):
+            block.mixer.conv = original
 
 
 def kernels(model: nn.Module) -> list[Kernel]:
-    """The kernel of every long convolution, in the order of ``model.modules()``.
+    """Return the kernels of all long convolutions, in the order of ``model.modules()``.
 
     Raises:
-        UserError: if there is none, because the model is converted already, or for another reason.
+        UserError: If the model has no kernel, or is bidirectional or already converted.
     """
     found = [module.kernel for module in model.modules() if isinstance(module, LongConv)]
     if found:
         return found
     if any(isinstance(module, BiConv) for module in model.modules()):
-        raise UserError("a two-sided model has no recurrent form: its outputs depend on tokens to come")
+        raise UserError("a bidirectional model has no recurrent form: its outputs depend on later tokens")
     if any(isinstance(module, RecurrentConv) for module in model.modules()):
-        raise UserError("this model is converted already", "convert the checkpoint it came from")
+        raise UserError("this model is converted already", "convert the original checkpoint")
     raise UserError(f"{type(model).__name__} contains no LongConv: there is nothing to convert")
 
 
 def recurrences(model: nn.Module) -> list[Params]:
-    """The recurrence of every convolution of a converted model, in the order of ``model.modules()``."""
+    """Return the recurrences of a converted model, in the order of ``model.modules()``."""
     return [module.params for module in model.modules() if isinstance(module, RecurrentConv)]
 
 
 def _names_of_convs(model: nn.Module) -> list[list[str]]:
-    """Of every long convolution, all the names under which it is registered."""
+    """Return, for each long convolution, all names under which it is registered."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LongConv):

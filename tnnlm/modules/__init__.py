@@ -1,4 +1,4 @@
-"""Modules over (B, L, D): each has ``forward``, and the recurrent ones ``prefill`` and ``step``."""
+"""Modules on (B, L, D) with ``forward``; the recurrent modules also have ``prefill`` and ``step``."""
 
 from tnnlm.modules.block import Block
 from tnnlm.modules.glu import GLU

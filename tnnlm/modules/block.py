@@ -1,4 +1,4 @@
-"""One layer: prenorm mixer and prenorm channel mixing, each added to the residual stream."""
+"""One layer of the model: prenorm sequence mixing and prenorm channel mixing with residual connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tnnlm.ops.recurrence import State
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + glu(norm(x)); dropout on both branches."""
+    """Prenorm residual block: x + mixer(norm(x)), then x + glu(norm(x)), with dropout on both branches."""
 
     def __init__(self, mixer: GatedMixer, glu: GLU, dropout: float) -> None:
         super().__init__()
@@ -21,17 +21,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); positions where ``mask`` (B, L) is False are padding."""
+        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding."""
         x = x + self.dropout(self.mixer(self.norm(x), mask))
         return self._mix_channels(x)
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by the tokens of x (B, L, D)."""
+        """Process the tokens of x (B, L, D) in parallel and return outputs and the next state."""
         y, state = self.mixer.prefill(self.norm(x), state, lengths)
         return self._mix_channels(x + self.dropout(y)), state
 
     def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by one token x (B, D)."""
+        """Process one token x (B, D) and return outputs and the next state."""
         y, state = self.mixer.step(self.norm(x), state, active)
         return self._mix_channels(x + self.dropout(y)), state
 

@@ -1,4 +1,4 @@
-"""Channel mixing: the gated linear unit of the TNN paper, W_3(SiLU(W_1 x) * W_2 x)."""
+"""Channel mixing by the gated linear unit of the TNN paper (arXiv 2305.04749), W_3(SiLU(W_1 x) * W_2 x)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ class GLU(nn.Module):
         self.out_proj = nn.Linear(d_hidden, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Return the outputs (..., D) for x (..., D)."""
         gate, value = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(torch.nn.functional.silu(gate) * value)

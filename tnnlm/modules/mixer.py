@@ -1,4 +1,4 @@
-"""Sequence mixing: the gated Toeplitz unit of the TNN paper, W_o(SiLU(W_u x) * conv(SiLU(W_v x)))."""
+"""Sequence mixing by the gated Toeplitz unit of the TNN paper, W_o(SiLU(W_u x) * conv(SiLU(W_v x)))."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tnnlm.ops.recurrence import State
 
 
 class GatedMixer(nn.Module):
-    """The operator in the place of attention; W_u and W_v are the two halves of one projection.
+    """Gated long convolution, used instead of attention; W_u and W_v are the two halves of one projection.
 
-    ``conv`` is a ``LongConv`` while training and a ``RecurrentConv`` after conversion; all else
-    is the same module in both forms. With a ``BiConv`` every position sees all others.
+    ``conv`` is a ``LongConv`` in training and a ``RecurrentConv`` after conversion; the projections are the
+    same modules in both. With a ``BiConv`` the mixer is bidirectional.
     """
 
     conv: LongConv | BiConv | RecurrentConv
@@ -26,10 +26,10 @@ class GatedMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D).
+        """Return the outputs (B, L, D) for x (B, L, D).
 
-        Positions where ``mask`` (B, L) is False are padding: nothing of theirs goes into the convolution, so
-        that no other position sees them.
+        Positions where ``mask`` (B, L) is False are padding: they are set to zero before the convolution and
+        don't affect other positions.
         """
         gate, value = torch.nn.functional.silu(_channels_first(self.in_proj, x)).chunk(2)
         if mask is not None:
@@ -39,13 +39,13 @@ class GatedMixer(nn.Module):
         return out.unflatten(0, x.shape[:2])
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by the tokens of x (B, L, D)."""
+        """Process the tokens of x (B, L, D) in parallel and return outputs and the next state."""
         gate, value = self._project(x)
         y, state = self.conv.prefill(value, state, lengths)
         return self.out_proj(gate * y), state
 
     def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by one token x (B, D)."""
+        """Process one token x (B, D) and return outputs and the next state."""
         gate, value = self._project(x)
         y, state = self.conv.step(value, state, active)
         return self.out_proj(gate * y), state
@@ -55,10 +55,10 @@ class GatedMixer(nn.Module):
 
 
 def _channels_first(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer on (B, L, D) as (O, B, L): the layout that transforms along the length want.
+    """Apply a linear layer to (B, L, D) and return (O, B, L), the layout that FFTs along the length need.
 
-    The matrix product writes it at no cost, and the next product reads it as a transposed operand: nothing
-    is copied to be transposed, forward or backward.
+    The matrix product produces this layout at no cost, and the next product takes it as a transposed operand,
+    so that neither the forward nor the backward pass copies a tensor to transpose it.
     """
     if not isinstance(layer, nn.Linear):
         return layer(x).permute(2, 0, 1)

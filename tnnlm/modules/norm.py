@@ -1,4 +1,4 @@
-"""Normalisation modules."""
+"""Normalisation layers."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ class SimpleRMSNorm(nn.Module):
     """Root-mean-square normalisation of the last axis, without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Return x (..., D) normalised along its last axis."""
         return simple_rms_norm(x)

@@ -1,4 +1,4 @@
-"""The recurrent form of a long convolution: what conversion puts in the place of ``LongConv``."""
+"""Recurrent form of a long convolution, which replaces ``LongConv`` after conversion."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from tnnlm.precision import KeepsFloat32
 
 
 class RecurrentConv(KeepsFloat32):
-    """A convolution as a small linear recurrence. Its numbers are buffers: converted, not trained."""
+    """Convolution as a small linear recurrence; its parameters are buffers, because they are not trained."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
-        self._form: Callable[..., Params] = type(params)
+        self._params_type: Callable[..., Params] = type(params)
         self._names = tuple(params._asdict())
         for name, tensor in params._asdict().items():
             self.register_buffer(name, tensor)
 
     @property
     def params(self) -> Params:
-        """The recurrence's parameters, as the ops take them."""
-        return self._form(*(getattr(self, name) for name in self._names))
+        """Parameters of the recurrence as a NamedTuple."""
+        return self._params_type(*(getattr(self, name) for name in self._names))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, E) -> (B, L, E), from an empty state."""
+        """Return the outputs (B, L, E) for x (B, L, E), starting from the initial state."""
         return self.prefill(x, self.init_state(x.shape[0]))[0]
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first token."""
+        """Return the state before the first token."""
         return self.params.init_state(batch_size)
 
     def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by the tokens of x (B, L, E); see :func:`tnnlm.ops.recurrence.Recurrence.prefill`."""
+        """Process the tokens of x (B, L, E); see :meth:`tnnlm.ops.recurrence.Recurrence.prefill`."""
         # Autocast would run the matrix products of the recurrence in bf16.
         with torch.autocast(x.device.type, enabled=False):
             return self.params.prefill(x, state, lengths)
 
     def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by one token x (B, E); see :func:`tnnlm.ops.recurrence.Recurrence.step`."""
+        """Process one token x (B, E); see :meth:`tnnlm.ops.recurrence.Recurrence.step`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.params.step(x, state, active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Poles follow the device and nothing else: prefill raises them to high powers.
+        # Poles follow device moves but no casts: prefill raises them to high powers.
         poles = self._buffers.get("poles")
         super()._apply(fn, recurse)
         if poles is not None:

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: no module, no configuration, no state of their own."""
+"""Pure functions on tensors, without modules, configuration or global state."""

@@ -1,10 +1,10 @@
-"""The companion recurrence of a rational transfer function: parameters, state, step, parallel prefill.
+"""Companion recurrence of a rational transfer function: parameters, state, step and parallel prefill.
 
     w[t] = x[t] - sum_{i=1..n} a[i] w[t-i]                    the last n values of w are the state
     y[t] = d x[t] + sum_{i=1..n} c[i] w[t-i]                  H(z) = d + c(z) / (1 + a(z))
 
-n real numbers of state per channel and 2 n + 1 multiply-adds, with any poles, repeated ones and a
-finite beginning included, which a diagonal form can't hold. Letters: B batch, L length, E channels,
+It takes n real numbers of state and 2 n + 1 multiply-adds per channel. Unlike a diagonal recurrence it
+represents any poles, including repeated poles and poles at zero. Dimensions: B batch, L length, E channels,
 n state size, G denominators.
 """
 
@@ -19,38 +19,41 @@ from tnnlm.ops.toeplitz import fft_length, toeplitz
 from tnnlm.precision import working_dtype
 
 _WRAP = 8
-"""points of an FFT over coefficients of a power series"""
+"""Ratio of the points of an FFT to the number of coefficients of a power series."""
 _SMALL = 48
-"""state size up to which n^3 is less than FFTs of ``_WRAP`` lengths: five times at n = 16"""
+"""State size n up to which powers of the state matrix, O(n^3), are faster than FFTs; five times at n = 16."""
 _BISECTIONS = 30
-"""of the largest pole's modulus: to 1e-9"""
+"""Number of bisections for the largest modulus of a pole, which give it to 1e-9."""
 
 
 class CompanionState(NamedTuple):
-    """What is carried between tokens: fixed size, passed in and returned, never changed in place."""
+    """Decoding state of one convolution, which has a fixed size and is never modified in place."""
 
     recent: Tensor
-    """the last n values of w, newest first as the coefficients are, (B, E, n)"""
+    """Last n values of w, newest first, (B, E, n)."""
 
 
 class CompanionParams(NamedTuple):
-    """Parameters of one recurrent convolution in companion form."""
+    """Parameters of a recurrence in companion form."""
 
     direct: Tensor
-    """the tap at lag 0, d, (E,)"""
+    """Tap d at lag 0, (E,)."""
     numerator: Tensor
-    """c[1] .. c[n], (E, n)"""
+    """Coefficients c[1] .. c[n], (E, n)."""
     denominator: Tensor
-    """a[1] .. a[n], (G, n): channels in order, E / G of them share a row"""
+    """Coefficients a[1] .. a[n], (G, n); each row is shared by E / G consecutive channels."""
 
     def init_state(self, batch_size: int) -> CompanionState:
-        """The state before the first token: zeros, in the numerator's dtype and on its device."""
+        """Return the state before the first token: zeros, in the numerator's dtype and on its device."""
         return CompanionState(self.numerator.new_zeros(batch_size, *self.numerator.shape))
 
     def step(
         self, x: Tensor, state: CompanionState, active: Tensor | None = None
     ) -> tuple[Tensor, CompanionState]:
-        """Advance by one token x (B, E); rows where ``active`` (B,) is False keep their state."""
+        """Process one token x (B, E) and return output and next state.
+
+        Rows where ``active`` (B,) is False keep their state.
+        """
         recent = state.recent
         u = x.to(recent.dtype)
         w = u - torch.einsum("bep,ep->be", recent, _per_channel(self))
@@ -63,17 +66,19 @@ class CompanionParams(NamedTuple):
     def prefill(
         self, x: Tensor, state: CompanionState, lengths: Tensor | None = None
     ) -> tuple[Tensor, CompanionState]:
-        """Advance by the tokens of x (B, L, E) at once, by FFT convolutions; arguments and what is returned
-        are those of :func:`tnnlm.ops.ssm.SSMParams.prefill`."""
+        """Process the tokens of x (B, L, E) in parallel by FFT convolutions.
+
+        Arguments and return values are those of :meth:`tnnlm.ops.ssm.SSMParams.prefill`.
+        """
         u = x.to(state.recent.dtype)
         length, n = x.shape[1], self.order()
         past = state.recent.flip(-1).transpose(1, 2)
-        # What the state does to the next n values of w is what these inputs would do from rest.
+        # The state affects the next n values of w as these inputs would, starting from a zero state.
         reach = min(n, length)
         old = torch.cat((past, past.new_zeros(past.shape[0], reach, past.shape[2])), dim=1)
         echo = toeplitz(old, _delayed(_per_channel(self)))[:, n:]
         driven = torch.cat((u[:, :reach] - echo, u[:, reach:]), dim=1)
-        # Outputs by the taps, which are of the size of the outputs, and not by way of w, which may be larger.
+        # Outputs are computed from the taps and not from w: w may be much larger than the outputs.
         tail = rational_series(self.numerator, _per_channel(self), length).to(u.dtype)
         y = self.direct * u + toeplitz(driven, _delayed(tail))
         y[:, :reach] += toeplitz(old, _delayed(self.numerator))[:, n:]
@@ -88,50 +93,50 @@ class CompanionParams(NamedTuple):
         return y.to(x.dtype), CompanionState(recent.flip(1).transpose(1, 2).contiguous())
 
     def taps(self, length: int) -> Tensor:
-        """The effective taps: d at lag 0, then the series of c / (1 + a), (E, ``length``) in float64."""
+        """Return the effective taps, d and then the series of c / (1 + a), (E, ``length``), in float64."""
         a = self.denominator
         radius = 1.0 if bool(_schur_cohn(a.double()).all()) else self.largest_pole()
         series = rational_series(self.numerator, _per_channel(self), max(1, length - 1), radius)
         return torch.cat((self.direct.double()[:, None], series[:, : length - 1]), dim=1)
 
     def multiply_adds(self) -> int:
-        """Multiply-adds of one step: two per channel and state number, one for the direct tap."""
+        """Return the multiply-adds of one step: per channel, two for each state number and one for lag 0."""
         channels, order = self.numerator.shape
         return channels * (2 * order + 1)
 
     def order(self) -> int:
-        """Real state numbers per channel."""
+        """Return the state size in real numbers per channel, n."""
         return self.numerator.shape[1]
 
     def largest_pole(self) -> float:
-        """Largest modulus of a pole of any channel."""
+        """Return the largest modulus of all poles, over all channels."""
         return float(pole_radius(self.denominator.detach()).max())
 
     def channels_of(self, part: slice) -> CompanionParams:
-        """The recurrence of some channels alone, a denominator for each."""
+        """Return the recurrence restricted to a slice of the channels, with a denominator per channel."""
         return CompanionParams(self.direct[part], self.numerator[part], _per_channel(self)[part])
 
     def to_dtype(self, dtype: torch.dtype) -> CompanionParams:
-        """The same recurrence stored at ``dtype``, never below float32."""
+        """Return the recurrence with its tensors cast to ``dtype``, at least float32."""
         return CompanionParams(*(part.to(working_dtype(dtype)) for part in self))
 
 
 def rational_series(numerator: Tensor, a: Tensor, length: int, radius: float = 1.0) -> Tensor:
-    """The first ``length`` coefficients of (c[1] + c[2] z + ..) / (1 + a[1] z + .. + a[n] z^n), in float64.
+    """Expand (c[1] + c[2] z + ..) / (1 + a[1] z + .. + a[n] z^n) into a power series, in float64.
 
-    Of small systems by powers of the state matrix. Of large ones by FFT, on a circle so small that what
-    wraps round has faded: with ``_WRAP`` times as many points as coefficients and a damping that leaves
-    eps^(1 / _WRAP) at the last of them, both what wraps round and what undoing the damping adds are
-    float64 rounding, wherever the poles are up to ``radius``.
+    Small systems use powers of the state matrix. Large systems use FFTs on a circle whose radius is small
+    enough for aliasing to be negligible: with ``_WRAP`` times as many points as coefficients, and a damping
+    of eps^(1 / _WRAP) at the last coefficient, both aliasing and the error of undoing the damping are at the
+    level of float64 rounding, for all poles with a modulus up to ``radius``.
 
     Args:
-        numerator: (G, m), m <= n.
-        a: (G, n).
-        length: at least 1.
-        radius: largest modulus of a pole, or more.
+        numerator: Coefficients c, (G, m), m <= n.
+        a: Coefficients a, (G, n).
+        length: Number of coefficients to return, at least 1.
+        radius: Largest modulus of a pole, or an upper bound.
 
     Returns:
-        (G, ``length``); not finite where it grows out of range.
+        First coefficients of the series, (G, ``length``); not finite if they overflow.
     """
     if a.shape[1] <= _SMALL:
         return _series_by_states(numerator.double(), a.double(), length)
@@ -144,7 +149,7 @@ def rational_series(numerator: Tensor, a: Tensor, length: int, radius: float = 1
 
 
 def _series_by_states(numerator: Tensor, a: Tensor, length: int) -> Tensor:
-    """c A^i b in the companion form: rows c A^r for r < m, columns A^(q m) b, and all their products."""
+    """Return c A^i b in companion form as products of rows c A^r, r < m, and columns A^(q m) b."""
     n = a.shape[1]
     matrix = torch.diag_embed(a.new_ones(len(a), n - 1), offset=-1)
     matrix[:, 0] = -a
@@ -160,10 +165,10 @@ def _series_by_states(numerator: Tensor, a: Tensor, length: int) -> Tensor:
 
 
 def pole_radius(a: Tensor) -> Tensor:
-    """Largest root modulus of z^n + a[1] z^(n-1) + .. + a[n], (G, n) -> (G,), by bisection.
+    """Return the largest modulus of the roots of z^n + a[1] z^(n-1) + .. + a[n], (G, n) -> (G,).
 
-    O(n^2) each, where eigenvalues take O(n^3): all roots of the polynomial in r z lie inside the unit
-    circle as soon as r is larger than the radius (Schur and Cohn).
+    It is found by bisection at O(n^2) per step, compared with O(n^3) for eigenvalues: all roots of the
+    polynomial in r z are inside the unit circle (Schur-Cohn test) if and only if r exceeds this modulus.
     """
     a = a.double()
     inside = _schur_cohn(a)
@@ -179,12 +184,15 @@ def pole_radius(a: Tensor) -> Tensor:
 
 
 def _schur_cohn(a: Tensor) -> Tensor:
-    """Whether all roots lie inside the unit circle, (G, n) -> (G,): every reflection coefficient does."""
+    """Return whether all roots are inside the unit circle, (G, n) -> (G,).
+
+    By Schur and Cohn, this holds if and only if all reflection coefficients are inside it.
+    """
     inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
     while a.shape[1]:
         reflection, rest = a[:, -1:], a[:, :-1]
         inside = inside & (reflection.abs() < 1).squeeze(1)
-        # Of those that failed nothing more is asked; NaN is no smaller than 1 either.
+        # Polynomials that failed need no further test. A comparison with NaN is False, so NaN fails.
         reflection = torch.where(inside[:, None], reflection, 0.0)
         a = (rest - reflection * rest.flip(1)) / (1 - reflection.square())
     return inside
@@ -195,10 +203,10 @@ def _per_channel(params: CompanionParams) -> Tensor:
 
 
 def _repeat(rows: Tensor, channels: int) -> Tensor:
-    """(G, ...) -> (E, ...), E / G channels in a row sharing one."""
+    """Return rows (G, ...) as (E, ...), each repeated for E / G consecutive channels."""
     return rows if len(rows) == channels else rows.repeat_interleave(channels // len(rows), dim=0)
 
 
 def _delayed(coefficients: Tensor) -> Tensor:
-    """Coefficients of lags 1 .. n as taps from lag 0 on."""
+    """Return coefficients of lags 1 .. n as taps of lags 0 .. n."""
     return torch.nn.functional.pad(coefficients, (1, 0))

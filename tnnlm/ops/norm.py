@@ -1,4 +1,4 @@
-"""SimpleRMSNorm of the TNN paper: x / (||x||_2 / sqrt(d) + 1e-8), no learnable scale."""
+"""SimpleRMSNorm of the TNN paper: x / (||x||_2 / sqrt(d) + 1e-8), without a learnable scale."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Powers of poles, and the taps that modes add up to; complex numbers as planes (re, im) of real tensors.
+"""Powers of poles, and the taps of modes; complex numbers are pairs of real planes (re, im).
 
-Letters: E channels, N modes, L lags.
+Dimensions: E channels, N modes, L lags.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def pole_powers(poles: Tensor, length: int) -> Tensor:
-    """lam^0 .. lam^(length-1) as planes, (2, N, length) or (E, 2, N, length), in float64.
+    """Return lam^0 .. lam^(length-1) as planes, (2, N, length) or (E, 2, N, length), in float64.
 
-    By repeated squaring: a square's rounding doubles with the next, and is length float64 roundings
-    in the end.
+    The powers are computed by repeated squaring. The relative error doubles with each squaring, up to about
+    ``length`` float64 roundings.
     """
     squares = [torch.complex(*poles.double().unbind(-2))]
     while 1 << len(squares) < length:
@@ -22,7 +22,7 @@ def pole_powers(poles: Tensor, length: int) -> Tensor:
 
 
 def power_table(squares: list[Tensor], length: int) -> Tensor:
-    """lam^0 .. lam^(length-1) as planes from lam^(2^j), j = 0, 1, ..."""
+    """Return lam^0 .. lam^(length-1) as planes, given lam^(2^j) for j = 0, 1, ..."""
     powers = torch.ones((*squares[0].shape, 1), dtype=squares[0].dtype, device=squares[0].device)
     for square in squares:
         powers = torch.cat((powers, powers * square.unsqueeze(-1)), dim=-1)
@@ -31,7 +31,7 @@ def power_table(squares: list[Tensor], length: int) -> Tensor:
 
 
 def mode_taps(residues: Tensor, powers: Tensor) -> Tensor:
-    """Re sum_m c[m] lam[m]^i, (E, L), in the residues' dtype."""
+    """Return the taps Re sum_m c[m] lam[m]^i, (E, L), in the residues' dtype."""
     powers = powers.to(residues.dtype)
     signed = torch.stack((residues[:, 0], -residues[:, 1]), dim=1)
     if powers.dim() == 3:

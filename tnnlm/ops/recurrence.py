@@ -1,7 +1,7 @@
-"""What every recurrent form of a convolution offers.
+"""Protocol of recurrences, the recurrent forms of a convolution.
 
-A form is a NamedTuple of tensors, its parameters, with the methods of :class:`Recurrence`; its state is
-another one. Modules, conversion and checkpoints know forms by this protocol alone.
+A recurrence is a NamedTuple of parameter tensors with the methods of :class:`Recurrence`; its state is also a
+NamedTuple. Modules, conversion and checkpoints use recurrences through this protocol only.
 """
 
 from __future__ import annotations
@@ -19,42 +19,45 @@ _State = TypeVar("_State")
 
 
 class Recurrence(Protocol[_State]):
-    """The parameters of one recurrent convolution of E channels; nothing changes them in place."""
+    """Parameters of a recurrent convolution with E channels, which are never modified in place."""
 
     def init_state(self, batch_size: int) -> _State:
-        """The state before the first token: zeros."""
+        """Return the state before the first token, which is zero."""
         ...
 
     def step(self, x: Tensor, state: _State, active: Tensor | None = None) -> tuple[Tensor, _State]:
-        """Advance by one token x (B, E); rows where ``active`` (B,) is False keep their state."""
+        """Process one token x (B, E) and return output and next state.
+
+        Rows where ``active`` (B,) is False keep their state.
+        """
         ...
 
     def prefill(self, x: Tensor, state: _State, lengths: Tensor | None = None) -> tuple[Tensor, _State]:
-        """Advance by the tokens of x (B, L, E) at once; see :meth:`tnnlm.ops.ssm.SSMParams.prefill`."""
+        """Process the tokens of x (B, L, E) in parallel; see :meth:`tnnlm.ops.ssm.SSMParams.prefill`."""
         ...
 
     def taps(self, length: int) -> Tensor:
-        """The effective taps, (E, ``length``), in float64."""
+        """Return the effective taps, (E, ``length``), in float64."""
         ...
 
     def multiply_adds(self) -> int:
-        """Multiply-adds of one step."""
+        """Return the number of multiply-adds of one step."""
         ...
 
     def order(self) -> int:
-        """Real state numbers per channel."""
+        """Return the state size in real numbers per channel."""
         ...
 
     def largest_pole(self) -> float:
-        """Largest modulus of a pole; 0 where there is none."""
+        """Return the largest modulus of all poles; 0 without poles."""
         ...
 
     def channels_of(self, part: slice) -> Recurrence[_State]:
-        """The recurrence of some channels alone."""
+        """Return the recurrence restricted to a slice of the channels."""
         ...
 
     def to_dtype(self, dtype: torch.dtype) -> Recurrence[_State]:
-        """The same recurrence stored at ``dtype``, never below float32; poles stay float64."""
+        """Return the recurrence with its tensors cast to ``dtype``, at least float32; poles stay float64."""
         ...
 
     def __iter__(self) -> Iterator[Tensor]: ...
@@ -65,21 +68,21 @@ class Recurrence(Protocol[_State]):
 Params: TypeAlias = Recurrence[Any]
 State: TypeAlias = SSMState | CompanionState
 
-_FORMS: tuple[type[SSMParams] | type[CompanionParams], ...] = (SSMParams, CompanionParams)
+_RECURRENCES: tuple[type[SSMParams] | type[CompanionParams], ...] = (SSMParams, CompanionParams)
 
 
 def state_bytes(params: Params) -> int:
-    """Bytes of state per sequence."""
+    """Return the size of the state in bytes per sequence."""
     return sum(tensor.numel() * tensor.element_size() for tensor in params.init_state(1))
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params:
-    """The parameters that are stored under their fields' names; other names are ignored.
+    """Return the recurrence whose fields are keys of ``tensors``; other keys are ignored.
 
     Raises:
-        KeyError: if no form's fields are all there.
+        KeyError: If the fields of no recurrence are complete.
     """
-    for form in _FORMS:
-        if all(name in tensors for name in form._fields):
-            return form(*(tensors[name] for name in form._fields))
+    for kind in _RECURRENCES:
+        if all(name in tensors for name in kind._fields):
+            return kind(*(tensors[name] for name in kind._fields))
     raise KeyError(f"recurrence among {', '.join(tensors) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""The slow, obvious versions that tests and ``convert.py --verify`` compare with."""
+"""Slow reference implementations for tests and ``convert.py --verify``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tnnlm.ops.ssm import SSMParams
 
 
 def toeplitz_dense(x: Tensor, k: Tensor) -> Tensor:
-    """Causal convolution by the dense L x L Toeplitz matrix: x (B, L, E), k (E, K) -> (B, L, E)."""
+    """Return the causal convolution of x (B, L, E) and taps k (E, K), computed with L x L matrices."""
     length = x.shape[1]
     k = torch.nn.functional.pad(k[:, :length], (0, max(0, length - k.shape[1])))
     lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
@@ -20,7 +20,7 @@ def toeplitz_dense(x: Tensor, k: Tensor) -> Tensor:
 
 
 def toeplitz_two_sided_dense(x: Tensor, k: Tensor) -> Tensor:
-    """As :func:`toeplitz_dense` with taps at negative lags too: k (E, 2K - 1), lag 0 in the middle."""
+    """Return the bidirectional convolution of x (B, L, E) and taps k (E, 2K - 1), lag 0 in the middle."""
     length, centre = x.shape[1], k.shape[1] // 2
     k = torch.nn.functional.pad(k, (max(0, length - 1 - centre),) * 2)
     lag = torch.arange(length)[:, None] - torch.arange(length)[None, :]
@@ -28,7 +28,7 @@ def toeplitz_two_sided_dense(x: Tensor, k: Tensor) -> Tensor:
 
 
 def recurrence_loop(params: Params, x: Tensor) -> Tensor:
-    """The recurrence by a Python loop in float64: x (B, L, E) -> (B, L, E) in float64."""
+    """Return the outputs of the recurrence for x (B, L, E), computed in float64 by a loop over tokens."""
     if isinstance(params, CompanionParams):
         return _companion_loop(params, x)
     assert isinstance(params, SSMParams)
@@ -36,7 +36,7 @@ def recurrence_loop(params: Params, x: Tensor) -> Tensor:
 
 
 def _companion_loop(params: CompanionParams, x: Tensor) -> Tensor:
-    """By the companion matrix A: s = A s + B x, with the newest value of w first."""
+    """Return the outputs of s = A s + B x with the companion matrix A; the newest value of w is s[0]."""
     direct, c, a = (part.double() for part in params)
     channels, n = c.shape
     a = a.repeat_interleave(channels // len(a), dim=0)

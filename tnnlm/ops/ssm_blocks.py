@@ -1,7 +1,8 @@
-"""Prefill of the modes in blocks: a convolution inside each, two matrix products between them.
+"""Prefill of modes in blocks: a convolution within each block, two matrix products between blocks.
 
-The state after a block is a product of powers of the poles with the block's inputs, and what it adds to the
-next block's outputs is another. Letters: B batch, L length, E channels, N modes.
+One product, of powers of the poles with the inputs of a block, gives the state after the block; the other
+gives the contribution of that state to the outputs of the next block. Dimensions: B batch, L length,
+E channels, N modes.
 """
 
 from __future__ import annotations
@@ -14,33 +15,36 @@ from tnnlm.ops.powers import mode_taps, pole_powers
 from tnnlm.ops.toeplitz import toeplitz, toeplitz_direct
 
 _DIRECT_TAPS = 128
-"""up to so many a direct convolution is faster than an FFT"""
+"""Number of taps up to which a direct convolution is faster than an FFT."""
 _SMALL_BLOCK, _FFT_BLOCK = 64, 512
-"""tokens of a block at least, and with an FFT inside it"""
+"""Minimum tokens per block, and tokens per block with an FFT within it."""
 
 
 def prefill_modes(
     poles: Tensor, residues: Tensor, u: Tensor, real: Tensor, imag: Tensor, last: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the modes add to the outputs (B, L, E), and their state as planes (B, E, N).
+    """Compute the outputs and the next state of the modes.
 
     Args:
-        poles: planes (2, N), or (E, 2, N), in float64.
-        residues: planes (E, 2, N).
-        u: inputs (B, L, E).
-        real: Re s before the first of them, (B, E, N).
-        imag: Im s.
-        last: (B,) tokens of each row, after which the state is returned; None means L each.
+        poles: Planes (2, N), or (E, 2, N), in float64.
+        residues: Planes (E, 2, N).
+        u: Inputs (B, L, E).
+        real: Re s before the first input, (B, E, N).
+        imag: Im s before the first input, (B, E, N).
+        last: Number of tokens of each row, (B,), after which the state is returned; None means L each.
+
+    Returns:
+        Contribution of the modes to the outputs (B, L, E), and Re s and Im s after the last token, (B, E, N).
     """
     length = u.shape[1]
     block = min(length, _block_length(u, residues.shape[2]))
     powers = pole_powers(poles, block + 1)
-    # The sum over the modes in float64: ETSC's terms are hundreds of times the taps they leave.
+    # Summed in float64: the terms of ETSC are hundreds of times larger than the taps that they sum to.
     k = mode_taps(residues.double(), powers[..., :block]).to(u.dtype)
     whole = torch.nn.functional.pad(u, (0, 0, 0, -length % block)) if length % block else u
     y = convolve(whole.reshape(-1, block, u.shape[2]), k).reshape(whole.shape)[:, :length]
-    # Modes before channels, real parts over imaginary ones: with shared poles both products of a block are
-    # of row-major matrices then, which BLAS is up to seven times faster at for a handful of modes.
+    # Modes precede channels, and real parts precede imaginary parts. With shared poles both products of a
+    # block then have row-major operands, for which BLAS is up to seven times faster with few modes.
     s = torch.stack((real, imag), dim=1).transpose(2, 3).contiguous()
     c = residues.permute(1, 2, 0).contiguous()
     powers = powers.to(u.dtype)
@@ -59,28 +63,34 @@ def prefill_modes(
 
 
 def convolve(u: Tensor, k: Tensor) -> Tensor:
-    """``k`` applied to (B, L, E): directly where taps are few and the library is fast at it."""
+    """Convolve u (B, L, E) with taps k (E, K), directly if there are few taps and oneDNN is available."""
     few = min(k.shape[1], u.shape[1]) <= _DIRECT_TAPS
     fast = u.device.type == "cpu" and u.dtype == torch.float32 and few and not torch.is_grad_enabled()
     return toeplitz_direct(u, k) if fast and _has_onednn() else toeplitz(u, k)
 
 
 def _has_onednn() -> bool:
-    """Whether the library may be used. It isn't probed, which a program that is being exported couldn't be:
-    PyTorch itself goes another way where the library can't do it."""
+    """Return whether oneDNN may be used.
+
+    It isn't probed, because tracing for export can't run a probe; PyTorch falls back to another
+    implementation if oneDNN doesn't support the operation.
+    """
     return torch.backends.mkldnn.is_available() and "onednn_float32" not in switched_off()
 
 
 def _block_length(u: Tensor, modes: int) -> int:
-    """Tokens between which the state is carried on. Inside a block a convolution costs in proportion to its
-    length, or by FFT next to nothing more; between blocks every mode costs."""
+    """Return the number of tokens per block.
+
+    The cost per token of a direct convolution within a block grows with the block length, that of an FFT
+    hardly does; the cost of carrying the state between blocks grows with the number of modes.
+    """
     if u.device.type != "cpu" or modes > _DIRECT_TAPS:
         return _FFT_BLOCK
     return max(_SMALL_BLOCK, 1 << (modes - 1).bit_length())
 
 
 def _add_free_response(y: Tensor, c: Tensor, powers: Tensor, s: Tensor) -> None:
-    """Add to y (B, L, E) what the state (B, 2, N, E) alone contributes: Re sum_m c[m] lam[m]^(j+1) s_m."""
+    """Add the contribution of the state (B, 2, N, E) to y (B, L, E): Re sum_m c[m] lam[m]^(j+1) s_m."""
     w = _times(c, s)
     w[:, 1].neg_()
     later = powers[..., 1 : y.shape[1] + 1]
@@ -91,8 +101,10 @@ def _add_free_response(y: Tensor, c: Tensor, powers: Tensor, s: Tensor) -> None:
 
 
 def _advance_modes(powers: Tensor, u: Tensor, s: Tensor, last: Tensor) -> Tensor:
-    """The state after ``last[b]`` tokens, lam^last s + sum_{j<last} lam^(last-1-j) u[j], for right-aligned
-    u (B, L, E)."""
+    """Return the state after ``last[b]`` tokens, lam^last s + sum_{j<last} lam^(last-1-j) u[j].
+
+    The tokens of u (B, L, E) are right-aligned.
+    """
     after = _times(powers[..., last].movedim(-1, 0).reshape(u.shape[0], *powers.shape[:2], -1), s)
     reverse = powers[..., : u.shape[1]].flip(-1)
     if powers.dim() == 3:
@@ -103,7 +115,7 @@ def _advance_modes(powers: Tensor, u: Tensor, s: Tensor, last: Tensor) -> Tensor
 
 
 def _times(a: Tensor, s: Tensor) -> Tensor:
-    """The product of complex numbers as planes: a ([B,] 2, N, E or 1) and s (B, 2, N, E)."""
+    """Return the product of complex numbers as planes, a ([B,] 2, N, E or 1) and s (B, 2, N, E)."""
     (a_re, a_im), (s_re, s_im) = a.unbind(-3), s.unbind(1)
     product = torch.empty_like(s)
     torch.mul(a_re, s_re, out=product[:, 0]).addcmul_(a_im, s_im, value=-1)
@@ -112,8 +124,10 @@ def _times(a: Tensor, s: Tensor) -> Tensor:
 
 
 def _align_right(u: Tensor, last: Tensor) -> Tensor:
-    """Shift every row's ``last[b]`` tokens to the right end of (B, L, E), zeros in front: one table of
-    powers serves all rows then."""
+    """Shift the ``last[b]`` tokens of each row to the right end of (B, L, E), with zeros in front.
+
+    One table of powers then serves all rows.
+    """
     source = torch.arange(u.shape[1], device=u.device) - (u.shape[1] - last[:, None])
     index = source.clamp(min=0)[:, :, None].expand_as(u)
     return u.gather(1, index) * (source >= 0)[:, :, None]

@@ -1,8 +1,8 @@
-"""Toeplitz products by FFT, for every channel: causal, y[t] = sum_{i=0..t} k[i] x[t-i], and two-sided,
-y[t] = sum_s k[t-s] x[s].
+"""Toeplitz products of each channel by FFT (arXiv 2305.04749, equation 1), log-linear in the length.
 
-Pure functions; the only place that knows FFT layouts. Log-linear in length. Equation 1 of
-arXiv 2305.04749. The slow twins are ``toeplitz_dense`` and ``toeplitz_two_sided_dense`` of ``ops.reference``.
+They are causal, y[t] = sum_{i=0..t} k[i] x[t-i], or bidirectional, y[t] = sum_s k[t-s] x[s]. FFT layouts are
+local to this module. The reference implementations are ``toeplitz_dense`` and ``toeplitz_two_sided_dense``
+of :mod:`tnnlm.ops.reference`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from tnnlm.precision import working_dtype
 
 CACHE_BYTES = 1 << 21
-"""of spectrum per tile: on a CPU it should stay in the cache"""
+"""Size of the spectrum of a tile in bytes, small enough for the cache of a CPU."""
 
 
 def fft_length(minimum: int) -> int:
-    """Smallest even 2^a 3^b 5^c that is at least ``minimum``: a size every FFT library is fast at."""
+    """Return the smallest even 2^a 3^b 5^c that is at least ``minimum``, a size for which FFTs are fast."""
     best = 1 << max(1, (minimum - 1).bit_length())
     five = 1
     while five < best:
@@ -36,22 +36,20 @@ def fft_length(minimum: int) -> int:
 
 
 def toeplitz(x: Tensor, k: Tensor) -> Tensor:
-    """Causal convolution of every channel of ``x`` with its own taps.
+    """Convolve each channel of ``x`` causally with the taps of the channel.
 
-    The transforms run in float32 (float64 for float64 inputs) whatever the autocast state:
-    bf16 has no FFT. Once differentiable in both arguments.
+    The transforms run in float32 (float64 for float64 inputs) regardless of autocast, because there is no FFT
+    in bf16. The function is once differentiable in both arguments.
 
     Args:
-        x: inputs (B, L, E).
-        k: taps (E, K), index = lag. Lags from L on can't matter and are ignored; K < L means
-            zeros from K on.
+        x: Inputs (B, L, E).
+        k: Taps (E, K), index = lag. Lags from L onwards have no effect; if K < L, later taps are zero.
 
     Returns:
-        outputs (B, L, E) in the dtype of ``x``, laid out in memory as ``x`` is: no layout is wrong, that
-        of (E, B, L) is fastest.
+        Outputs (B, L, E) in the dtype and memory layout of ``x``. Every layout works; (E, B, L) is fastest.
 
     Raises:
-        ValueError: if the channels of ``x`` and ``k`` differ, or either is empty.
+        ValueError: If the channels of ``x`` and ``k`` differ, or either is empty.
     """
     _check_shapes(x, k)
     length = x.shape[1]
@@ -61,25 +59,25 @@ def toeplitz(x: Tensor, k: Tensor) -> Tensor:
 
 
 def toeplitz_two_sided(x: Tensor, k: Tensor) -> Tensor:
-    """Convolution of every channel of ``x`` with taps at negative lags too: y[t] = sum over s of k[t-s] x[s].
+    """Convolve each channel of ``x`` bidirectionally: y[t] = sum over s of k[t-s] x[s].
 
-    Precision and layouts as of :func:`toeplitz`, and no larger transforms: negative lags stand at the end of
-    the circle. Inputs that are padding have to be zero: then they reach no output.
+    Precision, layouts and size of the transforms are those of :func:`toeplitz`: negative lags are at the end
+    of the circular buffer. Inputs at padding positions must be zero.
 
     Args:
-        x: inputs (B, L, E).
-        k: taps (E, 2K - 1), of lags -(K-1) .. K-1 in order; lag 0 in the middle. Lags beyond L - 1 on either
-            side can't matter and are ignored; K < L means zeros beyond.
+        x: Inputs (B, L, E).
+        k: Taps (E, 2K - 1) of lags -(K-1) .. K-1 in order, with lag 0 in the middle. Lags beyond L - 1 in
+            either direction have no effect; if K < L, taps beyond are zero.
 
     Returns:
-        outputs (B, L, E) in the dtype of ``x``, laid out in memory as ``x`` is.
+        Outputs (B, L, E) in the dtype and the memory layout of ``x``.
 
     Raises:
-        ValueError: if the channels of ``x`` and ``k`` differ, either is empty, or the number of taps is even.
+        ValueError: If the channels of ``x`` and ``k`` differ, either is empty, or the number of taps is even.
     """
     _check_shapes(x, k)
     if k.shape[1] % 2 == 0:
-        raise ValueError(f"expected taps of lags -(K-1) .. K-1, got an even number of them, {k.shape[1]}")
+        raise ValueError(f"k has {k.shape[1]} taps: expected an odd number, for lags -(K-1) .. K-1")
     side = min(x.shape[1], (k.shape[1] + 1) // 2)
     n = fft_length(x.shape[1] + side - 1)
     centre = k.shape[1] // 2
@@ -97,14 +95,14 @@ def _check_shapes(x: Tensor, k: Tensor) -> None:
 
 
 def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
-    """What :func:`toeplitz` returns, summed lag by lag: for few taps, where no gradient is asked for.
+    """Return the same as :func:`toeplitz` by direct convolution, for few taps and without gradients.
 
-    As a depthwise convolution on (B, L, E) as it lies, without a transform: on a CPU, in float32 and for 64
-    tokens and taps, six times as fast as by FFT.
+    It is a depthwise convolution on (B, L, E) without a change of layout: on a CPU, in float32 and for 64
+    tokens and taps, it is six times as fast as the FFT.
 
     Args:
-        x: inputs (B, L, E), L at least 1.
-        k: taps (E, K), K at least 1.
+        x: Inputs (B, L, E), L at least 1.
+        k: Taps (E, K), K at least 1.
     """
     taps = min(x.shape[1], k.shape[1])
     padded = torch.nn.functional.pad(x, (0, 0, taps - 1, 0)).transpose(1, 2).unsqueeze(2)
@@ -113,8 +111,10 @@ def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
 
 
 def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op ``tnnlm::circular_conv`` returns, in one piece and in PyTorch's own operations: an exported
-    program goes where ours is not known."""
+    """Return the same as the op ``tnnlm::circular_conv``, without tiles and with standard PyTorch operators.
+
+    Exported programs use it, because they run where the custom op is not registered.
+    """
     dtype = _dtype(x, k)
     k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     x_spectrum = torch.fft.rfft(x.to(dtype), n=n)
@@ -124,14 +124,16 @@ def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tenso
 
 @torch.library.custom_op("tnnlm::circular_conv", mutates_args=())
 def _circular_conv(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolution of x (E, B, L) and k (E, K) on a circle of n points, both padded by zeros: its first L
-    outputs, and the spectra of both for the backward pass.
+    """Convolve x (E, B, L) and k (E, K) circularly over n points, both padded with zeros.
 
-    An op of our own: autograd's graph of rfft/irfft transforms complex-to-complex in backward and keeps
-    four more buffers, and a compiler breaks its graph at complex numbers, where it can take this as a whole.
-    Two transforms a pass; the taps' gradient is summed over the batch before the inverse one. It
-    works on a tile of the channels at a time, so that on a CPU transform, product and inverse meet in the
-    cache.
+    It is a custom op because autograd of rfft and irfft runs complex-to-complex transforms in the backward
+    pass and keeps four more buffers, and because torch.compile breaks its graph at complex numbers. Each pass
+    takes two transforms of the batch; the gradient of the taps is summed over the batch before its inverse
+    transform. Channels are processed in tiles, so that on a CPU transform, product and inverse transform stay
+    in the cache.
+
+    Returns:
+        The first L outputs, and the spectra of x and k for the backward pass.
     """
     dtype = _dtype(x, k)
     k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
@@ -147,7 +149,7 @@ def _circular_conv(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor
 def _circular_conv_backward(
     grad: Tensor, x_spectrum: Tensor, k_spectrum: Tensor, n: int, taps: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs, as ``grad`` (E, B, L), and of ``taps`` taps."""
+    """Return the gradients of the inputs, shaped as ``grad`` (E, B, L), and of the first ``taps`` taps."""
     x_grad = torch.empty_like(grad)
     k_sum = torch.empty_like(k_spectrum)
     for tile, padded in _tiles(grad, n, x_spectrum.real.dtype):
@@ -159,13 +161,15 @@ def _circular_conv_backward(
 
 
 def _inverse(spectrum: Tensor, n: int) -> Tensor:
-    """The inverse transform of a product with ``k_spectrum``, which was divided by n already: taps are fewer
-    than inputs."""
+    """Return the inverse transform of a product with ``k_spectrum``.
+
+    ``k_spectrum`` is divided by n already, which is cheaper because taps are fewer than inputs.
+    """
     return torch.fft.irfft(spectrum, n=n, norm="forward")
 
 
 def _dtype(x: Tensor, k: Tensor) -> torch.dtype:
-    """The real dtype that the transforms run in."""
+    """Return the real dtype of the transforms."""
     return torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
 
 
@@ -197,8 +201,10 @@ _circular_conv.register_autograd(_gradients, setup_context=_keep)
 
 
 def _tiles(x: Tensor, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Channels of x (E, B, L) to transform at a time, and they as ``dtype``, padded to ``n`` by zeros: a
-    buffer that the next tile reuses."""
+    """Yield slices of the channels of x (E, B, L), each with its inputs as ``dtype``, zero-padded to ``n``.
+
+    The inputs are in a buffer that the next tile overwrites.
+    """
     channels, batch, length = x.shape
     width = channels
     if x.device.type == "cpu":
