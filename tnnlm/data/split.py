@@ -24,9 +24,10 @@ class Corpus:
 
 
 def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:
-    """Select the documents to hold out: in the order of their hashes, up to ``fraction`` of all characters.
+    """Select documents in the order of their hashes until they have ``fraction`` of all characters.
 
-    Identical documents stay in the same split, and documents too large to be a fair sample are not held out.
+    Copies of a document go to the same split, unless nothing would be left to train on. Documents too large
+    to be a fair sample are not held out.
 
     Args:
         lengths: Length of each document in characters, (n,).
