@@ -144,7 +144,7 @@ BAD_TRAINING = {
     "absurd": (("model.d_model=100000000",), ("model.d_model", "at most")),
     "missing config": (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
     "missing file": (("data.source=files", "data.files=nowhere.txt"), ("nowhere.txt", "no such file")),
-    "no file": (("data.source=files",), ("data.files is empty",)),
+    "no file": (("data.source=files",), ("data.files: is empty",)),
     "empty file": (("data.source=files", "data.files=empty.txt"), ("empty.txt", "no text")),
     "binary file": (("data.source=files", "data.files=binary.txt"), ("binary.txt", "not text")),
     "too little text": (("data.source=files", "data.files=short.txt"), ("too little text",)),
@@ -225,7 +225,7 @@ def test_convert_on_a_full_or_forbidden_disk_leaves_nothing(
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr("tnnlm.checkpoints.converted.save_tensors", fail)
-    assert_refused(script("convert"), "disk is full" if number == errno.ENOSPC else "no permission")
+    assert_refused(script("convert"), "disk is full" if number == errno.ENOSPC else "permission denied")
     assert files() == before
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the one place that turns them into a line and exit code 2."""
+"""Errors that a user can fix, and the entry point wrapper that reports them in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from types import FrameType
 
 
 class UserError(ValueError):
-    """Input that can't be used.
+    """Invalid input that the user can fix.
+
+    Every message has the pattern ``PLACE: what is wrong; what to do``. PLACE is the setting, the option, or
+    the file with its line number where known. The rest starts in lower case, has no full stop at its end, and
+    states the remedy in the imperative:
+
+        data.txt: is not UTF-8 text (byte 17)
+        model.vocab_size=100: listops needs 15 symbols and a padding token; set it to 16 or more
 
     Args:
-        reason: names the input and says what is wrong with it.
-        remedy: what to do, if the reason doesn't say it; ``str()`` gives "reason; remedy".
+        reason: The place and the problem, ``PLACE: what is wrong``.
+        remedy: Action that solves the problem, in the imperative; empty if the reason makes it obvious.
+            With a remedy, ``str()`` returns ``reason; remedy``.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
@@ -28,35 +36,39 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type, or out of range."""
+    """Setting that is unknown, has the wrong type, or is out of range."""
 
 
 class DataError(UserError):
-    """Text or a tokenizer that can't be used."""
+    """Data set or tokenizer that is missing, unreadable or unsuitable."""
 
 
 class CheckpointError(UserError):
-    """A run, checkpoint or converted model that is missing, damaged or not ours."""
+    """Run, checkpoint or converted model that is missing, damaged, or not created by this package."""
 
 
 OS_PROBLEMS = {
     errno.ENOSPC: UserError("the disk is full", "free some space and run the same command again"),
     errno.EDQUOT: UserError("the disk quota is used up", "free some space and run the same command again"),
-    errno.EACCES: UserError("no permission", "choose another place or change the permissions"),
-    errno.EPERM: UserError("no permission", "choose another place or change the permissions"),
-    errno.EROFS: UserError("the file system is read-only", "choose another place"),
-    errno.EFBIG: UserError("the file is larger than the system allows", "raise the limit (ulimit -f)"),
-    errno.ENAMETOOLONG: UserError("the name is too long", "choose a shorter one"),
-    errno.ENOTDIR: UserError("a part of this path is a file, not a folder", "choose another place"),
-    errno.EISDIR: UserError("is a folder", "give the name of a file"),
+    errno.EACCES: UserError("permission denied", "choose another path or change the permissions"),
+    errno.EPERM: UserError("permission denied", "choose another path or change the permissions"),
+    errno.EROFS: UserError("the file system is read-only", "choose another path"),
+    errno.EFBIG: UserError("the file exceeds the size limit", "raise the limit (ulimit -f)"),
+    errno.ENAMETOOLONG: UserError("the file name is too long", "choose a shorter one"),
+    errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
+    errno.EISDIR: UserError("is a folder", "specify a file"),
 }
-"""errors of the operating system that a user can mend: what is wrong, and what to do"""
+"""Operating-system errors that a user can fix, by ``errno``."""
 OS_ADVICE = {number: str(problem) for number, problem in OS_PROBLEMS.items()}
-"""the same in one line"""
+"""Messages of ``OS_PROBLEMS``, problem and remedy in one line, by ``errno``."""
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line: a user's as it is, others with what to do about them or with their type."""
+    """Return the message of an error in one line.
+
+    A :class:`UserError` gives its message unchanged, an operating-system error of ``OS_PROBLEMS`` its problem
+    and remedy, and any other error its type and the first line of its message.
+    """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in OS_ADVICE:
@@ -67,13 +79,13 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[None]:
-    """Go on after a step that nothing depends on, whatever it raised: the reason goes into ``failures``.
+    """Run an optional step and record its failure in ``failures`` instead of raising it.
 
-    For measurements and optional files beside work that is finished, which no failure of theirs may lose.
+    Used for measurements and optional files, whose failure must not discard the main result.
 
     Args:
-        failures: name of the step -> reason.
-        name: of this step.
+        failures: Reason of each failure by name of the step; updated in place.
+        name: Name of this step.
     """
     try:
         yield
@@ -82,10 +94,10 @@ def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[N
 
 
 def command(name: str) -> str:
-    """How to call a subcommand: by its script in a checkout, else by the command ``tnnlm``.
+    """Return the command line of a subcommand: its script in a checkout, otherwise ``tnnlm NAME``.
 
     Args:
-        name: such as ``train`` or ``prepare-data``.
+        name: Name of the subcommand, such as ``train`` or ``prepare-data``.
     """
     own = f"tnnlm {name}"
     script, checkout = f"{name.replace('-', '_')}.py", Path(__file__).parents[1]
@@ -98,17 +110,17 @@ def command(name: str) -> str:
 def run_script(main: Callable[[], int]) -> int:
     """Run a script's ``main`` and return its exit code.
 
-    A :class:`UserError`, and an operating-system error that a user can mend (full disk, missing
-    permission), become one line on stderr and exit code 2. Everything else is a defect of ours
-    and keeps its traceback. Ctrl-C outside of training gives 130, as shells expect; the interrupt may
-    carry a message of what was finished.
+    A :class:`UserError`, or an operating-system error that a user can fix (full disk, missing permission),
+    is reported in one line on stderr with exit code 2. Any other exception is a bug in this package and keeps
+    its traceback. Ctrl-C returns 130, the shell convention for SIGINT; arguments of the ``KeyboardInterrupt``
+    are printed as well, for example to report what was completed.
     """
     _replace_unprintable()
     with _noted_interrupts() as interrupts:
         try:
             return _exit_code(main)
         except Exception:
-            # Some libraries swallow an interrupt of their import, and then miss what was not imported.
+            # Some libraries swallow a KeyboardInterrupt during import and fail later with another error.
             if not interrupts:
                 raise
             print("interrupted", file=sys.stderr)
@@ -137,7 +149,10 @@ def _exit_code(main: Callable[[], int]) -> int:
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt as always, and is noted in the list; not where it was taken over."""
+    """Record every SIGINT in the yielded list; Ctrl-C still raises ``KeyboardInterrupt``.
+
+    Does nothing outside the main thread, or if another handler is installed.
+    """
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -156,7 +171,9 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
 
 def _replace_unprintable() -> None:
-    """Print a question mark for a character that the output's encoding lacks, such as a Windows code page:
-    a generated character must not end a script."""
+    """Make stdout print a question mark for a character that its encoding can't represent.
+
+    A generated character outside a Windows code page must not abort a script.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all (written beside, flushed to the disk, renamed), and their locks."""
+"""Atomic writes of files and folders (write to a temporary path, flush to disk, rename), and file locks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from tnnlm.errors import UserError
 
 
 def check_parents(path: Path) -> None:
-    """Refuse a path that lies below a file.
+    """Check that no parent of ``path`` is a file.
 
     Raises:
-        UserError: naming the file.
+        UserError: If the nearest existing parent is a file; the message contains its path.
     """
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is a file, not a folder", "choose another place")
+        raise UserError(f"{path}: {existing} is a file, not a folder", "choose another path")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; move it there when the block ends without error.
+    """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block succeeds.
+
+    The temporary file is in the folder of ``path``.
 
     Raises:
-        OSError: if the disk is full or the folder can't be written. ``path`` is then as before.
+        OSError: If the disk is full or the folder isn't writable; ``path`` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,25 +46,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
-    with path.open("r+b") as file:  # Windows flushes only what is open for writing
+    """Flush a file to disk (fsync)."""
+    with path.open("r+b") as file:  # Windows requires write access for fsync
         os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a UTF-8 file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Give a flat folder beside ``path`` to fill; move it there when the block ends without error.
+    """Write a folder atomically: yield a temporary folder, and rename it to ``path`` if the block succeeds.
+
+    The temporary folder has the same parent as ``path`` and must not contain subfolders.
 
     Args:
-        path: where it shall be.
-        replace: if ``path`` exists by then, put the new one in its place; otherwise keep the old
-            one and drop the new (several processes may build the same thing).
+        path: Path of the finished folder.
+        replace: Replace ``path`` if it exists when the block ends. If false, the existing folder is kept and
+            the new one is discarded, which lets several processes build the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -80,7 +84,7 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Put ``new`` in the place of the folder ``path``; whatever interrupts it, one of the two is there."""
+    """Replace the folder ``path`` by ``new``; restore the old folder if interrupted in between."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     old = aside / "replaced"
     try:
@@ -94,13 +98,14 @@ def _exchange(new: Path, path: Path) -> None:
 
 @contextmanager
 def only_process(path: Path, refusal: UserError) -> Iterator[None]:
-    """Hold the lock of what lies at ``path``. The operating system releases it when the process is killed.
+    """Hold an exclusive lock on ``path``. The operating system releases it if the process is killed.
 
-    The lock file lies beside it: Windows can't rename a folder that holds an open file.
+    The lock file is next to ``path``, not inside it, because Windows can't rename a folder that contains an
+    open file.
 
     Args:
-        path: a file or folder, there or not.
-        refusal: raised if another process holds the lock.
+        path: File or folder to lock; it need not exist.
+        refusal: Error to raise if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
@@ -112,8 +117,8 @@ def only_process(path: Path, refusal: UserError) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: who opens the file from now on finds another, and who waits is told by
-        # filelock. Windows, which refuses, removes it on release.
+        # Unlink while the lock is held: later processes create a new file, and filelock detects the removal
+        # in processes that have opened the old one. Windows refuses here and removes it on release.
         with contextlib.suppress(OSError):
             file.unlink()
         lock.release()

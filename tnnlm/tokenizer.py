@@ -1,6 +1,6 @@
-"""Text <-> token ids: byte-level BPE by ``tokenizers``, trained here or given.
+"""Tokenizers: byte-level BPE trained with ``tokenizers``, or loaded from a file or the Hugging Face Hub.
 
-Needs no network unless a hub name was asked for.
+Only loading from the hub needs a network connection.
 """
 
 from __future__ import annotations
@@ -17,32 +17,37 @@ from tnnlm.errors import DataError
 
 
 class TextTokenizer:
-    """A tokenizer and its end-of-document token."""
+    """Tokenizer with an end-of-document token."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token: str, where: str = "tokenizer") -> None:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise DataError(
-                f"{where}: has no token {eos_token!r}", "name its end token with data.eos_token=..."
+                f"{where}: has no token {eos_token!r}", "set its end token with data.eos_token=..."
             )
-        # A document that spells out the end token must not end the document.
+        # The literal string of the end token inside a document must not be encoded as the end token.
         tokenizer.add_special_tokens([eos_token])
         tokenizer.encode_special_tokens = True
-        # What a published file says about its own model's batches would cut and pad documents.
+        # Truncation and padding settings of a published tokenizer.json would cut and pad documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.eos_token = eos_token
         self.eos_id: int = eos_id
         self.size = int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
-        """one more than the highest id: rows that an embedding must have"""
+        """Highest token id plus one: the minimum number of rows of an embedding."""
 
     @classmethod
     def from_json(cls, text: str, eos_token: str, where: str = "tokenizer.json") -> TextTokenizer:
-        """Read the text of a tokenizer.json.
+        """Parse the contents of a tokenizer.json.
+
+        Args:
+            text: Contents of the file.
+            eos_token: End-of-document token, such as ``<|endoftext|>``.
+            where: Place that error messages start with, usually the path.
 
         Raises:
-            DataError: if it isn't one.
+            DataError: If ``text`` isn't a valid tokenizer.json or has no ``eos_token``.
         """
         try:
             tokenizer = Tokenizer.from_str(text)
@@ -52,53 +57,59 @@ class TextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the whole tokenizer: equal fingerprints give equal ids."""
+        """SHA-256 hash of tokenizer.json: tokenizers with equal fingerprints produce equal token ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def ids_fingerprint(self) -> str:
-        """Hash without the post-processor, which adds tokens that :meth:`encode` never asks for, and which
-        Transformers replaces when it saves a tokenizer."""
+        """SHA-256 hash of tokenizer.json without its post-processor.
+
+        The post-processor only adds special tokens, which :meth:`encode` disables, and Transformers replaces
+        it when it saves a tokenizer.
+        """
         content = json.loads(self.to_json())
         del content["post_processor"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of tokenizer.json."""
+        """Return the contents of tokenizer.json."""
         return str(self.tokenizer.to_str(pretty=False))
 
     def with_special(self, token: str) -> TextTokenizer:
-        """This one with one more special token, unless it has it. Text that spells it out stays text."""
+        """Add a special token, if it is new, to this tokenizer in place, and return the result.
+
+        The literal string of the token in a document is still encoded as ordinary text.
+        """
         self.tokenizer.add_special_tokens([token])
         return TextTokenizer(self.tokenizer, self.eos_token)
 
     def id_of(self, token: str) -> int:
-        """The id of an entry.
+        """Return the id of a token.
 
         Raises:
-            DataError: if there is none of this name.
+            DataError: If the vocabulary doesn't contain the token.
         """
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise DataError(f"the tokenizer has no token {token!r}")
+            raise DataError(f"tokenizer: has no token {token!r}")
         return int(found)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, no token added."""
+        """Return the token ids of ``text``, without special tokens added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
+        """Return the token ids of each string, tokenized in parallel on all cores."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; the end token is left out."""
+        """Return the decoded string; special tokens are skipped."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of ids as they come, in pieces that are correct UTF-8 each.
+        """Yield decoded text for a stream of token ids, in chunks of complete UTF-8 characters.
 
-        Bytes of a character that the last token left open are shown as U+FFFD, as ``decode`` does.
+        If the last token ends in the middle of a character, its bytes become U+FFFD, as in :meth:`decode`.
         """
         stream = TextStream(self)
         yield from filter(None, map(stream.push, ids))
@@ -107,7 +118,7 @@ class TextTokenizer:
 
 
 class TextStream:
-    """Text of ids that come one at a time, in pieces that are correct UTF-8 each."""
+    """Incremental detokenizer that returns complete UTF-8 characters only."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._owner = tokenizer
@@ -116,14 +127,14 @@ class TextStream:
         self._shown = 0
 
     def push(self, token: int) -> str:
-        """What ``token`` makes certain; empty in the middle of a character."""
+        """Return the text that ``token`` completes; empty in the middle of a character."""
         self._seen.append(token)
         piece = str(self._stream.step(self._owner.tokenizer, token) or "")
         self._shown += len(piece)
         return piece
 
     def finish(self) -> str:
-        """What was left open, as ``decode`` shows it: bytes of a broken character as U+FFFD."""
+        """Return the remaining text; bytes of an incomplete character become U+FFFD."""
         return self._owner.decode(self._seen)[self._shown :]
 
 
@@ -135,15 +146,16 @@ def train_bpe(
     progress: bool,
     mask_token: str | None = None,
 ) -> TextTokenizer:
-    """Train byte-level BPE with at most ``vocab_size`` entries, the special tokens among them.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        texts: the training split, a document each.
-        vocab_size: at least 257: every byte is an entry, or unseen bytes would vanish silently.
-        eos_token: the end-of-document token.
-        n_texts: how many texts come, for the progress bar.
-        progress: show the bar on stderr.
-        mask_token: another special token, if there is one.
+        ``texts``: Documents of the training split.
+        vocab_size: Maximum vocabulary size, special tokens included; at least 257, because all 256 bytes are
+            entries: bytes outside the vocabulary would be dropped silently.
+        eos_token: End-of-document token.
+        n_texts: Number of documents, for the progress bar.
+        progress: Show a progress bar on stderr.
+        mask_token: Mask token for masked language modelling, if any.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -159,24 +171,30 @@ def train_bpe(
 
 
 def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
-    """A tokenizer.json by path, or a hub tokenizer by name: downloaded once, then read from the hub's cache.
+    """Load a tokenizer from a tokenizer.json file or from the Hugging Face Hub.
+
+    Hub tokenizers are downloaded once and then loaded from the hub's cache.
+
+    Args:
+        name: Path of a tokenizer.json, or name of a repository on the hub.
+        eos_token: End-of-document token.
 
     Raises:
-        DataError: if there is none, it can't be read, or it has no ``eos_token``.
+        DataError: If the tokenizer doesn't exist, can't be read, or has no ``eos_token``.
     """
     path = Path(name)
     if path.is_file():
         try:
             return TextTokenizer.from_json(path.read_text(encoding="utf-8"), eos_token, name)
         except UnicodeDecodeError:
-            raise DataError(f"{name}: not a tokenizer.json: it is not text") from None
+            raise DataError(f"{name}: not a tokenizer.json: it is not UTF-8 text") from None
     if path.suffix == ".json" or path.exists() or name.count("/") > 1:
         raise DataError(f"{name}: no such tokenizer file")
     try:
-        from huggingface_hub import try_to_load_from_cache  # slow to import, and decoding needs it never
+        from huggingface_hub import try_to_load_from_cache  # slow to import, and not needed to decode
 
-        # What lies in the hub's cache is not asked for again: a node may have no network, and a
-        # tokenizer that changes there would be another one here.
+        # Prefer the hub's cache without checking for updates: a compute node may have no network, and
+        # the tokenizer of a run must not change.
         cached = try_to_load_from_cache(name, "tokenizer.json")
         if isinstance(cached, str):
             return TextTokenizer(Tokenizer.from_file(cached), eos_token, name)

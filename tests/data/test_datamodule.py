@@ -144,7 +144,7 @@ def test_validation_rows_are_split_over_ranks_without_duplicates(world_size: int
 
 def test_too_little_training_text_says_what_to_change() -> None:
     with pytest.raises(
-        DataError, match=r"fill \d+ rows of 16, one batch takes 4.*data\.batch_size"
+        DataError, match=r"fill \d+ rows of 16, one batch needs 4.*data\.batch_size"
     ) as caught:
         module_of(config_of(n_lines=6))
     assert "model.max_length" in str(caught.value)

@@ -225,7 +225,9 @@ def test_given_tokenizer_is_used_and_kept_with_the_tokens() -> None:
 
 def test_given_tokenizer_that_is_too_big_is_an_error_that_says_what_to_set() -> None:
     save_tokenizer()
-    with pytest.raises(DataError, match=r"given\.json: has 270 tokens, the model 269.*model\.vocab_size=270"):
+    with pytest.raises(
+        DataError, match=r"given\.json: has 270 tokens, the model only 269.*model\.vocab_size=270"
+    ):
         prepared(tokenizer="given.json", vocab_size=269)
     assert cached() == []
     prepared(tokenizer="given.json", vocab_size=270)

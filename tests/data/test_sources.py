@@ -172,7 +172,7 @@ def test_folder_is_named_with_the_pattern_to_write() -> None:
 @pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.zip", "a.csv.gz"])
 def test_unknown_type_is_named_with_the_known_ones(name: str) -> None:
     message = error_of(write(name, LINES))
-    assert message.startswith(f"{name}: unknown type; known are .txt")
+    assert message.startswith(f"{name}: unknown file type; use .txt")
 
 
 def test_no_files_at_all_names_the_setting() -> None:
@@ -182,17 +182,17 @@ def test_no_files_at_all_names_the_setting() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("empty.txt", b"", "no text in it"),
-        ("blank.txt", b" \n\n", "no text in it"),
-        ("empty.txt.gz", gzip.compress(b""), "no text in it"),
-        ("blank.jsonl", b'{"text": ""}\n', "no text in it"),
+        ("empty.txt", b"", "contains no text"),
+        ("blank.txt", b" \n\n", "contains no text"),
+        ("empty.txt.gz", gzip.compress(b""), "contains no text"),
+        ("blank.jsonl", b'{"text": ""}\n', "contains no text"),
         ("zero.txt", b"text\0text", "is not text"),
         ("zero.py", b"text\0text", "is not text"),
         ("utf16.txt", LINES.encode("utf-16"), "is not text"),
         ("latin.txt", LINES.encode() + b"\xe9\n", "is not UTF-8"),
         ("latin.md.gz", gzip.compress(b"caf\xe9\n"), "is not UTF-8"),
-        ("cut.txt.gz", gzip.compress(LINES.encode())[:-12], "is not a whole gzip file"),
-        ("plain.txt.gz", LINES.encode(), "is not a whole gzip file"),
+        ("cut.txt.gz", gzip.compress(LINES.encode())[:-12], "is not a gzip file, or truncated"),
+        ("plain.txt.gz", LINES.encode(), "is not a gzip file, or truncated"),
         ("cut.jsonl", jsonl(documents(3)).encode() + b'{"text": "ab', "can't be read"),
         ("cut.jsonl.gz", gzip.compress(jsonl(documents(3)).encode())[:-12], "can't be read"),
         ("binary.jsonl", b"\0\1\2\xff" * 9, "can't be read"),
@@ -234,7 +234,7 @@ def test_one_damaged_file_of_many_is_the_one_named() -> None:
 def test_missing_column_is_named_with_the_ones_there_are(suffix: str) -> None:
     make: Any = jsonl if suffix == ".jsonl" else parquet
     message = error_of(write(f"a{suffix}", make(documents(3), "body")))
-    assert message.startswith(f"a{suffix}: has no column 'text' but body")
+    assert message.startswith(f"a{suffix}: has no column 'text', only body")
     assert "data.text_column" in message
 
 

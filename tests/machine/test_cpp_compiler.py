@@ -47,16 +47,16 @@ def torch_runs(name: str, folder: Path) -> bool:
 
 NAMES = {
     "g++": "",
-    "": "CXX is empty: unset it",
-    "  ": "CXX is empty: unset it",
-    "g++ -O1": "g++ -O1: PyTorch takes the name of one program, without options",
+    "": "CXX: is empty, unset it",
+    "  ": "CXX: is empty, unset it",
+    "g++ -O1": "g++ -O1: PyTorch needs the name of one program, without options",
     "env g++": "without options",
     "no-such-compiler": "no-such-compiler: not found, install g++",
     "{here}/g++": "",
-    "{here}/my tools/g++": "my tools/g++: PyTorch can't run a path with a blank or quote, name a link",
+    "{here}/my tools/g++": "my tools/g++: PyTorch can't run a path with a space or quote, use a",
     "'{here}/my tools/g++'": "not found",
-    "{here}/it's/g++": "name a link",
-    "./g++": "./g++: PyTorch runs it in another folder, name the whole path",
+    "{here}/it's/g++": "use a symbolic link",
+    "./g++": "./g++: PyTorch runs it in another folder, use an absolute path",
     "{here}": "Permission denied",
     "{here}/versionless": "no version here",
     "{here}/lazy": "exit code 3",
@@ -93,8 +93,8 @@ def test_first_compiler_that_answers_is_taken(tmp_path: Path) -> None:
     for names, said in (
         ((None, "missing", "g++", broken), ""),
         ((None, "missing", broken, "g++"), "no licence"),
-        ((None, "missing", "absent"), "missing: not found, install g++ or name a compiler in CXX; absent:"),
-        ((None,), "names no compiler"),
+        ((None, "missing", "absent"), "missing: not found, install g++ or set CXX to a compiler; absent:"),
+        ((None,), "contains no compiler"),
         ("g++", ""),
     ):
         forget_probes()
@@ -123,7 +123,7 @@ def test_folder_that_pytorch_cannot_compile_in_is_named(
     place.mkdir()
     monkeypatch.setenv(variable, str(place))
     monkeypatch.setattr("tempfile.tempdir", None)  # read anew
-    assert f"{place}, has a blank or quote in its path" in capability("cpp_compiler").reason
+    assert f"{place}, has a space or quote in its path" in capability("cpp_compiler").reason
 
 
 def test_pytorch_in_a_folder_with_a_blank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_hanging_compiler_is_ended_with_all_that_it_started(
     script = f"{answer}sleep 600 & echo $! > {tmp_path}/child; wait"
     name_compiler(monkeypatch, str(fake_compiler(tmp_path / "slow", script)))
     monkeypatch.setattr(cpp_compiler, "_SECONDS", 1.0)
-    assert "slow: does not answer" in capability("cpp_compiler").reason
+    assert "slow: did not finish within the timeout" in capability("cpp_compiler").reason
     child = int((tmp_path / "child").read_text())
     try:
         for _ in range(100):

@@ -161,7 +161,7 @@ def test_validation_can_be_cut() -> None:
 
 
 def test_too_few_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="too few sequences: 400 to train on"):
+    with pytest.raises(DataError, match="too few sequences, 400 to train on"):
         train(config_of("data.batch_size=500"))
     assert not list(Path("runs").glob("*"))
 
@@ -200,15 +200,15 @@ def test_convert_and_generate_say_what_a_classifier_is(script: Any) -> None:
     for words in (("convert", "runs/demo"), ("generate", "--model", "runs/demo", "--prompt", "x")):
         result = script(*words)
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "a model of task=classify can't be converted and writes no text" in result.err
+        assert "a model of task=classify can't be converted or generate text" in result.err
 
 
 def test_mistakes_end_with_one_line_and_no_run(script: Any) -> None:
     for words, told in (
-        (("data.source=lra",), "name the archive's folder"),
+        (("data.source=lra",), "set data.lra.folder to"),
         (("data.source=lra", "data.lra.folder=nowhere"), "no such folder"),
         (("data.source=stdlib",), "can't be used with task=classify"),
-        (("model.n_classes=3",), "listops takes n_classes=10"),
+        (("model.n_classes=3",), "listops needs n_classes=10"),
         (("data.listops.max_length=13",), "above model.max_length=12"),
         (("data.listops.max_args=1",), "must be at least 2"),
     ):

@@ -1,1 +1,1 @@
-"""Files of models: checkpoints of training, converted folders, and where they lie."""
+"""Model files: training checkpoints, converted models, and how to locate them."""

@@ -1,4 +1,4 @@
-"""The certificate of a conversion, as converted folders store it: what it costs and how far it is off."""
+"""Certificate of a conversion: measured errors and costs, stored as conversion.json in a converted model."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The certificate of one convolution. Errors are of the stored float32 numbers."""
+    """Certificate of one converted convolution; errors are measured on the stored float32 parameters."""
 
     method: str
+    """Conversion method, for example ``balanced``."""
     reason: str
-    """why this method"""
+    """Reason for choosing this method."""
     order: int
-    """real state numbers per channel"""
+    """Order of the recurrence: number of real state variables per channel."""
     relative_tap_error: float
-    """||k - k^|| / ||k|| over all channels, at lags below the horizon"""
+    """Relative l2 error of the taps, ||k - k^|| / ||k||, over all channels and the lags below the horizon."""
     l1_error: float
-    """worst channel's ||k - k^||_1 / ||k||_1, past the horizon too: bounds |y - y^| for |x| <= 1"""
+    """Relative l1 error of the taps, ||k - k^||_1 / ||k||_1, of the worst channel, also past the horizon.
+
+    The absolute l1 error bounds |y - y^| for |x| <= 1.
+    """
     tail_energy: float
-    """worst channel's share of the kernel's energy at lags from the horizon on"""
+    """Fraction of the kernel's energy at lags from the horizon onwards, of the worst channel."""
     hankel_ratio: float | None
-    """Hankel norm of k - k^ over the Hankel singular value that no recurrence of this order can
-    beat: 1 is optimal. None where that value is rounding, for large orders (ETSC, window), and for
-    poles per channel, which are no single recurrence."""
+    """Hankel norm of k - k^ divided by its lower bound for this order, a Hankel singular value: 1 is optimal.
+
+    None if the bound is at rounding level, for large orders (ETSC, window), and for poles per channel, which
+    don't share one recurrence.
+    """
     largest_pole: float
-    """largest modulus"""
+    """Largest modulus of the poles."""
     state_bytes: int
-    """per sequence"""
+    """Size of the recurrent state in bytes per sequence."""
 
     def figures(self) -> list[str]:
-        """As tables show them: order, errors of the taps and in l1, tail, Hankel ratio, largest pole."""
+        """Return the formatted table cells: order, tap and l1 errors, tail, Hankel ratio, largest pole."""
         return [
             str(self.order),
             f"{self.relative_tap_error:.1e}",
@@ -43,21 +49,27 @@ class ConversionReport:
 
 @dataclass
 class ModelReport:
-    """A converted model, measured. Perplexities are keyed by form, then by length in tokens."""
+    """Certificate of a converted model: its layers, memory and perplexities."""
 
     method: str
+    """Requested conversion method, or ``unknown`` if the trained model wasn't available to compare with."""
     horizon: int
+    """Number of lags for which the recurrences are meant to equal the kernels."""
     layers: list[ConversionReport]
+    """Certificates of the layers."""
     state_bytes: int
+    """Size of all recurrent states in bytes per sequence."""
     etsc_state_bytes: int
-    """of ETSC at the training length, as published"""
+    """State size of ETSC as published, at the training length, in bytes per sequence."""
     window_state_bytes: int
-    """of the exact window at this horizon"""
+    """State size of the exact window at this horizon, in bytes per sequence."""
     kv_cache_bytes: int
-    """of a Transformer of this width and depth after 2,048 tokens, in float32"""
+    """Size of the float32 KV cache of a Transformer of this width and depth after 2,048 tokens, in bytes."""
     seconds: float
+    """Duration of the conversion in seconds."""
     warning: str | None = None
-    """what is wrong past the horizon, if that matters"""
+    """Warning about outputs past the horizon, if they differ noticeably."""
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
+    """Perplexities of the parallel and the recurrent form, by sequence length in tokens."""
     not_measured: dict[str, str] = field(default_factory=dict)
-    """forms whose perplexity could not be measured on this machine, with the reason"""
+    """Reasons why perplexities couldn't be measured on this machine, by engine or sequence length."""

@@ -1,7 +1,7 @@
-"""Converted models on disk: config.json, model.safetensors, tokenizer.json, conversion.json in a folder.
+"""Converted models on disk: a folder with config.json, model.safetensors, tokenizer.json and conversion.json.
 
-What lies beside them for others is made by :mod:`tnnlm.checkpoints.hf_files`. This module imports nothing of
-training.
+The additional files for Transformers come from :mod:`tnnlm.checkpoints.hf_files`. This module is deployment
+code and must not import training code.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from tnnlm.ops.recurrence import Params
 from tnnlm.tokenizer import TextTokenizer
 
 FORMAT = 1
-"""raised when what lies on disk changes"""
+"""Version of the file format; increment it whenever the format changes."""
 _PREFIX = "model."
 
 
 class ConvertedModel(NamedTuple):
-    """What decoding needs."""
+    """Converted model with its tokenizer, as loaded for decoding."""
 
     model: CausalLM
     tokenizer: TextTokenizer
     fingerprint: str
-    """hash of the model as it was converted, whatever its weights are packed or rounded to later"""
+    """Hash of the model as converted, before its weights are packed or cast to another dtype."""
 
 
 def model_fingerprint(model: CausalLM) -> str:
-    """Hash of all weights and recurrences, names and dtypes included."""
+    """Return the SHA-256 hash of all weights and recurrences, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -61,17 +61,17 @@ def save_converted(
     report: ModelReport,
     force: bool = False,
 ) -> None:
-    """Write a converted model; the folder appears whole or not at all.
+    """Save a converted model to a folder, atomically.
 
     Args:
-        folder: where to.
-        model: converted.
-        tokenizer: the one it was trained with.
-        report: for conversion.json.
-        force: replace a converted model.
+        folder: Output folder.
+        model: Converted model.
+        tokenizer: Tokenizer that the model was trained with.
+        report: Certificate, saved as conversion.json.
+        force: Replace ``folder`` if it contains a converted model.
 
     Raises:
-        CheckpointError: if ``folder`` exists and ``force`` is not set, or is no converted model's.
+        CheckpointError: If ``folder`` exists and ``force`` isn't set, or it isn't a converted model.
     """
     check_out_folder(folder, force)
     config = {
@@ -95,25 +95,30 @@ def save_converted(
 
 
 def save_report(folder: Path, report: ModelReport) -> None:
-    """Write conversion.json of a converted model again, with what was measured since; whole or not at all."""
+    """Update conversion.json of a converted model with later measurements, atomically."""
     write_text(folder / "conversion.json", json.dumps(asdict(report), indent=2))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file with the permissions of a newly created file.
+
+    Args:
+        tensors: Tensors by name.
+        path: Output file.
+        metadata: Additional entries of the file's metadata.
 
     Raises:
-        OSError: if the disk is full.
+        OSError: If the disk is full, or on any other error of the operating system.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.touch()
-    mode = path.stat().st_mode  # the library's own files are for their owner alone
+    mode = path.stat().st_mode  # safetensors creates files that only their owner may read
     try:
         save_file(contiguous, path, metadata={"format": "pt"} | (metadata or {}))
         path.chmod(mode)
     except SafetensorError as error:
-        # The library has the operating system's errors in the text of its own alone: a full disk is one that
-        # the user can mend. Writing from memory would hold all weights twice.
+        # safetensors reports errors of the operating system only in its message. A full disk becomes an
+        # OSError, which the user can fix. Serialising to memory first would hold all weights twice.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -121,52 +126,57 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def check_out_folder(folder: Path, force: bool) -> None:
-    """Refuse to write over anything but, with ``force``, another converted model.
+    """Check that an output folder doesn't exist, or is a converted model and ``force`` is set.
 
     Raises:
-        CheckpointError: if ``folder`` may not be written.
+        CheckpointError: If ``folder`` must not be written.
+        UserError: If a parent of ``folder`` is a file.
     """
     if not folder.exists():
         if folder.is_symlink():
-            raise CheckpointError(f"{folder}: is a link to nothing", "give another --out")
+            raise CheckpointError(f"{folder}: is a broken symbolic link", "choose another --out")
         check_parents(folder)
         return
     if not force:
-        raise CheckpointError(f"{folder}: exists already", "give another --out, or --force to replace it")
+        raise CheckpointError(f"{folder}: already exists", "choose another --out, or replace it with --force")
     if not is_converted(folder):
         raise CheckpointError(
-            f"{folder}: is not a converted model, --force won't replace it", "give another --out"
+            f"{folder}: is not a converted model, --force won't replace it", "choose another --out"
         )
 
 
 def check_unchanged(folder: Path, fingerprint: str) -> None:
-    """Refuse to add files to a converted model that was removed or replaced since it was written.
+    """Check that a converted model wasn't removed or replaced before files are added to its folder.
 
     Args:
-        folder: where it was written.
-        fingerprint: of the model.
+        folder: Folder of the converted model.
+        fingerprint: Expected fingerprint of the model.
 
     Raises:
-        CheckpointError: if another or none is there now.
+        CheckpointError: If the folder is missing or contains another model.
     """
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != fingerprint:
-        raise CheckpointError(f"{folder}: was removed or replaced meanwhile", "nothing was added to it")
+        raise CheckpointError(
+            f"{folder}: was removed or replaced in the meantime, nothing was added to it", "convert again"
+        )
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether ``folder`` looks like a converted model."""
+    """Return whether ``folder`` has the files of a converted model."""
     return (folder / "conversion.json").is_file() and (folder / "config.json").is_file()
 
 
 def load_converted(folder: Path) -> ConvertedModel:
-    """Read a converted model on the CPU.
+    """Load a converted model on the CPU.
+
+    If another process replaces the model during loading, the new one is loaded.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or the files don't fit together.
+        CheckpointError: If a file is missing or damaged, or the files are inconsistent.
     """
     while True:
         before = _identity(folder)
@@ -178,11 +188,11 @@ def load_converted(folder: Path) -> ConvertedModel:
         else:
             if _identity(folder) == before:
                 return found
-        # Another model was put in its place while it was read: read that.
+        # The folder was replaced during loading: load the new model.
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Of the folder itself, whatever its name; None if there is none."""
+    """Return device and inode of a folder, which differ after a replacement; None if it doesn't exist."""
     try:
         status = folder.stat()
     except OSError:
@@ -197,20 +207,20 @@ def _read(folder: Path) -> ConvertedModel:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        # save_pretrained of tnnlm.hf writes names under the model's own.
+        # save_pretrained of tnnlm.hf adds the prefix "model." to all names.
         tensors = {
             key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
         }
         if config["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: made by another version of this project", "convert again")
+            raise CheckpointError(f"{folder}: has the format of another version of tnnlm", "convert again")
         model_config = model_config_from_dict(config["model"], str(folder))
         eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged ({one_line(error)})", "convert again") from None
+        raise CheckpointError(f"{folder}: is damaged ({one_line(error)})", "convert again") from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
-    # Without its kernels: code that a user registered need not be here.
+    # Build the model without its kernels: the code of a user-defined kernel need not be available here.
     convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
     with torch.device("meta"):
         model = CausalLM(model_config, convs).eval().requires_grad_(False)
@@ -221,16 +231,16 @@ def _read(folder: Path) -> ConvertedModel:
     ):
         raise CheckpointError(
             f"{folder}: tokenizer.json is not the one this model was trained with",
-            "convert again into another folder",
+            "convert again to another folder",
         )
     return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
 
 
 def check_tokenizer(tokenizer: TextTokenizer, model: Backbone, where: Path) -> None:
-    """Refuse a tokenizer that has more entries than the model's embedding.
+    """Check that the tokenizer has no more tokens than the model's embedding has rows.
 
     Raises:
-        CheckpointError: naming both sizes.
+        CheckpointError: If the tokenizer is larger; the message contains both sizes.
     """
     if tokenizer.size > model.config.vocab_size:
         raise CheckpointError(
@@ -248,7 +258,11 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
 
 
 def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:
-    # The recurrences were put in as they are; everything else is still on the meta device.
+    """Load weights into a model on the meta device whose recurrences, if any, already have their values.
+
+    Raises:
+        CheckpointError: If a name is missing or unexpected, or a shape doesn't match.
+    """
     own = {
         f"{name}.{buffer}"
         for name, module in model.named_modules()

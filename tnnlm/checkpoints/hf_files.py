@@ -1,7 +1,7 @@
-"""What Transformers reads in a converted folder beside the weights: plain JSON and text.
+"""Configuration files that make a converted model loadable by Transformers.
 
-Written with every conversion, so that a folder serves ``load_converted`` and ``AutoModelForCausalLM``
-alike. Deployment code: imports nothing of Transformers; the model's classes are in ``tnnlm.hf``.
+Every conversion writes them, so that both ``load_converted`` and ``AutoModelForCausalLM`` accept the folder.
+This module is deployment code and must not import Transformers; the model classes are in ``tnnlm.hf``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from tnnlm.models.surgery import recurrences
 from tnnlm.tokenizer import TextTokenizer
 
 MODEL_TYPE = "tnnlm"
-"""in config.json: what Transformers knows this architecture by"""
+"""Model type in config.json, by which Transformers identifies the architecture."""
 SHIM = "modeling_tnnlm.py"
-"""the file that ``auto_map`` names"""
-SHIM_TEXT = '''"""Tells Transformers where this model's classes are: in the package tnnlm."""
+"""File name of the custom code that ``auto_map`` refers to."""
+SHIM_TEXT = '''"""Custom code for Transformers: imports the model classes from the package tnnlm."""
 
 try:
     from tnnlm.hf import TnnlmConfig, TnnlmForCausalLM
 except ImportError as error:
     raise ImportError(
-        f"this model runs on the package tnnlm with its extra [hf]: install it first ({error})"
+        f"this model needs the package tnnlm with its extra [hf]; pip install 'tnnlm[hf]' ({error})"
     ) from error
 
 __all__ = ["TnnlmConfig", "TnnlmForCausalLM"]
@@ -34,23 +34,23 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.TnnlmForCausalLM",
 }
 EVALUATION_WINDOW = 2048
-"""tokens that an evaluation shall read at a time, at least"""
+"""Minimum context length for evaluation, in tokens."""
 
 
 def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelReport) -> dict[str, Any]:
-    """What config.json holds for Transformers, beside our own entries."""
+    """Return the entries of config.json that Transformers needs."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["TnnlmForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-        # Shapes of every layer's tensors, which a model is built with before its weights are read.
+        # Tensor shapes of every layer, needed to build the model before its weights are loaded.
         "recurrences": [
             {name: list(tensor.shape) for name, tensor in params._asdict().items()}
             for params in recurrences(model)
         ],
-        # Tokens that lm-evaluation-harness reads at a time: no limit of the model, it cuts text to this. A
-        # conversion that is right up to its horizon only must not be measured past it.
+        # Context length of lm-evaluation-harness, which truncates to it; the model itself has no limit. A
+        # conversion that is accurate only up to its horizon must not be evaluated past it.
         "n_ctx": report.horizon if report.warning else max(EVALUATION_WINDOW, model.config.max_length),
         "tokenizer_ids_sha256": tokenizer.ids_fingerprint,
         "tie_word_embeddings": True,
@@ -61,22 +61,22 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
 
 
 def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
-    """The files of a converted folder that Transformers alone reads, by name."""
+    """Return the contents of the files that only Transformers reads, by file name."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.eos_token,
         "pad_token": tokenizer.eos_token,
-        # No token is added to a text, whatever a published tokenizer.json says.
+        # Add no special tokens to a prompt, regardless of a published tokenizer.json.
         "add_bos_token": False,
         "add_eos_token": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        # A text that spells out the end token must not end the text, here as in TextTokenizer.
+        # The literal string of the end token must not be encoded as the end token, as in TextTokenizer.
         "split_special_tokens": True,
     }
     generation: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    # Entries of the embedding that the tokenizer doesn't know can't be written.
+    # Never sample ids that the embedding has but the tokenizer can't decode.
     if unknown := list(range(tokenizer.size, model.config.vocab_size)):
         generation["suppress_tokens"] = unknown
     return {

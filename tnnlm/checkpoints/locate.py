@@ -1,4 +1,4 @@
-"""Where things lie: run folders, their checkpoints and converted models, found by name, path or age."""
+"""Lookup of runs, checkpoints and converted models by name, path or modification time."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from tnnlm.errors import CheckpointError, command
 BEST = Path("checkpoints") / "best.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = Path("checkpoints") / "previous.ckpt"
-"""the last.ckpt before"""
+"""Previous last.ckpt, kept as a backup."""
 CONVERTED = Path("converted")
 
 
 def find_run(name: str | None, runs_dir: Path) -> Path:
-    """A run folder by path or by name under ``runs_dir``; None takes the newest.
+    """Return the folder of a run, given by path or by name under ``runs_dir``; None selects the newest run.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: If the run doesn't exist.
     """
     if name is None:
         newest = _newest(runs_dir.glob(f"*/{LAST}"))
         if newest is None:
             raise CheckpointError(
-                f"{runs_dir}: holds no run with a checkpoint", f"train one with: {command('train')}"
+                f"{runs_dir}: contains no run with a checkpoint", f"train one with: {command('train')}"
             )
         return newest.parents[1]
     for candidate in (Path(name), runs_dir / name):
-        # A run that was killed before its first checkpoint has settings only.
+        # A run that was killed before its first checkpoint has only config.yaml.
         if (candidate / "checkpoints").is_dir() or (candidate / "config.yaml").is_file():
             return candidate
     raise CheckpointError(f"{name}: no such run, neither as a folder nor under {runs_dir}/")
 
 
 def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
-    """A checkpoint by path, or the best one of a run (the last one if none was validated).
+    """Return a checkpoint given by path, or the best checkpoint of a run.
+
+    Without a validated checkpoint, it is the last one of the run.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: If the checkpoint or the run doesn't exist, or the run has no checkpoint yet.
     """
     if target is not None and Path(target).is_file():
         return Path(target)
@@ -54,30 +56,35 @@ def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
 
 
 def load_trained(path: str | Path | None = None, *, runs_dir: str | Path = "runs") -> TrainedCheckpoint:
-    """Load a trained model in its parallel form, on the CPU, to convert it, score with it or train on.
+    """Load a trained model in its parallel form on the CPU, to convert, evaluate or fine-tune it.
 
     Args:
-        path: a checkpoint, or a run by path or by its name under ``runs_dir``: then its best checkpoint. None
-            takes the newest run.
-        runs_dir: where runs lie.
+        path: Path of a checkpoint, or path or name of a run, whose best checkpoint is loaded. None selects
+            the newest run.
+        runs_dir: Folder that contains the runs.
 
     Returns:
-        model, tokenizer and configuration.
+        Model, tokenizer, configuration and step of the checkpoint.
 
     Raises:
-        CheckpointError: if there is none, it is damaged, or not a causal language model.
+        CheckpointError: If the checkpoint is missing, damaged, or not a causal language model.
     """
     return load_checkpoint(find_checkpoint(None if path is None else str(path), Path(runs_dir)))
 
 
 def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, ConvertedModel]:
-    """What generate.py runs: a converted folder, a run, or a checkpoint; None takes the newest converted.
+    """Load a model for decoding from a converted model, a run or a checkpoint with attached recurrences.
+
+    Args:
+        target: Path of a converted model or a checkpoint, or path or name of a run. None selects the newest
+            converted model.
+        runs_dir: Folder that contains the runs.
 
     Returns:
-        where it was found, and the model.
+        Path that was loaded, and the model.
 
     Raises:
-        CheckpointError: if there is none, or it is not converted.
+        CheckpointError: If nothing is found, or the model isn't converted.
     """
     if target is None:
         newest = _newest(runs_dir.glob(f"*/{CONVERTED}/conversion.json"))

@@ -1,7 +1,7 @@
-"""Checkpoints of training, with attached recurrences.
+"""Training checkpoints with attached recurrences.
 
-A checkpoint is Lightning's dict plus one entry ``tnnlm`` of plain data and tensors, so that
-``torch.load(weights_only=True)`` reads it. This module imports nothing of training.
+A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain data and tensors, which
+``torch.load(weights_only=True)`` accepts. This module must not import training code.
 """
 
 from __future__ import annotations
@@ -32,34 +32,39 @@ from tnnlm.ops.recurrence import Params
 from tnnlm.tokenizer import TextTokenizer
 
 ENTRY = "tnnlm"
-"""our entry in a checkpoint"""
+"""Key of this package's entry in a checkpoint."""
 _PREFIX = "model."
 
 
 @dataclass(frozen=True)
 class AttachedSSM:
-    """Recurrences that a checkpoint carries."""
+    """Recurrences attached to a checkpoint."""
 
     method: str
+    """Conversion method."""
     horizon: int
+    """Number of lags for which the recurrences are meant to equal the kernels."""
     layers: list[Params]
+    """Parameters of each layer's recurrence."""
 
 
 @dataclass(frozen=True)
 class TrainedCheckpoint:
-    """A checkpoint of training, read back."""
+    """Loaded checkpoint of a causal language model."""
 
     path: Path
     config: Config
     tokenizer: TextTokenizer
     model: CausalLM
     step: int
+    """Number of optimizer steps completed."""
     ssm: AttachedSSM | None
+    """Attached recurrences, or None if the checkpoint isn't converted."""
 
 
 @dataclass(frozen=True)
 class TrainedEncoder:
-    """A model that reads a text as a whole, read back."""
+    """Loaded checkpoint of an encoder: a masked language model or a sequence classifier."""
 
     config: Config
     tokenizer: TextTokenizer
@@ -67,7 +72,7 @@ class TrainedEncoder:
 
 
 def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM | None) -> dict[str, Any]:
-    """Our entry of a checkpoint: plain dicts, lists, numbers, strings and tensors only."""
+    """Return this package's entry in a checkpoint: only plain dicts, lists, numbers, strings and tensors."""
     attached = None
     if ssm is not None:
         layers = [dict(params._asdict()) for params in ssm.layers]
@@ -81,19 +86,19 @@ def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM 
 
 
 def load_checkpoint(path: Path) -> TrainedCheckpoint:
-    """Read a checkpoint of a causal language model on the CPU.
+    """Load a checkpoint of a causal language model on the CPU.
 
     Raises:
-        CheckpointError: if it is missing, truncated, not ours, its parts don't fit together, or it is a model
-            of another task.
+        CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
+            model for another task.
     """
     data = read_checkpoint(path)
     config, tokenizer, model = _load_model(data, path)
     if not isinstance(model, CausalLM):
         raise CheckpointError(
-            f"{path}: a model of task={config.task} can't be converted and writes no text",
-            "train one with task=causal, or use this one in Python, "
-            "by tnnlm.checkpoints.training.load_encoder",
+            f"{path}: a model of task={config.task} can't be converted or generate text",
+            "train one with task=causal, or load this one in Python "
+            "with tnnlm.checkpoints.training.load_encoder",
         )
     attached = data[ENTRY]["ssm"]
     ssm = attached and AttachedSSM(
@@ -105,15 +110,16 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
 
 
 def load_encoder(path: Path) -> TrainedEncoder:
-    """Read a checkpoint of any other task on the CPU.
+    """Load a checkpoint of a masked language model or a classifier on the CPU.
 
     Raises:
-        CheckpointError: as :func:`load_checkpoint`, and if it is a causal language model.
+        CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
+            causal language model.
     """
     config, tokenizer, model = _load_model(read_checkpoint(path), path)
     if isinstance(model, CausalLM):
         raise CheckpointError(
-            f"{path}: is a causal language model", "load it by tnnlm.checkpoints.training.load_checkpoint"
+            f"{path}: is a causal language model", "load it with tnnlm.checkpoints.training.load_checkpoint"
         )
     return TrainedEncoder(config, tokenizer, model.eval())
 
@@ -137,10 +143,10 @@ def _load_model(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The raw dict of a checkpoint of ours.
+    """Return the raw dict of a training checkpoint, with its tensors memory-mapped on the CPU.
 
     Raises:
-        CheckpointError: if it is missing, truncated or not ours.
+        CheckpointError: If the checkpoint is missing, truncated, or not from this package.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -148,18 +154,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
-    except Exception:  # torch raises a dozen kinds for damaged and foreign files
-        raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "take another one") from None
+    except Exception:  # torch raises many types for damaged and foreign files
+        raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "use another one") from None
     if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not a checkpoint of this project's train.py")
+        raise CheckpointError(f"{path}: is not a checkpoint of tnnlm's train.py")
     return data
 
 
 def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
-    """The converted model that a checkpoint carries.
+    """Return the converted model from the recurrences attached to a checkpoint.
 
     Raises:
-        CheckpointError: if it carries none.
+        CheckpointError: If the checkpoint has no attached recurrences.
     """
     if checkpoint.ssm is None:
         raise CheckpointError(
@@ -170,5 +176,5 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
 
 
 def attached_ssm(layers: Sequence[Params], method: str, horizon: int) -> AttachedSSM:
-    """Recurrences on the CPU, as a checkpoint stores them."""
+    """Return recurrences moved to the CPU, ready to be stored in a checkpoint."""
     return AttachedSSM(method, horizon, [type(p)(*(t.detach().cpu() for t in p)) for p in layers])

@@ -1,1 +1,1 @@
-"""Text and labelled sequences as rows of tokens: sources, tokenized corpora, loaders."""
+"""Data pipeline: text sources, tokenized and packed corpora, labelled sequences, and data loaders."""

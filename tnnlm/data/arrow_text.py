@@ -1,7 +1,7 @@
-"""Documents that stay on the disk: rows of an Arrow table that are read as they are used.
+"""Documents in memory-mapped Arrow tables, for data sets larger than memory.
 
-For data sets larger than memory. What is held per document is its row, its length and a hash:
-about 40 bytes. A data set that comes as a stream is written to such a table first.
+Memory holds only the row number, length and hash of each document, about 40 bytes. A streamed data set is
+first written to such a table.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_file, write_text
 
 ROWS = 256
-"""that are read at a time"""
+"""Number of rows read at a time."""
 CHARACTERS = 1 << 26
-"""of a stream in one file: what a kill can cost"""
+"""Characters per file of a materialised stream; the most that is downloaded again after a kill."""
 TEXT = "text"
-"""the column of written tables"""
+"""Name of the text column in materialised tables."""
 
 
 @dataclass(frozen=True, eq=False)
 class Documents(Sequence[str]):
-    """Some rows of a table, in order, as texts."""
+    """Sequence of documents backed by selected rows of a table, in order."""
 
     rows: datasets.Dataset
     column: str
     chosen: NDArray[np.int64]
+    """Row number of each document, (n,)."""
     size: int
-    """characters of all together"""
+    """Total number of characters."""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -48,7 +49,7 @@ class Documents(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> Documents: ...
     def __getitem__(self, index: int | slice) -> str | Documents:
-        """A text; or a part of them, of which none is read (its ``size`` stays that of the whole)."""
+        """Return one document, or a lazy slice of them, which keeps the ``size`` of the full sequence."""
         if isinstance(index, slice):
             return Documents(self.rows, self.column, self.chosen[index], self.size)
         return str(self.rows[int(self.chosen[index])][self.column])
@@ -57,63 +58,70 @@ class Documents(Sequence[str]):
         for start in range(0, len(self.chosen), ROWS):
             part = self.chosen[start : start + ROWS]
             first, last = int(part[0]), int(part[-1])
-            # A slice of a memory-mapped table copies nothing.
+            # Slicing a memory-mapped table copies nothing, unlike a list of indices.
             rows: Any = slice(first, last + 1) if last - first + 1 == len(part) else part.tolist()
             yield from self.rows[rows][self.column]
 
 
 class DocumentIndex(NamedTuple):
-    """The rows of a table that hold text, found in one pass."""
+    """Index of the rows of a table that contain text."""
 
     chosen: NDArray[np.int64]
+    """Row number of each document, (n,)."""
     lengths: NDArray[np.int64]
-    """characters of each"""
+    """Length of each document in characters, (n,)."""
     hashes: NDArray[np.bytes_]
+    """Hash of each document by :func:`text_hash`, (n,)."""
 
     def select(self, rows: datasets.Dataset, column: str, some: NDArray[np.bool_] | None = None) -> Documents:
-        """The texts that were found, or some of them."""
+        """Return the indexed documents, or those where the boolean mask ``some`` (n,) is true."""
         some = np.ones(len(self.chosen), dtype=bool) if some is None else some
         return Documents(rows, column, self.chosen[some], int(self.lengths[some].sum()))
 
 
 def text_hash(seed: int, text: str) -> bytes:
-    """Decides by its order what is held out; 16 of the 32 bytes tell documents apart as well."""
+    """Return the first 16 bytes of the SHA-256 hash of seed and document.
+
+    The order of the hashes determines the validation split; 16 bytes are enough to tell documents apart.
+    """
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def text_of(cell: Any, column: str, where: str) -> str:
-    """The text of a cell; empty where there is none.
+    """Return the string in a table cell, or an empty string if the cell is null.
 
     Raises:
-        DataError: if it holds something else.
+        DataError: If the cell contains something other than a string.
     """
     if cell is not None and not isinstance(cell, str):
-        raise DataError(f"{where}: column {column!r} is not text", "choose one with data.text_column=...")
+        raise DataError(
+            f"{where}: column {column!r} is not text", "select the text column with data.text_column=..."
+        )
     return cell or ""
 
 
 def index_documents(
     rows: datasets.Dataset, column: str, where: str, *, seed: int, limit: int | None, kept: Path
 ) -> DocumentIndex:
-    """Find the rows with text in them, the first ``limit``.
+    """Index the first ``limit`` rows that contain text, in one pass.
 
     Args:
-        rows: the table.
-        column: that holds the text.
-        where: names the table in errors.
-        seed: of the hashes.
-        limit: documents at the most.
-        kept: file of the index, read if it was made before, else written.
+        rows: Table to index.
+        column: Name of the text column.
+        where: Name of the table in error messages and progress bars.
+        seed: Seed of the document hashes.
+        limit: Maximum number of documents; None for all.
+        kept: File of the index (.npz). It is loaded if it exists, otherwise written.
 
     Raises:
-        DataError: for a row that is not text, and for a kept index of another table.
+        DataError: If a row isn't a string, or ``kept`` is the index of another table.
     """
     fingerprint = np.array(f"{rows._fingerprint} {len(rows)} {column} {seed} {limit}")
     if kept.is_file():
         with np.load(kept) as found:
             if found["fingerprint"] != fingerprint:
                 raise DataError(
-                    f"{where}: has changed since its preparation began", f"remove {kept.parent} to begin anew"
+                    f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
                 )
             return DocumentIndex(found["chosen"], found["lengths"], found["hashes"])
     chosen, lengths, hashes = [], [], []
@@ -137,12 +145,20 @@ def index_documents(
 def materialize_stream(
     rows: datasets.IterableDataset, column: str, where: str, *, limit: int, folder: Path, name: str
 ) -> datasets.Dataset:
-    """Write the first ``limit`` documents of a stream to files in ``folder``, and open them as a table.
+    """Write the first ``limit`` documents of a stream to Arrow files in ``folder``, and open them as a table.
 
-    Goes on where it was stopped: every finished file comes with the place in the stream where it ends.
+    Resumes after an interruption: the state of the stream is saved with every finished file.
+
+    Args:
+        rows: Stream of rows.
+        column: Name of the text column.
+        where: Name of the data set in error messages and progress bars.
+        limit: Maximum number of documents.
+        folder: Folder of the Arrow files and the saved state.
+        name: Prefix of the file names, usually the split.
 
     Raises:
-        DataError: for a row that is not text.
+        DataError: If a row isn't a string.
     """
     journal = folder / f"{name}.stream.json"
     state: dict[str, Any] = {"documents": 0, "files": 0, "stream": None, "done": False}
@@ -185,7 +201,7 @@ def materialize_stream(
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what :func:`index_documents` and :func:`materialize_stream` left in ``folder``."""
+    """Delete the files that :func:`index_documents` and :func:`materialize_stream` wrote to ``folder``."""
     for pattern in ("*.arrow", "*.stream.json", "*.survey.npz"):
         for path in folder.glob(pattern):
             path.unlink()

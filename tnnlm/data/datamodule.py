@@ -1,4 +1,4 @@
-"""The LightningDataModule: rows of any task, in an order that resumes exactly on any number of ranks."""
+"""LightningDataModule of all tasks, with a data order that resumes exactly on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tnnlm.data.tasks import TaskData, load_task_data
 
 
 class TextDataModule(lightning.LightningDataModule):
-    """Rows of a task for training and validation.
+    """LightningDataModule with the training and validation rows of a task.
 
-    Batches are what its model's ``loss`` takes. The position in the global order is saved with each
-    checkpoint, so a resumed run reads what an unbroken one would have.
+    Batches have the type that the ``loss`` method of the task's model takes. Each checkpoint contains the
+    position in the global order, so a resumed run sees the same rows as an uninterrupted one.
     """
 
     opened: TaskData
+    """Data sets and tokenizer; available after :meth:`setup`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -31,20 +32,23 @@ class TextDataModule(lightning.LightningDataModule):
         self._step_at_load = 0
 
     def prepare_data(self) -> None:
-        """Prepare what is kept in the cache: on one rank of each node."""
+        """Tokenize or generate the data into the cache; Lightning calls this on one rank per node."""
         load_task_data(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open it.
+        """Open the prepared data sets, on every rank.
 
         Raises:
-            DataError: if there is too little for one batch.
+            DataError: If the data is unusable, or less than one batch.
         """
         if not hasattr(self, "opened"):
             self.opened = load_task_data(self.config)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Everything that is left to train on, as one Lightning epoch: no border to resume across."""
+        """Return the loader of all remaining training batches.
+
+        The whole training is one Lightning epoch, so a run never resumes across an epoch boundary.
+        """
         trainer = self._trainer()
         sampler = GlobalOrderSampler(
             len(self.opened.train),
@@ -59,9 +63,12 @@ class TextDataModule(lightning.LightningDataModule):
         return self._loader(self.opened.train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Ranks take every world_size-th row, none twice. Where that is uneven, row 0 stands in at
-        the end and doesn't count: a rank with a batch less would leave the others waiting for its
-        share of the weights, where they are sharded."""
+        """Return this rank's validation loader: every ``world_size``-th row.
+
+        If the rows don't divide evenly, row 0 pads the last batch and :meth:`val_counted` excludes it. All
+        ranks thus run the same number of batches; with sharded weights a rank with fewer would block the
+        others.
+        """
         trainer = self._trainer()
         rows, ranks, size = len(self.opened.val), trainer.world_size, self.config.data.batch_size
         places = range(trainer.global_rank, math.ceil(rows / ranks) * ranks, ranks)
@@ -69,25 +76,25 @@ class TextDataModule(lightning.LightningDataModule):
         return self._loader(self.opened.val, [mine[i : i + size] for i in range(0, len(mine), size)])
 
     def val_counted(self, batch_idx: int) -> int:
-        """How many rows of this rank's validation batch count: the first ones; 0 for none."""
+        """Return the number of leading rows of this rank's validation batch that are not padding."""
         trainer = self._trainer()
         mine = len(range(trainer.global_rank, len(self.opened.val), trainer.world_size))
         size = self.config.data.batch_size
         return min(size, max(0, mine - batch_idx * size))
 
     def samples_at(self, global_step: int) -> int:
-        """Samples that all ranks together have read after ``global_step`` optimizer steps."""
+        """Return the number of samples consumed by all ranks up to optimizer step ``global_step``."""
         config = self.config
         per_step = config.data.batch_size * config.trainer.accumulate * self._trainer().world_size
         return self.samples_seen + (global_step - self._step_at_load) * per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the global order; the same on every rank."""
+        """Return the position in the global order, which is the same on all ranks."""
         step = self._trainer().global_step
         return {"samples_seen": self.samples_at(step), "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position, with whatever batch size and number of ranks there is now."""
+        """Resume from a saved position; batch size and number of ranks may differ from the saved run."""
         self.samples_seen = state_dict["samples_seen"]
         self._step_at_load = state_dict["step"]
 

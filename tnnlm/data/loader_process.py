@@ -1,5 +1,8 @@
-"""What a loader process runs besides the rows: where processes are spawned each imports the module, and
-Lightning would take it three times as long as all else."""
+"""Initialisation of DataLoader worker processes.
+
+A separate module without heavy imports: each spawned worker imports it, and importing Lightning would take
+three times as long as everything else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import signal
 
 
 def leave_signals(worker: int) -> None:
-    """In a loader process: Ctrl-C and a cluster's signals reach it too, but stopping is the trainer's."""
+    """Ignore SIGINT, SIGTERM and SIGUSR1 in a DataLoader worker.
+
+    Ctrl-C and a cluster's signals reach workers as well, but only the trainer process handles them.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

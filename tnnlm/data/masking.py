@@ -1,7 +1,7 @@
-"""Rows with hidden tokens, as BERT has them (arXiv 1810.04805, section 3.1), drawn anew at each reading.
+"""Dynamic token masking for masked language modelling, as in BERT (arXiv 1810.04805, section 3.1).
 
-What is hidden follows from (seed, sample) alone: a resumed run hides what an unbroken one would have, on
-any number of ranks, and every validation hides the same.
+The mask depends only on the seed and the sample's number. A resumed run therefore masks the same tokens as an
+uninterrupted one, on any number of ranks, and all validations use the same masks.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ from tnnlm.data.packing import PackedRows
 from tnnlm.models.batches import MaskedBatch
 
 HIDDEN, RANDOM = 0.8, 0.1
-"""shares of the chosen tokens that become the mask token, and any token; the rest stays"""
+"""Fractions of the selected tokens replaced by the mask token and by a random token; others are unchanged."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are hidden."""
+    """Parameters of the random masking of a row."""
 
     fraction: float
-    """of a row that is chosen: rounded, at least one token, as many in each row"""
+    """Fraction of each row's tokens to select; rounded to whole tokens, at least one."""
     mask_id: int
+    """Id of the mask token."""
     n_tokens: int
-    """ids below this are what a token may become"""
+    """Vocabulary size of the tokenizer; random replacements are uniform over ids below it."""
     seed: int
+    """Seed of the masks, combined with the sample's number."""
 
     def hide(self, row: torch.Tensor, sample: int) -> MaskedBatch:
-        """Hide tokens of one row (L,); a batch of one without its first dimension."""
+        """Mask tokens of one row.
+
+        Args:
+            row: Token ids, (L,).
+            sample: Number of the sample in the global order; seeds the mask.
+
+        Returns:
+            Tokens (L,), masked positions and their targets, without a batch dimension.
+        """
         random = np.random.default_rng((self.seed, sample))
         count = max(1, round(self.fraction * len(row)))
         positions = torch.from_numpy(np.sort(random.choice(len(row), count, replace=False)))
@@ -44,9 +54,10 @@ class Masking:
 
 
 class MaskedRows(torch.utils.data.Dataset[MaskedBatch]):
-    """Packed rows of L tokens, some of them hidden.
+    """Map-style data set of packed rows of L tokens with random masks.
 
-    Indexed by (row, sample), where the sample's number says what is hidden; a row alone is its own sample.
+    The index is a pair (row, sample), where the sample's number seeds the mask. A plain row index is used as
+    the sample's number too, which fixes the mask of each row.
     """
 
     def __init__(self, rows: PackedRows, masking: Masking) -> None:

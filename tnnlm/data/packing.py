@@ -1,7 +1,7 @@
-"""Documents as packed int32 tokens in memory-mapped files, cached under a key of our own.
+"""Tokenized documents packed into memory-mapped int32 files, cached by a hash of source, split and tokenizer.
 
-A split is one stream: eos, document, eos, document, eos ... A row of the data set is a window of
-it. The convolution of a row reads across the eos between documents.
+A split is one stream of tokens: eos, document, eos, document, eos ... A row of the data set is a window of
+this stream and may span several documents; the eos tokens between them don't reset the convolution.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
 PACKING_VERSION = 2
-"""part of the cache's key: raise it when the packed tokens change"""
+"""Version in the cache key; increment it whenever the packed tokens change."""
 PIECE = 1 << 18
-"""characters of a long document that are tokenized at a time"""
+"""Characters per chunk of a long document; chunks are tokenized in parallel."""
 SAVE_SECONDS = 5.0
-"""between the notes that a killed preparation goes on from"""
+"""Seconds between the progress records from which a killed preparation resumes."""
 _BORDER = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Sizes of one split."""
+    """Number of documents, tokens and UTF-8 bytes in a split."""
 
     documents: int
     tokens: int
@@ -51,13 +51,13 @@ class SplitInfo:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, the eos among the tokens."""
+        """UTF-8 bytes of text per token; eos tokens count as tokens."""
         return self.bytes / self.tokens
 
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A tokenized corpus on disk."""
+    """Tokenized corpus on disk."""
 
     folder: Path
     tokenizer: TextTokenizer
@@ -65,22 +65,28 @@ class PackedCorpus:
     val: SplitInfo
 
     def rows(self, split: str, length: int, max_tokens: int | None = None) -> PackedRows:
-        """The rows of ``split`` ("train" or "val"), ``length`` tokens and their successors each.
+        """Return the rows of a split, memory-mapped.
+
+        Args:
+            split: Name of the split, "train" or "val".
+            length: Number of input tokens per row; each row also has the target of its last token.
+            max_tokens: Maximum number of input tokens; None for the whole split.
 
         Raises:
-            DataError: if the file is not what was written.
+            DataError: If the file is missing or has the wrong size.
         """
         path = self.folder / f"{split}.bin"
         n_tokens = {"train": self.train, "val": self.val}[split].tokens
         if not path.is_file() or path.stat().st_size != 4 * n_tokens:
-            raise DataError(
-                f"{path}: is missing or damaged", "delete its folder, it is made again from the text"
-            )
+            raise DataError(f"{path}: is missing or damaged", "delete its folder to tokenize the text again")
         return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
 
 
 class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
-    """Row i is tokens [i L, i L + L], (L + 1,): inputs and targets overlap by all but one."""
+    """Map-style data set of token rows (L + 1,): row i is tokens i L to i L + L, inclusive.
+
+    The first L tokens are the inputs, and the last L tokens the targets.
+    """
 
     def __init__(self, tokens: NDArray[np.int32], length: int) -> None:
         self.tokens = tokens
@@ -91,41 +97,41 @@ class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < len(self):
-            raise IndexError(index)  # ends ``for row in rows``
+            raise IndexError(index)  # required to end ``for row in rows``
         start = index * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a mapped file by its name: a loader process that is spawned maps it, and copies nothing."""
+        """Pickle a memory-mapped file by its name, so that spawned loader workers map it again."""
         if isinstance(self.tokens, np.memmap):
             return _mapped_rows, (self.tokens.filename, len(self.tokens), self.length)
         return PackedRows, (self.tokens, self.length)
 
 
 def _mapped_rows(path: Path, n_tokens: int, length: int) -> PackedRows:
-    """The rows of the first ``n_tokens`` tokens of a file."""
+    """Return the rows of the first ``n_tokens`` tokens of a file, memory-mapped."""
     return PackedRows(np.memmap(path, dtype=np.int32, mode="r", shape=(n_tokens,)), length)
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = False) -> PackedCorpus:
-    """Tokenize the corpus, or find it tokenized.
+    """Tokenize and pack the corpus, or load it from the cache.
 
     Args:
-        config: where the text comes from and how it becomes tokens.
-        vocab_size: of the model; a tokenizer is trained for it if none is given.
-        seed: of the split.
-        resumable: keep what is done when stopped, to go on from there the next time.
+        config: Data settings: source, split and tokenizer.
+        vocab_size: Vocabulary size of the model; a tokenizer of this size is trained if none is given.
+        seed: Seed of the train/validation split.
+        resumable: Keep partial results if interrupted, and resume from them the next time.
 
     Raises:
-        DataError: for unusable text or tokenizer, and if another process prepares the same. Nothing is
-            left in the cache then, unless it is ``resumable``.
+        DataError: If the text or the tokenizer is unusable, or another process prepares the same data. The
+            cache is then unchanged, apart from partial results if ``resumable``.
     """
     given = load_tokenizer(config.tokenizer, config.eos_token) if config.tokenizer else None
     if given is not None and config.mask_token is not None:
         given = given.with_special(config.mask_token)
     if given is not None and given.size > vocab_size:
         raise DataError(
-            f"{config.tokenizer}: has {given.size} tokens, the model {vocab_size}",
+            f"{config.tokenizer}: has {given.size} tokens, the model only {vocab_size}",
             f"set model.vocab_size={given.size} or more",
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
@@ -159,28 +165,28 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
 
 @contextmanager
 def _resumable_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that stays if the block fails, and is moved there when it ends."""
+    """Yield a folder that is renamed to ``path`` if the block succeeds, and kept if it fails."""
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    refusal = DataError(f"{part}: another process prepares the same data", "wait until it is done")
+    refusal = DataError(f"{part}: another process prepares the same data", "wait until it finishes")
     with only_process(part, refusal):
         part.mkdir(exist_ok=True)
         try:
             yield part
         except BaseException:
             with contextlib.suppress(OSError):
-                part.rmdir()  # only if nothing was done yet
+                part.rmdir()  # succeeds only if the folder is empty
             raise
         for done in part.iterdir():
             flush_to_disk(done)
-        if path.exists():  # made by a training in the meantime
+        if path.exists():  # created concurrently by a training run
             shutil.rmtree(part)
         else:
             os.replace(part, path)
 
 
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:
-    """Fill ``folder``, going on from what an earlier attempt left in it."""
+    """Build the corpus in ``folder``, resuming from the files of an earlier attempt."""
     if not (folder / "meta.json").is_file():
         _tokenize(config, vocab_size, seed, given, folder)
     for journal in folder.glob("*.progress"):
@@ -193,7 +199,7 @@ def _tokenize(
 ) -> None:
     corpus = load_corpus(config, seed, folder)
     if not corpus.train or not corpus.val:
-        raise DataError("too little text to hold some out for validation", "give more of it")
+        raise DataError("data: too little text to hold out a validation split", "add text")
     tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
     meta = {}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
@@ -214,7 +220,7 @@ def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Pa
 
 
 def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str) -> SplitInfo:
-    """Write the tokens of ``texts``; every few seconds a note of what is safely on the disk."""
+    """Tokenize documents into a file, resuming from and regularly saving a progress record."""
     done = _packed_before(path)
     if done is None:
         path.write_bytes(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
@@ -224,7 +230,7 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
     size = texts.size if isinstance(texts, Documents) else sum(map(len, rest))
     bar = tqdm(total=size, desc=title, unit="char", unit_scale=True, disable=None)
     if isinstance(texts, Documents) and texts:
-        bar.update(size * n_documents // len(texts))  # about: lengths are not kept
+        bar.update(size * n_documents // len(texts))  # approximate, lengths are unknown
     noted = time.monotonic()
     with path.open("r+b") as file, bar:
         file.truncate(4 * n_tokens)
@@ -250,14 +256,14 @@ def _journal(path: Path) -> Path:
 
 
 def _note(path: Path, file: BinaryIO, done: SplitInfo) -> None:
-    """Say that ``done`` is on the disk, once it is."""
+    """Flush the file to disk, then record ``done`` as its progress."""
     file.flush()
     os.fsync(file.fileno())
     write_text(_journal(path), json.dumps(asdict(done)))
 
 
 def _packed_before(path: Path) -> SplitInfo | None:
-    """What an earlier attempt brought safely to the disk."""
+    """Return the progress that an earlier attempt recorded, or None if there is none."""
     if not _journal(path).is_file() or not path.is_file():
         return None
     done = SplitInfo(**json.loads(_journal(path).read_text(encoding="utf-8")))
@@ -270,10 +276,10 @@ class _Piece(NamedTuple):
 
 
 def _pieces(texts: Iterable[str], characters: int = PIECE) -> Iterator[_Piece]:
-    """Documents, the long ones in pieces that all cores can share.
+    """Yield documents, with long ones split into chunks that are tokenized in parallel.
 
-    A piece ends at a line border before a character that is no space: no token of a byte-level
-    BPE reaches across such a border.
+    A chunk ends after a line break that is followed by a non-space character: no token of a byte-level BPE
+    spans such a boundary, so the tokens are the same as without chunks.
     """
     for text in texts:
         start = 0
@@ -285,7 +291,7 @@ def _pieces(texts: Iterable[str], characters: int = PIECE) -> Iterator[_Piece]:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
-    """Batches of about equal text: the tokenizer works on one with all cores."""
+    """Yield batches of chunks of about equal total length, large enough to keep all cores busy."""
     characters = PIECE * max(4, os.cpu_count() or 1)
     batch: list[_Piece] = []
     size = 0

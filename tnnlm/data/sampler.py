@@ -1,4 +1,4 @@
-"""The order of the training rows."""
+"""Batch sampler with a resumable global order of the training rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils.data import Sampler
 
 @dataclass(eq=False)
 class GlobalOrderSampler(Sampler[list[Any]]):
-    """Batches of row indices whose order follows from (seed, samples seen) alone.
+    """Batch sampler whose order depends only on the seed and the number of samples seen.
 
-    Training reads one endless sequence: a permutation of the rows, then the next, each seeded by
-    (seed, epoch). Batch b of rank r on W ranks is samples [(b W + r) B, (b W + r + 1) B) after
-    ``start``: the global order is the same on any number of ranks, and resuming is starting later.
+    The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch). With W
+    ranks and batch size B, batch b of rank r is samples [(b W + r) B, (b W + r + 1) B) after ``start``. The
+    global order is therefore the same on any number of ranks, and a resumed run only sets a larger ``start``.
     """
 
     n_rows: int
@@ -25,11 +25,11 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     n_batches: int
     seed: int
     start: int = 0
-    """samples that were read before"""
+    """Number of samples already consumed by all ranks, where this sampler begins."""
     rank: int = 0
     world_size: int = 1
     resampled: bool = False
-    """yield (row, sample) in the place of rows, for what is drawn anew at each reading"""
+    """Yield (row, sample) pairs instead of row indices, for data randomised per sample, such as masks."""
 
     def __len__(self) -> int:
         return self.n_batches

@@ -1,7 +1,7 @@
-"""Documents from the standard library's sources, from files, or from a hub data set, split in two.
+"""Text sources: Python's standard library, local files, and data sets of the Hugging Face Hub.
 
-A document is a source file, a text file, a row of .jsonl or .parquet, or a row of the data set.
-The split is by document and follows from the seed and the texts alone.
+A document is a source file, a text file, a row of a .jsonl or .parquet file, or a row of a hub data set. The
+train/validation split is by document and depends only on the seed and the documents' contents.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that the corpus is read from, sorted; empty for hub data.
+    """Return the sorted paths of the corpus' files; empty for data sets of the hub.
 
     Raises:
-        DataError: if a pattern matches nothing or a file's type is unknown.
+        DataError: If a pattern matches nothing or a file has an unknown type.
     """
     if config.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -47,13 +47,14 @@ def source_files(config: DataConfig) -> list[Path]:
         files = sorted(p for p in sources if p.exists() and p.stat().st_size)
         if not files:
             raise DataError(
-                f"{root}: holds no sources of the standard library", "give files with data.source=files"
+                f"{root}: contains no sources of the standard library",
+                "use text files with data.source=files",
             )
         return files
     if config.source == "hub":
         return []
     if not config.files:
-        raise DataError("data.files is empty", "name text files, for example data.files=book.txt")
+        raise DataError("data.files: is empty", "specify text files, for example data.files=book.txt")
     files = []
     for pattern in config.files:
         path = Path(pattern).expanduser()
@@ -65,17 +66,20 @@ def source_files(config: DataConfig) -> list[Path]:
     for path in files:
         if path.is_dir():
             raise DataError(
-                f"{path}: is a folder", f"name its files, for example data.files='{path}/**/*.txt'"
+                f"{path}: is a folder", f"specify its files, for example data.files='{path}/**/*.txt'"
             )
         if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
             raise DataError(
-                f"{path}: unknown type", "known are .txt .md .py .jsonl .parquet, each also as .gz"
+                f"{path}: unknown file type", "use .txt, .md, .py, .jsonl or .parquet, optionally with .gz"
             )
     return sorted(set(files))
 
 
 def source_fingerprint(config: DataConfig) -> str:
-    """Hash of where the text comes from: names, sizes and times of files, or the hub data set's name."""
+    """Return a hash of the text source.
+
+    It covers the paths, sizes and modification times of files, or the name and splits of a hub data set.
+    """
     parts: list[Any] = [config.source, config.text_column, config.max_documents]
     folder = Path(config.hub_name or "")
     local = config.source == "hub" and bool(config.hub_name) and folder.is_dir()
@@ -94,22 +98,24 @@ def source_fingerprint(config: DataConfig) -> str:
 
 
 def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
-    """Read and split the documents; those of a hub data set stay on the disk.
+    """Load the documents and split them into training and validation data.
+
+    Documents of a hub data set stay on disk; those of other sources are loaded into memory.
 
     Args:
-        config: where from.
-        seed: of the split.
-        scratch: a folder to keep intermediate files of a hub data set in, for going on after a kill.
+        config: Data settings.
+        seed: Seed of the train/validation split.
+        scratch: Folder for intermediate files of a hub data set, from which a killed preparation resumes.
 
     Raises:
-        DataError: for missing, empty, binary or damaged input.
+        DataError: If the input is missing, empty, binary or damaged.
     """
     if config.source != "hub":
         documents = (text for text in _documents(config) if text.strip())
         texts = list(itertools.islice(documents, config.max_documents))
         if not texts:
             where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
-            raise DataError(f"{where}: no text in it")
+            raise DataError(f"{where}: contains no text")
         return split_texts(texts, config.val_fraction, seed)
     rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
     if config.hub_val_split:
@@ -122,7 +128,7 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where prepared text is kept: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
+    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
     return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
 
 
@@ -137,7 +143,7 @@ def _documents(config: DataConfig) -> Iterator[str]:
 
 def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
     if path.suffix == ".gz" and suffix == ".parquet":
-        # The library unpacks text on the way, but wants to seek in parquet.
+        # The library decompresses text on the fly, but parquet needs a seekable file.
         with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
             plain = Path(folder) / path.stem
             with gzip.open(path) as packed, plain.open("wb") as unpacked:
@@ -155,11 +161,15 @@ def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
 def _hub_table(
     config: DataConfig, split: str, seed: int, scratch: Path
 ) -> tuple[datasets.Dataset, str, DocumentIndex]:
-    """A split of a hub data set on the disk, its column, and which rows hold text."""
+    """Return a split of a hub data set on disk, its text column, and the index of its rows with text."""
     if not config.hub_name:
-        raise DataError("data.hub_name is empty", "name a data set, for example Salesforce/wikitext")
+        raise DataError(
+            "data.hub_name: is empty", "specify a data set, for example data.hub_name=Salesforce/wikitext"
+        )
     if config.streaming and config.max_documents is None:
-        raise DataError("data.streaming=true: a stream has no end to split at", "set data.max_documents")
+        raise DataError(
+            "data.streaming=true: a stream of unknown length can't be split", "set data.max_documents"
+        )
     name, column = config.hub_name, config.text_column
     rows = _load(
         name,
@@ -180,12 +190,12 @@ def _hub_table(
         kept = scratch / f"{split}.survey.npz"
         found = index_documents(rows, column, name, seed=seed, limit=limit, kept=kept)
     if not len(found.chosen):
-        raise DataError(f"{name}: no text in it")
+        raise DataError(f"{name}: contains no text")
     return rows, column, found
 
 
 def _load(what: str, builder: str, **options: Any) -> Any:
-    # Its log lines repeat the error that is raised; its bars are for a terminal.
+    # The library logs each error that it raises a second time, and shows progress bars without a terminal.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -195,7 +205,7 @@ def _load(what: str, builder: str, **options: Any) -> Any:
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Turn the library's errors, of which it has dozens of kinds, into one that names ``what``."""
+    """Convert any error of the datasets library, which raises many types, to a ``DataError``."""
     try:
         yield
     except DataError:
@@ -212,8 +222,8 @@ def _readable(what: str) -> Iterator[None]:
 def _check_column(rows: Any, config: DataConfig, where: str) -> None:
     if rows.column_names is not None and config.text_column not in rows.column_names:
         raise DataError(
-            f"{where}: has no column {config.text_column!r} but {', '.join(rows.column_names)}",
-            "choose one with data.text_column=...",
+            f"{where}: has no column {config.text_column!r}, only {', '.join(rows.column_names)}",
+            "select the text column with data.text_column=...",
         )
 
 
@@ -228,12 +238,12 @@ def _read_text(path: Path) -> str:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if b"\0" in data:
-            raise DataError(f"{path}: is not text (a zero byte at {data.index(0)})")
+            raise DataError(f"{path}: is not text (zero byte at {data.index(0)})")
         return data.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise DataError(f"{path}: is not a whole gzip file") from None
+        raise DataError(f"{path}: is not a gzip file, or truncated") from None
     except UnicodeDecodeError as error:
-        if path.suffix == ".py":  # sources may declare another encoding; such files are rare and small
+        if path.suffix == ".py":  # Python sources may declare another encoding; such files are rare and small
             return data.decode("latin-1")
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
 

@@ -1,4 +1,4 @@
-"""What is held out for validation: by document, from the seed and the texts alone."""
+"""Train/validation split by document, determined only by the seed and the documents' contents."""
 
 from __future__ import annotations
 
@@ -12,34 +12,40 @@ from numpy.typing import NDArray
 from tnnlm.data.arrow_text import text_hash
 
 FEW_DOCUMENTS = 10
-"""below this, every document is cut in two: a split by document would hold out too much or nothing"""
+"""Minimum number of documents for a split by document; with fewer, the end of each document is held out."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two splits, a document each entry."""
+    """Documents of the training and validation splits."""
 
     train: Sequence[str]
     val: Sequence[str]
 
 
 def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:
-    """Which documents are held out: in the order of their hashes until ``fraction`` of the characters.
+    """Select documents in the order of their hashes until they have ``fraction`` of all characters.
+
+    Copies of a document go to the same split, unless nothing would be left to train on. Documents too large
+    to be a fair sample are not held out.
 
     Args:
-        lengths: characters of each document, (n,).
-        hashes: of each, (n,): equal texts have equal ones.
-        fraction: share of the characters.
+        lengths: Length of each document in characters, (n,).
+        hashes: Hash of each document, (n,); identical documents have equal hashes.
+        fraction: Fraction of the characters to hold out.
+
+    Returns:
+        Boolean mask of the held-out documents, (n,).
     """
     total = int(lengths.sum())
     budget = fraction * total
-    # One huge document would be most of the held-out text, and no fair sample of the rest.
+    # A single huge document would dominate the validation split and not represent the others.
     largest = max(budget / 4, total / len(lengths))
     chosen = np.zeros(len(lengths), dtype=bool)
     taken = count = 0
     last: Any = None
     for index in np.argsort(hashes, kind="stable"):
-        # Equal texts come in a row: none may stay behind in training.
+        # Identical documents are adjacent in this order; a copy left in training would leak into validation.
         again = hashes[index] == last and count < len(lengths) - 1
         if taken >= budget and not again:
             break
@@ -52,7 +58,7 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
 
 
 def split_texts(texts: list[str], fraction: float, seed: int) -> Corpus:
-    """Split texts in memory; fewer than ``FEW_DOCUMENTS`` are cut in two, each of them."""
+    """Split documents in memory; of fewer than ``FEW_DOCUMENTS`` the end of each document is held out."""
     if len(texts) < FEW_DOCUMENTS:
         pairs = [_cut(text, fraction) for text in texts]
         return Corpus([a for a, _ in pairs if a], [b for _, b in pairs if b])
@@ -63,7 +69,7 @@ def split_texts(texts: list[str], fraction: float, seed: int) -> Corpus:
 
 
 def _cut(text: str, fraction: float) -> tuple[str, str]:
-    """The beginning and the last ``fraction`` of a text, cut at a line where there is one."""
+    """Return a document's beginning and its last ``fraction``, split at a line break if possible."""
     at = round(len(text) * (1 - fraction))
     line = text.rfind("\n", 0, at) + 1
     at = line if line > at / 2 else at

@@ -1,4 +1,4 @@
-"""The rows that each task reads."""
+"""Data sets of each training task: causal, masked and classification."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ from tnnlm.tokenizer import TextTokenizer
 
 
 def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
-    """The rows of both splits.
+    """Return the packed rows of the training and validation splits.
 
     Raises:
-        DataError: if they don't fill one batch to train on, or one row to validate on.
+        DataError: If the training split has less than one batch, or the validation split less than one row.
     """
     data, length = config.data, config.model.max_length
     train_rows = corpus.rows("train", length)
     val_rows = corpus.rows("val", length, data.max_val_tokens)
     if len(train_rows) < data.batch_size:
         raise DataError(
-            f"too little text: {corpus.train.tokens} training tokens fill {len(train_rows)} rows of "
-            f"{length}, one batch takes {data.batch_size}",
-            "give more text, or lower data.batch_size or model.max_length",
+            f"data: too little text, {corpus.train.tokens} training tokens fill {len(train_rows)} rows of "
+            f"{length}, one batch needs {data.batch_size}",
+            "add text, or lower data.batch_size or model.max_length",
         )
     if not len(val_rows):
         raise DataError(
-            f"too little text: {corpus.val.tokens} validation tokens fill no row of {length}",
-            "give more text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length",
+            f"data: too little text, {corpus.val.tokens} validation tokens fill no row of {length}",
+            "add text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length",
         )
     return train_rows, val_rows
 
 
 class TaskData(NamedTuple):
-    """What a run reads."""
+    """Data sets and tokenizer of a training run."""
 
     train: Any
-    """data set of the training rows; of (row, sample) where ``resampled``"""
+    """Map-style data set of the training rows, indexed by row, or by (row, sample) if ``resampled``."""
     val: Any
-    """data set of the held-out rows"""
+    """Map-style data set of the validation rows."""
     tokenizer: TextTokenizer
     bytes_per_token: float
-    """of the held-out text; 1 where that means nothing"""
+    """UTF-8 bytes per token of the validation text; 1 for tasks without text."""
     resampled: bool = False
-    """what a training row gives depends on how often it was read"""
+    """Whether training rows are randomised per sample (masking) and indexed by (row, sample)."""
 
 
 def load_task_data(config: Config) -> TaskData:
-    """Prepare, or find prepared, what ``config.task`` reads.
+    """Prepare the data of ``config.task``, or load it from the cache.
 
     Raises:
-        DataError: for unusable data, and too little of it.
+        DataError: If the data is unusable, or less than one batch.
     """
     return OPENERS[config.task](config)
 
 
 def _open_text(config: Config) -> TaskData:
-    """Rows (L + 1,): inputs and targets in one tensor."""
+    """Open the data of a causal model: rows (L + 1,) that hold inputs and targets in one tensor."""
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
     return TaskData(*split_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
 
 
 def _open_masked(config: Config) -> TaskData:
-    """Rows as ``MaskedBatch``."""
+    """Open the data of a masked language model: rows are ``MaskedBatch``."""
     text, data = _open_text(config), config.data
-    assert data.mask_token is not None  # config_io sees to it
+    assert data.mask_token is not None  # checked by the configuration loader
     tokenizer = text.tokenizer
     masking = Masking(data.mask_fraction, tokenizer.id_of(data.mask_token), tokenizer.size, config.seed)
     train, val = MaskedRows(text.train, masking), MaskedRows(text.val, masking)
@@ -80,15 +80,15 @@ def _open_masked(config: Config) -> TaskData:
 
 
 def _open_sequences(config: Config) -> TaskData:
-    """Rows as ``LabelledBatch``."""
+    """Open the data of a classifier: rows are ``LabelledBatch``."""
     corpus, length = prepare_sequences(config), config.model.max_length
     train = corpus.split("train", length)
     val: Dataset[LabelledBatch] = corpus.split("val", length)
     rows = corpus.rows["val"]
     if len(train) < config.data.batch_size or not rows:
         raise DataError(
-            f"too few sequences: {len(train)} to train on, {rows} to validate on",
-            f"one batch takes {config.data.batch_size}: give more, or lower data.batch_size",
+            f"data: too few sequences, {len(train)} to train on, {rows} to validate on",
+            f"add sequences, or lower data.batch_size={config.data.batch_size}",
         )
     if config.data.max_val_tokens is not None:
         val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))
@@ -100,4 +100,4 @@ OPENERS: dict[str, Callable[[Config], TaskData]] = {
     "masked": _open_masked,
     "classify": _open_sequences,
 }
-"""by task"""
+"""Function that prepares and opens the data, by ``config.task``."""

@@ -1,1 +1,1 @@
-"""What this machine has and can do: threads, memory allocator, operators. Needs torch alone."""
+"""Hardware and runtime support: CPU threads, memory allocator, available operators. Needs only torch."""

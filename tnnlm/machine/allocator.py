@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep large blocks: what it hands back it page-faults in again next step."""
+"""Tuning of glibc's allocator to keep large blocks, which avoids page faults in every training step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_large_blocks() -> bool:
-    """Serve large tensors from the heap and never trim it. Whole training steps on a CPU get 12 to 60 %
-    faster.
+    """Allocate large tensors on the heap and never trim it, which makes CPU training steps 12 to 60 % faster.
 
     Returns:
-        whether it was done: only on glibc, and not against a choice of the user's own
-        (any MALLOC_* variable, or a preloaded allocator).
+        Whether the settings were applied. They are not without glibc, or if the user configured the allocator
+        (a MALLOC_* variable, or LD_PRELOAD).
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "LD_PRELOAD" in os.environ
     if chosen or platform.libc_ver()[0] != "glibc":

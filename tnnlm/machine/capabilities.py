@@ -1,9 +1,9 @@
-"""What this CPU and this build of PyTorch can do: found by running each operator once on a tiny tensor.
+"""Operators available on this CPU and build of PyTorch, detected by running each one on a small tensor.
 
-Names of processors say little: an operator can be missing from a build (oneDNN on macOS), need an instruction
-that the CPU lacks (bfloat16 weights without AVX-512), or give wrong results. Each is called and compared with
-the plain product; what raises or differs is unavailable, with the reason. The command
-``python -m tnnlm.machine.capabilities`` prints the table.
+The processor's name is not enough: an operator can be missing from a build (oneDNN on macOS), need an
+instruction set that the CPU lacks (bfloat16 weights without AVX-512), or return wrong results. Each operator
+is compared with a plain matrix product; it is unavailable if it raises or differs. ``python -m
+tnnlm.machine.capabilities`` prints the results.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from tnnlm.machine.cpp_compiler import check_cpp_compiler
 from tnnlm.machine.threads import limit_threads
 
 WITHOUT = "TNNLM_WITHOUT"
-"""environment variable: capabilities that are not to be used, by name, separated by blanks. A compiled step
-uses none of them; what PyTorch's own bfloat16 arithmetic calls goes by ``bfloat16_arithmetic``."""
+"""Environment variable with the names of capabilities to disable, separated by spaces or commas.
+
+A compiled step uses none of these capabilities. Operators that PyTorch calls for bfloat16 arithmetic are
+covered by ``bfloat16_arithmetic``.
+"""
 _TOLERANCE = 0.02
-"""largest relative error of a probe, the rounding of its weights included"""
+"""Maximum relative error of a probe, which includes the rounding of its weights."""
 
 
 class Capability(NamedTuple):
-    """Whether something works here; if not, why, in one line."""
+    """Availability of an operator or tool on this machine, with the reason if it is unavailable."""
 
     available: bool
     reason: str
@@ -45,30 +48,33 @@ class Capability(NamedTuple):
 
 
 def capability(name: str) -> Capability:
-    """Whether ``name``, one of ``PROBES``, works on this machine's CPU.
+    """Return whether a capability is available on this machine.
 
-    Probed once per process. The environment variable TNNLM_WITHOUT switches capabilities off.
+    Each capability is probed once per process. The environment variable TNNLM_WITHOUT disables capabilities.
+
+    Args:
+        name: Name of a capability in ``PROBES``.
 
     Raises:
-        KeyError: for another name.
-        UserError: if that variable names none of ``PROBES``.
+        KeyError: If ``name`` isn't in ``PROBES``.
+        UserError: If TNNLM_WITHOUT contains an unknown name.
     """
     probe = PROBES[name].run
     if name in switched_off():
-        return Capability(False, f"switched off by {WITHOUT}")
+        return Capability(False, f"disabled by {WITHOUT}")
     return _probed(probe)
 
 
 def switched_off() -> set[str]:
-    """Names that TNNLM_WITHOUT lists.
+    """Return the capabilities that TNNLM_WITHOUT disables.
 
     Raises:
-        UserError: if one is none of ``PROBES``.
+        UserError: If the variable contains a name that isn't in ``PROBES``.
     """
     names = set(os.environ.get(WITHOUT, "").replace(",", " ").split())
     unknown = sorted(names - PROBES.keys())
     if unknown:
-        raise UserError(f"{WITHOUT}: no capability {unknown[0]}; expected some of {', '.join(PROBES)}")
+        raise UserError(f"{WITHOUT}: unknown capability {unknown[0]}; choose from {', '.join(PROBES)}")
     return names
 
 
@@ -77,29 +83,29 @@ def _probed(probe: Callable[[], None]) -> Capability:
     try:
         with torch.inference_mode():
             probe()
-    except Exception as error:  # whatever an operator raises, it can't be used
+    except Exception as error:  # an operator that raises anything can't be used
         lines = str(error).splitlines()
         return Capability(False, lines[0][:160] if lines else type(error).__name__)
     return Capability(True, "")
 
 
 def cpu_level() -> str:
-    """The widest vector instructions that PyTorch uses here, in its own words: AVX2, AVX512, DEFAULT ..."""
+    """Return the widest vector instruction set that PyTorch uses on this CPU: AVX2, AVX512, DEFAULT ..."""
     return torch.backends.cpu.get_cpu_capability()
 
 
 def processor() -> str:
-    """The CPU's name as its maker gives it, where the system tells."""
+    """Return the model name of the CPU, or its architecture if the system doesn't report a name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def describe_cpu() -> str:
-    """Processor, vector level and threads in one line, for the head of a benchmark."""
+    """Return CPU, vector instruction set, threads and PyTorch version in one line, for benchmark headers."""
     return f"{processor()} ({cpu_level()}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
 def capability_table() -> dict[str, Any]:
-    """Everything that is known of this machine, as plain data: processor, threads, and every probe."""
+    """Return CPU, number of threads and the result of every probe as plain data."""
     limit = limit_threads()
     return {
         "processor": processor(),
@@ -112,13 +118,13 @@ def capability_table() -> dict[str, Any]:
 
 
 def cpu_fingerprint() -> str:
-    """Hash of the processor's instructions: native code made for one must not run on another."""
+    """Return a hash of the CPU's instruction sets; native code compiled for one must not run on another."""
     said = (platform.machine(), cpu_level(), _cpuinfo("flags", "Features") or platform.processor())
     return hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
 
 
 def _cpuinfo(*names: str) -> str:
-    """The first line of Linux's list that has one of these names; empty where there is none."""
+    """Return the first field of /proc/cpuinfo with one of these names, or an empty string."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -147,10 +153,10 @@ def _int8_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _compare(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Run ``multiply(x, weight)`` on one row and on three, against float64.
+    """Compare ``multiply(x, weight)`` with the float64 product, for one row and for three.
 
     Raises:
-        RuntimeError: if a result is off.
+        RuntimeError: If the relative error exceeds the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=generator)
@@ -163,8 +169,8 @@ def _compare(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 
 def _bfloat16_arithmetic() -> None:
-    # An operator that emulates bfloat16 works too, many times slower than float32, and times on a busy
-    # machine would choose otherwise every other day: what the CPU has decides, as far as PyTorch may use it.
+    # Emulated bfloat16 works too, but is many times slower than float32, and timing it on a busy machine
+    # isn't reproducible. The decision therefore follows the CPU's instructions and PyTorch's limit on them.
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if not has:
         raise RuntimeError("this CPU has neither AVX512-BF16 nor AMX")
@@ -173,7 +179,7 @@ def _bfloat16_arithmetic() -> None:
 
 
 class Probe(NamedTuple):
-    """What is tried, in words, and how: ``run`` raises where it doesn't work."""
+    """Test of one capability; ``run`` raises an exception if it is unavailable."""
 
     title: str
     run: Callable[[], None]
@@ -181,31 +187,31 @@ class Probe(NamedTuple):
 
 PROBES = {
     "onednn_float32": Probe(
-        "oneDNN linear layers, float32 weights, and convolutions of prefill",
+        "oneDNN linear layers with float32 weights, and prefill convolutions",
         partial(_compare, partial(_onednn_linear, dtype=torch.float32)),
     ),
     "onednn_bfloat16": Probe(
-        "oneDNN linear layers, bfloat16 weights",
+        "oneDNN linear layers with bfloat16 weights",
         partial(_compare, partial(_onednn_linear, dtype=torch.bfloat16)),
     ),
     "fbgemm_float16": Probe(
-        "FBGEMM linear layers, float16 weights, float32 arithmetic", partial(_compare, _fbgemm_float16)
+        "FBGEMM linear layers with float16 weights and float32 arithmetic", partial(_compare, _fbgemm_float16)
     ),
     "int8": Probe("weight-only int8 linear layers", partial(_compare, _int8_linear)),
     "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
     "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", check_cpp_compiler),
 }
-"""by the name that TNNLM_WITHOUT takes"""
+"""Probes of all capabilities, by the names used in TNNLM_WITHOUT."""
 
 
 def main() -> int:
-    """Print the table, with ``--json`` as data."""
+    """Print the table of capabilities, as JSON with ``--json``."""
     parser = argparse.ArgumentParser(
         prog="python -m tnnlm.machine.capabilities",
-        description="What this CPU and this build of PyTorch can do, found by running each operator once. "
-        f"{WITHOUT}='NAME ...' switches capabilities off, here and in every script.",
+        description="Show which operators work on this CPU and build of PyTorch, by running each one once. "
+        f"{WITHOUT}='NAME ...' disables capabilities, in this command and in all scripts.",
     )
-    parser.add_argument("--json", action="store_true", help="the table as JSON")
+    parser.add_argument("--json", action="store_true", help="Print the table as JSON.")
     args = parser.parse_args()
     table = capability_table()
     if args.json:

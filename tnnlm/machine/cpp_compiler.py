@@ -1,8 +1,9 @@
-"""Whether PyTorch's compiler has a C++ compiler here, tried as PyTorch will run it, and what made it fail.
+"""Check that torch.compile finds a working C++ compiler, and explanations of compiler failures.
 
-PyTorch takes ``CXX``, else g++ (on macOS clang++, on Windows cl), for the name of one program, asks it for
-its version, writes each command as one line, splits that as a shell would, and runs it in another folder.
-Options beside the name, a blank in a path, or a path from the current folder work elsewhere, and fail there.
+PyTorch uses ``CXX``, or g++ by default (clang++ on macOS, cl on Windows), as the name of one program. It
+queries the version, joins each command to a string, splits that as a shell would, and runs it in another
+folder. Options after the name, spaces in a path, and relative paths therefore fail, although they work in
+other tools.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from tnnlm.errors import OS_ADVICE
 
 _WINDOWS = sys.platform == "win32"
 _SECONDS = 60.0
-"""after which a compiler is given up"""
+"""Timeout of a compiler process, in seconds."""
 _MEMORY = re.compile("out of memory|memory exhausted|cannot allocate memory|killed", re.IGNORECASE)
-"""what compilers say when there is too little, the last of those that the system ends for it"""
+"""Messages of compilers that run out of memory; the word killed comes from the system's OOM killer."""
 _SOURCE = '#include <cmath>\nextern "C" float probe(float x) { return std::exp(x); }\n'
 
 
 def check_cpp_compiler() -> None:
-    """Compile a function with the compiler that PyTorch will take.
+    """Compile a small function with the compiler that PyTorch selects.
 
     Raises:
-        RuntimeError: if that fails, saying why in one line.
+        RuntimeError: If that fails; the message is the reason in one line.
     """
     for what, place in _places():
         if _words(place) != [place]:
             raise RuntimeError(
-                f"{what}, {place}, has a blank or quote in its path: PyTorch can't compile there"
+                f"{what}, {place}, has a space or quote in its path, where PyTorch can't compile"
             )
     name = _choose(compiler_names())
     target = "probe.dll" if _WINDOWS else "probe.so"
@@ -49,31 +50,34 @@ def check_cpp_compiler() -> None:
         Path(folder, "probe.cpp").write_text(_SOURCE, encoding="ascii")
         _run([name, "probe.cpp", *options], folder)
         if not Path(folder, target).is_file():
-            raise RuntimeError(f"{name}: compiles nothing")
+            raise RuntimeError(f"{name}: produced no output file")
 
 
 def compiler_names() -> list[str]:
-    """The compilers that PyTorch tries, in this order, of which it takes the first that tells its version."""
+    """Return the compilers that PyTorch tries in order; it uses the first that reports its version."""
     default = "cl" if _WINDOWS else "clang++" if sys.platform == "darwin" else "g++"
     loaded = sys.modules.get("torch._inductor.config")
     if _WINDOWS or loaded is None:
         return [os.environ.get("CXX", default)]
-    # CXX was read when PyTorch's compiler was loaded, and a program may have chosen otherwise since.
+    # PyTorch read CXX when its compiler was imported, and a program may have changed the setting since.
     names = loaded.cpp.cxx
     return [name for name in (names if isinstance(names, list | tuple) else (names,)) if name is not None]
 
 
 def complaint(output: str) -> str:
-    """The line of a compiler's output that says what is wrong: the first error, else the first line."""
+    """Return the most informative line of a compiler's output: the first error, otherwise the first line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
 
 
 def compile_failure(error: BaseException) -> str | None:
-    """Why PyTorch's compiler gave up, in one line, or None if that is neither the machine nor its compiler.
+    """Return why torch.compile failed, in one line, if the cause is the machine or its C++ compiler.
 
     Args:
-        error: as PyTorch raised it, around what happened.
+        error: Exception that PyTorch raised, with its chain of causes.
+
+    Returns:
+        Reason of the failure, or None for any other cause.
     """
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -82,9 +86,10 @@ def compile_failure(error: BaseException) -> str | None:
             return "no working C++ compiler"
         if isinstance(cause, CppCompileError):
             return _compiler_failure(cause.output, cause.__cause__)
-        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):  # Python's, PyTorch's
+        # Python raises MemoryError, PyTorch a RuntimeError.
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
             return "out of memory"
-        # A file that is missing may only be why PyTorch went on to what failed.
+        # A missing file may only be the reason why PyTorch tried the step that failed.
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
             place = f"{cause.filename}: " if cause.filename else ""
             return place + OS_ADVICE.get(cause.errno, os.strerror(cause.errno))
@@ -92,7 +97,7 @@ def compile_failure(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those behind it, the outermost first."""
+    """Yield an exception and its chain of causes, the outermost first."""
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
@@ -103,7 +108,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _compiler_failure(output: str, ended: BaseException | None) -> str:
-    """What a compiler's output and end say."""
+    """Return the reason of a failure, from the compiler's output and exit code."""
     if os.strerror(errno.ENOSPC) in output:
         return OS_ADVICE[errno.ENOSPC]
     status = ended.returncode if isinstance(ended, subprocess.CalledProcessError) else 0
@@ -116,7 +121,7 @@ def _compiler_failure(output: str, ended: BaseException | None) -> str:
 
 
 def _places() -> Iterator[tuple[str, str]]:
-    """Folders whose paths PyTorch writes into its commands without quotes."""
+    """Yield the folders whose paths PyTorch inserts into its commands without quotes, with a description."""
     yield "the temporary folder", tempfile.gettempdir().replace(os.sep, "/")
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         yield "TORCHINDUCTOR_CACHE_DIR", os.environ["TORCHINDUCTOR_CACHE_DIR"].replace(os.sep, "/")
@@ -125,10 +130,10 @@ def _places() -> Iterator[tuple[str, str]]:
 
 
 def _choose(names: list[str]) -> str:
-    """The first that answers.
+    """Return the first compiler that runs.
 
     Raises:
-        RuntimeError: if none does, or PyTorch can't run what does.
+        RuntimeError: If no compiler runs, or PyTorch can't use the path of the first one that does.
     """
     refusals = []
     for name in names:
@@ -139,36 +144,36 @@ def _choose(names: list[str]) -> str:
             continue
         path = name.replace(os.sep, "/")
         if _words(path) != [path]:
-            raise RuntimeError(f"{name}: PyTorch can't run a path with a blank or quote, name a link to it")
+            raise RuntimeError(f"{name}: PyTorch can't run a path with a space or quote, use a symbolic link")
         if os.path.dirname(name) and not os.path.isabs(name):
-            raise RuntimeError(f"{name}: PyTorch runs it in another folder, name the whole path")
+            raise RuntimeError(f"{name}: PyTorch runs it in another folder, use an absolute path")
         return name
-    raise RuntimeError("; ".join(refusals) or "torch._inductor.config.cpp.cxx names no compiler")
+    raise RuntimeError("; ".join(refusals) or "torch._inductor.config.cpp.cxx: contains no compiler")
 
 
 def _check_answers(name: str) -> None:
-    """Start a compiler as PyTorch does before it takes it.
+    """Run a compiler for its version, as PyTorch does before selecting it.
 
     Raises:
-        RuntimeError: if PyTorch will not take it.
+        RuntimeError: If PyTorch would reject the compiler.
     """
     if not name.strip():
-        raise RuntimeError("CXX is empty: unset it or name a compiler")
+        raise RuntimeError("CXX: is empty, unset it or set it to a compiler")
     try:
         _run([name, "/help" if _WINDOWS else "--version"], None)
     except FileNotFoundError:
         if len(_words(name)) > 1:
-            raise RuntimeError(f"{name}: PyTorch takes the name of one program, without options") from None
-        raise RuntimeError(f"{name}: not found, install g++ or name a compiler in CXX") from None
+            raise RuntimeError(f"{name}: PyTorch needs the name of one program, without options") from None
+        raise RuntimeError(f"{name}: not found, install g++ or set CXX to a compiler") from None
     except OSError as error:
         raise RuntimeError(f"{name}: {error.strerror}") from None
     except RuntimeError:
-        if not _WINDOWS:  # there it is started for its help, whatever it makes of that
+        if not _WINDOWS:  # PyTorch runs it for its help on Windows and ignores the exit code
             raise
 
 
 def _words(text: str) -> list[str]:
-    """As PyTorch splits its commands; none if a quote has no end."""
+    """Split a command as PyTorch does; return an empty list for an unclosed quote."""
     try:
         return shlex.split(text)
     except ValueError:
@@ -178,11 +183,15 @@ def _words(text: str) -> list[str]:
 def _run(command: list[str], folder: str | None) -> None:
     """Run a command.
 
+    Args:
+        command: Program and arguments.
+        folder: Working folder; None for the current one.
+
     Raises:
-        OSError: if it can't be started.
-        RuntimeError: if it fails or does not end, saying why.
+        OSError: If the command can't be started.
+        RuntimeError: If the command fails or exceeds the timeout; the message contains the reason.
     """
-    # In a group of its own: a compiler starts others, which would outlive it.
+    # Use a separate process group to kill the compiler's child processes as well.
     own_group = hasattr(os, "killpg")
     with subprocess.Popen(
         command,
@@ -194,11 +203,11 @@ def _run(command: list[str], folder: str | None) -> None:
     ) as process:
         try:
             output = process.communicate(timeout=_SECONDS)[0].decode(errors="replace")
-        except BaseException as error:  # Ctrl-C, too, which doesn't reach another group
+        except BaseException as error:  # including Ctrl-C, which doesn't reach another process group
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL) if own_group else process.kill()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            raise RuntimeError(f"{command[0]}: does not answer") from None
+            raise RuntimeError(f"{command[0]}: did not finish within the timeout") from None
     if process.returncode:
         raise RuntimeError(f"{command[0]}: {complaint(output) or f'exit code {process.returncode}'}")

@@ -1,4 +1,4 @@
-"""The resident memory of a process, without a package that takes seconds to import: short processes ask."""
+"""Peak resident memory of this process, measured without slow imports for use in short processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def resident_peak() -> int:
-    """Largest resident memory of this process so far, in bytes; 0 where the system doesn't tell.
+    """Return the peak resident memory of this process in bytes, or 0 if the system doesn't report it.
 
-    Linux is read from /proc: a process inherits its parent's figure from getrusage.
+    On Linux it comes from /proc, because getrusage starts from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -23,7 +23,7 @@ def resident_peak() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(ImportError, AttributeError):
-        import psutil  # installed with the extra [train] on Windows, which records the peak
+        import psutil  # the extra [train] installs it on Windows, the only system where it reports the peak
 
         return int(psutil.Process().memory_info().peak_wset)
     return 0

@@ -1,7 +1,7 @@
-"""How many CPU threads this process may use: its affinity, and the quota of its control group.
+"""Number of usable CPU threads, from the CPU affinity of the process and the quota of its control group.
 
-PyTorch starts one thread per core it sees. In a container with a CPU quota (Docker's ``--cpus``, Kubernetes'
-limits) it sees the cores of the whole host, and threads beyond the quota only stop each other.
+PyTorch starts one thread per visible core. In a container with a CPU quota (Docker's ``--cpus``, Kubernetes'
+limits) all cores of the host are visible, and threads beyond the quota only cause throttling.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from typing import NamedTuple
 import torch
 
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""variables by which a user, or torchrun, has chosen already"""
+"""Environment variables with which the user, or torchrun, sets the number of threads."""
 _NUMBER = r"\s*\+?0*[1-9][0-9]*\s*"
 _NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})*", re.ASCII)
-"""what OpenMP takes: a number of threads, or one for each level of nested loops"""
+"""Values that OpenMP accepts: a number of threads, or one number per nesting level."""
 _FILES_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+"""Files of a version 1 control group with quota and period, in microseconds."""
 _FILES_V2: tuple[str, ...] = ("cpu.max",)
-"""of a control group: quota and period"""
+"""Files of a version 2 control group with quota and period, in microseconds."""
 
 
 class ThreadLimit(NamedTuple):
-    """Threads that may compute at the same time, and what limits them."""
+    """Number of threads that can run at the same time, and the reason for the limit."""
 
     threads: int
     reason: str
 
 
 def thread_limit(root: Path = Path("/")) -> ThreadLimit:
-    """The smaller of the cores that this process may run on and its control group's CPU quota.
+    """Return the smaller of the CPU affinity of this process and the CPU quota of its control group.
 
-    A quota that is no whole number is rounded up, as Go and the JVM do.
+    A fractional quota is rounded up, as in Go and the JVM.
 
     Args:
-        root: of the file system, where ``proc`` and ``sys`` are looked for.
+        root: Root of the file system with ``proc`` and ``sys``.
     """
     if hasattr(os, "sched_getaffinity"):
         limit = ThreadLimit(len(os.sched_getaffinity(0)), "CPU affinity")
@@ -53,8 +54,8 @@ def thread_limit(root: Path = Path("/")) -> ThreadLimit:
 def limit_threads() -> ThreadLimit:
     """Lower PyTorch's number of threads to :func:`thread_limit`, and return the number in use.
 
-    It is never raised, and a choice by OMP_NUM_THREADS or MKL_NUM_THREADS stands. A value that OpenMP
-    ignores, such as 0 or a word, is none: PyTorch starts a thread per core then.
+    The number is never raised, and OMP_NUM_THREADS or MKL_NUM_THREADS takes precedence. A value that OpenMP
+    ignores, such as 0 or a word, counts as unset, because PyTorch then starts one thread per core.
     """
     for name in _CHOSEN:
         if _NUMBERS.fullmatch(os.environ.get(name, "")):
@@ -67,11 +68,12 @@ def limit_threads() -> ThreadLimit:
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the control group of this process and its parents may use (versions 1 and 2); None if there
-    is no quota.
+    """Return the CPU quota of this process in CPUs, or None without a quota.
+
+    It is the smallest quota of its control group (version 1 or 2) and the parents of that group.
 
     Args:
-        root: of the file system.
+        root: Root of the file system with ``proc`` and ``sys``.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -92,8 +94,10 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
 
 
 def _mounts_v1(root: Path) -> list[Path]:
-    """Folders of the controller ``cpu``: its own, or one that it shares, whatever the order of the names.
-    Only some systems add a link ``cpu`` to a shared one."""
+    """Return the mount points of the controller ``cpu``, which may be shared, such as ``cpu,cpuacct``.
+
+    Only some systems add a link ``cpu`` to a shared mount point.
+    """
     try:
         return [folder for folder in (root / "sys/fs/cgroup").iterdir() if "cpu" in folder.name.split(",")]
     except OSError:
@@ -101,16 +105,16 @@ def _mounts_v1(root: Path) -> list[Path]:
 
 
 def _groups(mounts: list[Path], path: str) -> Iterator[Path]:
-    """The folder of a control group under every mount, and those of its parents."""
+    """Yield the folders of a control group and its parents under every mount point."""
     for mount in mounts:
-        # Inside a container the path may be the host's: its own limits lie at the mount itself then.
+        # In a container the path may be the host's; the limits are then at the mount point itself.
         own = mount / path.strip("/")
         yield own
         yield from (parent for parent in own.parents if parent.is_relative_to(mount))
 
 
 def _quota(folder: Path, files: tuple[str, ...]) -> float | None:
-    """CPUs of one control group, from its quota and period in microseconds; None for no quota ("max", -1)."""
+    """Return the quota of one control group in CPUs (quota / period), or None without a quota ("max", -1)."""
     try:
         texts = [(folder / name).read_text(encoding="utf-8") for name in files]
         quota, period = map(int, " ".join(texts).split())

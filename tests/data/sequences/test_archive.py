@@ -117,9 +117,11 @@ def test_a_missing_file_is_named(task: str, release: Path) -> None:
 
     last = needed(task, release)[-1]
     last.rename(last.with_name("elsewhere"))
-    with pytest.raises(DataError, match=rf"^{last}: not found; data.lra.task={task} reads "):
+    with pytest.raises(
+        DataError, match=rf"^{last}: not found; provide all files of data.lra.task={task} in "
+    ):
         next(splits(task, release, 0.1, 0))
-    with pytest.raises(DataError, match="no such folder; it should hold"):
+    with pytest.raises(DataError, match="no such folder; set it to the folder that contains"):
         next(splits(task, release / "nowhere", 0.1, 0))
 
 
@@ -206,19 +208,19 @@ def damage_absent(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("task", "damage", "told"),
     [
-        ("listops", damage_listops, "line 2: '[AVG' is no symbol"),
-        ("listops", damage_header, "its first line should read"),
-        ("listops", damage_target, "is no label"),
-        ("retrieval", damage_pairs, "line 1 has 4 fields between tabs, expected 5"),
-        ("text", damage_texts, "holds no .txt file"),
-        ("image", damage_batch, "is not a batch of CIFAR-10"),
-        ("image", damage_labels, "holds 2 pictures and 1 labels"),
-        ("image", damage_code, "system is no array"),
+        ("listops", damage_listops, "line 2: '[AVG' is not a ListOps symbol"),
+        ("listops", damage_header, "line 1: expected the header"),
+        ("listops", damage_target, "is not a label"),
+        ("retrieval", damage_pairs, "line 1: has 4 tab-separated fields, expected 5"),
+        ("text", damage_texts, "contains no .txt file"),
+        ("image", damage_batch, "is not a batch of the Python version of CIFAR-10"),
+        ("image", damage_labels, "has 2 images but 1 labels"),
+        ("image", damage_code, "system is not allowed"),
         ("pathfinder", damage_metadata, "line 1: expected FOLDER FILE NUMBER LABEL"),
-        ("pathfinder", damage_few, "describes 0 pictures in 0 .npy files"),
-        ("pathfinder", damage_picture, "is not a readable picture"),
+        ("pathfinder", damage_few, "lists only 0 images in 0 .npy files"),
+        ("pathfinder", damage_picture, "is not a readable image"),
         ("pathfinder", damage_size, "is 128 x 128, expected 32 x 32"),
-        ("pathfinder", damage_absent, "not found, though"),
+        ("pathfinder", damage_absent, "not found, but listed in"),
     ],
 )
 def test_damage_is_one_line_and_leaves_no_cache(
@@ -270,19 +272,21 @@ def test_changed_files_are_read_again(release: Path) -> None:
 
 
 def test_settings_that_don_t_fit(release: Path) -> None:
-    with pytest.raises(ConfigError, match="name the archive's folder"):
+    with pytest.raises(ConfigError, match=r"data\.source=lra: needs a folder; set data\.lra\.folder"):
         prepare_sequences(load_config(None, [*LISTOPS, "data.source=lra"]))
-    with pytest.raises(ConfigError, match="pictures of image take 1024"):
+    with pytest.raises(ConfigError, match="images of image need 1024"):
         prepare_sequences(config_of("image", release, "model.max_length=1000"))
     with pytest.raises(ConfigError, match=r"above model\.max_length=512"):
         prepare_sequences(load_config(None, LISTOPS))
     with pytest.raises(ConfigError, match=r"above data\.listops\.max_length=300"):
         prepare_sequences(load_config(None, [*LISTOPS, "data.listops.max_length=300"]))
-    with pytest.raises(ConfigError, match=r"model\.n_classes=2: listops takes n_classes=10"):
+    with pytest.raises(ConfigError, match=r"model\.n_classes=2: listops needs n_classes=10"):
         prepare_sequences(load_config(None, [*LISTOPS, "model.n_classes=2"]))
-    with pytest.raises(ConfigError, match=r"model\.pair=true: listops takes pair=false"):
+    with pytest.raises(ConfigError, match=r"model\.pair=true: listops needs pair=false"):
         prepare_sequences(load_config(None, [*LISTOPS, "model.pair=true"]))
-    with pytest.raises(ConfigError, match="listops has 15 symbols and one that pads; set it to 16 or more"):
+    with pytest.raises(
+        ConfigError, match="listops needs 15 symbols and a padding token; set it to 16 or more"
+    ):
         prepare_sequences(load_config(None, [*LISTOPS, "model.vocab_size=15"]))
     with pytest.raises(ConfigError, match=r"data\.source=stdlib: can't be used with task=classify"):
         load_config(None, ["task=classify"])

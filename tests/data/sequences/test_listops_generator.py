@@ -59,7 +59,7 @@ def test_evaluate_refuses_what_is_no_expression(text: str) -> None:
 
 
 def test_encode_names_a_foreign_word() -> None:
-    with pytest.raises(DataError, match=r"'\[AVG' is no symbol"):
+    with pytest.raises(DataError, match=r"'\[AVG' is not a ListOps symbol"):
         encode("[AVG 1 2 ]")
 
 

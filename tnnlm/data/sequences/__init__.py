@@ -1,1 +1,1 @@
-"""Labelled sequences: ListOps by its generator, the tasks of the Long Range Arena from their archive."""
+"""Labelled sequences for classification: a ListOps generator and the tasks of the Long Range Arena (LRA)."""

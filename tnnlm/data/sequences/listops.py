@@ -1,8 +1,9 @@
 """ListOps (arXiv 1804.06028) with the distribution of the Long Range Arena (arXiv 2011.04006).
 
-An expression is a value, or [MIN, [MAX, [MED or [SM (sum modulo 10) of two or more expressions and "]".
-The Arena writes it with parentheses that carry no information and are not read. Expressions are drawn
-breadth first and by the thousand, so that 100,000 of up to 2,000 symbols take a minute.
+An expression is a digit, or one of the operators [MIN, [MAX, [MED and [SM (sum modulo 10) followed by two or
+more expressions and "]". The published files also contain parentheses, which carry no information and are
+dropped. Trees are sampled level by level in large vectorised batches: 100,000 expressions of up to 2,000
+symbols take a minute.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from tnnlm.config.schema import ListOpsConfig
 from tnnlm.errors import DataError
 
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
-"""by number; digits stand for themselves"""
+"""Symbols by number; digits have their value as number."""
 MIN, MAX, MED, SM, END = range(10, 15)
 OPERATOR_SHARE = 0.25
-"""of the nodes above the greatest depth"""
+"""Probability that a node above the maximum depth is an operator."""
 FOREST = 1 << 14
-"""expressions drawn at a time"""
+"""Number of trees sampled per batch."""
 PATIENCE = 200
-"""forests in a row without a new expression, after which there are no more"""
+"""Number of consecutive batches without a new expression before generation fails."""
 _NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 
 Ints = NDArray[np.int64]
@@ -33,65 +34,73 @@ Symbols = NDArray[np.uint8]
 
 
 class Expression(NamedTuple):
-    """An expression and its value."""
+    """ListOps expression with its value."""
 
     symbols: Symbols
-    """(L,), numbers of ``SYMBOLS``"""
+    """Indices into ``SYMBOLS``, (L,)."""
     value: int
+    """Value of the expression, 0 to 9."""
 
 
 def generate(config: ListOpsConfig, seed: int) -> Iterator[Expression]:
-    """Distinct expressions without end, the same ones for the same settings and seed.
+    """Yield distinct expressions without end, deterministically for given settings and seed.
 
-    The lengths are those that the trees happen to have: none is cut, those out of bounds are dropped, as
-    the Arena does (its bounds, 500 and 2,000, are exclusive there).
+    Expressions shorter or longer than the bounds are discarded, not truncated, as in the Long Range Arena
+    (whose bounds of 500 and 2,000 symbols are exclusive).
+
+    Args:
+        config: Bounds of length, depth and number of arguments.
+        seed: Seed of the random trees.
 
     Raises:
-        DataError: if there are no more within the bounds, or too few to be found by chance.
+        DataError: If ``PATIENCE`` batches in a row contain no new expression within the bounds.
     """
     rng = np.random.default_rng(seed)
     seen: set[bytes] = set()
     in_vain = 0
     while in_vain < PATIENCE:
         found = len(seen)
-        for expression in _written(_grown(config, rng)):
+        for expression in _expressions(_sample_trees(config, rng)):
             key = hashlib.blake2b(expression.symbols.tobytes(), digest_size=12).digest()
             if key not in seen:
                 seen.add(key)
                 yield expression
         in_vain = in_vain + 1 if len(seen) == found else 0
     raise DataError(
-        f"ListOps: {len(seen):,} different expressions of {config.min_length} to {config.max_length} symbols "
-        f"were found, and {PATIENCE * FOREST:,} more trees held no other",
-        "ask for fewer rows, raise data.listops.max_length, or lower data.listops.min_length",
+        f"data.listops: only {len(seen):,} different expressions of {config.min_length} to "
+        f"{config.max_length} symbols were found, and {PATIENCE * FOREST:,} more trees contained no other",
+        "request fewer rows, raise data.listops.max_length, or lower data.listops.min_length",
     )
 
 
 def encode(text: str) -> Symbols:
-    """Numbers of the symbols of an expression, parentheses left out.
+    """Encode an expression as indices into ``SYMBOLS``; parentheses are dropped.
 
     Raises:
-        DataError: for a word that is no symbol.
+        DataError: If the expression contains an unknown symbol.
     """
     words = text.replace("(", " ").replace(")", " ").split()
     try:
         return np.array([_NUMBERS[word] for word in words], dtype=np.uint8)
     except KeyError as error:
-        raise DataError(f"{error.args[0]!r} is no symbol of ListOps: there is {' '.join(SYMBOLS)}") from None
+        raise DataError(
+            f"{error.args[0]!r} is not a ListOps symbol, expected one of {' '.join(SYMBOLS)}"
+        ) from None
 
 
 class _Level(NamedTuple):
-    """The nodes of all trees at one depth; those with the same parent stand together."""
+    """Nodes of all trees at one depth; nodes with the same parent are adjacent."""
 
     tree: Ints
+    """Index of each node's tree."""
     parent: Ints
-    """index into the level above; of roots, meaningless"""
+    """Index of each node's parent in the level above; unused for roots."""
     symbol: Ints
-    """a digit or an operator"""
+    """Digit or operator of each node, as index into ``SYMBOLS``."""
 
 
-def _grown(config: ListOpsConfig, rng: np.random.Generator) -> list[_Level]:
-    """Levels of ``FOREST`` trees, without those whose length is out of bounds."""
+def _sample_trees(config: ListOpsConfig, rng: np.random.Generator) -> list[_Level]:
+    """Sample ``FOREST`` trees and return the levels of those whose length is within the bounds."""
     levels: list[_Level] = []
     tree, parent = np.arange(FOREST), np.zeros(FOREST, dtype=np.int64)
     lengths = np.zeros(FOREST, dtype=np.int64)
@@ -102,30 +111,33 @@ def _grown(config: ListOpsConfig, rng: np.random.Generator) -> list[_Level]:
         symbol = np.where(splits, rng.integers(MIN, END, len(tree)), rng.integers(0, 10, len(tree)))
         levels.append(_Level(tree, parent, symbol))
         lengths += np.bincount(tree, weights=1 + splits, minlength=FOREST).astype(np.int64)
-        # A tree that is too long already needs no further levels.
+        # A tree that already exceeds the maximum length is discarded anyway.
         growing = np.flatnonzero(splits & (lengths[tree] <= config.max_length))
         parent = np.repeat(growing, rng.integers(2, config.max_args + 1, len(growing)))
         tree = tree[parent]
-    return _kept(levels, (lengths >= config.min_length) & (lengths <= config.max_length))
+    return _select(levels, (lengths >= config.min_length) & (lengths <= config.max_length))
 
 
-def _kept(levels: list[_Level], wanted: NDArray[np.bool_]) -> list[_Level]:
-    """The levels of some trees alone, numbered anew."""
-    number = np.cumsum(wanted) - 1
-    kept, above = [], np.zeros(len(wanted), dtype=np.int64)
+def _select(levels: list[_Level], kept: NDArray[np.bool_]) -> list[_Level]:
+    """Return the levels of the trees where ``kept`` is true, with tree and parent indices renumbered."""
+    number = np.cumsum(kept) - 1
+    selected, above = [], np.zeros(len(kept), dtype=np.int64)
     for level in levels:
-        stays = wanted[level.tree]
+        stays = kept[level.tree]
         parent = above[level.parent[stays]]
-        kept.append(_Level(number[level.tree[stays]], parent, level.symbol[stays]))
+        selected.append(_Level(number[level.tree[stays]], parent, level.symbol[stays]))
         above = np.cumsum(stays) - 1
-    return kept
+    return selected
 
 
-def _written(levels: list[_Level]) -> Iterator[Expression]:
-    """Every tree as an expression: values and lengths from the leaves up, places from the roots down."""
+def _expressions(levels: list[_Level]) -> Iterator[Expression]:
+    """Yield the expression of every tree.
+
+    Values and lengths are computed from the leaves up, positions of the symbols from the roots down.
+    """
     if not len(levels[0].tree):
         return
-    lengths, values = _worked_out(levels)
+    lengths, values = _evaluate(levels)
     text = np.empty(int(lengths[0].sum()), dtype=np.uint8)
     ends = np.cumsum(lengths[0])
     place = ends - lengths[0]
@@ -141,8 +153,8 @@ def _written(levels: list[_Level]) -> Iterator[Expression]:
         yield Expression(text[start:end].copy(), int(value))
 
 
-def _worked_out(levels: list[_Level]) -> tuple[list[Ints], Ints]:
-    """Length of every node's expression, by level, and the value of every root."""
+def _evaluate(levels: list[_Level]) -> tuple[list[Ints], Ints]:
+    """Return the length of every node's expression, by level, and the value of every root."""
     lengths: list[Ints] = []
     values = below = np.empty(0, dtype=np.int64)
     children = _Level(below, below, below)
@@ -151,14 +163,14 @@ def _worked_out(levels: list[_Level]) -> tuple[list[Ints], Ints]:
         operators = np.flatnonzero(level.symbol >= MIN)
         if len(operators):
             length[operators] = 2 + np.add.reduceat(lengths[-1], np.searchsorted(children.parent, operators))
-            value[operators] = _applied(level.symbol[operators], children.parent, values)
+            value[operators] = _apply(level.symbol[operators], children.parent, values)
         lengths.append(length)
         values, children = value, level
     return lengths[::-1], values
 
 
-def _applied(symbols: Ints, parent: Ints, values: Ints) -> Ints:
-    """Operators on their children's values; every operator has some, in its order."""
+def _apply(symbols: Ints, parent: Ints, values: Ints) -> Ints:
+    """Apply each operator to the values of its children, which are ordered by parent."""
     starts = np.flatnonzero(np.diff(parent, prepend=-1))
     counts = np.diff(starts, append=len(parent))
     ordered = values[np.lexsort((values, parent))]

@@ -1,6 +1,6 @@
-"""The tasks of the Long Range Arena (arXiv 2011.04006) from files as they are published.
+"""Readers of the published files of the Long Range Arena tasks (arXiv 2011.04006).
 
-FOLDER is the unpacked lra_release, into which the two data sets that the release leaves out were unpacked:
+FOLDER contains the unpacked lra_release, and the two data sets that the release doesn't include:
 
     listops-1000/basic_{train,val,test}.tsv                      listops
     tsv_data/new_aan_pairs.{train,eval,test}.tsv                 retrieval
@@ -9,7 +9,7 @@ FOLDER is the unpacked lra_release, into which the two data sets that the releas
     aclImdb/{train,test}/{pos,neg}/*.txt                         text, from the IMDB reviews (aclImdb_v1)
     cifar-10-batches-py/{data_batch_1 .. 5,test_batch}           image, from CIFAR-10 for Python
 
-Texts are bytes, pictures are grey values row by row. Everything is read one row after the other.
+Text is read as bytes, and images as grayscale values in row-major order. Rows are streamed one at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tnnlm.errors import DataError
 
 Split = tuple[str, Iterable[Example]]
 DIFFICULTY = "curv_contour_length_14"
-"""the hardest of Pathfinder's three, which the Arena reports"""
+"""Folder of the hardest of Pathfinder's three difficulties, which the Long Range Arena reports."""
 GREY = (0.2989, 0.587, 0.114)
-"""of red, green and blue"""
+"""Weights of red, green and blue in grayscale conversion (ITU-R BT.601)."""
 _PICTURES = {"pathfinder": ("pathfinder32", 32), "pathx": ("pathfinder128", 128)}
 _NESTED = (".", "lra_release", "lra_release/lra_release")
 _CIFAR = "cifar-10-batches-py"
@@ -39,10 +39,14 @@ _BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 
 
 def needed(task: str, folder: Path) -> list[Path]:
-    """Files and folders that a task is read from.
+    """Return the files and folders that a task needs.
+
+    Args:
+        task: Name of a task in ``SEQUENCE_TASKS``.
+        folder: Folder of the unpacked archive.
 
     Raises:
-        DataError: naming the first that is missing.
+        DataError: If one of them is missing; the message contains the path of the first.
     """
     names = {
         "listops": [f"listops-1000/basic_{split}.tsv" for split in SPLITS],
@@ -55,25 +59,34 @@ def needed(task: str, folder: Path) -> list[Path]:
         },
     }[task]
     if not folder.is_dir():
-        raise DataError(f"data.lra.folder={folder}: no such folder", f"it should hold {names[0]}")
+        raise DataError(
+            f"data.lra.folder={folder}: no such folder", f"set it to the folder that contains {names[0]}"
+        )
     root = next((folder / nested for nested in _NESTED if (folder / nested / names[0]).exists()), folder)
     paths = [root / name for name in names]
     for path in paths:
         if not path.exists():
             raise DataError(
-                f"{path}: not found", f"data.lra.task={task} reads {', '.join(names)} in {folder}"
+                f"{path}: not found",
+                f"provide all files of data.lra.task={task} in {folder}: {', '.join(names)}",
             )
     return paths
 
 
 def splits(task: str, folder: Path, val_fraction: float, seed: int) -> Iterator[Split]:
-    """Every split of a task with its rows, to be read in turn.
+    """Yield the name and rows of each split of a task; consume the rows before the next split.
 
-    Where the source has no validation split, ``val_fraction`` of its training split, drawn with ``seed``,
-    takes its place; Pathfinder is split 80 : 10 : 10, as the Arena does.
+    Sources without a validation split hold out a random ``val_fraction`` of their training split. Pathfinder
+    is split 80 : 10 : 10 at random, as in the Long Range Arena.
+
+    Args:
+        task: Name of a task in ``SEQUENCE_TASKS``.
+        folder: Folder of the unpacked archive.
+        val_fraction: Fraction of the training rows to hold out for validation.
+        seed: Seed of the random splits.
 
     Raises:
-        DataError: if a file is missing or not what it should be.
+        DataError: If a file is missing or malformed.
     """
     paths = needed(task, folder)
     if task == "listops":
@@ -81,38 +94,38 @@ def splits(task: str, folder: Path, val_fraction: float, seed: int) -> Iterator[
     elif task == "retrieval":
         yield from zip(SPLITS, map(_pairs, paths), strict=True)
     elif task == "text":
-        train, val = _parted(_listed(paths[:2]), val_fraction, seed)
-        for name, files in zip(SPLITS, (train, val, _listed(paths[2:])), strict=True):
+        train, val = _random_split(_list_files(paths[:2]), val_fraction, seed)
+        for name, files in zip(SPLITS, (train, val, _list_files(paths[2:])), strict=True):
             yield name, _texts(name, files)
     elif task == "image":
-        pictures, labels = _joined([_batch(path) for path in paths[:-1]])
-        train, val = _parted(list(range(len(labels))), val_fraction, seed)
-        yield "train", _grey(pictures, labels, train)
-        yield "val", _grey(pictures, labels, val)
-        pictures, labels = _joined([_batch(paths[-1])])
-        yield "test", _grey(pictures, labels, range(len(labels)))
+        pictures, labels = _concatenate([_batch(path) for path in paths[:-1]])
+        train, val = _random_split(list(range(len(labels))), val_fraction, seed)
+        yield "train", _grayscale(pictures, labels, train)
+        yield "val", _grayscale(pictures, labels, val)
+        pictures, labels = _concatenate([_batch(paths[-1])])
+        yield "test", _grayscale(pictures, labels, range(len(labels)))
     else:
         side = _PICTURES[task][1]
-        listed = _described(paths[0])
-        train, rest = _parted(listed, 0.2, seed)
-        val, test = _parted(rest, 0.5, seed)
+        listed = _read_metadata(paths[0])
+        train, rest = _random_split(listed, 0.2, seed)
+        val, test = _random_split(rest, 0.5, seed)
         for name, chosen in zip(SPLITS, (train, val, test), strict=True):
-            yield name, _drawn(name, chosen, side)
+            yield name, _read_images(name, chosen, side)
 
 
-def _parted(rows: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """The rows without, and with, a share drawn by chance: at least one."""
+def _random_split(rows: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Split rows at random; the second part has ``fraction`` of them, at least one."""
     order = np.random.default_rng(seed).permutation(len(rows))
     held_out = max(1, round(fraction * len(rows)))
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
 
 def _expressions(path: Path) -> Iterator[Example]:
-    """Source and Target, tab-separated, below a line that says so."""
+    """Yield ListOps rows from a TSV file with the header Source, Target."""
     for number, (source, target) in _fields(path, 2):
         if number == 1:
             if (source, target) != (b"Source", b"Target"):
-                raise DataError(f"{path}: its first line should read Source<tab>Target")
+                raise DataError(f"{path}: line 1: expected the header Source<tab>Target")
             continue
         try:
             symbols = encode(source.decode())
@@ -122,46 +135,49 @@ def _expressions(path: Path) -> Iterator[Example]:
 
 
 def _pairs(path: Path) -> Iterator[Example]:
-    """Label, two names, two texts; the texts' quotes are part of them, as for the Arena's own reader."""
+    """Yield pairs of documents from a TSV file with the columns label, two ids, two documents.
+
+    Quotes are kept as part of the documents, as in the reader of the Long Range Arena.
+    """
     for number, (label, _, _, first, second) in _fields(path, 5):
         yield Example((first, second), _label(label, path, number))
 
 
 def _fields(path: Path, expected: int) -> Iterator[tuple[int, list[bytes]]]:
-    """Lines with their numbers, split at tabs."""
+    """Yield the number of each line and its tab-separated fields."""
     with path.open("rb") as file, tqdm(file, desc=path.name, unit="row", disable=None) as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != expected:
                 raise DataError(
-                    f"{path}: line {number} has {len(fields)} fields between tabs, expected {expected}"
+                    f"{path}: line {number}: has {len(fields)} tab-separated fields, expected {expected}"
                 )
             yield number, fields
 
 
 def _label(field: bytes, path: Path, number: int) -> int:
     try:
-        return int(float(field))  # the pairs' are written 0.0 and 1.0
+        return int(float(field))  # labels of pairs are 0.0 and 1.0
     except ValueError:
-        raise DataError(f"{path}: line {number}: {field[:20]!r} is no label") from None
+        raise DataError(f"{path}: line {number}: {field[:20]!r} is not a label") from None
 
 
-def _listed(folders: Sequence[Path]) -> list[tuple[Path, int]]:
-    """Text files and their label: by folder, 0 for the first."""
+def _list_files(folders: Sequence[Path]) -> list[tuple[Path, int]]:
+    """Return the text files of the folders with their labels; the label is the index of the folder."""
     found = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.txt"))]
     for label, folder in enumerate(folders):
-        if all(own != label for _, own in found):
-            raise DataError(f"{folder}: holds no .txt file")
+        if all(other != label for _, other in found):
+            raise DataError(f"{folder}: contains no .txt file")
     return found
 
 
 def _texts(name: str, files: Sequence[tuple[Path, int]]) -> Iterator[Example]:
-    for path, label in tqdm(files, desc=name, unit="text", disable=None):
+    for path, label in tqdm(files, desc=name, unit="doc", disable=None):
         yield Example((path.read_bytes(),), label)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Loads arrays and plain data, and calls nothing else: a pickle can run anything."""
+    """Unpickler restricted to NumPy arrays and plain data, because a pickle can execute arbitrary code."""
 
     _ALLOWED = {
         (module, name)
@@ -170,42 +186,48 @@ class _ArraysOnly(pickle.Unpickler):
     } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle names, if it is harmless."""
+        """Return an allowed global of the pickle.
+
+        Raises:
+            pickle.UnpicklingError: If the global isn't needed to load arrays.
+        """
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is no array")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _batch(path: Path) -> tuple[NDArray[np.uint8], list[int]]:
-    """Pictures (N, 3, pixels) and labels of a file of CIFAR-10."""
+    """Return images (N, 3, pixels) and labels of one file of CIFAR-10."""
     try:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="bytes").load()
         pictures = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 1_024)
         labels = [int(label) for label in content[b"labels"]]
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: is not a batch of CIFAR-10 for Python ({error})") from None
+        raise DataError(f"{path}: is not a batch of the Python version of CIFAR-10 ({error})") from None
     if len(pictures) != len(labels):
-        raise DataError(f"{path}: holds {len(pictures)} pictures and {len(labels)} labels")
+        raise DataError(f"{path}: has {len(pictures)} images but {len(labels)} labels")
     return pictures, labels
 
 
-def _joined(
+def _concatenate(
     batches: Sequence[tuple[NDArray[np.uint8], list[int]]],
 ) -> tuple[NDArray[np.uint8], list[int]]:
     return np.concatenate([pictures for pictures, _ in batches]), [y for _, labels in batches for y in labels]
 
 
-def _grey(pictures: NDArray[np.uint8], labels: list[int], rows: Iterable[int]) -> Iterator[Example]:
+def _grayscale(pictures: NDArray[np.uint8], labels: list[int], rows: Iterable[int]) -> Iterator[Example]:
     weights = np.array(GREY)[:, None]
     for row in rows:
         grey = (weights * pictures[row]).sum(0).round().astype(np.uint8)
         yield Example((grey.tobytes(),), labels[row])
 
 
-def _described(metadata: Path) -> list[tuple[Path, int]]:
-    """Pictures and labels of all metadata files: text, in spite of their name, of lines
-    FOLDER FILE NUMBER LABEL ..."""
+def _read_metadata(metadata: Path) -> list[tuple[Path, int]]:
+    """Return image paths and labels from all metadata files.
+
+    Despite their suffix .npy the files are text, with lines FOLDER FILE NUMBER LABEL ...
+    """
     files = sorted(metadata.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     listed = []
     for path in files:
@@ -217,24 +239,26 @@ def _described(metadata: Path) -> list[tuple[Path, int]]:
                 )
             listed.append((metadata.parent / words[0] / words[1], int(words[3])))
     if len(listed) < 10:
-        raise DataError(f"{metadata}: describes {len(listed)} pictures in {len(files)} .npy files; too few")
+        raise DataError(
+            f"{metadata}: lists only {len(listed)} images in {len(files)} .npy files, expected 10 or more"
+        )
     return listed
 
 
-def _drawn(name: str, listed: Sequence[tuple[Path, int]], side: int) -> Iterator[Example]:
-    """Pictures as grey values; the release has a few files without content, which the Arena leaves out."""
+def _read_images(name: str, listed: Sequence[tuple[Path, int]], side: int) -> Iterator[Example]:
+    """Yield images as grayscale rows; empty files in the release are skipped, as in the original code."""
     from PIL import Image
 
-    for path, label in tqdm(listed, desc=name, unit="picture", disable=None):
+    for path, label in tqdm(listed, desc=name, unit="image", disable=None):
         try:
             if not path.stat().st_size:
                 continue
             with Image.open(path) as picture:
                 grey = np.asarray(picture.convert("L"))
         except FileNotFoundError:
-            raise DataError(f"{path}: not found, though {DIFFICULTY}/metadata names it") from None
-        except OSError as error:  # of Pillow, for what is no picture
-            raise DataError(f"{path}: is not a readable picture ({str(error).splitlines()[0]})") from None
+            raise DataError(f"{path}: not found, but listed in {DIFFICULTY}/metadata") from None
+        except OSError as error:  # Pillow raises it for files that are not images
+            raise DataError(f"{path}: is not a readable image ({str(error).splitlines()[0]})") from None
         if grey.shape != (side, side):
             raise DataError(f"{path}: is {grey.shape[1]} x {grey.shape[0]}, expected {side} x {side}")
         yield Example((grey.tobytes(),), label)

@@ -1,4 +1,4 @@
-"""From settings to labelled rows on disk: generated or read once, then found in the cache."""
+"""Preparation of labelled sequences: generated or read once, then loaded from the cache."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
 
 VERSION = 1
-"""part of the cache's key: raise it when the rows change"""
+"""Version in the cache key; increment it whenever the rows change."""
 _WHOLE = ("image", "pathfinder", "pathx")
 
 
 def task_name(config: Config) -> str:
-    """Which of ``SEQUENCE_TASKS`` is classified."""
+    """Return the name in ``SEQUENCE_TASKS`` of the configured classification task."""
     return "listops" if config.data.source == "listops" else config.data.lra.task
 
 
 def check_sequences(config: Config) -> None:
-    """Check the settings against each other and that the files are there; nothing is read yet.
+    """Check that the settings are consistent and that the source files exist, without reading them.
 
     Raises:
-        ConfigError: if the model is too small for the rows, or no folder is given.
-        DataError: if a file is missing.
+        ConfigError: If the model doesn't fit the task, or ``data.lra.folder`` isn't set.
+        DataError: If a file is missing.
     """
     name, model = task_name(config), config.model
     task = SEQUENCE_TASKS[name]
     for key, value in (("n_classes", task.n_classes), ("pair", task.parts == 2)):
         if getattr(model, key) != value:
             set_to = str(value).lower()
-            raise ConfigError(f"model.{key}={str(getattr(model, key)).lower()}: {name} takes {key}={set_to}")
+            raise ConfigError(f"model.{key}={str(getattr(model, key)).lower()}: {name} needs {key}={set_to}")
     if model.vocab_size <= task.n_symbols:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: {name} has {task.n_symbols} symbols and one that pads",
+            f"model.vocab_size={model.vocab_size}: {name} needs {task.n_symbols} symbols and a padding token",
             f"set it to {task.n_symbols + 1} or more",
         )
     if config.data.source == "lra":
         if config.data.lra.folder is None:
             raise ConfigError(
-                "data.source=lra: needs a folder", "name the archive's folder, data.lra.folder=PATH"
+                "data.source=lra: needs a folder", "set data.lra.folder to the unpacked archive"
             )
         needed(name, Path(config.data.lra.folder))
         if name in _WHOLE and model.max_length < task.length:
             raise ConfigError(
-                f"model.max_length={model.max_length}: pictures of {name} take {task.length}",
+                f"model.max_length={model.max_length}: images of {name} need {task.length}",
                 f"set it to {task.length} or more",
             )
         return
@@ -73,16 +73,16 @@ def check_sequences(config: Config) -> None:
     if bounds.max_length > model.max_length:
         raise ConfigError(
             f"data.listops.max_length={bounds.max_length}: above model.max_length={model.max_length}",
-            "an expression that is cut has another value",
+            "lower it or raise model.max_length: truncation changes an expression's value",
         )
 
 
 def prepare_sequences(config: Config) -> LabelledCorpus:
-    """Generate or read the rows of all splits, or find them in the cache.
+    """Generate or read the rows of all splits, or load them from the cache.
 
     Raises:
-        ConfigError, DataError: as :func:`check_sequences`, and for files that can't be used. Nothing is
-            left in the cache then.
+        ConfigError: If the settings are inconsistent, see :func:`check_sequences`.
+        DataError: If a file is missing or unusable; the cache is then unchanged.
     """
     check_sequences(config)
     folder = cache_folder(config.data) / _key(config)
@@ -100,13 +100,13 @@ def _source(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
 
 
 def _expressions(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
-    """All are distinct, so that the splits are disjoint."""
+    """Yield the ListOps splits; all expressions are distinct, which keeps the splits disjoint."""
     settings = config.data.listops
     expressions = generate(settings, config.seed)
     for split in SPLITS:
         count = getattr(settings, f"{split}_rows")
-        drawn = tqdm(itertools.islice(expressions, count), desc=f"ListOps {split}", total=count, disable=None)
-        yield split, (Example((symbols.tobytes(),), value) for symbols, value in drawn)
+        rows = tqdm(itertools.islice(expressions, count), desc=f"ListOps {split}", total=count, disable=None)
+        yield split, (Example((symbols.tobytes(),), value) for symbols, value in rows)
 
 
 def _key(config: Config) -> str:
@@ -121,6 +121,9 @@ def _key(config: Config) -> str:
 
 
 def _stamp(path: Path) -> tuple[object, ...]:
-    """What changes when a file, or what a folder holds, does; files within a folder are not opened."""
+    """Return path, modification time and size; they change with a file, or with the entries of a folder.
+
+    Files inside a folder are not checked.
+    """
     stat = path.stat()
     return (str(path.resolve()), stat.st_mtime_ns, stat.st_size if path.is_file() else None)

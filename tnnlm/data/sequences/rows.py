@@ -1,7 +1,7 @@
-"""Labelled sequences on disk: bytes of all rows one after the other, memory-mapped, and where each begins.
+"""Labelled sequences on disk: the concatenated bytes of all rows, memory-mapped, with offsets and labels.
 
-Stored are symbols, 0 to 255; a token is its symbol + 1, so that token 0 is padding alone. A row is one
-sequence, or two, where a pair is classified.
+The files contain symbols, 0 to 255; the token of a symbol is its number plus one, and token 0 is padding. A
+row is one sequence, or two for tasks that classify pairs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from tnnlm.errors import DataError
 from tnnlm.models.batches import LabelledBatch
 
 PAD = 0
-"""the token behind a sequence's end"""
+"""Padding token id."""
 SPLITS = ("train", "val", "test")
 
 
 class Example(NamedTuple):
-    """One row as it is read from its source."""
+    """Labelled row of a source."""
 
     parts: tuple[bytes, ...]
-    """symbols of each sequence"""
+    """Symbols of each sequence: one, or two for a pair."""
     label: int
+    """Class index."""
 
 
 class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
-    """The rows of one split, each padded or cut to ``length`` tokens. Stacked, they are a batch."""
+    """Map-style data set of one split, with sequences padded or truncated to ``length`` tokens."""
 
     def __init__(self, folder: Path, split: str, length: int) -> None:
         self.length = length
@@ -41,7 +42,7 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
         ends: NDArray[np.int64] = np.load(folder / f"{split}.ends.npy")
         self._bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])
         self.parts = len(ends) // max(1, len(self.labels))
-        # An empty file can't be mapped.
+        # An empty file can't be memory-mapped.
         empty = np.empty(0, dtype=np.uint8)
         self._symbols = (
             np.memmap(folder / f"{split}.bin", dtype=np.uint8, mode="r") if self._bounds[-1] else empty
@@ -52,13 +53,13 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
 
     def __getitem__(self, index: int) -> LabelledBatch:
         if not 0 <= index < len(self):
-            raise IndexError(index)  # ends ``for row in rows``
+            raise IndexError(index)  # required to end ``for row in rows``
         tokens = np.full((self.parts, self.length), PAD, dtype=np.int64)
         lengths = np.zeros(self.parts, dtype=np.int64)
         for part in range(self.parts):
             symbols = self.symbols(index, part)[: self.length]
             tokens[part, : len(symbols)] = symbols.astype(np.int64) + 1
-            # A sequence without content is one pad: a mean over nothing is none.
+            # An empty sequence counts one padding token, so that mean pooling doesn't divide by zero.
             lengths[part] = max(1, len(symbols))
         if self.parts == 1:
             tokens, lengths = tokens[0], lengths[0]
@@ -66,25 +67,31 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
         return LabelledBatch(torch.from_numpy(tokens), torch.as_tensor(lengths), label)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the file's name: a loader process that is spawned maps it, and copies nothing."""
+        """Pickle by file name, so that spawned loader workers memory-map the files again."""
         return LabelledRows, (*self._source, self.length)
 
     def symbols(self, index: int, part: int = 0) -> NDArray[np.uint8]:
-        """A sequence as it is stored, whole."""
+        """Return the symbols of a stored sequence, neither padded nor truncated."""
         start, end = self._bounds[self.parts * index + part :][:2]
         return self._symbols[start:end]
 
     @property
     def majority(self) -> float:
-        """Share of the commonest label: what a classifier reaches that reads nothing."""
+        """Fraction of the most frequent label: the accuracy of the majority-class baseline."""
         return float(np.bincount(self.labels).max() / len(self.labels))
 
 
 def write_rows(folder: Path, split: str, examples: Iterable[Example], n_classes: int) -> int:
-    """Write a split, row by row, and return how many there were.
+    """Write a split row by row, and return the number of rows.
+
+    Args:
+        folder: Folder of the corpus.
+        split: Name of the split.
+        examples: Rows of the split.
+        n_classes: Number of classes; labels are 0 to ``n_classes - 1``.
 
     Raises:
-        DataError: for a label out of range.
+        DataError: If a label is out of range.
     """
     ends: list[int] = []
     labels: list[int] = []
@@ -106,19 +113,19 @@ def write_rows(folder: Path, split: str, examples: Iterable[Example], n_classes:
 
 
 class LabelledCorpus(NamedTuple):
-    """All splits of a task on disk."""
+    """All splits of a classification task on disk."""
 
     folder: Path
     rows: dict[str, int]
-    """by split"""
+    """Number of rows by split."""
 
     def split(self, name: str, length: int) -> LabelledRows:
-        """The rows of one of ``SPLITS``."""
+        """Return the data set of one of ``SPLITS``, with ``length`` tokens per sequence."""
         return LabelledRows(self.folder, name, length)
 
 
 def write_corpus(folder: Path, task: str, source: Iterator[tuple[str, Iterable[Example]]]) -> None:
-    """Fill ``folder`` with the splits of a task of ``SEQUENCE_TASKS``."""
+    """Write all splits of a task of ``SEQUENCE_TASKS`` to ``folder``."""
     counts = {
         name: write_rows(folder, name, examples, SEQUENCE_TASKS[task].n_classes) for name, examples in source
     }
@@ -126,20 +133,21 @@ def write_corpus(folder: Path, task: str, source: Iterator[tuple[str, Iterable[E
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
-    """What :func:`write_corpus` left."""
+    """Open a corpus that :func:`write_corpus` wrote."""
     return LabelledCorpus(folder, json.loads((folder / "meta.json").read_text(encoding="utf-8"))["rows"])
 
 
 class SequenceTask(NamedTuple):
-    """What is classified."""
+    """Properties of a classification task."""
 
     n_classes: int
+    """Number of classes."""
     n_symbols: int
-    """tokens are 1 to this, 0 pads"""
+    """Number of symbols; tokens are 1 to ``n_symbols``, and 0 is padding."""
     length: int
-    """tokens of a sequence at the most, as published"""
+    """Maximum sequence length in tokens, as published."""
     parts: int = 1
-    """sequences per row: 2 where a pair is classified"""
+    """Number of sequences per row: 2 for tasks that classify pairs."""
 
 
 SEQUENCE_TASKS = {
@@ -150,4 +158,4 @@ SEQUENCE_TASKS = {
     "pathfinder": SequenceTask(2, 256, 1_024),
     "pathx": SequenceTask(2, 256, 16_384),
 }
-"""of the Long Range Arena"""
+"""Tasks of the Long Range Arena (arXiv 2011.04006), by name."""

@@ -1,4 +1,4 @@
-"""Tokenizers of labelled sequences: an entry per symbol, behind the one that pads. They learn nothing."""
+"""Fixed tokenizers of the classification tasks: id 0 is padding, and each symbol has its number plus one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from tnnlm.tokenizer import TextTokenizer
 
 
 def symbol_tokenizer(task: str, pad_token: str) -> TextTokenizer:
-    """Text to the tokens that a classifier of ``task`` reads: symbol + 1.
+    """Return the tokenizer of a classification task.
 
-    Expressions are split at blanks and lose their parentheses; anything else is taken byte by byte.
+    ListOps expressions are split at whitespace, and their parentheses are dropped; all other tasks use one
+    token per byte.
+
+    Args:
+        task: Name of a task in ``SEQUENCE_TASKS``.
+        pad_token: Padding token, id 0.
     """
     tokenizer = _words(pad_token) if task == "listops" else _bytes(pad_token)
     return TextTokenizer(tokenizer, pad_token)
@@ -26,8 +31,8 @@ def _words(pad_token: str) -> Tokenizer:
 
 
 def _bytes(pad_token: str) -> Tokenizer:
-    # Byte-level tokenizers write bytes as characters: printable ones as they are, the others, in order, as
-    # those from 256 on.
+    # ByteLevel's byte-to-unicode table: printable bytes map to themselves, the others in order to code points
+    # from 256 upwards.
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     written = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
