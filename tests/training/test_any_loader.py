@@ -220,7 +220,7 @@ def test_a_callback_that_needs_a_tokenizer_says_so() -> None:
     config = settings()
     run = trainer(max_steps=1, callbacks=[AttachRecurrences(config)])
     run.fit(LitModel(config), LOADERS["iterable"]())
-    with pytest.raises(UserError, match=r"give LitModel\(config, tokenizer\)"):
+    with pytest.raises(UserError, match=r"pass one with LitModel\(config, tokenizer\)"):
         run.save_checkpoint("mine.ckpt")
 
 

@@ -248,7 +248,7 @@ def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
         return data.opened.tokenizer
     if not isinstance(module, LitModel) or module.tokenizer is None:
         raise UserError(
-            "tokenizer: a callback needs it, but the data is no tnnlm.TextDataModule, which provides one",
-            "pass it to the module: LitModel(config, tokenizer)",
+            "LitModel: a callback needs the tokenizer, which only tnnlm.TextDataModule provides by itself",
+            "pass one with LitModel(config, tokenizer)",
         )
     return module.tokenizer
