@@ -1,6 +1,7 @@
-"""Perplexity by the parallel form and by really running the recurrence, over the same tokens.
+"""Losses and perplexities in parallel and in recurrent form on the same tokens, and classification scores.
 
-Everything in float32 or wider, without autocast: parity of the two forms must not drown in bf16.
+Everything runs in at least float32 without autocast, because bfloat16 rounding would hide the difference
+between the two forms.
 """
 
 from __future__ import annotations
@@ -18,60 +19,68 @@ from tnnlm.models.encoders import MaskedLM
 
 
 class NLL(NamedTuple):
-    """Negative log-likelihood in nats, and how many tokens it is summed over."""
+    """Negative log-likelihood, summed over tokens."""
 
     total: float
+    """Sum in nats."""
     tokens: int
+    """Number of tokens in the sum."""
 
     @property
     def mean(self) -> float:
-        """Nats per token."""
+        """Mean negative log-likelihood in nats per token."""
         return self.total / self.tokens
 
     @property
     def ppl(self) -> float:
-        """Perplexity, as :func:`perplexity` has it."""
+        """Perplexity, computed by :func:`perplexity`."""
         return perplexity(self.mean)
 
 
 class Scores(NamedTuple):
-    """Of classified sequences: negative log-likelihood in nats, how many were right, how many there were."""
+    """Scores of classified sequences."""
 
     total: float
+    """Negative log-likelihood in nats, summed over sequences."""
     correct: int
+    """Number of sequences that were classified correctly."""
     rows: int
+    """Number of sequences."""
 
     @property
     def mean(self) -> float:
-        """Nats per sequence."""
+        """Mean negative log-likelihood in nats per sequence."""
         return self.total / self.rows
 
     @property
     def accuracy(self) -> float:
-        """Share that was right."""
+        """Share of sequences that were classified correctly."""
         return self.correct / self.rows
 
 
 def perplexity(nats_per_token: float) -> float:
-    """The exponential; infinite where it overflows, and for NaN."""
+    """Return the exponential of the loss; infinity if it would overflow or the loss is NaN."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Bits per byte of text: comparable across tokenizers."""
+    """Return bits per byte, which are comparable across tokenizers."""
     return nats_per_token / math.log(2) / bytes_per_token
 
 
 def ppl_gap(parallel: float, recurrent: float) -> float:
-    """Relative difference of the two perplexities, signed: (recurrent - parallel) / parallel."""
+    """Return the signed relative difference of two perplexities, (recurrent - parallel) / parallel."""
     return (recurrent - parallel) / parallel
 
 
 @torch.no_grad()
 def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> NLL:
-    """Score rows (B, L + 1) by one parallel pass: tokens 1..L given those before.
+    """Return the NLL of tokens 1 .. L given their predecessors, computed in one parallel forward pass.
 
-    ``counted``: only the first so many rows count; the others are there to fill the batch.
+    Args:
+        model: Causal language model.
+        rows: Token ids (B, L + 1).
+        counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     with torch.autocast(rows.device.type, enabled=False):
         return _score(model(rows[:, :-1])[:counted], rows[:counted, 1:])
@@ -79,9 +88,13 @@ def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> N
 
 @torch.no_grad()
 def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | None = None) -> NLL:
-    """Score rows (B, L + 1) by the recurrence, in chunks that carry the state across their borders.
+    """Return the NLL of tokens 1 .. L given their predecessors, computed by running the recurrence.
 
-    ``counted``: as for :func:`parallel_nll`.
+    Args:
+        converted: Causal language model in recurrent form.
+        rows: Token ids (B, L + 1).
+        chunk: Tokens per prefill; the state is carried from chunk to chunk.
+        counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     parts = []
     with torch.autocast(rows.device.type, enabled=False):
@@ -95,25 +108,31 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
 
 @torch.no_grad()
 def masked_nll(model: MaskedLM, batch: MaskedBatch, counted: int | None = None) -> NLL:
-    """Score the tokens of a batch that are to be guessed.
+    """Return the NLL of the masked tokens of a batch.
 
-    ``counted``: as for :func:`parallel_nll`.
+    Args:
+        model: Masked language model.
+        batch: Token ids with the positions and original ids of the masked tokens.
+        counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     with torch.autocast(batch.tokens.device.type, enabled=False):
         return _score(model(batch.tokens, batch.positions)[:counted], batch.targets[:counted])
 
 
 def add(parts: Iterable[NLL]) -> NLL:
-    """The sum of several."""
+    """Return the sum of several NLLs."""
     scored = list(parts)
     return NLL(sum(nll.total for nll in scored), sum(nll.tokens for nll in scored))
 
 
 @torch.no_grad()
 def class_scores(model: nn.Module, batch: LabelledBatch, counted: int | None = None) -> Scores:
-    """Score the classes of a batch of whole sequences, for logits (B, C) of (tokens, lengths).
+    """Return the scores of a classifier on a batch of sequences.
 
-    ``counted``: as for :func:`parallel_nll`.
+    Args:
+        model: Module that returns logits (B, C) for (tokens, lengths), with C classes.
+        batch: Sequences with their lengths and labels.
+        counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     with torch.autocast(batch.tokens.device.type, enabled=False):
         logits = model(batch.tokens, batch.lengths)[:counted]
@@ -123,7 +142,7 @@ def class_scores(model: nn.Module, batch: LabelledBatch, counted: int | None = N
 
 
 def _score(logits: Tensor, targets: Tensor) -> NLL:
-    # Row by row in float32, summed in float64: the gap of two sums is what is looked at.
+    # Losses in float32 are summed in float64, because the difference of two sums is reported.
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
         targets.flatten(),

@@ -220,19 +220,19 @@ def test_a_callback_that_needs_a_tokenizer_says_so() -> None:
     config = settings()
     run = trainer(max_steps=1, callbacks=[AttachRecurrences(config)])
     run.fit(LitModel(config), LOADERS["iterable"]())
-    with pytest.raises(UserError, match=r"give LitModel\(config, tokenizer\)"):
+    with pytest.raises(UserError, match=r"pass one with LitModel\(config, tokenizer\)"):
         run.save_checkpoint("mine.ckpt")
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"input_ids": rows()}, "a batch is a dict"),
-        (rows().float(), "a batch is float32 of shape (24, 33)"),
-        (rows()[0], "a batch is int64 of shape (33,)"),
-        (rows()[:, :1], "of shape (24, 1)"),
-        ([rows(), rows()], "a batch is a list"),
-        (rows() + 300, "token ids from 300 to 310, and model.vocab_size is 300"),
+        ({"input_ids": rows()}, "batch: has type dict"),
+        (rows().float(), "batch: has dtype float32 and shape (24, 33)"),
+        (rows()[0], "batch: has dtype int64 and shape (33,)"),
+        (rows()[:, :1], "and shape (24, 1)"),
+        ([rows(), rows()], "batch: has type list"),
+        (rows() + 300, "token ids from 300 to 310, but model.vocab_size is 300"),
     ],
 )
 def test_other_batches_are_refused_in_one_line(batch: Any, message: str) -> None:
@@ -245,5 +245,5 @@ def test_other_batches_are_refused_in_one_line(batch: Any, message: str) -> None
 def test_other_tasks_name_the_batches_they_take() -> None:
     config = settings()
     config.task = "masked"
-    with pytest.raises(DataError, match=r"task=masked takes tnnlm\.models\.batches\.MaskedBatch"):
+    with pytest.raises(DataError, match=r"task=masked expects tnnlm\.models\.batches\.MaskedBatch"):
         trainer().fit(LitModel(config), Batches(rows()))

@@ -82,7 +82,7 @@ def test_train_learns_and_writes_everything(capsys: pytest.CaptureFixture[str]) 
     assert summary["test/accuracy"] > 2 * summary["test/majority"]
     assert summary["val/accuracy_best"] >= summary["val/accuracy"] > 0.2
     assert summary == json.loads((run / "summary.json").read_text())
-    assert "accuracy of the best on the test split" in capsys.readouterr().out
+    assert "test accuracy of the best checkpoint" in capsys.readouterr().out
     rows = read_metrics(run / "metrics.csv")
     assert [row["step"] for row in rows if row["val/accuracy"]] == ["50", "100", "150"]
     assert not any("val/ppl" in row or "val/bpb" in row for row in rows)

@@ -144,7 +144,7 @@ def test_a_save_within_a_validation_holds_the_same() -> None:
 
 @pytest.mark.parametrize("change", ["trainer.precision=bf16-true", "trainer.strategy=fsdp"])
 def test_what_can_not_be_averaged_is_refused(change: str) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.ema_decay=0\.8: .*take trainer\.(precision|strategy)="):
+    with pytest.raises(ConfigError, match=r"trainer\.ema_decay=0\.8: .*use trainer\.(precision|strategy)="):
         train(tiny_run(EMA[0], change))
     assert not list(Path("runs").iterdir())
 

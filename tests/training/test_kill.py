@@ -130,7 +130,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(script: Any, d
     assert refused.code == 2
     assert refused.err.count("\n") == 1
     assert str(LAST) in refused.err
-    offered = re.search(rf"{PREVIOUS} is whole, of step 7: python train\.py (.*)\n", refused.err)
+    offered = re.search(
+        rf"{PREVIOUS} of step 7 is intact; resume from it with: python train\.py (.*)\n", refused.err
+    )
     assert offered is not None
     assert script("train", *shlex.split(offered[1])).code == 0
     assert_same_run(Path("runs/whole"), RUN)
@@ -173,7 +175,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(
     assert "the disk is full" in stopped.err
     assert step_of(LAST) == 7
     monkeypatch.setattr(torch, "save", save)
-    command = re.search(r"go on from step 7 with: python train\.py (.*)\n", stopped.err)
+    command = re.search(r"resume from step 7 with: python train\.py (.*)\n", stopped.err)
     assert command is not None
     assert script("train", *shlex.split(command[1])).code == 0
     assert_same_run(Path("runs/whole"), RUN)

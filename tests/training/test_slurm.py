@@ -179,10 +179,10 @@ def test_only_a_command_that_goes_on_is_requeued(
 
 def test_requeue_says_why_it_failed(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.parent / "bin/scontrol").write_text("#!/bin/sh\necho 'Job not requeueable' >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"4711 could not be requeued \(Job not requeueable\)"):
+    with pytest.raises(UserError, match=r"4711: could not be requeued \(Job not requeueable\)"):
         requeue()
     monkeypatch.setenv("PATH", str(slurm.parent))
-    with pytest.raises(UserError, match="4711 could not be requeued"):
+    with pytest.raises(UserError, match="4711: could not be requeued"):
         requeue()
 
 

@@ -1,1 +1,4 @@
-"""Training: the only package, with data.py, that knows Lightning."""
+"""Training with PyTorch Lightning: LightningModule, Trainer, callbacks, loggers, resuming and SLURM.
+
+Only this package and ``tnnlm.data`` may import Lightning.
+"""

@@ -1,4 +1,4 @@
-"""Batches that do not come from ``TextDataModule``, and what LitModel asks of a trainer that reads them."""
+"""Support for training on other data than ``TextDataModule``: checks of batches, length of the schedule."""
 
 from __future__ import annotations
 
@@ -16,51 +16,57 @@ from tnnlm.models.batches import LabelledBatch, MaskedBatch
 
 
 def own_data(trainer: lightning.Trainer) -> TextDataModule | None:
-    """The trainer's ``TextDataModule``; None if its batches come from anything else."""
+    """Return the trainer's ``TextDataModule``, or None if its batches come from another source."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
     return data if isinstance(data, TextDataModule) else None
 
 
 def checked_batch(batch: Any, config: Config, first: bool) -> Any:
-    """What the model of ``config.task`` reads of a loader's batch.
+    """Validate a batch and convert it to the input that the model of ``config.task`` expects.
 
     Args:
-        batch: of task causal, token ids (B, L + 1) of any integer type, or the list of one such tensor that a
-            ``TensorDataset`` gives; of the other tasks a ``MaskedBatch`` or a ``LabelledBatch``.
-        config: all settings.
-        first: look at every token id, which waits for the device.
+        batch: Token ids (B, L + 1) of any integer dtype for the task causal, or a list of one such tensor
+            (the output of ``TensorDataset``); a ``MaskedBatch`` for masked; a ``LabelledBatch`` for classify.
+        config: The full configuration.
+        first: Whether to check the range of the token ids too, which synchronises with the device.
+
+    Returns:
+        Token ids (B, L + 1) as int64 for the task causal; the unchanged batch for other tasks.
 
     Raises:
-        DataError: if it is anything else.
+        DataError: If the batch has another type, shape or dtype, or if a token id is out of range.
     """
     if config.task != "causal":
         kind = {"masked": MaskedBatch, "classify": LabelledBatch}[config.task]
         if not isinstance(batch, kind):
             found, name = type(batch).__name__, f"{kind.__module__}.{kind.__name__}"
-            raise DataError(f"a batch is a {found}: task={config.task} takes {name}")
+            raise DataError(f"batch: has type {found}; task={config.task} expects {name}")
         return batch
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
-    expected = "expected token ids (B, L + 1), inputs and targets in one integer tensor"
+    expected = "expected token ids of shape (B, L + 1), inputs and targets in one integer tensor"
     if not isinstance(batch, Tensor):
-        raise DataError(f"a batch is a {type(batch).__name__}: {expected}")
+        raise DataError(f"batch: has type {type(batch).__name__}; {expected}")
     if batch.dim() != 2 or batch.shape[1] < 2 or batch.is_floating_point() or batch.is_complex():
-        raise DataError(f"a batch is {str(batch.dtype)[6:]} of shape {tuple(batch.shape)}: {expected}")
+        raise DataError(f"batch: has dtype {str(batch.dtype)[6:]} and shape {tuple(batch.shape)}; {expected}")
     rows, size = batch.long(), config.model.vocab_size
     if first and not bool(((rows >= 0) & (rows < size)).all()):
         low, high = int(rows.min()), int(rows.max())
-        raise DataError(f"a batch has token ids from {low} to {high}, and model.vocab_size is {size}")
+        raise DataError(f"batch: has token ids from {low} to {high}, but model.vocab_size is {size}")
     return rows
 
 
 def tokens_in(batch: Any) -> int:
-    """Tokens that the model reads of a checked batch: of rows (B, L + 1), B x L."""
+    """Return the number of input tokens in a validated batch: B * L for token ids of shape (B, L + 1)."""
     return int(batch[:, 1:].numel() if isinstance(batch, Tensor) else batch.tokens.numel())
 
 
 def schedule_steps(trainer: lightning.Trainer, config: Config) -> int:
-    """Optimizer steps that the learning rate's schedule spans: the trainer's ``max_steps``, or as many as its
-    epochs have; where neither is known, ``trainer.max_steps`` of the configuration, with a warning."""
+    """Return the length of the learning-rate schedule in optimizer steps.
+
+    This is ``max_steps`` of the trainer, or the number of steps in its epochs. If both are unknown it is
+    ``trainer.max_steps`` of the configuration, and a cosine schedule causes a warning.
+    """
     if own_data(trainer) is not None:
         return config.trainer.max_steps
     steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
@@ -68,8 +74,8 @@ def schedule_steps(trainer: lightning.Trainer, config: Config) -> int:
         return int(steps)
     if config.optim.schedule == "cosine":
         warnings.warn(
-            "the trainer does not know how many steps it will take: the cosine schedule ends at step "
-            f"{config.trainer.max_steps}, trainer.max_steps of the configuration; give Trainer a max_steps",
+            "Trainer: does not know how many steps it will run, so the cosine schedule ends at step "
+            f"{config.trainer.max_steps} (trainer.max_steps of the configuration); pass max_steps to Trainer",
             stacklevel=2,
         )
     return config.trainer.max_steps

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: parameters, tokens, memory, precision."""
+"""Estimates of a run's size before it starts: parameters, tokens, memory, precision and devices."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from tnnlm.models.causal_lm import LOGITS
 from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
-"""the strategy that shards parameters, gradients and moments over devices"""
+"""Strategy that shards parameters, gradients and optimizer states across devices."""
 
 _BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true": 8}
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """Sizes of a run that can be known without training."""
+    """Sizes of a run, computed without training."""
 
     params: int
-    """trainable parameters"""
+    """Number of trainable parameters."""
     buffers: int
-    """numbers that are saved and not trained: decays"""
+    """Number of elements in buffers, which are saved but not trained, such as decays."""
     tokens_per_update: int
+    """Tokens per optimizer step on all devices."""
     total_tokens: int
+    """Tokens in ``trainer.max_steps`` optimizer steps."""
     memory_bytes: int
-    """estimated peak per device: weights, gradients, Adam's moments, activations, logits"""
+    """Estimated peak memory per device in bytes: weights, gradients, Adam moments, activations and logits."""
     precision: str
+    """Precision in Lightning's terms, with ``auto`` resolved."""
     devices: int
+    """Number of devices on all nodes."""
 
 
 def estimate_run(config: Config) -> RunEstimate:
-    """Build the model without memory and work out what training it takes."""
+    """Estimate a run from its configuration; the model is built on the meta device."""
     with torch.device("meta"):
         model = build_model(config)
     precision = resolve_precision(config)
@@ -54,17 +58,17 @@ def estimate_run(config: Config) -> RunEstimate:
 
 
 def tokens_per_update(config: Config, devices: int) -> int:
-    """Tokens that one optimizer step reads on all devices together."""
+    """Return the number of tokens in one optimizer step on all devices."""
     return config.data.batch_size * config.model.max_length * config.trainer.accumulate * devices
 
 
 def guessed_share(config: Config) -> float:
-    """Share of the tokens for which there are logits over the vocabulary."""
+    """Return the share of tokens for which the model computes logits over the vocabulary."""
     return {"causal": 1.0, "masked": config.data.mask_fraction}.get(config.task, 0.0)
 
 
 def resolve_precision(config: Config) -> str:
-    """``auto`` becomes bf16-mixed where the hardware computes in it, else 32-true."""
+    """Resolve ``auto`` to bf16-mixed on hardware with bfloat16 arithmetic, otherwise to 32-true."""
     if config.trainer.precision != "auto":
         return config.trainer.precision
     if resolve_accelerator(config) != "cpu" and torch.cuda.is_available():
@@ -75,7 +79,7 @@ def resolve_precision(config: Config) -> str:
 
 
 def resolve_devices(config: Config) -> int:
-    """``auto`` becomes every GPU, or the one CPU process."""
+    """Resolve ``auto`` to the number of GPUs, or to one process on the CPU."""
     if config.trainer.devices != "auto":
         return int(config.trainer.devices)
     on_gpu = resolve_accelerator(config) != "cpu" and torch.cuda.is_available()
@@ -83,10 +87,9 @@ def resolve_devices(config: Config) -> int:
 
 
 def resolve_accelerator(config: Config) -> str:
-    """``auto`` becomes a CUDA or ROCm GPU where there is one, else the CPU.
+    """Resolve ``auto`` to a CUDA or ROCm GPU if one is available, otherwise to the CPU.
 
-    Lightning's own ``auto`` takes the GPU of an Apple machine, which has no float64: no kernel could be
-    converted there.
+    Lightning's ``auto`` would select Apple's GPU, which lacks float64, and conversion needs float64.
     """
     if config.trainer.accelerator != "auto":
         return config.trainer.accelerator
@@ -94,10 +97,11 @@ def resolve_accelerator(config: Config) -> str:
 
 
 def _weights(config: Config, model: Backbone, devices: int) -> int:
-    """Weights, gradients, two moments and averages, if asked for, in float32.
+    """Return the bytes per device of weights, gradients, Adam moments and averaged weights, all in float32.
 
-    Sharded: a share of them; gathered, the embedding and two blocks, one at work and one on its way, with
-    their gradients, or with all gradients where they wait for the last of several batches.
+    With FSDP every device holds its shard of them. In addition it holds the unsharded embedding and two
+    unsharded blocks (the current one and the prefetched one) with their gradients. With gradient accumulation
+    all gradients stay unsharded until the last micro-batch.
     """
     params = model.n_params
     if config.trainer.strategy != FSDP:
@@ -109,11 +113,12 @@ def _weights(config: Config, model: Backbone, devices: int) -> int:
 
 
 def _activations(config: Config, rows: int, width: int) -> int:
-    """What backward needs.
+    """Return the bytes of the activations that the backward pass needs, for ``rows`` tokens.
 
-    Counted per token and layer as autograd keeps it: the mixer's two projections before and after
-    SiLU, gate times output and the convolution's output (6 E at compute width), its spectrum of
-    twice the length in complex64 (8 E bytes), the GLU (5 G) and residual stream with norms (6 D).
+    Counted per token and layer, as autograd saves them: the mixer's two projections before and after SiLU,
+    the gated output and the convolution's output (6 E in the compute dtype of ``width`` bytes), the
+    convolution's spectrum of twice the length in complex64 (8 E bytes), the GLU (5 G in the compute dtype)
+    and the residual stream with norms (6 D in float32).
     """
     model = config.model
     inner = model.expand * model.d_model

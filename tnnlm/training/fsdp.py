@@ -1,8 +1,8 @@
-"""Parameters sharded over ranks: torch's ``fully_shard`` under Lightning's ModelParallelStrategy.
+"""Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2) under Lightning's ModelParallelStrategy.
 
-What is sharded, and what is gathered where the whole is needed: kernels to convert them, all weights to
-write a sample. Everything here but ``choose_strategy`` and ``gradient_sync`` may communicate: call it on
-all ranks.
+Parameters are gathered where they are needed unsharded: those of the kernels for conversion, all of them to
+generate a sample. Call every function except ``choose_strategy`` and ``gradient_sync`` on all ranks, because
+it may communicate.
 """
 
 from __future__ import annotations
@@ -29,67 +29,69 @@ from tnnlm.training.estimate import FSDP, resolve_devices, resolve_precision
 
 
 def choose_strategy(config: Config) -> str | Strategy:
-    """What ``trainer.strategy`` means to Lightning: ``fsdp`` is FSDP2, all else its own names.
+    """Return the Lightning strategy for ``trainer.strategy``.
+
+    ``fsdp`` selects FSDP2 through ModelParallelStrategy; other names are passed to Lightning unchanged.
 
     Raises:
-        ConfigError: for a precision that can't be sharded.
+        ConfigError: If FSDP does not support ``trainer.precision``.
     """
     if config.trainer.strategy != FSDP:
         return config.trainer.strategy
     precision = resolve_precision(config)
     if precision not in ("32-true", "bf16-mixed"):
-        # bf16-true keeps kernels in float32 beside bfloat16 projections: a block is gathered in one piece,
-        # of one dtype. The other two Lightning refuses.
+        # bf16-true keeps kernels in float32 next to bfloat16 projections, but FSDP2 gathers a block as one
+        # buffer of one dtype. Lightning rejects the other two precisions.
         raise ConfigError(
-            f"trainer.precision={precision}: trainer.strategy=fsdp runs in bf16-mixed or 32-true",
-            "choose one of them, or trainer.strategy=ddp",
+            f"trainer.precision={precision}: not supported by trainer.strategy=fsdp",
+            "use trainer.precision=bf16-mixed or 32-true, or trainer.strategy=ddp",
         )
     return ModelParallelStrategy(
         data_parallel_size=resolve_devices(config) * config.trainer.num_nodes,
         tensor_parallel_size=1,
-        # One file of whole tensors, so that convert.py and any number of ranks can read it.
+        # A single file of unsharded tensors can be loaded by convert.py and by any number of ranks.
         save_distributed_checkpoint=False,
     )
 
 
 def shard(model: Backbone, mesh: DeviceMesh) -> None:
-    """Shard every block, and the embedding, over ``mesh``; in place, names stay the same.
+    """Shard every block and the embedding over ``mesh``, in place; parameter names do not change.
 
-    A block is gathered for its own forward and backward and freed again. Kernels are sharded with
-    their block, like all else: left whole, their gradients would need a reduction of their own, and
-    clipping a norm over sharded and whole gradients together. No precision policy: weights are gathered
-    in float32 and autocast rounds where it does on one device, so that kernels, and both perplexities
-    of a validation, are those of one device.
+    A block is gathered for its forward and backward pass and resharded afterwards. Kernels are sharded with
+    their block: otherwise their gradients would need a separate reduction, and gradient clipping a norm over
+    sharded and unsharded gradients. There is no mixed-precision policy: weights are gathered in float32 and
+    autocast rounds them as on one device, so kernels and both validation perplexities equal those of one
+    device.
     """
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in (model, *model.layers) if isinstance(model, CausalLM) else ():
-        # Recurrent validation enters here, and must find the weights gathered as forward does.
+        # Recurrent validation calls prefill, which needs gathered weights just as forward does.
         register_fsdp_forward_method(module, "prefill")
     register_fsdp_forward_method(model, "loss")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard`` was called on it."""
+    """Return whether ``shard`` was applied to ``model``."""
     return isinstance(model, FSDPModule)
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward reduces gradients over ranks, where the model is sharded.
+    """Set whether the next backward pass of a sharded model reduces gradients across ranks.
 
-    Lightning leaves it out for DDP between micro-batches, but not under ModelParallelStrategy.
-    Gradients that wait are whole: 4 bytes per parameter on every device.
+    Between micro-batches Lightning skips the reduction for DDP, but not for ModelParallelStrategy. Gradients
+    that are not reduced yet are unsharded: 4 bytes per parameter on every device.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
 
 
 def gather_kernels(model: Backbone) -> list[Kernel | TwoSidedKernel]:
-    """The kernel of every layer with whole parameters: the model's own, or gathered copies on every rank.
+    """Return the kernel of every layer with unsharded parameters.
 
-    Communicates if the model is sharded: call it on all ranks, outside of anything that may fail
-    or be skipped on one of them.
+    Without sharding these are the model's kernels themselves, otherwise gathered copies on every rank. If the
+    model is sharded this communicates: call it on all ranks, where no rank may fail or skip the call.
     """
     convs = [block.mixer.conv for block in model.layers]
     found = [conv.kernel for conv in convs if not isinstance(conv, RecurrentConv)]
@@ -98,8 +100,11 @@ def gather_kernels(model: Backbone) -> list[Kernel | TwoSidedKernel]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Keep all weights gathered on every rank for the length of a block, in which nothing communicates:
-    one rank may run the model alone. Takes the memory of a whole model on every device."""
+    """Keep all weights gathered on every rank inside a ``with`` block.
+
+    The model does not communicate inside the block, so a single rank may run it. Every device needs memory
+    for the unsharded model.
+    """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -108,7 +113,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            # The outermost unit, the embedding, is kept between forward and backward.
+            # FSDP2 keeps the root unit, which holds the embedding, gathered between forward and backward.
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
@@ -116,16 +121,16 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def renumber_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module
 ) -> None:
-    """Number an optimizer's saved parameters in the order of ``module.parameters()``, in place.
+    """Renumber the parameters in an optimizer's state dict to the order of ``module.parameters()``, in place.
 
-    torch counts them group by group, ModelParallelStrategy as the module has them, when it writes and
-    when it reads. An optimizer that is not sharded goes by the position in the group, whatever
-    the number: so each strategy reads the checkpoints of every other.
+    torch numbers parameters group by group; ModelParallelStrategy numbers them in module order, both when it
+    saves and when it loads. An unsharded optimizer loads by position within a group and ignores the numbers.
+    With numbers in module order, every strategy can therefore load the checkpoints of every other.
 
     Args:
-        state: of ``optimizer``, from its ``state_dict()``.
-        optimizer: over parameters of ``module``.
-        module: the LightningModule.
+        state: State dict of ``optimizer``.
+        optimizer: Optimizer over parameters of ``module``.
+        module: The LightningModule.
     """
     place = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -140,7 +145,7 @@ def renumber_optimizer_state(
 
 
 def _gathered(kernel: Kernel | TwoSidedKernel) -> Kernel | TwoSidedKernel:
-    # Copying a module copies its parameters, unless the memo has them: whole, instead of sharded.
+    # deepcopy takes parameters from the memo, so the copy gets the unsharded ones.
     memo: dict[int, Any] = {}
     for parameter in kernel.parameters():
         tensor = parameter.detach()

@@ -1,7 +1,7 @@
-"""The LightningModule of every task: loss, optimizer, logs, and validations as the task has them.
+"""The LightningModule for every task: loss, optimizer, logging and validation.
 
-It trains under any ``lightning.Trainer``, on the batches of any loader. With ``TextDataModule`` it keeps the
-log of a run, as :func:`tnnlm.training.run.train` has it; with other data it logs by Lightning's own means.
+It trains under any ``lightning.Trainer`` with batches from any loader. With ``TextDataModule`` it sends
+metrics to the loggers directly, as :func:`tnnlm.training.run.train` needs; otherwise it uses ``self.log``.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from tnnlm.training.throughput import DataWait, Throughput, memory_values
 
 
 class LitModel(lightning.LightningModule):
-    """Trains the model of ``config.task``; batches are what its ``loss`` takes.
+    """LightningModule that trains the model of ``config.task``.
 
-    Of task causal these are token ids (B, L + 1), inputs and targets in one tensor, of any loader. Sizes,
-    optimizer, clipping and conversion are those of ``config``; everything else is the trainer's. Without a
-    :class:`~tnnlm.data.datamodule.TextDataModule` ``val/bpb`` is left out: how many bytes a token stands for
-    is not known.
+    Batches are the inputs of the model's ``loss``. For the task causal these are token ids (B, L + 1), inputs
+    and targets in one tensor, from any loader. ``config`` sets sizes, optimizer, clipping and conversion; the
+    trainer sets everything else. ``val/bpb`` is only logged with a
+    :class:`~tnnlm.data.datamodule.TextDataModule`, because other loaders don't tell the bytes per token.
     """
 
     def __init__(self, config: Config, tokenizer: TextTokenizer | None = None) -> None:
         """Build the model.
 
         Args:
-            config: all settings.
-            tokenizer: of the rows, if they come from a loader of your own: checkpoints then hold it, so that
-                convert.py and ``tnnlm.load_trained`` read them. ``TextDataModule`` has its own.
+            config: The full configuration.
+            tokenizer: Tokenizer of the data, if the data comes from a custom loader. Checkpoints store it, so
+                that convert.py and ``tnnlm.load_trained`` can load them. Omit it with ``TextDataModule``,
+                which provides one.
         """
         super().__init__()
         self.config = config
@@ -55,25 +56,25 @@ class LitModel(lightning.LightningModule):
         self._last_log = 0
         self._losses: list[Tensor] = []
         self.skipped: Tensor | float = 0.0
-        """steps that the guard left out"""
+        """Number of optimizer steps that :class:`SkipBadSteps` has skipped."""
         self._memory: dict[str, float] = {}
         self._tokens = 0
-        """read by this rank since the last log"""
+        """Number of tokens that this rank has processed since the last log."""
 
     def configure_model(self) -> None:
-        """Compile and shard in place, so that checkpoint keys stay the same."""
+        """Compile and shard the model in place, so that checkpoint keys do not change."""
         self.model.recompute = self.config.trainer.recompute
         if self.config.trainer.compile:
             self.model.compile_blocks()
-        if self._trainer is None:  # load_from_checkpoint calls this too
+        if self._trainer is None:  # load_from_checkpoint calls this without a trainer
             return
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped per optimizer step."""
-        # Fused AdamW unscales gradients itself, after clipping: wrong under 16-mixed only.
+        """Return AdamW and its learning-rate schedule, stepped once per optimizer step."""
+        # Fused AdamW unscales gradients after clipping, which is wrong under 16-mixed only.
         fused = self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.config.optim, fused)
         steps = schedule_steps(self.trainer, self.config)
@@ -86,10 +87,11 @@ class LitModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and keep the norm for the log. Lightning refuses a fused optimizer under every
-        mixed precision, bf16 too, though only 16-mixed scales gradients.
+        """Clip gradients and keep their norm for the log.
 
-        A trainer that was given no limit clips at ``optim.grad_clip``.
+        The limit is the trainer's ``gradient_clip_val``, or ``optim.grad_clip`` if the trainer has none. This
+        replaces Lightning's clipping, which rejects fused optimizers under every mixed precision, bf16 too,
+        though only 16-mixed scales gradients.
         """
         gradient_clip_val = gradient_clip_val or self.config.optim.grad_clip
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
@@ -98,26 +100,26 @@ class LitModel(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        # Of sharded gradients, each rank holds a part of the norm.
+        # With sharded gradients each rank holds a part of the norm.
         self.watch.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_start(self) -> None:
-        """Start the clocks."""
+        """Start the timers."""
         self._last_log, self._tokens = self.global_step, 0
         if own_data(self.trainer) is None and self.config.task == "causal":
             rank_zero_info(
-                "val/bpb is left out: the bytes of a token are known with tnnlm.TextDataModule only"
+                "val/bpb: not logged, because only tnnlm.TextDataModule provides the bytes per token"
             )
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout from (seed, step, micro-batch, rank): resumed runs draw what unbroken ones would."""
+        """Seed dropout by (seed, step, micro-batch, rank), so that a resumed run gets the same masks."""
         micro = batch_idx % self.trainer.accumulate_grad_batches
         gradient_sync(self.model, micro == self.trainer.accumulate_grad_batches - 1)
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean cross-entropy in nats per token, or whatever the task guesses."""
+        """Return the mean cross-entropy in nats per predicted token (classify: per sequence)."""
         batch = self._checked(batch, batch_idx)
         loss: Tensor = self.model.loss(batch)
         self._losses.append(loss.detach())
@@ -130,27 +132,29 @@ class LitModel(lightning.LightningModule):
         return checked_batch(batch, self.config, first=batch_idx == 0)
 
     def step_loss(self) -> Tensor:
-        """Mean loss of this rank's batches since the last optimizer step; for the guard."""
+        """Return this rank's mean loss in the current step, which :class:`SkipBadSteps` checks."""
         return torch.stack(self._losses[-self.trainer.accumulate_grad_batches :]).mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next row of the log averages over, and number the optimizer's states so that every
-        strategy can read them; with a tokenizer of the user's, what makes it a checkpoint of this project."""
+        """Add the losses since the last log and renumber optimizer states for all strategies.
+
+        If the module has a tokenizer, the checkpoint also gets the entry that ``tnnlm.load_trained`` needs.
+        """
         if self.tokenizer is not None and ENTRY not in checkpoint:
             checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, None)
         checkpoint["losses_since_log"] = [float(loss) for loss in self._losses]
-        if not is_sharded(self.model):  # else Lightning has done so
+        if not is_sharded(self.model):  # otherwise Lightning has renumbered them
             states = checkpoint.get("optimizer_states", ())
             for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
                 renumber_optimizer_state(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on averaging."""
+        """Restore the losses since the last log."""
         losses = checkpoint.get("losses_since_log", [])
         self._losses = [torch.tensor(loss, device=self.device) for loss in losses]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the mean loss since the last log, learning rate, speed, gradient norm and memory."""
+        """Log the mean loss since the last log, the learning rate, throughput, gradient norm and memory."""
         if own_data(self.trainer) is None:
             self._log_training()
             return
@@ -158,7 +162,7 @@ class LitModel(lightning.LightningModule):
         if step == self._last_log or step % self.config.trainer.log_every_n_steps:
             return
         values = {
-            # Ranks have equal batches, so that the mean of their means is the global batch's.
+            # Ranks have batches of equal size, so the mean of their means is the mean of the global batch.
             "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
@@ -169,7 +173,7 @@ class LitModel(lightning.LightningModule):
         self._last_log = step
 
     def _log_training(self) -> None:
-        """Log with other data than ours: the loss of every batch, all else at the trainer's own interval."""
+        """Log without ``TextDataModule``: the loss of every batch, the rest every ``log_every_n_steps``."""
         self.log("train/loss", self._losses[-1], prog_bar=True)
         del self._losses[: -self.trainer.accumulate_grad_batches]
         step = self.global_step
@@ -179,31 +183,33 @@ class LitModel(lightning.LightningModule):
         tokens = self._tokens * self.trainer.world_size // (step - self._last_log)
         values = self.watch.read(self.trainer, tokens)
         if not isinstance(self.trainer.profiler, DataWait):  # type: ignore[attr-defined]
-            del values["train/data_seconds"]  # nothing measured it
+            del values["train/data_seconds"]  # only DataWait measures it
         self.log_dict({"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"], **values})
         self._tokens, self._last_log = 0, step
 
     def on_validation_epoch_start(self) -> None:
-        """Measure the current kernels, and convert them if the task does; a failure costs the second
-        perplexity, not the run."""
+        """Measure the memory of the kernels and convert them if the task needs that.
+
+        If this fails, validation skips the recurrent form and the run continues.
+        """
         found = gather_kernels(self.model)
         self._memory = {}
         try:
             length, tolerance = self.config.model.max_length, self.config.conversion.tolerance
             self._memory = memory_values(found, length, tolerance)
             self.task.begin(found)
-        except Exception as error:  # whatever it is, training must go on
-            warnings.warn(f"the model could not be converted for validation: {error}", stacklevel=2)
+        except Exception as error:  # no failure here may end the training
+            warnings.warn(f"validation: the model could not be converted: {error}", stacklevel=2)
         self.task.agree(self.trainer.strategy)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """As the task scores."""
+        """Score one batch by the task's metrics."""
         data = own_data(self.trainer)
         counted = None if data is None else data.val_counted(batch_idx)
         self.task.validate(self.model, self._checked(batch, batch_idx), counted)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the task makes of it."""
+        """Log the task's metrics and the memory of the kernels."""
         data = own_data(self.trainer)
         values = self.task.results(None if data is None else data.opened.bytes_per_token) | self._memory
         if data is not None:
@@ -214,35 +220,35 @@ class LitModel(lightning.LightningModule):
             self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=shown, sync_dist=True)
 
     def on_validation_end(self) -> None:
-        """The clocks leave validation out."""
+        """Restart the timers, which exclude validation."""
         self._last_log, self._tokens = self.global_step, 0
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
-        """To the loggers at this optimizer step, and ``shown`` to the progress bar and callbacks.
+        """Send ``values`` to the loggers at this optimizer step, and ``shown`` to progress bar and callbacks.
 
-        Lightning's own gate counts batches since the process began, and logs late after a resume.
+        ``self.log`` would count batches since the process started, and log late after a resume.
         """
         for logger in self.loggers:
             logger.log_metrics(values, self.global_step)
         for name in shown:
-            # Equal on all ranks already: sync_dist only says so to Lightning.
+            # Values are equal on all ranks already; sync_dist only avoids a warning of Lightning.
             value = torch.tensor(values[name], dtype=torch.float64)
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
 
 
 def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
-    """The tokenizer of what ``trainer`` reads.
+    """Return the tokenizer of the data that ``trainer`` trains on.
 
     Raises:
-        UserError: if it is not known.
+        UserError: If neither the data module nor the LightningModule has one.
     """
     data, module = own_data(trainer), trainer.lightning_module
     if data is not None:
         return data.opened.tokenizer
     if not isinstance(module, LitModel) or module.tokenizer is None:
         raise UserError(
-            "a callback needs the tokenizer, which is known with tnnlm.TextDataModule only",
-            "give LitModel(config, tokenizer)",
+            "LitModel: a callback needs the tokenizer, which only tnnlm.TextDataModule provides by itself",
+            "pass one with LitModel(config, tokenizer)",
         )
     return module.tokenizer

@@ -1,7 +1,7 @@
-"""The learning-rate finder: a hundred steps at rising rates, by Lightning's own. Trains nothing that stays.
+"""Learning-rate range test (Smith 2015, arXiv 1506.01186) with Lightning's Tuner: 100 steps at rising rates.
 
-Smith 2015, arXiv 1506.01186. The rate of every step is that of the first group of parameters; kernels
-keep their own factor over it, ``optim.kernel_lr_scale``.
+The trained weights are discarded. The tested rate is that of the first parameter group; the rate of the
+kernels is this times ``optim.kernel_lr_scale``.
 """
 
 from __future__ import annotations
@@ -34,37 +34,43 @@ from tnnlm.training.trainer import step_options
 STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0
 _DIVERGED = 4.0
-"""times the best loss: the search ends there"""
+"""The search stops when the loss exceeds this multiple of the best loss."""
 _WINDOW = 9
-"""steps that a loss is averaged over"""
+"""Number of steps in the moving average of the loss."""
 
 
 @dataclass(frozen=True)
 class FoundRate:
-    """What the search saw."""
+    """Result of a learning-rate search."""
 
     rates: list[float]
+    """Learning rates of the steps."""
     losses: list[float]
-    """of the step at each"""
+    """Training loss of each step, in nats per token."""
     smooth: list[float]
-    """averaged over the steps around"""
+    """Moving average of ``losses``."""
     steepest: float
-    """where the loss falls fastest against the logarithm of the rate"""
+    """Learning rate at which the loss decreases fastest with the logarithm of the rate."""
     lowest: float
-    """where it is lowest: the peak rate should stay below"""
+    """Learning rate with the lowest loss, an upper bound for the peak rate."""
 
     @property
     def suggestion(self) -> float:
-        """The geometric mean of the two: a peak after a warm-up may lie above the steepest fall."""
+        """Suggested peak rate: the geometric mean of ``steepest`` and ``lowest``.
+
+        It is above ``steepest``, because warm-up allows a higher peak rate.
+        """
         return math.sqrt(self.steepest * self.lowest)
 
 
 class _Probe(LitModel):
-    """Trains at the rates that the finder sets, without schedule, log or checkpoint of ours."""
+    """LitModel that trains at the rates of the finder, without a schedule, logs or restored log state."""
 
     def configure_optimizers(self) -> Any:
-        """The optimizer without its schedule. The finder gives every group the same rate: kernels'
-        factor is put on it at each step."""
+        """Return the optimizer without its schedule.
+
+        The finder sets the same rate for every group, so a hook before each step scales that of the kernels.
+        """
         optimizer = build_optimizer(
             self.model, self.config.optim, self.config.trainer.precision != "16-mixed"
         )
@@ -78,23 +84,23 @@ class _Probe(LitModel):
         return optimizer
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log nothing."""
+        """Skip logging."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses: the finder puts the weights back when it is through."""
+        """Keep the losses when the finder restores the initial weights at its end."""
 
     def losses(self) -> list[float]:
-        """Of every optimizer step. Lightning's own are running means over 50 steps: half of the search."""
+        """Return the loss of every optimizer step; Lightning's are running means over 50 of the 100 steps."""
         count = self.config.trainer.accumulate
         whole = torch.stack(self._losses[: len(self._losses) // count * count])
         return [float(loss) for loss in whole.view(-1, count).mean(1)]
 
 
 def find_lr(config: Config) -> FoundRate:
-    """Search the learning rate of a configuration, on one device with the global batch of all.
+    """Search the learning rate for a configuration, on one device with the global batch size of all devices.
 
     Raises:
-        UserError: for unusable input, or a loss that never falls.
+        UserError: If the input is invalid or the loss never decreases.
     """
     config = copy.deepcopy(config)
     keep_large_blocks()
@@ -118,7 +124,7 @@ def find_lr(config: Config) -> FoundRate:
         data.trainer = trainer
         data.prepare_data()
         data.setup()
-        # The loader alone: with the data module Lightning would validate, and convert, at the end.
+        # With the data module instead of its loader, Lightning would validate and convert at the end.
         found = Tuner(trainer).lr_find(
             module,
             train_dataloaders=data.train_dataloader(),
@@ -133,17 +139,21 @@ def find_lr(config: Config) -> FoundRate:
 
 
 def suggest(rates: list[float], losses: list[float]) -> FoundRate:
-    """Find where the loss falls fastest against log(rate), and where it is lowest.
+    """Find the rate at which the loss decreases fastest with log(rate), and the rate of the lowest loss.
 
-    Lightning's own suggestion divides by differences of the rates themselves: at the low end, where
-    these are 1e-7, noise of the loss looks like the steepest fall.
+    Lightning's suggestion differentiates by the rate instead of its logarithm. At the low end, where rates
+    differ by 1e-7, noise in the loss then looks like the steepest descent.
+
+    Args:
+        rates: Learning rates in ascending order.
+        losses: Loss of the step at each rate.
 
     Raises:
-        DataError: if the loss never falls.
+        DataError: If too few losses are finite, or the loss never decreases.
     """
     points = [(rate, loss) for rate, loss in zip(rates, losses, strict=False) if math.isfinite(loss)]
     if len(points) < 2 * _WINDOW:
-        raise DataError("too few finite losses to suggest a learning rate: the first steps diverge already")
+        raise DataError("learning-rate finder: too few finite losses, training diverges in the first steps")
     tried, seen = (np.array(values) for values in zip(*points, strict=True))
     padded = np.pad(seen, _WINDOW // 2, mode="edge")
     smooth = np.convolve(padded, np.full(_WINDOW, 1 / _WINDOW), mode="valid")
@@ -151,14 +161,16 @@ def suggest(rates: list[float], losses: list[float]) -> FoundRate:
     slope = np.gradient(smooth, np.log(tried))[: best + 1]
     steepest = int(slope.argmin())
     if smooth[0] - smooth[best] < 0.01 * smooth[0]:
-        raise DataError("the loss falls at no learning rate", "look at the data and the sizes of the model")
+        raise DataError(
+            "learning-rate finder: the loss decreases at no rate", "check the data and the sizes of the model"
+        )
     return FoundRate(
         tried.tolist(), seen.tolist(), smooth.tolist(), float(tried[steepest]), float(tried[best])
     )
 
 
 def plot_rates(found: FoundRate, path: Path) -> None:
-    """Draw loss against learning rate, with the suggestion."""
+    """Plot loss against learning rate, with the suggested rate, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

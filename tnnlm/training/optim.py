@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the course of the learning rate."""
+"""AdamW with parameter groups for weight decay, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tnnlm.kernels import Kernel
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -> AdamW:
-    """AdamW; weight decay on matrices outside the kernels, ``kernel_lr_scale`` on kernels.
+    """Return AdamW with weight decay on matrices outside the kernels and ``kernel_lr_scale`` on kernels.
 
-    Kernels are left undecayed: pulling the position network to zero shortens the memory.
+    Kernels have no weight decay, because shrinking the position network shortens the memory.
     """
     in_kernels = {
         id(p) for module in model.modules() if isinstance(module, Kernel) for p in module.parameters()
@@ -39,10 +39,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
 
 
 def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:
-    """Share of the peak learning rate at optimizer step ``step`` (0 is the first).
+    """Return the learning rate at optimizer step ``step`` (from 0), as a fraction of the peak rate.
 
-    Linear warm-up over ``warmup_steps``, then a cosine down to ``min_lr_ratio`` at ``max_steps``,
-    or sqrt(warmup / step) as fairseq's ``inverse_sqrt``, or constant.
+    After linear warm-up over ``warmup_steps`` the schedule is a cosine down to ``min_lr_ratio`` at
+    ``max_steps``, sqrt(warmup_steps / step) as in fairseq's ``inverse_sqrt``, or constant.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -56,5 +56,5 @@ def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
-    """The schedule as a torch scheduler, stepped once per optimizer step."""
+    """Return the schedule as a torch scheduler, to be stepped once per optimizer step."""
     return LambdaLR(optimizer, lambda step: lr_factor(step, config, max_steps))

@@ -1,4 +1,4 @@
-"""What a run is continued from: the newest whole checkpoint, and nothing that came after it."""
+"""Resuming a run from its newest intact checkpoint, without the outputs of later steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.summary import read_summary
 
 SOURCES = {"last": LAST, "previous": PREVIOUS}
-"""what ``train.py --from`` takes"""
+"""Values of ``train.py --from`` and the checkpoint that each selects."""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
-"""a last.ckpt that was put aside for the one before it"""
+"""Backup of last.ckpt, made when a run resumes from previous.ckpt."""
 _FIXED_ON_RESUME = (
     "name",
     "runs_dir",
@@ -34,29 +34,29 @@ _FIXED_ON_RESUME = (
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:
-    """The configuration of a run, with changes from the command line.
+    """Return the configuration of a run with overrides from the command line.
 
     Raises:
-        ConfigError: if a change would make it another run.
-        CheckpointError: if the run was killed before it had written its settings.
+        ConfigError: If an override changes a setting that is fixed for the lifetime of a run.
+        CheckpointError: If the run was killed before it saved its configuration.
     """
     for word in overrides:
         if word.startswith(_FIXED_ON_RESUME):
             raise ConfigError(f"{word}: can't be changed on resume", "start a new run")
     if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: has no config.yaml to continue from", "start it again")
+        raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     config = load_config(run / "config.yaml", overrides)
     config.name, config.runs_dir = run.name, str(run.parent)
     return config
 
 
 def began(run: Path) -> bool:
-    """Whether a run has come as far as its first checkpoint, which is that of step 0."""
+    """Return whether a run has saved a checkpoint; unsharded runs save the first one at step 0."""
     return any((run / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def is_complete(config: Config, run: Path) -> bool:
-    """Whether all is done, the summary included: a run can be killed between its last step and that."""
+    """Return whether a run has finished its last step and written its summary."""
     if not (run / LAST).is_file():
         return False
     checkpoint = read_checkpoint(run / LAST)
@@ -66,11 +66,11 @@ def is_complete(config: Config, run: Path) -> bool:
 
 
 def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
-    """The step that ``run`` continues at.
+    """Return the step of the checkpoint that ``run`` resumes from.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint, naming the one before if that is whole; or
-            if the run is complete.
+        CheckpointError: If the checkpoint is missing or corrupt; the message suggests another one that is
+            intact. Also if the run is complete.
     """
     if not began(run):
         settings = " --config " + str(run / "config.yaml") if (run / "config.yaml").is_file() else ""
@@ -83,15 +83,20 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
         raise CheckpointError(
-            f"{run}: is complete at step {step}", f"to train on, add trainer.max_steps=N with N above {step}"
+            f"{run}: is complete at step {step}", f"to continue, set trainer.max_steps=N with N above {step}"
         )
     return step
 
 
 def begin_at(run: Path, source: Path, step: int) -> None:
-    """Make ``source`` the last checkpoint, and drop what killed processes left half-written.
+    """Make ``source`` the last checkpoint, and delete temporary files of killed processes and later samples.
 
-    A last checkpoint that is not gone on from is kept as replaced.ckpt.
+    If the run resumes from another checkpoint than last.ckpt, last.ckpt is kept as replaced.ckpt.
+
+    Args:
+        run: Folder of the run.
+        source: Checkpoint to resume from, relative to ``run``.
+        step: Optimizer step of ``source``.
     """
     for left in [*run.glob(".*.tmp"), *(run / LAST.parent).glob(".*.tmp")]:
         if left.is_file():
@@ -106,13 +111,13 @@ def begin_at(run: Path, source: Path, step: int) -> None:
 def _whole_step(path: Path) -> int:
     step = int(read_checkpoint(path)["global_step"])
     try:
-        # torch reads numbers that were changed on the disk without a word; the archive has checksums.
+        # torch.load does not verify the checksums of the archive.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError):
         damaged = path.name
     if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged")
+        raise CheckpointError(f"{path}: is corrupt")
     return step
 
 
@@ -123,12 +128,15 @@ def _advice(run: Path, source: Path) -> str:
                 step = _whole_step(run / other)
             except CheckpointError:
                 continue
-            return f"{run / other} is whole, of step {step}: {command('train')} --resume {run} --from {name}"
-    return f"no other is whole; start again with: {command('train')} --config {run / 'config.yaml'}"
+            return (
+                f"{run / other} of step {step} is intact; resume from it with: "
+                f"{command('train')} --resume {run} --from {name}"
+            )
+    return f"no other is intact; start again with: {command('train')} --config {run / 'config.yaml'}"
 
 
 def _trim_samples(path: Path, step: int) -> None:
-    """Drop the samples of steps that will be done again."""
+    """Delete samples of later steps, which will be generated again."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""One run from configuration to summary: the library call behind train.py."""
+"""A training run from configuration to summary: the function that train.py calls."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ def train(
     """Train, validate and save a run.
 
     Args:
-        config: all settings.
-        run: folder of a run to continue; None starts a new one under ``config.runs_dir``.
-        extra_callbacks: appended to the run's own.
-        source: the checkpoint to continue from, LAST or PREVIOUS.
-        job: name under which a new run is recorded, so that the job can find it again. ``run`` may
-            then be one that was killed before its first checkpoint: it begins anew.
+        config: The full configuration.
+        run: Folder of the run to resume; None starts a new run under ``config.runs_dir``.
+        extra_callbacks: Callbacks to add after the default ones.
+        source: Checkpoint to resume from, LAST or PREVIOUS.
+        job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
+            may be one that was killed before its first checkpoint; it then starts from scratch.
 
     Returns:
-        the content of summary.json (empty on ranks other than 0).
+        Content of summary.json; empty on ranks other than 0.
 
     Raises:
-        UserError: for unusable input; nothing was written then.
-        TrainingStopped: when it was asked to stop; the run was saved.
-        TrainingDiverged: when loss or weights are beyond use; the last good checkpoint is kept.
+        UserError: If the input is invalid. Nothing was written.
+        TrainingStopped: If a signal stopped the training. The run was saved.
+        TrainingDiverged: If the weights are not finite or too many steps were skipped. The last good
+            checkpoint is kept.
     """
     keep_large_blocks()
     limit_threads()
@@ -79,26 +80,29 @@ def train(
 
 
 class _Start(NamedTuple):
-    """Where a run begins."""
+    """Validated starting point of a run."""
 
     strategy: str | Strategy
+    """Strategy for the Trainer."""
     folder: Path
+    """Folder of the run; on other ranks than 0 of a new run, its parent."""
     tokenizer: TextTokenizer | None
-    """of its text, on the main process"""
+    """Tokenizer of the data; None on other processes than the main one."""
     step: int | None
-    """of the checkpoint, None for a new run"""
+    """Step of the checkpoint to resume from; None for a new run."""
     checkpoint: Path | None
+    """Checkpoint to resume from; None for a new run."""
 
 
 def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
-    """Everything that can be refused is checked before the run's folder is made, or an old one is changed."""
+    """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
     if not is_main_process():
-        # Rank 0 chooses the name: it is broadcast to the callbacks that write. It opens the text, which the
-        # other ranks find in the cache, after Lightning's barrier.
+        # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
+        # prepares the data; the other ranks load it from the cache after Lightning's barrier.
         folder = run or Path(config.runs_dir)
         return _Start(strategy, folder, None, step, None if step is None else folder / source)
     tokenizer = load_task_data(config).tokenizer
@@ -116,7 +120,7 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
 def _build(
     config: Config, start: _Start, last: CheckpointLast, extra: list[Callback], *, new: bool
 ) -> lightning.Trainer:
-    """The trainer; a new folder goes if there can be none."""
+    """Build the trainer; if that fails, delete the folder of a new run."""
     own = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
     try:
         return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra])
@@ -127,7 +131,7 @@ def _build(
 
 
 def _begin(config: Config, start: _Start) -> None:
-    """Write what belongs to a run from its first step on, and say what is trained."""
+    """Save tokenizer and configuration, and print the sizes of the run."""
     assert start.tokenizer is not None
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
     write_text(start.folder / "config.yaml", config_to_yaml(config))
@@ -143,7 +147,7 @@ def _begin(config: Config, start: _Start) -> None:
 def _summarise(
     trainer: lightning.Trainer, module: LitModel, data: TextDataModule, last: CheckpointLast
 ) -> dict[str, Any]:
-    """Score the test split, write summary.json and loss.png, and show them."""
+    """Score the test split if there is one, write summary.json and loss.png, and print the summary."""
     config, folder = data.config, last.run
     task = VALIDATION_TASKS[config.task]
     tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
@@ -161,7 +165,7 @@ def _summarise(
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0 of the training, or will be."""
+    """Return whether this process is, or will be, rank 0 of the training."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
@@ -178,12 +182,15 @@ def _fit(
         if error.errno not in OS_PROBLEMS:
             raise
         what = OS_PROBLEMS[error.errno].reason
-        go_on = NOTHING_SAVED
+        advice = NOTHING_SAVED
         if last.saved_step is not None:
-            go_on = f"go on from step {last.saved_step} with: {command('train')} --resume {last.run}"
+            advice = (
+                f"fix this and resume from step {last.saved_step} with: "
+                f"{command('train')} --resume {last.run}"
+            )
         raise CheckpointError(
             f"{error.filename or last.run}: {what}",
-            f"stopped after step {trainer.global_step}; when that is mended {go_on}",
+            f"training stopped after step {trainer.global_step}; {advice}",
         ) from None
 
 
@@ -191,12 +198,12 @@ def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     path = folder / "tokenizer.json"
     if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
         raise CheckpointError(
-            f"{folder}: its text or tokenizer has changed", "it can only be continued on the same"
+            f"{folder}: its data or tokenizer has changed", "restore the original data, or start a new run"
         )
 
 
 def _new_folder(config: Config) -> Path:
-    """runs/NAME, or runs/NAME-2 ... if that is taken: a run is never overwritten."""
+    """Create runs/NAME, or runs/NAME-2 and so on if it exists, since a run is never overwritten."""
     root = Path(config.runs_dir)
     root.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -210,13 +217,13 @@ def _new_folder(config: Config) -> Path:
 
 
 def quieten() -> None:
-    """Lightning's greetings, and warnings about choices that were made on purpose."""
+    """Silence Lightning's tips, and warnings about deliberate choices."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # rows come from memory-mapped files
-        ".*exists and is not empty.*",  # the run's folder is ours
-        ".*your dataloader is not resumable.*",  # the sampler starts where the checkpoint says
-        ".*LeafSpec.*is deprecated.*",  # inside Lightning
-        ".*WeightAveraging callback with a model that overrides.*",  # which only compiles
+        ".*exists and is not empty.*",  # the run's folder exists before Lightning writes to it
+        ".*your dataloader is not resumable.*",  # the sampler restores its position from the checkpoint
+        ".*LeafSpec.*is deprecated.*",  # raised by Lightning's code
+        ".*WeightAveraging callback with a model that overrides.*",  # it only compiles and shards
     ):
         warnings.filterwarnings("ignore", message=message)

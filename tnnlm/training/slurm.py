@@ -1,4 +1,4 @@
-"""A job of a cluster that is stopped and started again goes on with its own run, and no other."""
+"""SLURM support: a requeued job resumes the run that it started, and no other run."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
 
 JOB = Path("job.json")
-"""in a run's folder: the job it belongs to"""
+"""File in a run's folder that records the job the run belongs to."""
 
 
 class TimeLimit(Exception):
-    """The cluster is about to end the job, and nothing is being trained that could be saved."""
+    """Signal of the cluster's time limit outside of training, when there is nothing to save."""
 
 
 def slurm_job() -> str | None:
-    """The number of the SLURM job that this process belongs to, array task included; None outside."""
+    """Return the SLURM job id of this process, including the array task; None outside of SLURM."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
 def job_name(given: str) -> str:
-    """What a run is recorded under: the given name, else the SLURM job, which keeps its number when requeued.
+    """Return the name to record a run under: ``given``, or the SLURM job, whose id survives requeueing.
 
     Raises:
-        ConfigError: if neither is there.
+        ConfigError: If ``given`` is empty and there is no SLURM job.
     """
     if given:
         return given
     number = slurm_job()
     if number is None:
-        raise ConfigError("--job: this is no SLURM job", "give a name: --job NAME")
+        raise ConfigError("--job: not running in a SLURM job", "pass a name: --job NAME")
     return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {number}".replace("  ", " ")
 
 
 def record_job(run: Path, job: str) -> None:
-    """Note in a run's folder which job it belongs to."""
+    """Record in a run's folder which job the run belongs to."""
     write_text(run / JOB, json.dumps({"job": job}) + "\n")
 
 
 def find_job(job: str, config: Config) -> Path | None:
-    """The run that a job began; None if it began none.
+    """Find the run that a job started; return None if it has not started one.
 
     Args:
-        job: as from :func:`job_name`.
-        config: what the job's command says; runs are looked for under its ``runs_dir``.
+        job: Name of the job from :func:`job_name`.
+        config: Configuration from the job's command. Runs are searched in its ``runs_dir``.
 
     Raises:
-        ConfigError: if the run's settings are others: it is some other experiment's.
+        ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
     """
     for path in sorted(Path(config.runs_dir).glob(f"*/{JOB}")):
         if json.loads(path.read_text(encoding="utf-8")).get("job") != job:
@@ -77,13 +77,13 @@ def find_job(job: str, config: Config) -> Path | None:
 
 
 def requeue() -> str:
-    """Ask SLURM to start this job again; it will get the same number and command.
+    """Requeue this SLURM job; it will run the same command under the same job id.
 
     Returns:
-        the job's number.
+        The job id.
 
     Raises:
-        UserError: if SLURM refuses.
+        UserError: If SLURM rejects the request.
     """
     number = slurm_job()
     assert number is not None
@@ -95,15 +95,17 @@ def requeue() -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        raise UserError(f"job {number} could not be requeued ({problem.splitlines()[0]})")
+        raise UserError(
+            f"job {number}: could not be requeued ({problem.splitlines()[0]}); submit it again with sbatch"
+        )
     return number
 
 
 @contextmanager
 def time_limit_noticed() -> Iterator[None]:
-    """Raise :class:`TimeLimit` on the cluster's signal, where it would end the process without a word.
+    """Raise :class:`TimeLimit` on the cluster's signal, which would otherwise kill the process silently.
 
-    While steps are trained the signal is :class:`~tnnlm.training.callbacks.checkpoint.CheckpointLast`'s.
+    During training :class:`~tnnlm.training.callbacks.checkpoint.CheckpointLast` handles the signal instead.
     """
     if TIME_LIMIT is None:
         yield
@@ -120,9 +122,12 @@ def time_limit_noticed() -> Iterator[None]:
 
 
 def cluster_plugins() -> list[Any]:
-    """SLURM as Lightning knows it, without Lightning's own requeue: that saves in the signal handler, in
-    the middle of a step, and picks up whatever such file lies in the folder."""
-    # torchrun's processes, inside a SLURM job too, are torchrun's.
+    """Return Lightning's SLURM environment with auto-requeue disabled, if srun started this process.
+
+    Lightning's auto-requeue saves inside the signal handler, in the middle of a step, and resumes from any
+    such file that it finds in the folder.
+    """
+    # Inside a SLURM job, processes may have been started by torchrun instead of srun.
     by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
 
@@ -130,9 +135,9 @@ def cluster_plugins() -> list[Any]:
 def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
     new, old = ({name: value for name, value, _ in leaves(c)} for c in (config, recorded))
     for key in sorted(new.keys() | old.keys()):
-        # The folder's number is part of its name.
+        # A run in a numbered folder such as demo-2 has that as its name.
         if key not in ("name", "runs_dir") and new.get(key) != old.get(key):
             raise ConfigError(
                 f"--job: {run} of job {job!r} has {key}={old.get(key)}, not {new.get(key)}",
-                f"give this training another name: --job NAME, or continue that one: --resume {run}",
+                f"pass another name with --job NAME, or continue that run with --resume {run}",
             )

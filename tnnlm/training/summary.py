@@ -1,4 +1,4 @@
-"""What is left when a run ends: summary.json, loss.png, and a table on the screen."""
+"""Outputs at the end of a run: summary.json, loss.png and a table in the terminal."""
 
 from __future__ import annotations
 
@@ -27,10 +27,19 @@ def write_summary(
     train_seconds: float,
     tested: dict[str, float],
 ) -> dict[str, Any]:
-    """Write summary.json from the last validation in metrics.csv and what only the trainer knows.
+    """Write summary.json from the last validation in metrics.csv and the values given by the trainer.
 
-    ``tested``: what the best checkpoint reaches on a test split; empty where the task has none. The best
-    value of what is monitored then stands beside the last.
+    Args:
+        run: Folder of the run.
+        task: Task of the run, which determines the metrics.
+        params: Number of trainable parameters.
+        tokens_seen: Number of training tokens.
+        train_seconds: Seconds of training and validation.
+        tested: Metrics of the best checkpoint on the test split; empty for tasks without one. If given, the
+            summary also has the best validation value of the monitored metric.
+
+    Returns:
+        Content of summary.json.
     """
     kept = [name for name in task.columns() if name != "val/loss" or not task.converts]
     rows = read_metrics(run / "metrics.csv")
@@ -53,13 +62,13 @@ def write_summary(
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The content of summary.json; empty if the run has none."""
+    """Return the content of summary.json; empty if the file does not exist."""
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def plot_loss(run: Path) -> None:
-    """Draw loss.png: training loss and both validation losses over steps."""
+    """Plot training and validation losses against the optimizer step to loss.png."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(run / "metrics.csv")
@@ -95,11 +104,11 @@ def plot_loss(run: Path) -> None:
 def show_summary(
     run: Path, summary: dict[str, Any], task: type[ValidationTask], prompt: str, console: Console
 ) -> None:
-    """Print the table, where things lie, what to run next."""
-    console.print(_forms(run, summary) if task.converts else _values(run, summary, task))
+    """Print the table of metrics, the paths of the outputs and the next command."""
+    console.print(_parallel_and_recurrent(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
-    again = " --force" if (run / CONVERTED).exists() else ""  # what was converted before the run went on
+    again = " --force" if (run / CONVERTED).exists() else ""  # converted before the run was resumed
     lines = [
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
@@ -113,8 +122,8 @@ def show_summary(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _forms(run: Path, summary: dict[str, Any]) -> Table:
-    """Both forms side by side."""
+def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
+    """Return a table of the last validation in parallel and in recurrent form."""
     table = Table(title=f"run {run.name}")
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
         table.add_column(column, justify="left" if column == "validation" else "right")
@@ -127,7 +136,7 @@ def _forms(run: Path, summary: dict[str, Any]) -> Table:
 
 
 def _values(run: Path, summary: dict[str, Any], task: type[ValidationTask]) -> Table:
-    """What the last validation measured."""
+    """Return a table of the last validation's metrics and of test metrics."""
     table = Table("validation", "", title=f"run {run.name}")
     for name in task.columns():
         table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)))

@@ -1,7 +1,7 @@
-"""What a run's task decides beside model and data: how a validation scores, and what it logs.
+"""Validation of each task: how batches are scored and which metrics are logged.
 
-A task of its own is: a model with ``loss(batch)`` in ``encoder.MODELS``, its data in ``data.OPENERS``, and a
-class here.
+A new task needs a model with ``loss(batch)`` in ``tnnlm.models.factory.MODELS``, its data in
+``tnnlm.data.tasks.OPENERS`` and a class in ``VALIDATION_TASKS``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
 
 class WeightedMean(MeanMetric):
-    """The mean over all batches of all ranks, each weighted by its size, always in float64.
+    """Mean over all batches of all ranks, weighted by their sizes, always in float64.
 
-    NaN stays NaN: by default torchmetrics drops such batches, and a model that diverged would score well.
+    NaN propagates: torchmetrics drops NaN batches by default, which would let a diverged model score well.
     """
 
     def __init__(self) -> None:
@@ -49,33 +49,34 @@ class WeightedMean(MeanMetric):
         self.set_dtype(torch.float64)
 
     def add(self, total: float, count: int) -> None:
-        """Add a batch: the sum over ``count`` tokens or rows, of which there may be none."""
-        # A Trainer may begin in inference mode, whose tensors can't be changed in place outside of it.
+        """Add a batch with sum ``total`` over ``count`` tokens or rows; ``count`` may be 0."""
+        # Trainer.validate runs in inference mode, whose tensors can't be changed in place afterwards.
         self.mean_value, self.weight = self.mean_value.clone(), self.weight.clone()
         self.update(total / max(count, 1), count)
 
     def take(self) -> float:
-        """The mean over all batches of all ranks, of which it then starts anew."""
+        """Return the mean over all batches of all ranks, and reset the metric."""
         mean = float(self.compute())
         self.reset()
         return mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
-        # Sums would follow a model to bfloat16, and any move rounds to float32 what is added from then on.
+        # Otherwise the sums would be cast to the model's dtype, such as bfloat16. A move to another device
+        # would also round later sums to float32.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device, torch.float64), exclude_state)
 
 
 class ValidationTask(nn.Module, ABC):
-    """One task's validation. A module for its metrics' sake: they follow the model's device."""
+    """Validation of one task. It is a module so that its metrics move to the model's device."""
 
     converts: ClassVar[bool] = False
-    """whether its models have a recurrent form: checkpoints carry it, samples are written with it"""
+    """Whether the models have a recurrent form, which is stored in checkpoints and generates the samples."""
     place: ClassVar[Place]
-    """which columns of metrics.csv a validation logs"""
+    """Group of metrics.csv columns that a validation logs."""
     monitor: ClassVar[str]
-    """of these, what best.ckpt is the best in"""
+    """Metric that selects best.ckpt."""
     mode: ClassVar[str] = "min"
-    """whether the best is the smallest or the largest: min or max"""
+    """Whether the best value of ``monitor`` is the smallest (min) or the largest (max)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -83,40 +84,40 @@ class ValidationTask(nn.Module, ABC):
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """What a validation logs."""
+        """Return the names of the metrics that a validation logs."""
         return columns_at(cls.place)
 
     @classmethod
     def shown(cls) -> tuple[str, ...]:
-        """Of these, what the progress bar and callbacks get."""
+        """Return the metrics that are passed to the progress bar and callbacks."""
         metrics = metrics_at(cls.place)
         return tuple(metric.column for metric in metrics if metric.short or metric.column == cls.monitor)
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
-        """Make ready for a validation; may fail on one rank alone.
+        """Prepare a validation; this may fail on a single rank.
 
         Args:
-            kernels: of every layer, with whole weights.
+            kernels: Kernels of all layers, with unsharded weights.
         """
 
     def agree(self, strategy: Strategy) -> None:
-        """Have all ranks do the same, after ``begin``."""
+        """Make all ranks validate the same way, after ``begin``."""
 
     @abstractmethod
     def validate(self, model: Any, batch: Any, counted: int | None) -> None:
-        """Score one batch, of which the first ``counted`` rows count; None counts all."""
+        """Score the first ``counted`` rows of a batch, or all rows if it is None."""
 
     @abstractmethod
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
-        """Values for :meth:`columns` over all batches of all ranks, then start anew.
+        """Return the values of :meth:`columns` over all batches of all ranks, and reset the metrics.
 
         Args:
-            bytes_per_token: of the text that was validated on; None leaves bits per byte out.
+            bytes_per_token: Bytes per token of the validation data; None omits bits per byte.
         """
 
 
 class CausalTask(ValidationTask):
-    """Perplexity of both forms on the same tokens."""
+    """Perplexity of the parallel and the recurrent form on the same tokens."""
 
     converts = True
     place = Place.CAUSAL
@@ -125,24 +126,24 @@ class CausalTask(ValidationTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.recurrences: list[RecurrentConv] = []
-        """of the kernels of this validation; in a list, so that they are no submodules"""
+        """Converted kernels of this validation, in a plain list so that they are not submodules."""
         self.nll_parallel = WeightedMean()
         self.nll_recurrent = WeightedMean()
 
     def begin(self, kernels: Sequence[Kernel | TwoSidedKernel]) -> None:
-        """Convert them."""
+        """Convert the kernels to recurrences."""
         self.recurrences = []
         causal = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
         _, layers = convert_kernels(causal, self.config.model.max_length, self.config.conversion)
         self.recurrences = [RecurrentConv(converted.params) for converted in layers]
 
     def agree(self, strategy: Strategy) -> None:
-        """All ranks score the recurrence or none does: one that went on alone would wait for ever."""
+        """Skip the recurrent form on all ranks if one rank failed to convert, to avoid a deadlock."""
         if not strategy.reduce_boolean_decision(bool(self.recurrences)):
             self.recurrences = []
 
     def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
-        """Score the same rows by FFT and by the recurrence."""
+        """Score the same rows in parallel form (FFT) and in recurrent form."""
         self.nll_parallel.add(*parallel_nll(model, batch, counted))
         if self.recurrences:
             chunk = self.config.conversion.chunk
@@ -151,13 +152,15 @@ class CausalTask(ValidationTask):
 
     @contextmanager
     def recurrent_form(self, model: CausalLM) -> Iterator[CausalLM]:
-        """The model whole and in the recurrent form of this validation, for the length of a block, in
-        which ranks may do different things. To be entered on all of them."""
+        """Put the model in the recurrent form of this validation, unsharded, inside a ``with`` block.
+
+        All ranks must enter the block. Inside, a single rank may run the model.
+        """
         with unsharded(model), in_recurrent_form(model, self.recurrences):
             yield model
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
-        """Reduce over ranks, then exponentiate once."""
+        """Reduce over all ranks, then exponentiate once."""
         parallel = self.nll_parallel.take()
         values = {"val/loss": parallel, "val/ppl": perplexity(parallel)}
         if bytes_per_token is not None:
@@ -172,7 +175,7 @@ class CausalTask(ValidationTask):
 
 
 class MaskedTask(ValidationTask):
-    """Perplexity of the hidden tokens."""
+    """Perplexity of the masked tokens."""
 
     place = Place.MASKED
     monitor = "val/ppl_masked"
@@ -182,17 +185,17 @@ class MaskedTask(ValidationTask):
         self.nll = WeightedMean()
 
     def validate(self, model: MaskedLM, batch: MaskedBatch, counted: int | None) -> None:
-        """Score the tokens to be guessed."""
+        """Score the masked tokens of a batch."""
         self.nll.add(*masked_nll(model, batch, counted))
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
-        """Reduce over ranks, then exponentiate once."""
+        """Reduce over all ranks, then exponentiate once."""
         nll = self.nll.take()
         return {"val/loss": nll, "val/ppl_masked": perplexity(nll)}
 
 
 class ClassifyTask(ValidationTask):
-    """Share of whole sequences whose class is found."""
+    """Accuracy of sequence classification."""
 
     place = Place.CLASSIFY
     monitor = "val/accuracy"
@@ -204,13 +207,13 @@ class ClassifyTask(ValidationTask):
         self.correct = WeightedMean()
 
     def validate(self, model: SequenceClassifier, batch: LabelledBatch, counted: int | None) -> None:
-        """Classify a batch."""
+        """Score the classes of a batch."""
         scores = class_scores(model, batch, counted)
         self.nll.add(scores.total, scores.rows)
         self.correct.add(scores.correct, scores.rows)
 
     def results(self, bytes_per_token: float | None) -> dict[str, float]:
-        """Reduce over ranks."""
+        """Reduce over all ranks."""
         return {"val/loss": self.nll.take(), "val/accuracy": self.correct.take()}
 
 
@@ -219,4 +222,4 @@ VALIDATION_TASKS: dict[str, type[ValidationTask]] = {
     "masked": MaskedTask,
     "classify": ClassifyTask,
 }
-"""by ``config.task``"""
+"""Validation class for each value of ``config.task``."""

@@ -1,4 +1,4 @@
-"""The test split, read once, when a run that classifies ends: by its best checkpoint."""
+"""Scores of the best checkpoint on the test split, computed once at the end of a classification run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tnnlm.models.encoders import SequenceClassifier
 
 
 def score_rows(model: nn.Module, rows: LabelledRows, batch_size: int, device: torch.device) -> Scores:
-    """Classify every row of a data set, in order.
+    """Classify every row of a data set, in order, and return the total scores.
 
     Args:
-        model: logits of (tokens, lengths), as :class:`tnnlm.models.encoders.SequenceClassifier`; on
-            ``device``.
-        rows: all of them are read, whole.
-        batch_size: at a time.
-        device: where.
+        model: Module on ``device`` that returns logits for (tokens, lengths), such as
+            :class:`tnnlm.models.encoders.SequenceClassifier`.
+        rows: Data set to classify.
+        batch_size: Rows per batch.
+        device: Device to run on.
     """
     was_training = model.training
     model.eval()
@@ -39,8 +39,11 @@ def score_rows(model: nn.Module, rows: LabelledRows, batch_size: int, device: to
 
 
 def final_scores(run: Path, config: Config, device: torch.device) -> dict[str, float]:
-    """``test/loss`` and ``test/accuracy`` of a run's best checkpoint, and ``test/majority``: the accuracy of
-    naming the commonest class of that split always."""
+    """Return the test metrics of a run's best checkpoint.
+
+    ``test/loss`` is in nats per sequence. ``test/majority`` is the accuracy of always predicting the most
+    frequent class of the test split, a baseline for ``test/accuracy``.
+    """
     model = load_encoder(find_checkpoint(str(run), run.parent)).model.to(device)
     assert isinstance(model, SequenceClassifier)
     rows = prepare_sequences(config).split("test", config.model.max_length)

@@ -1,7 +1,7 @@
-"""What is watched while a run trains: the speed of its steps, and how long its kernels' memory grows.
+"""Training metrics: throughput, FLOP/s, data-loading time, gradient norm, and the memory of the kernels.
 
-Two clocks, the gradient norm that clipping computed anyway, floating-point operations worked out from
-the configuration, and two numbers per layer that say which layers grow long memory.
+The gradient norm comes from clipping and FLOPs from the configuration. Effective length and Hankel order of
+each layer tell which layers learn long memory.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from tnnlm.training.estimate import guessed_share
 from tnnlm.training.loggers.names import LENGTH, ORDER
 
 ENERGY = 0.99
-"""share of a kernel's energy that its effective length holds"""
+"""Share of a kernel's energy within its effective length."""
 LARGEST_ORDER = 64
-"""orders are counted up to here: a layer that shows it needs as many or more"""
+"""Upper limit of the reported order; a layer at the limit may need a higher order."""
 
 
 class KernelMemory(NamedTuple):
-    """How far a layer looks back, and how much it must remember to do so."""
+    """Memory of a layer: how far it looks back, and the size of the state that this needs."""
 
     length: int
-    """smallest number of lags that holds ``ENERGY`` of the energy of all channels together"""
+    """Effective length in lags: the smallest with ``ENERGY`` of the energy summed over all channels."""
     order: int
-    """smallest order at which any recurrence can come within the tolerance (Hankel norm), shared
-    by all channels: Hankel singular values above tolerance times the largest; by Adamyan, Arov, Krein"""
+    """Smallest order of a recurrence, shared by all channels, within the tolerance in the Hankel norm.
+
+    This is the number of Hankel singular values above ``tolerance`` times the largest (Adamyan, Arov, Krein).
+    """
 
 
 @torch.no_grad()
 def kernel_memory(k: Tensor, tolerance: float) -> KernelMemory | None:
-    """Measure taps k (E, L); None if they are not finite or all zero."""
+    """Measure the memory of taps k (E, L); return None if they are not finite or all zero."""
     energy = k.double().square().sum(0)
     total = float(energy.sum())
     if not math.isfinite(total) or total == 0:
         return None
     length = int((energy.cumsum(0) < ENERGY * total).sum()) + 1
-    # Combinations of channels below a tenth of the tolerance can't carry a singular value above it.
+    # Combinations of channels below a tenth of the tolerance can't have a singular value above it.
     sigma = hankel_svd(compress(k, LARGEST_ORDER, drop=tolerance / 10).unsqueeze(0), LARGEST_ORDER)[0][0]
     return KernelMemory(min(length, k.shape[1]), int((sigma > tolerance * sigma[0]).sum()))
 
@@ -57,9 +59,11 @@ def kernel_memory(k: Tensor, tolerance: float) -> KernelMemory | None:
 def memory_values(
     layers: Sequence[Kernel | TwoSidedKernel], length: int, tolerance: float
 ) -> dict[str, float]:
-    """Effective length and order of every layer, on the ``length`` taps that training uses; by name, for
-    the log. Of two-sided kernels both directions count: a lag is a distance, a direction a recurrence of its
-    own."""
+    """Return effective length and order of every layer by metric name, on the ``length`` taps of training.
+
+    The two directions of a bidirectional kernel count as separate channels, because each needs a recurrence;
+    a lag is then a distance.
+    """
     values: dict[str, float] = {}
     for index, kernel in enumerate(layers):
         k = kernel.folded(length) if isinstance(kernel, TwoSidedKernel) else kernel(length)
@@ -70,12 +74,12 @@ def memory_values(
 
 
 def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) -> float:
-    """Floating-point operations per token of a training step: forward, and twice that backward.
+    """Return the floating-point operations per token of a training step, forward and backward.
 
-    Counts 6 per weight of a matrix product (Kaplan et al. 2020), the head among them, and the
-    convolutions by FFT, 2.5 n log2 n a transform: two forward and two backward of every row, four of
-    the taps, shared by ``n_rows`` rows. The head counts for the share of tokens that are ``guessed``.
-    Position networks, norms and gates are left out.
+    Matrix products, including the head, count 6 per weight (Kaplan et al. 2020). FFT convolutions count
+    2.5 n log2 n per transform: two forward and two backward for every row, and four for the taps, shared by
+    ``n_rows`` rows of a batch. The head is counted for ``guessed``, the share of tokens with logits.
+    Position networks, norms and gates are not counted.
     """
     inner, hidden = config.expand * config.d_model, config.glu_dim or config.d_model
     layer = config.d_model * (3 * inner + 3 * hidden)
@@ -87,50 +91,54 @@ def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) 
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in GiB: allocated on a GPU, resident of the process elsewhere; 0 if unknown."""
+    """Return the peak memory in GiB: allocated on a GPU, resident of the process elsewhere; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident_peak() / 2**30
 
 
 class DataWait(Profiler):
-    """Adds up the seconds that the training loop waited for batches: Lightning times that action."""
+    """Profiler that accumulates the seconds that the training loop waits for batches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waited = 0.0
+        """Seconds waited for batches so far."""
         self._began = 0.0
 
     def start(self, action_name: str) -> None:
-        """Lightning begins an action."""
+        """Start timing if the action is loading a batch."""
         if action_name.endswith("train_dataloader_next"):
             self._began = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        """And ends it."""
+        """Stop timing and add the wait if the action is loading a batch."""
         if action_name.endswith("train_dataloader_next"):
             self.waited += time.perf_counter() - self._began
 
 
 class Throughput:
-    """Figures of the optimizer steps since the last row of the log."""
+    """Metrics of the optimizer steps since the last row of the log."""
 
     def __init__(self, config: Config) -> None:
         self.flops = flops_per_token(config.model, config.data.batch_size, guessed_share(config))
         self.norms: list[Tensor] = []
-        """of the gradient before clipping, one per step"""
+        """Gradient norms before clipping, one per optimizer step."""
         self._last = (0, 0.0, 0.0)
 
     def start(self, step: int, profiler: Any) -> None:
-        """Start the clocks, at step 0 and after what is no training, as validation."""
+        """Start the timers at ``step``: at the start of training, and after pauses such as validation."""
         self._last = (step, time.perf_counter(), _waited(profiler))
 
     def read(self, trainer: lightning.Trainer, tokens_per_step: int) -> dict[str, float]:
-        """Means since the last reading (or start), and the clocks start anew.
+        """Return means since the last call of ``read`` or ``start``, and restart the timers.
 
         Args:
-            trainer: at a step border.
-            tokens_per_step: on all ranks together.
+            trainer: Trainer at the end of an optimizer step.
+            tokens_per_step: Tokens per optimizer step on all ranks.
+
+        Returns:
+            Values by metric name.
         """
         (last_step, last_time, last_waited), step = self._last, trainer.global_step
         self.start(step, trainer.profiler)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a configuration asks for it: callbacks, loggers, devices, precision."""
+"""Construction of Lightning's Trainer from a configuration: callbacks, loggers, devices and precision."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def build_trainer(
     resume_step: int | None,
     callbacks: list[Callback],
 ) -> lightning.Trainer:
-    """The trainer of one run.
+    """Build the trainer of a run.
 
     Args:
-        config: all settings.
-        strategy: as Lightning takes it.
-        folder: of the run.
-        resume_step: the step it goes on from, if any.
-        callbacks: of the caller; what saves the best model comes after them.
+        config: The full configuration.
+        strategy: Strategy for Lightning's Trainer.
+        folder: Folder of the run.
+        resume_step: Step to resume from; None for a new run.
+        callbacks: Callbacks to add before the one that saves the best checkpoint.
 
     Raises:
-        ConfigError: for an accelerator or a strategy that can't be had here.
+        ConfigError: If the accelerator or the strategy is not available on this machine.
     """
     settings = config.trainer
     at_terminal = sys.stdout.isatty()
@@ -55,9 +55,9 @@ def build_trainer(
         **step_options(config),
         num_nodes=settings.num_nodes,
         strategy=strategy,
-        # Lightning's inference mode makes tensors that FSDP2 can't train on when it gathers into them.
+        # FSDP2 can't train on tensors that were gathered in inference mode during validation.
         inference_mode=settings.strategy != FSDP,
-        log_every_n_steps=1,  # the module keeps its own interval
+        log_every_n_steps=1,  # LitModel applies trainer.log_every_n_steps
         enable_progress_bar=at_terminal,
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
@@ -73,7 +73,7 @@ def build_trainer(
 
 
 def step_options(config: Config) -> dict[str, Any]:
-    """Options of Lightning's Trainer for the same steps on the same devices, whatever is logged and saved."""
+    """Return the Trainer options that determine the optimizer steps and the devices."""
     return {
         "accelerator": resolve_accelerator(config),
         "devices": resolve_devices(config),
@@ -88,7 +88,7 @@ def step_options(config: Config) -> dict[str, Any]:
 
 
 def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal: bool) -> list[Logger]:
-    # What came after the checkpoint will be logged again.
+    # Steps after the checkpoint will be logged again.
     redone = None if resume_step is None else resume_step + 1
     loggers: list[Logger] = [
         MetricsCSV(folder / "metrics.csv", config, resume_step),
@@ -111,13 +111,13 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
         monitor=task.monitor,
         mode=task.mode,
         enable_version_counter=False,
-        # A run is one epoch: at its end the best model would be long gone.
+        # A run is one epoch, and its end is too late to save the best model.
         save_on_train_epoch_end=False,
     )
     return [
         *([TrainingBar(Console())] if at_terminal else []),
         ValidationSchedule(settings.val_every_n_steps),
-        *average,  # before what saves
+        *average,  # before the callbacks that save
         AttachRecurrences(config, *average),
         *([samples] if task.converts else []),
         *given,

@@ -1,1 +1,1 @@
-"""Callbacks of training: checkpoints, skipped steps, averaged weights, validation, progress."""
+"""Training callbacks: checkpoints, skipping of bad steps, EMA, validation, samples and progress."""

@@ -1,4 +1,4 @@
-"""When and how a run is saved: whole files only, at step borders, the recurrence attached."""
+"""Checkpointing: atomic files, saved between optimizer steps, with the converted kernels attached."""
 
 from __future__ import annotations
 
@@ -28,42 +28,47 @@ from tnnlm.training.fsdp import gather_kernels, is_sharded
 from tnnlm.training.lit_module import LitModel, tokenizer_of
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
-"""what a cluster sends some time before it ends a job; Windows has no such signal"""
+"""Signal that a cluster sends some time before it ends a job; None on Windows, which lacks it."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if TIME_LIMIT is None else [TIME_LIMIT]))
-"""those that end a training at the next step border"""
+"""Signals that stop a training at the end of the current optimizer step."""
 
 
 NOTHING_SAVED = "nothing was saved yet; start again"
+"""Advice in errors of a run that has no checkpoint yet."""
 
 
 class TrainingStopped(Exception):
-    """The training was asked to stop; the run was saved at a step border, if there was a step.
+    """Training was stopped by a signal at the end of a step; the message tells how to resume.
 
-    ``time_limit`` is set if a cluster asked for it, whose time for the job is nearly up.
+    Args:
+        step: Last optimizer step.
+        run: Folder of the run.
+        time_limit: Whether the signal was a cluster's time limit.
+        saved: Whether the run has a checkpoint. A sharded run has none before its first step.
     """
 
     def __init__(self, step: int, run: Path, time_limit: bool = False, saved: bool = True) -> None:
-        go_on = f"saved; go on with: {command('train')} --resume {run}"
-        super().__init__(f"stopped after step {step}, {go_on if saved else NOTHING_SAVED}")
+        advice = f"saved; resume with: {command('train')} --resume {run}"
+        super().__init__(f"stopped after step {step}, {advice if saved else NOTHING_SAVED}")
         self.step = step
         self.time_limit = time_limit
 
 
 class TrainingDiverged(CheckpointError):
-    """The model is lost, or about to be: the run was stopped, the last good checkpoint kept."""
+    """Training diverged and was stopped; the last good checkpoint is kept."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all: a full disk leaves the one before.
+    """Checkpoint plugin that writes files atomically, so that a full disk keeps the existing checkpoint.
 
-    Of ``last.ckpt`` the one before is kept as ``previous.ckpt``.
+    Saving ``last.ckpt`` keeps its predecessor as ``previous.ckpt``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside, flush to the disk, rename.
+        """Write to a temporary file, flush it to the disk and rename it.
 
         Raises:
-            OSError: if the disk is full.
+            OSError: If the disk is full.
         """
         path = Path(path)
         with atomic_file(path) as temporary:
@@ -71,42 +76,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 try:
                     torch.save(checkpoint, file)
                 except RuntimeError as error:
-                    # torch stumbles once more while it closes the file that could not be written.
+                    # torch raises a second error while it closes the file after the failed write.
                     cause = error.__context__
                     if not isinstance(cause, OSError) or cause.errno is None:
                         raise
                     raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
                 file.flush()
                 os.fsync(file.fileno())
-            # Not before the new one is on the disk: until then the older one may be needed.
+            # previous.ckpt may be needed until the new checkpoint is on the disk.
             if path.name == LAST.name and path.exists():
                 second_name(path, path.with_name(PREVIOUS.name))
 
 
 def second_name(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of what had it: at no moment is ``path`` missing.
+    """Hard-link ``path`` to ``name``, replacing an existing file; ``path`` exists at every moment.
 
-    Where the file system knows no hard links, ``path`` gets the name and loses its own.
+    On file systems without hard links, ``path`` is renamed to ``name`` instead.
     """
-    beside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    beside.unlink(missing_ok=True)
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, beside)
+        os.link(path, temporary)
     except OSError:
         os.replace(path, name)
         return
-    os.replace(beside, name)
-    # Renaming does nothing where both are names of one file already.
-    beside.unlink(missing_ok=True)
+    os.replace(temporary, name)
+    # Renaming does nothing if both are links to the same file already.
+    temporary.unlink(missing_ok=True)
 
 
 class AttachRecurrences(Callback):
-    """Attaches configuration, tokenizer and, where the task has them, converted kernels to every checkpoint.
+    """Callback that adds configuration, tokenizer and converted kernels to every checkpoint.
 
-    Where weights are averaged the kernels of the average are converted: those that the checkpoint
-    holds. Runs on every rank, before the file is written: no files. Sharded kernels are gathered on all
-    ranks first, as Lightning has gathered the weights just before; the rest is done by the rank that
-    writes. If the conversion fails the checkpoint is saved without it, and a warning says why.
+    Kernels are only added for tasks whose models have a recurrent form. With weight averaging the averaged
+    kernels are converted, because the checkpoint's weights are the averaged ones. The callback runs on every
+    rank before the file is written, so it must not write files. All ranks gather sharded kernels, then rank 0
+    converts them. If the conversion fails, the checkpoint is saved without it, with a warning.
     """
 
     def __init__(self, config: Config, average: AveragedWeights | None = None) -> None:
@@ -116,7 +121,7 @@ class AttachRecurrences(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add our entry."""
+        """Add the entry to the checkpoint."""
         saved = self.average.averaged(pl_module) if self.average else pl_module
         assert isinstance(saved, LitModel)
         ssm = self._recurrence(trainer, saved) if saved.task.converts else None
@@ -131,18 +136,18 @@ class AttachRecurrences(Callback):
         try:
             horizon, layers = convert_kernels(found, self.config.model.max_length, recipe)
             return attached_ssm([layer.params for layer in layers], recipe.method, horizon)
-        except Exception as error:  # losing the checkpoint would be worse, whatever the reason
+        except Exception as error:  # no failure here may cost the checkpoint
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
             return None
 
 
 class CheckpointLast(Callback):
-    """Keeps ``last.ckpt``: at the start, every so many steps, at the end, and when asked to stop.
+    """Callback that saves ``last.ckpt``: at the start, every N steps, at the end, and on a stop signal.
 
-    It is saved once a step is logged and validated, so that what a killed run wrote up to its
-    checkpoint is complete. The first Ctrl-C, SIGTERM, or SIGUSR1 (a cluster's time limit) finishes
-    the step, saves and raises :class:`TrainingStopped`; a second Ctrl-C interrupts at once. On
-    several ranks all stop at the same step. A model that is not finite is never saved.
+    A step is saved after it was logged and validated, so that the logs of a killed run are complete up to its
+    checkpoint. On the first Ctrl-C, SIGTERM or SIGUSR1 (a cluster's time limit) the step is finished and
+    saved, and :class:`TrainingStopped` is raised; a second Ctrl-C interrupts immediately. All ranks stop at
+    the same step. Weights that are not finite are never saved.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
@@ -150,7 +155,7 @@ class CheckpointLast(Callback):
         self.every_n_steps = every_n_steps
         self.seconds_before = 0.0
         self.saved_step: int | None = None
-        """step of the checkpoint that a killed run would go on from"""
+        """Step of the last checkpoint; None before the first one."""
         self._started = time.perf_counter()
         self._received: set[int] = set()
         self._step = 0
@@ -159,29 +164,29 @@ class CheckpointLast(Callback):
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of training and validation, earlier parts of a resumed run included."""
+        """Seconds of training and validation, including those before the run was resumed."""
         return self.seconds_before + time.perf_counter() - self._started
 
     @property
     def run(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.path.parents[1]
 
     @property
     def state_key(self) -> str:
-        """Of its state in a checkpoint, as in files of version 0.1.0."""
+        """Key of this callback's state in checkpoints, unchanged since version 0.1.0."""
         return "SaveLast"
 
     def state_dict(self) -> dict[str, Any]:
-        """The time so far."""
+        """Return the training time so far."""
         return {"train_seconds": self.train_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the training time."""
         self.seconds_before = state_dict["train_seconds"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the signals over; save a new run, so that it can be resumed whenever it is killed."""
+        """Install the signal handlers, and save a new run so that it can be resumed from the start."""
         self._started = time.perf_counter()
         self._step = trainer.global_step
         self.path = trainer.strategy.broadcast(self.path)
@@ -191,15 +196,18 @@ class CheckpointLast(Callback):
         assert isinstance(pl_module, LitModel)
         if self._step:
             self.saved_step = self._step
-        # To gather moments of shards that aren't there yet, torch takes a step of zeros, which counts.
+        # For a sharded model, torch would initialise the missing optimizer state by a step with zero
+        # gradients, which counts as a step.
         elif not is_sharded(pl_module.model):
             self._save(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop here, after the last step was logged and validated, and at step borders only:
-        between micro-batches the gradient would be lost."""
+        """Save if due and stop if requested, after the last step was logged and validated.
+
+        This only happens between optimizer steps: between micro-batches the gradient would be lost.
+        """
         if not self._at_border:
             return
         stop = trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
@@ -214,30 +222,30 @@ class CheckpointLast(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Notice whether this batch ended an optimizer step."""
+        """Record whether this batch completed an optimizer step."""
         self._at_border = trainer.global_step != self._step
         self._step = trainer.global_step
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Refuse to validate, and so to save as the best, a model that is not finite."""
+        """Stop if the weights are not finite, before they could be saved as the best checkpoint."""
         self.check_finite(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the finished run."""
+        """Save the finished run and restore the signal handlers."""
         self._save(trainer, pl_module)
         self._restore()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore()
 
     def check_finite(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop on all ranks if a weight on any of them is NaN or infinite.
+        """Raise an error on all ranks if a weight on any rank is NaN or infinite.
 
         Raises:
-            TrainingDiverged: naming the last good checkpoint.
+            TrainingDiverged: If a weight is not finite. The message names the last good checkpoint.
         """
         with torch.no_grad():
             finite = [_local(parameter).isfinite().all() for parameter in pl_module.parameters()]
@@ -245,14 +253,14 @@ class CheckpointLast(Callback):
             raise self.diverged(trainer.global_step, "the weights are no longer finite")
 
     def diverged(self, step: int, reason: str) -> TrainingDiverged:
-        """What to raise when training can't go on, saying how it can."""
-        go_on = NOTHING_SAVED
+        """Return the error for diverged training, with advice on how to resume."""
+        advice = NOTHING_SAVED
         if self.saved_step is not None:
-            go_on = (
-                f"the last good checkpoint is {self.path} of step {self.saved_step}; go on from it with "
+            advice = (
+                f"the last good checkpoint is {self.path} of step {self.saved_step}; resume from it with "
                 f"other settings, for example: {command('train')} --resume {self.run} optim.lr=..."
             )
-        return TrainingDiverged(f"stopped after step {step}: {reason}", go_on)
+        return TrainingDiverged(f"stopped after step {step}: {reason}", advice)
 
     def _save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.check_finite(trainer, pl_module)
@@ -271,5 +279,5 @@ class CheckpointLast(Callback):
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter that several share."""
+    """Return this rank's shard of a sharded parameter, or the parameter itself."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

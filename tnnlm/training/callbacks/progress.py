@@ -1,4 +1,4 @@
-"""The progress bar of a training at a terminal: steps, loss, speed, time left, validation."""
+"""Progress bar for training in a terminal: steps, loss, throughput, remaining time and validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnnlm.training.loggers.names import METRICS
 
 
 class TrainingBar(ProgressBar):
-    """Counts optimizer steps. Lightning's own counts batches of an "epoch", which a run is not."""
+    """Progress bar that counts optimizer steps; Lightning's counts batches of an epoch."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -41,34 +41,36 @@ class TrainingBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Advance with the optimizer step."""
+        """Advance to the current optimizer step and show the latest metrics."""
         metrics = trainer.progress_bar_metrics
         named = [metric for metric in METRICS if metric.short and metric.column in metrics]
         shown = "  ".join(f"{metric.short} {metrics[metric.column]:.4g}" for metric in named)
         self.bar.update(self._training, completed=trainer.global_step, shown=shown)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """A second line while it lasts."""
+        """Show a second bar during validation."""
         total = int(sum(trainer.num_val_batches))
         both = isinstance(pl_module, LitModel) and pl_module.task.converts
-        self.bar.reset(self._validation, total=total, visible=True, shown="both forms" if both else "")
+        self.bar.reset(
+            self._validation, total=total, visible=True, shown="parallel and recurrent" if both else ""
+        )
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Advance."""
+        """Advance the validation bar."""
         self.bar.advance(self._validation)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the second line away."""
+        """Hide the validation bar."""
         self.bar.update(self._validation, visible=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave the bar where it ended."""
+        """Stop the bar and leave it on the screen."""
         self.bar.stop()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give the terminal back."""
+        """Stop the bar to restore the terminal."""
         self.bar.stop()

@@ -1,4 +1,4 @@
-"""Settings of the optimizer that a resumed run takes from its configuration."""
+"""Optimizer settings of a resumed run, taken from its configuration instead of the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tnnlm.training.optim import build_optimizer, lr_factor
 
 
 class RestoreOptimizerSettings(Callback):
-    """Lets settings of the optimizer that were changed on resume act: a checkpoint brings its old ones."""
+    """Callback that applies optimizer settings changed on resume, which loading a checkpoint would revert."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Set them again, after the checkpoint was loaded."""
+        """Apply the settings of the configuration after the checkpoint was loaded."""
         assert isinstance(pl_module, LitModel)
         optim = self.config.optim
         scheduler = trainer.lr_scheduler_configs[0].scheduler

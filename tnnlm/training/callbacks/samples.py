@@ -1,4 +1,4 @@
-"""Text that the model writes at each validation."""
+"""Samples that the model generates at each validation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnnlm.training.tasks import CausalTask
 
 
 class SampleWriter(Callback):
-    """Appends a text of the converted model to samples.txt at each validation, and logs it as text."""
+    """Callback that appends a sample of the converted model to samples.txt and logs it as text."""
 
     def __init__(self, path: Path, prompt: str, n_tokens: int) -> None:
         self.path = path
@@ -25,7 +25,7 @@ class SampleWriter(Callback):
         self.n_tokens = n_tokens
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write one sample, from a random stream of its own."""
+        """Generate one sample, with a separate random generator so that training is not affected."""
         assert isinstance(pl_module, LitModel)
         task, model = pl_module.task, pl_module.model
         assert isinstance(task, CausalTask)
@@ -40,15 +40,15 @@ class SampleWriter(Callback):
         tokenizer = writer.tokenizer
         generator = torch.Generator(writer.device).manual_seed(trainer.global_step)
         state = writer.prefill([self.prompt]) if self.prompt else writer.prefill_tokens([[tokenizer.eos_id]])
-        record, pieces = writer.stream(state, self.n_tokens, SamplingParams(), generator)
-        for _ in pieces:
+        record, chunks = writer.stream(state, self.n_tokens, SamplingParams(), generator)
+        for _ in chunks:
             pass
         text, step = f"{self.prompt}{record.text}", trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # As code: Markdown would swallow line breaks and indentation.
+                # TensorBoard renders Markdown, which would drop line breaks and indentation outside of code.
                 logger.experiment.add_text("sample", f"```\n{text}\n```", step)
             elif isinstance(logger, WandbLogger):
                 logger.log_text("sample", columns=["step", "text"], data=[[str(step), text]], step=step)

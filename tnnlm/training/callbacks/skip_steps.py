@@ -1,4 +1,4 @@
-"""Steps that would harm the model are left out: gradients that are not finite, losses that leap."""
+"""Skipping of optimizer steps with loss spikes or with losses or gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from tnnlm.training.callbacks.checkpoint import CheckpointLast
 from tnnlm.training.lit_module import LitModel
 
 _MEMORY = 0.98
-"""weight of the past in the running mean of the loss: about the last 50 steps"""
+"""Decay of the running mean of the loss, which averages about the last 50 steps."""
 
 
 class SkipBadSteps(Callback):
-    """Skips steps whose loss or gradient is not finite or whose loss leaps; stops after too many in a row.
+    """Callback that skips bad optimizer steps, and stops the run after too many in a row.
 
-    A skipped step counts as a step and takes its batch and its place in the learning rate's course;
-    weights and the optimizer's moments stay as they were. All ranks skip the same steps: norm and
-    loss are averaged over them, and one that is not finite makes the average so.
+    A step is bad if its loss or gradient is not finite (``trainer.skip_nonfinite``) or its loss spikes
+    (``trainer.spike_factor``). A skipped step consumes its batch and advances the learning-rate schedule, but
+    does not change weights and optimizer states. All ranks skip the same steps, because gradient norm and
+    loss are averaged over ranks; a value that is not finite makes the average not finite too.
 
-    The decision stays on the device, where the fused optimizer reads it. The count that stops the
-    run comes to the host one step late on a GPU, so that nothing waits for it.
+    The decision stays on the device, where the fused optimizer uses it. On a GPU the count of skipped steps
+    is copied to the host asynchronously and checked one step late, to avoid a synchronisation.
     """
 
     def __init__(self, settings: TrainerConfig, last: CheckpointLast) -> None:
         self.settings = settings
         self.last = last
-        # Steps skipped in all, in a row up to now, and the running mean of the loss; 0 before the first.
+        # Skipped steps in total and in a row, and the running mean of the loss (0 before the first step).
         self._state = torch.zeros(3)
         self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._step = 0
 
     @property
     def state_key(self) -> str:
-        """Of its state in a checkpoint, as in files of version 0.1.0."""
+        """Key of this callback's state in checkpoints, unchanged since version 0.1.0."""
         return "Guard"
 
     def state_dict(self) -> dict[str, Any]:
-        """What later decisions depend on."""
+        """Return the counts and the running mean of the loss."""
         skipped, in_row, mean = self._state.tolist()
         return {"skipped": int(skipped), "in_row": int(in_row), "mean_loss": mean}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the counts and the running mean of the loss."""
         names = ("skipped", "in_row", "mean_loss")
         self._state = torch.tensor([float(state_dict[name]) for name in names])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Move the counts to where the gradients are."""
+        """Move the counts to the device of the gradients."""
         self._state = self._state.to(pl_module.device)
         self._step = trainer.global_step
         self._publish(pl_module)
@@ -64,7 +65,7 @@ class SkipBadSteps(Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Decide whether this step counts, before its gradient is clipped."""
+        """Skip this step if it is bad, before its gradient is clipped."""
         assert isinstance(pl_module, LitModel)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -73,7 +74,7 @@ class SkipBadSteps(Callback):
         norm, loss = trainer.strategy.reduce(measured, reduce_op="mean")
         skip = self._decide(norm, loss)
         if all(group.get("fused") for group in optimizer.param_groups):
-            # What a gradient scaler would set: the fused kernels then change nothing.
+            # Fused optimizers do not update if found_inf is set, as a gradient scaler does.
             optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         elif skip:
             for parameter in parameters:
@@ -83,7 +84,7 @@ class SkipBadSteps(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Stop the run after too many skipped steps in a row; the same on every rank."""
+        """Stop the run on all ranks after too many skipped steps in a row."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -122,14 +123,14 @@ class SkipBadSteps(Callback):
     def _reasons(self) -> str:
         reasons = []
         if self.settings.skip_nonfinite:
-            reasons.append("loss or gradient was not finite")
+            reasons.append("the loss or gradient was not finite")
         if self.settings.spike_factor:
             reasons.append(f"the loss was above {self.settings.spike_factor:g} times its running mean")
         return " or ".join(reasons)
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the CPU, and on a GPU the event after which it is there."""
+    """Return a copy on the CPU, and for a GPU tensor the event that marks the copy as complete."""
     if not tensor.is_cuda:
         return tensor.to("cpu", copy=True), None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""When to validate: by optimizer steps, the last step always, the same after a resume."""
+"""Validation schedule by optimizer steps, which is the same after resuming."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback
 
 
 class ValidationSchedule(Callback):
-    """Validates after every ``every_n_steps`` optimizer steps and after the last one.
+    """Callback that validates after every ``every_n_steps`` optimizer steps and after the last one.
 
-    Lightning's own interval counts batches since the start of the process, so that a run resumed
-    between two validations would validate at other steps than an unbroken one.
+    Lightning's ``val_check_interval`` counts batches since the process started, so that a resumed run would
+    validate at other steps than an uninterrupted one.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -22,7 +22,10 @@ class ValidationSchedule(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning validates when the number of batches is a multiple of ``val_check_batch``."""
+        """Request validation after this batch if it is due.
+
+        Lightning validates if the number of batches is a multiple of ``val_check_batch``.
+        """
         step = trainer.global_step + 1
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = ends_step and (step % self.every_n_steps == 0 or step == trainer.max_steps)

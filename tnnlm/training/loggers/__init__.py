@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.csv and plain lines, Weights & Biases."""
+"""Loggers of metrics: metrics.csv, log lines on the console, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning.pytorch.loggers import Logger
 
 
 class LocalLogger(Logger):
-    """A logger without a name and a version, which Lightning asks for; config.yaml has the settings."""
+    """Base class of loggers without name and version; config.yaml stores the hyperparameters."""
 
     name = ""
     version = ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+        """Skip hyperparameters."""

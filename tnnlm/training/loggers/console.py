@@ -1,4 +1,4 @@
-"""Metrics as plain lines, where there is no terminal."""
+"""Metrics as plain log lines, for output that is not a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tnnlm.training.loggers.names import LENGTH, Place, columns_at
 
 
 class PlainLines(LocalLogger):
-    """A line per log, for output that is no terminal."""
+    """Logger that prints the metrics of each logged step as one line."""
 
     def __init__(self, max_steps: int) -> None:
         super().__init__()
@@ -19,13 +19,13 @@ class PlainLines(LocalLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write the line."""
+        """Print the metrics of a step as one line."""
         named = columns_at(Place.LINE)
         shown = [
             f"{key.removeprefix('train/')} {value:.5g}" for key, value in metrics.items() if key in named
         ]
         lags = [int(value) for key, value in metrics.items() if key.startswith(LENGTH)]
         if lags:
-            shown.append(f"lags {min(lags)} to {max(lags)}")
+            shown.append(f"effective length {min(lags)} to {max(lags)}")
         line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""metrics.csv: written while a run trains, read by whatever looks at it afterwards."""
+"""Writing metrics.csv during training, and reading it afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnnlm.training.tasks import VALIDATION_TASKS
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; cells that were not logged are empty."""
+    """Return the rows of a metrics.csv; values that were not logged are empty strings."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -24,14 +24,17 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def whole_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv but for a last one that was cut short."""
+    """Return the rows of a metrics.csv without a truncated last row."""
     rows = read_metrics(path)
     cut = bool(rows) and not path.read_bytes().endswith(b"\n")
     return rows[:-1] if cut else rows
 
 
 class MetricsCSV(LocalLogger):
-    """metrics.csv, a row per log, on the disk at once. Lightning's own deletes the file on resume."""
+    """Logger that appends rows to metrics.csv immediately.
+
+    It replaces Lightning's CSVLogger, which deletes the file on resume.
+    """
 
     def __init__(self, path: Path, config: Config, resume_step: int | None = None) -> None:
         super().__init__()
@@ -41,16 +44,16 @@ class MetricsCSV(LocalLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row."""
+        """Append a row for a step."""
         if not self.path.exists() or self.resume_step is not None:
             self._start()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow({"step": step, **metrics})
 
     def _start(self) -> None:
-        # A resumed run goes on from its checkpoint: rows that came after it will be logged again.
+        # Rows of steps after the checkpoint will be logged again. A row that a full disk truncated is one of
+        # them, because rows are written before their checkpoint.
         border = self.resume_step
-        # A row that a full disk cut short is one of these: a checkpoint is saved after its rows.
         rows = [] if border is None else [r for r in whole_rows(self.path) if int(r["step"]) <= border]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")

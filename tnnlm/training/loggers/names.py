@@ -1,4 +1,4 @@
-"""Every metric of a run: its name in the files, what it is called on a screen, and where it is shown."""
+"""Every metric of a run: name in files, display title, unit, and where it is shown."""
 
 from __future__ import annotations
 
@@ -6,43 +6,49 @@ from enum import Flag, auto
 from typing import NamedTuple
 
 LENGTH, ORDER = "kernel/length", "kernel/order"
-"""per layer: ``kernel/length/0`` is the effective length of the first"""
+"""Prefixes of per-layer metrics; ``kernel/length/0`` is the effective length of the first layer."""
 
 
 class Place(Flag):
-    """Where a metric is shown or written."""
+    """Places where a metric is shown or written."""
 
     CSV = auto()
-    """a column of metrics.csv in every run"""
+    """Column of metrics.csv in every run."""
     LAYERS = auto()
-    """a column of metrics.csv for every layer, ``NAME/LAYER``"""
+    """Column of metrics.csv for every layer, called ``NAME/LAYER``."""
     CAUSAL = auto()
-    """a column of metrics.csv where the task is causal; so for the other two tasks"""
+    """Column of metrics.csv for the task causal."""
     MASKED = auto()
+    """Column of metrics.csv for the task masked."""
     CLASSIFY = auto()
+    """Column of metrics.csv for the task classify."""
     LINE = auto()
-    """the plain lines of a training without a terminal"""
+    """Log line of a training without a terminal."""
     TABLE = auto()
-    """the table that compares runs, of tools/plot_run.py"""
+    """Table of tools/plot_run.py, which compares runs."""
     SUMMARY = auto()
-    """summary.json and the table at the end of a run, for tasks with a test split"""
+    """Entry of summary.json and of the final table, for tasks with a test split."""
     VALIDATED = CAUSAL | MASKED | CLASSIFY
+    """Column of metrics.csv for every task."""
 
 
 class Metric(NamedTuple):
-    """One metric."""
+    """Metric with its display properties."""
 
     column: str
-    """its name in metrics.csv or in summary.json"""
+    """Name in metrics.csv or in summary.json."""
     title: str
+    """Title in tables and plots."""
     unit: str = ""
+    """Unit; empty for dimensionless metrics."""
     shown: Place = Place(0)
+    """Where the metric is shown or written."""
     short: str = ""
-    """its name on the progress bar; empty: it is not shown there"""
+    """Name on the progress bar; empty hides it there."""
 
     @property
     def label(self) -> str:
-        """Title and unit, for a table or a legend."""
+        """Title with unit, for tables and legends."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
@@ -61,7 +67,7 @@ METRICS = (
     Metric("train/step_seconds", "step", "seconds", Place.CSV),
     Metric("train/data_seconds", "waiting for data", "seconds", Place.CSV | Place.LINE),
     Metric("train/grad_norm", "gradient norm", "", Place.CSV | Place.LINE, "norm"),
-    Metric("train/tflops", "speed of the model", "TFLOP/s per device", Place.CSV),
+    Metric("train/tflops", "model throughput", "TFLOP/s per device", Place.CSV),
     Metric("train/memory_gib", "memory", "GiB", Place.CSV | Place.TABLE),
     Metric("val/loss", "validation loss", "nats", Place.VALIDATED),
     Metric("val/ppl", "perplexity", "", Place.CAUSAL | Place.LINE | Place.TABLE),
@@ -73,25 +79,29 @@ METRICS = (
     Metric("val/ppl_gap", "relative gap", "", Place.CAUSAL | Place.LINE),
     Metric(LENGTH, "effective length", "lags", Place.LAYERS | Place.TABLE),
     Metric(ORDER, "Hankel order", "", Place.LAYERS | Place.TABLE),
-    Metric("val/accuracy_best", "best accuracy", "", Place.SUMMARY),
-    Metric("test/accuracy", "accuracy of the best on the test split", "", Place.SUMMARY),
-    Metric("test/majority", "of naming its commonest class", "", Place.SUMMARY),
+    Metric("val/accuracy_best", "best validation accuracy", "", Place.SUMMARY),
+    Metric("test/accuracy", "test accuracy of the best checkpoint", "", Place.SUMMARY),
+    Metric("test/majority", "majority-class accuracy on the test split", "", Place.SUMMARY),
 )
-"""in the order of the columns of metrics.csv, which a resumed run goes on with"""
+"""All metrics, in the order of the columns of metrics.csv.
+
+This order must not change, because a resumed run appends to its file.
+"""
 BY_COLUMN = {metric.column: metric for metric in METRICS}
+"""All metrics by column name."""
 
 
 def metrics_at(place: Place) -> tuple[Metric, ...]:
-    """What is shown there, in the order of :data:`METRICS`."""
+    """Return the metrics shown at ``place``, in the order of :data:`METRICS`."""
     return tuple(metric for metric in METRICS if metric.shown & place)
 
 
 def columns_at(place: Place) -> tuple[str, ...]:
-    """The columns of what is shown there."""
+    """Return the column names of the metrics shown at ``place``."""
     return tuple(metric.column for metric in metrics_at(place))
 
 
 def csv_columns(task: Place, n_layers: int) -> tuple[str, ...]:
-    """Columns of metrics.csv, in order."""
+    """Return the column names of metrics.csv, in order."""
     layers = (f"{name}/{layer}" for name in columns_at(Place.LAYERS) for layer in range(n_layers))
     return (*columns_at(Place.CSV), *columns_at(task), *layers)

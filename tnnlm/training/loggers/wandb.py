@@ -1,4 +1,4 @@
-"""Logging to Weights & Biases, if asked for: one run there for one folder here, however often resumed."""
+"""Logging to Weights & Biases, with one W&B run per run folder, also after resuming."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tnnlm.errors import ConfigError
 from tnnlm.files import write_text
 
 ID_FILE = "wandb_id"
-"""in a run's folder"""
+"""File in a run's folder with the id of the W&B run."""
 
 
 class WandbRun(WandbLogger):
-    """Lightning's logger; closes its run when training ends, so that the next one gets its own."""
+    """WandbLogger that finishes its W&B run when training ends, so that the next one starts separately."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Send what is left."""
+        """Send the remaining data and finish the W&B run."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish()
@@ -30,12 +30,12 @@ class WandbRun(WandbLogger):
 
 
 def wandb_logger(config: Config, folder: Path) -> WandbRun:
-    """Start, or continue, the run that ``folder`` belongs to.
+    """Start or resume the W&B run of ``folder``.
 
-    With WANDB_MODE=offline nothing leaves the machine; ``wandb sync`` sends it later.
+    With WANDB_MODE=offline data is stored locally, and ``wandb sync`` uploads it later.
 
     Raises:
-        ConfigError: if the package is missing, or its service can't be reached or refuses.
+        ConfigError: If the package is not installed, or if the service can't be reached or rejects the login.
     """
     asked = f"trainer.wandb={config.trainer.wandb}"
     path = folder / ID_FILE
@@ -46,11 +46,11 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
             project=config.trainer.wandb, name=folder.name, id=identity, resume="allow", save_dir=folder
         )
     except ModuleNotFoundError:
-        raise ConfigError(f"{asked}: needs the package wandb", "pip install 'tnnlm[wandb]'") from None
+        raise ConfigError(f"{asked}: needs the package wandb", "run: pip install 'tnnlm[wandb]'") from None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         try:
             logger.log_hyperparams(config_to_dict(config))
-        except Exception as error:  # of its own many kinds
+        except Exception as error:  # wandb raises many types of errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"{asked}: {reason}", "log in with `wandb login`, or set WANDB_MODE=offline"
