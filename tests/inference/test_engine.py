@@ -118,8 +118,8 @@ def test_compiled_step_of_another_model_is_left_alone() -> None:
     Path("out/step-float32.json").write_text(json.dumps(_made_for("another")), encoding="utf-8")
     _, info = open_engine(whole(converted()), Path("out"))
     assert info.name == "packed"
-    assert "the compiled step is of another model" in info.reason
-    with pytest.raises(UserError, match="of another model"):
+    assert "the compiled step belongs to another model" in info.reason
+    with pytest.raises(UserError, match="belongs to another model"):
         open_engine(whole(converted()), Path("out"), engine="compiled")
 
 
@@ -146,7 +146,7 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
         ({"dtype": "int4"}, "--dtype int4"),
         ({"engine": "eager", "dtype": "int8"}, "float32 only"),
         ({"engine": "compiled"}, "--engine compiled: no"),
-        ({"engine": "graph"}, "--engine graph: only on a GPU"),
+        ({"engine": "graph"}, "--engine graph: needs a GPU"),
     ],
 )
 def test_engines_that_cannot_be_had_are_named(options: dict[str, str], said: str) -> None:

@@ -236,7 +236,7 @@ def test_samples_of_one_prompt_share_its_state_and_differ(exact: TextGenerator) 
 
 
 def test_absurd_number_of_tokens_is_refused_for_a_batch(exact: TextGenerator) -> None:
-    with pytest.raises(UserError, match="new tokens"):
+    with pytest.raises(UserError, match="max_new_tokens"):
         exact.generate(exact.prefill_tokens(ROWS), -1, GREEDY)
     state = exact.prefill_tokens(ROWS)
     assert all(record.text == "" for record in exact.generate(state, 0, GREEDY))

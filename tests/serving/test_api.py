@@ -38,7 +38,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert card.id == "tiny"
     assert client.models.retrieve("tiny").id == "tiny"
     assert card.tnnlm["state_bytes"] > 0  # type: ignore[attr-defined]
-    with pytest.raises(openai.NotFoundError, match="it is 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="use 'tiny'"):
         client.models.retrieve("gpt-2")
 
 
@@ -136,10 +136,10 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
     ("change", "message"),
     [
         ({"prompt": ""}, "prompt: is empty"),
-        ({"prompt": []}, "expected a text"),
-        ({"prompt": [PROMPT, 3]}, "expected a text"),
-        ({"prompt": [1, 99999]}, "token ids are from 0 to"),
-        ({"prompt": "a" * 9000}, "at most 2,000 here"),
+        ({"prompt": []}, "expected a string"),
+        ({"prompt": [PROMPT, 3]}, "expected a string"),
+        ({"prompt": [1, 99999]}, "token ids must be from 0 to"),
+        ({"prompt": "a" * 9000}, "at most 2,000"),
         ({"max_tokens": 5000}, "at most 3,000"),
         ({"max_tokens": -1}, "max_tokens: .*greater than or equal to 0"),
         ({"max_tokens": "many"}, "max_tokens"),
@@ -149,8 +149,8 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
         ({"stop": [""]}, "from 1 to 512 characters"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"best_of": 3}, "best_of: not supported"),
-        ({"suffix": "end"}, "writes left to right"),
-        ({"logit_bias": {"x": 1}}, "'x' is no token id"),
+        ({"suffix": "end"}, "generates left to right"),
+        ({"logit_bias": {"x": 1}}, "'x' is not a token id"),
         ({"extra_body": {"min_p": 0.1}}, "min_p: no such parameter"),
     ],
     ids=str,
@@ -162,7 +162,7 @@ def test_bad_requests_say_what_is_wrong(client: openai.OpenAI, change: dict[str,
 
 
 def test_other_refusals(client: openai.OpenAI, server: Running) -> None:
-    with pytest.raises(openai.NotFoundError, match="it is 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="use 'tiny'"):
         complete(client, model="gpt-2")
     with pytest.raises(openai.NotFoundError, match="use /v1/completions"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
@@ -233,7 +233,7 @@ def test_a_full_queue_says_so(generator: TextGenerator) -> None:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         first = complete(client, max_tokens=50_000, stream=True)
         second = complete(client, max_tokens=50_000, stream=True)
-        with pytest.raises(openai.RateLimitError, match="too many requests wait"):
+        with pytest.raises(openai.RateLimitError, match="too many requests are waiting"):
             complete(client)
         first.close()
         second.close()

@@ -80,7 +80,7 @@ def write(page: Any, prompt: str = "the quick", tokens: int = 40, temperature: f
 
 
 def finished(page: Any) -> None:
-    expect(page.locator("#status")).to_have_text(re.compile(r"^(Done|Came to an end): "), timeout=WAIT)
+    expect(page.locator("#status")).to_have_text(re.compile(r"^Finished \((stop|length)\): "), timeout=WAIT)
 
 
 def text_of(page: Any) -> str:
@@ -100,7 +100,7 @@ def test_text_streams_in(page: Any, server: Running) -> None:
     write(page, tokens=600, temperature=1)
     lengths = set()
     while len(lengths) < 4:
-        expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+        expect(page.locator("#status")).to_have_text("Generating …", timeout=WAIT)
         lengths.add(len(text_of(page)))
     finished(page)
     text = whole_answer(server, prompt="the quick", max_tokens=600, temperature=1, seed=5)
@@ -108,10 +108,10 @@ def test_text_streams_in(page: Any, server: Running) -> None:
     assert page.locator("#text .prompt").first.text_content() == "the quick"
     colours = [
         page.locator(f"#text .{part}").first.evaluate("e => getComputedStyle(e).color")
-        for part in ("prompt", "written")
+        for part in ("prompt", "completion")
     ]
     assert colours[0] != colours[1]
-    assert page.inner_text("#status").startswith("Done: 600 tokens in ")
+    assert page.inner_text("#status").startswith("Finished (length): 600 tokens in ")
 
 
 def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGenerator) -> None:
@@ -129,7 +129,7 @@ def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGene
 
 def test_stop_keeps_what_was_written_and_frees_the_server(page: Any, server: Running) -> None:
     write(page, tokens=3000)
-    expect(page.locator("#text .written").first).not_to_be_empty(timeout=WAIT)
+    expect(page.locator("#text .completion").first).not_to_be_empty(timeout=WAIT)
     page.click("#stop")
     expect(page.locator("#status")).to_have_text(re.compile("^Stopped: .* tokens in "))
     kept = text_of(page)
@@ -176,14 +176,14 @@ def test_errors_are_one_clear_line(page: Any) -> None:
     expect(page.locator("#error")).to_have_text(re.compile("^Temperature: "))
     assert page.evaluate("document.activeElement.id") == "temperature"
     write(page, tokens=4000)
-    expect(page.locator("#error")).to_have_text(re.compile("^New tokens: "))
+    expect(page.locator("#error")).to_have_text(re.compile("^Max new tokens: "))
     page.route("**/v1/completions", lambda route: route.abort())
     write(page)
     expect(page.locator("#error")).to_have_text("The server can't be reached.")
     page.unroute("**/v1/completions")
     page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<html>no</html>"))
     write(page)
-    expect(page.locator("#error")).to_have_text(re.compile("^The server answers 502"))
+    expect(page.locator("#error")).to_have_text(re.compile("^The server returned 502"))
     page.unroute("**/v1/completions")
     write(page)
     finished(page)
@@ -210,22 +210,22 @@ def test_keyboard_alone(page: Any) -> None:
     page.keyboard.press("Control+a")
     page.keyboard.type("3000")
     page.keyboard.press("Control+Shift+Enter")
-    expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+    expect(page.locator("#status")).to_have_text("Generating …", timeout=WAIT)
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text(re.compile("^Stopped"))
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#status")).to_have_text("Writing …", timeout=WAIT)
+    expect(page.locator("#status")).to_have_text("Generating …", timeout=WAIT)
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text(re.compile("^Stopped"))
 
 
 def test_everything_has_a_name(page: Any) -> None:
-    names = ("Prompt", "Temperature", "New tokens", "Top-p", "Top-k", "Seed", "Stop at")
+    names = ("Prompt", "Temperature", "Max new tokens", "Top-p", "Top-k", "Seed", "Stop strings")
     for name in names:
         assert page.get_by_label(name, exact=True).count() == 1, name
     for name in ("Generate", "Stop", "Continue", "Copy"):
         assert page.get_by_role("button", name=name, exact=True).count() == 1, name
-    assert page.get_by_role("region", name="Text").count() >= 1
+    assert page.get_by_role("region", name="Output").count() >= 1
     assert page.get_by_role("status").count() == page.get_by_role("alert").count() == 1
     assert page.get_by_role("img").count() == 1
 
@@ -429,7 +429,7 @@ def test_stream_cut_anywhere_is_read_right(visit: Any, piece: int, newline: byte
         expect(page.locator("#about")).to_have_text("24.1M parameters · packed")
         expect(page.locator("#state")).to_have_text("552 KiB")
         write(page, prompt="é<i>")
-        expect(page.locator("#status")).to_have_text(re.compile("^Came to an end: 5 tokens in "))
+        expect(page.locator("#status")).to_have_text(re.compile(r"^Finished \(stop\): 5 tokens in "))
         assert text_of(page) == "é<i>" + "".join(STRANGE)
         assert page.locator("#text b, #text i, #text script").count() == 0
         assert page.evaluate("window.harm") is None
@@ -438,7 +438,7 @@ def test_stream_cut_anywhere_is_read_right(visit: Any, piece: int, newline: byte
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (b"", "The connection broke off."),
+        (b"", "The connection was lost."),
         (b'data: {"error": {"message": "out of memory"}}\n\n', "out of memory"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Decoding a converted model: engines, linear layers, generation, saved states, exports."""
+"""Inference with converted models: engines, linear layers, generation, saved states and exports."""

@@ -1,9 +1,9 @@
-"""A decoding step compiled ahead of time: made by ``convert.py --compile``, run without Python in between.
+"""Decoding step compiled ahead of time by AOTInductor (``convert.py --compile``), executed without Python.
 
-``step`` for a single row is exported and compiled by AOTInductor, which makes one loop nest of it: no
-library is called, the threads are started once per token, and weights are read at the memory's speed. The
-package stands beside the converted model; it holds for one version of PyTorch and one kind of
-processor, which it is checked for.
+AOTInductor compiles the exported ``step`` for a single row into one loop nest: it calls no library, starts
+the threads once per token, and reads the weights at memory bandwidth. The package is stored in the folder of
+the converted model. It is valid for one version of PyTorch and one kind of CPU; both are checked when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tnnlm.models.causal_lm import CausalLM, ModelState
 
 
 class _Step(nn.Module):
-    """``step`` with the state as a flat row of tensors, as export wants it."""
+    """Wrapper of ``step`` that takes and returns the state as a flat list of tensors, as export requires."""
 
     def __init__(self, model: CausalLM, structure: TreeSpec) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Step(nn.Module):
 
 
 class CompiledModel:
-    """A model whose single rows step by the package; batches and prompts go to ``model``."""
+    """Model that runs single-row steps in the compiled package; ``model`` runs batches and prompts."""
 
     def __init__(self, model: CausalLM, run: Callable[..., Any]) -> None:
         self.model = model
@@ -52,39 +52,42 @@ class CompiledModel:
         self.init_state = model.init_state
         self.prefill = model.prefill
         self._run = run
-        self._forms = [type(layer) for layer in model.init_state(1).layers]
+        self._state_types = [type(layer) for layer in model.init_state(1).layers]
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """As :meth:`CausalLM.step`."""
+        """Process one token per row; see :meth:`CausalLM.step`."""
         if tokens.shape[0] != 1 or active is not None:
             return self.model.step(tokens, state, active)
-        # The package takes the strides of its inputs for granted. By hand: pytrees take a tenth of a
-        # millisecond per token.
+        # The package assumes contiguous inputs. The state is flattened by hand, because pytrees take a tenth
+        # of a millisecond per token.
         outputs = iter(self._run(tokens, *(part.contiguous() for layer in state.layers for part in layer)))
         logits = next(outputs)
-        layers = tuple(form(*(next(outputs) for _ in form._fields)) for form in self._forms)
+        layers = tuple(kind(*(next(outputs) for _ in kind._fields)) for kind in self._state_types)
         return logits, ModelState(layers)
 
 
 def package_path(folder: Path, dtype: str) -> Path:
-    """Of the step with weights of ``dtype``."""
+    """Return the path of the compiled step with weights of ``dtype``."""
     return folder / f"step-{dtype}.pt2"
 
 
 def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
-    """Compile ``step`` of a converted model into ``folder``; minutes at the most.
+    """Compile ``step`` of a converted model into ``folder``, which takes up to a few minutes.
 
     Args:
-        model: converted, unpacked, on the CPU; its linear layers are replaced.
-        folder: of the converted model.
-        dtype: of the weights.
-        fingerprint: of the model (:class:`tnnlm.checkpoints.converted.ConvertedModel`): the step holds its
-            weights, and runs for no other.
+        model: Converted model on the CPU with plain linear layers, which are replaced in place.
+        folder: Folder of the converted model.
+        dtype: Dtype of the weights.
+        fingerprint: Hash of the model (:class:`tnnlm.checkpoints.converted.ConvertedModel`). The compiled
+            step contains the weights, so it is loaded for this model only.
+
+    Returns:
+        Path of the package.
 
     Raises:
-        UserError: if there is no C++ compiler, or the machine fails it: a full disk, too little memory.
+        UserError: If there is no C++ compiler, the disk is full, or memory runs out.
     """
     check_compiler()
     from torch._inductor import aoti_compile_and_package
@@ -99,15 +102,15 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         tempfile.TemporaryDirectory() as scratch,
         atomic_file(path) as temporary,
     ):
-        warnings.simplefilter("ignore")  # torch's compiler uses what torch itself deprecates
+        warnings.simplefilter("ignore")  # torch's compiler calls APIs that torch deprecates
         exported = torch.export.export(_Step(model.eval(), structure), example)
         packaged = str(Path(scratch) / path.name)
         try:
-            # Not frozen: the compiler would widen narrow weights once and for all.
+            # Without freezing, which would widen bfloat16 and int8 weights to float32 at compile time.
             aoti_compile_and_package(exported, package_path=packaged)
         except Exception as error:
             reason = compile_failure(error)
-            if reason is None:  # a defect, which keeps its traceback
+            if reason is None:  # a bug: keep the traceback
                 raise
             raise UserError(f"the step can't be compiled: {reason[:200]}") from error
         shutil.copyfile(packaged, temporary)
@@ -116,10 +119,10 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
 
 
 def check_compiler() -> None:
-    """Whether steps can be compiled here.
+    """Check that a C++ compiler works on this machine.
 
     Raises:
-        UserError: if there is no C++ compiler, saying what to do.
+        UserError: If there is none.
     """
     found = capability("cpp_compiler")
     if not found:
@@ -127,34 +130,46 @@ def check_compiler() -> None:
 
 
 def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel:
-    """The model of this fingerprint with its compiled step.
+    """Load the compiled step of a model from the model's folder.
+
+    Args:
+        model: Converted model, which runs batches and prompts.
+        folder: Folder of the converted model.
+        dtype: Dtype of the weights.
+        fingerprint: Hash of the model.
 
     Raises:
-        UserError: if there is none that can be used here, saying why.
+        UserError: If there is no compiled step, or it doesn't fit this model, machine or version of PyTorch.
     """
     path = package_path(folder, dtype)
     if not path.is_file():
-        raise UserError("no compiled step", "convert.py --compile makes one")
+        raise UserError("no compiled step", "create one with convert.py --compile")
     try:
         made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         made_for = None
     expected = _made_for(fingerprint)
     if isinstance(made_for, dict) and made_for.get("model_sha256", fingerprint) != fingerprint:
-        raise UserError("the compiled step is of another model", "convert.py --compile makes a new one")
+        raise UserError(
+            "the compiled step belongs to another model", "recompile it with convert.py --compile"
+        )
     if made_for != expected:
         raise UserError(
-            "the compiled step is for another machine or PyTorch", "convert.py --compile makes a new one"
+            "the compiled step is for another machine or PyTorch version",
+            "recompile it with convert.py --compile",
         )
     try:
         return CompiledModel(model, _runner(path))
-    except Exception as error:  # whatever the loader raises, the plain engine runs
+    except Exception as error:  # the packed engine can run whatever the loader raises
         raise UserError(f"the compiled step can't be loaded ({one_line(error)[:80]})") from None
 
 
 def _runner(path: Path) -> Callable[..., Any]:
-    """The package as a function. By torch's loader itself, where it is as known: the public function
-    imports the whole compiler first, a second of the start-up."""
+    """Return the package as a function.
+
+    Calls torch's internal loader where its signature is as expected, because the public function first
+    imports the whole compiler, which adds a second to the start-up.
+    """
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except (AttributeError, TypeError):
@@ -170,6 +185,6 @@ def _made_for(fingerprint: str) -> dict[str, str]:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "cpu": cpu_level(),
-        # The compiler uses every instruction that it finds.
+        # The compiler targets every instruction set extension of this CPU.
         "cpu_instructions": cpu_fingerprint(),
     }

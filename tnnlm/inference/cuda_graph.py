@@ -1,7 +1,7 @@
-"""A decoding step as a CUDA graph: recorded once per number of rows, replayed with a single launch.
+"""Decoding step as a CUDA graph, captured once per batch size and replayed with a single launch.
 
-A step of a small model is hundreds of kernels of microseconds each, so that a GPU waits for their
-launches. States go in and come out by copy: they may be forked and kept as with the plain model.
+A step of a small model runs hundreds of GPU kernels that take microseconds each, so launch overhead
+dominates. Input and output states are copied, so callers may fork and keep them as with the eager model.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
-"""given a function without arguments, returns one that does the same work on the same tensors"""
+"""Function that captures a function without arguments and returns one that replays it on the same tensors."""
 _WARM_UP = 3
+"""Eager runs before the capture."""
 _WORTH_IT = 4
-"""steps of so many rows after which they are recorded: rows that end change their number all the time"""
+"""Number of steps of one batch size before its graph is captured; batch sizes change whenever rows finish."""
 
 
 def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    """Record ``run`` on the current device.
+    """Capture ``run`` as a CUDA graph on the current device and return its replay function.
 
     Raises:
-        RuntimeError: if it does what a graph can't hold.
+        RuntimeError: If ``run`` contains an operation that can't be captured.
     """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -42,13 +43,17 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
 
 
 class GraphedModel:
-    """A model whose steps are replayed; prompts, and steps with ``active``, go to ``model``."""
+    """Model that replays captured steps; ``model`` runs prompts, and steps with ``active``."""
 
     def __init__(self, model: CausalLM, record: Recorder = cuda_graph) -> None:
-        """Records single rows at once.
+        """Capture the step of a single row.
+
+        Args:
+            model: Converted model with packed linear layers.
+            record: Function that captures a step.
 
         Raises:
-            RuntimeError: if that can't be done.
+            RuntimeError: If the step can't be captured.
         """
         self.model = model
         self.embedding = model.embedding
@@ -65,7 +70,7 @@ class GraphedModel:
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """As :meth:`CausalLM.step`."""
+        """Process one token per row; see :meth:`CausalLM.step`."""
         rows = tokens.shape[0]
         if active is not None:
             return self.model.step(tokens, state, active)
@@ -89,7 +94,7 @@ class GraphedModel:
 
 
 class _Recording:
-    """A function on fixed tensors, which inputs are copied into and outputs out of."""
+    """Captured function on static tensors; a call copies inputs in and outputs out."""
 
     def __init__(self, run: Callable[..., list[Tensor]], inputs: list[Tensor], record: Recorder) -> None:
         self._inputs = inputs

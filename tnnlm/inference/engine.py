@@ -1,9 +1,10 @@
-"""What runs a converted model: a compiled step, packed weights, or its plain modules.
+"""Inference engines for converted models: compiled, graph, packed and eager.
 
-``packed`` replaces the linear layers and the head by the fastest that this machine has an operator for
-(:mod:`tnnlm.inference.linear_choice`); all else is the same code. ``compiled`` runs single rows by the
-package that ``convert.py --compile`` made of ``step`` (:mod:`tnnlm.inference.aot`), batches and prompts
-packed. ``graph``, on a GPU, replays packed steps as a CUDA graph (:mod:`tnnlm.inference.cuda_graph`).
+``eager`` runs the model's PyTorch modules. ``packed`` replaces the linear layers and the head with the
+fastest operator available on this machine (:mod:`tnnlm.inference.linear_choice`). ``compiled`` runs single
+rows in the package that ``convert.py --compile`` creates (:mod:`tnnlm.inference.aot`), and batches and
+prompts with packed weights. ``graph`` replays packed steps as a CUDA graph on a GPU
+(:mod:`tnnlm.inference.cuda_graph`).
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")
-"""auto: the first that is there"""
+"""Engines that can be selected; ``auto`` is the fastest available."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What runs a model, and why nothing faster does; ``str()`` gives it in one line."""
+    """Description of the selected engine, and why no faster one runs; ``str()`` gives it in one line."""
 
     name: str
-    """compiled, graph, packed or eager"""
+    """Name of the engine: compiled, graph, packed or eager."""
     device: str
+    """Type of the device, such as cpu or cuda."""
     dtype: str
-    """of the weights of linear layers and head"""
+    """Dtype of the weights of linear layers and head."""
     linear: str
-    """operator of the linear layers, in batches and prompts also beside a compiled step"""
+    """Operator of the linear layers; the compiled engine uses it for batches and prompts."""
     batch_invariant: bool = False
-    """whether a row has the same bits in any batch of two or more, as the server's batches are"""
+    """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server."""
     reason: str = ""
-    """why no faster engine or operator was chosen; empty if there is none"""
+    """Why no faster engine or operator was selected; empty if there is none."""
     threads: int | None = None
-    """of the CPU; None on other devices"""
+    """Number of CPU threads; None on other devices."""
     cpu_level: str | None = None
-    """widest vector instructions that PyTorch uses; None on other devices"""
+    """Widest vector instruction set that PyTorch uses on the CPU; None on other devices."""
 
     def __str__(self) -> str:
         operator = f" by {self.linear}" if self.name == "packed" else ""
@@ -55,7 +57,7 @@ class EngineInfo:
 
 
 class Engine(NamedTuple):
-    """A generator, and what runs it."""
+    """Text generator with a description of the engine that runs it."""
 
     generator: TextGenerator
     info: EngineInfo
@@ -69,18 +71,18 @@ def open_engine(
     dtype: str = "float32",
     engine: str = "auto",
 ) -> Engine:
-    """The fastest way to run a converted model.
+    """Open a converted model with the requested engine, by default the fastest available.
 
     Args:
-        converted: it is moved, and its layers are replaced: load another to have it as it was.
-        folder: it was read from, where a compiled step is looked for.
-        device: to run on.
-        dtype: of the weights of linear layers and head: float32, bfloat16 or int8. Embedding, recurrences
-            and states stay float32.
-        engine: one of ``ENGINES``.
+        converted: Converted model; it is moved to the device and its layers are replaced in place.
+        folder: Folder that the model was loaded from, which may contain a compiled step.
+        device: Device to run on.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8. Embedding,
+            recurrences and states stay in float32.
+        engine: One of ``ENGINES``.
 
     Raises:
-        UserError: for an engine or dtype that is unknown or can't be had.
+        UserError: If an engine or dtype is unknown, or not available on this machine.
     """
     where = torch.device(device)
     if engine not in ENGINES:
@@ -88,7 +90,7 @@ def open_engine(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if engine == "eager" and dtype != "float32":
-        raise UserError("--engine eager: runs in float32 only", "leave --dtype out")
+        raise UserError("--engine eager: runs in float32 only", "omit --dtype")
     model = converted.model.to(where)
     runs: CausalLM | CompiledModel | GraphedModel = model
     if engine == "eager":
@@ -121,50 +123,53 @@ def open_engine(
 def _faster(
     model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str, fingerprint: str
 ) -> CompiledModel | GraphedModel:
-    """A compiled or a recorded step of a packed model.
+    """Return a compiled step of a packed model on the CPU, or a CUDA graph of it on a GPU.
 
     Raises:
-        UserError: if there is none, saying why.
+        UserError: If it is not available.
     """
     if where.type == "cpu":
         if engine == "graph":
-            raise UserError("only on a GPU")
+            raise UserError("needs a GPU")
         if folder is None:
-            raise UserError("no folder to look for a compiled step in")
+            raise UserError("no compiled step, because the model was not loaded from a folder")
         return load_step(model, folder, dtype, fingerprint)
     if engine == "compiled":
-        raise UserError("only on a CPU")
+        raise UserError("needs a CPU")
     try:
         return GraphedModel(model)
-    except (RuntimeError, AssertionError) as error:  # what torch raises where there are no CUDA graphs
-        raise UserError(f"the step can't be recorded ({str(error).splitlines()[0][:80]})") from None
+    except (RuntimeError, AssertionError) as error:  # raised by torch where CUDA graphs are not supported
+        raise UserError(f"the CUDA graph can't be captured ({str(error).splitlines()[0][:80]})") from None
 
 
 def optimize_for_decoding(model: CausalLM, dtype: str = "float32") -> CausalLM:
-    """Give a converted model the fastest linear layers and head for its device, in place; returns it.
+    """Replace a converted model's linear layers and head in place with the fastest ones for its device.
 
     Args:
-        model: converted, on the device it will run on; it can't be saved afterwards.
-        dtype: of the weights.
+        model: Converted model on the device that it will run on; it can't be saved afterwards.
+        dtype: Dtype of the weights.
+
+    Returns:
+        Model with replaced layers, the one that was passed in.
 
     Raises:
-        UserError: for a dtype that this device has no operator for.
+        UserError: If the device has no operator for this dtype.
     """
     replace_linears(model, choose_linear(model.embedding.weight.device, dtype).make)
     return model
 
 
 def usable_device(name: str) -> torch.device:
-    """A device by name; ``auto`` is a GPU if there is one.
+    """Return a device by name; ``auto`` is a GPU if there is one.
 
     Raises:
-        UserError: if it can't be used here.
+        UserError: If the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(name)
-        torch.zeros(1, device=where).item()  # "meta" makes tensors without numbers
+        torch.zeros(1, device=where).item()  # fails on "meta", whose tensors have no data
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return where

@@ -1,8 +1,8 @@
-"""A converted model for other runtimes: ``torch.export`` of step and prefill, and the step as ONNX.
+"""Export of converted models for other runtimes: step and prefill by ``torch.export``, the step as ONNX.
 
-The state goes in and comes out as plain tensors, the batch dimension is free, and what is written runs
-without this package: torch, or an ONNX runtime, alone. A folder is whole in itself, with the tokenizer and a
-description of inputs and outputs. States and the step's arithmetic are real, in float32.
+The state is passed in and out as plain tensors and the batch dimension is dynamic. An exported program needs
+torch or an ONNX runtime, but not this package. Each folder is self-contained, with the tokenizer and a
+description of inputs and outputs. States and the arithmetic of the step are real numbers in float32.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.ops.toeplitz import fft_convolution
 
 FORMAT = 1
-"""of interface.json: raised when what it says changes"""
+"""Version of the schema of interface.json."""
 FOLDERS = {"torch": Path("export"), "onnx": Path("onnx")}
-"""of each form, beside the converted model"""
+"""Subfolder of the converted model for each export format."""
 PREFILL_CHUNK = 64
-"""tokens that the exported prefill reads at a time: a fixed length, shorter ones padded"""
+"""Fixed number of tokens per call of the exported prefill; shorter chunks are padded."""
 _INTERFACE = "interface.json"
 _BATCH = "batch"
 _FOLDED = 1 << 28
-"""numbers of a constant that may be worked out in advance; the library's own limit is less than a layer's"""
+"""Largest constant to fold, in elements; the optimizer's default is smaller than one layer's constants."""
 _ROWS = 2
-"""of the example: one row would be taken for a constant"""
+"""Batch size of the example inputs; torch.export would specialise a batch of one as a constant."""
 
 
 def export_torch(converted: ConvertedModel, folder: Path) -> Path:
-    """Write ``folder``/export: step.pt2, prefill.pt2, interface.json, tokenizer.json; seconds.
+    """Write step.pt2, prefill.pt2, interface.json and tokenizer.json to ``folder``/export.
 
     Args:
-        converted: on the CPU, in float32, unpacked.
-        folder: of the converted model.
+        converted: Converted model on the CPU, in float32, with plain linear layers.
+        folder: Folder of the converted model.
 
     Returns:
-        the folder that was written, whole or not at all.
+        The folder, which is written atomically.
     """
     converted, target = _frozen(converted), folder / FOLDERS["torch"]
     functions = {"step": _Step(converted.model), "prefill": _Prefill(converted.model)}
     with atomic_folder(target) as temporary, _quiet():
         for name, function in functions.items():
-            # Into memory first: on a full disk the library's own writer ends the process.
+            # Serialised in memory first, because torch's file writer aborts the process if the disk is full.
             program = io.BytesIO()
             torch.export.save(_program(function), program)
             (temporary / f"{name}.pt2").write_bytes(program.getbuffer())
@@ -66,13 +66,13 @@ def export_torch(converted: ConvertedModel, folder: Path) -> Path:
 
 
 def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
-    """Write ``folder``/onnx: step.onnx, interface.json, tokenizer.json; arguments and what is returned are
-    those of :func:`export_torch`.
+    """Write step.onnx, interface.json and tokenizer.json to ``folder``/onnx.
 
-    The step alone: prefill needs complex powers, which ONNX has no type for.
+    Takes the same arguments as :func:`export_torch` and returns the folder. Prefill is not exported, because
+    it needs complex powers, which ONNX does not support.
 
     Raises:
-        UserError: if the extra ``[onnx]`` isn't installed.
+        UserError: If the extra ``[onnx]`` isn't installed.
     """
     check_onnx()
     converted = _frozen(converted)
@@ -88,7 +88,7 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
         assert program is not None
         from onnxscript.optimizer import optimize_ir
 
-        # Poles are split into float32 once and for all, however many: many runtimes have no float64.
+        # Folds the float64 poles into float32 constants: many runtimes have no float64.
         optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
         program.save(temporary / "step.onnx")
         _describe(converted, temporary, {"step": function})
@@ -96,10 +96,10 @@ def export_onnx(converted: ConvertedModel, folder: Path) -> Path:
 
 
 def check_onnx() -> None:
-    """Whether ONNX can be written.
+    """Check that the packages for ONNX export are installed.
 
     Raises:
-        UserError: if not, saying what to install.
+        UserError: If one is missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -107,12 +107,12 @@ def check_onnx() -> None:
 
 
 def _frozen(converted: ConvertedModel) -> ConvertedModel:
-    """A copy without gradients, which a loaded program would compute otherwise."""
+    """Return a copy that doesn't require gradients, so that the loaded program doesn't compute them."""
     return converted._replace(model=copy.deepcopy(converted.model).eval().requires_grad_(False))
 
 
 class _Flat(nn.Module):
-    """A function of the model on the state's tensors in a row, those without numbers left out."""
+    """Model function that takes the state as a flat list of tensors, without empty ones."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
@@ -122,14 +122,14 @@ class _Flat(nn.Module):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """An empty state, by name."""
+        """Initial state: name -> tensor, without empty tensors."""
         layers = self.model.init_state(_ROWS).layers
         parts = {f"layer{i}_{name}": part for i, s in enumerate(layers) for name, part in s._asdict().items()}
         return {name: part for name, part in parts.items() if part.numel()}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Examples of what comes before the state, by name."""
+        """Example inputs that precede the state: name -> tensor."""
         return {"tokens": torch.zeros(_ROWS, dtype=torch.long)}
 
     def _state(self, rows: int, parts: tuple[Tensor, ...]) -> ModelState:
@@ -144,14 +144,14 @@ class _Flat(nn.Module):
 
 
 class _Step(_Flat):
-    """(tokens (B,), state) -> (logits (B, V), state)."""
+    """Decoding step: (tokens (B,), state) -> (logits (B, V), state)."""
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         return self._outputs(*self.model.step(tokens, self._state(tokens.shape[0], state)))
 
 
 class _Prefill(_Flat):
-    """(tokens (B, C), lengths (B,), state) -> (logits after each row's last token (B, V), state)."""
+    """Chunked prefill: (tokens (B, C), lengths (B,), state) -> (logits of the last tokens (B, V), state)."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -166,17 +166,17 @@ class _Prefill(_Flat):
 
 
 def _program(function: _Flat) -> ExportedProgram:
-    """The function as a graph of PyTorch's own operations."""
+    """Export the function as a graph of built-in PyTorch operators."""
     example = (*function.inputs.values(), *function.state.values())
     with torch.no_grad():
         program = torch.export.export(function, example, dynamic_shapes=_shapes(function, Dim(_BATCH, min=1)))
-        # Our own operation can't be known elsewhere.
+        # Decomposes the package's custom operator, which other runtimes don't know.
         table: dict[Any, Callable[..., Any]] = {torch.ops.tnnlm.circular_conv.default: fft_convolution}
         return program.run_decompositions(table)
 
 
 def _shapes(function: _Flat, batch: Any) -> dict[str, Any]:
-    """What is free: the first dimension of all inputs, as ``batch``."""
+    """Return dynamic shapes that mark the first dimension of every input as ``batch``."""
     free = {0: batch}
     state = {"state": tuple(free for _ in function.state)} if function.state else {}
     return {**dict.fromkeys(function.inputs, free), **state}
@@ -199,7 +199,7 @@ def _describe(converted: ConvertedModel, folder: Path, functions: Mapping[str, _
 
 
 def _interface(function: _Flat) -> dict[str, Any]:
-    """Names, shapes and dtypes in order; of the state also where it begins, and where it goes on from."""
+    """Describe inputs and outputs in order: name, shape, dtype, initial state, and outputs to feed back."""
     inputs = [_tensor(name, part) for name, part in function.inputs.items()]
     state = [_tensor(name, part) | {"initial": 0.0} for name, part in function.state.items()]
     logits = {"name": "logits", "shape": [_BATCH, function.model.config.vocab_size], "dtype": "float32"}
@@ -214,7 +214,7 @@ def _tensor(name: str, part: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says about itself: what it deprecates, and what isn't installed."""
+    """Silence the exporter's warnings about deprecated APIs and optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Text from a converted model: prefill the prompt in parallel, then one ``step`` per token.
+"""Text generation with a converted model: parallel prefill of the prompt, then one ``step`` per token.
 
-Deployment code: needs torch, tokenizers, safetensors and omegaconf, nothing of training.
+This is deployment code: it needs torch, tokenizers, safetensors and omegaconf, but no training dependencies.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ from tnnlm.models.causal_lm import ModelState
 from tnnlm.tokenizer import TextTokenizer
 
 PREFILL_CHUNK = 512
-"""prompt tokens per parallel pass: bounds memory, not results"""
+"""Prompt tokens per parallel pass; it bounds memory and doesn't change results."""
 MAX_NEW_TOKENS = 10_000_000
-"""more is taken for a slip"""
+"""Largest accepted number of new tokens."""
 
 
 @dataclass(frozen=True)
 class GenerationState:
-    """One or several sequences up to here: recurrent states and the logits of the next token. Immutable, so
-    it can be forked."""
+    """Batch of sequences in progress: recurrent states and logits of the next token.
+
+    It is immutable, so it can be forked.
+    """
 
     model_state: ModelState
     logits: Tensor
-    """(B, V)"""
+    """Logits of the next token, (B, V)."""
     lengths: tuple[int, ...]
-    """tokens of each sequence so far"""
+    """Number of tokens processed in each sequence."""
     seconds: float
-    """that the prefill took"""
+    """Duration of the prefill in seconds."""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all sequences together."""
+        """Total number of tokens of all sequences."""
         return sum(self.lengths)
 
     def select(self, rows: Sequence[int]) -> GenerationState:
-        """Some rows; ``[0] * n`` forks a single one."""
+        """Return the state of selected rows; ``[0] * n`` forks a single row n times."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.logits.device)
         lengths = tuple(self.lengths[row] for row in rows)
         return GenerationState(
@@ -52,7 +54,7 @@ class GenerationState:
 
 
 def join(states: Sequence[GenerationState]) -> GenerationState:
-    """Sequences of several states of one model as one batch."""
+    """Concatenate several states of one model into one batch."""
     return GenerationState(
         ModelState.join([state.model_state for state in states]),
         torch.cat([state.logits for state in states]),
@@ -63,38 +65,38 @@ def join(states: Sequence[GenerationState]) -> GenerationState:
 
 @dataclass
 class Completion:
-    """Generated text; filled while its pieces are consumed."""
+    """Generated text with its tokens and timing; filled while the stream is consumed."""
 
     state: GenerationState
-    """after the last token that was fed back"""
+    """State after the last token that the model has processed."""
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    """in ``step`` and sampling, without what the consumer does between tokens"""
+    """Seconds spent in ``step`` and sampling, without the time that the consumer takes between tokens."""
 
     @property
     def seconds_per_token(self) -> float:
-        """0 before the first token."""
+        """Mean seconds per generated token; 0 before the first token."""
         return self.seconds / max(1, len(self.tokens))
 
 
 def check_new_tokens(n: int) -> None:
-    """Refuse a number of new tokens that is negative or absurd.
+    """Check that a number of new tokens is in range.
 
     Raises:
-        UserError: naming it.
+        UserError: If it is negative or above ``MAX_NEW_TOKENS``.
     """
     if not 0 <= n <= MAX_NEW_TOKENS:
-        raise UserError(f"{n} new tokens: must be from 0 to {MAX_NEW_TOKENS:,}")
+        raise UserError(f"max_new_tokens {n}: must be from 0 to {MAX_NEW_TOKENS:,}")
 
 
 class DecoderModel(Protocol):
-    """A model that decodes: a converted ``CausalLM``, or one whose step was compiled."""
+    """Protocol of models that decode: a converted ``CausalLM``, or one with a compiled or captured step."""
 
     embedding: torch.nn.Embedding
 
     def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token."""
+        """Return the state before the first token."""
         ...
 
     def prefill(
@@ -111,10 +113,10 @@ class DecoderModel(Protocol):
 
 
 class TextGenerator:
-    """A converted model and its tokenizer: prefills prompts and generates text.
+    """Text generator with a converted model and its tokenizer.
 
-    ``fingerprint`` names the model in saved states. :func:`tnnlm.inference.engine.open_engine` makes a fast
-    one.
+    :func:`tnnlm.inference.engine.open_engine` returns one with the fastest engine. ``fingerprint`` identifies
+    the model in saved states.
     """
 
     def __init__(self, model: DecoderModel, tokenizer: TextTokenizer, fingerprint: str = "") -> None:
@@ -131,30 +133,32 @@ class TextGenerator:
         *,
         seed: int | None = None,
     ) -> str:
-        """Generate a continuation of ``prompt``, and return it without the prompt.
+        """Generate a completion of ``prompt`` and return it without the prompt.
 
         Args:
-            prompt: at least one character.
-            max_new_tokens: the text ends here, or before at the end-of-document token.
-            sampling: how tokens are drawn; None is ``SamplingParams()``.
-            seed: of the random numbers; None draws another text at each call.
+            prompt: Prompt of at least one character.
+            max_new_tokens: Maximum number of tokens to generate; the end-of-document token ends generation
+                earlier.
+            sampling: Sampling parameters (default: ``SamplingParams()``).
+            seed: Seed of the random number generator; None samples differently at each call.
 
         Raises:
-            UserError: if the prompt is empty or not valid Unicode, or ``max_new_tokens`` is out of bounds.
+            UserError: If the prompt is empty or not valid Unicode, or ``max_new_tokens`` is out of range.
         """
         check_new_tokens(max_new_tokens)
         random = torch.Generator(self.device)
         random.seed() if seed is None else random.manual_seed(seed)
-        _, pieces = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
-        return "".join(pieces)
+        _, chunks = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
+        return "".join(chunks)
 
     @torch.inference_mode()
     def prefill(self, texts: Sequence[str], state: GenerationState | None = None) -> GenerationState:
-        """Process prompts in parallel, a row each, from an empty state or on top of ``state``, which has as
-        many rows.
+        """Prefill a batch of prompts of at least one character each.
+
+        ``state`` is continued and has one row per prompt; by default it is the empty state.
 
         Raises:
-            UserError: if a prompt is empty or not valid Unicode.
+            UserError: If a prompt is empty or not valid Unicode.
         """
         rows = []
         for text in texts:
@@ -170,9 +174,9 @@ class TextGenerator:
     def prefill_tokens(
         self, rows: Sequence[Sequence[int]], state: GenerationState | None = None
     ) -> GenerationState:
-        """Prefill rows of token ids, at least one each, in chunks of bounded memory.
+        """Prefill rows of at least one token id each, in chunks that bound memory.
 
-        Rows of different lengths are padded at their end; a pad leaves the state as it is.
+        Rows of different lengths are padded on the right; padding doesn't change the state.
         """
         started = time.perf_counter()
         model_state = state.model_state if state else self.model.init_state(len(rows))
@@ -183,13 +187,13 @@ class TextGenerator:
         logits: Tensor | None = None
         for start in range(0, longest, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
-            own = None if even else (lengths - start).clamp(0, chunk.shape[1])
-            last, model_state = self.model.prefill(chunk, model_state, own, keep=1)
-            # A row that ended in an earlier chunk keeps the logits from there.
-            if logits is None or own is None:
+            valid = None if even else (lengths - start).clamp(0, chunk.shape[1])
+            last, model_state = self.model.prefill(chunk, model_state, valid, keep=1)
+            # A row that ended in an earlier chunk keeps the logits of that chunk.
+            if logits is None or valid is None:
                 logits = last[:, 0]
             else:
-                logits = torch.where((own > 0)[:, None], last[:, 0], logits)
+                logits = torch.where((valid > 0)[:, None], last[:, 0], logits)
         assert logits is not None
         before = state.lengths if state else (0,) * len(rows)
         after = tuple(old + len(row) for old, row in zip(before, rows, strict=True))
@@ -202,17 +206,22 @@ class TextGenerator:
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
     ) -> tuple[Completion, Iterator[str]]:
-        """Continue a single row: a record that fills up, and the pieces of text, correct UTF-8 each.
+        """Generate a completion of a single row and stream its text.
 
-        Ends after ``max_new_tokens`` or at the end-of-document token, which is not shown.
+        Generation ends after ``max_new_tokens`` tokens or at the end-of-document token, which is not part of
+        the text.
+
+        Returns:
+            A record that is filled while the stream is consumed, and an iterator over chunks of text, each of
+            which is valid UTF-8.
 
         Raises:
-            UserError: if ``max_new_tokens`` is negative or absurd.
+            UserError: If ``max_new_tokens`` is out of range.
         """
         check_new_tokens(max_new_tokens)
         record = Completion(state)
         tokens = self._tokens(record, max_new_tokens, sampling, generator)
-        return record, self._pieces(record, tokens)
+        return record, self._text_chunks(record, tokens)
 
     @torch.inference_mode()
     def generate(
@@ -222,13 +231,13 @@ class TextGenerator:
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
     ) -> list[Completion]:
-        """Continue all rows of ``state`` together, a token each per step.
+        """Generate completions of all rows of ``state`` in one batch, one token per row and step.
 
-        A row that reaches the end-of-document token leaves the batch; the others go on. Greedy rows are
-        what :meth:`stream` gives for each alone; drawn ones share one random stream.
+        A row that reaches the end-of-document token is removed from the batch. With greedy decoding a row
+        gives the same tokens as :meth:`stream`; sampled rows share one random number generator.
 
         Raises:
-            UserError: if ``max_new_tokens`` is negative or absurd.
+            UserError: If ``max_new_tokens`` is out of range.
         """
         check_new_tokens(max_new_tokens)
         records = [Completion(state) for _ in state.lengths]
@@ -255,10 +264,10 @@ class TextGenerator:
             record.text = self.tokenizer.decode(record.tokens)
         return records
 
-    def _pieces(self, record: Completion, tokens: Iterator[int]) -> Iterator[str]:
-        for piece in self.tokenizer.stream(tokens):
-            record.text += piece
-            yield piece
+    def _text_chunks(self, record: Completion, tokens: Iterator[int]) -> Iterator[str]:
+        for chunk in self.tokenizer.stream(tokens):
+            record.text += chunk
+            yield chunk
 
     def _tokens(
         self, record: Completion, limit: int, sampling: SamplingParams, generator: torch.Generator | None
@@ -266,7 +275,7 @@ class TextGenerator:
         for _ in range(limit):
             started = time.perf_counter()
             with torch.inference_mode():
-                # Entries of the embedding that the tokenizer doesn't know can't be decoded.
+                # Entries of the embedding beyond the tokenizer's vocabulary can't be decoded.
                 token = sample(record.state.logits[:, : self.tokenizer.size], sampling, generator)
                 chosen = int(token)
                 if chosen == self.tokenizer.eos_id:

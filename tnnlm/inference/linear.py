@@ -1,10 +1,9 @@
-"""Linear layers for decoding: weights laid out, or rounded, so that reading them costs the least.
+"""Linear layers for decoding, with weights packed or quantised to minimise memory traffic.
 
-A decoded token reads every weight once, so that the matrix-vector product should run at the memory's
-speed. PyTorch's float32 one does not: measured on one core, 15 GB/s where oneDNN with weights it packed
-itself reads 27, and the memory gives 37. Rounding weights to bfloat16 or int8 halves or quarters what
-is read; activations between layers, states and recurrences stay float32. :mod:`tnnlm.inference.linear_choice`
-says which layer runs where.
+A decoding step reads every weight once, so a matrix-vector product is bound by memory bandwidth. Measured on
+one core, PyTorch's float32 product reads 15 GB/s, oneDNN with prepacked weights 27 GB/s, and the memory gives
+37 GB/s. Weights in bfloat16 or int8 halve or quarter the traffic; activations between layers, states and
+recurrences stay in float32. :mod:`tnnlm.inference.linear_choice` selects the layer for a device and dtype.
 """
 
 from __future__ import annotations
@@ -19,44 +18,44 @@ from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
 
 DTYPES = ("float32", "bfloat16", "int8")
-"""of weights"""
+"""Supported dtypes of weights."""
 INT8_BLOCK = 32
-"""sizes that the int8 operator takes are multiples of it"""
+"""Block size of the int8 operator: in_features and out_features must be multiples of it."""
 _FEW_ROWS = 16
-"""up to so many rows int8 weights are multiplied as they are; above, rounding them back once is faster"""
+"""Largest batch for the int8 operator; for more rows, dequantising the weights first is faster."""
 _SMALLEST_EXPONENT = -100
-"""of an output's largest weight: scales stay normal float32 numbers"""
+"""Smallest exponent assumed for an output's largest weight; it keeps scales normal float32 numbers."""
 _HALF_ROWS = 3
-"""a multiple of which FBGEMM never ends in a rest of one or two rows"""
+"""Batches are padded to a multiple of this, so that FBGEMM has no remainder of one or two rows."""
 _TILE_BYTES = 1 << 19
-"""of widened weights: a tile stays in the second-level cache"""
+"""Size in bytes of a tile of weights in float32; it fits into the L2 cache."""
 
 
 class InferenceLinear(nn.Module):
-    """y = x W^T + b with W packed by oneDNN, in float32 or bfloat16; x and y keep their dtype."""
+    """Linear layer y = x W^T + b with W prepacked by oneDNN in float32 or bfloat16; y has the dtype of x."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        # One overload, so that no call looks for it.
+        # A single overload avoids overload resolution at each call.
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        # Opaque tensors, which no state dict can hold.
+        # Packed tensors are opaque and can't be stored in a state dict.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 1)
         self._bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Apply the layer: (..., I) -> (..., O)."""
         y = self._multiply(x.to(self.dtype), self._packed, self._bias, "none", [], "")
         return y.to(x.dtype)
 
 
 class HalfLinear(nn.Module):
-    """y = x W^T + b with bfloat16 weights that FBGEMM holds in float16 and multiplies in float32.
+    """Linear layer y = x W^T + b with bfloat16 weights; FBGEMM stores float16 and multiplies in float32.
 
-    The weights of every output are stored times a power of two, so that the largest lies between 2^14 and
-    2^15: float16 then holds every bfloat16 weight down to 2^-29 of it exactly, and smaller ones to 2^-40 of
-    it, which is below the rounding of a float32 sum. An output with a weight that is not finite is NaN:
-    FBGEMM would make a number of it.
+    The weights of each output are scaled by a power of two, such that the largest is between 2^14 and 2^15.
+    float16 then represents bfloat16 weights down to 2^-29 of the largest exactly, and smaller ones to within
+    2^-40 of it, which is below the rounding error of a float32 sum. An output with a weight that is not
+    finite is NaN, because FBGEMM would return a finite number.
     """
 
     scale: Tensor
@@ -70,17 +69,18 @@ class HalfLinear(nn.Module):
         exponent = torch.frexp(largest.nan_to_num(0, 0, 0)).exponent.clamp(min=_SMALLEST_EXPONENT) - 15
         scale = torch.ldexp(torch.ones_like(largest), exponent)
         stored = (rounded / scale[:, None]).masked_fill(~finite[:, None], 0).float()
-        # Opaque, as above.
+        # The packed tensor is opaque and can't be stored in a state dict.
         self._packed = torch.ops.quantized.linear_prepack_fp16(stored, None)
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
         self.register_buffer("scale", scale.masked_fill(~finite, math.nan).float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype of ``x``."""
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        # FBGEMM multiplies blocks of rows and sums a rest of one or two in another order: padded, a row has
-        # the same bits in any batch of two or more. Alone it stays, which is faster.
+        # FBGEMM multiplies blocks of rows, and sums a remainder of one or two rows in another order. With
+        # padding, a row's outputs are bitwise identical in any batch of two or more. A single row is not
+        # padded, for speed.
         rest = -len(rows) % _HALF_ROWS if len(rows) > 1 else 0
         padded = torch.nn.functional.pad(rows, (0, 0, 0, rest)) if rest else rows.contiguous()
         y = self._multiply(padded, self._packed)[: len(rows)]
@@ -89,8 +89,11 @@ class HalfLinear(nn.Module):
 
 
 class NarrowLinear(nn.Module):
-    """What layers of weights in float32, bfloat16 or int8 hold: the rounded W (O, I), a scale per output for
-    int8, and the bias, both in float32. How they multiply is up to subclasses."""
+    """Base of layers with weights in float32, bfloat16 or int8.
+
+    Holds the rounded W (O, I), and in float32 a scale per output for int8 and the bias. Subclasses implement
+    the product.
+    """
 
     weight: Tensor
     scale: Tensor | None
@@ -109,18 +112,20 @@ class NarrowLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def completed(self, y: Tensor) -> Tensor:
-        """The layer's output (..., O) from the product y of x and the rounded W."""
+        """Apply scale and bias to the product y of x and the rounded W, (..., O)."""
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias
 
 
 class WidenedLinear(NarrowLinear):
-    """y = x W^T + b with narrow weights, widened to float32 a tile at a time: for machines that have no
-    operator for them. The memory is read once, at the narrow width."""
+    """Linear layer y = x W^T + b that converts bfloat16 or int8 weights to float32 one tile at a time.
+
+    It runs on machines without an operator for such weights, and reads each weight from memory once.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype of ``x``."""
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1]).float()
         tile = max(1, _TILE_BYTES // (4 * rows.shape[1]))
         y = torch.cat([rows @ part.float().T for part in self.weight.split(tile)], dim=1)
@@ -128,19 +133,22 @@ class WidenedLinear(NarrowLinear):
 
 
 class Int8Linear(WidenedLinear):
-    """y = x W^T + b with W in int8 and a scale per output, symmetric: by PyTorch's weight-only int8 operator,
-    which takes x in bfloat16, for few rows, and widened for many."""
+    """Linear layer y = x W^T + b with weight-only int8 quantisation, symmetric, with one scale per output.
+
+    Small batches use PyTorch's weight-only int8 operator, which takes x in bfloat16; larger ones dequantise W
+    first.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias, "int8")
         assert self.scale is not None
         self._scale = self.scale.bfloat16()
-        # The operator has no tail: on other sizes it reads past the end.
+        # The operator doesn't handle remainders: with other sizes it reads out of bounds.
         self._whole = weight.shape[0] % INT8_BLOCK == 0 and weight.shape[1] % INT8_BLOCK == 0
         self._half = weight.device.type != "cpu" or bool(capability("bfloat16_arithmetic"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype of ``x``."""
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1])
         if self._whole and len(rows) <= _FEW_ROWS:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self._scale)
@@ -153,16 +161,16 @@ class Int8Linear(WidenedLinear):
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric rounding of W (O, I): integers, and a scale per output (O,) in bfloat16."""
+    """Quantise W (O, I) symmetrically to int8 with a scale per output, (O,) in bfloat16."""
     weight = weight.detach().float()
-    # A row of zeros keeps a scale that bfloat16 can hold; rounded first, so that the integers belong to
-    # the one that is used.
+    # The clamp keeps the scale of a row of zeros representable in bfloat16. The scale is rounded before the
+    # division, so that the integers match the scale that is used.
     scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
-    """Put what ``make`` returns for (weight, bias) in the place of every linear layer and of the head."""
+    """Replace every linear layer and the head by ``make(weight, bias)``."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
@@ -172,7 +180,7 @@ def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.
 
 
 def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> CastLinear:
-    """A plain linear layer with weights of ``dtype``."""
+    """Return a plain linear layer with weights of ``dtype``."""
     layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if bias is not None:
@@ -181,8 +189,8 @@ def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.
 
 
 class CastLinear(nn.Linear):
-    """A plain linear layer whose weights may be narrower than its inputs."""
+    """Plain linear layer whose weights may have a narrower dtype than its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype of ``x``."""
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)

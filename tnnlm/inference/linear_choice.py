@@ -1,7 +1,8 @@
-"""Which linear layer decodes with weights of a dtype on a device: the fastest whose operator works there.
+"""Selection of the fastest linear layer for a dtype of weights on a device.
 
-On a CPU the table of capabilities decides (:mod:`tnnlm.machine.capabilities`). Every choice for a dtype
-rounds the weights alike; oneDNN in bfloat16 and the int8 operator round a layer's inputs to bfloat16, too.
+On a CPU the selection depends on its capabilities (:mod:`tnnlm.machine.capabilities`). All layers for a dtype
+round the weights identically; oneDNN in bfloat16 and the int8 operator also round a layer's inputs to
+bfloat16.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from tnnlm.machine.capabilities import capability
 
 
 class Choice(NamedTuple):
-    """How linear layers of one dtype are multiplied on one device."""
+    """Selected linear layer for one dtype on one device."""
 
     name: str
-    """of the operator, as the engine's line shows it"""
+    """Name of the operator, as shown in the description of the engine."""
     make: Callable[[Tensor, Tensor | None], nn.Module]
-    """(weight, bias) -> layer"""
+    """Function (weight, bias) -> layer."""
     batch_invariant: bool = False
-    """whether a row has the same bits in any batch of two or more"""
+    """Whether a row's outputs are bitwise identical in any batch of two or more rows."""
     reason: str = ""
-    """why not by what would be faster"""
+    """Why no faster operator was selected."""
 
 
 def choose_linear(device: torch.device, dtype: str) -> Choice:
-    """The fastest operator for weights of ``dtype`` that works on ``device``.
+    """Select the fastest layer for weights of ``dtype`` whose operator works on ``device``.
 
     Raises:
-        UserError: for an unknown dtype, or one that this device has no operator for.
+        UserError: If the dtype is unknown, or the device has no operator for it.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -67,7 +68,8 @@ def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
         )
     except RuntimeError as error:
         raise UserError(
-            f"dtype int8: not on {device} ({str(error).splitlines()[0]})", "use float32 or bfloat16"
+            f"dtype int8: is not supported on {device} ({str(error).splitlines()[0]})",
+            "use float32 or bfloat16",
         ) from None
     return Choice("int8", Int8Linear)
 
@@ -87,4 +89,4 @@ _ON_CPU = {
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="int8"))),
     ),
 }
-"""dtype -> (capability that it needs, layer), fastest first; the last needs none"""
+"""Layers for each dtype as (required capability, layer), fastest first; the last requires none."""

@@ -1,4 +1,4 @@
-"""From a path to a model that generates text, in one call: ``tnnlm.load``."""
+"""Loading a converted model as a text generator in one call: ``tnnlm.load``."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ def load(
     engine: str = "auto",
     runs_dir: str | Path = "runs",
 ) -> TextGenerator:
-    """Load a converted model, ready to generate: ``tnnlm.load("runs/demo")("def main(")``.
+    """Load a converted model for generation: ``tnnlm.load("runs/demo")("def main(")``.
 
     Args:
-        path: a converted folder, a run by path or by its name under ``runs_dir``, or a checkpoint with
-            recurrences attached, as train.py writes them. None takes the newest converted folder.
-        device: a name of torch's, or ``auto`` for a GPU if there is one.
-        dtype: of the weights of linear layers and head: float32, bfloat16 or int8.
-        engine: one of :data:`tnnlm.inference.engine.ENGINES`; ``auto`` is the fastest that runs here.
-        runs_dir: where runs lie.
+        path: Folder of a converted model, path of a run or its name under ``runs_dir``, or a checkpoint with
+            attached recurrences, as train.py writes it. None loads the newest converted model.
+        device: Device name as in PyTorch, or ``auto`` for a GPU if there is one.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8.
+        engine: One of :data:`tnnlm.inference.engine.ENGINES`; ``auto`` selects the fastest available.
+        runs_dir: Folder that contains the runs.
 
     Returns:
-        the model with its tokenizer. Its layers are packed for decoding: it can't be saved or trained, see
-        :func:`tnnlm.checkpoints.locate.load_trained` for a model that can.
+        Text generator with model and tokenizer. The layers are packed for decoding, so the model can't be
+        saved or trained; :func:`tnnlm.checkpoints.locate.load_trained` loads a model that can.
 
     Raises:
-        CheckpointError: if there is no model, it is damaged, or it is not converted.
-        UserError: for a device, dtype or engine that can't be used here.
+        CheckpointError: If there is no model, it is corrupt, or it is not converted.
+        UserError: If a device, dtype or engine is not available on this machine.
     """
     target = None if path is None else str(path)
     return load_engine(target, Path(runs_dir), device=device, dtype=dtype, engine=engine).generator
 
 
 def load_engine(target: str | None, runs_dir: Path, *, device: str, dtype: str, engine: str) -> Engine:
-    """Find and load a converted model; arguments and what is raised are those of :func:`load`."""
+    """Find and load a converted model; arguments and exceptions are those of :func:`load`."""
     where = usable_device(device)
     found, converted = load_for_decoding(target, runs_dir)
     folder = found if found.is_dir() else None

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling of the next token: temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from tnnlm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. Temperature 0 is greedy; the cuts are applied in the order k, p."""
+    """Sampling parameters; top-k is applied before top-p."""
 
     temperature: float = 0.8
+    """Divisor of the logits, from 0 to 100; 0 is greedy decoding."""
     top_k: int = 0
+    """Number of most likely tokens to sample from; 0 disables it."""
     top_p: float = 1.0
+    """Cumulative probability of the most likely tokens to sample from, in (0, 1]; 1 disables it."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
@@ -29,22 +32,25 @@ class SamplingParams:
 
 
 def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """Logits (B, V) over temperatures above 0, one or (B, 1), in float64, the likeliest at 0: that of a
-    temperature however small stays finite."""
+    """Divide logits (B, V) by positive temperatures, a number or (B, 1), in float64.
+
+    The maximum of each row is subtracted first, so that the most likely token stays finite at any
+    temperature.
+    """
     logits = logits.double()
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the next token of every row: logits (B, V) -> (B,).
+    """Sample the next token of each row: logits (B, V) -> (B,).
 
     Raises:
-        UserError: if the logits are not numbers.
+        UserError: If the largest logit of a row is not finite.
     """
-    if not bool(logits.amax(-1).isfinite().all()):  # a maximum is NaN where one of its row is
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
         raise UserError(
-            "the model's logits are not finite: its weights are damaged, or the conversion is unstable",
-            "check them with convert.py --verify",
+            "the model's logits are not finite: its weights are corrupt, or the conversion is unstable",
+            "check the model with convert.py --verify",
         )
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -54,7 +60,7 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
         logits = logits.masked_fill(logits < least, -math.inf)
     if sampling.top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        # A token stays while the mass before it is below p, so the likeliest always does.
+        # A token is kept if the mass before it is below p, so the most likely token is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
     probabilities = logits.softmax(-1)

@@ -1,4 +1,4 @@
-"""A converted model at a terminal: streamed text, several samples, a conversation. Behind generate.py."""
+"""Generation at a terminal for generate.py: streaming, several samples, batches, interactive mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tnnlm.models.causal_lm import state_bytes
 
 
 class GenerationSession:
-    """A loaded model with its sampling settings and random stream."""
+    """Loaded model with its sampling parameters and random number generator."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class GenerationSession:
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.engine = engine
-        """what runs"""
+        """Description of the engine that runs the model."""
         self.random = torch.Generator(generator.device).manual_seed(seed)
         self.state: GenerationState | None = None
-        """after the last token, or as loaded"""
+        """State after the last token, or as loaded; None before the first prompt."""
 
     @classmethod
     def load(
@@ -56,35 +56,35 @@ class GenerationSession:
         """Find and load a converted model.
 
         Raises:
-            UserError: if there is none, it is damaged, or the device or a number can't be used.
+            UserError: If there is no model, it is corrupt, the device is not available, or a number is out of
+                range.
         """
         limit_threads()
         loaded = load_engine(target, runs_dir, device=device, dtype=dtype, engine=engine)
         return cls(loaded.generator, sampling, max_new_tokens, seed, loaded.info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
-        """Go on from a saved state, and from its random stream unless ``reseed``.
+        """Continue from a saved state, and from its random number generator unless ``reseed``.
 
         Raises:
-            CheckpointError: if it is missing, damaged, or another model's.
+            CheckpointError: If the file is missing or corrupt, or belongs to another model or tokenizer.
         """
         self.state, random = load_state(path, self.generator)
         if random is not None and not reseed:
             self.random.set_state(random)
 
     def save_state(self, path: Path) -> None:
-        """Write the state after the last token.
+        """Save the state after the last token.
 
         Raises:
-            UserError: if there was no token.
+            UserError: If there was no prompt.
         """
         if self.state is None:
-            raise UserError(f"--save-state {path}: there was no prompt, so there is no state to keep")
+            raise UserError(f"--save-state {path}: there was no prompt, so there is no state to save")
         save_state(path, self.generator, self.state, self.random)
 
     def show(self, prompt: str | None, n_samples: int, out: TextIO) -> None:
-        """Write the prompt and its continuation as it comes; several samples are generated
-        together and written in turn."""
+        """Print the prompt and stream its completion; several samples are generated as a batch first."""
         state = self._state_after(prompt)
         if n_samples == 1:
             out.write(prompt or "")
@@ -95,14 +95,17 @@ class GenerationSession:
             out.write(f"--- sample {index + 1}\n{prompt or ''}{record.text}\n")
 
     def show_batch(self, prompts: Sequence[str], out: TextIO) -> None:
-        """Continue several prompts together, then write each with its continuation."""
+        """Generate completions of several prompts as a batch, then print each after its prompt."""
         self._check_rows(len(prompts))
         records = self._batch(self.generator.prefill(prompts, self.state))
         for prompt, record in zip(prompts, records, strict=True):
             out.write(f"--- {prompt}\n{record.text}\n")
 
     def measure(self, prompt: str | None, n_samples: int) -> dict[str, Any]:
-        """Text and measurements as plain data; ``text`` and the times are the first sample's."""
+        """Generate, and return text and measurements as plain data.
+
+        ``text`` and timings are those of the first sample.
+        """
         state = self._state_after(prompt)
         if n_samples == 1:
             records = [self._stream(state, None)]
@@ -115,7 +118,7 @@ class GenerationSession:
         return result
 
     def measure_batch(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Texts and measurements of a batch; times are those of the whole."""
+        """Generate a batch, and return completions and measurements as data; timings cover the batch."""
         self._check_rows(len(prompts))
         state = self.generator.prefill(prompts, self.state)
         records = self._batch(state)
@@ -124,7 +127,7 @@ class GenerationSession:
         return self._measured(state, longest) | {"samples": texts}
 
     def converse(self, prompt: str | None, source: TextIO, out: TextIO) -> None:
-        """Read lines and continue each on top of everything before; the state stays the same size."""
+        """Generate a completion for each line of input; the state carries over the whole conversation."""
         while True:
             if prompt is None:
                 if source.isatty():
@@ -150,7 +153,7 @@ class GenerationSession:
         }
 
     def _state_after(self, prompt: str | None) -> GenerationState:
-        """After the prompt, on top of what came before; without a prompt, that alone."""
+        """Prefill the prompt on top of the current state; without a prompt, return the current state."""
         self._check_rows(1)
         if prompt is None and self.state is not None:
             return self.state
@@ -159,8 +162,8 @@ class GenerationSession:
     def _check_rows(self, prompts: int) -> None:
         if self.state is not None and len(self.state.lengths) != prompts:
             raise UserError(
-                f"the loaded state has {len(self.state.lengths)} rows, and there are {prompts} prompts",
-                "give as many",
+                f"--load-state: the state has {len(self.state.lengths)} rows for {prompts} prompts",
+                "give one prompt per row",
             )
 
     def _batch(self, state: GenerationState) -> list[Completion]:
@@ -169,12 +172,12 @@ class GenerationSession:
         return records
 
     def _stream(self, state: GenerationState, out: TextIO | None) -> Completion:
-        record, pieces = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
-        for piece in pieces:
+        record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
+        for chunk in chunks:
             if out is not None:
-                out.write(piece)
+                out.write(chunk)
                 out.flush()
         if out is not None and out.isatty():
-            speed = f"{len(record.tokens)} tokens, {1e3 * record.seconds_per_token:.1f} ms each"
+            speed = f"{len(record.tokens)} tokens, {1e3 * record.seconds_per_token:.1f} ms per token"
             sys.stderr.write(f"\n[{speed}]")
         return record

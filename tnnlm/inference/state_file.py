@@ -1,7 +1,7 @@
-"""A generation state on disk: recurrent states, next logits and random stream, as safetensors.
+"""Saving and loading of generation states: recurrent states, next logits and random state, as safetensors.
 
-Continuing a loaded state equals never having stopped. The file names the model and the tokenizer it
-belongs to by their hashes; under any other it is refused, since a state means nothing there.
+A loaded state continues exactly as if generation had not been interrupted. The file contains the hashes of
+its model and tokenizer, and loading it with any other raises an error.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ FORMAT = "tnnlm-state-1"
 
 
 class SavedState(NamedTuple):
-    """What a file holds."""
+    """Contents of a saved state."""
 
     state: GenerationState
     random: Tensor | None
-    """state of the random stream, for :meth:`torch.Generator.set_state`"""
+    """State of the random number generator for :meth:`torch.Generator.set_state`, if it was saved."""
 
 
 def check_state_path(path: Path) -> None:
-    """Refuse a place where no file can be written, before the text is generated.
+    """Check before generation that a state can be saved to ``path``.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: If it is a folder.
+        UserError: If one of its parents is a file.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder", "give the name of a file")
@@ -44,16 +45,16 @@ def check_state_path(path: Path) -> None:
 def save_state(
     path: Path, generator: TextGenerator, state: GenerationState, random: torch.Generator | None = None
 ) -> None:
-    """Write a generation state; the file appears whole or not at all.
+    """Write a generation state to a file atomically.
 
     Args:
-        path: of the file; one that is there is replaced.
-        generator: the model and tokenizer that it belongs to.
-        state: of one or several sequences.
-        random: the stream that goes on with it, if it matters.
+        path: Path of the file; an existing file is replaced.
+        generator: Text generator with the model and tokenizer of the state.
+        state: State of one or several sequences.
+        random: Random number generator to save with the state; None saves none.
 
     Raises:
-        OSError: if the disk is full.
+        OSError: If the file can't be written, for example on a full disk.
     """
     tensors = {
         f"layers.{index}.{name}": part
@@ -74,28 +75,28 @@ def save_state(
 
 
 def load_state(path: Path, generator: TextGenerator) -> SavedState:
-    """Load a generation state, onto the model's device.
+    """Load a generation state onto the model's device.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another model or tokenizer.
+        CheckpointError: If the file is missing or corrupt, or belongs to another model or tokenizer.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise CheckpointError(f"{path}: is not a saved state, or damaged") from None
+        raise CheckpointError(f"{path}: is not a saved state, or is corrupt") from None
     if metadata.get("kind") != FORMAT:
-        raise CheckpointError(f"{path}: is not a saved state of this project's generate.py")
+        raise CheckpointError(f"{path}: is not a saved state of generate.py")
     expected = {"model": generator.fingerprint, "tokenizer": generator.tokenizer.fingerprint}
     for part, fingerprint in expected.items():
         if metadata.get(part) != fingerprint:
             raise CheckpointError(
-                f"{path}: was saved with another {part}", "load it with the one that wrote it"
+                f"{path}: was saved with another {part}", "load it with the one that it was saved with"
             )
     random = tensors.pop("random", None)
     lengths = tuple(json.loads(metadata["lengths"]))

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over fixed-size states: continuous batching, prefix reuse, a page to try it."""
+"""OpenAI-compatible server with fixed-size states: continuous batching, prefix caching and a web page."""

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, keys, limits, and the way from a request to the scheduler and back."""
+"""FastAPI application of the server: routes, API key, limits, and submission of requests to the scheduler."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""of the page: nothing from elsewhere, nothing inline"""
+"""Content security policy of the page; it forbids external resources and inline scripts and styles."""
 
 
 def create_app(generator: TextGenerator, settings: Settings, executor: Executor | None = None) -> FastAPI:
-    """The application for one model.
+    """Create the application that serves one model.
 
     Args:
-        generator: from :func:`tnnlm.inference.engine.open_engine`.
-        settings: name, key, limits.
-        executor: of one thread, best that which loaded the model; see ``serving.scheduler``.
+        generator: Text generator from :func:`tnnlm.inference.engine.open_engine`.
+        settings: Model name, API key and limits.
+        executor: Executor with one thread, preferably the one that loaded the model; see
+            :class:`tnnlm.serving.scheduler.Scheduler`.
     """
     service = Service(generator, settings, executor)
-    # Without the framework's documentation pages: they load scripts from elsewhere.
+    # FastAPI's documentation pages are disabled because they load scripts from a CDN.
     app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
     app.state.service = service
     app.add_exception_handler(HTTPException, on_http_error)
@@ -63,7 +64,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
     @app.post("/v1/chat/completions", dependencies=[key])
     def chat() -> None:
-        raise ApiError(404, "this model continues text and has no chat format: use /v1/completions")
+        raise ApiError(404, "this model has no chat template; use /v1/completions")
 
     @app.get("/health")
     def health() -> JSONResponse:
@@ -87,14 +88,14 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
 
 async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
-    # Tokenizing a long prompt must not hold up the streams of others.
+    # Tokenizing a long prompt on the event loop would stall other streams.
     parsed = await asyncio.to_thread(service.parser.parse, body)
     response = parsed.response
     service.submit(response, parsed.prompts)
     if body.stream:
         options = body.stream_options
-        pieces = response.stream(options.include_usage, options.include_timing)
-        stream = _cancelled_with(service, response, pieces)
+        chunks = response.stream(options.include_usage, options.include_timing)
+        stream = _cancelled_with(service, response, chunks)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
     whole = asyncio.ensure_future(response.whole())
@@ -102,10 +103,10 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
     try:
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
-            return Response(status_code=499)  # to nobody
+            return Response(status_code=499)  # never delivered: the client has disconnected
         return JSONResponse(whole.result())
     except TimeoutError:
-        raise ApiError(503, "no place became free in time; try again later") from None
+        raise ApiError(503, "the request timed out before its first token; retry later") from None
     except RuntimeError as error:
         raise ApiError(500, str(error)) from None
     finally:
@@ -115,12 +116,12 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
 
 
 async def _cancelled_with(
-    service: Service, response: CompletionResponse, pieces: AsyncIterator[bytes]
+    service: Service, response: CompletionResponse, chunks: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    """A stream whose sequences are cancelled when it ends, as when its client goes away."""
+    """Yield the chunks of a stream and cancel its sequences when it ends or its client disconnects."""
     try:
-        async for piece in pieces:
-            yield piece
+        async for chunk in chunks:
+            yield chunk
     finally:
         service.scheduler.cancel(response.sequences)
 
@@ -136,7 +137,7 @@ def _key_check(api_key: str | None) -> Callable[[Request], None]:
             return
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            message = "missing or wrong API key (Authorization: Bearer KEY)"
+            message = "missing or wrong API key; send the header Authorization: Bearer KEY"
             error = ApiError(401, message, None, "invalid_api_key")
             error.headers = {"WWW-Authenticate": "Bearer"}
             raise error

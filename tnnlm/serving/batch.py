@@ -1,4 +1,4 @@
-"""The running batch: sequences with their states, which join and leave between any two steps."""
+"""Running batch of sequences with their states; sequences join and leave between steps."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ from tnnlm.serving.sampler import SequenceSampler, sample_batch
 from tnnlm.serving.sequence import GeneratedSequence
 
 LEAST_ROWS = 2
-"""one row alone takes another routine of the matrix products, which rounds differently: with an idle row
-next to it the packed engine gives a sequence the same bits under any load"""
+"""Minimum number of rows in a batch.
+
+Matrix products of a single row use another routine, which rounds differently. With an idle row added, the
+packed engine gives a sequence bitwise identical outputs under any load.
+"""
 
 
 class StepOutput(NamedTuple):
-    """Tokens of one step."""
+    """Tokens and logits of one decoding step."""
 
     sequences: list[GeneratedSequence | None]
-    """by row; None is an idle one"""
+    """Sequence of each row; None for an idle row."""
     tokens: list[int]
+    """Sampled token of each row."""
     logits: Tensor
-    """(B, V)"""
+    """Logits that the tokens were sampled from, (B, V)."""
     seconds: float
+    """Duration of the step in seconds, sampling included."""
 
 
 class RunningBatch:
-    """Fixed memory per sequence, however long it is."""
+    """Running batch with constant memory per sequence, whatever its length."""
 
     def __init__(self, generator: TextGenerator) -> None:
         self._model, self._device = generator.model, generator.device
@@ -43,11 +48,11 @@ class RunningBatch:
 
     @property
     def sequences(self) -> list[GeneratedSequence]:
-        """The sequences in it."""
+        """Sequences in the batch, without idle rows."""
         return [sequence for sequence in self._sequences if sequence is not None]
 
     def step(self) -> StepOutput:
-        """Feed every row its last token, and draw its next."""
+        """Process the last token of each row and sample the next one."""
         assert self._state is not None
         started = time.perf_counter()
         last = torch.tensor([sequence.drawn[-1] if sequence else 0 for sequence in self._sequences])
@@ -63,7 +68,7 @@ class RunningBatch:
         leave: Sequence[GeneratedSequence] = (),
         join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
     ) -> None:
-        """Take sequences out, and in, each with its state of one row."""
+        """Remove sequences from the batch, and add sequences with their single-row states."""
         if not leave and not join:
             return
         stays = {*self.sequences} - {*leave}

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as a response shows them: before temperature and cuts."""
+"""Log-probabilities of tokens for responses, before temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import Tensor
 
 
 class TokenScore(NamedTuple):
-    """A token with its log-probability in nats, and those of the likeliest in its place."""
+    """Token with its log-probability and the most likely alternatives."""
 
     token: int
+    """Id of the token."""
     logprob: float | None
-    """None for the first of a prompt"""
+    """Log-probability in nats; None for the first token of a prompt."""
     top: tuple[tuple[int, float], ...]
+    """Most likely tokens at this position with their log-probabilities, in descending order."""
 
 
 def score_tokens(logits: Tensor, tokens: Sequence[int], n: int) -> list[TokenScore]:
-    """Of tokens under logits (B, V), a row each, with the ``n`` likeliest beside them."""
+    """Score one token per row of logits (B, V), and the ``n`` most likely tokens of the row."""
     scores = logits.double().log_softmax(-1)
     index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
     best = scores.topk(min(n, scores.shape[1]))

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 3
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -22,19 +22,23 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"tnnlm_{name}_seconds", text, buckets=_SECONDS, registry=registry)
 
-        self.responses = counter("responses", "HTTP responses of the API", "status")
-        self.finished = counter("texts_finished", "texts by what ended them", "reason")
-        self.prompt_tokens = counter("prompt_tokens", "prompt tokens read")
-        self.cached_tokens = counter("cached_prompt_tokens", "prompt tokens found in the cache")
-        self.new_tokens = counter("new_tokens", "tokens written")
-        self.running = gauge("texts_running", "texts being written")
-        self.reading = gauge("texts_reading", "texts whose prompt is being read")
-        self.waiting = gauge("texts_waiting", "texts that wait")
-        self.cache_bytes = gauge("cache_bytes", "bytes of cached states")
-        self.state_bytes = gauge("state_bytes", "bytes of state of the texts being written")
-        self.step = histogram("step", "one step of the running batch, drawing included")
-        self.first_token = histogram("first_token", "from a request to its first token")
+        self.responses = counter("responses", "Number of HTTP responses of the API by status", "status")
+        self.finished = counter("texts_finished", "Number of finished sequences by finish reason", "reason")
+        self.prompt_tokens = counter("prompt_tokens", "Number of prefill tokens processed")
+        self.cached_tokens = counter(
+            "cached_prompt_tokens", "Number of prompt tokens found in the prefix cache"
+        )
+        self.new_tokens = counter("new_tokens", "Number of generation tokens processed")
+        self.running = gauge("texts_running", "Number of sequences in the running batch")
+        self.reading = gauge("texts_reading", "Number of sequences in prefill")
+        self.waiting = gauge("texts_waiting", "Number of sequences waiting to be processed")
+        self.cache_bytes = gauge("cache_bytes", "Size of the prefix cache in bytes")
+        self.state_bytes = gauge("state_bytes", "Size of the states of the running batch in bytes")
+        self.step = histogram(
+            "step", "Duration of one step of the running batch in seconds, sampling included"
+        )
+        self.first_token = histogram("first_token", "Time to first token in seconds")
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

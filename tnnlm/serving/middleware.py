@@ -1,6 +1,7 @@
-"""ASGI middleware: a request's body in full before anything looks at it, or a refusal; counted answers.
+"""ASGI middleware that buffers and limits request bodies and counts responses.
 
-Written as plain ASGI: a framework's would hand every piece of a stream through a queue of its own.
+It is plain ASGI, because Starlette's BaseHTTPMiddleware passes each chunk of a stream through an additional
+queue.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tnnlm.serving.schemas import error_response
 
 BODY_SECONDS = 30.0
-"""for a body to arrive"""
+"""Seconds within which a request body must arrive."""
 
 
 class WholeBody:
-    """Refuses bodies that are too large (413) or too slow (408), whatever they say of their length."""
+    """Middleware that buffers a body and rejects one that is too large (413) or too slow (408).
+
+    It counts the bytes that arrive and ignores the Content-Length header.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
         self.limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Receive the body, then pass the request to the application."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         try:
@@ -33,7 +37,7 @@ class WholeBody:
             response = error_response(408, f"the body did not arrive within {BODY_SECONDS:g} seconds")
             return await response(scope, receive, send)
         if body is None:
-            # What is left of it is never read.
+            # The rest of the body is not received, so the connection can't be reused.
             headers = {"Connection": "close"}
             response = error_response(413, f"the body is larger than {self.limit:,} bytes", headers=headers)
             return await response(scope, receive, send)
@@ -63,14 +67,14 @@ class WholeBody:
 
 
 class CountAnswers:
-    """Counts the answers of the API by status."""
+    """Middleware that counts responses of the API by status."""
 
     def __init__(self, app: ASGIApp, counter: Counter) -> None:
         self.app = app
         self.counter = counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Pass the request to the application and count its response."""
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Prefill of prompts in chunks, on top of what is cached of their beginnings."""
+"""Chunked prefill of prompts, starting from the longest cached prefix."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from tnnlm.serving.prefix_cache import PrefixCache
 from tnnlm.serving.sequence import Prompt, SequenceOutput
 
 CHUNK = 128
-"""prompt tokens of one pass"""
+"""Prompt tokens per chunk."""
 
 
 class PrefillWorker:
-    """Always alone and in the same chunks, so that a prompt's state has the same bits under any load."""
+    """Worker that prefills prompts in chunks.
+
+    Each prompt is prefilled alone and in the same chunks, so that its state is bitwise identical under any
+    load.
+    """
 
     def __init__(self, generator: TextGenerator, cache: PrefixCache, metrics: Metrics) -> None:
         self.cache = cache
@@ -25,7 +29,7 @@ class PrefillWorker:
         self._metrics = metrics
 
     def prefill_chunk(self, prompt: Prompt) -> list[SequenceOutput]:
-        """Process a chunk at the most; outputs if the prompt's own tokens are asked for."""
+        """Process at most one chunk; return outputs if log-probabilities of the prompt are requested."""
         scored = prompt.score_prompt is not None
         if prompt.state is None and not scored:
             self._look_up(prompt)
@@ -37,7 +41,7 @@ class PrefillWorker:
         logits, state = self._model.prefill(tokens, state, keep=None if scored else 1)
         outputs = self._score(prompt, chunk, logits[0]) if scored else []
         prompt.position += len(chunk)
-        # A copy: the rest of the logits would stay in memory with it.
+        # A view would keep the logits of the whole chunk in memory.
         prompt.state = GenerationState(state, logits[:, -1].clone(), (prompt.position,), 0.0)
         self._metrics.prompt_tokens.inc(len(chunk))
         if not scored and (prompt.complete or _doubled(prompt.position)):
@@ -52,7 +56,7 @@ class PrefillWorker:
             self._metrics.cached_tokens.inc(prompt.cached)
 
     def _score(self, prompt: Prompt, chunk: list[int], logits: Tensor) -> list[SequenceOutput]:
-        """Log-probabilities of a chunk's tokens from the logits (L, V) after each."""
+        """Score the tokens of a chunk, given the logits (L, V) after each of them."""
         scores = []
         if prompt.state is None:
             scores.append(TokenScore(chunk[0], None, ()))
@@ -67,7 +71,10 @@ class PrefillWorker:
 
 
 def _doubled(length: int) -> bool:
-    """At such lengths a long prompt is kept on the way: prompts that part later share at least half of
-    what they could, and one prompt does not fill the cache."""
+    """Return whether ``length`` is a power of two times the chunk size.
+
+    The state of a long prompt is cached at these lengths, so that a later prompt reuses at least half of a
+    common prefix of a chunk or more, and a single prompt doesn't fill the cache.
+    """
     chunks, rest = divmod(length, CHUNK)
     return not rest and chunks & (chunks - 1) == 0

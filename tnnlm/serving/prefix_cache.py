@@ -1,6 +1,6 @@
-"""States after token sequences, for prompts that begin with them: forked, never changed.
+"""Prefix cache: states after token sequences, reused by prompts that begin with the same tokens.
 
-A state is a few hundred kilobytes however long the sequence: a whole prompt costs what a token costs.
+Cached states are never modified. A state takes a few hundred kilobytes whatever the length of its prefix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tnnlm.inference.generator import GenerationState
 from tnnlm.models.causal_lm import state_bytes
 
 Key: TypeAlias = tuple[int, bytes]
-"""length and hash of a sequence"""
+"""Length and hash of a token sequence."""
 
 
 class PrefixCache:
-    """The least recently used go first once ``limit`` bytes are full."""
+    """Cache of states with least-recently-used eviction above ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -30,7 +30,7 @@ class PrefixCache:
         return len(self._kept)
 
     def longest(self, tokens: Sequence[int]) -> tuple[int, GenerationState] | None:
-        """How many of ``tokens`` were processed before, and the state after those; None if none were."""
+        """Return the length of the longest cached prefix of ``tokens`` and the state after it, or None."""
         lengths = sorted({length for length, _ in self._kept if length <= len(tokens)})
         found = [key for key in _keys(tokens, lengths) if key in self._kept]
         if not found:
@@ -39,7 +39,7 @@ class PrefixCache:
         return found[-1][0], self._kept[found[-1]]
 
     def put(self, tokens: Sequence[int], state: GenerationState) -> None:
-        """Keep the state after ``tokens``, one row that shares no memory with a batch."""
+        """Cache the state after ``tokens``: a single row that shares no memory with a batch."""
         if _size(state) > self.limit:
             return
         (key,) = _keys(tokens, [len(tokens)])
@@ -57,7 +57,7 @@ def _size(state: GenerationState) -> int:
 
 
 def _keys(tokens: Sequence[int], lengths: Sequence[int]) -> list[Key]:
-    """Keys of the beginnings of ``tokens`` of these lengths, which ascend."""
+    """Return the keys of prefixes of ``tokens`` with these lengths, in ascending order."""
     digest = hashlib.blake2b(digest_size=16)
     keys = []
     start = 0

@@ -1,4 +1,4 @@
-"""From a request as it came to what the scheduler takes, or a refusal that says why."""
+"""Validation and tokenization of requests, up to the prompts and sequences that the scheduler takes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tnnlm.tokenizer import TextTokenizer
 
 
 class ParsedRequest(NamedTuple):
-    """A request that was accepted."""
+    """Validated request: its response, and its prompts for the scheduler."""
 
     response: CompletionResponse
     prompts: list[Prompt]
 
 
 class RequestParser:
-    """Checks what a schema can't: ids, lengths, names; tokenizes."""
+    """Parser of requests that tokenizes prompts and checks token ids, lengths and names against the model."""
 
     def __init__(self, tokenizer: TextTokenizer, model: str, limits: Limits) -> None:
         self.tokenizer = tokenizer
@@ -30,28 +30,30 @@ class RequestParser:
         self.limits = limits
 
     def check_model(self, name: str) -> None:
-        """Refuse any model but the one that is served.
+        """Check that a request is for the served model; an empty name is accepted.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404 for another model.
         """
         if name not in ("", self.model):
-            raise ApiError(404, f"no model {name!r} here: it is {self.model!r}", "model", "model_not_found")
+            raise ApiError(
+                404, f"model: {name!r} is not served here; use {self.model!r}", "model", "model_not_found"
+            )
 
     def parse(self, request: CompletionRequest) -> ParsedRequest:
-        """The sequences that a request asks for, ready to be submitted.
+        """Return the prompts and sequences of a request, ready for the scheduler.
 
         Raises:
-            ApiError: 400 or 404, with the parameter that is wrong.
+            ApiError: 400 or 404, with the invalid parameter.
         """
         arrived = time.monotonic()
         self.check_model(request.model)
         if request.max_tokens > self.limits.max_tokens:
-            raise ApiError(400, f"max_tokens: at most {self.limits.max_tokens:,} here", "max_tokens")
+            raise ApiError(400, f"max_tokens: must be at most {self.limits.max_tokens:,}", "max_tokens")
         given = request.prompts()
         most = min(PROMPTS, self.limits.max_batch)
         if len(given) * request.n > most:
-            raise ApiError(400, f"prompts times n: at most {most} texts per request", "n")
+            raise ApiError(400, f"n: prompts times n must be at most {most}", "n")
         rows = [self._tokens(prompt) for prompt in given]
         bias = self._bias(request.logit_bias)
         sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
@@ -87,13 +89,15 @@ class RequestParser:
         else:
             tokens = prompt
             if not all(0 <= token < self.tokenizer.size for token in tokens):
-                raise ApiError(400, f"prompt: token ids are from 0 to {self.tokenizer.size - 1}", "prompt")
+                raise ApiError(
+                    400, f"prompt: token ids must be from 0 to {self.tokenizer.size - 1}", "prompt"
+                )
         if not tokens:
             raise ApiError(400, "prompt: is empty; give at least one character", "prompt")
         if len(tokens) > self.limits.max_prompt_tokens:
-            limit = f"at most {self.limits.max_prompt_tokens:,} here"
+            limit = f"shorten it to at most {self.limits.max_prompt_tokens:,}"
             raise ApiError(
-                400, f"prompt: {len(tokens):,} tokens; {limit}", "prompt", "context_length_exceeded"
+                400, f"prompt: has {len(tokens):,} tokens; {limit}", "prompt", "context_length_exceeded"
             )
         return tokens
 
@@ -101,8 +105,8 @@ class RequestParser:
         bias = {}
         for key, value in given.items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size):
-                raise ApiError(400, f"logit_bias: {key[:32]!r} is no token id", "logit_bias")
+                raise ApiError(400, f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
             if not -100 <= value <= 100:
-                raise ApiError(400, f"logit_bias: {value} is not from -100 to 100", "logit_bias")
+                raise ApiError(400, f"logit_bias: {value} must be from -100 to 100", "logit_bias")
             bias[int(key)] = value
         return bias

@@ -1,4 +1,4 @@
-"""Responses of the completions API, whole or as a stream of server-sent events."""
+"""Responses of the completions API, complete or streamed as server-sent events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnnlm.tokenizer import TextTokenizer
 
 
 class CompletionResponse:
-    """The sequences of one request, filled by outputs."""
+    """Response to one request, assembled from the outputs of its sequences."""
 
     def __init__(
         self,
@@ -24,9 +24,8 @@ class CompletionResponse:
         prompts: list[Prompt],
         echo: bool,
     ) -> None:
-        """``echo``: begin every sequence's text with its prompt's."""
+        """Create a response; with ``echo``, the text of each sequence begins with its prompt."""
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
-        # What each sequence's text begins with.
         self._echo = {
             sequence: tokenizer.decode(prompt.tokens) if echo else ""
             for prompt in prompts
@@ -47,7 +46,7 @@ class CompletionResponse:
         }
 
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """Outputs in order, until all sequences have ended; what has piled up of a sequence comes as one."""
+        """Yield outputs in order until all sequences have finished; merge queued outputs of a sequence."""
         while self._open:
             new = [await self.queue.get()]
             while not self.queue.empty():
@@ -65,11 +64,11 @@ class CompletionResponse:
                 yield output
 
     async def whole(self) -> dict[str, Any]:
-        """The response to a request without ``stream``.
+        """Return the complete response, for a request without ``stream``.
 
         Raises:
-            TimeoutError: if the time of a sequence ran out before its first token.
-            RuntimeError: with another error of a sequence.
+            TimeoutError: If a sequence timed out before its first token.
+            RuntimeError: If a sequence failed for another reason.
         """
         texts = {sequence: SequenceOutput(sequence, echo) for sequence, echo in self._echo.items()}
         async for output in self.outputs():
@@ -82,7 +81,7 @@ class CompletionResponse:
         }
 
     async def stream(self, usage: bool, timing: bool) -> AsyncIterator[bytes]:
-        """The response as server-sent events; ends with ``[DONE]``, or with an error event."""
+        """Yield the response as server-sent events; the last one is ``[DONE]`` or an error."""
         for sequence, echo in self._echo.items():
             if echo:
                 yield _sse(self._head | {"choices": [self._choice(SequenceOutput(sequence, echo))]})
@@ -126,7 +125,7 @@ class CompletionResponse:
         }
 
     def _word(self, token: int) -> str:
-        """A token alone; one that is no whole character by its bytes' names."""
+        """Decode a single token; one that is not a complete character is shown as in the vocabulary."""
         text = self._tokenizer.decode([token])
         return text if text and "\ufffd" not in text else str(self._tokenizer.tokenizer.id_to_token(token))
 

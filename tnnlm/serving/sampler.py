@@ -1,6 +1,7 @@
-"""The next token of every row of a running batch, each with its own settings and random stream.
+"""Batched sampling of the next token, with separate parameters and random number generators per row.
 
-What a row draws depends on its own logits, settings and seed alone, not on the rows beside it.
+The token sampled for a row depends only on its logits, parameters and seed, not on the other rows of the
+batch.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 from tnnlm.inference.sampling import SamplingParams, tempered
 
 _HEAD = 1024
-"""likeliest tokens that are sorted first; all of them only where these don't reach ``top_p``"""
+"""Number of most likely tokens that are sorted first; all are sorted only if these don't reach ``top_p``."""
 
 
 class SequenceSampler:
-    """How one sequence's tokens are sampled."""
+    """Sampling parameters, logit adjustments and random number generator of one sequence."""
 
     def __init__(
         self,
@@ -32,28 +33,30 @@ class SequenceSampler:
         presence: float = 0.0,
         frequency: float = 0.0,
     ) -> None:
-        """Args:
-        sampling: temperature and cuts.
-        vocabulary: tokens there are.
-        seed: of the random stream; None takes a new one.
-        index: of several sequences from one seed.
-        bias: added to the logits of these tokens.
-        presence: taken from the logit of every token that was drawn.
-        frequency: taken from it for each time.
+        """Set up sampling of one sequence.
+
+        Args:
+            sampling: Temperature, top-k and top-p.
+            vocabulary: Size of the vocabulary.
+            seed: Seed of the random number generator; None takes a random seed.
+            index: Index among the sequences that share the seed.
+            bias: Values to add to the logits of tokens: id -> bias.
+            presence: Presence penalty, subtracted once from the logit of each token that was sampled.
+            frequency: Frequency penalty, subtracted from a token's logit each time that it is sampled.
         """
         self.sampling = sampling
         self.random = np.random.default_rng(None if seed is None else (seed % (1 << 64), index))
         self._presence, self._frequency = presence, frequency
         self._drawn: set[int] = set()
         self.added: Tensor | None = None
-        """to the logits, (V,)"""
+        """Sum of bias and penalties to add to the logits, (V,); None if there are none."""
         if bias or presence or frequency:
             self.added = torch.zeros(vocabulary)
             for token, value in (bias or {}).items():
                 self.added[token] += value
 
     def took(self, token: int) -> None:
-        """Count a token that was drawn."""
+        """Update the penalties with a sampled token."""
         if self.added is None:
             return
         self.added[token] -= self._frequency
@@ -63,7 +66,7 @@ class SequenceSampler:
 
 
 def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
-    """Sample a token per row of logits (B, V)."""
+    """Sample one token per row of logits (B, V) and update the penalties."""
     logits = logits.float()
     if any(row.added is not None for row in rows):
         logits = logits.clone()
@@ -84,7 +87,7 @@ def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
 
 
 def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
-    """From logits (B, V) in float64, by inverting the distribution function at a uniform number per row."""
+    """Sample from logits (B, V) in float64 by inverse transform sampling with one uniform number per row."""
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1]
     if cut:
         some = logits[cut]
@@ -93,12 +96,12 @@ def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     mass = logits.softmax(-1).cumsum(-1)
     uniform = mass.new_tensor([row.random.random() for row in rows])[:, None]
     tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]
-    # Past the end only by rounding.
+    # Rounding errors alone can give an index past the end.
     return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()
 
 
 def least_kept(logits: Tensor, settings: Sequence[SamplingParams]) -> Tensor:
-    """The smallest logit that the cuts keep, (B,): k first, then p of what k kept."""
+    """Return the smallest logit of each row, (B,), that top-k and then top-p keep."""
     vocabulary = logits.shape[1]
     k = torch.tensor([s.top_k or vocabulary for s in settings], device=logits.device)
     k = k.clamp(max=vocabulary)[:, None]
@@ -111,7 +114,7 @@ def least_kept(logits: Tensor, settings: Sequence[SamplingParams]) -> Tensor:
         kept_by_k = top.masked_fill(~inside, -math.inf).logsumexp(-1, keepdim=True)
         total = torch.where(k < vocabulary, kept_by_k, logits.logsumexp(-1, keepdim=True))
         mass = (top - total).exp()
-        # A token stays while the mass before it is below p, so the likeliest always does.
+        # A token is kept if the mass before it is below p, so the most likely token is always kept.
         kept = inside & ((mass.cumsum(-1) - mass < p) | (p >= 1))
         count = kept.sum(-1, keepdim=True)
         if width == vocabulary or bool(((k <= width) | (count < width)).all()):

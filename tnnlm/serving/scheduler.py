@@ -1,7 +1,8 @@
-"""Continuous batching over fixed-size states: a sequence joins and leaves the running batch at any step.
+"""Scheduler with continuous batching over fixed-size states: sequences join and leave the batch at any step.
 
-One thread owns the model. Each of its turns prefills a little of the waiting prompts and takes one step of
-the running batch, so that a long prompt stalls nobody for longer than a chunk.
+One thread runs the model. Each iteration prefills chunks of the queued prompts for a limited time, then runs
+one step of the running batch, so that a long prompt delays running sequences by at most that time or one
+chunk.
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ from tnnlm.serving.sequence import TIMEOUT, Finish, GeneratedSequence, Prompt, S
 from tnnlm.serving.settings import Limits
 
 PREFILL_SECONDS = 0.05
-"""of a turn go to prompts while a batch is running, or one chunk if that takes longer"""
+"""Seconds of prefill per iteration while a batch is running; at least one chunk is processed."""
 
 
 class QueueFullError(Exception):
-    """More sequences wait than the limits allow."""
+    """Raised by ``submit`` if too many sequences are waiting."""
 
 
 class ClosedError(Exception):
-    """The server takes no more requests."""
+    """Raised by ``submit`` if the scheduler is not running."""
 
 
 class Scheduler:
-    """``submit`` and ``cancel`` may be called from any thread; outputs are delivered from its own."""
+    """Scheduler of prefill and decoding for one model.
+
+    ``submit`` and ``cancel`` may be called from any thread; outputs are delivered from the scheduler's
+    thread.
+    """
 
     def __init__(
         self,
@@ -49,20 +54,22 @@ class Scheduler:
         deliver: Callable[[list[SequenceOutput]], None],
         executor: Executor | None = None,
     ) -> None:
-        """Args:
-        generator: the model.
-        limits: of batch, queue and cache.
-        metrics: to be counted in.
-        deliver: takes the outputs of a turn.
-        executor: of one thread, best that which loaded the model: OpenMP keeps workers for every thread
-            that ever computed, and once they outnumber the cores none waits actively (measured: steps
-            take 1.5 times as long). None makes one.
+        """Set up the scheduler without starting it.
+
+        Args:
+            generator: Text generator with the model and its tokenizer.
+            limits: Limits of batch, queue and prefix cache.
+            metrics: Metrics to update.
+            deliver: Function that receives the outputs of an iteration.
+            executor: Executor with one thread, preferably the one that loaded the model. OpenMP keeps a pool
+                of workers for each thread that ran an operator; once the workers outnumber the cores, none
+                waits actively (measured: steps take 1.5 times as long). None creates an executor.
         """
         self.limits, self.metrics = limits, metrics
         self.row_bytes = state_bytes(generator.model.init_state(1))
-        """of state per sequence"""
+        """Size of the state of one sequence in bytes."""
         self.load = {"running": 0, "reading": 0, "waiting": 0}
-        """sequences, as of the last turn"""
+        """Number of sequences running, in prefill (reading) and waiting, as of the last iteration."""
         self._deliver = deliver
         self._eos, self._vocabulary = generator.tokenizer.eos_id, generator.tokenizer.size
         self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
@@ -77,20 +84,20 @@ class Scheduler:
         self._run_of: Future[None] | None = None
 
     def start(self) -> None:
-        """Begin to take turns."""
+        """Start the scheduler's loop on its thread."""
         self._run_of = self._executor.submit(self._run)
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the scheduler accepts requests."""
         return self._run_of is not None and not self._run_of.done() and not self._closing
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Take on the prompts of a request, all or none; ``max_batch`` sequences of a prompt at the most.
+        """Queue all prompts of a request, each with at most ``max_batch`` sequences, or raise.
 
         Raises:
-            QueueFullError: if too many sequences wait.
-            ClosedError: after :meth:`close`.
+            QueueFullError: If too many sequences are waiting.
+            ClosedError: If the scheduler is not running.
         """
         new = {sequence for prompt in prompts for sequence in prompt.sequences}
         with self._wake:
@@ -103,12 +110,12 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, sequences: Sequence[GeneratedSequence]) -> None:
-        """Forget sequences; their places are free from the next turn on."""
+        """Cancel sequences; they are removed in the next iteration."""
         for sequence in sequences:
             sequence.cancelled = True
 
     def close(self) -> None:
-        """Take no more requests, end what runs with an error, and stop."""
+        """Reject new requests, end all sequences with an error, and stop."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -119,8 +126,8 @@ class Scheduler:
     def _run(self) -> None:
         while self._more():
             try:
-                self._turn()
-            except Exception as error:  # the next request may fare better
+                self._iterate()
+            except Exception as error:  # a failed request must not stop the server
                 self._end_all(f"{type(error).__name__}: {error}")
             self._flush()
         self._end_all("the server is shutting down")
@@ -131,7 +138,7 @@ class Scheduler:
             self._wake.wait_for(lambda: self._inside or self._closing)
             return not self._closing
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         self._drop()
         self._admit()
         self._prefill_prompts()
@@ -139,7 +146,7 @@ class Scheduler:
             self._step()
 
     def _drop(self) -> None:
-        """What was cancelled or has run out of time leaves, wherever it is."""
+        """Remove sequences that were cancelled or timed out from the batch and the queues."""
         now = time.monotonic()
         with self._wake:
             gone = {sequence for sequence in self._inside if sequence.cancelled or now > sequence.deadline}
@@ -164,7 +171,7 @@ class Scheduler:
                 queue.extend(kept)
 
     def _admit(self) -> None:
-        """In the order in which they came, as far as there are places."""
+        """Move waiting prompts to prefill, first come first served, while the batch has room for them."""
         with self._wake:
             taken = len(self._batch.sequences) + sum(len(prompt.sequences) for prompt in self._prefilling)
             while self._waiting and taken + len(self._waiting[0].sequences) <= self.limits.max_batch:
@@ -172,7 +179,7 @@ class Scheduler:
                 self._prefilling.append(self._waiting.popleft())
 
     def _prefill_prompts(self) -> None:
-        """A chunk of each prompt in turn, until time is up: short ones don't wait for long ones."""
+        """Prefill chunks of prompts round-robin for a limited time; short ones don't wait for long ones."""
         started = time.perf_counter()
         begun: list[tuple[GeneratedSequence, ModelState]] = []
         while self._prefilling:
@@ -188,7 +195,7 @@ class Scheduler:
         self._batch.change(join=begun)
 
     def _begin(self, prompt: Prompt) -> list[tuple[GeneratedSequence, ModelState]]:
-        """The first token of every sequence of a prefilled prompt; those that go on, with their state."""
+        """Sample the first token of each sequence of a prompt; return those that continue, with states."""
         state = prompt.state
         assert state is not None
         logits = state.logits[:, : self._vocabulary]
@@ -215,7 +222,7 @@ class Scheduler:
         self._batch.change(leave=ended)
 
     def _take(self, sequence: GeneratedSequence, token: int, logits: Tensor, step_ms: list[float]) -> bool:
-        """Tell of a token drawn from logits (1, V); whether the sequence goes on."""
+        """Emit a token sampled from logits (1, V); return whether the sequence continues."""
         sequence.drawn.append(token)
         output = SequenceOutput(sequence, position=sequence.position, step_ms=step_ms)
         if token == self._eos:
@@ -231,7 +238,7 @@ class Scheduler:
                 output.finish = "length"
         if output.finish:
             output.text += sequence.text.finish()
-            if sequence.text.stopped:  # by what was held back
+            if sequence.text.stopped:  # by a stop string in the text that was buffered
                 output.finish = "stop"
         self._emit(output)
         return output.finish is None

@@ -1,4 +1,4 @@
-"""The completions API as OpenAI's clients speak it: what a request may hold, and what errors look like."""
+"""Schemas of the OpenAI completions API: requests and error responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_
 
 
 class ApiError(HTTPException):
-    """A refusal: HTTP status, one line, and the parameter it is about."""
+    """API error with HTTP status, a message of one line, and the invalid parameter."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(status, message)
@@ -26,7 +26,7 @@ class ApiError(HTTPException):
 
 
 def _without_nulls(data: Any) -> Any:
-    # Many clients send null for what they leave out.
+    # Many clients send null for parameters that are not set.
     return (
         {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
     )
@@ -37,20 +37,21 @@ def _are_ids(value: Any) -> bool:
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides text."""
+    """Options of a streamed response."""
 
     model_config = _STRICT
     include_usage: bool = False
+    """Whether to send token usage in a last chunk."""
     include_timing: bool = False
-    """ours: context length and step time with every chunk"""
+    """Whether to add context length and step time to each chunk; an extension of the OpenAI API."""
     include_obfuscation: bool = False
-    """accepted, of no effect"""
+    """Accepted for compatibility and ignored."""
 
     _nulls = model_validator(mode="before")(_without_nulls)
 
 
 class CompletionRequest(BaseModel):
-    """POST /v1/completions."""
+    """Body of ``POST /v1/completions``."""
 
     model_config = _STRICT
     model: str = Field("", max_length=512)
@@ -59,7 +60,7 @@ class CompletionRequest(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    """ours; 0 is off"""
+    """Number of most likely tokens to sample from; 0 disables it. An extension of the OpenAI API."""
     n: int = Field(1, ge=1, le=PROMPTS)
     best_of: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -79,12 +80,14 @@ class CompletionRequest(BaseModel):
     @field_validator("prompt", mode="before")
     @classmethod
     def _known_prompt(cls, value: Any) -> Any:
-        """One message instead of one for each kind there is."""
+        """Check the type of the prompt, to report one error instead of one per member of the union."""
         parts = value if isinstance(value, list) else [value]
         texts = all(isinstance(part, str) for part in parts)
         ids = value is parts and (_are_ids(parts) or all(_are_ids(part) for part in parts))
         if not parts or not (texts or ids):
-            raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
+            raise ValueError(
+                "expected a string, a list of strings, a list of token ids, or a list of such lists"
+            )
         return value
 
     @field_validator("stop", mode="before")
@@ -96,24 +99,24 @@ class CompletionRequest(BaseModel):
     @classmethod
     def _stops_of_length(cls, value: list[str]) -> list[str]:
         if not all(0 < len(stop) <= 512 for stop in value):
-            raise ValueError("a stop string has from 1 to 512 characters")
+            raise ValueError("each stop string must have from 1 to 512 characters")
         return value
 
     @field_validator("suffix")
     @classmethod
     def _no_suffix(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("not supported: this model writes left to right")
+            raise ValueError("not supported, because this model generates left to right; omit it")
         return value
 
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of: not supported other than equal to n")
+            raise ValueError("best_of: not supported unless it equals n; omit it")
         return self
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or several, all texts or all ids."""
+        """Return the prompts as a list of strings or a list of lists of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return cast("list[list[int]]", [self.prompt] if isinstance(self.prompt[0], int) else self.prompt)
@@ -122,7 +125,10 @@ class CompletionRequest(BaseModel):
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> JSONResponse:
-    """An error as OpenAI's clients read it; ``message`` may quote control characters and broken Unicode."""
+    """Return an error response in the format of the OpenAI API.
+
+    ``message`` may contain control characters and invalid Unicode, which are replaced.
+    """
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
     return JSONResponse({"error": error}, status, headers=headers)
@@ -133,14 +139,14 @@ def _printable(text: str) -> str:
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """For refusals of ours and of the framework."""
+    """Convert an HTTP error of the application or of Starlette to an error response."""
     assert isinstance(error, HTTPException)
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return error_response(error.status_code, str(error.detail), param, code, error.headers)
 
 
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
-    """For a body that is no JSON, or not the right one: its first fault, in one line."""
+    """Convert a validation error to an error response that reports the first problem in one line."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -148,10 +154,10 @@ async def on_invalid_request(request: Request, error: Exception) -> JSONResponse
     where = [str(part)[:64] for part in first["loc"][1:]]
     name = where[0] if where else None
     message = first["msg"]
-    if first["type"] == "value_error":  # of the validators above
+    if first["type"] == "value_error":  # raised by a validator above
         message = str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         message = "no such parameter"
     if first["type"] == "missing" and not where:
-        message = "the request has no JSON body (Content-Type: application/json)"
+        message = "the request has no JSON body; send one with Content-Type: application/json"
     return error_response(400, f"{'.'.join(where)}: {message}" if where else message, name)

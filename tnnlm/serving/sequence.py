@@ -1,4 +1,4 @@
-"""A sequence of a request from its prompt to its last token, and what each step adds to it."""
+"""Sequences of a request, their prompts, and the outputs that each step adds to them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from tnnlm.tokenizer import TextStream, TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]
 TIMEOUT = "timeout"
-"""the error of a sequence whose time ran out before its first token"""
+"""Error of a sequence that timed out before its first token."""
 
 
 @dataclass
 class SequenceOutput:
-    """What one step added to a sequence."""
+    """Output that one step adds to a sequence."""
 
     sequence: GeneratedSequence
     text: str = ""
+    """Text to append to the completion."""
     scores: list[TokenScore] = field(default_factory=list)
+    """Log-probabilities of the new tokens, or of a chunk of the prompt, if requested."""
     tokens: int = 0
-    """new ones, the end token not counted"""
+    """Number of new tokens, without the end-of-document token."""
     position: int = 0
-    """tokens of context after them"""
+    """Context length in tokens after this output."""
     step_ms: list[float] = field(default_factory=list)
-    """of the step behind each"""
+    """Duration in milliseconds of the step that produced each token."""
     finish: Finish | None = None
+    """Finish reason; None while the sequence is running."""
     error: str = ""
+    """Error message, if ``finish`` is error."""
 
     def merge(self, later: SequenceOutput) -> None:
-        """Add a later output of the same sequence."""
+        """Append a later output of the same sequence."""
         self.text += later.text
         self.scores += later.scores
         self.tokens += later.tokens
@@ -43,7 +47,10 @@ class SequenceOutput:
 
 
 class StoppedText:
-    """Text of tokens as they come, up to the first stop string; what might begin one is held back."""
+    """Incremental detokenizer that ends at the first stop string.
+
+    Text that may be the beginning of a stop string is buffered.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
         self._stream = TextStream(tokenizer)
@@ -52,11 +59,11 @@ class StoppedText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What can be shown after one more token."""
+        """Add a token and return the text that can be shown."""
         return "" if self.stopped else self._show(self._stream.push(token), False)
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
+        """Return the buffered text after the last token."""
         return "" if self.stopped else self._show(self._stream.finish(), True)
 
     def _show(self, piece: str, last: bool) -> str:
@@ -73,47 +80,55 @@ class StoppedText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` begin ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass(eq=False)
 class GeneratedSequence:
-    """One sequence: how it is sampled, and how far it is."""
+    """Sequence in generation, with its sampler, limits and progress."""
 
     sampler: SequenceSampler
+    """Sampler of the next token."""
     text: StoppedText
+    """Detokenizer with the stop strings."""
     max_tokens: int
+    """Maximum number of tokens to generate."""
     deadline: float
-    """on the monotonic clock"""
+    """Time at which the sequence times out, in seconds of the monotonic clock."""
     owner: Any = None
-    """whom its outputs are for"""
+    """Response that receives the outputs."""
     logprobs: int | None = None
+    """Number of alternatives to score for each token; None scores no tokens."""
     drawn: list[int] = field(default_factory=list)
-    """the end token too"""
+    """Sampled tokens, including the end-of-document token."""
     position: int = 0
-    """tokens processed"""
+    """Number of tokens processed, prompt included."""
     cached: int = 0
-    """of the prompt's tokens, found in the cache"""
+    """Number of prompt tokens found in the prefix cache."""
     cancelled: bool = False
+    """Whether the sequence is to be removed in the next iteration."""
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt with the sequences that begin with it: prefilled once, then forked."""
+    """Prompt with the sequences to generate from it; it is prefilled once, then its state is forked."""
 
     tokens: list[int]
+    """Token ids of the prompt."""
     sequences: list[GeneratedSequence]
+    """Sequences to generate."""
     score_prompt: int | None = None
-    """how many alternatives to score the prompt's tokens with; None leaves it"""
+    """Number of alternatives to score for each token of the prompt; None doesn't score the prompt."""
     state: GenerationState | None = None
+    """State after the processed tokens."""
     position: int = 0
-    """tokens processed"""
+    """Number of prompt tokens processed, or found in the prefix cache."""
     cached: int = 0
-    """of these, found in the cache"""
+    """Number of prompt tokens found in the prefix cache."""
 
     @property
     def complete(self) -> bool:
-        """Whether it was processed to its end."""
+        """Whether all tokens were processed."""
         return self.position == len(self.tokens)

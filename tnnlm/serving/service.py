@@ -1,4 +1,4 @@
-"""One model behind a scheduler, for one event loop: what the routes of an application share."""
+"""Service shared by the routes of an application: one model with its scheduler, for one event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tnnlm.serving.settings import Settings
 
 
 class Service:
-    """A generator behind a scheduler, for one event loop."""
+    """Text generator with scheduler, request parser and metrics, for one event loop."""
 
     def __init__(
         self, generator: TextGenerator, settings: Settings, executor: Executor | None = None
@@ -36,32 +36,32 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Run the scheduler as long as the application."""
+        """Start the scheduler with the application, and close it at shutdown."""
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
         try:
             yield
         finally:
-            # Not on the loop: the scheduler's last outputs go through it.
+            # Closed in another thread, so that the event loop can deliver the scheduler's last outputs.
             await asyncio.to_thread(self.scheduler.close)
 
     def submit(self, response: CompletionResponse, prompts: Sequence[Prompt]) -> None:
-        """Hand a request to the scheduler.
+        """Submit the prompts of a request to the scheduler.
 
         Raises:
-            ApiError: if it is full, or closing.
+            ApiError: 429 if the queue is full, 503 if the server is shutting down.
         """
         for sequence in response.sequences:
             sequence.owner = response
         try:
             self.scheduler.submit(prompts)
         except QueueFullError:
-            raise ApiError(429, "too many requests wait; try again in a moment") from None
+            raise ApiError(429, "too many requests are waiting; retry later") from None
         except ClosedError:
             raise ApiError(503, "the server is shutting down") from None
 
     def card(self) -> dict[str, Any]:
-        """The model, as /v1/models lists it."""
+        """Return the description of the model for ``/v1/models``."""
         settings, limits = self.settings, self.settings.limits
         return {
             "id": settings.name,
@@ -79,7 +79,7 @@ class Service:
         }
 
     def health(self) -> dict[str, Any]:
-        """Whether it takes requests, and what it has to do."""
+        """Return status and load for ``/health``."""
         return {
             "status": "ok" if self.scheduler.alive else "stopping",
             "model": self.settings.name,
@@ -89,7 +89,7 @@ class Service:
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         assert self._loop is not None
-        # One wake-up of the loop for all outputs of a step.
+        # A single wake-up of the event loop delivers all outputs of an iteration.
         self._loop.call_soon_threadsafe(_hand_out, outputs)
 
 

@@ -1,4 +1,4 @@
-"""What a server takes on, and what it refuses."""
+"""Settings and limits of the server."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import dataclass, field
 from tnnlm.errors import UserError
 
 PROMPTS = 256
-"""sequences of one request, prompts times choices"""
+"""Maximum number of sequences per request: prompts times ``n``."""
 STOPS = 16
-"""stop strings of a request"""
+"""Maximum number of stop strings per request."""
 LOGPROBS = 20
-"""alternatives shown per token"""
+"""Maximum number of alternatives per token in ``logprobs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of a server; every one is a flag of ``tnnlm serve``.
+    """Limits of the server; each corresponds to an option of ``tnnlm serve``.
 
     Raises:
-        UserError: for one that is out of range.
+        UserError: If a limit is out of range.
     """
 
     max_batch: int = 256
-    """sequences generated at once; further ones wait"""
+    """Maximum number of sequences in the running batch; further ones wait."""
     max_queue: int = 1024
-    """sequences that wait; further ones are refused with 429"""
+    """Maximum number of waiting sequences; further requests are rejected with HTTP status 429."""
     max_prompt_tokens: int = 131_072
-    """tokens of a prompt"""
+    """Maximum number of tokens in a prompt."""
     max_tokens: int = 131_072
-    """new tokens of a sequence"""
+    """Maximum number of tokens to generate per sequence."""
     timeout: float = 600.0
-    """seconds for a request, the wait included; then it ends as if its tokens were used up"""
+    """Timeout of a request in seconds, queueing included; running sequences then finish with ``length``."""
     cache_bytes: int = 256 << 20
-    """of states kept for prompts that begin alike; 0 keeps none"""
+    """Size of the prefix cache in bytes; 0 disables it."""
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
@@ -45,18 +45,21 @@ class Limits:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request: a prompt at the limit, as a string or as ids, and room for the rest."""
+        """Maximum size of a request body in bytes, enough for a prompt of ``max_prompt_tokens`` tokens."""
         return (1 << 18) + 24 * self.max_prompt_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of a server, beside its limits."""
+    """Settings of the server."""
 
     name: str
-    """of the model, as clients give it"""
+    """Model name reported by the API."""
     engine: str = ""
-    """what runs, in one line"""
+    """Description of the engine in one line."""
     parameters: int = 0
+    """Number of parameters of the model."""
     api_key: str | None = None
+    """API key that clients must send; None requires no key."""
     limits: Limits = field(default_factory=Limits)
+    """Limits of requests, batch, queue and prefix cache."""

@@ -1,25 +1,26 @@
-// The page at /: a prompt, its continuation as it is written, and what every token took.
+// Script of the page at /: streams a completion of the prompt and plots the time per token.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "seed"];
 const FIELDS = [...NUMBERS, "stop_strings"];
-const BLOCK = 4000; // characters after which the text goes on in a new element: layout stays cheap
-const BORDERS = [[1, 5], [1.5, 3], [2, 4], [2.5, 5], [3, 3], [4, 4], [5, 5], [6, 3], [8, 4], [10, 5]]; // and parts
+const BLOCK = 4000; // characters per element: long text is split into several, so that layout stays fast
+// Upper limits of an axis, each with its number of intervals.
+const BORDERS = [[1, 5], [1.5, 3], [2, 4], [2.5, 5], [3, 3], [4, 4], [5, 5], [6, 3], [8, 4], [10, 5]];
 const count = (n) => n.toLocaleString("en");
 
 let model = "";
-let shown = null; // {prompt, written}: what stands in the text box
-let running = null; // AbortController of the request under way
-let points = []; // [tokens of context, ms], one per token
+let shown = null; // {prompt, completion} in the output box
+let running = null; // AbortController of the current request
+let points = []; // [context length in tokens, ms], one per token
 
-// ---- what is kept: settings in this browser, the key in this tab -------------------------------
+// ---- storage: settings in this browser, the API key in this tab --------------------------------
 
 function recall(storage, name) {
   try {
     return window[storage].getItem(name);
   } catch {
-    return null; // storage can be switched off
+    return null; // storage can be disabled
   }
 }
 
@@ -27,7 +28,7 @@ function keep(storage, name, value) {
   try {
     window[storage].setItem(name, value);
   } catch {
-    // then it is asked for again
+    // the value is requested again
   }
 }
 
@@ -36,7 +37,7 @@ function restoreSettings() {
   try {
     saved = JSON.parse(recall("localStorage", "tnnlm.sampling")) || {};
   } catch {
-    // damaged: the defaults
+    // invalid JSON: use the defaults
   }
   for (const id of FIELDS) if (typeof saved[id] === "string") $(id).value = saved[id];
 }
@@ -60,11 +61,11 @@ async function call(path, options = {}) {
   }
   if (response.ok) return response;
   if (response.status === 401) askForKey();
-  let message = `The server answers ${response.status} ${response.statusText}`.trim();
+  let message = `The server returned ${response.status} ${response.statusText}`.trim();
   try {
     message = (await response.json()).error.message || message;
   } catch {
-    // not one of its own errors
+    // the error is not from the API, for example from a proxy
   }
   throw new Error(message);
 }
@@ -85,7 +86,7 @@ async function loadModel() {
   $("about").textContent = about.filter(Boolean).join(" · ");
   $("state").textContent = bytes(card.tnnlm.state_bytes);
   $("max_tokens").max = card.tnnlm.max_tokens;
-  $("most").textContent = `at most ${count(card.tnnlm.max_tokens)}`;
+  $("most").textContent = `up to ${count(card.tnnlm.max_tokens)}`;
 }
 
 function size(n) {
@@ -97,7 +98,7 @@ function bytes(n) {
   return n < 1 << 20 ? `${count(Math.round(n / 1024))} KiB` : `${(n / (1 << 20)).toFixed(1)} MiB`;
 }
 
-// Server-sent events: pieces of the network end anywhere, also inside a line or a character.
+// Server-sent events: network chunks may end anywhere, also within a line or a character.
 async function* events(response) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
@@ -112,7 +113,7 @@ async function* events(response) {
   }
 }
 
-// ---- writing -----------------------------------------------------------------------------------
+// ---- generation --------------------------------------------------------------------------------
 
 function request(prompt) {
   for (const id of NUMBERS) {
@@ -129,22 +130,22 @@ function request(prompt) {
   return body;
 }
 
-async function write(goOn) {
-  if (running || (goOn && !shown)) return;
-  say("");
-  const prompt = goOn ? shown.prompt + shown.written : $("prompt").value;
+async function generate(resume) {
+  if (running || (resume && !shown)) return;
+  showError("");
+  const prompt = resume ? shown.prompt + shown.completion : $("prompt").value;
   let body;
   try {
     body = request(prompt);
   } catch (error) {
-    return say(error.message);
+    return showError(error.message);
   }
   saveSettings();
-  if (!goOn) begin(prompt);
+  if (!resume) begin(prompt);
   if (!wide.matches) $("text").scrollIntoView({ block: "nearest" });
   running = new AbortController();
   refreshButtons();
-  tell("Reading the prompt …");
+  showStatus("Processing the prompt …");
   const began = { tokens: points.length, time: 0, new: 0, position: 0 };
   latest = null;
   let end = "";
@@ -152,14 +153,14 @@ async function write(goOn) {
     end = await stream(body, began);
   } catch (error) {
     if (error.name === "AbortError") end = "Stopped";
-    else say(error.message);
+    else showError(error.message);
   }
   running = null;
   flush();
   refreshButtons();
   const seconds = began.time ? (performance.now() - began.time) / 1000 : 0;
   const after = `${count(began.new)} ${began.new === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`;
-  tell(end ? `${end}: ${after}.` : "");
+  showStatus(end ? `${end}: ${after}.` : "");
 }
 
 async function stream(body, began) {
@@ -174,28 +175,28 @@ async function stream(body, began) {
     if (!choice) continue;
     if (!began.time) {
       began.time = performance.now();
-      tell("Writing …");
+      showStatus("Generating …");
     }
     const { position, step_ms: steps } = chunk.tnnlm;
     steps.forEach((ms, i) => points.push([position - steps.length + 1 + i, ms]));
-    began.new = points.length - began.tokens + 1; // the first comes with the prompt, without a step
+    began.new = points.length - began.tokens + 1; // the first token results from prefill, without a step
     began.position = position;
     append(choice.text, began);
-    if (choice.finish_reason) end = choice.finish_reason === "stop" ? "Came to an end" : "Done";
+    if (choice.finish_reason) end = choice.finish_reason === "stop" ? "Finished (stop)" : "Finished (length)";
   }
-  throw new Error("The connection broke off.");
+  throw new Error("The connection was lost.");
 }
 
-// ---- the text box ------------------------------------------------------------------------------
+// ---- the output box ----------------------------------------------------------------------------
 
 let waiting = "";
-let latest = null; // how far the request under way has come
+let latest = null; // progress of the current request
 let frame = 0;
-let drawn = 0; // when the plot was last drawn
-let scale = 10; // ms at its top
+let drawn = 0; // time of the last update of the plot
+let scale = 10; // upper limit of its y axis in ms
 
 function begin(prompt) {
-  shown = { prompt, written: "" };
+  shown = { prompt, completion: "" };
   points = [];
   $("text").replaceChildren();
   addBlock(prompt);
@@ -206,7 +207,7 @@ function begin(prompt) {
 
 function addBlock(prompt) {
   const block = document.createElement("div");
-  for (const [name, text] of [["prompt", prompt], ["written", ""]]) {
+  for (const [name, text] of [["prompt", prompt], ["completion", ""]]) {
     const span = document.createElement("span");
     span.className = name;
     span.append(document.createTextNode(text));
@@ -216,13 +217,13 @@ function addBlock(prompt) {
 }
 
 function append(text, began) {
-  shown.written += text;
+  shown.completion += text;
   waiting += text;
   latest = began;
   if (!frame) frame = requestAnimationFrame(flush);
 }
 
-// Once per frame, whatever came in the meantime; only ever as text.
+// Adds the text received since the last frame, as text nodes only, never as HTML.
 function flush() {
   cancelAnimationFrame(frame);
   frame = 0;
@@ -236,7 +237,7 @@ function flush() {
       break;
     }
     node.appendData(waiting.slice(0, border));
-    waiting = waiting.slice(border + 1); // a new block begins a line
+    waiting = waiting.slice(border + 1); // a new block starts a new line
     addBlock("");
   }
   waiting = "";
@@ -246,38 +247,38 @@ function flush() {
 
 function showNumbers(began) {
   $("context").textContent = count(began.position);
-  const own = points.length - began.tokens;
-  if (!own) return;
+  const steps = points.length - began.tokens;
+  if (!steps) return;
   $("step").textContent = median(recent(2000)).toFixed(2);
   const seconds = (performance.now() - began.time) / 1000;
-  if (!running || seconds > 0.2) $("speed").textContent = count(Math.round(own / seconds));
-  // The more points, the longer it takes, and the less a new one shows.
+  if (!running || seconds > 0.2) $("speed").textContent = count(Math.round(steps / seconds));
+  // Updating takes longer with more points, and one more changes less, so the interval grows.
   if (!running || performance.now() - drawn > points.length / 20) draw();
 }
 
-function tell(text) {
+function showStatus(text) {
   $("status").textContent = text;
 }
 
-function say(error) {
+function showError(error) {
   $("error").textContent = error;
-  if (error) tell("");
+  if (error) showStatus("");
 }
 
 function refreshButtons() {
   const states = { generate: running, stop: !running, continue: running || !shown, copy: !shown };
   for (const [id, off] of Object.entries(states)) $(id).setAttribute("aria-disabled", String(Boolean(off)));
-  document.body.classList.toggle("writing", Boolean(running));
+  document.body.classList.toggle("generating", Boolean(running));
 }
 
 async function copy() {
   if (!shown) return;
   try {
-    await navigator.clipboard.writeText(shown.prompt + shown.written);
-    tell("Copied.");
+    await navigator.clipboard.writeText(shown.prompt + shown.completion);
+    showStatus("Copied.");
   } catch {
-    getSelection().selectAllChildren($("text")); // no clipboard without https
-    tell("Selected: copy it with Ctrl+C.");
+    getSelection().selectAllChildren($("text")); // the clipboard API needs HTTPS or localhost
+    showStatus("Selected: press Ctrl+C to copy.");
   }
 }
 
@@ -293,7 +294,7 @@ function recent(most) {
   return points.slice(-most).map((point) => point[1]);
 }
 
-// A round border at or above a value, and three to five ticks up to it.
+// Round upper limit at or above a value, and evenly spaced ticks up to it.
 function axis(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   const [first, parts] = BORDERS.find(([n]) => n * power >= value * 0.999);
@@ -320,8 +321,8 @@ function draw() {
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const x = axis(Math.max(100, ...points.slice(-1).map((point) => point[0])));
   const line = binned(40, x.top);
-  // Rare slow steps would flatten all others: those above the scale are marked at its edge, and counted.
-  // It stays as long as the line lies well in it.
+  // Rare slow steps would flatten the plot: those above the scale are plotted at its edge and counted.
+  // The scale changes only when the median line leaves its middle range.
   const highest = line.length ? Math.max(...line.map((point) => point[1])) : 5;
   if (highest > 0.85 * scale || highest < 0.4 * scale) scale = axis(1.6 * highest).top;
   const y = axis(scale);
@@ -345,7 +346,7 @@ function draw() {
     pen.fillText(count(tick), tick === x.top ? width - right : across(tick), height - bottom + 7);
   }
   pen.textAlign = "center";
-  pen.fillText("tokens of context", left + (width - left - right) / 2, height - 16);
+  pen.fillText("context length (tokens)", left + (width - left - right) / 2, height - 16);
   pen.save();
   pen.translate(6, top + (height - top - bottom) / 2);
   pen.rotate(-Math.PI / 2);
@@ -371,9 +372,9 @@ function drawPoints(pen, line, across, up, colour) {
   const span = (part) => `${median(part.map((point) => point[1])).toFixed(2)} ms`;
   const half = Math.min(100, Math.ceil(points.length / 2));
   $("plot-summary").textContent =
-    `A point per token, the line is their median. First ${count(half)}: ${span(points.slice(0, half))}, ` +
+    `One point per token; the line is their median. First ${count(half)}: ${span(points.slice(0, half))}, ` +
     `last ${count(half)}: ${span(points.slice(-half))}.` +
-    (above ? ` ${count(above)} slower than the scale, at its edge.` : "");
+    (above ? ` ${count(above)} slower than the scale, plotted at its edge.` : "");
 }
 
 // ---- keys and buttons --------------------------------------------------------------------------
@@ -384,12 +385,12 @@ function stop() {
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running) stop();
-  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event.shiftKey);
+  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate(event.shiftKey);
   else return;
   event.preventDefault();
 });
-$("generate").addEventListener("click", () => write(false));
-$("continue").addEventListener("click", () => write(true));
+$("generate").addEventListener("click", () => generate(false));
+$("continue").addEventListener("click", () => generate(true));
 $("stop").addEventListener("click", stop);
 $("copy").addEventListener("click", copy);
 $("key-form").addEventListener("submit", (event) => {
@@ -407,8 +408,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 new ResizeObserver(draw).observe($("plot"));
 
 function start() {
-  say("");
-  loadModel().catch((error) => say(error.message));
+  showError("");
+  loadModel().catch((error) => showError(error.message));
 }
 
 unfold();
