@@ -184,13 +184,18 @@ def lines(*patterns: str) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
 
-def main() -> int:
-    """Print violations and counts; return 1 if there are violations."""
+def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="Print all arrows.")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print violations and counts; return 1 if there are violations."""
+    args = parse()
     found = arrows()
     rooms = set(sources().values())
     within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}
