@@ -1,15 +1,15 @@
-# Set-up and the two things to do with a clean clone. Needs Python 3.11 or newer, pip and make (GNU 3.81).
+# Set-up, demo, tests and linters of a clone. Needs Python 3.11 or newer, pip and GNU make 3.81 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The environment's interpreter, be it whole or without pip, or the one that will create it.
+# The interpreter of .venv if that folder exists, even if it lacks pip, else the one that will create it.
 FOLDER := $(wildcard $(BIN))
 USED := $(strip $(if $(FOLDER),$(BIN)/python,$(PYTHON)))
 AGAIN := $(if $(FOLDER),rm -r .venv && )make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11
 ifeq ($(USED),)
 $(error PYTHON is empty, tnnlm needs Python 3.11 or newer: $(AGAIN))
 endif
-# Python 2 must understand this, too.
+# Must also run in Python 2, so that an old interpreter is reported by its version.
 FOUND := $(shell $(USED) -c 'import sys; v = sys.version_info[:3]; \
 	print("%d.%d.%d %s" % (v + ("supported" if v >= (3, 11) else "old",)))' 2>/dev/null)
 ifeq ($(FOUND),)

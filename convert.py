@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command ``tnnlm convert``, from a checkout; ``--help`` shows its arguments."""
+"""Script for a checkout: the same as the command ``tnnlm convert``."""
 
 import sys
 

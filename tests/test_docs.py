@@ -9,7 +9,7 @@ with a file's name after the language is written to that file.
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import io
 import itertools
 import os
@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.commands import check_arguments, commands_of, script_call, script_module
 from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
-from tnnlm.cli import COMMANDS
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
@@ -88,12 +88,6 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
-def commands_of(text: str) -> list[str]:
-    """The lines of a shell block, continued ones joined, comments left out."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.page not in OWN_TESTS]
 RUN = {
     page: list(blocks)
@@ -101,19 +95,6 @@ RUN = {
         (b for b in BLOCKS if b.language in ("sh", "python") and not b.marked), key=lambda b: b.page
     )
 }
-
-
-@cache
-def script_module(name: str) -> ModuleType:
-    """``train.py`` or ``tools/plot_run.py`` as a module; of a subcommand the one that does its work."""
-    if Path(name).stem.replace("_", "-") in COMMANDS:
-        return importlib.import_module(f"tnnlm.cli.{Path(name).stem}")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_python(name: str, words: list[str], stdin: bytes = b"") -> int:
@@ -238,29 +219,10 @@ def test_languages_and_marks_are_known() -> None:
 def test_words_of_commands_that_are_not_run_are_known(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands_of(block.text):
-        found = ours(shlex.split(line, comments=True))
-        if found is None:
-            continue
-        name, words = found
-        assert (ROOT / name).is_file(), line
-        module = script_module(name)
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        args = module.parse()
-        if name in ("train.py", "tools/prepare_data.py"):
-            config = "demo" if args.config.startswith("my") else args.config
-            load_config(find_config(config), args.overrides)
-
-
-def ours(words: list[str]) -> tuple[str, list[str]] | None:
-    """The script of this repository that a command runs, also through a launcher, and its words."""
-    for index, word in enumerate(words):
-        if " " in word and ".py" in word:  # sbatch --wrap "..."
-            return ours(shlex.split(word))
-        if word.endswith(".py"):
-            return word, words[index + 1 :]
-        if word.endswith(".sbatch"):
-            return "train.py", words[index + 1 :]
-    return None
+        found = script_call(shlex.split(line, comments=True))
+        if found is not None:
+            assert (ROOT / found[0]).is_file(), line
+            check_arguments(*found)
 
 
 def settings() -> set[str]:

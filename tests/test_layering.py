@@ -1,4 +1,4 @@
-"""The law of imports (tools/count_imports.py) holds, and a deployment loads no package of training."""
+"""The import rules of tools/count_imports.py hold, and a deployment loads no package of training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from count_imports import LAW, LONGEST, arrows, circles, imported_names, room_of, sources, upwards
+from count_imports import LONGEST, RULES, arrows, circles, imported_names, room_of, sources, upwards
 from tests.support.scripts import ROOT
 
 FILES = sorted((ROOT / "tnnlm").rglob("*.py"))
 NOT_FOR_DECODING = sorted(
-    {name for allowed in LAW.values() for name in allowed.libraries.split()}
+    {name for allowed in RULES.values() for name in allowed.libraries.split()}
     - {name for part in ("inference", "checkpoints", "config", "files", "tokenizer", "ops")
-       for name in LAW[part].libraries.split()}
+       for name in RULES[part].libraries.split()}
     - {"tqdm"}  # torch itself loads it where it is installed
 )  # fmt: skip
 
@@ -34,10 +34,10 @@ def test_file_imports_what_its_package_may(path: Path) -> None:
     for name in imported_names(path):
         first, *rest = name.split(".")
         if first == "tnnlm":
-            allowed = {own, *LAW[own].packages.split()}
+            allowed = {own, *RULES[own].packages.split()}
             assert rest[0] in allowed or rest[0].startswith("__"), f"{path.name} imports {name}"
         elif first not in sys.stdlib_module_names:
-            assert first in LAW[own].libraries.split(), f"{path.name} imports {name}"
+            assert first in RULES[own].libraries.split(), f"{path.name} imports {name}"
 
 
 def test_package_itself_imports_nothing_but_by_name_and_for_type_checkers() -> None:
@@ -53,9 +53,9 @@ def test_package_itself_imports_nothing_but_by_name_and_for_type_checkers() -> N
             assert str(node.module).split(".")[0] in sys.stdlib_module_names
 
 
-def test_law_only_goes_down_and_names_every_package() -> None:
-    order = list(LAW)
-    for position, (package, allowed) in enumerate(LAW.items()):
+def test_rules_only_go_down_and_cover_every_package() -> None:
+    order = list(RULES)
+    for position, (package, allowed) in enumerate(RULES.items()):
         assert set(allowed.packages.split()) <= set(order[:position]), package
     assert set(order) == {package_of(path) for path in FILES} - {""}
 
@@ -75,7 +75,7 @@ def test_a_circle_and_an_arrow_up_are_found() -> None:
     assert upwards(found) == {("ops", "kernels")}
 
 
-@pytest.mark.parametrize("package", [name for name in LAW if (ROOT / "tnnlm" / name).is_dir()])
+@pytest.mark.parametrize("package", [name for name in RULES if (ROOT / "tnnlm" / name).is_dir()])
 def test_no_circle_between_the_modules_of_a_package(package: str) -> None:
     names = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -94,9 +94,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "try: tnnlm.LitModel\n"
         "except ImportError as error: print(error)"
     )
-    assert python(code) == (
-        "tnnlm.LitModel needs the package lightning: install it with: pip install 'tnnlm[train]'"
-    )
+    assert python(code) == ("tnnlm.LitModel: needs the package lightning; run: pip install 'tnnlm[train]'")
 
 
 @pytest.fixture

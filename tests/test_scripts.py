@@ -253,4 +253,4 @@ def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
 def test_a_run_behind_compile_is_told_where_it_belongs(script: Any) -> None:
     refused = script("convert", "--compile", "runs/book")
     assert refused.code == 2
-    assert "runs/book: is not one of float32, bfloat16, int8; the run or folder goes before" in refused.err
+    assert "runs/book: is not one of float32, bfloat16, int8; put the run or folder before" in refused.err

@@ -1,7 +1,7 @@
-"""tnnlm: train long-convolution language models in parallel, deploy them as recurrences.
+"""Long-convolution language models: parallel training, deployment as recurrences.
 
-Every public name is here, and documented with an example in docs/reference/api.md. A name is imported when it is first
-used, so that ``import tnnlm`` loads neither torch nor Lightning.
+This module exports every public name; docs/reference/api.md documents them with examples. A name is imported
+on first use, so that ``import tnnlm`` loads neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _HOMES = {
     "tnnlm.training.lit_module": ("LitModel",),
     "tnnlm.training.run": ("train",),
 }
-"""module -> the public names that it defines; the same as what type checkers read above"""
+"""Public names by the module that defines them; equal to the imports for type checkers above."""
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_MODULES, "__version__"])
@@ -76,9 +76,9 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.split(".")[0] == __name__:
             raise
         raise ImportError(
-            f"tnnlm.{name} needs the package {error.name}: install it with: pip install 'tnnlm[train]'"
+            f"tnnlm.{name}: needs the package {error.name}; run: pip install 'tnnlm[train]'"
         ) from error
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # later look-ups do not call this function
     return value
 
 

@@ -1,4 +1,4 @@
-"""``python -m tnnlm``: the command ``tnnlm`` where its folder is not on the PATH."""
+"""Entry point of ``python -m tnnlm``, the command ``tnnlm`` where it is not on the PATH."""
 
 import sys
 

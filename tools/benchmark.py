@@ -1,17 +1,28 @@
 #!/usr/bin/env python
-"""Time a converted model of 24M weights beside Llama, GPT-2 and Mamba of transformers, and llama.cpp.
+"""Benchmark converted models of 24M weights against Llama, GPT-2 and Mamba of transformers, and llama.cpp.
 
-All subjects take turns in one run; medians, quartiles, and the bandwidth the machine was measured to
-read memory with. Random weights: speed does not depend on them. ``train`` times whole training steps beside
-GPT-2 of as many parameters and a TNN as tnn-pytorch computes it.
+Modes:
+  decode    milliseconds per token by context length
+  prefill   prompt tokens per second by prompt length
+  batch     generated tokens per second by batch size
+  train     tokens per second and peak memory of training steps, next to GPT-2 of equal parameters and a TNN
+            with the operations of tnn-pytorch
+  constant  time per token and state size of a trained model by context length
+  levels    training and decoding with the native instructions of this CPU, with AVX2 and without AVX
+
+Cases are interleaved; the table shows medians, with the measured memory bandwidth or FLOP rate as the limit.
+Except for constant, models have random weights: speed does not depend on them.
 
 Examples:
-  python tools/benchmark.py decode                       # time per token against context
-  python tools/benchmark.py prefill --quick              # prompts, smaller and fewer, in about a minute
+  python tools/benchmark.py decode
+  python tools/benchmark.py prefill --quick              # shorter prompts, about a minute
   python tools/benchmark.py batch --json batch.json --png batch.png
-  python tools/benchmark.py train                        # tokens per second, memory, the convolution's share
-  python tools/benchmark.py constant runs/demo           # a model's time per token and state, by context
-  python tools/benchmark.py levels                       # this CPU with and without AVX-512, AVX2
+  python tools/benchmark.py decode --contexts 512 --engines packed eager
+  python tools/benchmark.py train
+  python tools/benchmark.py constant runs/demo
+  python tools/benchmark.py levels
+
+Needs: pip install `'tnnlm[peers]'`; for llama.cpp also 'tnnlm[llama-cpp]', for onnxruntime 'tnnlm[onnx]'
 """
 
 from __future__ import annotations
@@ -65,7 +76,7 @@ ENGINES = ("compiled", "packed", "eager", ONNX)
 CONTEXTS = (128, 512, 2048, 8192)
 BATCH_CONTEXT = 128
 LONGEST_PEER = 8192
-"""tokens of a row that all models train on"""
+"""Longest rows, in tokens, on which the baselines are trained; on longer ones only tnnlm is."""
 OURS = {
     "decode": [
         *(("balanced", engine, "float32") for engine in ENGINES),
@@ -81,34 +92,38 @@ OURS = {
 
 
 def parse() -> argparse.Namespace:
+    """Return the checked arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=(*OURS, "train", "constant", "levels"), help="what is timed")
-    parser.add_argument("model", nargs="?", help="of constant: folder, run or checkpoint (default: newest)")
-    parser.add_argument("--quick", action="store_true", help="less of everything, nothing compiled")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
-    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens (default: 128 to 8,192)")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="rows (default: 1 to 256)")
+    parser.add_argument("mode", choices=(*OURS, "train", "constant", "levels"), help="Kind of measurement.")
     parser.add_argument(
+        "model", nargs="?", help="Model of constant: folder, run or checkpoint. (default: newest)"
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="Write the results as JSON.")
+    add("--png", type=Path, metavar="FILE", help="Plot the results (all modes but levels).")
+    add = parser.add_argument_group("cases").add_argument
+    add("--quick", action="store_true", help="Measure fewer cases and repetitions, nothing compiled.")
+    add("--contexts", type=int, nargs="+", metavar="N", help="Lengths in tokens. (default: 128 to 8,192)")
+    add("--batches", type=int, nargs="+", metavar="B", help="Batch sizes of batch. (default: 1 to 256)")
+    add("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="Width of the models. (default: 512)")
+    add = parser.add_argument_group("models of decode, prefill and batch").add_argument
+    known = (LLAMA_CPP, *PEERS)
+    add(
         "--peers",
         nargs="*",
-        default=(LLAMA_CPP, *PEERS),
-        choices=(LLAMA_CPP, *PEERS),
-        help="default: all; without a name: none",
+        default=known,
+        choices=known,
+        help="Baselines; none without a name. (default: all)",
     )
-    parser.add_argument(
-        "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="of ours (default: all)"
-    )
-    parser.add_argument(
-        "--engine", choices=LOADED, default="auto", help="of constant (default: the fastest there is)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of constant: of the weights")
-    parser.add_argument("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="default: 512")
+    add("--engines", nargs="+", default=ENGINES, choices=ENGINES, help="Engines of tnnlm. (default: all)")
+    add = parser.add_argument_group("model of constant").add_argument
+    add("--engine", choices=LOADED, default="auto", help="Engine; auto is the fastest. (default: auto)")
+    add("--dtype", choices=DTYPES, default="float32", help="Dtype of the weights. (default: float32)")
     args = parser.parse_args()
     if args.model and args.mode != "constant":
-        raise UserError(f"{args.model}: a model is timed by the mode constant")
+        raise UserError(f"{args.model}: a model can only be given in the mode constant")
     for number in (*(args.contexts or ()), *(args.batches or ()), args.d_model):
         if not 1 <= number <= 1 << 20:
             raise UserError(f"{number}: must be from 1 to {1 << 20:,}")
@@ -116,12 +131,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Measure one mode, write the results and print them; return the exit code."""
     args = parse()
     keep_large_blocks()
     limit_threads()
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
     if args.mode == "levels" and args.png:
-        raise UserError("--png: the levels are a table alone")
+        raise UserError("--png: the mode levels has no plot")
     result = {"train": training, "levels": levels, "constant": constant}.get(args.mode, decoding)(args, shape)
     if args.json:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
@@ -132,7 +148,7 @@ def main() -> int:
 
 
 def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Steps, on rows of every length."""
+    """Measure training steps on rows of every length."""
     lengths = args.contexts or ((512, 2048) if args.quick else (512, 2048, 8192, 65_536))
     rounds, longest = (3, 2048) if args.quick else (5, LONGEST_PEER)
     rate, rows = time_training(shape, lengths, rounds, not args.quick, longest)
@@ -146,7 +162,7 @@ def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """The demo's training steps and single decoding steps, at every level of instructions."""
+    """Measure training steps of the demo and decoding steps at every level of vector instructions."""
     demo = load_config(DEMO, [])
     rounds, steps = (1, 2) if args.quick else (3, 8)
     rows = time_levels(demo.model, demo.data.batch_size, rounds, steps, shape)
@@ -154,7 +170,7 @@ def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Greedy steps of a trained model after contexts of every length, which take turns: constant, or not?"""
+    """Measure greedy steps of a trained model after contexts of every length, interleaved."""
     turns, steps = (3, 4) if args.quick else (15, 16)
     folder, converted = load_for_decoding(args.model, Path("runs"))
     weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
@@ -172,7 +188,7 @@ def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
         for n, context in read.items()
     ]
     bandwidth = read_bandwidth()
-    touched = weights * WIDTHS[args.dtype] + 2 * rows[0]["state_bytes"]  # by every token
+    touched = weights * WIDTHS[args.dtype] + 2 * rows[0]["state_bytes"]  # bytes read or written per token
     return {
         "mode": "constant",
         "cpu": describe_cpu(),
@@ -187,7 +203,7 @@ def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def take_steps(writer: TextGenerator, context: GenerationState, n: int) -> None:
-    """Greedy tokens on top of ``context``, which stays as it is."""
+    """Decode ``n`` greedy tokens after ``context``, which is not changed."""
     state, token = context.model_state, context.logits.argmax(-1)
     for _ in range(n):
         logits, state = writer.model.step(token, state)
@@ -195,7 +211,7 @@ def take_steps(writer: TextGenerator, context: GenerationState, n: int) -> None:
 
 
 def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Steps or prompts of converted models and peers."""
+    """Measure steps or prompts of converted models and of the baselines."""
     contexts = args.contexts or ((128, 2048) if args.quick else CONTEXTS)
     batches = args.batches or ((1, 16) if args.quick else (1, 4, 16, 64, 256))
     effort = QUICK if args.quick else Effort()
@@ -218,7 +234,7 @@ def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The limit that was measured, and the table."""
+    """Print the CPU, the measured bandwidth or FLOP rate, and the table of results."""
     mode = result["mode"]
     print(result["cpu"])
     if mode == "levels":
@@ -226,7 +242,7 @@ def show(result: dict[str, Any]) -> None:
         return
     if mode == "train":
         print(
-            "tokens per second (share of the FLOP rate); matrices are multiplied at "
+            "tokens per second (share of the FLOP rate); FLOP rate of matrix products: "
             f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s\n\n{table(result)}\n\n{memory_table(result)}"
         )
         return
@@ -242,37 +258,37 @@ def show(result: dict[str, Any]) -> None:
             for one in result["results"]
         ]
         print(
-            f"{result['model']}, {result['engine']}\n\n{report.table(lines)}\n\nlongest over shortest "
-            f"context: {result['ratio_longest_to_shortest']:.3f} times the time per token\nfloor: "
+            f"{result['model']}, {result['engine']}\n\n{report.table(lines)}\n\ntime per token, longest over "
+            f"shortest context: {result['ratio_longest_to_shortest']:.3f}\nlower bound: "
             f"{1e3 * result['floor_seconds']:.3f} ms at {result['bandwidth_gbs']:.1f} GB/s read bandwidth"
         )
         return
     what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
-    print(f"{what}; memory is read at {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
+    print(f"{what}; memory read bandwidth: {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
 
 
 def gather(
     args: argparse.Namespace, shape: ModelConfig, longest: int, rows: int, folder: Path
 ) -> list[Subject]:
-    """Ours, then the peers; what can't be had is left out with a line."""
-    wanted = [case for case in OURS[args.mode] if case[1] in args.engines]
+    """Return the converted models, then the baselines; print a line for each that is not available."""
+    cases = [case for case in OURS[args.mode] if case[1] in args.engines]
     if args.quick:
-        wanted = [case for case in wanted if case[1] != "compiled"]
+        cases = [case for case in cases if case[1] != "compiled"]
     compiler = capability("cpp_compiler")
-    if not compiler and any(case[1] == "compiled" for case in wanted):
-        left_out("compiled engines", f"there is no C++ compiler ({compiler.reason})")
-        wanted = [case for case in wanted if case[1] != "compiled"]
+    if not compiler and any(case[1] == "compiled" for case in cases):
+        show_skipped("compiled engines", f"no C++ compiler ({compiler.reason})")
+        cases = [case for case in cases if case[1] != "compiled"]
     subjects = []
-    for case in tqdm(wanted, desc="converting and compiling", leave=False, disable=None):
+    for case in tqdm(cases, desc="converting and compiling", leave=False, disable=None):
         try:
             subjects.append(ours(*case, shape, folder))
         except UserError as error:
             if case[1] != ONNX:
                 raise
-            left_out(ONNX, str(error))
+            show_skipped(ONNX, str(error))
     for kind in args.peers:
         if kind == "mamba" and args.mode == "prefill":
-            left_out(kind, "it reads prompts in a loop without its GPU kernels")
+            show_skipped(kind, "prefills token by token without its GPU kernels")
             continue
         try:
             for dtype in peer_dtypes(kind, args.quick):
@@ -281,18 +297,20 @@ def gather(
                 else:
                     subjects.append(peer(kind, dtype, shape, longest))
         except UserError as error:
-            left_out(kind, str(error))
+            show_skipped(kind, str(error))
     return subjects
 
 
 def peer_dtypes(kind: str, quick: bool) -> tuple[str, ...]:
+    """Return the weight dtypes in which a baseline is measured."""
     if kind == LLAMA_CPP:
         return ("float32",) if quick else ("float32", "bfloat16", "int8")
     return ("float32",) if kind == "mamba" or quick else ("float32", "bfloat16")
 
 
-def left_out(what: str, why: str) -> None:
-    print(f"left out: {what}: {why}", file=sys.stderr)
+def show_skipped(what: str, why: str) -> None:
+    """Print a line about a model that is not measured, on stderr."""
+    print(f"skipped: {what}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

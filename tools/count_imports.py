@@ -1,20 +1,22 @@
 #!/usr/bin/env python
-"""How the code hangs together: rooms, floors, arrows, circles, arrows up, lines.
+"""Check the import rules, and count rooms, floors and arrows of the import graph.
 
-  room    a package or module directly under tnnlm/, a folder of tools/ that has Python files (its scripts are
-          one room), and each script beside the package; ``__init__.py`` of tnnlm is no room, its
-          ``__main__.py`` one with cli
-  arrow   a pair of rooms of which one imports the other, anywhere in a file: at the top, inside a function,
-          or by a string that names a module of this project
-  floor   the height of a room: one more than the highest room that it imports; the count is that of the
-          highest room, which is the longest chain of imports
-  circle  rooms that import each other, directly or through others
-  up      an arrow within the package that LAW, below, does not allow
-  lines   of Python, all lines
+  room    node of the graph: a package or module directly under tnnlm/, a folder of tools/ with Python files,
+          the scripts in tools/ together, or a script in the root; ``__init__.py`` of tnnlm is no room, and
+          its ``__main__.py`` belongs to cli
+  arrow   edge of the graph: a pair of rooms of which the first imports the second, at the top of a file,
+          inside a function, or by a string that is the name of a module
+  floor   height of a room: one more than the highest room that it imports; the printed count is the longest
+          chain of imports
+  circle  import cycle: rooms that import each other, directly or through others
+  up      arrow within the package that RULES, below, does not allow
+  lines   lines of Python, including blank lines and comments
+
+Exit code 1 if there is a circle, an arrow up, or a file that is too long.
 
 Examples:
   python tools/count_imports.py
-  python tools/count_imports.py --list    # and every arrow
+  python tools/count_imports.py --list    # with all arrows
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 320
-"""lines of a file"""
+"""Maximum number of lines of a file."""
 
 
 class Allowed(NamedTuple):
-    """What a package of tnnlm may import."""
+    """Imports that a package of tnnlm may contain."""
 
     packages: str
-    """of tnnlm, by name"""
+    """Packages and modules of tnnlm, separated by spaces."""
     libraries: str
-    """of others, by the name that is imported"""
+    """Third-party libraries by import name, separated by spaces."""
 
 
-LAW = {
+RULES = {
     "errors": Allowed("", ""),
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
@@ -81,14 +83,15 @@ LAW = {
     ),
     "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
 }
-"""The one law of imports, lowest first: a package imports from those above its line alone, as listed, and
-these libraries alone. Decoding (inference) sees neither conversion nor data nor training."""
+"""Import rules, lowest package first: a package may import only the packages listed for it, which are all
+above it in this table, and only the libraries listed for it. Inference imports neither conversion nor data
+nor training."""
 _MODULE = re.compile(r"tnnlm(\.\w+)+")
 Arrows = set[tuple[str, str]]
 
 
 def room_of(path: Path, root: Path = ROOT) -> str | None:
-    """The room that a file lies in; None for the package's own ``__init__.py``."""
+    """Return the room of a file; None for the ``__init__.py`` of tnnlm and for other folders."""
     parts = path.relative_to(root).with_suffix("").parts
     if parts[0] == "tnnlm":
         return {"__init__": None, "__main__": "tnnlm/cli"}.get(parts[1], f"tnnlm/{parts[1]}")
@@ -98,7 +101,7 @@ def room_of(path: Path, root: Path = ROOT) -> str | None:
 
 
 def sources(root: Path = ROOT) -> dict[Path, str]:
-    """Every Python file that belongs to a room, with the room."""
+    """Return every Python file that belongs to a room, with the name of the room."""
     files = (
         *sorted(root.glob("tnnlm/**/*.py")),
         *sorted(root.glob("tools/**/*.py")),
@@ -108,7 +111,7 @@ def sources(root: Path = ROOT) -> dict[Path, str]:
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, lazily or not, and those in its strings."""
+    """Yield the dotted names that a file imports, also inside functions, and module names in its strings."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -125,7 +128,7 @@ def _room_of_name(name: str, rooms: set[str]) -> str | None:
 
 
 def arrows(root: Path = ROOT) -> Arrows:
-    """Pairs (importing room, imported room)."""
+    """Return all pairs (importing room, imported room)."""
     files = sources(root)
     rooms = set(files.values())
     found: Arrows = set()
@@ -136,14 +139,14 @@ def arrows(root: Path = ROOT) -> Arrows:
 
 
 def upwards(found: Arrows) -> Arrows:
-    """Arrows within the package that the law does not allow."""
+    """Return the arrows within the package that the import rules do not allow."""
     within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}
     names = {(source.removeprefix("tnnlm/"), target.removeprefix("tnnlm/")) for source, target in within}
-    return {(a, b) for a, b in names if a not in LAW or b not in LAW[a].packages.split()}
+    return {(a, b) for a, b in names if a not in RULES or b not in RULES[a].packages.split()}
 
 
 def circles(found: Arrows) -> list[set[str]]:
-    """Groups of rooms that reach each other."""
+    """Return the import cycles: groups of rooms that reach each other."""
     rooms = {room for arrow in found for room in arrow}
     reached = {room: _reached(room, found) for room in rooms}
     groups = {frozenset({room, *(o for o in reached[room] if room in reached[o])}) for room in rooms}
@@ -162,7 +165,7 @@ def _reached(room: str, found: Arrows) -> set[str]:
 
 
 def floors(found: Arrows) -> dict[str, int]:
-    """Height of every room, from 1; there must be no circle."""
+    """Return the height of every room, starting at 1; the graph must have no cycles."""
     heights: dict[str, int] = {}
 
     def height(room: str) -> int:
@@ -176,17 +179,23 @@ def floors(found: Arrows) -> dict[str, int]:
 
 
 def lines(*patterns: str) -> int:
-    """Lines of the Python files under these folders."""
+    """Return the number of lines of the Python files under the folders that match ``patterns``."""
     files = [path for pattern in patterns for path in ROOT.glob(f"{pattern}/**/*.py")]
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--list", action="store_true", help="print every arrow")
-    args = parser.parse_args()
+    parser.add_argument("--list", action="store_true", help="Print all arrows.")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print violations and counts; return 1 if there are violations."""
+    args = parse()
     found = arrows()
     rooms = set(sources().values())
     within = {arrow for arrow in found if all(room.startswith("tnnlm/") for room in arrow)}

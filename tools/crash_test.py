@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Kill a short training again and again, and compare what comes out with one that was left alone.
+"""Kill and resume a short training many times, and compare the result with an uninterrupted training.
 
-A training with a save every few steps gets SIGKILL at random moments: while it starts, trains,
-validates, saves. After each kill it is resumed. At the end the last checkpoints of both
-runs are compared to the last bit, weights and the optimizer's moments, and the logs row by row.
-Exit code 0 if nothing differs, 1 otherwise.
+A training that saves a checkpoint every few steps is killed (SIGKILL) at random times: while it starts,
+trains, validates or saves. After each kill it is resumed. At the end, weights and optimizer state of both
+runs are compared bit by bit, and their logs row by row. Exit code 0 if nothing differs, 1 otherwise.
 
 Examples:
-  python tools/crash_test.py                              # 50 kills: eight minutes
+  python tools/crash_test.py                              # 50 kills, eight minutes
   python tools/crash_test.py --kills 3 --json kills.json
   python tools/crash_test.py --seed 1 model.kernel.name=rtf trainer.accumulate=2
 """
@@ -60,38 +59,43 @@ SETTINGS = (
 )
 STEPS_PER_KILL = 40
 KILLED = -getattr(signal, "SIGKILL", -1)
-"""exit code of a killed process; Windows, which has no such signal, gives 1"""
+"""Exit code of a killed process; 1 on Windows, which has no SIGKILL."""
 _IN_START = 0.2
-"""share of kills that come while the process starts, and may find no step done"""
+"""Probability that a kill comes while the process starts, possibly before its first step."""
 _COMPARED = ("train/loss", "train/lr", "train/skipped", "val/loss", "val/ppl_recurrent")
 _FIRST_STEP = re.compile(r"step (\d+)/")
 
 
 def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs here (default: not kept)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every kill and the outcome")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="Settings of the training, as for train.py.")
+    add("--kills", type=int, default=50, metavar="N", help="Number of kills. (default: 50)")
+    add(
+        "--seed", type=int, default=0, metavar="N", help="Random seed of the times of the kills. (default: 0)"
+    )
+    add("--out", type=Path, metavar="DIR", help="Folder for the runs. (default: a temporary one)")
+    add("--json", type=Path, metavar="FILE", help="Write all kills and the result as JSON.")
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
+    """Run the test and print its result; return 0 if both trainings are identical."""
     args = parse()
     if args.kills < 1:
         raise UserError(f"--kills {args.kills}: must be at least 1")
     steps = f"trainer.max_steps={STEPS_PER_KILL * (args.kills + 1)}"
     words = [*SETTINGS, steps, *args.overrides]
-    load_config(None, words)  # refuse a wrong setting at once
+    load_config(None, words)  # report wrong settings before the first training
     if args.out is None:
         with tempfile.TemporaryDirectory() as folder:
             result = kill_and_compare(TRAIN, args.kills, args.seed, Path(folder), words)
     else:
         if args.out.exists() and any(args.out.iterdir()):
-            raise UserError(f"{args.out}: is not empty; give another --out")
+            raise UserError(f"--out {args.out}: is not empty; give another folder")
         args.out.mkdir(parents=True, exist_ok=True)
         result = kill_and_compare(TRAIN, args.kills, args.seed, args.out, words)
     if args.json is not None:
@@ -101,7 +105,7 @@ def main() -> int:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print what was hit, and whether it left a trace."""
+    """Print a table of the kills, and the differences between both trainings."""
     table = Table(title=f"{len(result['kills'])} kills, seed {result['seed']}")
     for name in ("kill", "after", "place", "last logged step"):
         table.add_column(name, justify="left" if name == "place" else "right")
@@ -112,45 +116,45 @@ def show(result: dict[str, Any]) -> None:
         print(f"differs: {difference}")
     if result["identical"]:
         print(
-            f"identical: after {len(result['kills'])} kills weights, moments, logs and samples equal those "
-            "of the training left alone, to the last bit"
+            f"identical: after {len(result['kills'])} kills weights, optimizer state, logs and samples equal "
+            "those of the uninterrupted training, bit by bit"
         )
 
 
 def kill_and_compare(script: Path, kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, Any]:
-    """Both runs and their comparison, as plain data.
+    """Run both trainings and return the kills and the differences, as plain data.
 
     Args:
-        script: train.py.
-        kills: how many.
-        seed: of the moments.
-        folder: of the runs, and of the text.
-        words: settings of the training.
+        script: Path of train.py.
+        kills: Number of kills.
+        seed: Random seed of the times of the kills.
+        folder: Folder for the runs and the training text.
+        words: Settings of the training.
 
     Raises:
-        UserError: if a training fails by itself, with its last line.
+        UserError: If a training fails by itself; the message is the last line that it printed.
     """
     _write_prose(folder / "text.txt")
     moments = random.Random(seed)
     records: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("training left alone", total=kills + 2)
+        task = progress.add_task("uninterrupted training", total=kills + 2)
         whole = Attempt(script, folder, [*words, "name=whole"])
         whole.finish()
-        progress.update(task, advance=1, description="training killed")
+        progress.update(task, advance=1, description="killed training")
         run = folder / "runs" / "killed"
         while len(records) < kills and not (run / "summary.json").is_file():
             attempt = Attempt(script, folder, _next_command(run, words))
             in_start = moments.random() < _IN_START
-            # Some of the run is left over: the machine may be faster by then.
+            # All kills together leave a part of the training time, in case the machine becomes faster.
             longest = whole.start_seconds if in_start else whole.step_seconds / (kills + 1)
             attempt.kill_after(in_start, moments.random() * longest)
             if not attempt.killed:
                 break
             records.append(attempt.record(run))
             progress.update(task, advance=1)
-        progress.update(task, description="training to its end")
+        progress.update(task, description="training to the end")
         if not (run / "summary.json").is_file():
             Attempt(script, folder, _next_command(run, words)).finish()
         progress.update(task, completed=kills + 2)
@@ -169,7 +173,7 @@ def kill_and_compare(script: Path, kills: int, seed: int, folder: Path, words: l
 
 
 class Attempt:
-    """One process of train.py, from its start to its end or its kill."""
+    """Process of train.py, from its start until it ends or is killed."""
 
     def __init__(self, script: Path, folder: Path, words: list[str]) -> None:
         environment = {
@@ -196,21 +200,21 @@ class Attempt:
 
     @property
     def start_seconds(self) -> float:
-        """Until the first step was logged."""
+        """Seconds from the start of the process to its first logged step."""
         return (self.ended if self.first_step is None else self.first_step) - self.started
 
     @property
     def step_seconds(self) -> float:
-        """From there to the end."""
+        """Seconds from the first logged step to the end of the process."""
         return self.ended - self.started - self.start_seconds
 
     def finish(self) -> None:
-        """Wait for the end of the training."""
+        """Wait for the end of the training; raise an error if it failed."""
         self._wait()
         self._check()
 
     def kill_after(self, from_start: bool, seconds: float) -> None:
-        """SIGKILL so many seconds after the process started, or after its first logged step."""
+        """Send SIGKILL the given seconds after now (``from_start``) or after the first logged step."""
         if not from_start:
             self._training.wait()
         try:
@@ -223,7 +227,7 @@ class Attempt:
             self._check()
 
     def record(self, run: Path) -> dict[str, Any]:
-        """When and where the kill came, as far as what it left shows."""
+        """Return the time of the kill and the phase it hit, as far as the files of ``run`` show it."""
         rows = read_metrics(run / "metrics.csv")
         step = int(rows[-1]["step"]) if rows else 0
         if any((run / "checkpoints").glob(f".*.{self.process.pid}.tmp")):
@@ -261,17 +265,17 @@ class Attempt:
 
 
 def _next_command(run: Path, words: list[str]) -> list[str]:
-    """Resume, or begin if the last kill came before there was a run."""
+    """Return the arguments to resume the run, or to start it if it was killed before its first checkpoint."""
     if (run / "checkpoints" / "last.ckpt").is_file():
         return ["--resume", "killed"]
     if not (run / "job.json").is_file():
-        shutil.rmtree(run, ignore_errors=True)  # killed before it was said whose folder this is
-    # The same job finds its folder again, where a second start by name would take another.
+        shutil.rmtree(run, ignore_errors=True)  # killed before the folder was assigned to the job
+    # --job resumes the run in the same folder; a second start by name would create another folder.
     return ["--job", "kill test", *words, "name=killed"]
 
 
 def _compare(whole: Path, killed: Path) -> list[str]:
-    """What differs between two finished runs, in words."""
+    """Return a line for every difference between two finished runs."""
     left, right = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (whole, killed))
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "TextDataModule")
     differences = [f"last.ckpt: {name}" for name in names if not _same(left[name], right[name])]
@@ -291,7 +295,7 @@ def _compare(whole: Path, killed: Path) -> list[str]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, through dicts and lists."""
+    """Return whether two values are equal bit by bit, including values in dicts and lists."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -302,7 +306,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _write_prose(path: Path) -> None:
-    """60 kB of the documentation of Python itself."""
+    """Write 60,000 characters of Python's documentation as the training text."""
     from pydoc_data.topics import topics
 
     path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Put a server under load: many greedy streams at once, each checked against the same request alone.
+"""Load-test a server with concurrent greedy streams, each compared with the same request alone.
 
-Reports what was lost or mixed up, tokens per second, the time to the first token and between tokens, and
-the server's memory while it runs. Several numbers of streams are compared with the first.
+Reports requests that failed or returned another completion, tokens per second, time to first token, time
+between tokens, and memory of the server. Exit code 1 if a completion is missing or differs.
 
 Examples:
-  python tools/load_test.py --model runs/demo                        # starts a server of its own
-  python tools/load_test.py --streams 1,32 --seconds 20              # batching against one at a time
-  python tools/load_test.py --url http://127.0.0.1:8000 --streams 200 --seconds 120 --json load.json
+  python tools/load_test.py                                # serve the newest converted model
+  python tools/load_test.py --model runs/demo --streams 1,8,64
+  python tools/load_test.py --url http://127.0.0.1:8000 --seconds 120 --json load.json
 
 Needs: pip install 'tnnlm[serve]' aiohttp psutil
 """
@@ -35,27 +35,33 @@ from tnnlm.files import write_text
 
 SERVE = Path(__file__).with_name("serve.py")
 KINDS = 48
-"""different requests; each stream takes them in an order of its own"""
+"""Number of different requests; each stream sends them in a different random order."""
 WORDS = __doc__.split()
 
 
 @dataclass
 class Tally:
-    """What a number of streams saw."""
+    """Counts and times measured with a given number of streams."""
 
     streams: int
     seconds: float = 0.0
     texts: int = 0
+    """Requests sent."""
     lost: int = 0
+    """Requests without a complete answer."""
     mixed: int = 0
+    """Completions that differ from that of the same request alone."""
     tokens: int = 0
     first: list[float] = field(default_factory=list)
+    """Times to first token, in seconds."""
     between: list[float] = field(default_factory=list)
+    """Times between chunks of a stream, in seconds."""
     memory: list[float] = field(default_factory=list)
-    """MiB, once a second"""
+    """Resident memory of the server in MiB, once per second."""
 
     def summary(self) -> dict[str, Any]:
-        """Medians and 99th percentiles, in milliseconds; memory as the medians of four parts of the time."""
+        """Return the results as plain data: times as 50th and 99th percentiles in milliseconds, memory as
+        the median of each quarter of the time in MiB."""
         quarter = max(1, len(self.memory) // 4)
         parts = [self.memory[at * quarter : (at + 1) * quarter] or [0.0] for at in range(4)]
         return {
@@ -72,31 +78,31 @@ class Tally:
 
 
 def percentile(values: list[float], p: float) -> float:
-    """By nearest rank; 0 of nothing."""
+    """Return a percentile by nearest rank; 0 for an empty list."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] if ordered else 0.0
 
 
 def requests(longest: int) -> list[dict[str, Any]]:
-    """Greedy ones of many lengths, prompt and text."""
-    draw = random.Random(0)
+    """Return greedy requests with prompts and completions of many lengths, at most ``longest`` new tokens."""
+    rng = random.Random(0)
     made = []
     for index in range(KINDS):
-        words = draw.choices(WORDS, k=draw.choice((3, 10, 40, 200)))
+        words = rng.choices(WORDS, k=rng.choice((3, 10, 40, 200)))
         text = f"{index} {' '.join(words)}"
-        made.append({"prompt": text, "max_tokens": draw.randint(16, longest), "temperature": 0})
+        made.append({"prompt": text, "max_tokens": rng.randint(16, longest), "temperature": 0})
     return made
 
 
 class Client:
-    """Streams of one server."""
+    """Client of a server's completions API."""
 
     def __init__(self, session: Any, url: str) -> None:
         self.session = session
         self.url = f"{url}/v1/completions"
 
     async def stream(self, request: dict[str, Any], tally: Tally) -> str | None:
-        """The text, or None if it was not finished; times go to the tally."""
+        """Return the completion, or None if it is incomplete; add the measured times to ``tally``."""
         text, last, started = [], None, time.perf_counter()
         finish = None
         body = request | {"stream": True, "stream_options": {"include_usage": True}}
@@ -126,18 +132,23 @@ async def load(
     expected: list[str],
     server: Any,
 ) -> None:
-    """Keep ``tally.streams`` streams busy; what runs at the end is finished.
+    """Keep ``tally.streams`` streams busy, then wait for the requests that still run.
 
     Args:
-        server: psutil's process, whose memory is recorded; None leaves it out.
+        client: Client of the server.
+        tally: Receives the results.
+        seconds: Time during which new requests are sent.
+        work: Requests to choose from.
+        expected: Completion of each request when it runs alone.
+        server: Process of the server (psutil) whose memory is recorded; None records no memory.
     """
     started = time.perf_counter()
     bar = tqdm(total=round(seconds), desc=f"{tally.streams} streams", unit="s", leave=False, disable=None)
 
     async def worker(number: int) -> None:
-        draw = random.Random(number)
+        rng = random.Random(number)
         while time.perf_counter() - started < seconds:
-            index = draw.randrange(len(work))
+            index = rng.randrange(len(work))
             text = await client.stream(work[index], tally)
             tally.texts += 1
             tally.lost += text is None
@@ -158,7 +169,11 @@ async def load(
 
 
 async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[str, Any]]:
-    """All numbers of streams, one after the other."""
+    """Measure each number of streams in ``args.streams``, one after the other.
+
+    Raises:
+        UserError: If aiohttp or psutil is not installed, or if the server refuses requests.
+    """
     try:
         import aiohttp
         import psutil
@@ -174,10 +189,10 @@ async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[
         work = requests(args.max_tokens)
         expected = []
         try:
-            for request in tqdm(work, desc="each alone", leave=False, disable=None):
+            for request in tqdm(work, desc="requests alone", leave=False, disable=None):
                 text = await client.stream(request, Tally(1))
                 if text is None:
-                    raise UserError(f"{url}: refuses requests (is a key needed? --api-key)")
+                    raise UserError(f"{url}: refuses requests; give its key with --api-key if it needs one")
                 expected.append(text)
             summaries = []
             for streams in args.streams:
@@ -191,10 +206,10 @@ async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[
 
 @contextmanager
 def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """A server of its own: address and process.
+    """Start a server; yield its address and process id, and stop it at the end.
 
     Raises:
-        UserError: if it doesn't start.
+        UserError: If the server does not start.
     """
     words = [sys.executable, str(SERVE), "--port", "0", "--dtype", args.dtype, "--engine", args.engine]
     words += ["--model", args.model] if args.model else []
@@ -215,7 +230,7 @@ def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 def show(summaries: list[dict[str, Any]]) -> None:
-    """A table; the last column compares with the first line."""
+    """Print a table; its last column is the throughput relative to the first row."""
     print(
         " streams   texts  lost  mixed  tokens/s   first token p50/p99    between p50/p99  "
         "  MiB, by quarters of the time   times"
@@ -231,32 +246,42 @@ def show(summaries: list[dict[str, Any]]) -> None:
 
 
 def parse() -> argparse.Namespace:
+    """Return the checked arguments of the command line.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--url", help="of a server that runs (default: start one)")
-    add("--model", metavar="DIR|RUN|CKPT", help="for a server of its own")
-    add("--dtype", default="float32", metavar="NAME", help="for a server of its own")
-    add("--engine", default="packed", metavar="NAME", help="for a server of its own")
-    add("--api-key", metavar="KEY", default=os.environ.get("TNNLM_API_KEY"))
-    add("--streams", default="1,32", metavar="N,N", help="at once, one after the other (default: 1,32)")
-    add("--seconds", type=float, default=20, metavar="S", help="for each (default: 20)")
-    add("--max-tokens", type=int, default=200, metavar="N", help="of the longest text (default: 200)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add = parser.add_argument_group("running server").add_argument
+    add("--url", help="Address of a running server. (default: start one)")
+    key = os.environ.get("TNNLM_API_KEY")
+    add("--api-key", metavar="KEY", default=key, help="API key of the server. (default: $TNNLM_API_KEY)")
+    add = parser.add_argument_group("server that is started without --url").add_argument
+    add("--model", metavar="DIR|RUN|CKPT", help="Converted model, run or checkpoint. (default: newest)")
+    add("--dtype", default="float32", metavar="NAME", help="Dtype of the weights. (default: float32)")
+    add("--engine", default="packed", metavar="NAME", help="Engine. (default: packed)")
+    add = parser.add_argument_group("load").add_argument
+    add("--streams", default="1,32", metavar="N,N", help="Numbers of concurrent streams. (default: 1,32)")
+    add("--seconds", type=float, default=20, metavar="S", help="Seconds per number of streams. (default: 20)")
+    add("--max-tokens", type=int, default=200, metavar="N", help="Maximum new tokens. (default: 200)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="Write the results as JSON.")
     args = parser.parse_args()
     try:
         args.streams = [int(word) for word in args.streams.split(",")]
     except ValueError:
         args.streams = []
     if not args.streams or not all(1 <= n <= 10_000 for n in args.streams):
-        raise UserError("--streams: expected numbers from 1 to 10,000, as 1,32")
+        raise UserError("--streams: expected numbers from 1 to 10,000, such as 1,32")
     if args.max_tokens < 16 or not 0 < args.seconds < 1e6:
         raise UserError("--max-tokens must be at least 16, --seconds above 0")
     return args
 
 
 def main() -> int:
+    """Run the load test and print its results; return 1 if a completion is missing or differs."""
     args = parse()
     if args.url:
         summaries = asyncio.run(run(args.url.rstrip("/"), args, None))

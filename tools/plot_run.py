@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Draw a run while it trains or after: losses, perplexities, speed, gradient norm, memory of its kernels.
+"""Plot the metrics of a run, finished or not: loss, perplexity, speed, gradient norm, length of the kernels.
 
-Several runs are drawn over each other, and their final figures printed side by side.
+Several runs share one figure. The final metrics are printed as a table with a column per run.
 
 Examples:
-  python tools/plot_run.py demo                                  # runs/demo/ -> runs/demo/run.png
+  python tools/plot_run.py demo                      # runs/demo -> runs/demo/run.png
+  python tools/plot_run.py demo --out demo.png
   python tools/plot_run.py runs/demo runs/rtf_demo --out compared.png
 """
 
@@ -30,36 +31,47 @@ _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 
 def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run by folder, or by name under --runs-dir")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Run: a folder, or a name under --runs-dir.")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.png", help="default: RUN/run.png; of several: runs.png"
+        "--out",
+        type=Path,
+        metavar="FILE.png",
+        help="Image to write. (default: RUN/run.png; for several runs: runs.png)",
     )
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="Folder of runs. (default: runs)"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
+    """Write the figure and print the table."""
     args = parse()
     folders = [folder_of(name, args.runs_dir) for name in args.runs]
     runs = [read_run(folder) for folder in folders]
     out = args.out or (folders[0] / "run.png" if len(folders) == 1 else Path("runs.png"))
     plot_runs(runs, out)
-    table = Table("at the end", *(run.name for run in runs))
+    table = Table("final value", *(run.name for run in runs))
     figures = [final_figures(run) for run in runs]
     for metric in metrics_at(Place.TABLE):
         shown = [of_run[metric.column] for of_run in figures]
-        if set(shown) != {"-"}:  # tasks log figures of their own
+        if set(shown) != {"-"}:  # each task logs different metrics
             table.add_row(metric.label, *shown)
     Console().print(table)
-    print(f"drawn in {out}")
+    print(f"plot: {out}")
     return 0
 
 
 def folder_of(name: str, runs_dir: Path) -> Path:
-    """A run that may not have a checkpoint yet."""
+    """Return the folder of a run, given by path or name; it may not have a checkpoint yet.
+
+    Raises:
+        CheckpointError: If neither has a metrics.csv.
+    """
     for folder in (Path(name), runs_dir / name):
         if (folder / "metrics.csv").is_file():
             return folder
@@ -69,26 +81,27 @@ def folder_of(name: str, runs_dir: Path) -> Path:
 
 
 class Curves(NamedTuple):
-    """A run's metrics: for each name the steps and values that were logged."""
+    """Metrics of a run."""
 
     name: str
     values: dict[str, tuple[list[int], list[float]]]
+    """Logged steps and values by the name of the metric."""
 
     def of(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of ``key``; empty if it was never logged."""
+        """Return steps and values of a metric; empty lists if it was never logged."""
         return self.values.get(key, ([], []))
 
     def layers(self, prefix: str) -> list[str]:
-        """Names of the per-layer values that were logged, in the order of the layers."""
+        """Return the names of the metrics ``prefix/LAYER``, in the order of the layers."""
         found = [key for key in self.values if key.startswith(f"{prefix}/")]
         return sorted(found, key=lambda key: int(key.rpartition("/")[2]))
 
 
 def read_run(run: Path) -> Curves:
-    """Read a run's metrics.csv.
+    """Read the finite values of a run's metrics.csv.
 
     Raises:
-        CheckpointError: if there is none, or nothing in it.
+        CheckpointError: If there are none.
     """
     path = run / "metrics.csv"
     values: dict[str, tuple[list[int], list[float]]] = {}
@@ -99,12 +112,12 @@ def read_run(run: Path) -> Curves:
                 steps.append(int(row["step"]))
                 numbers.append(float(cell))
     if not values:
-        raise CheckpointError(f"{path}: nothing was logged yet, or it is not the folder of a run")
+        raise CheckpointError(f"{path}: has no metrics yet, or is not in the folder of a run")
     return Curves(run.name, values)
 
 
 def final_figures(run: Curves) -> dict[str, str]:
-    """The figures of the table as text: the last logged, the median speed, the range over layers."""
+    """Return the cells of the table: last logged values, median speed, and ranges over layers."""
     figures = {"step": f"{max(steps[-1] for steps, _ in run.values.values()):,}"}
     for key in columns_at(Place.TABLE):
         _, values = run.of(key)
@@ -119,19 +132,19 @@ def final_figures(run: Curves) -> dict[str, str]:
 
 
 def plot_runs(runs: Sequence[Curves], path: Path) -> None:
-    """Draw one run in full, or several over each other; whole or not at all."""
+    """Plot one run with all its metrics, or several in shared axes; write the file atomically."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = _draw_one(runs[0], plt) if len(runs) == 1 else _draw_several(runs, plt)
+    figure = _plot_one(runs[0], plt) if len(runs) == 1 else _plot_several(runs, plt)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 
-def _draw_one(run: Curves, plt: Any) -> Any:
+def _plot_one(run: Curves, plt: Any) -> Any:
     figure, axes = plt.subplots(4, 2, figsize=(13, 15), layout="constrained")
     figure.suptitle(run.name, fontsize=14)
     (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
@@ -141,11 +154,11 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     _finish(loss, "Loss", "nats per sequence" if classifies else "nats per token")
     _line(ppl, run, "val/ppl", "parallel (FFT)", "o-", color=_VAL, markersize=4)
     _line(ppl, run, "val/ppl_recurrent", "recurrent", "x--", color=_OTHER, markersize=7)
-    _line(ppl, run, "val/ppl_masked", "of hidden tokens", "o-", color=_VAL, markersize=4)
+    _line(ppl, run, "val/ppl_masked", "masked tokens", "o-", color=_VAL, markersize=4)
     _line(ppl, run, "val/accuracy", "whole sequences", "o-", color=_VAL, markersize=4)
-    of_both = " of both forms" if "val/ppl_recurrent" in run.values else ""
+    of_both = ", parallel and recurrent" if "val/ppl_recurrent" in run.values else ""
     if classifies:
-        _finish(ppl, "Validation accuracy", "share that is right")
+        _finish(ppl, "Validation accuracy", "accuracy")
     else:
         _finish(ppl, f"Validation perplexity{of_both}", "perplexity", log=True)
     _line(speed, run, "train/tokens_per_second", "tokens/s", color=_VAL)
@@ -160,17 +173,17 @@ def _draw_one(run: Curves, plt: Any) -> Any:
     _line(wait, run, "train/data_seconds", "of which waiting for data", color=_OTHER)
     _finish(wait, "Time per optimizer step", "seconds", log=True)
     _line(norm, run, "train/grad_norm", "before clipping", color=_VAL, linewidth=1)
-    _finish(norm, "Gradient norm", "norm, mean since the last row", log=True)
+    _finish(norm, "Gradient norm", "norm, mean since the previous row", log=True)
     _line(rate, run, "train/lr", "learning rate", color=_VAL)
     _finish(rate, "Learning rate", "learning rate")
     _layers(length, run, LENGTH, plt)
     _finish(length, f"Effective length: lags with {ENERGY:.0%} of a layer's energy", "lags", columns=2)
     _layers(order, run, ORDER, plt)
-    _finish(order, "Hankel order: state numbers per channel", "order", columns=2)
+    _finish(order, "Hankel order: state size per channel", "order", columns=2)
     return figure
 
 
-def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
+def _plot_several(runs: Sequence[Curves], plt: Any) -> Any:
     figure, axes = plt.subplots(3, 2, figsize=(13, 12), layout="constrained")
     accuracy = any("val/accuracy" in run.values for run in runs)
     scored = "val/accuracy" if accuracy else "val/ppl"
@@ -200,7 +213,7 @@ def _draw_several(runs: Sequence[Curves], plt: Any) -> Any:
 def _line(axis: Any, run: Curves, key: str, label: str, marker: str = "-", **style: Any) -> None:
     steps, values = run.of(key)
     if steps:
-        # A single point has no line.
+        # A single point needs a marker to be visible.
         axis.plot(steps, values, marker if len(steps) > 1 else "o", label=label, **style)
 
 
@@ -226,7 +239,7 @@ def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
     if not found:
         return
     steps = found[0][0]
-    rows = [values for at, values in found if at == steps]  # a layer whose taps were not finite has gaps
+    rows = [values for at, values in found if at == steps]  # a layer with non-finite taps has gaps
     columns = list(zip(*rows, strict=True))
     axis.plot(steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=run.name)
     axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
@@ -246,7 +259,7 @@ def _finish(axis: Any, title: str, unit: str, log: bool = False, columns: int = 
 
 
 def _plain_logarithmic(axis: Any) -> None:
-    """A logarithmic axis whose ticks are plain numbers, also within one decade."""
+    """Make the axis logarithmic, with ticks that are plain numbers also within one decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -262,7 +275,7 @@ def _plain_logarithmic(axis: Any) -> None:
 
 
 def _from_zero(axis: Any) -> None:
-    """Whole numbers from zero, so that a change by one looks like one."""
+    """Start the axis at zero with integer ticks, so that a change by one looks small."""
     from matplotlib.ticker import MaxNLocator
 
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))

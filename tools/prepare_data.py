@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command ``tnnlm prepare-data``, from a checkout; ``--help`` shows its arguments."""
+"""Script for a checkout: the same as the command ``tnnlm prepare-data``."""
 
 import sys
 

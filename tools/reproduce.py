@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""Measure a claim of the papers behind this project: a table, a plot, and what holds.
+"""Reproduce an experiment of the papers: measure it, and report which claims hold.
 
-Writes OUT/NAME.json, NAME.md, NAME.png and OUT/README.md, the table of all claims. Every cell is saved as
-it is measured: the same command goes on where it was stopped.
+Writes results (NAME.json), report (NAME.md) and plot (NAME.png) to OUT, and the table of all experiments to
+OUT/README.md. Each measurement is saved when it is done: run the same command again to resume.
 
 Examples:
   python tools/reproduce.py --list
-  python tools/reproduce.py stability                # what docs/results holds, and what is missing there
-  python tools/reproduce.py stability --again        # all of it: two cores, at most 40 minutes
+  python tools/reproduce.py stability                # measure what docs/results lacks
+  python tools/reproduce.py stability --again        # measure everything again
   python tools/reproduce.py stability --size paper --out results-paper
   python tools/reproduce.py families --kernel mine=my_kernel.yaml --out families-mine
+
+Needs: pip install `'tnnlm[peers]'`
 """
 
 from __future__ import annotations
@@ -39,43 +41,63 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def parse() -> argparse.Namespace:
+    """Return the checked arguments of the command line.
+
+    Raises:
+        UserError: If the experiment is unknown, or ``--kernel`` does not apply.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--list", action="store_true", help="name the experiments")
-    parser.add_argument("--size", choices=SIZES, default="small", help="default: small")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: docs/results; results-SIZE if not small"
-    )
-    parser.add_argument("--again", action="store_true", help="measure what is measured already, too")
-    parser.add_argument(
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"Experiment: {', '.join(EXPERIMENTS)}.")
+    parser.add_argument("--list", action="store_true", help="List the experiments and exit.")
+    add = parser.add_argument_group("measurement").add_argument
+    add(
+        "--size", choices=SIZES, default="small",
+        help="Size of models and data: tiny for tests, small for two cores and at most 40 minutes, paper as "
+        "published. (default: small)",
+    )  # fmt: skip
+    add("--again", action="store_true", help="Measure everything again, instead of what is missing in --out.")
+    add(
         "--data", nargs="+", default=[], metavar="FILE",
-        help="text to train on, in the place of the standard library's sources (paper: WikiText-103, hub)",
+        help="Text files to train on. (default: sources of Python's standard library; paper: WikiText-103)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--kernel", nargs="+", default=[], metavar="NAME=FILE",
-        help="of families: kernels beside its own, with optim.kernel_lr_scale and conversion; give --out too",
+        help="Additional kernels for families: YAML files with model.kernel, optim.kernel_lr_scale and "
+        "conversion; requires --out.",
     )  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="Folder of the results. (default: docs/results or results-SIZE)",
+    )
     args = parser.parse_args()
     if not args.list and args.name not in EXPERIMENTS:
-        raise UserError(f"{args.name or 'no name'}: expected one of {', '.join(EXPERIMENTS)}")
+        raise UserError(f"{args.name or 'no experiment'}: expected one of {', '.join(EXPERIMENTS)}")
     if args.kernel and (args.name != "families" or args.out is None):
-        raise UserError("--kernel: goes with families and a folder of its own, --out DIR")
+        raise UserError("--kernel: requires the experiment families and --out DIR")
     return args
 
 
 def named_file(word: str) -> tuple[str, Path]:
-    """A family's name and where its kernel is read."""
+    """Return the name and the file of ``NAME=FILE``.
+
+    Raises:
+        UserError: If the name is invalid or in use, or if the file does not exist.
+    """
     name, _, file = word.partition("=")
     if not re.fullmatch(r"\w[\w-]*", name) or name in NAMES or not file:
-        raise UserError(f"--kernel {word}: expected NAME=FILE, and a name that is not in {', '.join(NAMES)}")
+        raise UserError(f"--kernel {word}: expected NAME=FILE, with a name other than {', '.join(NAMES)}")
     if not Path(file).is_file():
         raise UserError(f"--kernel {word}: no such file")
     return name, Path(file)
 
 
 def main() -> int:
+    """Measure the missing cells of an experiment, print its claims and write its results."""
     args = parse()
     if args.list:
         print("\n".join(f"{name:14} {one.title}" for name, one in EXPERIMENTS.items()))
@@ -84,9 +106,7 @@ def main() -> int:
 
     def bar(cells: list[Record]) -> Any:
         if not cells:
-            print(
-                f"{out}/{args.name}.json: all is measured already; --again measures it anew", file=sys.stderr
-            )
+            print(f"{out}/{args.name}.json: is complete; add --again to measure it again", file=sys.stderr)
         return tqdm(cells, desc=args.name, unit="cell", disable=None)
 
     experiment = EXPERIMENTS[args.name]

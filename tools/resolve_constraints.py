@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Check that constraints.txt resolves for every supported Python, on every system.
+"""Check that constraints.txt resolves for every supported Python version and system.
 
-Names the packages that must be built from source there, and those that are not pinned. Resolves the extra
-[dev], which has all that the tests need. Nothing is installed and no wheel is downloaded: uv reads the
-metadata of packages. torch has builds of its own for every machine: the pinned version must exist, and the
-dependencies that all builds share are resolved. Exit code 1 if the pins of any Python and system can't be
-resolved.
+Lists packages that must be built from source and packages that are not pinned, for the extra [dev], which
+includes all dependencies of the tests. uv reads only the metadata of packages; nothing is installed. Builds
+of torch differ by machine: the pinned version must be installed here, and the dependencies that all builds
+share are resolved. Exit code 1 if the pins of a Python version and system cannot be resolved.
 
 Examples:
   python tools/resolve_constraints.py
   python tools/resolve_constraints.py --python 3.13 --python 3.14 --system macos-arm64
-  python tools/resolve_constraints.py --newest > newest.txt     # the newest pins that suit every Python
+  python tools/resolve_constraints.py --newest > newest.txt     # updated pins
 
 Needs: pip install uv
 """
@@ -44,19 +43,19 @@ class System(NamedTuple):
     """An operating system and processor."""
 
     uv_platform: str
-    """as uv names it"""
+    """Value of uv's ``--python-platform``."""
     tags: list[str]
-    """platform tags of the wheels that can be installed there"""
+    """Platform tags of the wheels that can be installed on the system."""
 
 
 def _manylinux(machine: str) -> list[str]:
-    """For glibc 2.28 and newer, older names of the tags included."""
+    """Return the manylinux tags that glibc 2.28 supports, newest first."""
     names = (*(f"_2_{minor}" for minor in range(28, 4, -1)), "2014", "2010", "1")
     return [f"manylinux{name}_{machine}" for name in names]
 
 
 MACOS = "14.0"
-"""the oldest that torch is built for"""
+"""Oldest macOS version that torch is built for."""
 SYSTEMS = {
     "linux-x86_64": System("x86_64-manylinux_2_28", _manylinux("x86_64")),
     "linux-aarch64": System("aarch64-manylinux_2_28", _manylinux("aarch64")),
@@ -66,33 +65,33 @@ SYSTEMS = {
 
 
 def supported_versions() -> list[str]:
-    """The Python versions that pyproject.toml names, oldest first."""
+    """Return the Python versions in the classifiers of pyproject.toml, oldest first."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     minors = [word.removeprefix(CLASSIFIER) for word in project["classifiers"] if word.startswith(CLASSIFIER)]
     return [f"3.{minor}" for minor in sorted(map(int, minors))]
 
 
 def pins() -> dict[str, str]:
-    """Versions of constraints.txt by canonical name."""
+    """Return the pinned versions of constraints.txt by canonical package name."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     found = (re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines)
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
 def torch_settings(version: str) -> str:
-    """uv's settings: what every build of torch depends on, as the installed one says.
+    """Return a uv.toml that overrides torch's dependencies by those that all of its builds share.
 
     Raises:
-        UserError: if another torch, or none, is installed.
+        UserError: If the installed torch, whose metadata is read, has another version.
     """
     try:
         installed = importlib.metadata.version("torch").partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        installed = "not there"
+        installed = "missing"
     if installed != version:
         raise UserError(f"torch=={version} must be installed to read its dependencies; it is {installed}")
     given = [Requirement(text) for text in importlib.metadata.requires("torch") or ()]
-    # Those of CUDA's builds carry a marker for the platform, optional ones a marker for an extra.
+    # Dependencies of CUDA builds have a platform marker, optional dependencies an extra marker.
     shared = [str(requirement) for requirement in given if requirement.marker is None]
     lines = ("[[dependency-metadata]]", 'name = "torch"', f'version = "{version}"')
     return "\n".join((*lines, f"requires-dist = {json.dumps(shared)}", ""))
@@ -102,7 +101,7 @@ def compile_pins(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run ``uv pip compile`` on the project with the extra ``dev``.
 
     Raises:
-        UserError: if uv is not installed.
+        UserError: If uv is not installed.
     """
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     uv = shutil.which("uv", path=path)
@@ -120,14 +119,14 @@ def compile_pins(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 class NoResolution(UserError):
-    """No set of versions fits the pins."""
+    """Error for pins that no set of versions satisfies."""
 
 
 def resolve(version: str, system: System, folder: Path) -> list[dict[str, Any]]:
-    """The packages of one Python version and system, as in a pylock.toml.
+    """Return the resolved packages of a Python version and system, as in a pylock.toml.
 
     Raises:
-        NoResolution: if there are none.
+        NoResolution: If the pins cannot be satisfied.
     """
     lock = folder / "pylock.toml"
     target = ("--python-version", version, "--python-platform", system.uv_platform)
@@ -136,19 +135,19 @@ def resolve(version: str, system: System, folder: Path) -> list[dict[str, Any]]:
     if done.returncode:
         raise NoResolution(done.stderr.strip())
     found: list[dict[str, Any]] = tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]
-    lock.unlink()  # uv prefers the versions of a file that exists
+    lock.unlink()  # uv would prefer the versions of an existing file
     return found
 
 
 def tags_of(version: str, system: System) -> frozenset[Tag]:
-    """The wheels that a Python version can install on a system."""
+    """Return the tags of the wheels that a Python version can install on a system."""
     python = (3, int(version.partition(".")[2]))
     native = cpython_tags(python, platforms=system.tags)
     return frozenset((*native, *compatible_tags(python, f"cp{python[0]}{python[1]}", system.tags)))
 
 
 def without_wheel(packages: list[dict[str, Any]], tags: frozenset[Tag]) -> list[str]:
-    """Names of the packages that must be built from source."""
+    """Return the names of the packages that must be built from source."""
     return [
         package["name"]
         for package in packages
@@ -157,13 +156,13 @@ def without_wheel(packages: list[dict[str, Any]], tags: frozenset[Tag]) -> list[
 
 
 def wheel_name(wheel: dict[str, Any]) -> str:
-    """Its file, from a pylock.toml's entry."""
+    """Return the file name of a wheel from its entry in a pylock.toml."""
     place = wheel.get("name") or wheel.get("url") or wheel["path"]
     return str(place).rsplit("/", 1)[-1].replace("%2B", "+")
 
 
 def check(version: str, name: str, folder: Path) -> bool:
-    """Print what the pins give for one Python version and system of ``SYSTEMS``; whether they resolve."""
+    """Print how the pins resolve for a Python version and a system of ``SYSTEMS``; return whether they do."""
     system = SYSTEMS[name]
     try:
         packages = resolve(version, system, folder)
@@ -180,10 +179,10 @@ def check(version: str, name: str, folder: Path) -> bool:
 
 
 def newest(folder: Path, oldest: str, torch: str) -> str:
-    """The newest pins that suit all Python versions from ``oldest`` on, with markers where they differ.
+    """Return the newest pins for all Python versions from ``oldest``, with markers where they differ.
 
     Raises:
-        UserError: if there are none.
+        UserError: If no pins satisfy all versions.
     """
     (folder / "torch.txt").write_text(f"torch=={torch}\n", encoding="utf-8")
     words = ("--universal", "--python-version", oldest, "--no-annotate", "--no-header")
@@ -194,17 +193,20 @@ def newest(folder: Path, oldest: str, torch: str) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = supported_versions()
-    parser.add_argument("--python", action="append", choices=known, help="only this version; may be repeated")
-    parser.add_argument("--system", action="append", choices=SYSTEMS, help="only this; may be repeated")
-    parser.add_argument("--newest", action="store_true", help="print the newest pins instead")
+    add = parser.add_argument
+    add("--python", action="append", choices=known, help="Python version; can be repeated. (default: all)")
+    add("--system", action="append", choices=SYSTEMS, help="System; can be repeated. (default: all)")
+    add("--newest", action="store_true", help="Print the newest compatible pins instead of checking.")
     return parser.parse_args()
 
 
 def main() -> int:
+    """Check all requested versions and systems, or print the newest pins; return 1 if pins do not resolve."""
     args = parse()
     torch = pins()["torch"]
     with tempfile.TemporaryDirectory() as name:

@@ -166,10 +166,10 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     ("words", "said"),
     [
         (("families", "--kernel", "../x=file.yaml", "--out", "out"), "expected NAME=FILE"),
-        (("families", "--kernel", "transformer=x.yaml", "--out", "out"), "a name that is not in tnn"),
+        (("families", "--kernel", "transformer=x.yaml", "--out", "out"), "with a name other than tnn"),
         (("families", "--kernel", "x=missing.yaml", "--out", "out"), "no such file"),
-        (("families", "--kernel", "x=x.yaml"), "a folder of its own"),
-        (("stability", "--kernel", "x=x.yaml", "--out", "out"), "goes with families"),
+        (("families", "--kernel", "x=x.yaml"), "requires the experiment families"),
+        (("stability", "--kernel", "x=x.yaml", "--out", "out"), "and --out DIR"),
         (("families", "--out", "text.txt"), "is not a folder"),
     ],
 )

@@ -223,8 +223,8 @@ def test_documented_programs_write_our_text_without_this_package(script: Any) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("out", "--export", "--verify"), "out: is converted already, --verify has no use"),
-        (("out", "--onnx", "--window-taps", "4"), "--window-taps has no use"),
+        (("out", "--export", "--verify"), "out: is already converted, --verify has no effect"),
+        (("out", "--onnx", "--window-taps", "4"), "--window-taps has no effect"),
         (("out",), "add --compile, --export or --onnx"),
         (("text.txt", "--export"), "text.txt: is not a checkpoint"),
         (("elsewhere", "--export"), "elsewhere: no such run"),

@@ -1,7 +1,8 @@
-"""The command ``tnnlm`` with its subcommands, each in a module of its own; and the scripts of the checkout.
+"""Command line interface: the command ``tnnlm`` and its subcommands, one module each.
 
-``tnnlm train`` and ``python train.py`` are the same. A subcommand's module has ``main(words)``, which returns
-an exit code, and ``summary``. It is imported when it is called, so that each loads what it needs alone.
+``tnnlm train`` and, in a checkout, ``python train.py`` are the same. The module of a subcommand defines
+``main(words)``, which returns an exit code. It is imported only when the subcommand is called, so that each
+command loads only the libraries that it uses.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from tnnlm import __version__
 from tnnlm.errors import UserError, run_script
 
 COMMANDS = {
-    "train": "train a model, and turn its checkpoints into recurrences",
+    "train": "train a model and convert its checkpoints into recurrences",
     "convert": "convert a trained checkpoint into a recurrence",
     "generate": "generate text with a converted model",
-    "serve": "serve a converted model by OpenAI's completions API",
-    "prepare-data": "download and tokenize the data of a run before it starts",
+    "serve": "serve a converted model with an OpenAI-compatible API",
+    "prepare-data": "download and tokenize the data of a run before training",
 }
-"""name -> what it does"""
+"""Subcommands: name -> summary for ``tnnlm --help``."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Entry point of the command ``tnnlm``: run a subcommand, and return its exit code.
+    """Run the subcommand that the command line selects, and return its exit code.
 
     Args:
-        words: of the command line, without the program's name; None takes ``sys.argv``.
+        words: Command line without the program's name; None takes ``sys.argv``.
     """
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in ("-h", "--help"):
@@ -41,18 +42,18 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, words: Sequence[str] | None = None) -> int:
-    """Run a subcommand; whatever goes wrong by the user's doing is one line and exit code 2.
+    """Run a subcommand and return its exit code; an error that the user can fix is one line and exit code 2.
 
     Args:
-        name: of ``COMMANDS``.
-        words: its arguments; None takes ``sys.argv``.
+        name: One of ``COMMANDS``.
+        words: Arguments of the subcommand; None takes ``sys.argv``.
     """
     return run_script(lambda: int(_module(name).main(words)))
 
 
 def _module(name: str) -> ModuleType:
     if name not in COMMANDS:
-        raise UserError(f"{name}: no such command", f"there are {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: no such command", f"choose one of {', '.join(COMMANDS)}")
     return import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
@@ -63,10 +64,10 @@ def _overview() -> str:
         [
             "usage: tnnlm COMMAND ...",
             "",
-            "Train long-convolution language models in parallel, deploy them as recurrences.",
+            "Train long-convolution language models in parallel and deploy them as recurrences.",
             "",
             *lines,
             "",
-            "tnnlm COMMAND --help shows the arguments of a command; tnnlm --version the version.",
+            "Run tnnlm COMMAND --help for the options of a command, tnnlm --version for the version.",
         ]
     )

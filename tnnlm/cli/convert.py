@@ -1,16 +1,23 @@
-"""Turn a trained checkpoint into a recurrence: in closed form, without training and without data.
+"""Convert a trained checkpoint into a recurrence, without training and without data.
+
+Writes to RUN/converted: the converted model, its measured errors and perplexities (conversion.json), and a
+model card (README.md).
+
+Methods (--method):
+  balanced   few poles that meet a relative tolerance (default)
+  etsc       the published algorithm, exact on the horizon
+  window     a sliding window of the last inputs
+  companion  the exact recurrence of a kernel that defines one, such as rtf
+  auto       per layer, the smallest of these that meets the tolerance
+  gradient   poles and residues fitted by Adam, a slow baseline
 
 Examples:
-  tnnlm convert                          # the newest run's best checkpoint -> RUN/converted/
-  tnnlm convert runs/demo --verify       # and compare with the slow references; exit 1 if off
+  tnnlm convert                                             # the newest run
+  tnnlm convert runs/demo --verify                          # with checks
   tnnlm convert runs/demo --order 16 --out runs/demo/order16
   tnnlm convert runs/demo --method etsc --out runs/demo/etsc
-  tnnlm convert runs/demo --force --compile float32 int8    # compiled steps for generate.py
-  tnnlm convert runs/demo/converted --export --onnx         # of a model that is converted already
-
-Methods: balanced (few poles within a tolerance), etsc (exact, as published), window (the last inputs
-themselves), companion (the recurrence that an rtf kernel has by itself), auto (the smallest of these that
-meets the tolerance, per layer), gradient (fitted by Adam).
+  tnnlm convert runs/demo --force --compile float32 int8    # with compiled steps
+  tnnlm convert runs/demo/converted --export --onnx         # of a converted model
 """
 
 from __future__ import annotations
@@ -33,70 +40,75 @@ FLAGS = {
         "method", "horizon", "tolerance", "order", "poles", "window_taps", "gradient_steps", "gradient_lr"
     )
 }  # fmt: skip
-"""settings of a conversion -> their flags"""
+"""Options by the setting of ``ConversionConfig`` that they set, without dashes in front."""
 
 
 def arguments() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """Return the parser of the command."""
     parser = parser_of("convert", __doc__)
     parser.add_argument(
         "target",
         nargs="?",
         metavar="RUN | CKPT | CONVERTED",
-        help="run folder or name, or a checkpoint (default: newest run); or a converted model's folder, for "
-        "--compile, --export and --onnx alone",
+        help="Run (name or folder) or checkpoint to convert, or a converted model for --compile, --export or "
+        "--onnx. (default: the newest run)",
     )
     add_flags(parser.add_argument_group("conversion"), ConversionConfig, FLAGS, {"method": "balanced"})
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="DIR", help="default: RUN/converted")
-    add("--force", action="store_true", help="replace a converted model at --out")
-    add("--verify", action="store_true", help="compare with slow references; exit 1 if off")
+    add("--out", type=Path, metavar="DIR", help="Folder of the converted model. (default: RUN/converted)")
+    add("--force", action="store_true", help="Replace an existing converted model at --out.")
+    add(
+        "--verify",
+        action="store_true",
+        help="Check the result against slow reference implementations; exit code 1 if a check fails.",
+    )
     add(
         "--license",
         metavar="NAME",
-        help="of the model, for its card, such as apache-2.0 (default: not stated)",
+        help="License in the model card, such as apache-2.0. (default: none)",
     )
-    add = parser.add_argument_group("other forms").add_argument
+    add = parser.add_argument_group("compilation and export").add_argument
     add(
         "--compile",
         nargs="*",
         type=dtype,
         metavar="DTYPE",
-        help="compile the decoding step, for float32 (default), bfloat16, int8 weights; needs a C++ compiler",
+        help="Compile the decoding step for weights in float32, bfloat16 and/or int8; needs a C++ compiler. "
+        "(default without DTYPE: float32)",
     )
     add(
         "--export",
         action="store_true",
-        help="write step and prefill as programs that torch alone runs (torch.export), into export/",
+        help="Export step and prefill with torch.export into export/; the programs run without tnnlm.",
     )
     add(
         "--onnx",
         action="store_true",
-        help="write the step as an ONNX model, into onnx/; needs the extra [onnx]",
+        help="Export the step as an ONNX model into onnx/; needs pip install 'tnnlm[onnx]'.",
     )
     return parser
 
 
 def dtype(word: str) -> str:
-    """One word after ``--compile``, which takes all that follow it.
+    """Return a dtype after ``--compile``, an option that consumes every word up to the next option.
 
     Raises:
-        argparse.ArgumentTypeError: if it is something else, such as the run.
+        argparse.ArgumentTypeError: If the word is not a dtype, such as the name of a run.
     """
     if word not in DTYPES:
         raise argparse.ArgumentTypeError(
-            f"{word}: is not one of {', '.join(DTYPES)}; the run or folder goes before the options"
+            f"{word}: is not one of {', '.join(DTYPES)}; put the run or folder before the options"
         )
     return word
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
     args = parser.parse_args(words)
     args.recipe = settings_from_flags(ConversionConfig, FLAGS, args)
     args.compile = () if args.compile is None else args.compile or ("float32",)
-    args.export = [form for form, wanted in (("torch", args.export), ("onnx", args.onnx)) if wanted]
+    args.export = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]
     args.converted = args.target is not None and is_converted(Path(args.target))
     if args.converted:
         refuse_recipe(parser, args)
@@ -104,22 +116,26 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What a finished conversion has no use for is an error, and so is nothing to do."""
+    """Raise an error if the options do not apply to a converted model.
+
+    Raises:
+        UserError: If none of ``--compile``, ``--export`` and ``--onnx`` is given, or any other option.
+    """
     used = ("target", "compile", "export", "onnx", "converted", "recipe")
     for name, value in vars(args).items():
         if name not in used and value != parser.get_default(name):
             option = "--" + FLAGS.get(name, name)
             raise UserError(
-                f"{args.target}: is converted already, {option} has no use", "name the run instead"
+                f"{args.target}: is already converted, {option} has no effect", "give the run instead"
             )
     if not args.compile and not args.export:
         raise UserError(
-            f"{args.target}: is converted already", "add --compile, --export or --onnx, or name the run"
+            f"{args.target}: is already converted", "add --compile, --export or --onnx, or give the run"
         )
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command and return its exit code."""
     args = parse(words)
     from rich.console import Console
 

@@ -1,13 +1,16 @@
-"""Write text with a converted model: the prompt in parallel, then constant time and memory per token.
+"""Generate text with a converted model: parallel prefill, then constant time and memory per token.
+
+Completions go to stdout, the selected engine to stderr.
 
 Examples:
-  tnnlm generate --prompt "def main("                 # the newest converted model
-  tnnlm generate --model runs/demo --prompt "import " --temperature 0 --max-new-tokens 100
+  tnnlm generate --prompt "def main("                  # the newest converted model
+  tnnlm generate --model runs/demo --prompt "import " --temperature 0
+  tnnlm generate --prompt "The " --num-samples 4 --seed 1
+  tnnlm generate --prompts lines.txt                   # a batch, one prompt per line
   cat story.txt | tnnlm generate --prompt - --json
   tnnlm generate --interactive
-  tnnlm generate --prompts lines.txt                   # a prompt per line, written together
-  tnnlm generate --prompt "Once" --save-state once.state   # and go on some other day:
-  tnnlm generate --load-state once.state --prompt " more"
+  tnnlm generate --prompt "Once" --save-state s1       # continue later with:
+  tnnlm generate --load-state s1 --prompt " more"
 """
 
 from __future__ import annotations
@@ -24,31 +27,76 @@ from tnnlm.errors import UserError
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = parser_of("generate", __doc__)
     add = parser.add_argument_group("input").add_argument
-    add("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt per line, generated as one batch")
-    add("--interactive", action="store_true", help="keep the state between prompts; Ctrl-D ends")
-    add("--load-state", type=Path, metavar="FILE", help="go on from there; --prompt may be left out then")
+    add("--prompt", metavar="TEXT", help="Prompt; - reads it from stdin.")
+    add("--prompts", type=Path, metavar="FILE", help="File with one prompt per line, generated as one batch.")
+    add(
+        "--interactive",
+        action="store_true",
+        help="Take one prompt per line of stdin and keep the state between them; Ctrl-D exits.",
+    )
+    add(
+        "--load-state",
+        type=Path,
+        metavar="FILE",
+        help="Continue from a saved state; --prompt is optional then.",
+    )
     add = parser.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is off")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
-    add("--seed", type=int, metavar="S", help="default: a new one each time")
-    add("--num-samples", type=int, default=1, metavar="N", help="completions of the same prompt")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="Maximum number of new tokens. (default: 256)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="Sampling temperature; 0 is greedy decoding. (default: 0.8)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Sample from the K most likely tokens; 0 disables the limit. (default: 0)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="Sample from the most likely tokens whose probabilities add up to P. (default: 1.0)",
+    )
+    add("--seed", type=int, metavar="S", help="Random seed. (default: a different seed each time)")
+    add(
+        "--num-samples", type=int, default=1, metavar="N", help="Completions of the same prompt. (default: 1)"
+    )
     add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="text and measurements as JSON")
-    add("--save-state", type=Path, metavar="FILE", help="keep the state after the text, to go on from there")
+    add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
+    add(
+        "--save-state",
+        type=Path,
+        metavar="FILE",
+        help="Save the state after the last token for --load-state.",
+    )
     add = parser.add_argument_group("model and machine").add_argument
-    add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
+    add(
+        "--model",
+        metavar="DIR|RUN|CKPT",
+        help="Converted model, run or checkpoint. (default: the newest converted model under runs/)",
+    )
     add_device(add)
     add(
         "--engine",
         default="auto",
         metavar="NAME",
-        help="compiled (CPU), graph (GPU), packed or eager; auto (default) takes the first that is there",
+        help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
+        "(default: auto)",
     )
     args = parser.parse_args(words)
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
@@ -56,7 +104,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
         raise UserError("--prompts: cannot be combined with --prompt, --interactive or --num-samples")
     if args.save_state and args.num_samples > 1:
-        raise UserError("--save-state: keeps the state of one sample", "leave --num-samples out")
+        raise UserError("--save-state: saves the state of one sample", "omit --num-samples")
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -65,7 +113,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command and return its exit code."""
     args = parse(words)
     prompt = args.prompt
     if prompt == "-":
@@ -104,12 +152,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty."""
+    """Return the lines of a file that are not empty.
+
+    Raises:
+        UserError: If the file cannot be read as text or has no such line.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: is not a text file with a prompt per line") from None
+        raise UserError(f"{path}: is not a text file with one prompt per line") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{path}: has no prompt")
+        raise UserError(f"{path}: contains no prompts")
     return prompts

@@ -1,13 +1,13 @@
-"""Prepare the data of a run before it starts: download, tokenize on all cores, pack. For a login node.
+"""Download, tokenize and pack the data of a run before training, for example on a cluster's login node.
 
-The run then reads memory-mapped tokens and touches no network. A preparation that was stopped, killed
-even, goes on where it was: the same command again. Settings are those of train.py; what decides the
-tokens (source, tokenizer, vocabulary, split, seed) must be the same there.
+Training then memory-maps the tokens and needs no network. Tokenization uses all cores. After an interruption,
+run the same command again to resume. Settings are those of train.py: give both commands the same data source,
+tokenizer, vocabulary size, split and seed.
 
 Examples:
   tnnlm prepare-data --config tnn_125m_fineweb
   tnnlm prepare-data --config tnn_wt103 data.cache_dir=/scratch/tokens
-  tnnlm prepare-data data.source=files 'data.files=[texts/**/*.jsonl]'
+  tnnlm prepare-data data.source=files 'data.files=[corpus/**/*.jsonl]'
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tnnlm.training.estimate import estimate_run
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = parser_of("prepare-data", __doc__)
     add_settings(parser)
     return parser.parse_intermixed_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command and return its exit code."""
     args = parse(words)
     config = load_config(find_config(args.config), args.overrides)
     if config.task == "classify":
@@ -47,33 +47,36 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
         split_rows(corpus, config)
         show(corpus, config)
     words = [*(["--config", args.config] if args.config != "demo" else []), *args.overrides]
-    print(f"train on it, without network: HF_HUB_OFFLINE=1 {command('train')} {shlex.join(words)}".rstrip())
+    print(f"to train offline, run: HF_HUB_OFFLINE=1 {command('train')} {shlex.join(words)}".rstrip())
     return 0
 
 
 def show_sequences(corpus: LabelledCorpus, config: Config) -> None:
+    """Print size, sequences and majority class of the labelled data."""
     print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
     for name, rows in corpus.rows.items():
         share = corpus.split(name, config.model.max_length).majority
-        print(f"{name}: {rows:,} sequences; the commonest class is {share:.2%} of them")
+        print(f"{name}: {rows:,} sequences; {share:.2%} are of the most frequent class")
 
 
 def folder_bytes(folder: Path) -> int:
+    """Return the size of the files of a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def show(corpus: PackedCorpus, config: Config) -> None:
+    """Print size, documents, tokens and tokenizer of the packed data, and the epochs that the run trains."""
     print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
     for name, split in (("train", corpus.train), ("validation", corpus.val)):
         print(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens "
-            f"({split.bytes_per_token:.2f} bytes each)"
+            f"({split.bytes_per_token:.2f} bytes per token)"
         )
     print(f"tokenizer: {corpus.tokenizer.size:,} entries, end token {corpus.tokenizer.eos_token}")
     planned = estimate_run(config).total_tokens
-    print(f"the run reads {planned:,} tokens: {planned / corpus.train.tokens:.2f} passes over the text")
+    print(f"the run trains on {planned:,} tokens: {planned / corpus.train.tokens:.2f} epochs")

@@ -1,11 +1,12 @@
-"""Serve a converted model: OpenAI's completions API, a page to try it at /, /health and /metrics.
+"""Serve a converted model: OpenAI-compatible completions API, web page at /, /health and /metrics.
 
-Texts of many clients are written together; each takes a few hundred kilobytes of state, whatever its length.
+Requests are batched. A sequence needs a few hundred kilobytes of state, whatever its length.
 
 Examples:
-  tnnlm serve                                # the newest converted model, on http://127.0.0.1:8000
+  tnnlm serve                                        # the newest converted model
   tnnlm serve --model runs/demo --port 9000
-  TNNLM_API_KEY=secret tnnlm serve --host 0.0.0.0
+  tnnlm serve --dtype int8 --max-batch 64            # quantized weights
+  TNNLM_API_KEY=secret tnnlm serve --host 0.0.0.0    # reachable from the network
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
 Needs: pip install 'tnnlm[serve]'
@@ -31,43 +32,92 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = parser_of("serve", __doc__)
     add = parser.add_argument_group("model and machine").add_argument
-    add("--model", metavar="DIR|RUN|CKPT", help="default: the newest converted model under runs/")
-    add("--name", help="of the model, as the API reports it (default: its run's)")
+    add(
+        "--model",
+        metavar="DIR|RUN|CKPT",
+        help="Converted model, run or checkpoint. (default: the newest converted model under runs/)",
+    )
+    add("--name", help="Model name reported by the API. (default: name of the run)")
     add_device(add)
     add(
         "--engine",
         default="packed",
         metavar="NAME",
-        help="packed (default): on a CPU a completion does not depend on what runs beside it; auto is faster "
-        "for a single client where there is a compiled step",
+        help="Engine: packed makes completions independent of concurrent requests (CPU), auto is faster for "
+        "one client if a compiled step exists; also compiled, graph and eager. (default: packed)",
     )
     add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
-    add("--api-key", metavar="KEY", help="that clients must send (better: in the variable TNNLM_API_KEY)")
-    add("--allow-origin", action="append", metavar="URL", help="web pages that may use the API; repeatable")
+    add("--host", default="127.0.0.1", help="Address to listen on. (default: 127.0.0.1, this machine only)")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="Port to listen on; 0 selects a free one. (default: 8000)",
+    )
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="API key that clients must send; prefer the environment variable TNNLM_API_KEY. (default: none)",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        metavar="URL",
+        help="Origin whose web pages may call the API (CORS); can be repeated. (default: none)",
+    )
     add = parser.add_argument_group("limits").add_argument
-    add("--max-batch", type=int, default=256, metavar="N", help="sequences in a batch (default: 256)")
-    add("--max-queue", type=int, default=1024, metavar="N", help="sequences that may wait (default: 1024)")
-    add("--max-prompt-tokens", type=int, default=131_072, metavar="N", help="default: 131072")
-    add("--max-tokens", type=int, default=131_072, metavar="N", help="new tokens (default: 131072)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds for a request (default: 600)")
+    add("--max-batch", type=int, default=256, metavar="N", help="Maximum sequences per batch. (default: 256)")
+    add(
+        "--max-queue",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="Maximum waiting sequences; further ones are rejected with status 429. (default: 1024)",
+    )
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=131_072,
+        metavar="N",
+        help="Maximum tokens of a prompt. (default: 131072)",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        default=131_072,
+        metavar="N",
+        help="Maximum new tokens of a sequence. (default: 131072)",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="Seconds per request, including the time in the queue. (default: 600)",
+    )
     add(
         "--cache-mb",
         type=int,
         default=256,
         metavar="N",
-        help="for prompt states; 0 is off (default: 256)",
+        help="Memory in MiB of the prefix cache of prompt states; 0 disables it. (default: 256)",
     )
-    add("--grace", type=int, default=GRACE, metavar="S", help=f"seconds for requests at a stop ({GRACE})")
+    add(
+        "--grace",
+        type=int,
+        default=GRACE,
+        metavar="S",
+        help=f"Seconds for running requests to finish after SIGTERM or Ctrl-C. (default: {GRACE})",
+    )
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command and return its exit code."""
     args = parse(words)
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: must be from 0 to 65535")
@@ -88,7 +138,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     listener = listen(args.host, args.port)
     api_key = args.api_key or os.environ.get("TNNLM_API_KEY") or None
-    # One thread loads the model and runs it.
+    # The thread that loads the model also runs it.
     thread = ThreadPoolExecutor(1, "model")
     generator, engine, name, parameters = thread.submit(load, args).result()
     settings = Settings(
@@ -105,15 +155,13 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{settings.name}: {engine}", file=sys.stderr)
     print(f"http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)", file=sys.stderr, flush=True)
     if api_key is None and args.host not in LOOPBACK:
-        print(
-            "open to everyone who reaches this address: set TNNLM_API_KEY to ask for a key", file=sys.stderr
-        )
+        print("no API key: anyone who reaches this address can use it; set TNNLM_API_KEY", file=sys.stderr)
     serve(uvicorn, app, listener, args.grace)
     return 0
 
 
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
-    """The generator, what runs in a line, the model's name, and its number of parameters."""
+    """Return the generator, its engine in one line, the model's name and its number of parameters."""
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding
     from tnnlm.inference.engine import open_engine, usable_device
     from tnnlm.machine.threads import limit_threads
@@ -130,15 +178,16 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
-        UserError: if the address can't be had.
+        UserError: If the address is invalid or in use.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family, backlog=2048)
-        # Connections inherit it. Without, a piece of a stream waits 40 ms for the last one's acknowledgement.
+        # Connections inherit the option. Without it, a chunk of a stream waits 40 ms for the acknowledgement
+        # of the chunk before.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except (OSError, UnicodeError) as error:
@@ -147,8 +196,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(uvicorn: Any, app: Any, listener: socket.socket, grace: int) -> None:
-    """Until SIGTERM or Ctrl-C; then running texts have ``grace`` seconds to end."""
-    # Once it has shut down, the server raises the signal again, for whoever else waits for it: nobody.
+    """Run the server until SIGTERM or Ctrl-C; running requests then have ``grace`` seconds to finish."""
+    # After shutdown, uvicorn restores these handlers and raises the signal again; the defaults would end the
+    # process by the signal instead of exit code 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(

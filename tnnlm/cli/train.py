@@ -1,11 +1,15 @@
-"""Train a language model with FFT convolutions, and turn its checkpoints into recurrences.
+"""Train a language model with FFT convolutions and convert its checkpoints into recurrences.
+
+The run is written to runs/NAME: settings, checkpoints, metrics (CSV and TensorBoard) and samples. A setting
+is a key=value pair; --dry-run prints all settings with their values.
 
 Examples:
-  tnnlm train                                                # the demo, on Python's own sources
+  tnnlm train                                           # the demo, on Python's sources
   tnnlm train data.source=files data.files=book.txt name=book
-  tnnlm train --config tnn_wt103 --dry-run
-  tnnlm train --resume                                       # the newest run; or --resume NAME
-  tnnlm train --job nightly --config rtf_demo                # begin, or go on: the same command each time
+  tnnlm train --config tnn_wt103 --dry-run              # settings, parameters, memory
+  tnnlm train --resume                                  # resume the newest run
+  tnnlm train --resume book trainer.max_steps=20000     # extend a finished run
+  tnnlm train --job nightly --config rtf_demo           # start it, or resume it
 """
 
 from __future__ import annotations
@@ -24,51 +28,51 @@ from tnnlm.config.shipped import find_config
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``words`` are those of the command line, None takes them from there."""
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = parser_of("train", __doc__)
     add_settings(parser)
-    add = parser.add_argument_group("runs that go on").add_argument
+    add = parser.add_argument_group("resuming").add_argument
     add(
         "--resume",
         nargs="?",
         const="",
         metavar="RUN",
-        help="continue a run by name or folder (default: the newest)",
+        help="Resume a run, given by name or folder. (default without RUN: the newest)",
     )
     add(
         "--from",
         dest="source",
         choices=("last", "previous"),
         default="last",
-        help="with --resume: the checkpoint to go on from (default: last)",
+        help="Checkpoint that --resume starts from: last.ckpt or the one before it. (default: last)",
     )
     add(
         "--job",
         nargs="?",
         const="",
         metavar="NAME",
-        help="continue the run that this job began, else begin one (default NAME: the SLURM job's number); "
-        "on the time limit's signal, SIGUSR1, it is saved and the SLURM job requeued",
+        help="Resume the run that this job started, or start one; on SIGUSR1, the signal before the time "
+        "limit, save it and requeue the SLURM job. (default without NAME: the SLURM job ID)",
     )
     add = parser.add_argument_group("before training").add_argument
-    add("--dry-run", action="store_true", help="show settings, sizes and memory, train nothing")
-    add("--json", action="store_true", help="with --dry-run: as JSON")
-    add("--find-lr", action="store_true", help="try 100 rising learning rates, suggest one, train nothing")
+    add("--dry-run", action="store_true", help="Print settings, parameters and estimated memory, and exit.")
+    add("--json", action="store_true", help="Print the output of --dry-run as JSON.")
+    add("--find-lr", action="store_true", help="Run the learning rate finder for 100 steps, and exit.")
     args = parser.parse_intermixed_args(words)
-    # "--resume key=value" means the newest run, "--job key=value" the SLURM job: no name has a "=".
+    # argparse takes the word after --resume or --job as its value, but a name never contains "=".
     for option in ("resume", "job"):
         if "=" in (getattr(args, option) or ""):
             args.overrides.insert(0, getattr(args, option))
             setattr(args, option, "")
     if args.job is not None and args.resume is not None:
-        parser.error("--job finds its own run: leave --resume out")
+        parser.error("--job: selects the run by itself; omit --resume")
     if args.source != "last" and args.resume is None:
-        parser.error("--from goes with --resume")
+        parser.error("--from: requires --resume")
     return args
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command and return its exit code."""
     args = parse(words)
     if args.dry_run:
         show(choose(args)[0], args.json)
@@ -85,14 +89,15 @@ def main(words: Sequence[str] | None = None) -> int:
         with time_limit_noticed():
             config, run, job = choose(args)
             if job is not None and run is not None and is_complete(config, run):
-                print(f"{run}: is complete, nothing is left to do")
+                print(f"{run}: is complete; nothing to do")
                 return 0
             train(config, run, source=SOURCES[args.source], job=job)
     except TrainingStopped as stopped:
-        # One process speaks for all; Lightning would end the others' on a code of theirs.
+        # Only the main process reports and requeues; on an exit code other than 0 of another process,
+        # Lightning would terminate all of them.
         return on_stop(args, str(stopped), stopped.time_limit) if is_main_process() else 0
     except TimeLimit:
-        return on_stop(args, "stopped outside of training", True) if is_main_process() else 0
+        return on_stop(args, "stopped outside of the training loop", True) if is_main_process() else 0
     except TrainingDiverged:
         if is_main_process():
             raise
@@ -100,7 +105,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
-    """Settings, the run to continue if there is one, and the job it belongs to."""
+    """Return the settings, the run to resume (None for a new one) and the name of its job, if any."""
     if args.resume is not None:
         from tnnlm.checkpoints.locate import find_run
         from tnnlm.training.resume import resumed_config
@@ -120,7 +125,7 @@ def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
 
 
 def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
-    """Say how to go on; on a cluster's time limit see to it that the job does."""
+    """Print why the run stopped, requeue the SLURM job on its time limit, and return the exit code."""
     from tnnlm.training.slurm import requeue, slurm_job
 
     print(line, file=sys.stderr)
@@ -136,17 +141,19 @@ def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
 
 
 def search(config: Config) -> None:
+    """Run the learning rate finder; print its suggestion and write its plot next to the runs."""
     from tnnlm.training.lr_finder import find_lr, plot_rates
 
     found = find_lr(config)
     path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
     plot_rates(found, path)
     print(f"suggested: optim.lr={found.suggestion:.1e}")
-    print(f"the loss falls fastest at {found.steepest:.1e}, and is lowest at {found.lowest:.1e}")
-    print(f"drawn in {path}; a rate found in 100 steps is a start, not an optimum")
+    print(f"the loss falls fastest at {found.steepest:.1e} and is lowest at {found.lowest:.1e}")
+    print(f"plot: {path}; a rate found in 100 steps is a starting point, not an optimum")
 
 
 def show(config: Config, as_json: bool) -> None:
+    """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
     from tnnlm.training.estimate import estimate_run
 
     plan = estimate_run(config)
@@ -155,7 +162,7 @@ def show(config: Config, as_json: bool) -> None:
         return
     print(config_to_yaml(config))
     print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
-    print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in all)")
+    print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
     print(
         f"estimated memory: {plan.memory_bytes / 2**30:.2f} GiB per device ({plan.devices}), {plan.precision}"
     )

@@ -1,4 +1,4 @@
-"""How a command is called, as its help says it."""
+"""Argument parsers of the commands: their usage lines, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tnnlm.errors import command
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose usage and examples are written as the command was called.
+    """Return a parser whose usage line and examples show the command in the way the user called it.
 
     Args:
-        name: of the subcommand.
-        description: with examples that say ``tnnlm NAME``.
+        name: Name of the subcommand.
+        description: Text of ``--help``; its examples begin with ``tnnlm NAME``.
     """
     called = command(name)
     return argparse.ArgumentParser(
@@ -25,22 +25,28 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """What every command that reads a configuration takes."""
+    """Add ``--config`` and the settings that override it to a parser."""
     settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--config",
         default="demo",
         metavar="NAME|FILE",
-        help="a YAML file, or the name of a configuration that is shipped, such as tnn_wt103 (default: demo)",
+        help="Name of an included configuration, such as tnn_wt103, or path of a YAML file. (default: demo)",
     )
     settings.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over those of the file, as optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Settings that override the configuration, such as optim.lr=1e-3.",
     )
 
 
 def add_device(add: Callable[..., Any]) -> None:
-    """What every command that decodes takes; ``add`` is the ``add_argument`` of a parser or a group."""
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto)")
+    """Add ``--device`` and ``--dtype``; ``add`` is the ``add_argument`` of a parser or a group."""
+    add("--device", default="auto", metavar="NAME", help="Device: cpu, cuda, cuda:1 ... (default: auto)")
     add(
-        "--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, int8"
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help="Dtype of the linear layers' weights: float32, bfloat16 or int8. (default: float32)",
     )

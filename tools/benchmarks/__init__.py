@@ -1,1 +1,1 @@
-"""How fast a converted model reads and writes, beside peers of equal weight bytes and the machine's limit."""
+"""Speed of converted models, compared with baselines of equal weight bytes and with the hardware limit."""

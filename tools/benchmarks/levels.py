@@ -1,7 +1,7 @@
-"""The same machine with fewer instructions: training and decoding at every vector level that its CPU has.
+"""Benchmark of vector instructions: training and decoding with native instructions, AVX2 and no AVX.
 
-PyTorch, oneDNN and MKL read the level when they are loaded, so that each measurement runs in a process of its
-own. What it shows is what a user of a lesser CPU gets, but for that CPU's clock and memory.
+PyTorch, oneDNN and MKL read the level when they are loaded; each measurement therefore runs in a separate
+process. The results estimate an older CPU, apart from its clock rate and memory.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ LEVELS: dict[str, dict[str, str]] = {
     "AVX2": dict(zip(_VARIABLES, ("avx2", "AVX2", "AVX2"), strict=True)),
     "no AVX": dict(zip(_VARIABLES, ("default", "SSE41", "SSE4_2"), strict=True)),
 }
-"""environment of each level"""
+"""Environment variables of each level."""
 _CONTEXT = 128
 
 
 def levels_here() -> list[str]:
-    """Levels that differ on this CPU, the widest first."""
+    """Return the levels that differ on this CPU, widest instructions first."""
     wide = cpu_level()
     return [name for name in LEVELS if name != "AVX2" or wide.startswith("AVX512")]
 
@@ -49,19 +49,19 @@ def levels_here() -> list[str]:
 def time_levels(
     shape: ModelConfig, batch: int, rounds: int, steps: int, decoded: ModelConfig = SHAPE
 ) -> list[dict[str, Any]]:
-    """Tokens per second of training, and seconds per decoded token by dtype, at every level in turns.
+    """Measure training throughput, and decoding time by weight dtype, at every level, interleaved.
 
     Args:
-        shape: of the model that is trained, uncompiled, as train.py does on a CPU by default.
-        batch: rows of ``shape.max_length`` tokens per step.
-        rounds: processes per level.
-        steps: timed training steps, and a fourth of the timed decoding steps, per process.
-        decoded: shape of the model that decodes, packed.
+        shape: Configuration of the model that is trained, uncompiled, as train.py does on a CPU by default.
+        batch: Rows of ``shape.max_length`` tokens per step.
+        rounds: Processes per level.
+        steps: Timed training steps per process; four times as many decoding steps are timed.
+        decoded: Configuration of the model that decodes with the packed engine.
 
     Returns:
-        a row per level: ``level``, ``cpu_level`` in PyTorch's words, ``training_dtype``,
-        ``tokens_per_second`` (of the median step), and by dtype of the weights ``decoding``: the operator and
-        ``seconds_per_token``, medians over all rounds.
+        One row per level: ``level``, ``cpu_level`` as PyTorch reports it, ``training_dtype``,
+        ``tokens_per_second`` of the median training step, and ``decoding``: by dtype of the weights, the
+        operator (``linear``) and ``seconds_per_token``, medians over all rounds.
     """
     parts: dict[str, list[dict[str, Any]]] = {name: [] for name in levels_here()}
     for _ in tqdm(range(rounds), desc="rounds of all levels", leave=False, disable=None):
@@ -72,7 +72,7 @@ def time_levels(
 
 
 def level_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row per level, training beside decoding, each with its ratio to the native level."""
+    """Return a Markdown table: training and decoding per level, and training relative to the native level."""
     native = rows[0]["tokens_per_second"]
     lines = []
     for row in rows:
@@ -80,16 +80,18 @@ def level_table(rows: Sequence[dict[str, Any]]) -> str:
         line = {
             "level": f"native ({row['cpu_level']})" if level == NATIVE else level,
             "training tokens/s": f"{speed:,.0f} ({row['training_dtype']})",
-            "of native": f"{speed / native:.2f}",
+            "relative to native": f"{speed / native:.2f}",
         }
-        for dtype, own in row["decoding"].items():
-            line[f"{dtype}, ms per token"] = f"{1e3 * own['seconds_per_token']:.2f} ({own['linear']})"
+        for dtype, decoding in row["decoding"].items():
+            line[f"{dtype}, ms per token"] = (
+                f"{1e3 * decoding['seconds_per_token']:.2f} ({decoding['linear']})"
+            )
         lines.append(line)
     return table(lines)
 
 
 def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -> dict[str, Any]:
-    """In a process of its own: seconds of every timed step."""
+    """Measure the seconds of every timed step; runs in a separate process."""
     keep_large_blocks()
     limit_threads()
     model = trainee(OURS, shape, shape.max_length, compiled=False)
@@ -110,12 +112,12 @@ def _measure(shape: ModelConfig, batch: int, steps: int, decoded: ModelConfig) -
 
 
 def _row(level: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over all processes of a level."""
+    """Return the row of a level: medians over all of its processes."""
     first = measured[0]
     row = {"level": level, "cpu_level": first["cpu_level"], "training_dtype": first["training_dtype"]}
     row["tokens_per_second"] = 1 / median(s for part in measured for s in part["seconds_per_token"])
     row["decoding"] = {}
-    for dtype, own in first["decoding"].items():
+    for dtype, decoding in first["decoding"].items():
         took = median(s for part in measured for s in part["decoding"][dtype]["seconds"])
-        row["decoding"][dtype] = {"linear": own["linear"], "seconds_per_token": took}
+        row["decoding"][dtype] = {"linear": decoding["linear"], "seconds_per_token": took}
     return row

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: a Llama of random weights as GGUF, run through the C interface of llama-cpp-python."""
+"""Baseline llama.cpp: a Llama with random weights (GGUF), run through the C API of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
-"""ours -> llama.cpp's, which keeps keys and values in float16 with all of them"""
+"""Weight dtypes by llama.cpp's names; its keys and values are float16 with all of them."""
 _Q8_BYTES = 34 / 32
-"""per weight: 32 integers and a float16 scale"""
+"""Bytes per Q8_0 weight: a block has 32 integers and a float16 scale."""
 
 
 def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: Path) -> Subject:
-    """A Llama in llama.cpp with about as many weights per token as ours.
+    """Return a Llama in llama.cpp with about as many weights per token as a tnnlm model.
 
     Args:
-        dtype: one of ``DTYPES``.
-        shape: of our model, whose weights it is to have.
-        longest: context that it must hold.
-        rows: sequences that it must hold at the shortest context.
-        folder: for the file of its weights.
+        dtype: One of ``DTYPES``.
+        shape: Configuration of the tnnlm model.
+        longest: Longest context in tokens.
+        rows: Largest number of sequences in a batch.
+        folder: Folder for the GGUF file.
 
     Raises:
-        UserError: if ``gguf`` or ``llama_cpp`` is missing.
+        UserError: If ``gguf`` or ``llama_cpp`` is not installed.
     """
     try:
         import gguf  # noqa: F401
         import llama_cpp as library
     except (ImportError, OSError) as error:
-        raise UserError(f"it needs two packages: pip install gguf llama-cpp-python ({error})") from None
+        raise UserError(f"not installed ({error}); run: pip install gguf llama-cpp-python") from None
     path = folder / f"llama-{dtype}.gguf"
     weights = write_gguf(path, dtype, shape, longest)
     runner = _Runner(library, path, shape, longest + 8, rows)
@@ -57,7 +57,7 @@ def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: P
 
 
 def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
-    """A Llama of random weights, tied embeddings, no vocabulary; returns its weights per token."""
+    """Write a Llama with random weights, tied embeddings and no vocabulary; return its weights per token."""
     import gguf
 
     width, hidden = shape.d_model, peer_shape("llama", shape, longest).glu_dim or 0
@@ -102,58 +102,58 @@ def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
 
 
 class _Runner:
-    """llama.cpp's C interface: Python's share of a step is one call."""
+    """Model and batch of llama.cpp's C API, with one call from Python per step."""
 
     def __init__(self, library: Any, path: Path, shape: ModelConfig, context: int, rows: int) -> None:
         self._library = library
         quiet = library.llama_log_callback(lambda level, text, data: None)
-        self._quiet = quiet  # kept alive: C holds no reference
+        self._quiet = quiet  # C holds no reference to the callback
         library.llama_log_set(quiet, ctypes.c_void_p(0))
         library.llama_backend_init()
         options = library.llama_model_default_params()
         options.use_mmap = False
         self._model = library.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
-            raise UserError(f"llama.cpp can't load {path.name}")
+            raise UserError(f"{path.name}: llama.cpp cannot load it")
         settings = library.llama_context_default_params()
         settings.n_ctx = rows * max(context, 256)
         settings.n_seq_max = rows
-        settings.kv_unified = False  # in one cache every row would read past all others' keys
+        settings.kv_unified = False  # in a unified cache, attention of a row would scan the keys of all rows
         settings.n_batch = settings.n_ubatch = max(CHUNK, rows)
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         self._context = library.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise UserError(f"llama.cpp can't make a context of {settings.n_ctx} tokens")
+            raise UserError(f"llama.cpp: cannot create a context of {settings.n_ctx} tokens")
         self._memory = library.llama_get_memory(self._context)
         self._batch = library.llama_batch_init(max(CHUNK, rows), 0, 1)
 
     def read(self, prompt: Tensor, rows: int = 1) -> None:
-        """A prompt (1, L) into every row, in the place of what was read; logits for a piece's last."""
+        """Clear the cache and prefill a prompt (1, L) in every row; a chunk has logits for its last token."""
         self._library.llama_memory_clear(self._memory, True)
         for row in range(rows):
-            for start, piece in enumerate(prompt[0].split(CHUNK)):
-                tokens, last = piece.tolist(), len(piece) - 1
+            for start, chunk in enumerate(prompt[0].split(CHUNK)):
+                tokens, last = chunk.tolist(), len(chunk) - 1
                 entries = [(token, start * CHUNK + i, row, i == last) for i, token in enumerate(tokens)]
                 self._decode(entries)
 
     def step(self, batch: int, context: int) -> None:
-        """One token for every row."""
+        """Decode one token in every row."""
         self._decode([(0, context, row, True) for row in range(batch)])
 
     def cut(self, batch: int, context: int) -> None:
-        """Forget what stands at ``context`` and after."""
+        """Remove the positions from ``context`` on from the cache."""
         for row in range(batch):
             self._library.llama_memory_seq_rm(self._memory, row, context, -1)
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
         batch.n_tokens = len(entries)
-        for index, (token, position, row, wanted) in enumerate(entries):
+        for index, (token, position, row, logits) in enumerate(entries):
             batch.token[index] = token
             batch.pos[index] = position
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = row
-            batch.logits[index] = wanted
+            batch.logits[index] = logits
         code = self._library.llama_decode(self._context, batch)
         if code:
             raise RuntimeError(f"llama_decode: {code}")

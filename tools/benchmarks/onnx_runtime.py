@@ -1,4 +1,4 @@
-"""Our step in onnxruntime: what ``convert.py --onnx`` writes, timed beside our own engines."""
+"""Steps of a converted model in onnxruntime, as exported by ``convert.py --onnx``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tnnlm.models.causal_lm import ModelState
 
 
 class OnnxModel:
-    """A converted model whose steps onnxruntime takes; prompts go to the model itself."""
+    """Converted model whose steps run in onnxruntime; PyTorch runs the prefill."""
 
     def __init__(self, converted: ConvertedModel, folder: Path) -> None:
-        """Export it into ``folder`` and open it, on as many threads as torch has.
+        """Export the step into ``folder`` and load it, with the number of threads of PyTorch.
 
         Raises:
-            UserError: if the extra ``[onnx]`` isn't installed.
+            UserError: If the extra ``[onnx]`` is not installed.
         """
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("it needs onnxruntime: pip install 'tnnlm[onnx]'") from None
+            raise UserError("not installed; run: pip install 'tnnlm[onnx]'") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         path = export_onnx(converted, folder) / "step.onnx"
@@ -35,7 +35,7 @@ class OnnxModel:
         self.prefill = converted.model.prefill
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """As :meth:`tnnlm.models.causal_lm.CausalLM.step`; tensors and arrays share their memory."""
+        """Run :meth:`tnnlm.models.causal_lm.CausalLM.step` in onnxruntime, on the memory of the tensors."""
         given = [tokens, *(part for layer in state.layers for part in layer if part.numel())]
         feeds = {name: part.numpy() for name, part in zip(self._names, given, strict=True)}
         outputs = iter(self._session.run(None, feeds))

@@ -1,4 +1,4 @@
-"""Times as Markdown and as a picture, from plain data."""
+"""Tables (Markdown) and plots of benchmark results, from plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Milliseconds per token by name and dtype, a column per case; the share of the bandwidth in brackets."""
+    """Return a table of times or throughputs by name and dtype, with a column per context or batch size."""
     mode = result["mode"]
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["results"]:
@@ -24,7 +24,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """Peak memory in MiB by name, a column per length; and what the convolution takes of our step."""
+    """Return a table of peak memory in MiB by name and length, and the convolution's share of the step."""
     lines: dict[str, dict[str, str]] = {}
     shares = {"peak MiB": "convolution's share of the step"}
     for row in result["results"]:
@@ -45,12 +45,12 @@ def _cell(row: dict[str, Any], mode: str) -> str:
 
 
 def _family(name: str) -> str:
-    """What has one colour: llama.cpp's names say the dtype too, which the dashes show."""
+    """Return the name that selects the colour; llama.cpp's names include the dtype, which the dashes show."""
     return "llama.cpp" if name.startswith("llama.cpp") else name
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time per token against context, tokens per second against batch or prompt length."""
+    """Plot time per token by context length, or tokens per second by batch size or prompt length."""
     rows, mode = result["results"], result["mode"]
     key, in_time = "batch" if mode == "batch" else "context", mode in ("decode", "constant")
     names = list(dict.fromkeys(_family(row["name"]) for row in rows))
@@ -67,7 +67,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         style = {"color": "grey", "linestyle": "--"}
         lines.append(Line("memory bandwidth floor", y=[1e3 * result["floor_seconds"]], style=style))
     axes = {
-        "xlabel": _X.get(mode, "tokens read before"),
+        "xlabel": _X.get(mode, "context length (tokens)"),
         "ylabel": "ms per token" if in_time else "tokens per second",
         "xscale": "log",
         "yscale": "log",

@@ -1,7 +1,7 @@
-"""What is timed: our models by conversion, engine and dtype, and models of ``transformers`` as their peers.
+"""Models to measure: converted models by method, engine and dtype, and baselines of ``transformers``.
 
-All have random weights: speed does not depend on them. Every subject offers a step at a context of a
-given length, and a parallel pass over a prompt.
+All have random weights, because speed does not depend on them. Every subject offers a decoding step at a
+given context length and a parallel prefill.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from tnnlm.models.causal_lm import CausalLM, state_bytes
 from tnnlm.tokenizer import train_bpe
 
 SHAPE = ModelConfig(d_model=512, n_layers=6, vocab_size=10_240, max_length=512, glu_dim=512)
-"""24.1M weights read per token"""
+"""Configuration of the converted models; 24.1M weights are read per token."""
 CONVERSIONS = {
     "balanced": {"method": "balanced"},
     "etsc512": {"method": "etsc", "horizon": 512},
     "window512": {"method": "window", "horizon": 512},
 }
-"""name -> settings of the conversion"""
+"""Settings of the conversions by name."""
 CHUNK = 512
-"""tokens that prompts are read in"""
+"""Tokens per prefill chunk."""
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Bytes per weight by dtype."""
 PEERS: dict[str, type[Peer]] = {"llama": Llama, "gpt2": GPT2, "mamba": Mamba}
 
 
 def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: Path) -> Subject:
-    """A converted model of random weights.
+    """Return a converted model with random weights.
 
     Args:
-        conversion: one of ``CONVERSIONS``.
-        engine: ``compiled``, ``packed``, ``eager`` or ``onnxruntime``; the first and the last compile or
-            export into ``folder``.
-        dtype: of the weights.
-        shape: of the model.
-        folder: for compiled steps.
+        conversion: One of ``CONVERSIONS``.
+        engine: One of ``compiled``, ``packed``, ``eager`` and ``onnxruntime``.
+        dtype: Dtype of the weights.
+        shape: Configuration of the model.
+        folder: Folder for the compiled or exported step.
 
     Raises:
-        UserError: if there is no compiler, or no onnxruntime.
+        UserError: If the compiler or onnxruntime is missing.
     """
     torch.manual_seed(0)
     model = convert_model(CausalLM(shape).eval(), **CONVERSIONS[conversion])  # type: ignore[arg-type]
-    own = folder / conversion
+    subfolder = folder / conversion
     if engine == "compiled":
-        compile_step(copy.deepcopy(model), own, dtype, "")
+        compile_step(copy.deepcopy(model), subfolder, dtype, "")
     weights = linear_weights(model) + model.embedding.weight.numel()
     tokenizer = train_bpe([" "], 257, "<eos>", 1, False)
     whole = ConvertedModel(model, tokenizer, "")
-    decoder = _decoder(whole, own, dtype, engine)
+    decoder = _decoder(whole, subfolder, dtype, engine)
 
     def size(context: int) -> int:
         return state_bytes(decoder.init_state(1))
@@ -73,16 +73,16 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
 
 
 def peer(kind: str, dtype: str, shape: ModelConfig, longest: int) -> Subject:
-    """A model of ``transformers`` with about as many weights per token, and random ones.
+    """Return a model of ``transformers`` with random weights, about as many per token as a tnnlm model.
 
     Args:
-        kind: of ``PEERS``.
-        dtype: float32 or bfloat16.
-        shape: of our model, whose weights it is to have.
-        longest: context that it must hold.
+        kind: One of ``PEERS``.
+        dtype: Dtype of the weights, float32 or bfloat16.
+        shape: Configuration of the tnnlm model.
+        longest: Longest context in tokens.
 
     Raises:
-        UserError: if ``transformers`` is missing.
+        UserError: If ``transformers`` is not installed.
     """
     torch.manual_seed(0)
     own = peer_shape(kind, shape, longest)
@@ -103,28 +103,34 @@ def peer(kind: str, dtype: str, shape: ModelConfig, longest: int) -> Subject:
 
 
 def peer_shape(kind: str, shape: ModelConfig, longest: int) -> ModelConfig:
-    """Sizes with which a peer has as many weights per token as our model of sizes ``shape``."""
+    """Return a configuration with which a baseline has as many weights per token as a tnnlm model.
+
+    Args:
+        kind: One of ``PEERS``.
+        shape: Configuration of the tnnlm model.
+        longest: Longest context in tokens.
+    """
     width = shape.d_model
     own = replace(shape, max_length=longest + 8)
-    rest = _block_weights(shape) - 4 * width * width  # of attention
+    rest = _block_weights(shape) - 4 * width * width  # without the projections of attention
     if kind == "gpt2":
         return replace(own, glu_dim=max(1, round(rest / (2 * width))))
     if kind == "mamba":
         inner, rank = 2 * width, max(1, width // 16)
         block = 3 * width * inner + inner * (2 * rank + 2 * Mamba.STATE)
         return replace(own, n_layers=max(1, round(shape.n_layers * _block_weights(shape) / block)))
-    # A multiple of 32 for the block formats.
+    # llama.cpp quantizes blocks of 32 weights.
     return replace(own, glu_dim=max(32, 32 * round(rest / (96 * width))))
 
 
 def _block_weights(shape: ModelConfig) -> int:
-    """Of one of our layers: three products of the mixer, three of the GLU."""
+    """Return the weights of a tnnlm layer: three matrices in the mixer and three in the GLU."""
     inner, hidden = shape.expand * shape.d_model, shape.glu_dim or shape.d_model
     return 3 * shape.d_model * (inner + hidden)
 
 
 def _read(model: Any, prompt: Tensor) -> Any:
-    """The state after a prompt (B, L)."""
+    """Prefill a prompt (B, L) in chunks and return the state."""
     state = model.init_state(len(prompt))
     for chunk in prompt.split(CHUNK, dim=1):
         _, state = model.prefill(chunk, state, keep=1)
@@ -133,9 +139,9 @@ def _read(model: Any, prompt: Tensor) -> Any:
 
 def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
     prompt = random_tokens(1, context, vocabulary).expand(batch, -1)
-    # Mamba's time does not depend on the context, and it reads prompts in a loop.
+    # The speed of Mamba does not depend on the context, and its prefill without GPU kernels is a slow loop.
     state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
-    # A recurrence's state is another tensor after a step: there is nothing to take back.
+    # A step of a recurrence returns a new state and leaves the given one unchanged: nothing to undo.
     undo = partial(model.undo, state) if isinstance(model, Peer) else None
     return Stepper(partial(model.step, torch.zeros(batch, dtype=torch.long), state), undo)
 
@@ -147,6 +153,6 @@ def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -
 
 
 def linear_weights(model: Any) -> int:
-    """How many numbers linear layers hold; a tied head counts with them, an embedding does not."""
+    """Return the number of weights in linear layers, including a tied head, without embeddings."""
     kinds = ("Linear", "Conv1D")
     return sum(m.weight.numel() for m in model.modules() if type(m).__name__ in kinds)

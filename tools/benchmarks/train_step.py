@@ -1,8 +1,8 @@
-"""Training steps timed in turns, beside the rate at which the machine multiplies matrices.
+"""Benchmark of training steps, relative to the FLOP rate of large matrix products on the same machine.
 
-Ours, ours without its convolution, GPT-2, and a TNN as tnn-pytorch has it: all have as many parameters and
-read the same tokens. A step is all of it: forward under bf16 autocast where the machine computes in it,
-backward, clipping, AdamW.
+The models are tnnlm, tnnlm without its convolution, GPT-2, and a TNN with the operations of tnn-pytorch, with
+about equal parameters and the same tokens; their steps are interleaved. A step consists of the forward pass
+(under bfloat16 autocast if the CPU has bfloat16 arithmetic), backward pass, gradient clipping and AdamW.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from tnnlm.training.optim import build_optimizer
 OURS, WITHOUT, PYPI, GPT2 = "tnnlm-tno", "tnnlm-without-convolution", "tnn-pytorch", "transformers-gpt2"
 NAMES = (OURS, WITHOUT, PYPI, GPT2)
 TOKENS = 4096
-"""per step, or one row where that is longer"""
+"""Tokens per step; a longer row is a step by itself."""
 RECOMPUTED = 32_768
-"""tokens of a row from which on ours computes the activations again in the backward pass"""
+"""Row length in tokens from which activation checkpointing is used."""
 _GEMM = 2048
 
 
 @dataclass
 class Trainee:
-    """A model with its optimizer."""
+    """Model with its optimizer."""
 
     name: str
     params: int
-    """trainable; GPT-2's table of positions, which grows with the length, left out"""
+    """Trainable parameters, without GPT-2's position embeddings, which grow with the length."""
     matrix_weights: int
-    """of matrix products, the tied head among them: six FLOP each per token, forward and backward"""
+    """Weights in matrix products, including the tied head: six FLOP each per token, forward and backward."""
     step: Callable[[Tensor], float]
-    """reads tokens (B, L + 1), updates the weights, returns the loss"""
+    """Updates the weights on tokens (B, L + 1) and returns the loss."""
 
 
 def trainee(name: str, shape: ModelConfig, length: int, compiled: bool) -> Trainee:
-    """One of ``NAMES``, ready to train on rows of ``length`` tokens, which ours recomputes if ``RECOMPUTED``.
+    """Return a model to train; tnnlm uses activation checkpointing from ``RECOMPUTED`` tokens per row.
 
     Args:
-        name: what to build.
-        shape: of our model; the others get as many parameters.
-        length: tokens per row.
-        compiled: by torch.compile: all but tnn-pytorch, whose complex numbers it can't take.
+        name: One of ``NAMES``.
+        shape: Configuration of the tnnlm model; the others get as many parameters.
+        length: Tokens per row.
+        compiled: Whether to use torch.compile; tnn-pytorch always runs eagerly, because of complex numbers.
 
     Raises:
-        UserError: if ``transformers`` is missing.
+        UserError: If ``transformers`` is not installed.
     """
     torch.manual_seed(0)
     shape = replace(shape, max_length=length)
@@ -89,8 +89,8 @@ def trainee(name: str, shape: ModelConfig, length: int, compiled: bool) -> Train
 
 
 def _matrices(model: nn.Module) -> int:
-    """Weights of matrix products per token: what has two dimensions, but for tables of positions and
-    the kernels' own networks, which run once per lag."""
+    """Return the number of weights in matrix products per token: parameters with two dimensions, without
+    position embeddings and without the networks of kernels, which run once per lag instead of per token."""
     in_kernels = {id(p) for m in model.modules() if isinstance(m, Kernel) for p in m.parameters()}
     return sum(
         p.numel()
@@ -117,9 +117,11 @@ def _stepper(
 
 
 class _PyPIBlock(nn.Module):
-    """The operations of a layer of tnn-pytorch, whose packages on PyPI hold no code: a projection for each
-    of u and v, transforms of the axis in the middle with autograd's own backward, two norms before
-    the mixer."""
+    """Layer with the operations of tnn-pytorch, whose packages on PyPI contain no code.
+
+    Separate projections for u and v, FFTs over the middle axis with the backward pass of autograd, and two
+    norms before the mixer.
+    """
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class _PyPIBlock(nn.Module):
         self.mix = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); no row is padded."""
+        """Return outputs (B, L, D) for inputs (B, L, D) without padding."""
         silu, length = nn.functional.silu, x.shape[1]
         h = self.norm(self.norm(x))
         u, v = silu(self.u(h)), silu(self.v(h))
@@ -145,23 +147,23 @@ class _PyPIBlock(nn.Module):
 def time_training(
     shape: ModelConfig, lengths: Sequence[int], rounds: int, compiled: bool, longest_peer: int
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds per token of a training step, for every model and length.
+    """Measure training steps of every model on rows of every length.
 
     Args:
-        shape: of our model.
-        lengths: tokens per row; rows are as many as make ``TOKENS``.
-        rounds: timed steps of each, in turns, after some that warm up; two where rows are ``RECOMPUTED``.
-        compiled: by torch.compile.
-        longest_peer: above, ours alone is timed.
+        shape: Configuration of the tnnlm model.
+        lengths: Tokens per row; a batch has ``TOKENS`` tokens, or one row if that is longer.
+        rounds: Timed steps per model, after warm-up steps; two for rows of ``RECOMPUTED`` tokens or more.
+        compiled: Whether to use torch.compile.
+        longest_peer: Longest rows in tokens on which the baselines are trained, too.
 
     Returns:
-        FLOP/s of large matrix products (median), and rows: ``name``, ``dtype``,
-        ``batch``, ``context``, ``seconds_per_token``, ``tokens_per_second``, ``spread``, ``params``,
-        ``flop_share`` (of matrix products, over that rate), ``peak_bytes`` of a process that takes
-        two such steps, and for ours ``convolution_share``: what a step without it saves.
+        The FLOP/s of large matrix products (median), and rows with ``name``, ``dtype``, ``batch``,
+        ``context``, ``seconds_per_token``, ``tokens_per_second``, ``spread``, ``params``, ``flop_share``
+        (FLOP/s of the model's matrix products over that rate), ``peak_bytes`` of two steps in a separate
+        process, and for tnnlm ``convolution_share``, the part of the time that a step without it saves.
 
     Raises:
-        UserError: if ``transformers`` is missing.
+        UserError: If ``transformers`` is not installed.
     """
     rates: list[float] = []
     rows: list[dict[str, Any]] = []
@@ -183,14 +185,14 @@ def time_training(
             ours["convolution_share"] = 1 - statistics.median(times[WITHOUT]) / statistics.median(times[OURS])
         del models
     rate = statistics.median(rates)
-    for own in tqdm(rows, desc="peak memory", leave=False, disable=None):
-        own["flop_share"] = own.pop("flops_per_token") * own["tokens_per_second"] / rate
-        own["peak_bytes"] = peak_bytes(own["name"], shape, own["context"], compiled)
+    for result in tqdm(rows, desc="peak memory", leave=False, disable=None):
+        result["flop_share"] = result.pop("flops_per_token") * result["tokens_per_second"] / rate
+        result["peak_bytes"] = peak_bytes(result["name"], shape, result["context"], compiled)
     return rate, rows
 
 
 def peak_bytes(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:
-    """Most memory that two training steps held, beyond the loaded libraries: in a process of their own."""
+    """Return the peak memory of two training steps in a separate process, without the loaded libraries."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (name, shape, length, compiled))
@@ -219,7 +221,7 @@ def _row(model: Trainee, data: Tensor, seconds: list[float]) -> dict[str, Any]:
 
 
 def _gemm_rate() -> float:
-    """FLOP/s of a large product in the dtype of the training, the best of three."""
+    """Return the FLOP/s of a large matrix product in the training dtype, the best of three."""
     dtype = torch.bfloat16 if capability("bfloat16_arithmetic") else torch.float32
     a, b = (torch.ones(_GEMM, _GEMM, dtype=dtype) for _ in range(2))
     return 2.0 * _GEMM**3 / min(clock(partial(torch.matmul, a, b)) for _ in range(3))
