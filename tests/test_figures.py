@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from documentation.records import PROVENANCE, RECORDS, figure, shown
-from documentation.regions import BLOCK, FIGURE, pages, render, without_regions
+from documentation.regions import BLOCK, FIGURE, absolute_links, pages, render, without_regions
 from tests.support.scripts import ROOT
 from tnnlm.errors import UserError
 
@@ -94,6 +94,15 @@ def test_figures_are_formatted() -> None:
 def test_region_that_leads_nowhere_is_reported(text: str) -> None:
     with pytest.raises(UserError, match="<!--"):
         render(text)
+
+
+def test_links_of_the_readme_can_be_absolute() -> None:
+    text = "![a](docs/a.svg) [b](docs/b.md#c) [d](https://e.org) [f](#g)"
+    assert absolute_links(text, "") == text
+    assert absolute_links(text, "https://h.org/i") == (
+        "![a](https://h.org/i/raw/main/docs/a.svg) [b](https://h.org/i/blob/main/docs/b.md#c) "
+        "[d](https://e.org) [f](#g)"
+    )
 
 
 def test_regions_are_found_and_removed() -> None:

@@ -18,12 +18,8 @@ from tnnlm.cli import COMMANDS
 
 OTHER_PROGRAMS = {"curl"}
 """Programs in examples that are not scripts of this repository."""
-WITHOUT_PARSER = {"tools/lint_prose.py"}
-"""Scripts without a function ``parse``, whose examples cannot be parsed alone."""
 SCRIPTS = [
-    name
-    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
-    if (name := path.relative_to(ROOT).as_posix()) not in WITHOUT_PARSER
+    path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
 ]
 
 

@@ -236,13 +236,18 @@ def files_of(paths: list[Path]) -> Iterator[Path]:
             yield path
 
 
-def main() -> int:
-    """Print findings; 1 if there are any."""
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="*", type=Path, help="Files and folders (default: all prose).")
-    paths = [path.resolve() for path in parser.parse_args().paths] or [ROOT / name for name in CHECKED]
+    parser.add_argument("paths", nargs="*", type=Path, help="Files and folders. (default: all prose)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print findings; return 1 if there are any."""
+    paths = [path.resolve() for path in parse().paths] or [ROOT / name for name in CHECKED]
     findings = [
         finding for path in files_of(paths) for passage in passages_of(path) for finding in check(passage)
     ]

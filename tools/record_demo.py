@@ -1,12 +1,11 @@
 #!/usr/bin/env python
 """Record what the demo measured and printed, for README and docs: docs/records/demo.json and three figures.
 
-Converts the run again with --verify and generates from it, so that everything comes from one machine.
+The run is converted again with --verify and generated from, so that everything comes from one machine. The
+log is what ``make demo`` printed; ``tools/render_docs.py`` renders the pages afterwards.
 
 Examples:
-  make demo 2>&1 | tee demo.log
   python tools/record_demo.py runs/demo --log demo.log --machine "two cores of an AMD EPYC"
-  python tools/render_docs.py
 """
 
 from __future__ import annotations

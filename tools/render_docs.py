@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Render figures and reference tables into README.md and docs, from docs/records, docs/results and the code.
 
+Links in README.md become absolute once pyproject.toml has the address of the repository.
+
 Examples:
   python tools/render_docs.py            # write the pages that are out of date
   python tools/render_docs.py --check    # exit code 1 if a page is out of date
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tomllib
 
 from documentation.records import ROOT
-from documentation.regions import pages, render
+from documentation.regions import absolute_links, pages, render
 from tnnlm.errors import UserError, run_script
 from tnnlm.files import write_text
 
@@ -26,6 +29,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def repository() -> str:
+    """Return the address of the repository from pyproject.toml, or an empty string."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project.get("urls", {}).get("Repository", "")).rstrip("/")
+
+
 def main() -> int:
     """Run the command, and return its exit code."""
     args = parse()
@@ -34,6 +43,8 @@ def main() -> int:
         text = page.read_text(encoding="utf-8")
         try:
             rendered = render(text)
+            if page == ROOT / "README.md":
+                rendered = absolute_links(rendered, repository())
         except UserError as error:
             raise UserError(f"{page.relative_to(ROOT)}: {error}") from None
         if rendered != text:

@@ -26,8 +26,8 @@ from tnnlm.cli.usage import add_device, parser_of
 from tnnlm.errors import UserError
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = parser_of("generate", __doc__)
     add = parser.add_argument_group("input").add_argument
     add("--prompt", metavar="TEXT", help="Prompt; - reads it from stdin.")
@@ -98,6 +98,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
         "(default: auto)",
     )
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+    parser = arguments()
     args = parser.parse_args(words)
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
         parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")

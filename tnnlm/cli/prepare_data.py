@@ -30,11 +30,16 @@ from tnnlm.errors import command
 from tnnlm.training.estimate import estimate_run
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = parser_of("prepare-data", __doc__)
     add_settings(parser)
-    return parser.parse_intermixed_args(words)
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line; None takes ``sys.argv``."""
+    return arguments().parse_intermixed_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ GRACE = 30
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = parser_of("serve", __doc__)
     add = parser.add_argument_group("model and machine").add_argument
     add(
@@ -113,7 +113,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help=f"Seconds for running requests to finish after SIGTERM or Ctrl-C. (default: {GRACE})",
     )
-    return parser.parse_args(words)
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line; None takes ``sys.argv``."""
+    return arguments().parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -27,8 +27,8 @@ from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = parser_of("train", __doc__)
     add_settings(parser)
     add = parser.add_argument_group("resuming").add_argument
@@ -58,6 +58,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="Print settings, parameters and estimated memory, and exit.")
     add("--json", action="store_true", help="Print the output of --dry-run as JSON.")
     add("--find-lr", action="store_true", help="Run the learning rate finder for 100 steps, and exit.")
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments of a command line; None takes ``sys.argv``."""
+    parser = arguments()
     args = parser.parse_intermixed_args(words)
     # argparse takes the word after --resume or --job as its value, but a name never contains "=".
     for option in ("resume", "job"):

@@ -49,10 +49,10 @@ def options_table(command: str) -> str:
     """
     lines = ["| option | description |", "|---|---|"]
     for action in _actions(importlib.import_module(f"tnnlm.cli.{command}").arguments()):
-        name = ", ".join(action.option_strings) or action.dest
+        name = ", ".join(action.option_strings)
         value = action.metavar or ("" if action.nargs == 0 else "|".join(map(str, action.choices or ())))
         value = " ".join(value) if isinstance(value, tuple) else value
-        called = name if not action.option_strings or not value else f"{name} {value}"
+        called = f"{name} {value}".strip()
         lines.append(f"| `{_cell(called)}` | {_cell((action.help or '').replace('%%', '%'))} |")
     return "\n".join(lines)
 
@@ -100,9 +100,11 @@ def _type(hint: Any, item: Field[Any]) -> str:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        if action.dest != "help" and action.help is not argparse.SUPPRESS:
-            yield action
+    """Options in the order of ``--help``, group by group."""
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            if action.dest != "help" and action.help is not argparse.SUPPRESS:
+                yield action
 
 
 def _cell(text: str) -> str:

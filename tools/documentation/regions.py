@@ -40,6 +40,21 @@ def render(text: str) -> str:
     )
 
 
+def absolute_links(text: str, repository: str) -> str:
+    """Return a page of the root with absolute links, which work on an index of packages too.
+
+    Args:
+        text: The page, whose relative links start at the root.
+        repository: Address of the repository, as in ``[project.urls]`` of pyproject.toml; unchanged if empty.
+    """
+
+    def absolute(found: re.Match[str]) -> str:
+        kind = "raw" if found[1] else "blob"
+        return f"{found[1]}[{found[2]}]({repository}/{kind}/main/{found[3]})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?:|#)([^)\s]+)\)", absolute, text) if repository else text
+
+
 def without_regions(text: str) -> str:
     """Return a page without what is rendered."""
     return BLOCK.sub("", FIGURE.sub("", text))
