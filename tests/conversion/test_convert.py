@@ -137,7 +137,7 @@ def test_report_of_a_short_horizon_names_the_lag() -> None:
     report = measure_model(model, converted, method="etsc", horizon=20)
     assert report.layers[0].l1_error > 0.1
     assert report.warning is not None
-    assert "from lag 20 on outputs will differ" in report.warning
+    assert "from position 20 on outputs will differ" in report.warning
 
 
 def test_a_finite_kernel_that_goes_on_is_told() -> None:
@@ -149,7 +149,7 @@ def test_a_finite_kernel_that_goes_on_is_told() -> None:
         told[method] = measure(model, layers, method=method, horizon=horizon, seconds=0.0).warning
     assert told["window"] is None
     assert told["etsc"] is not None
-    assert "this recurrence goes on" in told["etsc"]
+    assert "this recurrence is not negligible past the horizon" in told["etsc"]
 
 
 def test_verify_notices_a_damaged_recurrence() -> None:

@@ -65,7 +65,9 @@ def test_second_convert_of_the_same_folder_waits_for_the_first(run_here: Path, s
     with only_process(run_here / "converted", CheckpointError("two writers")):
         refused = script("convert", "runs/tiny")
     assert refused.code == 2
-    assert refused.err.endswith("runs/tiny/converted: another convert.py writes it; wait until it is done\n")
+    assert refused.err.endswith(
+        "runs/tiny/converted: another convert.py is writing to it; wait until it finishes\n"
+    )
     assert not (run_here / "converted").exists()
     assert script("convert", "runs/tiny").code == 0
     with only_process(run_here / "converted", CheckpointError("two writers")):

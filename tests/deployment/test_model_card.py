@@ -58,7 +58,7 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     Path("text.txt").write_text("another text " * 2000)
     assert script("convert", "tiny", "--out", "later").code == 0
     later = Path("later/README.md").read_text()
-    assert "Not measured (the text of this run has changed)." in later
+    assert "Not measured (the data of this run has changed)." in later
     assert "| recurrent" not in later
 
 
@@ -104,7 +104,7 @@ def test_text_of_a_user_breaks_neither_the_metadata_nor_the_lines() -> None:
 
 def test_licence_is_the_models_own() -> None:
     assert "license" not in front_matter(make_card())
-    assert "# license: name one before publishing" in make_card()
+    assert "# license: add one before publishing" in make_card()
     licensed = make_card(license="apache-2.0")
     assert front_matter(licensed)["license"] == "apache-2.0"
     assert licensed.endswith("## Licence\n\napache-2.0\n")

@@ -77,7 +77,7 @@ def test_page_picture_and_index(folder: Path) -> None:
     page = (folder / "stability.md").read_text()
     assert "## Thresholds" in page
     assert "| decay per lag | etsc | - | " in page
-    assert "`the horizon of 64 leaves" in page
+    assert "`the horizon of 64 lags omits" in page
     assert "### Decay per lag" in page
     assert "| 0.9 | " in page
     assert (folder / "stability.png").stat().st_size > 10_000

@@ -194,7 +194,7 @@ def test_what_a_state_cannot_do_is_refused(balanced: Opened) -> None:
     prompt = balanced.tokenizer("The first", return_tensors="pt")
     with pytest.raises(ValueError, match="stateful"):
         balanced.model.generate(**prompt, max_new_tokens=5, prompt_lookup_num_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="give input_ids"):
+    with pytest.raises(ValueError, match="pass input_ids"):
         balanced.model.generate(inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=2, **GREEDY)
 
 

@@ -128,7 +128,7 @@ def test_cache_repeats_selects_and_resets_its_rows(opened: Opened) -> None:
     picked = opened.model(more[:3], past_key_values=fork).logits
     whole = torch.cat((tokens.repeat_interleave(3, 0)[order], more[:3]), dim=1)
     torch.testing.assert_close(picked, own_logits(opened, whole)[:, 8:], **CLOSE)
-    with pytest.raises(ValueError, match="is of 3 rows, the input of 6"):
+    with pytest.raises(ValueError, match="has 3 rows, but the input has 6"):
         opened.model(more, past_key_values=fork)
     with pytest.raises(ValueError, match="cropped"):
         fork.crop(1)
@@ -142,11 +142,11 @@ def test_what_it_is_not_made_for_is_refused(balanced: Opened) -> None:
         balanced.model.train()
     assert not balanced.model.training
     assert not balanced.model(tokens, labels=tokens).loss.requires_grad
-    with pytest.raises(ValueError, match="give input_ids"):
+    with pytest.raises(ValueError, match="pass input_ids"):
         balanced.model(inputs_embeds=torch.zeros(2, 5, 16))
-    with pytest.raises(ValueError, match=r"input_ids is \(2, 0\)"):
+    with pytest.raises(ValueError, match=r"input_ids: .* not \(2, 0\)"):
         balanced.model(tokens[:, :0])
-    with pytest.raises(ValueError, match="no hidden_states"):
+    with pytest.raises(ValueError, match="output_hidden_states"):
         balanced.model(tokens, output_hidden_states=True)
-    with pytest.raises(ValueError, match=r"attention_mask is \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"attention_mask: .* not \(2, 4\)"):
         balanced.model(tokens, attention_mask=torch.ones(2, 4))

@@ -147,7 +147,7 @@ def test_a_pole_outside_the_unit_circle_is_named_with_its_layer() -> None:
 
 
 def test_taps_alone_have_no_companion_form() -> None:
-    with pytest.raises(UserError, match="no recurrence of its own"):
+    with pytest.raises(UserError, match="this kernel defines no recurrence"):
         convert_model(CausalLM(tiny_config()), method="companion")
 
 

@@ -118,7 +118,7 @@ class Forever(Kernel):
 
 def test_training_length_is_asked_for_where_a_kernel_never_decays() -> None:
     model = nn.Sequential(LongConv(Forever()))
-    with pytest.raises(UserError, match=r"layer 0: .* give max_length"):
+    with pytest.raises(UserError, match=r"layer 0: .* set max_length"):
         convert_model(model)
     converted = convert_model(model, max_length=LENGTH)
     torch.testing.assert_close(converted(torch.ones(1, 5, 1)).flatten(), torch.arange(1.0, 6.0))

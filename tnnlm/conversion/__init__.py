@@ -1,4 +1,8 @@
-"""Conversion: taps -> recurrence, in closed form."""
+"""Conversion of long convolutions to linear recurrences, from the taps of their kernels alone.
+
+ETSC (arXiv 2311.08756), balanced reduction (Ho-Kalman / ERA) and the exact window have a closed form;
+gradient descent is their baseline.
+"""
 
 from tnnlm.conversion.balanced import balanced
 from tnnlm.conversion.certify import certify, describe, measure

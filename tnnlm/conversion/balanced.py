@@ -1,15 +1,17 @@
-"""Balanced reduction: a few shared poles that serve every channel, within sight of the AAK bound.
+"""Balanced reduction of taps to a recurrence with few poles, by the Ho-Kalman method (also known as ERA).
 
-All channels of a layer share the position network's last features, so the taps have low rank and
-one small set of poles fits them all:
+All channels of a TNO layer share the last hidden features of its RPE network, so the taps have low
+rank and one small set of poles fits every channel:
 
-1. compress the taps k (E, T) to their leading combinations of channels f (R, T);
-2. the leading right singular vectors V of the block Hankel matrix of f are the states that matter;
-   shifting them by one lag is the state matrix, A = V[1:]^T V[:-1] (Kung 1978; Ho and Kalman 1966).
-   For taps that die out A is a contraction: no pole leaves the unit circle;
-3. output weights by least squares on the taps of every channel, then modal form: poles, residues;
-   where window taps absorb the first lags all this is done on the lags behind them;
-4. the smallest order whose measured error meets the tolerance.
+1. Compress the taps k (E, T) to their leading linear combinations of channels f (R, T).
+2. Take the leading right singular vectors V of the block Hankel matrix of f as the states. Their shift
+   by one lag is the state matrix, A = V[1:]^T V[:-1] (Ho and Kalman 1966; Kung 1978). For taps that
+   decay to zero A is a contraction, so no pole is outside the unit circle.
+3. Fit output weights to the taps of every channel by least squares, then diagonalise A to get poles
+   and residues. If window taps reproduce the first lags, steps 1 to 3 use the lags after them.
+4. Take the smallest order whose measured error meets the tolerance.
+
+The Hankel-norm error has a lower bound at every order, see :mod:`tnnlm.conversion.certify`.
 """
 
 from __future__ import annotations
@@ -26,32 +28,36 @@ from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
 
 RANK = 128
-"""combinations of channels that choose the poles"""
+"""Largest number of linear combinations of channels from which shared poles are computed."""
 MAX_ORDER = 128
-"""largest order that a tolerance is sought with"""
+"""Largest order that is tried to meet a tolerance."""
 _STATE_BYTES = 1 << 28
-"""of states of per-channel problems at a time"""
+"""Memory for the states of the channels that are solved at once with per-channel poles, in bytes."""
 _SMALLEST_GAIN = 1e-4
-"""singular values behind the window, over the largest, below which residues would cancel in float32"""
+"""Smallest singular value of the modes after the window, relative to the largest. Modes with smaller ones
+get residues that cancel each other in float32."""
 _SAMPLE = 8
-"""channels that are tried first where each has poles of its own"""
+"""Number of channels that are tried first with per-channel poles."""
 LARGEST_POLE = 1 - 1e-7
-"""poles are kept inside: the recurrence must forget its rounding"""
+"""Largest modulus of a pole. It is below 1 so that rounding errors in the state decay."""
 
 
 @dataclass(frozen=True)
 class Realization:
-    """States of the leading orders, G problems at once: x[0] = start, x[i + 1] = A x[i], f[i] = C x[i]."""
+    """States of a linear system, for G problems at once: x[0] = start, x[i + 1] = A x[i], f[i] = C x[i].
+
+    The leading N states are the realization of order N.
+    """
 
     matrix: Tensor
-    """A, (G, q, q); its leading N x N part is the one of order N"""
+    """State matrices A, (G, q, q). The leading N x N block is the state matrix of order N."""
     start: Tensor
-    """x[0], (G, q)"""
+    """Initial states x[0], (G, q)."""
     sigma: Tensor
-    """Hankel singular values, (G, q)"""
+    """Hankel singular values, (G, q), largest first."""
 
     def states(self, order: int, length: int) -> Tensor:
-        """x[0 .. length - 1] at an order, (G, length, order), by repeated doubling."""
+        """Return the states x[0 .. length - 1] at an order, (G, length, order), by repeated doubling."""
         power = self.truncated(order)
         x = self.start[:, None, :order]
         while x.shape[1] < length:
@@ -60,33 +66,34 @@ class Realization:
         return x[:, :length]
 
     def truncated(self, order: int) -> Tensor:
-        """The state matrix of an order, (G, N, N), its poles inside the unit circle."""
+        """Return the state matrix of an order, (G, N, N), with its poles inside the unit circle."""
         matrix = self.matrix[:, :order, :order]
         poles, vectors = torch.linalg.eig(matrix)
         radius = poles.abs()
         if bool((radius <= LARGEST_POLE).all()):
             return matrix
-        # Reflect what is outside, then shrink what is on the circle.
+        # Reflect poles outside the unit circle, then shrink those on it.
         inside = torch.where(radius > 1, poles / radius.square(), poles)
         inside = inside * (LARGEST_POLE / inside.abs()).clamp(max=1)
         return torch.linalg.solve(vectors, vectors * inside.unsqueeze(1), left=False).real
 
 
 def realize(f: Tensor, max_order: int, finite: bool = False) -> Realization:
-    """States of the taps f (G, R, T) up to ``max_order``.
+    """Return the realization of taps f (G, R, T) with at most ``max_order`` states.
 
-    Taps that have died out by T, or are ``finite``, are taken as zero from there on. Of others nothing
-    is assumed: half of them are outputs that the other half predicts, and A is fitted by least squares.
+    Taps that are ``finite``, or have decayed by lag T, are taken as zero from lag T on. For other taps
+    nothing is assumed past lag T: the Hankel matrix has T / 2 columns and only known entries, and A is
+    fitted by least squares.
     """
     length = f.shape[2]
     energy = f.square().sum((0, 1))
-    dead = finite or bool(energy[-max(1, length // 8) :].sum() <= 1e-6 * energy.sum())
-    columns = length if dead else max(1, length // 2)
-    # As many states as columns would leave the shift undetermined.
-    largest = max_order if dead else max(1, min(max_order, columns // 2))
+    decayed = finite or bool(energy[-max(1, length // 8) :].sum() <= 1e-6 * energy.sum())
+    columns = length if decayed else max(1, length // 2)
+    # With as many states as columns the least-squares problem for A would be underdetermined.
+    largest = max_order if decayed else max(1, min(max_order, columns // 2))
     sigma, v = hankel_svd(f, largest, columns)
     before, after = v[:, :-1], v[:, 1:]
-    if dead:
+    if decayed:
         matrix = after.transpose(1, 2) @ before
     else:
         matrix = torch.linalg.lstsq(before, after).solution.transpose(1, 2)
@@ -105,33 +112,33 @@ def balanced(
     """Reduce taps to a recurrence of small order.
 
     Args:
-        k: taps (E, T), finite, long enough to hold what matters of the kernel.
-        order: real state numbers per channel, window taps included, at most T; None takes the
-            smallest that meets ``tolerance``.
-        tolerance: largest relative error ||k - k^|| / ||k|| (Frobenius norm); of the worst channel
-            where poles are per channel.
-        poles: ``shared`` by all channels, or one set per ``channel`` for kernels whose channels
-            have nothing in common.
-        window_taps: P < T, the first lags that a window of the last inputs takes over exactly.
-        finite: whether the taps are zero from T on even if the last ones are not small.
+        k: Taps (E, T), finite, with T large enough to cover the kernel.
+        order: Real state numbers per channel, window taps included, at most T. None takes the
+            smallest order that meets ``tolerance``.
+        tolerance: Largest relative error ||k - k^|| / ||k|| (Frobenius norm). With per-channel poles
+            it applies to every channel.
+        poles: ``shared`` for one set of poles for all channels, or ``channel`` for one set per
+            channel, for kernels whose channels have no structure in common.
+        window_taps: Number P < T of first lags that a window of the last inputs reproduces exactly.
+        finite: Whether the taps are zero from lag T on, even if the last ones are not small.
 
     Returns:
-        parameters in float64.
+        Parameters in float64.
 
     Raises:
-        UserError: if no order up to ``MAX_ORDER`` meets the tolerance; says what was reached.
+        UserError: If no order up to ``MAX_ORDER`` meets the tolerance.
     """
     tail = k[:, window_taps:]
     modes = None if order is None else order - window_taps
     if poles == "shared":
-        # The whole is one problem: norms of all channels together.
+        # All channels together are one problem, so the norms are over all channels.
         norms = [torch.stack([block.norm() for _, block in channel_blocks(x)]).norm() for x in (tail, k)]
         problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None], finite)
         realization, n = _fit(problem, modes, tolerance)
         params = _shared(realization, n, tail)
     else:
         if order is None and len(k) > _SAMPLE:
-            # A few channels show at once, where all of them would take minutes, that nothing fits.
+            # If the tolerance can't be met, a few channels show it at once; all of them take minutes.
             chosen = torch.linspace(0, len(k) - 1, _SAMPLE, device=k.device).round().long()
             balanced(k[chosen], tolerance=tolerance, poles=poles, window_taps=window_taps, finite=finite)
         width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
@@ -142,23 +149,24 @@ def balanced(
             fits.append((f, *_fit(problem, modes, tolerance)))
         n = max(found for _, _, found in fits)
         params = _per_channel([(f, realization) for f, realization, _ in fits], n)
-    return _behind_window(k, params.poles, window_taps) if window_taps else params
+    return _after_window(k, params.poles, window_taps) if window_taps else params
 
 
 class Problem(NamedTuple):
-    """What is fitted, G problems at once."""
+    """Taps to fit, for G problems at once."""
 
     f: Tensor
-    """(combinations of) the taps behind the window, (G, R, T)"""
+    """Taps after the window, or linear combinations of their channels, (G, R, T)."""
     norm: Tensor
-    """(G,) of those taps, before they were combined"""
+    """Norms of the taps after the window, before channels were combined, (G,)."""
     whole: Tensor
-    """(G,) of all taps: what errors are relative to"""
+    """Norms of all taps, which errors are relative to, (G,)."""
     finite: bool
+    """Whether the taps are zero from lag T on."""
 
 
 def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realization, int]:
-    """A realization and the order to use."""
+    """Return a realization and the order to use: ``order``, or the smallest that meets ``tolerance``."""
     if order is not None:
         realization = realize(problem.f, order, problem.finite)
         return realization, min(order, realization.start.shape[1])
@@ -166,7 +174,7 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
     for limit in (32, MAX_ORDER):
         realization = realize(problem.f, limit, problem.finite)
         largest = realization.start.shape[1]
-        # Upwards: states beyond the taps' own rank are noise, and fit worse.
+        # From small orders upwards, because states beyond the rank of the taps are noise and fit worse.
         while tried < largest:
             tried = min(max(tried + 1, tried * 3 // 2), largest)
             error = _error(problem, realization, tried)
@@ -175,13 +183,14 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
                 return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
     raise UserError(
-        f"tolerance {tolerance:g} can't be met: order {tried} leaves a relative error of {reached:.1e}",
+        f"tolerance {tolerance:g}: can't be met, the smallest relative error up to order {tried} is "
+        f"{reached:.1e}",
         "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
     )
 
 
 def _bisect(problem: Problem, realization: Realization, tolerance: float, low: int, high: int) -> int:
-    """The smallest order above ``low`` that meets the tolerance; ``high`` does."""
+    """Return the smallest order above ``low`` that meets the tolerance, given that ``high`` meets it."""
     while high - low > 1:
         middle = (low + high) // 2
         if _error(problem, realization, middle) <= tolerance:
@@ -192,13 +201,13 @@ def _bisect(problem: Problem, realization: Realization, tolerance: float, low: i
 
 
 def _error(problem: Problem, realization: Realization, order: int) -> float:
-    """Relative error of the best fit at an order, of the worst problem: what the states don't span."""
+    """Return the relative error of the least-squares fit at an order, the largest over the problems."""
     f = problem.f
     basis = torch.linalg.qr(realization.states(order, f.shape[2]))[0]
     missed = (f - (f @ basis) @ basis.transpose(1, 2)).square().sum((1, 2))
-    left_out = (problem.norm.square() - f.square().sum((1, 2))).clamp(min=0)
+    dropped = (problem.norm.square() - f.square().sum((1, 2))).clamp(min=0)
     tiny = torch.finfo(torch.float64).tiny
-    return float(((missed + left_out) / problem.whole.square().clamp(min=tiny)).max().sqrt())
+    return float(((missed + dropped) / problem.whole.square().clamp(min=tiny)).max().sqrt())
 
 
 def _shared(realization: Realization, order: int, k: Tensor) -> SSMParams:
@@ -223,7 +232,7 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
         poles.append(torch.view_as_real(lam).transpose(1, 2))
         residues.append(torch.view_as_real(c).transpose(1, 2))
     modes = max(part.shape[2] for part in poles)
-    # Channels with more real poles have more modes: the others get modes that do nothing.
+    # Channels with more real poles have more modes. The others are padded with modes of residue zero.
     padded = [
         torch.cat([torch.nn.functional.pad(part, (0, modes - part.shape[2])) for part in parts])
         for parts in (poles, residues)
@@ -231,11 +240,11 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
     return SSMParams(padded[1].new_zeros(len(padded[1]), 0), *padded)
 
 
-def _behind_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
-    """Residues by least squares on the lags from ``width`` on; the window takes what they leave before.
+def _after_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
+    """Fit residues to the lags from ``width`` on by least squares; window taps correct the lags before.
 
-    Not lam^-P times those of the tail: a pole that is dead by lag P would get a residue as large as its
-    power is small. The singular values that belong to such poles are dropped.
+    The residues of the tail times lam^-P are no alternative: a pole that has decayed by lag P would get a
+    huge residue. The singular values that belong to such poles are dropped.
     """
     channels = k.shape[0]
     params = SSMParams(
@@ -257,13 +266,14 @@ def _behind_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
 
 
 def _modal(realization: Realization, order: int) -> tuple[Tensor, Tensor]:
-    """Poles (G, M), one of each conjugate pair, and the map (G, N, M) from output weights to residues."""
+    """Return poles (G, M), one per conjugate pair, and the map (G, N, M) from output weights to residues."""
     matrix = realization.truncated(order)
     lam, vectors = torch.linalg.eig(matrix)
     start = realization.start[:, :order].to(lam.dtype)
     gain = torch.linalg.solve(vectors, start.unsqueeze(2)).squeeze(2)
     kept = lam.imag >= 0
-    # Those of a pair that are dropped go last and become zero; a kept one stands for both.
+    # Poles with a negative imaginary part are sorted to the end and zeroed; the weight of their conjugates
+    # is doubled instead.
     index = torch.argsort(kept.int(), dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
     weight = torch.where(lam.imag > 0, 2.0, 1.0) * kept
     modal = vectors * (gain * weight).unsqueeze(1)

@@ -1,4 +1,8 @@
-"""What a conversion costs and how far it is off: measured on the stored numbers, never estimated."""
+"""Certificate of a conversion: its sizes, and its errors measured on the stored parameters, never estimated.
+
+No recurrence of order N has a Hankel-norm error below the (N+1)-st Hankel singular value of the kernel
+(Adamyan, Arov, Krein 1971). The Hankel ratio is the measured error over that bound.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +24,36 @@ from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
 EXTENT = 4
-"""errors past the horizon are looked for up to so many horizons"""
+"""Errors are measured up to this multiple of the horizon."""
 LARGEST_RATIO_ORDER = 256
-"""above this order no Hankel ratio is worked out: the singular value would be rounding"""
+"""No Hankel ratio is computed from this order on, because the singular value would be rounding error."""
 KV_CONTEXT = 2048
-"""tokens of the Transformer's cache that state sizes are compared with"""
+"""Context length of the Transformer's KV cache that state sizes are compared with, in tokens."""
 USELESS_L1 = 0.5
-"""L1 error that no conversion within its tolerance comes near, and one that is wrong past its horizon does"""
+"""Relative l1 error above which a recurrence is wrong past its horizon. Conversions that meet their tolerance
+stay far below it."""
 _RANK = 128
 
 
 def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | None:
-    """In words, what is wrong past the horizon: the kernel goes on there, or the recurrence does where
-    the kernel is over. None if neither matters."""
-    # A kernel's own recurrence knows of no horizon.
+    """Return a warning if outputs past the horizon are wrong, else None.
+
+    They are if the kernel extends past the horizon, or if the recurrence does and the kernel does not.
+    """
+    # A companion recurrence is exact at every lag.
     layers = [layer for layer in layers if layer.method != "companion"]
     worst = max((layer.tail_energy for layer in layers), default=0.0)
     if worst > ROUNDING**2:
         return (
-            f"the horizon of {horizon} leaves {worst**0.5:.1e} of the kernel's norm outside: from "
-            f"lag {horizon} on outputs will differ from the parallel model's; use --horizon auto"
+            f"the horizon of {horizon} lags omits {worst**0.5:.1e} of the kernel's norm: from position "
+            f"{horizon} on outputs will differ from the parallel model's; use --horizon auto"
         )
     beyond = max((layer.l1_error for layer in layers), default=0.0)
     if beyond > USELESS_L1:
         return (
-            f"from lag {horizon} on, where the kernel is over, this recurrence goes on: outputs may "
-            f"be off by {beyond:.1f} times the largest there can be; use --method auto or window"
+            "this recurrence is not negligible past the horizon, where the kernel is: from position "
+            f"{horizon} on outputs may be off by {beyond:.1f} times the largest possible output; "
+            "use --method auto or window"
         )
     return None
 
@@ -53,12 +61,14 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
 def measure(
     model: CausalLM, layers: list[LayerConversion], *, method: str, horizon: int, seconds: float
 ) -> ModelReport:
-    """Compare every converted layer with the kernel it came from.
+    """Compare every converted layer with its kernel, and return the report of the model.
 
     Args:
-        model: the trained model, in its parallel form.
-        layers: its converted convolutions.
-        method, horizon, seconds: how they were asked for, and how long that took.
+        model: Trained model, in its parallel form.
+        layers: Converted convolutions of the model, in the order of its layers.
+        method: Requested method.
+        horizon: Horizon of the conversion in lags.
+        seconds: Duration of the conversion in seconds.
     """
     reports = []
     for kernel, converted in zip(kernels(model), layers, strict=True):
@@ -66,7 +76,7 @@ def measure(
             k = kernel(EXTENT * horizon)
         if bool(torch.isfinite(k).all()):
             reports.append(certify(k, converted, horizon))
-        else:  # a kernel that grows without bound, as one with poles outside the unit circle
+        else:  # The kernel grows without bound, for example because of poles outside the unit circle.
             reports.append(replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0))
     report = _sizes(model.config, horizon)
     report.method, report.layers, report.seconds = method, reports, seconds
@@ -76,20 +86,22 @@ def measure(
 
 
 def describe(converted: CausalLM) -> ModelReport:
-    """The report of a converted model whose trained form is not at hand: its sizes, and that no error was
-    measured. What is right beyond the training length is unknown, so that stands for the horizon."""
+    """Return the report of a converted model whose trained model is not available: sizes and a warning.
+
+    The horizon is the training length, because the accuracy past it is unknown.
+    """
     length = converted.config.max_length
     report = _sizes(converted.config, length)
     report.state_bytes = sum(recurrence.state_bytes(params) for params in recurrences(converted))
     report.warning = (
-        f"errors were not measured, because the model was saved in its converted form: past {length} tokens, "
-        "the training length, outputs may differ from the trained model's"
+        "errors were not measured, because the model was converted before it was saved: past the training "
+        f"length of {length} tokens, outputs may differ from the trained model's"
     )
     return report
 
 
 def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
-    """A report with nothing in it but what the configuration says."""
+    """Return a report that holds only the sizes that follow from the configuration."""
     channels = config.n_layers * config.expand * config.d_model
     published = 2 * ((config.max_length + 1) // 2)
     return ModelReport(
@@ -108,13 +120,13 @@ def certify(k: Tensor, converted: LayerConversion, horizon: int) -> ConversionRe
     """Compare the effective taps of a recurrence with the true ones.
 
     Args:
-        k: true taps (E, T), as far as errors are to be looked for; T >= horizon.
-        converted: the recurrence.
-        horizon: lags that it was made for.
+        k: True taps (E, T), T >= horizon. Errors are measured at all T lags.
+        converted: Recurrence to certify.
+        horizon: Number of lags that the recurrence is meant to match.
     """
     params = converted.params
     tiny = torch.finfo(torch.float64).tiny
-    # The errors themselves are kept only for the ratio: 16,384 x 16,384 of them take a gigabyte.
+    # Only the Hankel ratio needs the errors of all channels at once: 16,384 x 16,384 take a gigabyte.
     error = torch.empty_like(k[:, : 2 * horizon]) if _has_ratio(params, k.shape[1]) else None
     squares, l1_error, tail = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0, 0.0
     for part, block in channel_blocks(k):
@@ -145,16 +157,16 @@ def _has_ratio(params: Params, lags: int) -> bool:
 
 
 def _hankel_ratio(k: Tensor, error: Tensor, params: Params) -> float | None:
-    # The half of the Hankel matrix that the taps determine: nothing is assumed past the last one,
-    # and no matrix of rank N comes closer than the (N+1)-st singular value of that half either.
+    # Only the part of the Hankel matrix that the taps determine, so that nothing is assumed past the last
+    # tap. The bound holds for it too: no matrix of rank N comes closer than its (N+1)-st singular value.
     columns = (k.shape[1] + 1) // 2
     sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), params.order() + 1, columns)[0][0]
     leading = compress(error, _RANK, drop=1e-3)
-    # Float32 rounding, of the taps or of the residues, is spread over all channels: no few
-    # combinations hold it, and its singular values say nothing about the kernel.
+    # Float32 rounding of taps or residues is spread over all channels. A few linear combinations don't
+    # capture it, and its singular values say nothing about the kernel.
     total = sum(float(block.square().sum()) for _, block in channel_blocks(error))
     if float(sigma[-1]) < 10 * ROUNDING * float(sigma[0]) or float(leading.square().sum()) < 0.8 * total:
         return None
-    # Its norm is the gain from past inputs to future outputs.
+    # The Hankel norm of the error is its gain from past inputs to future outputs.
     norm = hankel_svd(leading.unsqueeze(0), 1, columns)[0]
     return float(norm.max()) / float(sigma[-1])

@@ -1,4 +1,7 @@
-"""Kernels to recurrences, one layer or any module tree, without training and without data."""
+"""Conversion of kernels to recurrences, for a single kernel or all layers of any module tree.
+
+The methods need neither training nor data; :mod:`tnnlm.conversion.methods` lists them.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,25 @@ from tnnlm.models.surgery import M, attach, kernels
 from tnnlm.modules import LongConv
 
 _FIRST_LENGTH = 512
-"""lags that the search for a horizon starts at where no training length is known"""
+"""Lags at which the search for a horizon starts if the training length is unknown."""
 
 
 def convert_kernel(
     kernel: Kernel, recipe: ConversionConfig, horizon: int, progress: Progress = silent
 ) -> LayerConversion:
-    """The recurrence for ``kernel`` at lags below ``horizon``.
+    """Return the recurrence that matches ``kernel`` at lags below ``horizon``.
 
-    The taps are those that training used, bit for bit; the algebra on them is in float64; what
-    is returned is stored in the taps' dtype (at least float32), poles in float64.
+    The taps are bit-identical to those that training uses. The algebra on them is in float64; the
+    parameters are stored in the dtype of the taps (at least float32), poles in float64.
 
     Raises:
-        UserError: for taps that are not finite, and settings that don't fit them.
+        UserError: If the taps are not finite, or the settings don't fit them.
     """
     with torch.no_grad():
         k = kernel(2 * horizon)
         finite = tail_energy(k, horizon) <= ROUNDING**2
         own = kernel.recurrence()
-        if own is not None:  # it may hold the very parameters that train
+        if own is not None:  # Its tensors may be trainable parameters of the kernel.
             own = type(own)(*(tensor.detach() for tensor in own))
         source = Source(k[:, :horizon], kernel.decay, own, finite)
         return convert(source, recipe, progress)
@@ -46,16 +49,16 @@ def convert_kernel(
 def convert_layers(
     model: nn.Module, recipe: ConversionConfig, progress: Progress = silent, max_length: int | None = None
 ) -> tuple[int, list[LayerConversion]]:
-    """The horizon, and the recurrence of every layer by ``recipe``.
+    """Return the horizon and the recurrence of every layer of a model.
 
     Args:
-        model: in its parallel form.
-        recipe: method, horizon, tolerance and the like.
-        progress: wraps what takes long, for a bar.
-        max_length: as for :func:`convert_model`.
+        model: Model in its parallel form.
+        recipe: Method, horizon, tolerance and further settings of the conversion.
+        progress: Progress bar for long loops.
+        max_length: Training length in steps, see :func:`convert_model`.
 
     Raises:
-        UserError: if the model is converted already, or a kernel can't be converted.
+        UserError: If the model is already converted, or a kernel can't be converted.
     """
     if max_length is None and isinstance(model, Backbone):
         max_length = model.config.max_length
@@ -65,13 +68,20 @@ def convert_layers(
 def convert_kernels(
     found: Sequence[Kernel], max_length: int | None, recipe: ConversionConfig, progress: Progress = silent
 ) -> tuple[int, list[LayerConversion]]:
-    """As :func:`convert_layers`, for kernels, one per layer, of a model that is not at hand as a whole.
+    """Return the horizon and the recurrence of every kernel, as :func:`convert_layers` does for a model.
 
-    ``max_length``: the training length, None if it is unknown.
+    Args:
+        found: Kernels, one per layer.
+        max_length: Training length in steps; None if it is unknown.
+        recipe: Method, horizon, tolerance and further settings of the conversion.
+        progress: Progress bar for long loops.
+
+    Raises:
+        UserError: If a kernel can't be converted.
     """
     n = _horizon(found, max_length, recipe.horizon)
     layers = []
-    for index, kernel in enumerate(progress(found, f"{recipe.method}, layers")):
+    for index, kernel in enumerate(progress(found, f"converting layers ({recipe.method})")):
         try:
             layers.append(convert_kernel(kernel, recipe, n, progress))
         except UserError as error:
@@ -90,24 +100,27 @@ def convert_model(
     """Replace every :class:`~tnnlm.modules.LongConv` in ``model`` by its recurrence.
 
     Args:
-        model: a :class:`~tnnlm.models.causal_lm.CausalLM`, or any module with long convolutions at any depth.
-            All else in it stays as it is.
-        recipe: how; None makes one of ``options``.
-        max_length: the training length in steps, of which a kernel that never decays is converted; None
-            takes it from the configuration of a ``CausalLM``, other modules may do without.
-        inplace: change ``model`` itself instead of a copy.
-        options: fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
+        model: A :class:`~tnnlm.models.causal_lm.CausalLM`, or any module that contains long convolutions at
+            any depth. The weights of its other submodules are unchanged.
+        recipe: Settings of the conversion; None builds them from ``options``.
+        max_length: Training length in steps, the horizon of kernels that never decay. None takes it from
+            the configuration of a ``CausalLM``; other modules need it only for such kernels.
+        inplace: Convert ``model`` itself instead of a copy.
+        options: Fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
 
     Returns:
-        the converted copy, or ``model``, in eval mode and without gradients. Each convolution in it is a
+        Converted copy, or ``model`` itself, in eval mode and without gradients. Its convolutions are
         :class:`~tnnlm.modules.RecurrentConv` with ``init_state``, ``prefill`` and ``step``.
 
     Raises:
-        UserError: if there is no long convolution in ``model``, as in one that is converted already, or a
-            kernel can't be converted.
+        UserError: If ``model`` contains no long convolution, for example because it is already converted,
+            or a kernel can't be converted.
     """
     if isinstance(model, LongConv):
-        raise UserError("a LongConv alone can't be replaced", "convert the module around it, or a Sequential")
+        raise UserError(
+            "model: a LongConv alone can't be replaced",
+            "pass the module that contains it, or wrap it in nn.Sequential",
+        )
     _, layers = convert_layers(model, recipe or ConversionConfig(**options), max_length=max_length)
     return attach(model, [converted.params for converted in layers], inplace=inplace)
 
@@ -120,8 +133,8 @@ def _horizon(found: Sequence[Kernel], max_length: int | None, horizon: int | str
         lags = auto_horizon(kernel, max_length or _FIRST_LENGTH) or max_length
         if lags is None:
             raise UserError(
-                f"layer {index}: its kernel does not decay within {MAX_HORIZON} lags",
-                "give max_length, the training length, or a horizon",
+                f"layer {index}: the kernel does not decay within {MAX_HORIZON} lags",
+                "set max_length to the training length, or set horizon",
             )
         needed.append(lags)
     return max(needed)

@@ -1,8 +1,8 @@
-"""Exact Toeplitz-to-SSM conversion, the published closed form (arXiv 2311.08756, algorithm 1).
+"""Exact Toeplitz-to-SSM conversion (ETSC), the published closed form (arXiv 2311.08756, algorithm 1).
 
-n taps t and the balancing tap t_n = -sum t have a discrete Fourier transform of length n + 1
-whose mode 0 vanishes; the other n modes are poles on the (n+1)-st roots of unity that reproduce
-t exactly at lags below n. At lag n the recurrence gives t_n, and from n + 1 on it repeats.
+The n taps t and the balancing tap t_n = -sum t have a discrete Fourier transform of length n + 1
+whose mode 0 vanishes. The other n modes have poles on the (n+1)-st roots of unity and reproduce
+t exactly at lags below n. The effective tap at lag n is t_n, and from lag n + 1 on the taps repeat.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from tnnlm.ops.ssm import SSMParams
 
 
 def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
-    """Convert taps to a recurrence that reproduces them all.
+    """Convert taps to a recurrence that reproduces all of them exactly.
 
-    With a decay the un-decayed taps t[i] = k[i] / decay^i are converted and the poles multiplied
-    by the decay, so that what comes after lag n fades: at lag n the tap is -decay^n sum(t), from
-    n + 1 on decay^i t[i mod (n + 1)].
+    With a decay, the un-decayed taps t[i] = k[i] / decay^i are converted and the poles are multiplied
+    by the decay, so that the repetition past lag n decays: the effective tap at lag n is
+    -decay^n sum(t), and decay^i t[i mod (n + 1)] at lags i > n.
 
     Args:
-        k: taps (E, n), n >= 1, finite.
-        decay: per-channel decay (E,) in (0, 1], or None.
+        k: Taps (E, n), n >= 1, finite.
+        decay: Decay per channel, (E,), in (0, 1], or None.
 
     Returns:
-        parameters in the dtype of ``k``, worked out in float64, with ceil(n / 2) modes: pairs
-        folded, poles shared by all channels if their decays are equal.
+        Parameters in the dtype of ``k`` (poles in float64), computed in float64. They have ceil(n / 2)
+        modes, one per conjugate pair; all channels share the poles if their decays are equal.
 
     Raises:
-        ValueError: for empty or non-finite taps, or a decay outside (0, 1].
+        ValueError: If the taps are empty or not finite, or a decay is outside (0, 1].
     """
     channels, n = k.shape
     if n < 1 or not bool(torch.isfinite(k).all()):
-        raise ValueError("etsc needs at least one tap, and finite taps")
+        raise ValueError("k: expected at least one tap, and finite taps")
     rate = torch.ones(channels, dtype=torch.float64, device=k.device) if decay is None else decay.double()
     if not bool(((rate > 0) & (rate <= 1)).all()):
-        raise ValueError("etsc needs decays in (0, 1]")
+        raise ValueError("decay: expected values above 0 and at most 1")
     unit = roots_of_unity(n + 1, k.device)[:, 1:]
     weight = torch.full_like(unit[0], 2.0 / (n + 1))
     if n % 2 == 1:
-        # n + 1 is even: the last mode is the real pole -1, which has no partner.
+        # n + 1 is even, so the last mode is the real pole -1, which has no conjugate.
         weight[-1] = 1.0 / (n + 1)
     shared = bool((rate == rate[0]).all())
     poles = unit * rate[0] if shared else unit * rate[:, None, None]
@@ -51,18 +51,18 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
     for part, block in channel_blocks(k):
         params.residues[part] = _residues(block, rate[part], weight)
         if k.dtype == torch.float64:
-            # Poles are off by rounding, and lag n multiplies that: one step of iterative refinement
-            # fits the residues to the poles as they are. In float32 their own rounding is larger.
+            # Rounding errors of the poles grow with the lag. One step of iterative refinement fits the
+            # residues to the rounded poles. In float32, rounding of the residues is larger than that.
             rest = block - params.channels_of(part).taps(n)
             params.residues[part] += _residues(rest, rate[part], weight)
     return params
 
 
 def _residues(k: Tensor, rate: Tensor, weight: Tensor) -> Tensor:
-    """Planes (E, 2, N): the balanced, un-decayed taps' discrete Fourier transform, a pair counted once."""
+    """Return residues (E, 2, N): Fourier coefficients of the balanced, un-decayed taps times ``weight``."""
     lags = torch.arange(k.shape[1], dtype=torch.float64, device=k.device)
     envelope = rate[:, None] ** lags
-    # Where the envelope itself has underflowed the tap is zero for every purpose.
+    # Taps at lags where the envelope underflows are negligible.
     usable = envelope > torch.finfo(torch.float64).tiny
     t = torch.where(usable, k / envelope.where(usable, torch.ones_like(envelope)), 0.0)
     spectrum = torch.fft.rfft(torch.cat((t, -t.sum(1, keepdim=True)), dim=1))[:, 1:] * weight
@@ -70,14 +70,14 @@ def _residues(k: Tensor, rate: Tensor, weight: Tensor) -> Tensor:
 
 
 def roots_of_unity(n: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin of 2 pi m / n for m = 0 .. n // 2 as planes (2, n // 2 + 1), to the last digit of float64.
+    """Return cos and sin of 2 pi m / n for m = 0 .. n // 2, (2, n // 2 + 1), to the last digit of float64.
 
-    The angle itself is rounded at most at pi / 4: integers fold it into the first octant. Rounding
-    2 pi m / n directly costs three times as much, and an integer ``arange`` times a complex number is
-    complex64, good to 2e-4 only.
+    Integer arithmetic folds every angle into the first octant, so that no angle above pi / 4 is rounded.
+    Rounding 2 pi m / n directly gives three times the error, and an integer ``arange`` times a complex
+    number is complex64, which is accurate to 2e-4 only.
     """
     m = torch.arange(n // 2 + 1, device=device)
-    # In eighths of a turn, m = 8 m / n of them: odd octants are counted back from their end.
+    # The angle is 8 m / n octants. In odd octants it is measured back from the end of the octant.
     octant = 8 * m // n
     folded = torch.where(octant % 2 == 0, 8 * m - octant * n, (octant + 1) * n - 8 * m)
     angle = folded.double() * (math.pi / 4) / n

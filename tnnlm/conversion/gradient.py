@@ -1,8 +1,8 @@
-"""Fitting a recurrence by gradient descent: the baseline that the ETSC paper compares with.
+"""Recurrence fitted by gradient descent, the baseline that the ETSC paper compares with (arXiv 2311.08756).
 
-Adam on the poles and residues of ``order`` real state numbers per channel, on the relative squared
-error of the taps. Poles are kept inside the unit circle by their parametrisation, radius
-exp(-exp(a)) and a free angle. Slow, and worse than the closed forms: that is what it is here for.
+Adam minimises the relative squared error of the taps over poles and residues. The parametrisation keeps
+poles inside the unit circle: radius exp(-exp(a)) and a free angle. This baseline is slower and less
+accurate than the methods in closed form.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from tnnlm.ops.ssm import SSMParams
 def gradient(
     k: Tensor, *, order: int, steps: int = 2000, lr: float = 1e-2, progress: Progress = silent
 ) -> SSMParams:
-    """Fit shared poles and per-channel residues to taps.
+    """Fit shared poles and per-channel residues to taps with Adam.
 
     Args:
-        k: taps (E, T), finite.
-        order: real state numbers per channel; an odd one is rounded up to whole conjugate pairs.
-        steps: of Adam.
-        lr: its learning rate, annealed to zero along a cosine.
-        progress: wraps the steps, for a bar.
+        k: Taps (E, T), finite.
+        order: Real state numbers per channel; odd numbers are rounded up to whole conjugate pairs.
+        steps: Number of Adam steps.
+        lr: Initial learning rate, annealed to zero by a cosine schedule.
+        progress: Progress bar for the steps.
 
     Returns:
-        parameters in float64: the best of all steps.
+        Parameters in float64, of the step with the smallest error.
     """
     k, modes = k.detach().double(), (order + 1) // 2
     channels, length = k.shape
     norm = k.norm().clamp(min=torch.finfo(torch.float64).tiny)
     generator = torch.Generator(k.device).manual_seed(0)
-    # Radii whose memories spread evenly over the lags, angles over the half circle.
+    # Memory lengths, in lags, are spaced logarithmically from 1 to a quarter of the taps; angles are spaced
+    # evenly over the first octant.
     memory = torch.logspace(0, math.log10(max(length / 4, 2)), modes, dtype=torch.float64, device=k.device)
     damping = (1 / memory).log().requires_grad_()
     angle = (
@@ -50,7 +51,7 @@ def gradient(
     lags = torch.arange(length, dtype=torch.float64, device=k.device)
     best = math.inf
     kept: list[Tensor] = [damping, angle, residues]
-    for _ in progress(range(steps), "gradient, steps"):
+    for _ in progress(range(steps), "gradient steps"):
         optimizer.zero_grad()
         radius = torch.exp(-damping.exp()[:, None] * lags)
         basis = torch.stack(

@@ -1,4 +1,4 @@
-"""How many lags a recurrence must get right: until what remains of the kernel is float32 rounding."""
+"""Horizon of a kernel: the number of lags after which the remaining kernel is float32 rounding."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from tnnlm.kernels import Kernel
 
 MAX_HORIZON = 16_384
-"""lags that ``auto_horizon`` looks at"""
+"""Number of lags after which ``auto_horizon`` gives up if the kernel has not decayed."""
 
 ROUNDING = torch.finfo(torch.float32).eps
-"""largest share of a channel's norm that may lie past the horizon"""
+"""Largest share of a channel's norm that may remain past the horizon: float32 rounding."""
 
 
 def tail_energy(k: Tensor, horizon: int) -> float:
-    """Share of the energy of taps k (E, L) at lags from ``horizon`` on, of the worst channel."""
+    """Return the largest share of a channel's energy at lags from ``horizon`` on, for taps k (E, L)."""
     energy = k.double().square()
     total = energy.sum(1)
     tail = energy[:, horizon:].sum(1)
@@ -23,14 +23,14 @@ def tail_energy(k: Tensor, horizon: int) -> float:
 
 
 def auto_horizon(kernel: Kernel, start: int) -> int | None:
-    """Smallest horizon past which every channel's remaining energy is below float32 rounding, squared.
+    """Return the smallest horizon past which every channel has at most ``ROUNDING`` of its norm.
 
     Args:
-        kernel: evaluated without gradient, on lengths that double from ``start``.
-        start: first length to look at, usually the training length.
+        kernel: Kernel, which is evaluated without gradients at lengths that double.
+        start: Largest horizon of the first attempt in lags, usually the training length.
 
     Returns:
-        the horizon, or None if the kernel has not died out by ``MAX_HORIZON`` lags.
+        Horizon in lags, or None if the kernel has not decayed after ``MAX_HORIZON`` lags.
     """
     length = max(2 * start, 2)
     while True:
@@ -39,7 +39,7 @@ def auto_horizon(kernel: Kernel, start: int) -> int | None:
         remaining = energy.flip(1).cumsum(1).flip(1)
         needed = (remaining > ROUNDING**2 * remaining[:, :1]).sum(1)
         horizon = max(1, int(needed.max()))
-        # The second half must be empty, or the kernel may simply not have been seen to its end.
+        # If the kernel has not decayed in the first half, it may extend past the evaluated length.
         if horizon <= length // 2 and bool(torch.isfinite(remaining[:, 0]).all()):
             return horizon
         if length >= 2 * MAX_HORIZON:

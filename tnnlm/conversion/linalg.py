@@ -1,10 +1,11 @@
-"""Block Hankel matrices of taps, by FFT and randomised linear algebra: never formed.
+"""Randomised linear algebra on block Hankel matrices of taps, by FFT and without materialising them.
 
-The block Hankel matrix of taps f (R, T) has the block f[:, i + j] in row i and column j, zeros
-where i + j >= T. It maps past inputs to future outputs. Its singular values bound every
-recurrence: none of order N has a Hankel-norm error below the (N+1)-st (Adamyan, Arov, Krein 1971).
+The block Hankel matrix of taps f (R, T) has the block f[:, i + j] in row i and column j, and zeros
+where i + j >= T. It maps past inputs to future outputs. Its singular values bound every recurrence:
+none of order N has a Hankel-norm error below the (N+1)-st (Adamyan, Arov, Krein 1971).
 A leading axis G holds independent problems: one per channel, or a single one for all channels.
-Float64 algebra on 16,384 x 16,384 float32 taps fits in a few gigabytes: channels are taken in blocks.
+Channels are processed in blocks, so that float64 algebra on 16,384 x 16,384 float32 taps fits in a
+few gigabytes.
 """
 
 from __future__ import annotations
@@ -17,30 +18,34 @@ from torch import Tensor
 from tnnlm.ops.toeplitz import fft_length
 
 CHANNELS = 256
-"""channels that are held in float64 at a time"""
+"""Number of channels that are converted to float64 at once."""
 _SPECTRUM_BYTES = 1 << 25
-"""of spectra at a time"""
+"""Memory for the spectra that are computed at once, in bytes."""
 _ITERATIONS = 4
-"""of subspace iteration: Hankel singular values fall fast"""
+"""Number of subspace iterations. A few suffice, because Hankel singular values decay fast."""
 
 
 def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Taps (E, T) in float64, some channels at a time: 16,384 x 16,384 taps take 2 GB in all."""
+    """Yield slices of channels with their taps in float64, of taps (E, T).
+
+    Blocks limit the memory, because all of 16,384 x 16,384 taps take 2 GB in float64.
+    """
     for start in range(0, k.shape[0], CHANNELS):
         part = slice(start, min(start + CHANNELS, k.shape[0]))
         yield part, k[part].double()
 
 
 def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
-    """The leading combinations of channels, (R, T) in float64, by randomised SVD.
+    """Return the leading linear combinations of channels, (R, T) in float64, by randomised SVD.
 
-    Orthonormal combinations keep norms, singular values of the Hankel matrix and its right
-    singular vectors, so far as the rest of the taps is small. Halko, Martinsson, Tropp 2011.
+    The method is that of Halko, Martinsson and Tropp (2011). The combinations are orthonormal, so norms,
+    singular values of the Hankel matrix and its right singular vectors are preserved, up to the part of
+    the taps that is dropped.
 
     Args:
-        k: taps (E, T).
-        rank: R at the most.
-        drop: share of the norm that may be left out for a smaller R.
+        k: Taps (E, T).
+        rank: Largest number of combinations R.
+        drop: Largest share of the norm to drop in favour of a smaller R.
     """
     channels, length = k.shape
     generator = torch.Generator(k.device).manual_seed(0)
@@ -54,13 +59,13 @@ def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
     image = torch.linalg.qr(torch.cat([block @ basis for _, block in channel_blocks(k)]))[0]
     small = sum_over_channels(k, image).T
     energy, left = torch.linalg.eigh(small @ small.T)
-    # Ascending: what is left out is a beginning of the cumulated energies.
+    # Energies are in ascending order: combinations whose cumulative energy is small are dropped.
     needed = int((energy.clamp(min=0).cumsum(0) > drop**2 * energy.sum()).sum())
     return left.flip(1).T[: max(1, min(rank, needed))] @ small
 
 
 def sum_over_channels(k: Tensor, weights: Tensor) -> Tensor:
-    """k^T weights: (E, T), (E, q) -> (T, q), some channels at a time."""
+    """Return k^T weights, (T, q), for taps (E, T) and weights (E, q), computed in blocks of channels."""
     total = torch.zeros(k.shape[1], weights.shape[1], dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
         total.addmm_(block.T, weights[part])
@@ -68,10 +73,10 @@ def sum_over_channels(k: Tensor, weights: Tensor) -> Tensor:
 
 
 def gram_product(f: Tensor, x: Tensor) -> Tensor:
-    """H^T H x for taps f (G, R, T) and x (G, W, q), in float64.
+    """Return H^T H x in float64, for the Hankel matrix H of taps f (G, R, T) and x (G, W, q).
 
-    With W = T columns the taps are zero from T on; with fewer, H has the T - W + 1 rows that are
-    known to the end.
+    With W = T columns, the taps are taken as zero from lag T on. With fewer columns, H has only the
+    T - W + 1 rows whose entries are all known.
     """
     length, columns = f.shape[2], x.shape[1]
     rows = length if columns == length else length - columns + 1
@@ -80,7 +85,7 @@ def gram_product(f: Tensor, x: Tensor) -> Tensor:
     width = max(1, _SPECTRUM_BYTES // (16 * spectrum.numel()))
     parts = []
     for block in x.transpose(1, 2).split(width, dim=1):
-        # Correlations: (H x)[i] = sum_j f[i + j] x[j], and the same once more with the outputs.
+        # Both products are correlations: (H x)[i] = sum_j f[i + j] x[j], and likewise for H^T.
         image = torch.fft.irfft(spectrum.unsqueeze(2) * torch.fft.rfft(block, n=n).conj().unsqueeze(1), n=n)
         seen = torch.fft.rfft(image[..., :rows], n=n).conj()
         back = torch.fft.irfft((spectrum.unsqueeze(2) * seen).sum(1), n=n)
@@ -89,16 +94,16 @@ def gram_product(f: Tensor, x: Tensor) -> Tensor:
 
 
 def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
-    """Leading Hankel singular values (G, q) and right singular vectors (G, W, q) of taps f (G, R, T).
+    """Return leading Hankel singular values (G, q) and right singular vectors (G, W, q) of taps f (G, R, T).
 
     Args:
-        f: taps in float64.
-        rank: how many are wanted; q is that or W.
-        columns: W, columns of the Hankel matrix; T if None.
+        f: Taps in float64.
+        rank: Number of singular values to return, q = min(rank, W).
+        columns: Number of columns W of the Hankel matrix; None takes T.
     """
     groups, _, length = f.shape
     width = columns or length
-    wanted = min(rank, width)
+    kept = min(rank, width)
     sampled = min(rank + 16, width)
     generator = torch.Generator(f.device).manual_seed(0)
     x = torch.randn(groups, width, sampled, dtype=torch.float64, device=f.device, generator=generator)
@@ -106,5 +111,5 @@ def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor
         x = torch.linalg.qr(gram_product(f, x))[0]
     small = x.transpose(1, 2) @ gram_product(f, x)
     energy, rotation = torch.linalg.eigh((small + small.transpose(1, 2)) / 2)
-    sigma = energy.clamp(min=0).sqrt().flip(1)[:, :wanted]
-    return sigma, (x @ rotation.flip(2))[..., :wanted]
+    sigma = energy.clamp(min=0).sqrt().flip(1)[:, :kept]
+    return sigma, (x @ rotation.flip(2))[..., :kept]

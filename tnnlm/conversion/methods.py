@@ -1,4 +1,4 @@
-"""Taps to a recurrence by any method: the one place that knows them all."""
+"""Conversion of taps to a recurrence by any method, and the choice among them for method ``auto``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tnnlm.ops.ssm import SSMParams
 
 
 class LayerConversion(NamedTuple):
-    """A recurrence, the method that made it, and why that one."""
+    """Recurrence of one layer, with the method that produced it and the reason for this method."""
 
     params: Params
     method: str
@@ -30,31 +30,31 @@ class LayerConversion(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What is known of a convolution."""
+    """Convolution to convert: its taps, and properties of its kernel."""
 
     k: Tensor
-    """taps (E, T), float32 or float64; all of them count"""
+    """Taps (E, T), float32 or float64, all of which the recurrence is meant to match."""
     decay: Tensor | None = None
-    """per-channel decay (E,) that ETSC moves into the poles"""
+    """Decay per channel, (E,), that ETSC moves into the poles."""
     own: Params | None = None
-    """the recurrence that the kernel has by itself, for ``companion`` and ``auto``"""
+    """Exact recurrence that the kernel defines, if any, for ``companion`` and ``auto``."""
     finite: bool = False
-    """whether the kernel is zero from lag T on, however large its last taps are"""
+    """Whether the kernel is zero from lag T on, even if its last taps are large."""
 
 
 def convert(source: Source, recipe: ConversionConfig, progress: Progress = silent) -> LayerConversion:
     """Convert taps by ``recipe.method``.
 
     Args:
-        source: the convolution; ``recipe.horizon`` is not looked at.
-        recipe: method, order, tolerance and the like.
-        progress: wraps what takes long, for a bar.
+        source: Convolution to convert.
+        recipe: Method, order, tolerance and further settings. ``recipe.horizon`` is ignored.
+        progress: Progress bar for long loops.
 
     Returns:
-        parameters in the dtype of the taps (poles in float64).
+        Recurrence with parameters in the dtype of the taps (poles in float64), and its method.
 
     Raises:
-        UserError: for unusable taps or settings, and for a tolerance that can't be met.
+        UserError: If taps or settings are unusable, or the tolerance can't be met.
     """
     k = source.k
     check_taps(k)
@@ -74,38 +74,40 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
         params = gradient(
             k, order=recipe.order or 16, steps=recipe.gradient_steps, lr=recipe.gradient_lr, progress=progress
         )
-    return LayerConversion(params.to_dtype(k.dtype), recipe.method, "as asked")
+    return LayerConversion(params.to_dtype(k.dtype), recipe.method, "as requested")
 
 
 def check_taps(k: Tensor) -> None:
-    """Refuse taps that no method can use.
+    """Check that taps have shape (E, T) and are finite.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: If they don't have two axes, are empty, or contain NaN or infinity.
     """
     if k.dim() != 2 or 0 in k.shape:
         raise UserError(f"taps of shape {tuple(k.shape)}: expected (channels, lags), at least one of each")
     if not all(bool(torch.isfinite(block).all()) for _, block in channel_blocks(k)):
-        raise UserError("the taps are not finite: the training diverged", "take an earlier checkpoint")
+        raise UserError("the taps are not finite, because the training diverged", "use an earlier checkpoint")
 
 
 def check_recipe(recipe: ConversionConfig, lags: int) -> None:
-    """Refuse settings that no taps can be converted with.
+    """Check the settings of a conversion against their bounds and the number of lags.
 
     Raises:
-        UserError: naming the setting.
+        UserError: If a setting is out of range; the message names it.
     """
     check_settings(recipe, lambda name, value: f"{name.replace('_', ' ')} {value}")
     if recipe.order is not None and recipe.order > lags:
         raise UserError(f"order {recipe.order}: must be from 1 to the horizon, {lags}")
     if recipe.window_taps >= lags:
-        raise UserError(f"window taps {recipe.window_taps}: must be from 0 to below the horizon, {lags}")
+        raise UserError(f"window taps {recipe.window_taps}: must be below the horizon, {lags}")
     if recipe.method == "balanced" and recipe.order is not None and recipe.order <= recipe.window_taps:
-        raise UserError(f"order {recipe.order}: must be above the {recipe.window_taps} window taps it counts")
+        raise UserError(
+            f"order {recipe.order}: must be above the number of window taps, {recipe.window_taps}"
+        )
 
 
 def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams:
-    """Balanced, and measured once more as it is stored: float32 can't hold every tolerance."""
+    """Convert by ``balanced``, and check the tolerance again after rounding to the dtype of the taps."""
     k = source.k
     params = balanced(
         k,
@@ -121,15 +123,15 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
         if reached > recipe.tolerance * (1 + 1e-3):
             kept = str(k.dtype).removeprefix("torch.")
             raise UserError(
-                f"tolerance {recipe.tolerance:g} can't be met: stored in {kept}, order "
-                f"{stored.order()} leaves a relative error of {reached:.1e}",
-                "raise the tolerance, or give window taps",
+                f"tolerance {recipe.tolerance:g}: can't be met, order {stored.order()} stored in {kept} has "
+                f"a relative error of {reached:.1e}",
+                "raise the tolerance, or use --window-taps",
             )
     return stored
 
 
 def relative_error(k: Tensor, params: Params) -> float:
-    """||k - k^|| / ||k|| of the stored numbers, on the lags of k (E, T)."""
+    """Return the relative error ||k - k^|| / ||k|| of stored parameters, on the lags of taps k (E, T)."""
     squares = torch.zeros(2, dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
         difference = block - params.channels_of(part).taps(k.shape[1])
@@ -138,24 +140,27 @@ def relative_error(k: Tensor, params: Params) -> float:
 
 
 def _companion(own: Params | None) -> Params:
-    """The kernel's own recurrence, if it forgets.
+    """Return the recurrence that the kernel defines, if it is stable.
 
     Raises:
-        UserError: if there is none, or it blows up.
+        UserError: If the kernel defines none, or it has a pole outside the unit circle.
     """
     if own is None:
-        raise UserError("this kernel has no recurrence of its own", "use --method balanced, auto or window")
+        raise UserError(
+            "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
+        )
     radius = own.largest_pole()
     if radius >= 1:
         raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle: it would blow up",
+            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle, so the recurrence "
+            "would diverge",
             "use --method window, or train with model.kernel.constraint=montel",
         )
     return own
 
 
 def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
-    """The cheapest that meets the tolerance: fewest state bytes, then multiply-adds per token."""
+    """Return the conversion with the smallest state within the tolerance; multiply-adds break ties."""
     k = source.k
     candidates: dict[str, Params] = {
         "window": window(k).to_dtype(k.dtype),

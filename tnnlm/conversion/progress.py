@@ -1,4 +1,4 @@
-"""Progress bars, for those who want them: conversion itself draws none."""
+"""Optional progress bars for conversion, which shows none by default."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
-"""(items, title) -> the items, shown as they are used; ``tqdm`` with its title makes one"""
+"""Callable (items, title) -> items that shows progress while they are consumed, such as ``tqdm``."""
 
 
 def silent(items: Sequence[Any], title: str) -> Iterable[Any]:
-    """Show nothing."""
+    """Return the items without showing progress."""
     return items

@@ -1,4 +1,4 @@
-"""The public function for any long convolution: taps in, recurrence and certificate out."""
+"""Public function that converts the taps of any long convolution to a recurrence with a certificate."""
 
 from __future__ import annotations
 
@@ -30,34 +30,36 @@ def convert_taps(
     finite: bool = False,
     **options: Any,
 ) -> tuple[SSMParams, ConversionReport]:
-    """Turn the taps of any long convolution into a linear recurrence.
+    """Convert the taps of any long convolution to a linear recurrence.
 
     Args:
-        k: taps, (E, L) or (L,) for a single channel, index = lag; a tensor or anything numpy reads.
-            Give enough of them: until the kernel has died out, if it does.
-        method: ``balanced``, ``auto``, ``etsc``, ``window`` or ``gradient``.
-        tolerance: largest relative error ||k - k^|| / ||k|| for ``balanced`` and ``auto``.
-        order: real state numbers per channel instead of a tolerance.
-        horizon: lags to match; the rest of ``k`` is only compared with. None: all of them.
-        decay: factor per lag, one or one per channel, that ETSC moves into the poles.
-        poles: ``shared`` by all channels, or a set per ``channel``.
-        window_taps: first lags that ``balanced`` keeps exactly, in a window of the last inputs.
-        finite: the kernel is zero past the lags given, however large the last of them.
-        options: more fields of :class:`tnnlm.config.schema.ConversionConfig`.
+        k: Taps (E, L), or (L,) for a single channel, index = lag, as a tensor or anything that numpy can
+            convert to an array. L should cover the kernel until it has decayed, if it decays.
+        method: Conversion method: ``balanced``, ``auto``, ``etsc``, ``window`` or ``gradient``.
+        tolerance: Largest relative error ||k - k^|| / ||k|| for ``balanced`` and ``auto``.
+        order: Real state numbers per channel, used instead of a tolerance.
+        horizon: Number of lags to match; taps from there on are used to measure errors only. None
+            matches all taps.
+        decay: Decay per lag, a scalar or one value per channel, that ETSC moves into the poles.
+        poles: ``shared`` for one set of poles for all channels, ``channel`` for one set per channel.
+        window_taps: Number of first lags that ``balanced`` reproduces exactly, by a window of the last
+            inputs.
+        finite: Whether the kernel is zero past the given taps, even if the last ones are large.
+        options: Further fields of :class:`tnnlm.config.schema.ConversionConfig`.
 
     Returns:
-        the recurrence (with methods ``init_state``, ``prefill``, ``step``), in float32 unless
-        the taps are float64, and what was measured on them.
+        Recurrence with methods ``init_state``, ``prefill`` and ``step``, in float64 if the taps are
+        float64 or integers, else in float32, and its measured certificate.
 
     Raises:
-        UserError: for empty or non-finite taps, an order outside 1 .. horizon, a tolerance that
-            can't be met, a decay outside (0, 1].
+        UserError: If the taps are empty, complex or not finite, the order is outside 1 .. horizon, the
+            tolerance can't be met, or a decay is outside (0, 1].
     """
     taps = k if isinstance(k, Tensor) else torch.from_numpy(np.asarray(k))
     if not taps.is_floating_point():
         taps = taps.to(torch.float64) if not taps.is_complex() else taps
     if taps.is_complex():
-        raise UserError("the taps are complex", "convert their real part")
+        raise UserError("taps: must be real, not complex", "pass their real part")
     taps = taps.unsqueeze(0) if taps.dim() == 1 else taps
     taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
     check_taps(taps)
@@ -69,7 +71,7 @@ def convert_taps(
     )
     with torch.no_grad():
         converted = convert(Source(taps[:, :lags], _per_channel(decay, taps), finite=finite), recipe)
-        assert isinstance(converted.params, SSMParams)  # only kernels have a recurrence of another form
+        assert isinstance(converted.params, SSMParams)  # Other kinds of recurrences come from kernels only.
         return converted.params, certify(taps, converted, lags)
 
 

@@ -1,4 +1,4 @@
-"""``convert.py --verify``: the converted model against the slow, obvious references."""
+"""Checks of ``convert.py --verify``: the converted model compared with slow reference implementations."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
 
 GAP_THRESHOLD = 1e-4
-"""largest |relative perplexity gap| at the training length"""
+"""Largest accepted absolute relative perplexity gap at the training length."""
 CONV_THRESHOLD = 1e-5
-"""largest relative error of a layer's outputs, Python-loop recurrence against dense Toeplitz product"""
+"""Largest accepted relative error of a layer's outputs, recurrence loop against dense Toeplitz product."""
 LOGITS_THRESHOLD = 1e-4
-"""largest difference of step-by-step and parallel logits"""
+"""Largest accepted difference between step-by-step and parallel logits."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: it passes while ``error`` is at most ``threshold``."""
+    """Comparison that passes if ``error`` is at most ``threshold``."""
 
     name: str
     error: float
@@ -29,22 +29,27 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """NaN fails."""
+        """Whether the comparison passes; NaN fails."""
         return self.error <= self.threshold
 
 
 @torch.no_grad()
 def check_layers(model: CausalLM, converted: CausalLM, length: int = 64, tap_error: float = 0.0) -> Check:
-    """Every layer on noise: the loop in complex128 against the dense product in float64.
+    """Compare every layer's recurrence, a loop in complex128, with the dense product in float64, on noise.
 
-    On noise outputs are off by as much as the taps: three times ``tap_error`` is let pass.
+    Args:
+        model: Trained model, in its parallel form.
+        converted: Converted model.
+        length: Length of the noise sequence.
+        tap_error: Relative error of the taps. On noise, outputs have relative errors of the same size, so
+            the threshold is raised by three times this error.
     """
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
     for kernel, params in zip(kernels(model), recurrences(converted), strict=True):
         k = kernel(length).double()
         x = torch.randn(1, length, len(k), generator=generator, dtype=torch.float64)
-        # A few channels at a time: the dense matrices are E x L x L.
+        # In blocks of channels, because the dense matrices are E x L x L.
         expected = torch.cat(
             [toeplitz_dense(x[..., i : i + 64], k[i : i + 64]) for i in range(0, len(k), 64)], dim=2
         )
@@ -55,8 +60,13 @@ def check_layers(model: CausalLM, converted: CausalLM, length: int = 64, tap_err
 
 @torch.no_grad()
 def check_steps(reference: CausalLM, converted: CausalLM, tokens: Tensor) -> Check:
-    """Logits of tokens (B, L), one ``step`` after the other, against ``reference.forward``: of the trained
-    model for an exact conversion, of the converted one for a reduced one."""
+    """Compare the logits of one ``step`` per token with those of ``reference.forward``.
+
+    Args:
+        reference: Trained model if the conversion is exact, else the converted model.
+        converted: Converted model.
+        tokens: Token ids (B, L).
+    """
     expected = reference(tokens)
     state = converted.init_state(tokens.shape[0])
     worst = torch.zeros(())
@@ -67,5 +77,5 @@ def check_steps(reference: CausalLM, converted: CausalLM, tokens: Tensor) -> Che
 
 
 def check_gap(gap: float) -> Check:
-    """The two perplexities at the training length."""
+    """Compare the parallel and recurrent perplexities at the training length by their relative gap."""
     return Check("relative perplexity gap", abs(gap), GAP_THRESHOLD)

@@ -1,4 +1,4 @@
-"""The exact window: the last n inputs themselves are the state. The fair baseline for every cost."""
+"""Exact window: the state is a window of the last inputs. It is the cost baseline of every other method."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tnnlm.ops.ssm import SSMParams
 
 
 def window(k: Tensor) -> SSMParams:
-    """Keep taps (E, n) as they are: exact below lag n, zero from n on.
+    """Return a recurrence that keeps taps (E, n) unchanged: exact below lag n, zero from lag n on.
 
     Raises:
-        ValueError: for empty or non-finite taps.
+        ValueError: If the taps are empty or not finite.
     """
     if k.shape[1] < 1 or not bool(torch.isfinite(k).all()):
-        raise ValueError("window needs at least one tap, and finite taps")
+        raise ValueError("k: expected at least one tap, and finite taps")
     return SSMParams(k, torch.zeros(2, 0, dtype=torch.float64, device=k.device), k.new_zeros(len(k), 2, 0))

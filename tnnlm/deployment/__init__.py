@@ -1,1 +1,1 @@
-"""From a checkpoint to a converted folder, with its measurements, table and model card."""
+"""Deployment of a checkpoint as a converted folder, with measurements, a summary table and a model card."""

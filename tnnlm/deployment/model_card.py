@@ -1,7 +1,7 @@
-"""README.md of a converted folder: a model card, written from what the run and its conversion measured.
+"""Model card of a converted folder (README.md), rendered from the measurements of the run and its conversion.
 
-The text stands in model_card.md.j2. The Hugging Face hub reads the metadata in front of it. A number that
-was not measured is not named.
+The template is model_card.md.j2. The card begins with metadata for the Hugging Face Hub. It contains
+measured numbers only.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def model_card(
     note: str | None = None,
     license: str | None = None,
 ) -> str:
-    """The text of README.md.
+    """Return the content of README.md.
 
     Args:
-        config: of the run.
-        step: optimizer steps that the checkpoint had seen.
-        trained: the model in its parallel form.
-        report: of the conversion, with perplexities if there are any.
-        note: why there are none.
-        license: the model's own, as the hub names it; None: not stated.
+        config: Configuration of the run.
+        step: Number of optimizer steps of the checkpoint.
+        trained: Trained model, in its parallel form.
+        report: Report of the conversion, with perplexities if they were measured.
+        note: Reason why perplexities were not measured.
+        license: License identifier of the model on the Hub, such as ``apache-2.0``; None if not stated.
     """
     sizes = trained.config
     metadata = ModelCardData(
@@ -45,7 +45,7 @@ def model_card(
         tags=["tnnlm", _line(config.model.kernel.name), "long-convolution", "recurrent"],
         datasets=_public_data(config.data),
     )
-    # A card is text, not HTML: nothing is escaped but what would break its lines (`line`, `code`).
+    # The card is Markdown, so HTML is not escaped; the filters `line` and `code` keep values on one line.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         undefined=StrictUndefined,
@@ -64,7 +64,7 @@ def model_card(
             "layers, width, mixer channels": f"{sizes.n_layers}, {sizes.d_model}, "
             f"{sizes.expand * sizes.d_model}",
             "vocabulary": f"{sizes.vocab_size:,}",
-            "trained on rows of": f"{sizes.max_length:,} tokens",
+            "training length": f"{sizes.max_length:,} tokens",
             "optimizer steps": f"{step:,}",
             "state per sequence": f"{report.state_bytes:,} bytes, at any length",
         },
@@ -75,29 +75,29 @@ def model_card(
         report=report,
         lengths=[f"{int(length):,} tokens" for length in report.ppl.get("parallel", {})],
         perplexities=perplexity_cells(report),
-        note=note or "no text was at hand",
+        note=note or "no validation data was available",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],
     )
 
 
 def _line(text: str) -> str:
-    """A user's text on one line: a line of its own could be a heading, or end the metadata."""
+    """Join the lines of a user's string, because a second line could be a heading or end the metadata."""
     return " ".join(text.split())
 
 
 def _code(text: str) -> str:
-    """A user's text as code; a backtick would end it."""
+    """Format a user's string as inline code, with backticks replaced, because they would end it."""
     return f"`{_line(text).replace('`', chr(39))}`"
 
 
 def _public_data(data: DataConfig) -> list[str] | None:
-    """The data set on the hub that the hub's page links to."""
+    """Return the Hub data set for the metadata, as a list of one name, or None for local data."""
     name = data.hub_name
     return [_line(name)] if data.source == "hub" and name and not _is_local(name) else None
 
 
 def _data_names(data: DataConfig) -> list[str]:
-    """What the text was read from: files, or a data set with its configuration and split."""
+    """Return the names of the data files, or of the data set with its configuration and split."""
     if data.source == "files":
         return [Path(name).name for name in data.files]
     hub_name = data.hub_name or ""
@@ -106,5 +106,5 @@ def _data_names(data: DataConfig) -> list[str]:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a data set's name is a folder's: its place on a disk is nobody's business."""
+    """Return whether a data set's name is a local path, which the card must not disclose."""
     return name.startswith(("/", ".", "~")) or Path(name).exists()

@@ -1,7 +1,6 @@
-"""Perplexities of a conversion: the parallel form, the recurrence, and other forms of the same model.
+"""Perplexities of a conversion: the parallel form, the recurrence, and further variants of the same model.
 
-A form that this machine can't run, or that fails on the way, is named with the reason, and the others are
-measured all the same.
+If a variant can't run on this machine, or fails, the reason is recorded and the others are still measured.
 """
 
 from __future__ import annotations
@@ -24,89 +23,91 @@ from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}
-"""perplexities are measured at these multiples of the training length, on so many tokens at the most;
-at the training length that is what training validated on, unless there is very much of it"""
+"""Multiples of the training length at which perplexity is measured, with the largest number of tokens for
+each. At the training length all tokens that training validates on are used, if they are not more."""
 _BATCH_TOKENS = 4096
 
 
 class Perplexities(NamedTuple):
-    """Fields of a :class:`~tnnlm.checkpoints.certificate.ModelReport`."""
+    """Measured perplexities, as fields of a :class:`~tnnlm.checkpoints.certificate.ModelReport`."""
 
     ppl: dict[str, dict[str, float]]
-    """by form, then by length in tokens"""
+    """Perplexity by variant, then by length in tokens."""
     not_measured: dict[str, str]
-    """forms that can't be measured here, with the reason"""
+    """Variants that could not be measured on this machine, with the reason."""
 
 
 def measure_perplexities(
     model: CausalLM, converted: CausalLM, corpus: PackedCorpus, config: Config
 ) -> Perplexities:
-    """Perplexities of all forms on the validation split, in float32.
+    """Measure the perplexity of all variants on the validation split, with autocast disabled.
 
-    Measured are the parallel form, the recurrence, the recurrence with weights in bfloat16 and int8, and
-    ETSC and the window at the training length.
+    The variants are the parallel form, the recurrence, the recurrence with weights in bfloat16 and int8,
+    and ETSC and the window with the training length as horizon.
 
     Args:
-        model: trained, in its parallel form.
-        converted: its recurrent form.
-        corpus: the run's text.
-        config: of the run.
+        model: Trained model, in its parallel form.
+        converted: Converted model.
+        corpus: Data of the run.
+        config: Configuration of the run.
     """
     not_measured: dict[str, str] = {}
-    forms = _forms(model, converted, not_measured)
-    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *forms)}
+    variants = _variants(model, converted, not_measured)
+    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *variants)}
     for multiple, limit in LENGTHS.items():
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length, config.data.max_val_tokens)
         if not len(rows):
-            not_measured[f"context of {length:,} tokens"] = "the validation text is shorter"
+            not_measured[f"context of {length:,} tokens"] = "the validation split is shorter"
             continue
-        # Evenly spaced: the first documents alone are no sample of the text.
+        # Rows are evenly spaced, because the first documents alone are not representative.
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
         batches = chosen.split(max(1, _BATCH_TOKENS // length))
         scores: dict[str, list[NLL]] = {name: [] for name in ppl}
         for batch in tqdm(batches, desc=f"perplexity at {length}", leave=False, disable=None):
             tokens = torch.stack([rows[int(index)] for index in batch])
             scores["parallel"].append(parallel_nll(model, tokens))
-            for name, form in list(forms.items()):
+            for name, variant in list(variants.items()):
                 with collect_failure(not_measured, name):
-                    scores[name].append(recurrent_nll(form, tokens, config.conversion.chunk))
+                    scores[name].append(recurrent_nll(variant, tokens, config.conversion.chunk))
                 if name in not_measured:
-                    del forms[name]
-        for name in ("parallel", *forms):
+                    del variants[name]
+        for name in ("parallel", *variants):
             ppl[name][str(length)] = add(scores[name]).ppl
     measured = {name: values for name, values in ppl.items() if name not in not_measured}
     return Perplexities(measured, not_measured)
 
 
 def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:
-    """The perplexities as tables show them, with the gap to the parallel form: cells, a length each, by form.
-    Empty where nothing was measured."""
+    """Return table cells by variant, one per length: the perplexity and its gap to the parallel form.
+
+    The result is empty if nothing was measured.
+    """
     parallel = report.ppl.get("parallel")
     if not parallel:
         return {}
     return {
-        form: [
-            f"{value:.4f}" + ("" if form == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})")
+        name: [
+            f"{value:.4f}" + ("" if name == "parallel" else f" ({ppl_gap(parallel[length], value):+.1e})")
             for length, value in values.items()
         ]
-        for form, values in report.ppl.items()
+        for name, values in report.ppl.items()
     }
 
 
-def _forms(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:
-    """The forms that can be made here, by name; why others can't goes into ``failures``."""
+def _variants(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:
+    """Return the converted variants by name; reasons why others can't be made go into ``failures``."""
     trained = model.config.max_length
     makers: dict[str, Callable[[], CausalLM]] = {"recurrent": lambda: converted}
     for dtype in ("bfloat16", "int8"):
         makers[f"{dtype} weights"] = partial(_packed, converted, dtype)
     for method in ("etsc", "window"):
         makers[f"{method} {trained}"] = partial(convert_model, model, method=method, horizon=trained)
-    forms = {}
+    variants = {}
     for name, make in makers.items():
         with collect_failure(failures, name):
-            forms[name] = make()
-    return forms
+            variants[name] = make()
+    return variants
 
 
 def _packed(converted: CausalLM, dtype: str) -> CausalLM:

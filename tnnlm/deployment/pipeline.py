@@ -1,4 +1,4 @@
-"""From a checkpoint to a converted folder with its measurements: the library call behind convert.py."""
+"""Conversion of a checkpoint to a folder with its measurements, the library function behind convert.py."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach
 
 STEPS = 128
-"""tokens that ``--verify`` decodes one by one"""
+"""Number of tokens that ``--verify`` decodes one at a time."""
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """A finished conversion: the model is written, whatever else failed."""
+    """Result of a conversion whose model was written, even if optional steps failed."""
 
     folder: Path
     source: TrainedCheckpoint
     report: ModelReport
     checks: list[Check]
     packages: list[Path]
-    """compiled steps, and exports"""
+    """Compiled steps and exports that were written."""
     note: str | None
-    """why there are no perplexities, if there are none"""
+    """Reason why perplexities were not measured, or None."""
     failures: dict[str, str]
-    """optional steps that failed, with the reason"""
+    """Optional steps that failed, with the reason."""
 
 
 def convert_checkpoint(
@@ -74,23 +74,25 @@ def convert_checkpoint(
     license: str | None = None,
     runs_dir: Path = Path("runs"),
 ) -> ConversionResult:
-    """Convert and write, then measure, and write the measurements beside it.
+    """Convert a checkpoint and write the model, then measure it and add the measurements to its folder.
 
-    Whatever fails once the model is written, a measurement, the model card, a compiled step, an export,
-    ends in ``failures``, ``note`` or ``report.not_measured``, and the rest goes on.
+    Failures after the model is written don't stop the remaining steps. Measurements, the model card,
+    compiled steps and exports that fail are listed in ``failures``, ``note`` or ``report.not_measured``.
 
     Args:
-        target: run or checkpoint; None takes the newest run.
-        recipe: method, horizon, tolerance and the like.
-        out: folder to write; None is ``RUN/converted``.
-        force: replace a converted model at ``out``.
-        verify: fill ``checks``.
-        compiled: dtypes of weights to compile a step for, beside the model.
-        exported: of ``torch`` and ``onnx``, to export it as, beside the model.
-        license: of the model, for its card, as the hub names it; None: not stated.
+        target: Run or checkpoint; None takes the newest run.
+        recipe: Method, horizon, tolerance and further settings of the conversion.
+        out: Output folder; None takes ``RUN/converted``.
+        force: Replace a converted model at ``out``.
+        verify: Run the checks of ``--verify`` and return them in ``checks``.
+        compiled: Weight dtypes for which a compiled step is added to the folder.
+        exported: Export formats to add to the folder: ``torch``, ``onnx``.
+        license: License identifier on the Hugging Face Hub, for the model card; None if not stated.
+        runs_dir: Folder of the runs.
 
     Raises:
-        UserError: for unusable input, or an optional file that can't be made here; nothing was written then.
+        UserError: If the input is unusable, or an optional file can't be made on this machine. Nothing
+            is written in this case.
     """
     keep_large_blocks()
     limit_threads()
@@ -99,7 +101,7 @@ def convert_checkpoint(
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)
     if folder.is_symlink():
-        folder = folder.resolve()  # what a link names is replaced, not the link
+        folder = folder.resolve()  # Replace the target of the link, not the link.
     source = load_checkpoint(path)
     with _only_writer(folder):
         started = time.perf_counter()
@@ -113,14 +115,14 @@ def convert_checkpoint(
             return _complete(source, written, report, recipe, folder, verify, compiled, exported, license)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{folder} holds the converted model, without what was not done yet; "
-                "the same command with --force does all of it"
+                f"{folder} holds the converted model, but the remaining steps were skipped; "
+                "run the same command with --force to convert again and complete them"
             ) from None
 
 
 def _only_writer(folder: Path) -> AbstractContextManager[None]:
     return only_process(
-        folder, CheckpointError(f"{folder}: another convert.py writes it", "wait until it is done")
+        folder, CheckpointError(f"{folder}: another convert.py is writing to it", "wait until it finishes")
     )
 
 
@@ -135,7 +137,7 @@ def _complete(
     exported: Sequence[str],
     license: str | None,
 ) -> ConversionResult:
-    """Measure, check, describe and package the written model; failures are named, and lose nothing."""
+    """Measure, check, describe and package the written model, and collect failures in the result."""
     failures: dict[str, str] = {}
     found, note = _perplexities(source, written.model)
     report = replace(report, **found._asdict()) if found else report
@@ -157,14 +159,19 @@ def _complete(
 def package_converted(
     folder: Path, compiled: Sequence[str] = (), exported: Sequence[str] = ()
 ) -> tuple[list[Path], dict[str, str]]:
-    """Compile or export a model that is converted already; arguments are those of
-    :func:`convert_checkpoint`.
+    """Compile or export a model that is already converted.
+
+    Args:
+        folder: Folder of the converted model.
+        compiled: Weight dtypes for which a compiled step is added to the folder.
+        exported: Export formats to add to the folder: ``torch``, ``onnx``.
 
     Returns:
-        what was written beside it, and what failed, with the reason.
+        Files and folders that were written, and steps that failed with the reason.
 
     Raises:
-        UserError: if there is none at ``folder``, or what is asked for can't be made here.
+        UserError: If ``folder`` holds no converted model, or a requested file can't be made on this
+            machine.
     """
     limit_threads()
     check_packages(compiled, exported)
@@ -175,12 +182,12 @@ def package_converted(
 
 
 def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
-    """Whether these optional files can be made on this machine: asked before any work is done.
+    """Check, before any work is done, that these optional files can be made on this machine.
 
     Raises:
-        UserError: if not, saying what is missing.
+        UserError: If they can't; the message says what is missing.
     """
-    switched_off()  # a wrong name is an error before any work
+    switched_off()  # Raises for an unknown name in TNNLM_WITHOUT.
     if compiled:
         check_compiler()
     if "onnx" in exported:
@@ -196,10 +203,10 @@ def _write_packages(
         with collect_failure(failures, f"--compile {dtype}"):
             check_unchanged(folder, converted.fingerprint)
             written.append(compile_step(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint))
-    for form in _bar(exported, "exporting"):
-        with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[form]):
+    for target in _bar(exported, "exporting"):
+        with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[target]):
             check_unchanged(folder, converted.fingerprint)
-            written.append({"torch": export_torch, "onnx": export_onnx}[form](converted, folder))
+            written.append({"torch": export_torch, "onnx": export_onnx}[target](converted, folder))
     return written, failures
 
 
@@ -208,13 +215,13 @@ def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
 
 
 def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perplexities | None, str | None]:
-    """Of both forms on the run's validation text; or None, and why, as when the text is gone."""
+    """Return the perplexities on the run's validation split, or None and the reason if that fails."""
     found = None
     failures: dict[str, str] = {}
     with collect_failure(failures, "perplexities"):
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
-            raise DataError("the text of this run has changed")
+            raise DataError("the data of this run has changed")
         found = measure_perplexities(source.model, converted, corpus, source.config)
     return found, failures.get("perplexities")
 
@@ -222,7 +229,7 @@ def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perpl
 def _checks(
     source: TrainedCheckpoint, converted: CausalLM, recipe: ConversionConfig, report: ModelReport
 ) -> list[Check]:
-    """What ``--verify`` compares with slow references."""
+    """Return the checks of ``--verify`` against slow reference implementations."""
     model, generator = source.model, torch.Generator().manual_seed(0)
     tokens = torch.randint(source.tokenizer.size, (1, min(STEPS, report.horizon)), generator=generator)
     exact = recipe.method in ("etsc", "window")

@@ -1,4 +1,4 @@
-"""From a model in memory to a converted folder, in one call: ``tnnlm.save``."""
+"""``tnnlm.save``, which converts a model in memory and writes it as a converted folder."""
 
 from __future__ import annotations
 
@@ -24,38 +24,40 @@ def save(
     force: bool = False,
     **options: Any,
 ) -> Path:
-    """Write a converted folder, which ``tnnlm.load``, generate.py, the server and Transformers read.
+    """Write a converted folder, which ``tnnlm.load``, generate.py, the server and Transformers load.
 
     Args:
-        model: a trained model, which is converted on the way and left as it is, with its certificate in
-            conversion.json; or a converted one. How far that is off can't be measured any more, and
-            conversion.json says so.
-        tokenizer: of the text that it was trained on.
-        folder: where to; it appears whole or not at all.
-        recipe: how to convert a trained model; None makes one of ``options``.
-        force: replace a converted model at ``folder``.
-        options: fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
+        model: Trained or converted model. A trained model is not modified; its converted copy is saved with
+            the certificate in conversion.json. The errors of a converted model can't be measured, and
+            conversion.json contains a warning instead.
+        tokenizer: Tokenizer that the model was trained with.
+        folder: Output folder, which is written atomically.
+        recipe: Settings for the conversion of a trained model; None builds them from ``options``.
+        force: Replace a converted model at ``folder``.
+        options: Fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
 
     Returns:
-        ``folder``.
+        Path of the folder.
 
     Raises:
-        CheckpointError: if ``folder`` exists and ``force`` is not set, or the tokenizer does not fit.
-        UserError: if ``model`` is not a causal language model, can't be converted, or is packed for decoding.
+        CheckpointError: If ``folder`` exists and ``force`` is not set, or the tokenizer does not fit.
+        UserError: If ``model`` is not a causal language model, can't be converted, or is packed for decoding.
     """
     folder = Path(folder)
     if not isinstance(model, CausalLM):
         raise UserError(
-            f"a {type(model).__name__} can't be saved", "give a CausalLM, as LitModel.model is one"
+            f"model: a {type(model).__name__} can't be saved", "pass a CausalLM, such as LitModel.model"
         )
     if model.head is not None:
-        raise UserError("this model is packed for decoding, its weights are gone", "save it before that")
+        raise UserError(
+            "model: is packed for decoding, its original weights were deleted", "save it before packing"
+        )
     if folder.exists() and not force:
-        raise CheckpointError(f"{folder}: exists already", "give another folder, or force=True to replace it")
+        raise CheckpointError(f"{folder}: exists already", "pass another folder, or force=True to replace it")
     check_tokenizer(tokenizer, model, folder)
     if recurrences(model):
         if recipe is not None or options:
-            raise UserError("this model is converted already", "leave the settings of a conversion out")
+            raise UserError("model: is converted already", "omit the conversion settings")
         save_converted(folder, model, tokenizer, describe(model), force)
         return folder
     recipe = recipe or ConversionConfig(**options)

@@ -1,7 +1,7 @@
-"""Converted models under Hugging Face Transformers (extra ``[hf]``).
+"""Converted models as Hugging Face Transformers models (extra ``[hf]``).
 
-``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`` finds these classes by the
-folder's ``auto_map``; after ``import tnnlm.hf`` it needs no ``trust_remote_code``.
+``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`` finds these classes through the
+``auto_map`` in config.json. After ``import tnnlm.hf``, ``trust_remote_code`` is not needed.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

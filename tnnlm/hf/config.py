@@ -1,4 +1,4 @@
-"""A converted folder's config.json as Transformers reads and writes it."""
+"""Configuration class for the config.json of a converted folder, for Transformers."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from tnnlm.ops import recurrence
 
 
 class TnnlmConfig(PreTrainedConfig):
-    """Sizes of the model and of every layer's recurrence.
+    """Configuration of a converted model: the sizes of the model and of every layer's recurrence.
 
-    There is no ``max_position_embeddings``: a recurrence reads and writes any number of tokens. ``n_ctx``
-    is the window that lm-evaluation-harness cuts text into.
+    There is no ``max_position_embeddings``, because a recurrence can process any number of tokens.
+    ``n_ctx`` is the context length that lm-evaluation-harness uses.
     """
 
     model_type = MODEL_TYPE
 
     format: int = FORMAT
-    """of the folder, as ``load_converted`` wants it"""
+    """Version of the folder format, which ``load_converted`` checks."""
     model: dict[str, Any] | None = None
-    """the settings under ``model`` that training had"""
+    """Settings under ``model`` in the configuration of the training run."""
     recurrences: list[dict[str, list[int]]] | None = None
-    """per layer the shapes of its tensors, by name"""
+    """Shapes of the recurrence's tensors by name, one entry per layer."""
     eos_token: str | None = None
-    """the end-of-document token"""
+    """End-of-document token."""
     tokenizer_sha256: str | None = None
-    """of the tokenizer that the model was trained with"""
+    """SHA-256 of the tokenizer that the model was trained with."""
     tokenizer_ids_sha256: str | None = None
-    """of the same without its post-processor"""
+    """SHA-256 of the tokenizer without its post-processor."""
     model_sha256: str | None = None
-    """of all weights"""
+    """SHA-256 of all weights."""
     n_ctx: int | None = None
-    """tokens of an evaluation's window"""
+    """Context length of evaluations, in tokens. The model itself has no limit."""
     use_cache: bool = True
-    """return the state"""
+    """Whether ``forward`` returns the recurrent state as ``past_key_values``."""
     tie_word_embeddings: bool = True
-    """always so"""
+    """Whether embedding and head share their weights, which is always the case."""
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
     @property
     def vocab_size(self) -> int | None:
-        """Entries of the embedding."""
+        """Number of embedding rows."""
         return self._size("vocab_size")
 
     @vocab_size.setter
@@ -63,26 +63,31 @@ class TnnlmConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int | None:
-        """``d_model``."""
+        """Width of the model, ``d_model``."""
         return self._size("d_model")
 
     @property
     def num_hidden_layers(self) -> int | None:
-        """``n_layers``."""
+        """Number of layers, ``n_layers``."""
         return self._size("n_layers")
 
     def sizes(self) -> ModelConfig:
-        """The settings that a ``CausalLM`` is built with.
+        """Return the settings that a ``CausalLM`` is built with.
 
         Raises:
-            CheckpointError: if this is no converted model's configuration.
+            CheckpointError: If this is not the configuration of a converted model.
         """
         if self.model is None or self.recurrences is None:
-            raise CheckpointError("config.json: has no sizes of a converted model", "convert again")
+            raise CheckpointError(
+                "config.json: is not the configuration of a converted model", "convert the checkpoint again"
+            )
         return model_config_from_dict(self.model, "config.json")
 
     def convs(self) -> list[RecurrentConv]:
-        """A recurrence of zeros per layer, in the default dtype but never below float32; poles in float64."""
+        """Return a zero-initialised recurrence per layer, in the default dtype but at least float32.
+
+        Poles are in float64.
+        """
         layers = []
         for shapes in self.recurrences or ():
             params = recurrence.from_tensors({name: torch.zeros(shape) for name, shape in shapes.items()})
@@ -90,7 +95,7 @@ class TnnlmConfig(PreTrainedConfig):
         return layers
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write config.json, and the file that its ``auto_map`` names."""
+        """Write config.json, and the Python module that its ``auto_map`` refers to."""
         self.auto_map = AUTO_MAP
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ class TnnlmConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: Transformers would copy this module into every folder that is saved."""
+        """Do nothing, because Transformers would copy this module into every saved folder."""
 
     def _size(self, name: str) -> int | None:
         return None if self.model is None else int(self.model[name])

@@ -1,7 +1,7 @@
-"""A converted model as a ``PreTrainedModel``: ``forward`` and ``generate()`` on the recurrent state.
+"""``PreTrainedModel`` for converted models, with ``forward`` and ``generate()`` on the recurrent state.
 
-It holds a :class:`tnnlm.models.causal_lm.CausalLM` and calls its ``read`` and ``step``; all that is here is
-what Transformers wants around them: masks, caches, losses, saving.
+The class wraps a :class:`tnnlm.models.causal_lm.CausalLM` and calls its ``read`` and ``step``. This module
+adds only what Transformers needs around them: attention masks, caches, losses and saving.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from tnnlm.hf.config import TnnlmConfig
 from tnnlm.inference.generator import PREFILL_CHUNK
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
-# Transformers replaces torch.linspace while it builds a model. PyTorch notes at the first use of a device
-# context which functions it sends there, for good: used first inside that time, it would leave linspace out.
+# Transformers replaces torch.linspace while it builds a model. PyTorch records at the first use of a device
+# context, once and for all, which functions the context affects. If this were during the replacement,
+# linspace would be missing for the rest of the process.
 with torch.device("meta"):
     torch.empty(0)
 
 
 class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
-    """A converted language model: constant time and memory per token, any number of tokens.
+    """Converted causal language model with constant time and memory per token, and no context limit.
 
-    For inference: recurrences are converted, not trained, and ``forward`` builds no graph. Poles are
-    float64, residues, windows and states float32 at least, whatever ``dtype`` the weights have.
+    The model is for inference only: recurrences are converted, not trained, and ``forward`` builds no
+    autograd graph. Poles are float64; residues, windows and states are at least float32, whatever ``dtype``
+    the weights have.
     """
 
     config_class = TnnlmConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    # One device holds it all: hooks that move inputs stand before ``forward``, not ``step``.
+    # The model must be on one device: hooks that move inputs run before ``forward``, but not before ``step``.
     _no_split_modules = ("CausalLM",)
-    # States can't be rolled back, so no assisted decoding.
+    # Assisted decoding is not possible, because states can't be rolled back.
     _is_stateful = True
 
     def __init__(self, config: TnnlmConfig) -> None:
@@ -61,35 +63,39 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Read tokens, from an empty state or on top of ``past_key_values``.
+        """Compute logits of new tokens, from an initial state or from ``past_key_values``.
 
         Args:
-            input_ids: (B, L), the new tokens alone.
-            attention_mask: (B, L) or (B, past + L), 0 at pads, wherever they stand: a pad leaves the state
-                as it is. Logits at a pad are those after the last token before it.
-            past_key_values: goes on from there; filled with the state after these tokens if ``use_cache``.
-            labels: (B, L) token ids or -100; the loss is of predicting each from those before.
-            use_cache: return the state; default: the configuration's, which is True.
-            logits_to_keep: only the last so many positions (0: all), or positions by index.
-            inputs_embeds: refused.
-            output_hidden_states, output_attentions: refused.
-            return_dict: False returns a tuple.
-            loss_options: for the loss, such as ``num_items_in_batch``.
+            input_ids: Token ids (B, L), new tokens only.
+            attention_mask: Mask (B, L) or (B, past + L), 0 at padding in any position. Padding does not
+                change the state, and its logits are those of the last token before it.
+            past_key_values: Cache with the state to continue from. It is updated with the state after these
+                tokens if ``use_cache``.
+            labels: Token ids (B, L), -100 where ignored, for the next-token loss.
+            use_cache: Whether to return the state; None takes ``config.use_cache``, which defaults to True.
+            logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
+            inputs_embeds: Not supported.
+            output_hidden_states: Not supported.
+            output_attentions: Not supported.
+            return_dict: Whether to return an output object (None or True) or a tuple (False).
+            loss_options: Further arguments of the loss function, such as ``num_items_in_batch``.
 
         Returns:
-            ``loss`` if labels were given, ``logits`` (B, K, V), ``past_key_values``.
+            Output with ``loss`` if labels are given, ``logits`` (B, K, V) and ``past_key_values``.
 
         Raises:
-            ValueError: for what is refused, and shapes that don't fit.
+            ValueError: If an unsupported argument is given, or a shape does not fit.
         """
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("this model reads token ids: give input_ids, not inputs_embeds")
+            raise ValueError("input_ids: required, and inputs_embeds is not supported; pass input_ids alone")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids is {tuple(input_ids.shape)}: expected rows of at least one token")
+            raise ValueError(f"input_ids: expected shape (B, L) with L >= 1, not {tuple(input_ids.shape)}")
         if output_hidden_states or output_attentions:
-            raise ValueError("this model returns logits and its state: no hidden_states, no attentions")
+            raise ValueError(
+                "output_hidden_states, output_attentions: not supported by this model; omit them"
+            )
         cache = past_key_values if past_key_values is not None else RecurrentCache()
-        # Converted, not trained: and without gradients convolutions take their fast path.
+        # A converted model is not trained, and without gradients the convolutions take their fast path.
         with torch.no_grad():
             logits, state = self._read(input_ids, attention_mask, cache, logits_to_keep)
         keep = self.config.use_cache if use_cache is None else use_cache
@@ -102,35 +108,37 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def train(self, mode: bool = True) -> TnnlmForCausalLM:
-        """Refuse to train.
+        """Keep the model in eval mode, because a converted model can't be trained.
 
         Raises:
-            ValueError: if ``mode`` is True.
+            ValueError: If ``mode`` is True.
         """
         if mode:
-            raise ValueError("a converted model can't be trained: train with train.py, and convert again")
+            raise ValueError(
+                "train(): a converted model can't be trained; train with train.py, then convert again"
+            )
         super().train(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, which is the head as well."""
+        """Return the embedding, whose weights are also those of the head."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding, and so the head."""
+        """Replace the embedding and thereby the weights of the head."""
         self.model.embedding = value
 
     def get_output_embeddings(self) -> None:
-        """None: the head has no weights of its own."""
+        """Return None, because the head uses the weights of the embedding."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write a folder that Transformers and, with the tokenizer beside it, ``load_converted`` read."""
+        """Write a folder for Transformers and, once the tokenizer is saved there too, ``load_converted``."""
         self.config.model_sha256 = model_fingerprint(self.model)
         super().save_pretrained(save_directory, **options)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: Transformers would copy this module into every folder that is saved."""
+        """Do nothing, because Transformers would copy this module into every saved folder."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -146,7 +154,7 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
     def _read(
         self, tokens: Tensor, mask: Tensor | None, cache: RecurrentCache, keep: int | Tensor
     ) -> tuple[Tensor, ModelState]:
-        """Logits (B, K, V) at the positions to keep, and the state after the last token of every row."""
+        """Return logits (B, K, V) at positions to keep, and the state after the last token of every row."""
         state = cache.take(self.model, len(tokens))
         new = _new_mask(mask, tokens)
         length = tokens.shape[1]
@@ -158,7 +166,7 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
         index = (index[-keep:] if isinstance(keep, int) else index[keep]).expand(len(tokens), -1)
         lengths = None
         if new is not None:
-            # Rows without their pads, in order: whatever side they were padded on, they end in pads now.
+            # Move padding to the end of every row, whichever side it was on; the order of tokens is kept.
             tokens = tokens.gather(1, (~new).long().argsort(dim=1, stable=True))
             lengths = new.sum(1)
             index = (new.cumsum(1) - 1).clamp(min=0).gather(1, index)
@@ -175,14 +183,14 @@ class TnnlmForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _new_mask(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The mask (B, L) of the new tokens as booleans; None if there is no pad among them."""
+    """Return the mask (B, L) of the new tokens as booleans, or None if none of them is padding."""
     if mask is None:
         return None
     rows, length = tokens.shape
     if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}: expected ({rows}, {length}), or longer by what was "
-            "read before"
+            f"attention_mask: expected shape ({rows}, {length}), or longer by the tokens in past_key_values, "
+            f"not {tuple(mask.shape)}"
         )
     new = mask[:, mask.shape[1] - length :].bool()
     return None if bool(new.all()) else new
