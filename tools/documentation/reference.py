@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tnnlm.config.flags import field_docs
@@ -58,13 +60,17 @@ def options_table(command: str) -> str:
 
 
 def metrics_table() -> str:
-    """Return the metrics of a run as a table: column, title, unit, tasks."""
+    """Return the metrics of a run as a table: column, unit, tasks, description."""
+    described = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
     tasks = {Place.CAUSAL: "causal", Place.MASKED: "masked", Place.CLASSIFY: "classify"}
-    lines = ["| column | is | unit | tasks |", "|---|---|---|---|"]
+    lines = ["| column | unit | task | description |", "|---|---|---|---|"]
     for metric in METRICS:
-        named = [name for place, name in tasks.items() if metric.shown & place]
+        logged = [name for place, name in tasks.items() if metric.shown & place]
+        if metric.shown & Place.SUMMARY:
+            logged = ["classify, in summary.json"]
         column = f"{metric.column}/LAYER" if metric.shown & Place.LAYERS else metric.column
-        lines.append(f"| `{column}` | {metric.title} | {metric.unit or '-'} | {', '.join(named) or 'all'} |")
+        about = described[metric.column]
+        lines.append(f"| `{column}` | {metric.unit or '-'} | {', '.join(logged) or 'all'} | {about} |")
     return "\n".join(lines)
 
 
