@@ -198,7 +198,7 @@ def test_convert_and_generate_refuse_bad_input(script: Any) -> None:
     many = script("convert", "--horizon=many")
     assert many.code == 2
     assert "expected auto or a number: 'many'" in many.err
-    assert_refused(script("generate", "--prompt", ""), "prompt is empty")
+    assert_refused(script("generate", "--prompt", ""), "--prompt: is empty")
     for option, value in (
         ("--temperature", "-1"),
         ("--top-p", "2"),

@@ -125,7 +125,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
     if prompt == "":
-        raise UserError("the prompt is empty", "give at least one character")
+        raise UserError("--prompt: is empty", "give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession

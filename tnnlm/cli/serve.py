@@ -132,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
         from tnnlm.serving.app import create_app
         from tnnlm.serving.settings import Limits, Settings
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed", "run: pip install 'tnnlm[serve]'") from None
+        raise UserError(f"{error.name}: is not installed", "run: pip install 'tnnlm[serve]'") from None
     limits = Limits(
         max_batch=args.max_batch,
         max_queue=args.max_queue,

@@ -165,9 +165,9 @@ class TextGenerator:
             try:
                 rows.append(self.tokenizer.encode(text))
             except (TypeError, UnicodeEncodeError):
-                raise UserError("the prompt is not valid UTF-8") from None
+                raise UserError("prompt: is not valid UTF-8") from None
             if not rows[-1]:
-                raise UserError("the prompt is empty", "give at least one character")
+                raise UserError("prompt: is empty", "give at least one character")
         return self.prefill_tokens(rows, state)
 
     @torch.inference_mode()

@@ -70,7 +70,7 @@ def kernels(model: nn.Module) -> list[Kernel]:
     if any(isinstance(module, BiConv) for module in model.modules()):
         raise UserError("a bidirectional model has no recurrent form: its outputs depend on later tokens")
     if any(isinstance(module, RecurrentConv) for module in model.modules()):
-        raise UserError("this model is converted already", "convert the original checkpoint")
+        raise UserError("model: is already converted", "convert the original checkpoint")
     raise UserError(f"{type(model).__name__} contains no LongConv: there is nothing to convert")
 
 

@@ -30,7 +30,7 @@ class ParallelConv(nn.Module):
 
 def _not_converted() -> CheckpointError:
     return CheckpointError(
-        "this model is in its parallel form and can't decode",
+        "model: is in its parallel form and can't decode",
         "convert it with convert.py or tnnlm.convert_model(model)",
     )
 
