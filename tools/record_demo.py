@@ -89,7 +89,7 @@ def values_of(summary: dict[str, Any], report: dict[str, Any], measured: dict[st
     found |= {key: report[key] for key in ("horizon", "state_bytes", "etsc_state_bytes", "kv_cache_bytes")}
     found["minutes"] = summary["train_seconds"] / 60
     found["million_tokens"] = summary["tokens_seen"] / 1e6
-    found["state_kb"], found["kv_cache_kb"] = report["state_bytes"] / 1e3, report["kv_cache_bytes"] / 1e3
+    found["state_kib"], found["kv_cache_kib"] = report["state_bytes"] / 1024, report["kv_cache_bytes"] / 1024
     found["orders"] = ", ".join(str(layer["order"]) for layer in report["layers"])
     found["largest_tap_error"] = max(layer["relative_tap_error"] for layer in report["layers"])
     found["converted_ppl"] = report["ppl"]
