@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bidirectional import BIDIRECTIONAL
 from experiments.frame import Record
 from experiments.masked import (
+    BIDIRECTIONAL,
     MODELS,
     build,
     held_out_rows,

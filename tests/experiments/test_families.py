@@ -14,9 +14,8 @@ from torch import nn
 from experiments.families import families
 from experiments.frame import Claim
 from experiments.results import reproduce
-from experiments.scoring import recurrent_forms
 from experiments.sizing import PEERS, Family, match_width, text_models
-from experiments.training import train_family, train_plain
+from experiments.training import recurrent_forms, train_family, train_plain
 from tests.support.scripts import Result
 from tests.support.training_runs import write_text
 from tnnlm.data.packing import PackedRows

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
 from experiments.report import Panel, Table, line, smallest_shown
-from experiments.scoring import score, spread
 from experiments.sizing import text_models
 from experiments.token_cost import TOKEN_COST, duration
-from experiments.training import train_family
+from experiments.training import score, spread, train_family
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import balanced, convert_model, etsc, gradient, window
 from tnnlm.conversion.etsc import roots_of_unity
@@ -131,10 +130,9 @@ def convert_by_all(k: Tensor, decay: Tensor | None, tiny: bool = False) -> dict[
         "vandermonde, real": lambda: vandermonde(k.double(), "real"),
         "vandermonde, random": lambda: vandermonde(k.double(), "random"),
     }
-    limits = {"gradient": ("n d", k.numel(), GRADIENT_TAPS)}
-    limits |= dict.fromkeys(
-        ("vandermonde, real", "vandermonde, random"), ("n", k.shape[1], VANDERMONDE_LENGTH)
-    )
+    solved = ("n", k.shape[1], VANDERMONDE_LENGTH)
+    limits = {"vandermonde, real": solved, "vandermonde, random": solved}
+    limits["gradient"] = ("n d", k.numel(), GRADIENT_TAPS)
     found = {}
     for name, run in made.items():
         what, value, limit = limits.get(name, ("", 0, 1))
@@ -204,13 +202,9 @@ def vandermonde(k: Tensor, eigenvalues: str) -> tuple[SSMParams, float]:
 
 def _conversion_claims(records: list[Record]) -> Iterator[Claim]:
     converted = select(records, part="conversion")
-    sizes = ", ".join(
-        f"{key} {min(values):,} .. {max(values):,}"
-        for key in ("n", "d")
-        for values in [[int(record[key]) for record in converted]]
-    )
+    spans = {key: [pick(record[key] for record in converted) for pick in (min, max)] for key in ("n", "d")}
     error = max(record["methods"]["etsc"]["error"] for record in converted)
-    yield TEXTS.claim("exact", error=error, sizes=sizes)
+    yield TEXTS.claim("exact", error=error, **spans)
     beside = [record["methods"] for record in converted if "seconds" in record["methods"]["gradient"]]
     faster, closer = (
         [methods["gradient"][key] / methods["etsc"][key] for methods in beside]
@@ -245,16 +239,14 @@ def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
             yield TEXTS.panel(f"conversion_{key}", lines, {"what": what}, legend=first)
 
 
-ETSC = Experiment(
-    name="etsc",
-    title="Exact Toeplitz-to-SSM conversion",
-    sections=(
-        Section(grid=_perplexity_grid, measure=_perplexity),
-        Section(grid=_conversion_grid, measure=_conversion),
-        Section(claims=_perplexity_claims, tables=_perplexity_tables),
-        Section(claims=_conversion_claims, tables=_conversion_tables, panels=_conversion_panels),
-        TOKEN_COST,
-    ),
-    columns=4,
-    panel_size=(4, 3.5),
+_PERPLEXITY = Section(
+    grid=_perplexity_grid, measure=_perplexity, claims=_perplexity_claims, tables=_perplexity_tables
 )
+_CONVERSION = Section(
+    grid=_conversion_grid,
+    measure=_conversion,
+    claims=_conversion_claims,
+    tables=_conversion_tables,
+    panels=_conversion_panels,
+)
+ETSC = Experiment(sections=(_PERPLEXITY, _CONVERSION, TOKEN_COST), **TEXTS.named("experiment"))

@@ -17,19 +17,14 @@ from experiments.frame import (
     select,
 )
 from experiments.report import Panel, Table, line
-from experiments.scoring import perplexities, recurrent_forms
 from experiments.sizing import text_models
-from experiments.training import train_family
+from experiments.training import perplexities, recurrent_forms, train_family
 from tnnlm.models.causal_lm import CausalLM
 
-MODELS = {
-    "tnn": "TNN",
-    "gpt2": "Transformer with learned positions",
-    "transformer": "Transformer with rotary positions",
-}
 _MULTIPLES = (1, 2, 4, 7, 14, 28)
 """lengths in training lengths, each a divisor of the last: 512 .. 14,336"""
 TEXTS = Declarations("extrapolation")
+MODELS: dict[str, str] = TEXTS.named("models")
 
 
 def _grid(size: str) -> list[Record]:
@@ -114,9 +109,5 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
     yield TEXTS.panel("rise", lines, {"trained": lengths[0]}, ticks={n: f"{n:,}" for n in lengths})
 
 
-EXTRAPOLATION = Experiment(
-    name="extrapolation",
-    title="Perplexity past the training length",
-    sections=(Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels),),
-    panel_size=(7, 4),
-)
+_SECTION = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
+EXTRAPOLATION = Experiment(sections=(_SECTION,), **TEXTS.named("experiment"))

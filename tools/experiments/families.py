@@ -10,9 +10,8 @@ from statistics import fmean, median, stdev
 
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, mean_of
 from experiments.report import PALETTE, Line, Panel, Table, line
-from experiments.scoring import held_out_bits
 from experiments.sizing import text_models
-from experiments.training import train_family
+from experiments.training import held_out_bits, train_family
 
 NAMES = {"tnn": "TNN", "sgconv": "SGConv", "rtf": "RTF", "transformer": "Transformer"}
 TEXTS = Declarations("families")
@@ -29,7 +28,7 @@ def families(files: Mapping[str, Path] | None = None) -> Experiment:
         Section(grid=partial(_grid, own), measure=partial(_measure, own)),
         Section(claims=_claims, tables=_tables, panels=_panels),
     )
-    return Experiment(name="families", title="Families at equal parameters and tokens", sections=sections)
+    return Experiment(sections=sections, **TEXTS.named("experiment"))
 
 
 def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
@@ -87,8 +86,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
         speed = median(record["tokens_per_second"] for record in own)
         means = {"bits": f"{fmean(bits):.4f}{deviation}", "ppl": mean_of(own, "ppl"), "speed": speed}
         items.append(own[0] | {"label": NAMES.get(name, name)} | means)
-    tried = TEXTS.text("tried") if records[0]["size"] == "small" else ""
-    yield TEXTS.table("quality", items, tokens=records[0]["tokens"], tried=tried)
+    yield TEXTS.table("quality", items, **records[0])
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:

@@ -6,6 +6,7 @@ panels, all of them plain data. :mod:`experiments.results` measures an experimen
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from experiments import report
 from experiments.report import Line, Panel, Table
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 
 SIZES = ("tiny", "small", "paper")
 """tiny: for tests; small: two cores, at most 40 minutes; paper: as published, on GPUs"""
@@ -99,6 +102,13 @@ class Declarations:
         both = {key: shared[key] | own[key] for key in shared if isinstance(own.get(key), dict)}
         return shared | own | both
 
+    def config(self, size: str, words: Iterable[str] = ()) -> Config:
+        """Load what a size declares: its file of configs/, or the defaults; its settings; then ``words``."""
+        sizes = self.sizes(size)
+        file = CONFIGS / f"{sizes['config']}.yaml" if "config" in sizes else None
+        settings = (word.format(stdlib=sysconfig.get_path("stdlib")) for word in sizes["settings"])
+        return load_config(file, [*settings, *words])
+
     def named(self, name: str) -> Record:
         """A table of the file's own: names and what they stand for."""
         found: Record = self._data[name]
@@ -125,14 +135,14 @@ class Declarations:
             name: of the table.
             items: records, whose values its columns show, and under ``*`` texts by title that stand in the
                 place of the column of that name; texts by title themselves if no columns are declared.
-            values: for its heading and the texts around it.
+            values: for its heading and the texts around it; at ``size`` small what was tried follows.
         """
         given = self._data["tables"][name]
         columns: dict[str, str] = given.get("columns", {})
         rows = [_row(columns, item) for item in items] if columns else items
-        heading, before, after = (
-            given.get(key, "").strip().format(**values) for key in ("heading", "before", "after")
-        )
+        heading, before = (given.get(key, "").strip().format(**values) for key in ("heading", "before"))
+        below = ("after", "tried") if values.get("size") == "small" else ("after",)
+        after = "\n\n".join(given[key].strip().format(**values) for key in below if key in given)
         return Table(heading, rows, before, after)
 
     def panel(self, name: str, lines: Sequence[Line], values: Record | None = None, **more: Any) -> Panel:

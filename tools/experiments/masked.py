@@ -9,17 +9,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import nn
 
-from experiments.frame import CONFIGS, Claim, Declarations, Files, Record, Section, grouped, mean_of, select
+from experiments.frame import (
+    Claim,
+    Declarations,
+    Experiment,
+    Files,
+    Record,
+    Section,
+    grouped,
+    mean_of,
+    select,
+)
+from experiments.listops import LISTOPS
 from experiments.peers import Bert, RotaryBert
 from experiments.report import Panel, Table, line
-from experiments.scoring import PASS_TOKENS
 from experiments.sizing import match_parameters, n_params, text_words
-from experiments.training import train_plain
-from tnnlm.config.loader import load_config
+from experiments.training import PASS_TOKENS, train_plain
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.data.masking import MaskedRows
 from tnnlm.data.tasks import TaskData, load_task_data
@@ -63,17 +73,8 @@ def _measure(cell: Record, data: Files) -> Record:
 @functools.cache
 def masked_text(size: str, data: Files) -> tuple[Config, TaskData]:
     """Settings of a size, and its text with hidden tokens."""
-    if size == "tiny" and not data:
-        from pydoc_data import topics
-
-        data = (topics.__file__,)
-    config = _load(size, text_words(data))
+    config = TEXTS.config(size, text_words(data))
     return config, load_task_data(config)
-
-
-def _load(size: str, words: list[str]) -> Config:
-    sizes = TEXTS.sizes(size)
-    return load_config(CONFIGS / f"{sizes['config']}.yaml", [*sizes["settings"], *words])
 
 
 def model_settings(model: str, size: str, config: Config) -> Config:
@@ -82,8 +83,7 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     Raises:
         UserError: if no width brings them near.
     """
-    rate = TEXTS.sizes(size)["bert_lr"].get(model)
-    own = _load(size, [] if rate is None else [f"optim.lr={rate}"])
+    own = TEXTS.config(size, TEXTS.sizes(size)["words"].get(model, []))
     own.data = config.data
     own.model.causal = model == "causal"
     if model in _BERTS:
@@ -137,25 +137,21 @@ def _lengths(records: list[Record]) -> list[str]:
     return list(select(records, part="masked", model="two-sided")[0]["ppl"])
 
 
-def _ppl(records: list[Record], model: str) -> dict[str, float]:
-    """By length, the means over the seeds."""
-    own = [record["ppl"] for record in select(records, part="masked", model=model)]
-    return {length: mean_of(own, length) for length in own[0]}
+def _ppl(own: list[Record]) -> dict[str, float]:
+    """Of one model by length, the means over the seeds."""
+    return {length: fmean(record["ppl"][length] for record in own) for length in own[0]["ppl"]}
 
 
 def _claims(records: list[Record]) -> Iterator[Claim]:
     trained, *_, longest = _lengths(records)
-    each = {
-        name: [record["ppl"] for record in select(records, part="masked", model=model)]
-        for name, model in zip(("two_sided", "causal", "bert", "rotary"), MODELS, strict=True)
-    }
-    ppl = {name: " and ".join(f"{one[trained]:.2f}" for one in own) for name, own in each.items()}
-    means = {name: mean_of(own, trained) for name, own in each.items()}
-    pairs = zip(each["two_sided"], each["causal"], strict=True)
+    models = grouped(select(records, part="masked"), "model")
+    each = {model: [record["ppl"] for record in own] for model, own in models.items()}
+    ppl = {model: " and ".join(f"{one[trained]:.2f}" for one in own) for model, own in each.items()}
+    means = {model: mean_of(own, trained) for model, own in each.items()}
+    pairs = zip(each["two-sided"], each["causal"], strict=True)
     yield TEXTS.claim("both_sides", all(one[trained] < other[trained] for one, other in pairs), **ppl)
-    ratio = means["two_sided"] / min(means["bert"], means["rotary"])
-    yield TEXTS.claim("bert", ratio=ratio, **ppl)
-    rise = max(one[longest] / one[trained] - 1 for one in each["two_sided"])
+    yield TEXTS.claim("bert", ratio=means["two-sided"] / min(means[bert] for bert in _BERTS), **ppl)
+    rise = max(one[longest] / one[trained] - 1 for one in each["two-sided"])
     yield TEXTS.claim("flat", trained=int(trained), longest=int(longest), rise=rise)
 
 
@@ -163,12 +159,11 @@ def _tables(records: list[Record]) -> Iterator[Table]:
     lengths, own = _lengths(records), select(records, part="masked")
     items = []
     for model, found in grouped(own, "model").items():
-        ppl = _ppl(own, model)
+        ppl = _ppl(found)
         shown = {f"{int(n):,}": f"{ppl[n]:.2f}" if n in ppl else "-" for n in lengths}
         seconds = mean_of(found, "seconds")
         items.append(found[0] | {"label": LABELS[model], "mean_seconds": seconds, "*": shown})
-    tried = TEXTS.text("tried") if own[0]["size"] == "small" else ""
-    yield TEXTS.table("models", items, **own[0], trained=int(lengths[0]), tried=tried)
+    yield TEXTS.table("models", items, **own[0], trained=int(lengths[0]))
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
@@ -176,10 +171,11 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
     curves, ppl = [], []
     for model, own in grouped(select(records, part="masked"), "model").items():
         curves.append(line(LABELS[model], own[0]["curve"], model, marker=None))
-        points = [(int(n), value) for n, value in _ppl(own, model).items()]
+        points = [(int(n), value) for n, value in _ppl(own).items()]
         ppl.append(line(LABELS[model], points, model))
     yield TEXTS.panel("training", curves)
     yield TEXTS.panel("held_out", ppl, ticks={float(n): f"{int(n):,}" for n in _lengths(records)})
 
 
 MASKED = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
+BIDIRECTIONAL = Experiment(sections=(MASKED, LISTOPS), **TEXTS.named("experiment"))

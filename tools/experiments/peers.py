@@ -4,7 +4,8 @@
 cache as the state; encoders take what ``MaskedLM`` and ``SequenceClassifier`` take, and their losses.
 
 Raises:
-    UserError: every one of them, if ``transformers`` is missing.
+    UserError: every one of them, if ``transformers`` is missing; those with attention, if the width can't
+        be split into heads.
 """
 
 from __future__ import annotations
@@ -52,11 +53,7 @@ class Peer(nn.Module):
 
 
 class Llama(Peer):
-    """Rotary positions, tied embeddings, no dropout.
-
-    Raises:
-        UserError: if the width can't be split into heads.
-    """
+    """Rotary positions, tied embeddings, no dropout."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,24 +74,17 @@ class GPT2(Peer):
 
     Positions past the training length get vectors as they are drawn at initialisation: what a longer table
     would hold there, since no such position was ever trained.
-
-    Raises:
-        UserError: if the width can't be split into heads.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         settings = transformers_library().GPT2Config(
-            vocab_size=config.vocab_size,
+            **_shape(config),
             n_positions=config.max_length,
-            n_embd=config.d_model,
-            n_layer=config.n_layers,
-            n_head=n_heads(config.d_model),
             n_inner=config.glu_dim or config.d_model,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             **dict.fromkeys(("bos_token_id", "eos_token_id")),
             use_cache=False,
-            attn_implementation="sdpa",
         )
         self.net = transformers_library().GPT2LMHeadModel(settings)
 

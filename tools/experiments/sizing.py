@@ -35,7 +35,6 @@ SIZE_TOLERANCE = 0.03
 """how far parameters may be apart"""
 TRAINED = 512
 """length at which the published decay is set"""
-_KINDS = {"tnn": "", "sgconv": "sgconv_", "rtf": "rtf_"}
 TEXTS = Declarations("sizing")
 
 
@@ -82,13 +81,12 @@ def text_models(
     """
     sizes = TEXTS.sizes(size)
     words = [*sizes["settings"], *text_words(data), *([f"trainer.max_steps={steps}"] if steps else [])]
-    base = load_config(_file("tnn", size), words)
-    own = dict(files)
+    kernels = {name: CONFIGS / f"{file}.yaml" for name, file in sizes["configs"].items()} | dict(files)
+    base = load_config(kernels["tnn"], words)
     families = {}
     for name in names:
-        file = own.get(name) or (None if name in PEERS else _file(name, size))
         try:
-            families[name] = _sized(name, file, base, sizes["transformer_lr"])
+            families[name] = _sized(name, kernels.get(name), base, sizes["transformer_lr"])
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for family in families.values():
@@ -168,11 +166,6 @@ def n_params(model: nn.Module) -> int:
 def text_words(data: Files) -> list[str]:
     """Settings ``key=value`` that read the given files or globs; none for none."""
     return ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"] if data else []
-
-
-def _file(name: str, size: str) -> Path:
-    kind = _KINDS[name]
-    return CONFIGS / (f"{kind or 'tnn_'}wt103.yaml" if size == "paper" else f"{kind}demo.yaml")
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:

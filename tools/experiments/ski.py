@@ -8,8 +8,6 @@ a training step with models taking turns, and the decay of untrained kernels.
 
 from __future__ import annotations
 
-import copy
-import sysconfig
 import time
 from functools import partial
 from typing import Any
@@ -17,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.frame import CONFIGS, Experiment, Files, Record, Section
-from experiments.scoring import held_out_bits, perplexities
+from experiments.frame import Experiment, Files, Record, Section
 from experiments.sizing import Family, size_of, text_words
 from experiments.ski_claims import ACTIVATIONS, SAYS, SKI_TEXTS
 from experiments.timing import Run, interleaved
-from experiments.training import device_of, next_token_loss, train_family
+from experiments.training import device_of, held_out_bits, next_token_loss, perplexities, train_family
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate
@@ -30,19 +27,13 @@ from tnnlm.conversion.convert import convert_layers
 from tnnlm.data.packing import prepare
 from tnnlm.data.tasks import split_rows
 from tnnlm.errors import UserError
-from tnnlm.kernels import FDTNOConfig, FDTNOKernel, KernelConfig, TNOConfig, build_kernel
+from tnnlm.kernels import FDTNOConfig, FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
 from tnnlm.training.estimate import resolve_precision
 
-VARIANTS: dict[str, KernelConfig] = {
-    "tnn": TNOConfig(),
-    "tnn, decay 0.9": TNOConfig(decay=0.9),
-    **{f"fd {name}": FDTNOConfig(name="fd_tno", activation=name) for name in ACTIVATIONS},
-    "fd relu, angle": FDTNOConfig(name="fd_tno", activation="relu", rpe_input="angle"),
-}
-"""By name, all with the published position encoder, 6 layers of 64: the TNN, one with a memory as short as
-untrained frequency-domain kernels have, and those; the last as in the authors' code."""
+VARIANTS: dict[str, list[str]] = SKI_TEXTS.named("variants")
+"""Settings of the kernels, by name."""
 _CHANNELS = 64
 """of the kernels whose decay is looked at"""
 
@@ -55,14 +46,12 @@ def config_of(size: str, data: Files = (), words: tuple[str, ...] = ()) -> Confi
         data: text files in the place of its own text.
         words: more settings, ``key=value``.
     """
-    file = CONFIGS / "tnn_wt103.yaml" if size == "paper" else None
-    own = [word.format(stdlib=sysconfig.get_path("stdlib")) for word in SKI_TEXTS.sizes(size)["settings"]]
-    return load_config(file, [*own, *text_words(data), *words])
+    return SKI_TEXTS.config(size, [*text_words(data), *words])
 
 
 def family_of(variant: str, config: Config) -> Family:
     """One of ``VARIANTS``, with the sizes and settings of ``config``, which it changes."""
-    config.model.kernel = copy.deepcopy(VARIANTS[variant])
+    config.model.kernel = load_config(None, VARIANTS[variant]).model.kernel
     return Family(variant, config, size_of(partial(CausalLM, config.model)))
 
 
@@ -204,14 +193,9 @@ def tails(k: Tensor) -> dict[str, float]:
     return {str(lag): float((remaining[lag - 1] / remaining[0]).sqrt()) for lag in lags}
 
 
-SKI = Experiment(
-    name="ski",
-    title="The frequency-domain TNN beside the TNN",
-    sections=(
-        Section(grid=_train_grid, measure=_train),
-        Section(grid=_time_grid, measure=_times),
-        Section(grid=_decay_grid, measure=_decay),
-        *SAYS,
-    ),
-    panel_size=(4, 3.8),
+_MEASURED = (
+    Section(grid=_train_grid, measure=_train),
+    Section(grid=_time_grid, measure=_times),
+    Section(grid=_decay_grid, measure=_decay),
 )
+SKI = Experiment(sections=(*_MEASURED, *SAYS), **SKI_TEXTS.named("experiment"))

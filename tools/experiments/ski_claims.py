@@ -120,13 +120,11 @@ def _decay_tables(records: list[Record]) -> Iterator[Table]:
         kind = "normalised" if r["norm"] else "plain"
         shares[f"untrained: {r['activation']} of the {r['input']}, {kind}"] = r["tails"]
     shares |= {f"trained: {name}, worst layer": tails for name, tails in _longest(records).items()}
-    yield SKI_TEXTS.table(
-        "decay",
-        [
-            {"kernel": label} | {lag: f"{tails[lag]:.1e}" if lag in tails else "-" for lag in SHOWN}
-            for label, tails in shares.items()
-        ],
-    )
+    items = [
+        {"kernel": label} | {lag: f"{tails[lag]:.1e}" for lag in SHOWN if lag in tails}
+        for label, tails in shares.items()
+    ]
+    yield SKI_TEXTS.table("decay", items)
 
 
 def _decay_panels(records: list[Record]) -> Iterator[Panel]:
@@ -181,7 +179,7 @@ def _conversion_tables(records: list[Record]) -> Iterator[Table]:
                     "gap": " / ".join(f"{gap:+.0e}" for gap in made["gaps"].values()),
                 }
             items.append({"variant": name, "method": method} | shown)
-    yield SKI_TEXTS.table("conversion", items)
+    yield SKI_TEXTS.table("conversion", items, size=records[0]["size"])
 
 
 def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
@@ -194,15 +192,9 @@ def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
     yield SKI_TEXTS.panel("conversion", lines, ticks=dict(enumerate(methods)))
 
 
-def _tried(records: list[Record]) -> Iterator[Table]:
-    if select(records, size="small"):
-        yield SKI_TEXTS.table("tried")
-
-
 SAYS = (
     Section(claims=_quality_claims, tables=_quality_tables),
     Section(claims=_speed_claims, tables=_speed_tables, panels=_speed_panels),
     Section(claims=_decay_claims, tables=_decay_tables, panels=_decay_panels),
     Section(claims=_conversion_claims, tables=_conversion_tables, panels=_conversion_panels),
-    Section(tables=_tried),
 )

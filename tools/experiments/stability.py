@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.etsc import vandermonde
+from experiments.etsc import VANDERMONDE_LENGTH, vandermonde
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, select
 from experiments.report import PALETTE, Line, Panel, Table, line, smallest_shown
 from experiments.taps import make_taps
@@ -41,8 +41,6 @@ LABELS: dict[str, str] = TEXTS.named("labels")
 """sweep -> what that is"""
 TAP_METHODS: tuple[str, ...] = ("etsc", "balanced", "window", "vandermonde")
 """of single kernels; whole models are converted by all but the last, which is no method of the package's"""
-LARGEST_VANDERMONDE = 512
-"""taps: its system has as many unknowns"""
 
 
 def _grid(size: str) -> list[Record]:
@@ -70,8 +68,8 @@ def _measure_taps(cell: Record) -> Record:
     n, stored = cell["n"], getattr(torch, cell["stored"])
     k = make_taps(cell, EXTENT * n)
     kept = torch.float64 if stored == torch.float64 else torch.float32
-    if cell["method"] == "vandermonde" and n > LARGEST_VANDERMONDE:
-        return {"told": f"left out above {LARGEST_VANDERMONDE} taps"}
+    if cell["method"] == "vandermonde" and n > VANDERMONDE_LENGTH:
+        return {"told": f"left out above {VANDERMONDE_LENGTH} taps"}
     try:
         params = _convert(k.to(kept), cell)
     except UserError as error:
@@ -257,10 +255,5 @@ def _name(record: Record) -> str:
     return f"{record['method']}, {record['sweep']} {record[SETTINGS[record['sweep']]]}"
 
 
-STABILITY = Experiment(
-    name="stability",
-    title="Where conversions fail",
-    sections=(Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels),),
-    columns=5,
-    panel_size=(3.4, 3.2),
-)
+_SECTION = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
+STABILITY = Experiment(sections=(_SECTION,), **TEXTS.named("experiment"))

@@ -178,13 +178,9 @@ def _cost_panels(records: list[Record]) -> Iterator[Panel]:
 
 
 SAYS = (
-    Section(
-        claims=_copying_claims,
-        tables=partial(_task_tables, "copying"),
-        panels=partial(_task_panels, "copying"),
-    ),
-    Section(
-        claims=_delay_claims, tables=partial(_task_tables, "delay"), panels=partial(_task_panels, "delay")
+    *(
+        Section(claims=claims, tables=partial(_task_tables, task), panels=partial(_task_panels, task))
+        for task, claims in zip(TASKS, (_copying_claims, _delay_claims), strict=True)
     ),
     Section(claims=_cost_claims, tables=_cost_tables, panels=_cost_panels),
     Section(claims=_form_claims, tables=_afterwards),

@@ -175,16 +175,8 @@ def convert_by_family(model: Model, family: str, length: int) -> Recurrent:
     raise UserError("; ".join(refused))
 
 
-@torch.no_grad()
-def answers(model: Model, inputs: Tensor, last: int) -> Tensor:
-    """What the parallel form gives at the ``last`` positions of inputs (B, L)."""
-    outputs: Tensor = model(inputs)
-    return outputs[:, -last:]
-
-
-@torch.no_grad()
 def answers_by_steps(model: Model, inputs: Tensor, last: int) -> Tensor:
-    """The same of a converted model, which reads one position after the other."""
+    """What a converted model gives at the ``last`` positions of inputs (B, L), read one after the other."""
     state: Any = model.init_state(len(inputs))
     outputs = []
     for t in range(inputs.shape[1]):

@@ -121,16 +121,10 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    for key, sweep in (
-        ("seconds", "length"),
-        ("bytes", "length"),
-        ("seconds", "width"),
-        ("seconds", "depth"),
-    ):
+    for number, (key, sweep, below) in enumerate(TEXTS.named("cost")["panels"]):
         own = select(records, part="cost", sweep=sweep)
         lines = [line(form, [(record[sweep], record[key][form]) for record in own]) for form in FORMS]
-        below, first = "context" if sweep == "length" else sweep, (key, sweep) == ("seconds", "length")
-        yield TEXTS.panel(key, lines, {"below": below}, legend=first)
+        yield TEXTS.panel(key, lines, {"below": below}, legend=not number)
 
 
 TOKEN_COST = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
