@@ -1,4 +1,4 @@
-"""Bits per byte of TNN, SGConv, RTF and a Transformer at equal parameters and tokens."""
+"""Bits per byte of TNN, SGConv, RTF and a Transformer with equal parameters and training tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TEXTS = Declarations("families")
 
 
 def families(files: Mapping[str, Path] | None = None) -> Experiment:
-    """Train all on the same tokens in the same order, score all on the same held-out text.
+    """Return the experiment that trains all families on the same tokens and scores them on the same text.
 
     Args:
-        files: by name, families beside those of ``NAMES``: the files that their kernels are read from.
+        files: Configuration files of the kernels of custom families, by name.
     """
     own = tuple((files or {}).items())
     sections = (
@@ -32,7 +32,7 @@ def families(files: Mapping[str, Path] | None = None) -> Experiment:
 
 
 def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
-    """Every family on every seed; of a file what it says is part of the cell."""
+    """Return a cell per family and seed; the cell of a custom family contains its file."""
     given = [{"family": name} for name in NAMES]
     given += [{"family": name, "settings": path.read_text(encoding="utf-8")} for name, path in files]
     sizes = TEXTS.sizes(size)
@@ -44,7 +44,7 @@ def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
 
 
 def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> Record:
-    """Train one and score it at the training length."""
+    """Train a family and score it at the training length."""
     names = (*NAMES, *(name for name, _ in files))
     models = text_models(names, cell["size"], cell["steps"], data, files)
     family = models.families[cell["family"]]
@@ -61,7 +61,7 @@ def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> 
 
 
 def _claims(records: list[Record]) -> Iterator[Claim]:
-    """Who is ahead of whom, by means over the seeds."""
+    """Compare the families by their means over the seeds."""
     bits = {name: mean_of(own, "bits_per_byte") for name, own in grouped(records, "family").items()}
     peer = bits.pop("transformer")
     for name, own in bits.items():
@@ -90,7 +90,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    """Learning curves, and bits per byte of every seed."""
+    """Plot learning curves, and bits per byte of every seed."""
     curves, points = [], []
     labels = {name: NAMES.get(name, name) for name in grouped(records, "family")}
     for place, (name, own) in enumerate(grouped(records, "family").items()):

@@ -1,7 +1,7 @@
-"""Hidden tokens: a two-sided TNN, the same with causal kernels, and a BERT of equal parameters.
+"""Masked language modelling: a bidirectional TNN, one with causal kernels, and BERTs with equal parameters.
 
-Trained by one plain loop on the same rows in the same order with the same tokens hidden, and scored on
-the same hidden tokens at every length.
+All models are trained on the same rows in the same order with the same tokens masked, and scored on the
+same masked tokens at every length.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tnnlm.models.batches import MaskedBatch
 from tnnlm.models.encoders import MaskedLM
 
 MULTIPLES = (1, 2, 4)
-"""lengths to score at, in training lengths"""
+"""Row lengths for scoring, in training lengths."""
 _BERTS = {"bert": Bert, "rotary bert": RotaryBert}
 TEXTS = Declarations("masked")
 LABELS: dict[str, str] = TEXTS.named("models")
@@ -51,7 +51,7 @@ def _grid(size: str) -> list[Record]:
 
 
 def _measure(cell: Record, data: Files) -> Record:
-    """Train one, and score it."""
+    """Train a model and score it."""
     config, rows = masked_text(cell["size"], data)
     config = model_settings(cell["model"], cell["size"], config)
     torch.manual_seed(cell["seed"])
@@ -72,16 +72,16 @@ def _measure(cell: Record, data: Files) -> Record:
 
 @functools.cache
 def masked_text(size: str, data: Files) -> tuple[Config, TaskData]:
-    """Settings of a size, and its text with hidden tokens."""
+    """Return the configuration of a size, and its data with masked tokens."""
     config = TEXTS.config(size, text_words(data))
     return config, load_task_data(config)
 
 
 def model_settings(model: str, size: str, config: Config) -> Config:
-    """A configuration of one of ``MODELS``, with as many parameters as the two-sided TNN of ``config``.
+    """Return the configuration of one of ``MODELS``, with as many parameters as the TNN of ``config``.
 
     Raises:
-        UserError: if no width brings them near.
+        UserError: If no ``glu_dim`` matches the number of parameters.
     """
     own = TEXTS.config(size, TEXTS.sizes(size)["words"].get(model, []))
     own.data = config.data
@@ -92,38 +92,38 @@ def model_settings(model: str, size: str, config: Config) -> Config:
 
 
 def build(model: str, config: ModelConfig) -> Bert | MaskedLM:
-    """One of ``MODELS``, untrained."""
+    """Build one of ``MODELS``, untrained."""
     return _BERTS[model](config) if model in _BERTS else MaskedLM(config)
 
 
 def held_out_rows(data: TaskData, tokens: int) -> MaskedBatch:
-    """Runs of as many rows as the longest length takes, evenly spaced: (rows, L), run after run."""
+    """Return about ``tokens`` held-out tokens in rows (B, L): evenly spaced runs of consecutive rows."""
     rows: MaskedRows = data.val
     together = max(MULTIPLES)
     runs = len(rows) // together
     if not runs:
-        raise UserError(f"the held-out text doesn't fill {together} rows: give more of it")
-    wanted = min(runs, max(1, tokens // (together * rows.rows.length)))
-    starts = torch.linspace(0, runs - 1, wanted).round().long() * together
+        raise UserError(f"held-out split: does not fill {together} rows; use more text")
+    count = min(runs, max(1, tokens // (together * rows.rows.length)))
+    starts = torch.linspace(0, runs - 1, count).round().long() * together
     items = [rows[int(start) + i] for start in starts for i in range(together)]
     return MaskedBatch(*(torch.stack(parts) for parts in zip(*items, strict=True)))
 
 
 def perplexities(model: nn.Module, name: str, held_out: MaskedBatch) -> dict[str, float]:
-    """By length, on the same hidden tokens. A BERT has no positions past the first."""
+    """Return the perplexity of the same masked tokens by row length; only the first length for a BERT."""
     length, device = held_out.tokens.shape[1], next(model.parameters()).device
     found = {}
     for multiple in MULTIPLES[:1] if name == "bert" else MULTIPLES:
         batch = joined(held_out, multiple)
         size = max(1, PASS_TOKENS // (multiple * length))
-        pieces = zip(*(part.to(device).split(size) for part in batch), strict=True)
-        nll = add([masked_nll(model, MaskedBatch(*piece)) for piece in pieces])  # type: ignore[arg-type]
+        parts = zip(*(tensor.to(device).split(size) for tensor in batch), strict=True)
+        nll = add([masked_nll(model, MaskedBatch(*part)) for part in parts])  # type: ignore[arg-type]
         found[str(multiple * length)] = nll.ppl
     return found
 
 
 def joined(batch: MaskedBatch, multiple: int) -> MaskedBatch:
-    """So many rows after one another as one row."""
+    """Concatenate each ``multiple`` consecutive rows into one."""
     length, count = batch.tokens.shape[1], batch.positions.shape[1]
     offsets = length * torch.arange(multiple).repeat_interleave(count)
     return MaskedBatch(
@@ -138,7 +138,7 @@ def _lengths(records: list[Record]) -> list[str]:
 
 
 def _ppl(own: list[Record]) -> dict[str, float]:
-    """Of one model by length, the means over the seeds."""
+    """Return the perplexity of one model by length, mean over seeds."""
     return {length: fmean(record["ppl"][length] for record in own) for length in own[0]["ppl"]}
 
 
@@ -167,7 +167,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    """Loss while training, of the first seed; perplexity against length, means over the seeds."""
+    """Plot the training loss of the first seed, and perplexity against length, mean over seeds."""
     curves, ppl = [], []
     for model, own in grouped(select(records, part="masked"), "model").items():
         curves.append(line(LABELS[model], own[0]["curve"], model, marker=None))
