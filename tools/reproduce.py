@@ -24,11 +24,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.bidirectional import BIDIRECTIONAL
 from experiments.etsc import ETSC
 from experiments.extrapolation import EXTRAPOLATION
 from experiments.families import NAMES, families
 from experiments.frame import SIZES, Experiment, Record
+from experiments.masked import BIDIRECTIONAL
 from experiments.results import reproduce
 from experiments.ski import SKI
 from experiments.stability import STABILITY

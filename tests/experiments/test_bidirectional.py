@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bidirectional import BIDIRECTIONAL
 from experiments.frame import Record
 from experiments.masked import (
+    BIDIRECTIONAL,
     MODELS,
     build,
     held_out_rows,
@@ -67,7 +67,7 @@ def test_a_two_sided_tnn_reads_lengths_it_was_not_trained_on(rows: dict[str, Rec
 
 def test_page_and_picture(folder: Path) -> None:
     page = (folder / "bidirectional.md").read_text()
-    assert "| TNN, two-sided | " in page
+    assert "| TNN, bidirectional | " in page
     assert "TNN paper" in page
     assert (folder / "bidirectional.png").stat().st_size > 10_000
 

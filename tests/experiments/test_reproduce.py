@@ -132,7 +132,7 @@ def test_results_of_another_size_are_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds size paper"):
         reproduce(STABILITY, "tiny", tmp_path, lambda cells: cells)
     path.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         reproduce(STABILITY, "tiny", tmp_path, lambda cells: cells)
     assert path.read_text() == "{"
 

@@ -60,7 +60,7 @@ def test_batches_follow_from_seed_and_number_alone(draw: Callable[[int, int], Ba
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave no symbol"):
+    with pytest.raises(ValueError, match="no symbols besides blank and marker"):
         copying(0, 0, rows=1, symbols=3, vocab_size=2)
     with pytest.raises(ValueError, match="below the length, 8"):
         delay(0, 0, rows=1, length=8, lag=8)

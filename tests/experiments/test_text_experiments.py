@@ -92,5 +92,5 @@ def test_paper_size_is_the_published_training(experiment: Experiment) -> None:
 
 def test_a_family_that_cannot_be_had_stops_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.sizing.SIZE_TOLERANCE", 0.0)
-    with pytest.raises(UserError, match="rtf: no width"):
+    with pytest.raises(UserError, match=r"rtf: model\.glu_dim: no width"):
         text_models(("tnn", "rtf"), "tiny", 5, ("text.txt",))

@@ -37,7 +37,7 @@ def settings_table(prefix: str = "") -> str:
         f"| `{shown}{item.name}` | {_type(hints[item.name], item)} | {_default(item)} "
         f"| {_cell(documented.get(item.name, ''))} |"
         for item in fields(schema)
-        # A group has a table of its own, and the name of a kernel is in the heading above the table.
+        # A group has a separate table, and the name of a kernel is in the heading above the table.
         if not is_dataclass(_value(item)) and (schema is Config or item.name != "name")
     ]
     return "\n".join(("| setting | type | default | description |", "|---|---|---|---|", *rows))

@@ -1,1 +1,1 @@
-"""The papers' claims as experiments: a command, a table and a plot each, behind tools/reproduce.py."""
+"""Experiments that test the claims of the papers; `tools/reproduce.py` runs them and writes their pages."""

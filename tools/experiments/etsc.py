@@ -1,7 +1,7 @@
-"""The tables of ETSC's paper (arXiv 2311.08756): perplexity, error and time of conversion, token cost.
+"""Tables of the ETSC paper (arXiv 2311.08756): perplexity, error and time of the conversion, cost per token.
 
-The token cost is a section of its own, in :mod:`experiments.token_cost`. ``without_balancing`` and
-``vandermonde`` are what ETSC does without its ideas (section 4.4): for comparison, not for use.
+The cost per token is in :mod:`experiments.token_cost`. ``without_balancing`` and ``vandermonde`` are the
+ablations of section 4.4, for comparison only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, select
 from experiments.report import Panel, Table, line, smallest_shown
-from experiments.scoring import score, spread
 from experiments.sizing import text_models
 from experiments.token_cost import TOKEN_COST, duration
-from experiments.training import train_family
+from experiments.training import score, spread, train_family
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import balanced, convert_model, etsc, gradient, window
 from tnnlm.conversion.etsc import roots_of_unity
@@ -34,12 +33,12 @@ from tnnlm.ops.ssm import SSMParams
 TEXTS = Declarations("etsc")
 NAMES = {"tnn": "TNN", "sgconv": "SGConv"}
 GRADIENT_TAPS = 1 << 17
-"""largest n d that gradient descent is run on"""
+"""Largest number of taps, n times d, for gradient descent."""
 VANDERMONDE_LENGTH = 512
-"""largest n whose Vandermonde system is solved"""
+"""Largest number of taps n for Vandermonde systems."""
 _CHANNELS = 64
 _SWEEPS = {"length": ("n", "d", "taps"), "width": ("d", "n", "channels")}
-"""sweep -> what it varies, what it doesn't, and the first in words"""
+"""Varied size, fixed size and name of the varied size, by sweep."""
 
 
 def _perplexity_grid(size: str) -> list[Record]:
@@ -48,7 +47,7 @@ def _perplexity_grid(size: str) -> list[Record]:
 
 
 def _perplexity(cell: Record, data: Files) -> Record:
-    """Of a trained model before and after conversion, by context."""
+    """Measure the perplexity of a trained model before and after conversion, by context length."""
     models = text_models(tuple(NAMES), cell["size"], cell["steps"], data)
     family = models.families[cell["family"]]
     model, _ = train_family(family, models.rows, cell["seed"])
@@ -86,10 +85,10 @@ def _perplexity_claims(records: list[Record]) -> Iterator[Claim]:
 def _perplexity_tables(records: list[Record]) -> Iterator[Table]:
     items = []
     for record in select(records, part="perplexity"):
-        for form, label in (("parallel", "parallel"), ("etsc", "ETSC, n = length"), ("auto", "auto")):
-            found = {f"{int(n):,}": context[form] for n, context in record["contexts"].items()}
+        for method, label in (("parallel", "parallel"), ("etsc", "ETSC, n = length"), ("auto", "auto")):
+            found = {f"{int(n):,}": context[method] for n, context in record["contexts"].items()}
             ppl = {n: "refused" if isinstance(value, str) else f"{value:.4f}" for n, value in found.items()}
-            items.append({"model": NAMES[record["family"]], "form": label} | ppl)
+            items.append({"model": NAMES[record["family"]], "evaluation": label} | ppl)
     yield TEXTS.table("perplexity", items)
 
 
@@ -101,7 +100,7 @@ def _conversion_grid(size: str) -> list[Record]:
 
 
 def _conversion(cell: Record, data: Files) -> Record:
-    """Error and time of every method, on the taps of an untrained TNO layer."""
+    """Measure error and time of every method on the taps of an untrained TNO layer."""
     torch.manual_seed(0)
     kernel = TNOKernel(TNOConfig(), cell["d"])
     with torch.no_grad():
@@ -110,15 +109,16 @@ def _conversion(cell: Record, data: Files) -> Record:
 
 
 def convert_by_all(k: Tensor, decay: Tensor | None, tiny: bool = False) -> dict[str, Record]:
-    """Seconds and relative error of every way to convert, as stored in the dtype of the taps.
+    """Measure seconds and relative error of every conversion method, stored in the dtype of the taps.
 
     Args:
-        k: taps (E, T).
-        decay: of each channel, (E,).
-        tiny: 8 state numbers and 20 steps of gradient descent, in the place of 32 and 1,000.
+        k: Taps (E, T).
+        decay: Decay of each channel, (E,).
+        tiny: Use 8 state numbers and 20 steps of gradient descent instead of 32 and 1,000.
 
     Returns:
-        by method ``seconds``, ``error``, and ``condition`` of a Vandermonde system; or ``skipped``: why.
+        By method, ``seconds``, ``error`` and the ``condition`` number of a Vandermonde system, or the reason
+        why it was ``skipped``.
     """
     order, steps = (8, 20) if tiny else (32, 1000)
     order = min(order, k.shape[1])
@@ -131,10 +131,9 @@ def convert_by_all(k: Tensor, decay: Tensor | None, tiny: bool = False) -> dict[
         "vandermonde, real": lambda: vandermonde(k.double(), "real"),
         "vandermonde, random": lambda: vandermonde(k.double(), "random"),
     }
-    limits = {"gradient": ("n d", k.numel(), GRADIENT_TAPS)}
-    limits |= dict.fromkeys(
-        ("vandermonde, real", "vandermonde, random"), ("n", k.shape[1], VANDERMONDE_LENGTH)
-    )
+    solved = ("n", k.shape[1], VANDERMONDE_LENGTH)
+    limits = {"vandermonde, real": solved, "vandermonde, random": solved}
+    limits["gradient"] = ("n d", k.numel(), GRADIENT_TAPS)
     found = {}
     for name, run in made.items():
         what, value, limit = limits.get(name, ("", 0, 1))
@@ -143,7 +142,7 @@ def convert_by_all(k: Tensor, decay: Tensor | None, tiny: bool = False) -> dict[
 
 
 def _timed(k: Tensor, run: Callable[[], Any]) -> Record:
-    """The median of up to five times. Of several the first is left out: it finds cold caches."""
+    """Measure error and median time of up to five runs; the first of several is a warm-up."""
     times: list[float] = []
     while len(times) < 5 and (len(times) < 1 or sum(times) < 0.5):
         started = time.perf_counter()
@@ -155,19 +154,19 @@ def _timed(k: Tensor, run: Callable[[], Any]) -> Record:
 
 
 def without_balancing(k: Tensor) -> SSMParams:
-    """ETSC without the tap that balances the sum: the n-point DFT, whose constant mode stays.
+    """Convert taps by ETSC without the balancing tap: an n-point DFT that keeps the constant mode.
 
-    Exact at lags below n too, but the constant mode is a pole at 1 that never forgets: past n the
-    kernel repeats with its mean, and rounding is carried forever.
+    It is exact at lags below n as well, but the constant mode is a pole at 1: past n the kernel repeats
+    with its mean, and rounding errors accumulate.
 
     Args:
-        k: taps (E, n) in float64.
+        k: Taps (E, n) in float64.
     """
     n = k.shape[1]
     spectrum = torch.fft.rfft(k.double()) / n
     poles = roots_of_unity(n, k.device)
     weight = torch.full_like(poles[0], 2.0)
-    # The constant mode, and at an even n the one at -1, have no partner.
+    # The constant mode and, for even n, the mode at -1 have no conjugate.
     weight[0] = 1.0
     if n % 2 == 0:
         weight[-1] = 1.0
@@ -176,15 +175,14 @@ def without_balancing(k: Tensor) -> SSMParams:
 
 
 def vandermonde(k: Tensor, eigenvalues: str) -> tuple[SSMParams, float]:
-    """Residues for n given eigenvalues, by solving the Vandermonde system of n taps.
+    """Compute the residues for n given eigenvalues by solving the Vandermonde system of n taps.
 
     Args:
-        k: taps (E, n) in float64.
+        k: Taps (E, n) in float64.
         eigenvalues: ``real``, evenly spaced on (-1, 1), or ``random``, uniform in the unit disc.
 
     Returns:
-        parameters in float64, and the condition number of the system: beyond 1e16 the solution
-        means nothing.
+        Parameters in float64 and the condition number of the system; beyond 1e16 the solution is useless.
     """
     n = k.shape[1]
     if eigenvalues == "real":
@@ -196,7 +194,7 @@ def vandermonde(k: Tensor, eigenvalues: str) -> tuple[SSMParams, float]:
     poles = poles.to(k.device)
     matrix = poles[None, :] ** torch.arange(n, device=k.device)[:, None]
     condition = float(torch.linalg.cond(matrix))
-    # Least squares: where the system is singular to rounding, an exact solver would overflow.
+    # Least squares, because an exact solver overflows if the system is numerically singular.
     residues = torch.linalg.lstsq(matrix, k.T.to(torch.complex128), driver="gelsd").solution.T
     planes = torch.view_as_real(residues).transpose(1, 2).contiguous()
     return SSMParams(planes.new_zeros(len(k), 0), torch.view_as_real(poles).T.contiguous(), planes), condition
@@ -204,16 +202,12 @@ def vandermonde(k: Tensor, eigenvalues: str) -> tuple[SSMParams, float]:
 
 def _conversion_claims(records: list[Record]) -> Iterator[Claim]:
     converted = select(records, part="conversion")
-    sizes = ", ".join(
-        f"{key} {min(values):,} .. {max(values):,}"
-        for key in ("n", "d")
-        for values in [[int(record[key]) for record in converted]]
-    )
+    spans = {key: [pick(record[key] for record in converted) for pick in (min, max)] for key in ("n", "d")}
     error = max(record["methods"]["etsc"]["error"] for record in converted)
-    yield TEXTS.claim("exact", error=error, sizes=sizes)
-    beside = [record["methods"] for record in converted if "seconds" in record["methods"]["gradient"]]
+    yield TEXTS.claim("exact", error=error, **spans)
+    compared = [record["methods"] for record in converted if "seconds" in record["methods"]["gradient"]]
     faster, closer = (
-        [methods["gradient"][key] / methods["etsc"][key] for methods in beside]
+        [methods["gradient"][key] / methods["etsc"][key] for methods in compared]
         for key in ("seconds", "error")
     )
     times = {"least": min(faster), "most": max(faster), "closer": min(closer)}
@@ -245,16 +239,14 @@ def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
             yield TEXTS.panel(f"conversion_{key}", lines, {"what": what}, legend=first)
 
 
-ETSC = Experiment(
-    name="etsc",
-    title="Exact Toeplitz-to-SSM conversion",
-    sections=(
-        Section(grid=_perplexity_grid, measure=_perplexity),
-        Section(grid=_conversion_grid, measure=_conversion),
-        Section(claims=_perplexity_claims, tables=_perplexity_tables),
-        Section(claims=_conversion_claims, tables=_conversion_tables, panels=_conversion_panels),
-        TOKEN_COST,
-    ),
-    columns=4,
-    panel_size=(4, 3.5),
+_PERPLEXITY = Section(
+    grid=_perplexity_grid, measure=_perplexity, claims=_perplexity_claims, tables=_perplexity_tables
 )
+_CONVERSION = Section(
+    grid=_conversion_grid,
+    measure=_conversion,
+    claims=_conversion_claims,
+    tables=_conversion_tables,
+    panels=_conversion_panels,
+)
+ETSC = Experiment(sections=(_PERPLEXITY, _CONVERSION, TOKEN_COST), **TEXTS.named("experiment"))

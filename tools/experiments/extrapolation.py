@@ -1,4 +1,4 @@
-"""Perplexity far past the training length: TNN beside Transformers (TNN paper, arXiv 2305.04749)."""
+"""Perplexity far past the training length, of TNN and of Transformers (TNN paper, arXiv 2305.04749)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,14 @@ from experiments.frame import (
     select,
 )
 from experiments.report import Panel, Table, line
-from experiments.scoring import perplexities, recurrent_forms
 from experiments.sizing import text_models
-from experiments.training import train_family
+from experiments.training import perplexities, recurrent_forms, train_family
 from tnnlm.models.causal_lm import CausalLM
 
-MODELS = {
-    "tnn": "TNN",
-    "gpt2": "Transformer with learned positions",
-    "transformer": "Transformer with rotary positions",
-}
 _MULTIPLES = (1, 2, 4, 7, 14, 28)
-"""lengths in training lengths, each a divisor of the last: 512 .. 14,336"""
+"""Row lengths in training lengths, each a divisor of the last: 512 .. 14,336 tokens."""
 TEXTS = Declarations("extrapolation")
+MODELS: dict[str, str] = TEXTS.named("models")
 
 
 def _grid(size: str) -> list[Record]:
@@ -42,7 +37,7 @@ def _grid(size: str) -> list[Record]:
 
 
 def _measure(cell: Record, data: Files) -> Record:
-    """Train one, and score it on the same held-out tokens in rows of every length."""
+    """Train a model and score it on the same held-out tokens in rows of every length."""
     models = text_models(tuple(MODELS), cell["size"], cell["steps"], data)
     family = models.families[cell["model"]]
     model, trained = train_family(family, models.rows, cell["seed"])
@@ -65,7 +60,7 @@ def _lengths(records: list[Record]) -> list[int]:
 
 
 def _rises(records: list[Record], model: str, form: str = "parallel") -> list[float]:
-    """Of perplexity over that at the training length, relative, by length, means over the seeds."""
+    """Return the relative rise of perplexity over that at the training length, by length, mean over seeds."""
     own = [list(record["ppl"][form].values()) for record in select(records, model=model)]
     return [fmean(rises) for rises in zip(*([x / ppl[0] - 1 for x in ppl] for ppl in own), strict=True)]
 
@@ -96,7 +91,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
         for form in own[0]["ppl"]:
             ppl = [record["ppl"][form] for record in own]
             shown = {f"{int(n):,}": f"{mean_of(ppl, n):.2f}" for n in ppl[0]}
-            items.append({"model": MODELS[model], "form": form} | shown)
+            items.append({"model": MODELS[model], "evaluation": form} | shown)
     params = ", ".join(
         f"{MODELS[record['model']]}: {record['params']:,} (learning rate {record['lr']:g})"
         for record in select(records, seed=records[0]["seed"])
@@ -105,18 +100,14 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    """Rise of perplexity over that at the training length, against length."""
+    """Plot the rise of perplexity over that at the training length, against length."""
     lengths, form = _lengths(records), list(records[0]["ppl"])[-1]
-    drawn = {model: [100 * rise for rise in _rises(records, model)] for model in MODELS}
-    lines = [line(MODELS[model], zip(lengths, rises, strict=True), model) for model, rises in drawn.items()]
+    percent = {model: [100 * rise for rise in _rises(records, model)] for model in MODELS}
+    lines = [line(MODELS[model], zip(lengths, rises, strict=True), model) for model, rises in percent.items()]
     last = [(n, 100 * rise) for n, rise in zip(lengths, _rises(records, "tnn", form), strict=True)]
-    lines.append(line("TNN as a recurrence", last, color="black", marker="x", linestyle=":"))
+    lines.append(line("TNN, converted", last, color="black", marker="x", linestyle=":"))
     yield TEXTS.panel("rise", lines, {"trained": lengths[0]}, ticks={n: f"{n:,}" for n in lengths})
 
 
-EXTRAPOLATION = Experiment(
-    name="extrapolation",
-    title="Perplexity past the training length",
-    sections=(Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels),),
-    panel_size=(7, 4),
-)
+_SECTION = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
+EXTRAPOLATION = Experiment(sections=(_SECTION,), **TEXTS.named("experiment"))

@@ -1,4 +1,4 @@
-"""Bits per byte of TNN, SGConv, RTF and a Transformer at equal parameters and tokens."""
+"""Bits per byte of TNN, SGConv, RTF and a Transformer with equal parameters and training tokens."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from statistics import fmean, median, stdev
 
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, mean_of
 from experiments.report import PALETTE, Line, Panel, Table, line
-from experiments.scoring import held_out_bits
 from experiments.sizing import text_models
-from experiments.training import train_family
+from experiments.training import held_out_bits, train_family
 
 NAMES = {"tnn": "TNN", "sgconv": "SGConv", "rtf": "RTF", "transformer": "Transformer"}
 TEXTS = Declarations("families")
 
 
 def families(files: Mapping[str, Path] | None = None) -> Experiment:
-    """Train all on the same tokens in the same order, score all on the same held-out text.
+    """Return the experiment that trains all families on the same tokens and scores them on the same text.
 
     Args:
-        files: by name, families beside those of ``NAMES``: the files that their kernels are read from.
+        files: Configuration files of the kernels of custom families, by name.
     """
     own = tuple((files or {}).items())
     sections = (
         Section(grid=partial(_grid, own), measure=partial(_measure, own)),
         Section(claims=_claims, tables=_tables, panels=_panels),
     )
-    return Experiment(name="families", title="Families at equal parameters and tokens", sections=sections)
+    return Experiment(sections=sections, **TEXTS.named("experiment"))
 
 
 def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
-    """Every family on every seed; of a file what it says is part of the cell."""
+    """Return a cell per family and seed; the cell of a custom family contains its file."""
     given = [{"family": name} for name in NAMES]
     given += [{"family": name, "settings": path.read_text(encoding="utf-8")} for name, path in files]
     sizes = TEXTS.sizes(size)
@@ -45,7 +44,7 @@ def _grid(files: tuple[tuple[str, Path], ...], size: str) -> list[Record]:
 
 
 def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> Record:
-    """Train one and score it at the training length."""
+    """Train a family and score it at the training length."""
     names = (*NAMES, *(name for name, _ in files))
     models = text_models(names, cell["size"], cell["steps"], data, files)
     family = models.families[cell["family"]]
@@ -62,7 +61,7 @@ def _measure(files: tuple[tuple[str, Path], ...], cell: Record, data: Files) -> 
 
 
 def _claims(records: list[Record]) -> Iterator[Claim]:
-    """Who is ahead of whom, by means over the seeds."""
+    """Compare the families by their means over the seeds."""
     bits = {name: mean_of(own, "bits_per_byte") for name, own in grouped(records, "family").items()}
     peer = bits.pop("transformer")
     for name, own in bits.items():
@@ -87,12 +86,11 @@ def _tables(records: list[Record]) -> Iterator[Table]:
         speed = median(record["tokens_per_second"] for record in own)
         means = {"bits": f"{fmean(bits):.4f}{deviation}", "ppl": mean_of(own, "ppl"), "speed": speed}
         items.append(own[0] | {"label": NAMES.get(name, name)} | means)
-    tried = TEXTS.text("tried") if records[0]["size"] == "small" else ""
-    yield TEXTS.table("quality", items, tokens=records[0]["tokens"], tried=tried)
+    yield TEXTS.table("quality", items, **records[0])
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    """Learning curves, and bits per byte of every seed."""
+    """Plot learning curves, and bits per byte of every seed."""
     curves, points = [], []
     labels = {name: NAMES.get(name, name) for name in grouped(records, "family")}
     for place, (name, own) in enumerate(grouped(records, "family").items()):

@@ -1,11 +1,12 @@
-"""The frame of every experiment: a list of sections, and what their declarations in NAME.toml say.
+"""Base classes of all experiments: ``Experiment``, its sections, and the declarations in NAME.toml.
 
-A section declares its grid of cells, how one is measured, and what the records say: claims, tables and
-panels, all of them plain data. :mod:`experiments.results` measures an experiment and writes its page.
+A section defines a grid of cells, measures one cell, and turns the records into claims, tables and panels,
+all of them plain data. :mod:`experiments.results` measures an experiment and writes its page.
 """
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +15,26 @@ from typing import Any, NamedTuple, TypeAlias
 
 from experiments import report
 from experiments.report import Line, Panel, Table
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
 
 SIZES = ("tiny", "small", "paper")
-"""tiny: for tests; small: two cores, at most 40 minutes; paper: as published, on GPUs"""
+"""Sizes of an experiment: tiny for tests, small for 40 minutes on two cores, paper as published, for GPUs."""
 CONFIGS = Path(__file__).parents[2] / "configs"
-"""experiments run from a clone, as their tool does"""
+"""Folder of configurations in the clone that the experiments run from."""
 
 Record: TypeAlias = dict[str, Any]
-"""settings of a cell and what was measured, plain data"""
+"""Settings of a cell and the values measured for it, as plain data."""
 Files: TypeAlias = tuple[str, ...]
-"""texts that take the place of an experiment's own; see --data"""
+"""Text files that replace the data set of an experiment; see --data."""
 
 
 class Claim(NamedTuple):
-    """One claim held against what was measured."""
+    """A claim, the published result and the measured one."""
 
     claim: str
     published: str
-    """what the paper says, or where it says nothing, a dash"""
+    """Result of the paper; a dash if it has none."""
     ours: str
     holds: bool
 
@@ -46,10 +49,10 @@ def _not_measured(cell: Record, data: Files) -> Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One kind of measurement and what it shows. What reads records gets those of the whole experiment."""
+    """One kind of measurement, with the claims, tables and panels made of the experiment's records."""
 
     grid: Callable[[str], list[Record]] = _nothing
-    """size -> settings of every cell, in order; no two of an experiment alike"""
+    """Return the settings of every cell of a size, in order. All cells of an experiment differ."""
     measure: Callable[[Record, Files], Record] = _not_measured
     claims: Callable[[list[Record]], Iterable[Claim]] = _nothing
     tables: Callable[[list[Record]], Iterable[Table]] = _nothing
@@ -58,59 +61,66 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A set of measurements that belong together."""
+    """A set of related measurements that share a page."""
 
     name: str
-    """as tools/reproduce.py takes it"""
+    """Name on the command line of tools/reproduce.py."""
     title: str
     sections: tuple[Section, ...]
     columns: int = 0
-    """panels in a row of the picture; 0: all"""
+    """Panels per row of the figure; 0: all in one row."""
     panel_size: tuple[float, float] = (5, 4)
-    """inches"""
+    """Width and height of a panel, in inches."""
 
     def grid(self, size: str) -> list[Record]:
-        """Settings of every measurement, in order."""
+        """Return the settings of every cell, in order."""
         return [cell for section in self.sections for cell in section.grid(size)]
 
     def measure(self, cell: Record, size: str, data: Files = ()) -> Record:
-        """Measure one, as the section that it belongs to does."""
+        """Measure one cell with the section that defines it."""
         section = next(one for one in self.sections if cell in one.grid(size))
         return section.measure(cell, data)
 
     def claims(self, records: list[Record]) -> list[Claim]:
-        """The claims of all sections, each with the figures that decide it."""
+        """Return the claims of all sections, each with the figures that support or refute it."""
         return [claim for section in self.sections for claim in section.claims(records)]
 
 
 class Declarations:
-    """What NAME.toml beside this module says: settings by size, claims, tables, panels, texts.
+    """Contents of NAME.toml in this folder: settings by size, claims, tables, panels and paragraphs.
 
-    Their strings hold replacement fields as ``str.format`` has them.
+    Strings are templates for ``str.format``.
     """
 
     def __init__(self, name: str) -> None:
         self._data = report.declared(name)
 
     def sizes(self, size: str) -> Record:
-        """Settings of one of ``SIZES``, over those of all."""
+        """Return the settings of one of ``SIZES``, which override those shared by all sizes."""
         settings: dict[str, Record] = self._data["sizes"]
         shared, own = settings.get("all", {}), settings[size]
         both = {key: shared[key] | own[key] for key in shared if isinstance(own.get(key), dict)}
         return shared | own | both
 
+    def config(self, size: str, words: Iterable[str] = ()) -> Config:
+        """Load the declared file of a size, if any, overridden by the declared settings and by ``words``."""
+        sizes = self.sizes(size)
+        file = CONFIGS / f"{sizes['config']}.yaml" if "config" in sizes else None
+        settings = (word.format(stdlib=sysconfig.get_path("stdlib")) for word in sizes["settings"])
+        return load_config(file, [*settings, *words])
+
     def named(self, name: str) -> Record:
-        """A table of the file's own: names and what they stand for."""
+        """Return a top-level table of the file, for example the labels of the models."""
         found: Record = self._data[name]
         return found
 
     def claim(self, name: str, holds: bool = True, /, **values: Any) -> Claim:
-        """A claim with the figures that decide it; a dash where nothing is published.
+        """Return a claim with the figures that support or refute it; a dash if no result is published.
 
         Args:
-            name: of the claim.
-            holds: whether it does if its values keep the declared limits, ``at_most`` and ``at_least``.
-            values: for its texts.
+            name: Name of the claim.
+            holds: False if the claim fails for reasons other than the limits ``at_most`` and ``at_least``.
+            values: Values of its templates, and those that the declared limits apply to.
         """
         parts = {"published": "-"} | self._data["claims"][name]
         most, least = parts.pop("at_most", {}), parts.pop("at_least", {})
@@ -119,24 +129,25 @@ class Declarations:
         return Claim(**{key: text.format(**values) for key, text in parts.items()}, holds=holds)
 
     def table(self, name: str, items: Sequence[Record] = (), **values: Any) -> Table:
-        """A table with a row per item.
+        """Return a table with one row per item.
 
         Args:
-            name: of the table.
-            items: records, whose values its columns show, and under ``*`` texts by title that stand in the
-                place of the column of that name; texts by title themselves if no columns are declared.
-            values: for its heading and the texts around it.
+            name: Name of the table.
+            items: Records that fill the templates of the declared columns; the cells under ``*`` replace the
+                column of that name. Without declared columns, the cells of each row by column title.
+            values: Values of the heading and the paragraphs. If ``size`` is small, the paragraph ``tried``
+                is added.
         """
         given = self._data["tables"][name]
         columns: dict[str, str] = given.get("columns", {})
         rows = [_row(columns, item) for item in items] if columns else items
-        heading, before, after = (
-            given.get(key, "").strip().format(**values) for key in ("heading", "before", "after")
-        )
+        heading, before = (given.get(key, "").strip().format(**values) for key in ("heading", "before"))
+        below = ("after", "tried") if values.get("size") == "small" else ("after",)
+        after = "\n\n".join(given[key].strip().format(**values) for key in below if key in given)
         return Table(heading, rows, before, after)
 
     def panel(self, name: str, lines: Sequence[Line], values: Record | None = None, **more: Any) -> Panel:
-        """A panel of the declared title and axes, its texts showing ``values``; ``more`` goes to it."""
+        """Return a panel, its declared title and axes filled with ``values``; ``more`` goes to ``Panel``."""
         given = self._data["panels"][name]
         axes: Record = {
             key: text.format(**values or {}) if isinstance(text, str) else text for key, text in given.items()
@@ -144,7 +155,7 @@ class Declarations:
         return Panel(axes.pop("title"), lines, base=axes.pop("base", 10), axes=axes, **more)
 
     def text(self, name: str, **values: Any) -> str:
-        """A paragraph or more."""
+        """Return one or more paragraphs, filled with ``values``."""
         text: str = self._data["texts"][name]
         return text.strip().format(**values)
 
@@ -156,17 +167,17 @@ def _row(columns: dict[str, str], item: Record) -> dict[str, str]:
     return row
 
 
-def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
-    """Records that have these settings."""
+def select(records: Iterable[Record], **settings: Any) -> list[Record]:
+    """Return the records that have these settings."""
     return [
         record
         for record in records
-        if all(key in record and record[key] == value for key, value in wanted.items())
+        if all(key in record and record[key] == value for key, value in settings.items())
     ]
 
 
 def grouped(records: Iterable[Record], key: str) -> dict[Any, list[Record]]:
-    """Records by the value of a setting, None where it is missing, in the order in which they come."""
+    """Group records by the value of a setting, None if it is missing, in order of first occurrence."""
     found: dict[Any, list[Record]] = {}
     for record in records:
         found.setdefault(record.get(key), []).append(record)
@@ -174,5 +185,5 @@ def grouped(records: Iterable[Record], key: str) -> dict[Any, list[Record]]:
 
 
 def mean_of(records: Iterable[Record], key: str) -> float:
-    """The mean of a figure."""
+    """Return the mean of one value over the records."""
     return fmean(record[key] for record in records)

@@ -1,10 +1,10 @@
-"""Models of ``transformers`` beside ours, all made of the same ``ModelConfig``: its sizes are theirs too.
+"""Baselines from ``transformers``, built from the same ``ModelConfig`` as the models of tnnlm.
 
-``glu_dim`` is the width of the MLP of what attends. Causal ones have the methods of a ``CausalLM``, their
-cache as the state; encoders take what ``MaskedLM`` and ``SequenceClassifier`` take, and their losses.
+``glu_dim`` is the width of the MLP of Transformers. Causal models have the methods of ``CausalLM``, with the
+cache as the state; encoders have the inputs and losses of ``MaskedLM`` and ``SequenceClassifier``.
 
 Raises:
-    UserError: every one of them, if ``transformers`` is missing.
+    UserError: If ``transformers`` is not installed, or ``d_model`` can't be split into attention heads.
 """
 
 from __future__ import annotations
@@ -22,41 +22,37 @@ _HEAD = 64
 
 
 class Peer(nn.Module):
-    """A causal language model in both forms: whole sequences, or with a cache of keys and values as its
-    state, which ``prefill`` and ``step`` change in place and ``undo`` sets back."""
+    """Causal language model for whole sequences and for decoding with a KV cache as its state, which
+    ``prefill`` and ``step`` change in place and ``undo`` rolls back."""
 
     net: Any
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) for tokens (B, L)."""
+        """Return logits (B, L, V) of tokens (B, L)."""
         logits: Tensor = self.net(input_ids=tokens, use_cache=False).logits
         return logits
 
     def init_state(self, batch_size: int) -> Any:
-        """An empty cache, of any batch size."""
+        """Return an empty cache, for any batch size."""
         return transformers_library().DynamicCache()
 
     def prefill(self, tokens: Tensor, state: Any, keep: int = 0) -> tuple[Tensor, Any]:
-        """Read tokens (B, L) on top of the cache: logits (B, keep or L, V)."""
+        """Process tokens (B, L) after those of the cache: return logits (B, keep or L, V) and the cache."""
         out = self.net(input_ids=tokens, past_key_values=state, use_cache=True, logits_to_keep=keep)
         return out.logits, state
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Read one token per row (B,): logits (B, V)."""
+        """Process one token per row (B,): return logits (B, V) and the state."""
         logits, state = self.prefill(tokens[:, None], state)
         return logits[:, -1], state
 
     def undo(self, state: Any) -> None:
-        """Forget the last token."""
+        """Remove the last token from the cache."""
         state.crop(-1)
 
 
 class Llama(Peer):
-    """Rotary positions, tied embeddings, no dropout.
-
-    Raises:
-        UserError: if the width can't be split into heads.
-    """
+    """Llama with rotary position embeddings, tied embeddings and no dropout."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -73,38 +69,31 @@ class Llama(Peer):
 
 
 class GPT2(Peer):
-    """A learned vector for each position up to the training length, tied embeddings, no dropout.
+    """GPT-2 with learned position embeddings up to the training length, tied embeddings and no dropout.
 
-    Positions past the training length get vectors as they are drawn at initialisation: what a longer table
-    would hold there, since no such position was ever trained.
-
-    Raises:
-        UserError: if the width can't be split into heads.
+    Positions past the training length get random vectors from the initialisation: a longer table would hold
+    the same, since these positions are never trained.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         settings = transformers_library().GPT2Config(
-            vocab_size=config.vocab_size,
+            **_shape(config),
             n_positions=config.max_length,
-            n_embd=config.d_model,
-            n_layer=config.n_layers,
-            n_head=n_heads(config.d_model),
             n_inner=config.glu_dim or config.d_model,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             **dict.fromkeys(("bos_token_id", "eos_token_id")),
             use_cache=False,
-            attn_implementation="sdpa",
         )
         self.net = transformers_library().GPT2LMHeadModel(settings)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) for tokens (B, L), L of any length."""
+        """Return logits (B, L, V) of tokens (B, L), for any L."""
         self._lengthen(tokens.shape[1])
         return super().forward(tokens)
 
     def prefill(self, tokens: Tensor, state: Any, keep: int = 0) -> tuple[Tensor, Any]:
-        """Read tokens (B, L) on top of the cache: logits (B, keep or L, V)."""
+        """Process tokens (B, L) after those of the cache: return logits (B, keep or L, V) and the cache."""
         self._lengthen(state.get_seq_length() + tokens.shape[1])
         return super().prefill(tokens, state, keep)
 
@@ -115,16 +104,16 @@ class GPT2(Peer):
         if missing <= 0:
             return
         generator = torch.Generator().manual_seed(table.num_embeddings)
-        drawn = torch.randn(missing, table.embedding_dim, generator=generator)
-        drawn = (drawn * self.net.config.initializer_range).to(table.weight)
-        self.net.transformer.wpe = nn.Embedding.from_pretrained(torch.cat((table.weight, drawn)))
+        added = torch.randn(missing, table.embedding_dim, generator=generator)
+        added = (added * self.net.config.initializer_range).to(table.weight)
+        self.net.transformer.wpe = nn.Embedding.from_pretrained(torch.cat((table.weight, added)))
 
 
 class Mamba(Peer):
-    """A selective state-space model: its state doesn't grow, and it reads prompts in a loop on a CPU."""
+    """Mamba, a selective state-space model with a state of fixed size; a CPU prefills it token by token."""
 
     STATE = 16
-    """state numbers per channel"""
+    """State numbers per channel."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,21 +127,21 @@ class Mamba(Peer):
         self.net = transformers_library().MambaForCausalLM(settings)
 
     def init_state(self, batch_size: int) -> Any:
-        """None: the first tokens make it."""
+        """Return None; the first ``prefill`` creates the state."""
         return None
 
     def prefill(self, tokens: Tensor, state: Any, keep: int = 0) -> tuple[Tensor, Any]:
-        """Read tokens (B, L) on top of the state: logits (B, L, V)."""
+        """Process tokens (B, L) after those of the state: return logits (B, L, V) and the state."""
         out = self.net(input_ids=tokens, cache_params=state, use_cache=True)
         return out.logits, out.cache_params
 
     def undo(self, state: Any) -> None:
-        """Nothing: a step takes as long after any token."""
+        """Do nothing; the time of a step does not depend on the tokens before it."""
 
 
 class Bert(nn.Module):
-    """As published (Devlin et al., arXiv 1810.04805): learned positions up to the training length, norms
-    after each sum, tied embeddings. It has no position past the training length, and can't read more."""
+    """BERT as published (arXiv 1810.04805): learned position embeddings, post-norm, tied embeddings. It can't
+    process sequences longer than the training length."""
 
     net: Any
 
@@ -161,14 +150,14 @@ class Bert(nn.Module):
         self.net = transformers_library().BertForMaskedLM(_bert_settings(config))
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, M, V) at ``positions`` (B, M) of tokens (B, L)."""
+        """Return logits (B, M, V) at ``positions`` (B, M) of tokens (B, L)."""
         logits: Tensor = self.net.cls(_at(positions, self.net.bert(input_ids=tokens).last_hidden_state))
         return logits
 
 
 class RotaryBert(Bert):
-    """A ModernBERT (arXiv 2412.13663): rotary positions, norms first, gated MLP; attention over all in every
-    layer."""
+    """ModernBERT (arXiv 2412.13663) with rotary position embeddings, pre-norm, gated MLP and full attention
+    in every layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -183,24 +172,24 @@ class RotaryBert(Bert):
         self.net = transformers_library().ModernBertForMaskedLM(settings)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, M, V) at ``positions`` (B, M) of tokens (B, L)."""
+        """Return logits (B, M, V) at ``positions`` (B, M) of tokens (B, L)."""
         x = self.net.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
         logits: Tensor = self.net.decoder(self.net.head(_at(positions, x)))
         return logits
 
 
 class BertClassifier(nn.Module):
-    """A BERT's encoder with the pooled head of our ``SequenceClassifier``: attention is all that differs."""
+    """BERT encoder with the pooled head of ``SequenceClassifier``, so that only the mixer differs."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.net = transformers_library().BertModel(_bert_settings(config), add_pooling_layer=False)
         self.head = nn.Linear(config.d_model, config.n_classes)
         self.n_positions = config.max_length * config.d_model
-        """parameters of the table of positions"""
+        """Number of parameters of the position embeddings."""
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Logits (B, C) for tokens (B, L), of which the first ``lengths`` (B,) count."""
+        """Return logits (B, C) of tokens (B, L), of which the first ``lengths`` (B,) are not padding."""
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         x = self.net(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         logits: Tensor = self.head(x.masked_fill(~mask[:, :, None], 0.0).sum(1) / lengths[:, None])
@@ -212,7 +201,7 @@ def _at(positions: Tensor, x: Tensor) -> Tensor:
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
-    """Sizes under the names that most models of ``transformers`` have for them."""
+    """Return the sizes under the names that most configurations of ``transformers`` use."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -233,27 +222,26 @@ def _bert_settings(config: ModelConfig) -> Any:
 
 
 def n_heads(width: int) -> int:
-    """As many heads of 64 channels as there is room for, of an even number of channels each.
+    """Return the largest number of heads of an even width of at least 64 channels, or else 1.
 
     Raises:
-        UserError: if the width is odd.
+        UserError: If the width is odd.
     """
     heads = [n for n in range(1, max(1, width // _HEAD) + 1) if width % (2 * n) == 0]
     if not heads:
-        raise UserError(f"attention needs an even model.d_model, not {width}")
+        raise UserError(f"model.d_model={width}: is odd; attention needs an even width")
     return heads[-1]
 
 
 def transformers_library() -> ModuleType:
-    """The package.
+    """Import ``transformers``.
 
     Raises:
-        UserError: if it is missing.
+        UserError: If it is not installed.
     """
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            f"needs the package transformers: pip install -c constraints.txt -e '.[peers]' ({error})"
-        ) from None
+        remedy = "run `pip install -c constraints.txt -e '.[peers]'`"
+        raise UserError(f"transformers: not installed ({error})", remedy) from None
     return transformers

@@ -1,4 +1,4 @@
-"""Tables as Markdown and pictures as PNG, from declarations: what stands in a column, what is drawn."""
+"""Tables as Markdown and figures as PNG, from plain descriptions of rows, lines and axes."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from tnnlm.errors import UserError
 from tnnlm.files import atomic_file
 
 Texts = Mapping[str, str]
-"""title -> what stands below it"""
+"""Cells of a table row, by column title."""
 
 
 def declared(name: str) -> dict[str, Any]:
-    """What NAME.toml beside this module holds."""
+    """Return the contents of NAME.toml in this folder."""
     return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 PALETTE: dict[str, str] = {
     name: colour for colour, names in declared("report")["colours"].items() for name in names
 }
-"""colour of everything that is drawn, by name; what has none takes matplotlib's next one"""
+"""Colour of each model or method, by name; others get the next colour of matplotlib's cycle."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a text, and a table of one row per item."""
+    """A heading, and a table of one row per item between two paragraphs."""
 
     heading: str = ""
-    """Markdown, with its number signs"""
+    """Heading in Markdown, including the number signs."""
     items: Sequence[Texts] = ()
     before: str = ""
     after: str = ""
 
     def markdown(self) -> str:
-        """The parts that are there, as paragraphs."""
+        """Return the parts that are not empty, as paragraphs."""
         shown = table(self.items) if self.items else ""
         return "\n\n".join(part for part in (self.heading, self.before, shown, self.after) if part)
 
 
 def table(items: Sequence[Texts]) -> str:
-    """A table as Markdown, a dash where an item lacks a title that others have.
+    """Return a table as Markdown, with a dash for each missing cell.
 
     Columns whose cells all begin with a digit or a sign are aligned to the right.
 
     Raises:
-        UserError: if ``tabulate`` is missing.
+        UserError: If ``tabulate`` is not installed.
     """
     import pandas
 
@@ -58,8 +58,9 @@ def table(items: Sequence[Texts]) -> str:
     try:
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
     except ImportError as error:
-        raise UserError(f"needs tabulate: pip install -c constraints.txt -e '.[peers]' ({error})") from None
-    # Padding to the widest cell would make lines of a thousand characters where one cell is a sentence.
+        remedy = "run `pip install -c constraints.txt -e '.[peers]'`"
+        raise UserError(f"tabulate: not installed ({error})", remedy) from None
+    # Padding to the widest cell would make lines of a thousand characters when one cell is a sentence.
     text = re.sub(r"-{3,}", "---", re.sub(r" +\|", " |", re.sub(r"\| +", "| ", text)))
     return re.sub(r"(?m)^\|[-:|]+\|$", lambda line: line[0].replace(":---|", "---|"), text)
 
@@ -71,72 +72,72 @@ def _figures(cells: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line; without ``x`` a level, without ``y`` a vertical mark at the first value.
+    """Line through points; a horizontal line without ``x``, a vertical line at the first value without ``y``.
 
-    Without either nothing is drawn.
+    A line without both is not plotted.
     """
 
     label: str
     x: Sequence[float] = ()
     y: Sequence[float] = ()
     style: Mapping[str, Any] = field(default_factory=dict)
-    """as ``Axes.plot`` takes it: color, marker, linestyle, alpha"""
+    """Arguments of ``Axes.plot``: color, marker, linestyle, alpha."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes."""
+    """Contents of one subplot."""
 
     title: str = ""
     lines: Sequence[Line] = ()
     bars: Mapping[str, tuple[float, str]] = field(default_factory=dict)
-    """name below a bar -> its height and colour"""
+    """Height and colour of each bar, by the label below it."""
     axes: Mapping[str, Any] = field(default_factory=dict)
-    """as ``Axes.set`` takes it: xlabel, ylabel, xscale, ylim"""
+    """Arguments of ``Axes.set``: xlabel, ylabel, xscale, ylim."""
     base: int = 10
-    """of a logarithmic axis below"""
+    """Base of a logarithmic x axis."""
     ticks: Mapping[float, str] = field(default_factory=dict)
-    """the only ones below, and what they say"""
+    """Positions and labels of the ticks of the x axis; empty: matplotlib's choice."""
     legend: bool = True
 
 
 def line(label: str, points: Iterable[Sequence[float]], name: str = "", **style: Any) -> Line:
-    """A line with dots through (x, y) in the colour that ``PALETTE`` has for ``name``, or for its label."""
+    """Return a line with markers through points (x, y), in the colour of ``name`` or else of the label."""
     x, y = tuple(zip(*points, strict=True)) or ((), ())
     return Line(label, x, y, {"marker": "o", "markersize": 4, "color": PALETTE.get(name or label)} | style)
 
 
 def smallest_shown(value: float) -> float:
-    """A value that a logarithmic axis can show: what is exact stands at its foot."""
+    """Clip a value to the smallest one shown on a logarithmic axis, so that exact results are visible."""
     return max(value, 1e-9)
 
 
 def figure(
-    drawn: Iterable[Panel], path: Path, columns: int = 0, size: tuple[float, float] = (5, 4), dpi: int = 110
+    panels: Iterable[Panel], path: Path, columns: int = 0, size: tuple[float, float] = (5, 4), dpi: int = 110
 ) -> None:
-    """Draw panels side by side and write them as PNG, whole or not at all.
+    """Plot panels in a grid and write the PNG atomically.
 
     Args:
-        drawn: panels, at least one.
-        path: of the picture.
-        columns: in a row; 0: all.
-        size: inches of a panel.
-        dpi: dots per inch.
+        panels: Panels, at least one.
+        path: File to write.
+        columns: Panels per row; 0: all in one row.
+        size: Width and height of a panel, in inches.
+        dpi: Dots per inch.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(drawn)
-    columns = columns or len(panels)
-    rows = -(-len(panels) // columns)
+    shown = list(panels)
+    columns = columns or len(shown)
+    rows = -(-len(shown) // columns)
     whole, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False
     )
-    for ax in axes.flat[len(panels) :]:
+    for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
-    for ax, panel in zip(axes.flat, panels, strict=False):
+    for ax, panel in zip(axes.flat, shown, strict=False):
         _draw(ax, panel)
     with atomic_file(path) as temporary:
         whole.savefig(temporary, dpi=dpi, format="png")

@@ -1,4 +1,4 @@
-"""Results of an experiment, saved cell by cell, and its page: claims, tables and a picture."""
+"""Results of an experiment, saved after every cell, and its page of claims, tables and a figure."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Bar = Callable[[list[Record]], Iterable[Record]]
 
 
 class ResultStore:
-    """OUT/NAME.json: finished cells, to go on from."""
+    """Finished cells of an experiment in OUT/NAME.json, from which an interrupted run resumes."""
 
     def __init__(self, experiment: Experiment, size: str, out: Path, again: bool = False) -> None:
-        """Open them, or start anew: ``again``, or if there are none.
+        """Open the results, or start from scratch if ``again`` is set or there are none.
 
         Raises:
-            UserError: if what is there is damaged, or of another size.
+            UserError: If the file is corrupt or holds results of another size.
         """
         if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is not a folder; give another --out")
+            raise UserError(f"{out}: not a folder; change --out")
         self.path = out / f"{experiment.name}.json"
         self.data: dict[str, Any] = {"name": experiment.name, "size": size, "seconds": 0.0, "cells": {}}
         self.data["made by"] = _machine()
@@ -39,47 +39,47 @@ class ResultStore:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
                 before = (found["name"], found["size"], found["seconds"], found["cells"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path}: damaged; remove it or give another --out") from None
+                raise UserError(f"{self.path}: corrupt; remove it or change --out") from None
             if before[:2] != (experiment.name, size):
-                raise UserError(f"{self.path}: holds size {before[1]}; remove it or give another --out")
+                raise UserError(f"{self.path}: holds size {before[1]}; remove it or change --out")
             self.data = found
 
     def missing(self, cells: list[Record]) -> list[Record]:
-        """Cells that are not measured yet."""
+        """Return the cells that are not measured yet."""
         return [cell for cell in cells if _key(cell) not in self.data["cells"]]
 
     def add(self, cell: Record, measured: Record, seconds: float) -> None:
-        """Save one."""
+        """Add the result of one cell, which took ``seconds``, and save the file."""
         self.data["cells"][_key(cell)] = measured
         self.data["seconds"] += seconds
         self.data["made by"] = _machine()
         self.save()
 
     def save(self) -> None:
-        """Write the file; it appears whole or not at all."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, json.dumps(self.data, indent=1) + "\n")
 
     def records(self, cells: list[Record]) -> list[Record]:
-        """Settings and figures of every cell, in order."""
+        """Return the settings and results of every cell, in order."""
         return [cell | self.data["cells"][_key(cell)] for cell in cells]
 
 
 def reproduce(
     experiment: Experiment, size: str, out: Path, bar: Bar, again: bool = False, data: Files = ()
 ) -> list[Claim]:
-    """Measure what is missing, and write NAME.json, NAME.md, NAME.png and the index of all experiments.
+    """Measure the missing cells, and write NAME.json, NAME.md, NAME.png and the index of all experiments.
 
     Args:
-        experiment: which.
-        size: of ``SIZES``.
-        out: folder of results; what it holds of the same experiment and size is kept and gone on from.
-        bar: wraps the cells that are left, for progress.
-        again: measure all of them; the first one takes the place of what ``out`` holds of this experiment.
-        data: texts in the place of the experiment's own.
+        experiment: Experiment to run.
+        size: One of ``SIZES``.
+        out: Folder of results; a run resumes from results of the same experiment and size in it.
+        bar: Wraps the cells that remain to be measured, to show progress.
+        again: Measure all cells; the first one overwrites the results of this experiment in ``out``.
+        data: Text files that replace the data set of the experiment.
 
     Raises:
-        UserError: if ``out`` holds something else.
+        UserError: If ``out`` holds other results.
     """
     keep_large_blocks()
     limit_threads()
@@ -101,7 +101,7 @@ def reproduce(
 def write_page(
     experiment: Experiment, data: Record, claims: list[Claim], records: list[Record], out: Path
 ) -> None:
-    """OUT/NAME.md, and NAME.png if a section draws a panel."""
+    """Write OUT/NAME.md, and NAME.png if a section has a panel."""
     seeds = ", ".join(map(str, sorted({record.get("seed", 0) for record in records})))
     parts = [
         f"# {experiment.title}",
@@ -118,12 +118,12 @@ def write_page(
 
 
 def _shown(claim: Claim) -> dict[str, str]:
-    said = {"claim": claim.claim, "published": claim.published, "ours": claim.ours}
-    return said | {"": "holds" if claim.holds else "**does not hold**"}
+    verdict = "holds" if claim.holds else "**does not hold**"
+    return {"claim": claim.claim, "published": claim.published, "measured": claim.ours, "": verdict}
 
 
 def index(out: Path) -> str:
-    """The one table of all experiments whose results lie in a folder."""
+    """Return the page with the claims of all experiments whose results are in a folder."""
     found = []
     for path in sorted(out.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -136,15 +136,13 @@ def index(out: Path) -> str:
         }
         for data, claim in found
     ]
-    return (
-        f"# The papers' claims, measured\n\n{sum(claim.holds for _, claim in found)} of {len(found)} hold. "
-        "A dash: no figure is published, or the claim is our own. Each experiment has a page with its "
-        "tables, its picture, and what was tried where a claim does not hold.\n\n" + report.table(rows) + "\n"
-    )
+    held = sum(claim.holds for _, claim in found)
+    intro = report.declared("report")["index"].format(held=held, total=len(found))
+    return f"{intro}\n\n{report.table(rows)}\n"
 
 
 def _command(data: Record) -> str:
-    # A clone holds the small results already.
+    # A clone contains the results of size small, so that only --again measures them.
     size = " --again" if data["size"] == "small" else f" --size {data['size']}"
     return f"python tools/reproduce.py {data['name']}{size}"
 

@@ -1,8 +1,7 @@
-"""Families of language models of equal size on one text: ours by their kernels, and Transformers as peers.
+"""Families of language models with equal parameters on one corpus: long convolutions and Transformers.
 
-Settings are those of ``configs/``, so that what is measured is what a user gets: at small size the demo's
-with fewer channels, so that more tokens are read; at paper size those of WikiText-103, which reads the hub
-unless files are given.
+The settings are those of ``configs/``, so that users can reproduce them: the demo's with fewer channels at
+size small, to train on more tokens; those of WikiText-103, from the hub unless files are given, at paper.
 """
 
 from __future__ import annotations
@@ -30,77 +29,75 @@ from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 
 PEERS: dict[str, type[Peer]] = {"transformer": Llama, "gpt2": GPT2}
-"""by name: what is compared with ours"""
+"""Baselines from ``transformers``, by name."""
 SIZE_TOLERANCE = 0.03
-"""how far parameters may be apart"""
+"""Largest relative difference of the parameter counts."""
 TRAINED = 512
-"""length at which the published decay is set"""
-_KINDS = {"tnn": "", "sgconv": "sgconv_", "rtf": "rtf_"}
+"""Training length, in tokens, of the published decay."""
 TEXTS = Declarations("sizing")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, sized and ready to train."""
+    """An architecture with the size and settings to train it with."""
 
     name: str
     config: Config
-    """all settings; ``model.glu_dim`` is the width that makes the sizes equal"""
+    """Configuration, with the ``model.glu_dim`` that makes the parameter counts equal."""
     params: int
-    """trainable parameters"""
+    """Number of trainable parameters."""
 
     def build(self, seed: int) -> nn.Module:
-        """The model in its parallel form, initialised under ``seed``."""
+        """Build the model in its parallel form, initialised with ``seed``."""
         torch.manual_seed(seed)
         return _model(self.name, self.config.model)
 
 
 class TextModels(NamedTuple):
-    """What is trained, and on what."""
+    """Families to train, and their corpus."""
 
     families: dict[str, Family]
     corpus: PackedCorpus
     rows: PackedRows
-    """of the training split"""
+    """Rows of the training split."""
 
 
 @functools.cache
 def text_models(
     names: tuple[str, ...], size: str, steps: int, data: Files, files: tuple[tuple[str, Path], ...] = ()
 ) -> TextModels:
-    """Families of the parameters of the TNN, and the text.
+    """Return families with as many parameters as the TNN, and the corpus to train them on.
 
     Args:
-        names: of tnn, sgconv, rtf, ``PEERS`` and those of ``files``.
-        size: of ``SIZES``.
-        steps: optimizer steps; 0: as the configuration says.
-        data: text files or globs; none: the configuration's own text.
-        files: names of other families, and the files that their kernels are read from.
+        names: Families: tnn, sgconv, rtf, those of ``PEERS`` and of ``files``.
+        size: One of ``SIZES``.
+        steps: Optimizer steps; 0: those of the configuration.
+        data: Text files or globs; empty: the data set of the configuration.
+        files: Names of custom families, with the configuration files of their kernels.
 
     Raises:
-        UserError: if a family or the text can't be used.
+        UserError: If a family or the data can't be used.
     """
     sizes = TEXTS.sizes(size)
     words = [*sizes["settings"], *text_words(data), *([f"trainer.max_steps={steps}"] if steps else [])]
-    base = load_config(_file("tnn", size), words)
-    own = dict(files)
+    kernels = {name: CONFIGS / f"{file}.yaml" for name, file in sizes["configs"].items()} | dict(files)
+    base = load_config(kernels["tnn"], words)
     families = {}
     for name in names:
-        file = own.get(name) or (None if name in PEERS else _file(name, size))
         try:
-            families[name] = _sized(name, file, base, sizes["transformer_lr"])
+            families[name] = _sized(name, kernels.get(name), base, sizes["transformer_lr"])
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for family in families.values():
         kernel = family.config.model.kernel
-        if isinstance(kernel, TNOConfig):  # reaches as many training lengths as the published one does
+        if isinstance(kernel, TNOConfig):  # keeps the memory in training lengths
             kernel.decay **= TRAINED / base.model.max_length
     corpus = prepare(base.data, base.model.vocab_size, base.seed)
     return TextModels(families, corpus, split_rows(corpus, base)[0])
 
 
 def _sized(name: str, file: Path | None, base: Config, peer_lr: float) -> Family:
-    """A family that takes its kernel from a file and all else from ``base``."""
+    """Return a family with the kernel and conversion of a file, and all other settings of ``base``."""
     config = copy.deepcopy(base)
     if file is None:
         config.optim.lr = peer_lr
@@ -119,16 +116,16 @@ def match_parameters(
     other: Callable[[], nn.Module],
     count: Callable[[nn.Module], int] | None = None,
 ) -> int:
-    """Set ``config.glu_dim`` so that the model has the parameters of another, and return how many.
+    """Set ``config.glu_dim`` so that a model has as many parameters as another, and return their number.
 
     Args:
-        build: makes the model.
-        config: of the model, changed in place.
-        other: makes the other.
-        count: what counts as a parameter; None: all that are trained.
+        build: Builds the model.
+        config: Configuration of the model, changed in place.
+        other: Builds the other model.
+        count: Returns the number of parameters of a model; None: all trainable ones.
 
     Raises:
-        UserError: if no width brings them within ``SIZE_TOLERANCE``.
+        UserError: If no width brings them within ``SIZE_TOLERANCE``.
     """
 
     def size(width: int) -> int:
@@ -139,20 +136,20 @@ def match_parameters(
     params = size(match_width(size, target))
     if abs(params - target) > SIZE_TOLERANCE * target:
         raise UserError(
-            f"no width of its channel mixing brings its parameters within {SIZE_TOLERANCE:.0%} of "
-            f"{target:,}; the closest has {params:,}: change model.glu_dim, or its kernel"
+            f"model.glu_dim: no width brings the parameters within {SIZE_TOLERANCE:.0%} of {target:,}; "
+            f"the closest has {params:,}: change the kernel"
         )
     return params
 
 
 def size_of(build: Callable[[], nn.Module], count: Callable[[nn.Module], int] | None = None) -> int:
-    """Parameters of a model that takes no memory meanwhile; ``count`` as for :func:`match_parameters`."""
+    """Count the parameters of a model without allocating them; ``count`` as in :func:`match_parameters`."""
     with torch.device("meta"):
         return (count or n_params)(build())
 
 
 def match_width(count: Callable[[int], int], target: int) -> int:
-    """The width, 1 or more, whose ``count`` is closest to ``target``; counts must grow with it."""
+    """Return the width, at least 1, whose ``count`` is closest to ``target``; counts must grow with it."""
     high = 2
     while count(high) < target:
         high *= 2
@@ -161,18 +158,13 @@ def match_width(count: Callable[[int], int], target: int) -> int:
 
 
 def n_params(model: nn.Module) -> int:
-    """Trainable parameters; tied ones count once."""
+    """Return the number of trainable parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def text_words(data: Files) -> list[str]:
-    """Settings ``key=value`` that read the given files or globs; none for none."""
+    """Return the settings ``key=value`` that select the given files or globs; none without files."""
     return ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"] if data else []
-
-
-def _file(name: str, size: str) -> Path:
-    kind = _KINDS[name]
-    return CONFIGS / (f"{kind or 'tnn_'}wt103.yaml" if size == "paper" else f"{kind}demo.yaml")
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:

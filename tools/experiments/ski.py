@@ -1,15 +1,13 @@
-"""The frequency-domain TNN beside the TNN: quality, speed, decay of the kernels, and what converts best.
+"""Frequency-domain TNN compared with the TNN: quality, training speed, decay of the kernels, conversion.
 
-FD-TNN (arXiv 2305.09028, "SKI to go faster") takes the real part of a kernel's spectrum from the position
-encoder and the imaginary part from a Hilbert transform, and no decay. All models here have the same number
-of parameters: only the kernels differ. Three kinds of cell: models trained, scored and converted, the time of
-a training step with models taking turns, and the decay of untrained kernels.
+FD-TNN (arXiv 2305.09028, "SKI to go faster") computes the real part of a kernel's spectrum by the position
+encoder and the imaginary part by a Hilbert transform, without a decay. All models have the same number of
+parameters and differ in their kernels only. There are three kinds of cells: models that are trained, scored
+and converted; interleaved timing of training steps; and the decay of untrained kernels.
 """
 
 from __future__ import annotations
 
-import copy
-import sysconfig
 import time
 from functools import partial
 from typing import Any
@@ -17,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.frame import CONFIGS, Experiment, Files, Record, Section
-from experiments.scoring import held_out_bits, perplexities
+from experiments.frame import Experiment, Files, Record, Section
 from experiments.sizing import Family, size_of, text_words
 from experiments.ski_claims import ACTIVATIONS, SAYS, SKI_TEXTS
 from experiments.timing import Run, interleaved
-from experiments.training import device_of, next_token_loss, train_family
+from experiments.training import device_of, held_out_bits, next_token_loss, perplexities, train_family
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.conversion.certify import measure as certificate
@@ -30,39 +27,31 @@ from tnnlm.conversion.convert import convert_layers
 from tnnlm.data.packing import prepare
 from tnnlm.data.tasks import split_rows
 from tnnlm.errors import UserError
-from tnnlm.kernels import FDTNOConfig, FDTNOKernel, KernelConfig, TNOConfig, build_kernel
+from tnnlm.kernels import FDTNOConfig, FDTNOKernel, build_kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
 from tnnlm.training.estimate import resolve_precision
 
-VARIANTS: dict[str, KernelConfig] = {
-    "tnn": TNOConfig(),
-    "tnn, decay 0.9": TNOConfig(decay=0.9),
-    **{f"fd {name}": FDTNOConfig(name="fd_tno", activation=name) for name in ACTIVATIONS},
-    "fd relu, angle": FDTNOConfig(name="fd_tno", activation="relu", rpe_input="angle"),
-}
-"""By name, all with the published position encoder, 6 layers of 64: the TNN, one with a memory as short as
-untrained frequency-domain kernels have, and those; the last as in the authors' code."""
+VARIANTS: dict[str, list[str]] = SKI_TEXTS.named("variants")
+"""Settings of the kernels, by name."""
 _CHANNELS = 64
-"""of the kernels whose decay is looked at"""
+"""Channels of the kernels whose decay is measured."""
 
 
 def config_of(size: str, data: Files = (), words: tuple[str, ...] = ()) -> Config:
-    """Settings that all models of a size share; the kernel is the TNN's.
+    """Return the settings that all models of a size share, with the kernel of the TNN.
 
     Args:
-        size: of ``SIZES``.
-        data: text files in the place of its own text.
-        words: more settings, ``key=value``.
+        size: One of ``SIZES``.
+        data: Text files that replace the data set of the experiment.
+        words: Further settings, ``key=value``.
     """
-    file = CONFIGS / "tnn_wt103.yaml" if size == "paper" else None
-    own = [word.format(stdlib=sysconfig.get_path("stdlib")) for word in SKI_TEXTS.sizes(size)["settings"]]
-    return load_config(file, [*own, *text_words(data), *words])
+    return SKI_TEXTS.config(size, [*text_words(data), *words])
 
 
 def family_of(variant: str, config: Config) -> Family:
-    """One of ``VARIANTS``, with the sizes and settings of ``config``, which it changes."""
-    config.model.kernel = copy.deepcopy(VARIANTS[variant])
+    """Return one of ``VARIANTS``, with the sizes and settings of ``config``, which is changed in place."""
+    config.model.kernel = load_config(None, VARIANTS[variant]).model.kernel
     return Family(variant, config, size_of(partial(CausalLM, config.model)))
 
 
@@ -102,7 +91,7 @@ def _train(cell: Record, data: Files) -> Record:
 
 
 def _forms(model: CausalLM) -> tuple[dict[str, CausalLM], dict[str, Any]]:
-    """The model converted in every way, and what each way cost; refusals stand in their place."""
+    """Return the converted models by method, and order, errors and time of each conversion or its refusal."""
     forms: dict[str, CausalLM] = {}
     conversions: dict[str, Any] = {}
     for name, words in SKI_TEXTS.named("conversions").items():
@@ -132,7 +121,7 @@ def _time_grid(size: str) -> list[Record]:
 
 
 def _times(cell: Record, data: Files) -> Record:
-    """Seconds of forward and backward of whole models, and of a kernel alone, taking turns."""
+    """Time forward and backward passes of whole models and of kernels alone, interleaved."""
     sizes, length = SKI_TEXTS.sizes(cell["size"]), cell["length"]
     steps: dict[str, Run] = {}
     taps: dict[str, Run] = {}
@@ -186,7 +175,7 @@ def _decay_grid(size: str) -> list[Record]:
 
 
 def _decay(cell: Record, data: Files) -> Record:
-    """Of an untrained kernel, in float64."""
+    """Measure the decay of an untrained kernel, in float64."""
     torch.manual_seed(0)
     settings = FDTNOConfig(
         name="fd_tno", activation=cell["activation"], rpe_input=cell["input"], rpe_norm=cell["norm"]
@@ -197,21 +186,16 @@ def _decay(cell: Record, data: Files) -> Record:
 
 
 def tails(k: Tensor) -> dict[str, float]:
-    """Lag -> share of the norm of taps k (E, T) at lags from it on; lag 0, which is no memory, left out."""
+    """Return the share of the norm of taps k (E, T) at or after a lag, by lag; lag 0 is excluded."""
     energy = k[:, 1:].double().square().sum(0)
     remaining = energy.flip(0).cumsum(0).flip(0)
     lags = [1 << power for power in range(k.shape[1].bit_length()) if 1 << power < k.shape[1]]
     return {str(lag): float((remaining[lag - 1] / remaining[0]).sqrt()) for lag in lags}
 
 
-SKI = Experiment(
-    name="ski",
-    title="The frequency-domain TNN beside the TNN",
-    sections=(
-        Section(grid=_train_grid, measure=_train),
-        Section(grid=_time_grid, measure=_times),
-        Section(grid=_decay_grid, measure=_decay),
-        *SAYS,
-    ),
-    panel_size=(4, 3.8),
+_MEASURED = (
+    Section(grid=_train_grid, measure=_train),
+    Section(grid=_time_grid, measure=_times),
+    Section(grid=_decay_grid, measure=_decay),
 )
+SKI = Experiment(sections=(*_MEASURED, *SAYS), **SKI_TEXTS.named("experiment"))

@@ -1,4 +1,4 @@
-"""What the experiment on the frequency-domain TNN says: claims, tables, a picture."""
+"""Claims, tables and panels of the experiment on the frequency-domain TNN."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from experiments.report import Line, Panel, Table, line, smallest_shown
 
 ACTIVATIONS = ("gelu", "silu", "relu")
 GONE = 1e-6
-"""share of a kernel's norm that counts as nothing left"""
+"""Share of a kernel's norm below which it has decayed."""
 SHOWN = ("4", "16", "64", "256", "512", "1024")
-"""lags of the table of decay"""
+"""Lags of the table of decay."""
 SKI_TEXTS = Declarations("ski")
 
 
 def _trained(records: list[Record]) -> dict[str, list[Record]]:
-    """Records of trained models by variant, one per seed."""
+    """Return the records of trained models by variant, one per seed."""
     return grouped(select(records, kind="train"), "variant")
 
 
 def _speedups(record: Record, key: str) -> dict[str, float]:
-    """Seconds of the TNN over those of each other model, the median over the turns."""
+    """Return the speed of each model relative to the TNN, the median over the rounds."""
     times = dict(record[key])
     base = times.pop("tnn")
     return {
@@ -32,7 +32,7 @@ def _speedups(record: Record, key: str) -> dict[str, float]:
 
 
 def reach(tails: dict[str, float]) -> float:
-    """First power of two from which on at most ``GONE`` is left; infinite if there is none."""
+    """Return the first power of two after which at most ``GONE`` of the norm remains, or infinity."""
     return min((float(lag) for lag, left in tails.items() if left <= GONE), default=float("inf"))
 
 
@@ -96,20 +96,20 @@ def _decay_claims(records: list[Record]) -> Iterator[Claim]:
     def found(claim: str, given: str, norm: bool, holds: Callable[..., bool], which: str = "") -> Claim:
         own = select(records, kind="decay", input=given, norm=norm)
         lags = {record["activation"]: reach(record["tails"]) for record in own}
-        told = (f"{name} by {lag:g}" if lag < float("inf") else f"{name} never" for name, lag in lags.items())
-        return SKI_TEXTS.claim(claim, holds(**lags), which=which, gone=GONE, reaches=", ".join(told))
+        reaches = (f"{name} {lag:g}" if lag < float("inf") else f"{name} never" for name, lag in lags.items())
+        return SKI_TEXTS.claim(claim, holds(**lags), which=which, gone=GONE, reaches=", ".join(reaches))
 
     def smooth(gelu: float, silu: float, relu: float) -> bool:
         return gelu < relu and silu < relu
 
-    yield found("smooth", "cosine", False, smooth, "plain networks of the cosine")
+    yield found("smooth", "cosine", False, smooth, "plain MLP of the cosine")
     yield found("gelu", "cosine", False, lambda gelu, silu, relu: gelu < silu)
-    yield found("smooth", "cosine", True, smooth, "normalised features, as trained")
-    yield found("smooth", "angle", True, smooth, "networks of the frequency itself")
+    yield found("smooth", "cosine", True, smooth, "normalised MLP of the cosine, as trained")
+    yield found("smooth", "angle", True, smooth, "MLP of the frequency")
 
 
 def _longest(records: list[Record]) -> dict[str, dict[str, float]]:
-    """By variant, of the first seed's layers the largest share left at every lag."""
+    """Return the largest share at every lag over the layers of the first seed's model, by variant."""
     layers = {name: own[0]["tails"] for name, own in _trained(records).items()}
     return {name: {lag: max(layer[lag] for layer in own) for lag in own[0]} for name, own in layers.items()}
 
@@ -120,27 +120,25 @@ def _decay_tables(records: list[Record]) -> Iterator[Table]:
         kind = "normalised" if r["norm"] else "plain"
         shares[f"untrained: {r['activation']} of the {r['input']}, {kind}"] = r["tails"]
     shares |= {f"trained: {name}, worst layer": tails for name, tails in _longest(records).items()}
-    yield SKI_TEXTS.table(
-        "decay",
-        [
-            {"kernel": label} | {lag: f"{tails[lag]:.1e}" if lag in tails else "-" for lag in SHOWN}
-            for label, tails in shares.items()
-        ],
-    )
+    items = [
+        {"kernel": label} | {lag: f"{tails[lag]:.1e}" for lag in SHOWN if lag in tails}
+        for label, tails in shares.items()
+    ]
+    yield SKI_TEXTS.table("decay", items)
 
 
 def _decay_panels(records: list[Record]) -> Iterator[Panel]:
-    def drawn(label: str, tails: dict[str, float], name: str, style: str = "-") -> Line:
+    def curve(label: str, tails: dict[str, float], name: str, style: str = "-") -> Line:
         points = [(int(lag), smallest_shown(left)) for lag, left in tails.items()]
         return line(label, points, name, linestyle=style, marker=None)
 
     untrained = [
-        drawn(f"{r['activation']} of the {r['input']}", r["tails"], f"fd {r['activation']}", style)
+        curve(f"{r['activation']} of the {r['input']}", r["tails"], f"fd {r['activation']}", style)
         for given, style in (("cosine", "-"), ("angle", ":"))
         for r in select(records, kind="decay", norm=True, input=given)
     ]
     yield SKI_TEXTS.panel("untrained", untrained)
-    yield SKI_TEXTS.panel("trained", [drawn(name, tails, name) for name, tails in _longest(records).items()])
+    yield SKI_TEXTS.panel("trained", [curve(name, tails, name) for name, tails in _longest(records).items()])
 
 
 def _conversion_claims(records: list[Record]) -> Iterator[Claim]:
@@ -161,7 +159,7 @@ def _conversion_claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _gap(own: list[Record], method: str) -> float:
-    """Largest modulus over the lengths and seeds; 0 where the conversion was refused."""
+    """Return the largest perplexity gap over lengths and seeds; 0 for refused conversions."""
     conversions = (record["conversions"][method].get("gaps", {}) for record in own)
     return max((abs(gap) for gaps in conversions for gap in gaps.values()), default=0.0)
 
@@ -181,7 +179,7 @@ def _conversion_tables(records: list[Record]) -> Iterator[Table]:
                     "gap": " / ".join(f"{gap:+.0e}" for gap in made["gaps"].values()),
                 }
             items.append({"variant": name, "method": method} | shown)
-    yield SKI_TEXTS.table("conversion", items)
+    yield SKI_TEXTS.table("conversion", items, size=records[0]["size"])
 
 
 def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
@@ -194,15 +192,9 @@ def _conversion_panels(records: list[Record]) -> Iterator[Panel]:
     yield SKI_TEXTS.panel("conversion", lines, ticks=dict(enumerate(methods)))
 
 
-def _tried(records: list[Record]) -> Iterator[Table]:
-    if select(records, size="small"):
-        yield SKI_TEXTS.table("tried")
-
-
 SAYS = (
     Section(claims=_quality_claims, tables=_quality_tables),
     Section(claims=_speed_claims, tables=_speed_tables, panels=_speed_panels),
     Section(claims=_decay_claims, tables=_decay_tables, panels=_decay_panels),
     Section(claims=_conversion_claims, tables=_conversion_tables, panels=_conversion_panels),
-    Section(tables=_tried),
 )

@@ -1,8 +1,8 @@
-"""Where conversions fail: error against length, depth, decay, precision, initialisation and bad taps.
+"""Limits of the conversions: error against length, depth, decay, precision, initialisation and kind of taps.
 
-The boundary analysis that ETSC's paper (arXiv 2311.08756) leaves open. Measured of every recurrence: the
-error of its taps, as the certificate does, and that of its outputs to white noise, one step after the other
-in float32: within the horizon, where rounding piles up, and after four, where what was left out shows.
+The ETSC paper (arXiv 2311.08756) has no such analysis. The experiment measures the error of the taps of each
+recurrence, as the certificate does, and that of its outputs on white noise, step by step in float32: within
+the horizon, where rounding accumulates, and after four, where the truncated part of the kernel shows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.etsc import vandermonde
+from experiments.etsc import VANDERMONDE_LENGTH, vandermonde
 from experiments.frame import Claim, Declarations, Experiment, Files, Record, Section, grouped, select
 from experiments.report import PALETTE, Line, Panel, Table, line, smallest_shown
 from experiments.taps import make_taps
@@ -29,24 +29,22 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops.ssm import SSMParams
 
 FAILED = 0.1
-"""relative error of outputs above which a conversion is of no use"""
+"""Relative error of the outputs above which a conversion is useless."""
 ROUNDING = 1e-4
-"""of outputs, in float32, below which a conversion counts as exact"""
+"""Relative error of the outputs in float32 below which a conversion counts as exact."""
 DEAD = 1e-7
-"""share of a kernel's norm past the horizon below which it has died out there"""
+"""Share of a kernel's norm past the horizon below which it has decayed."""
 TEXTS = Declarations("stability")
 SETTINGS: dict[str, str] = TEXTS.named("settings")
-"""sweep -> the setting that it changes"""
+"""Varied setting, by sweep."""
 LABELS: dict[str, str] = TEXTS.named("labels")
-"""sweep -> what that is"""
+"""Description of the varied setting, by sweep."""
 TAP_METHODS: tuple[str, ...] = ("etsc", "balanced", "window", "vandermonde")
-"""of single kernels; whole models are converted by all but the last, which is no method of the package's"""
-LARGEST_VANDERMONDE = 512
-"""taps: its system has as many unknowns"""
+"""Methods for single kernels. Whole models use all but the last, which tnnlm does not have."""
 
 
 def _grid(size: str) -> list[Record]:
-    """One factor at a time around a TNO kernel; whole models, which differ in their layers, last."""
+    """Return cells that vary one setting of a TNO kernel at a time, and whole models by number of layers."""
     sizes = TEXTS.sizes(size)
     cells: list[Record] = []
     for sweep, setting in SETTINGS.items():
@@ -62,7 +60,7 @@ def _grid(size: str) -> list[Record]:
 
 @torch.no_grad()
 def _measure(cell: Record, data: Files) -> Record:
-    """Both errors, and what the user is told."""
+    """Measure both errors, and record the message to the user."""
     return _measure_model(cell) if cell["sweep"] == "layers" else _measure_taps(cell)
 
 
@@ -70,8 +68,8 @@ def _measure_taps(cell: Record) -> Record:
     n, stored = cell["n"], getattr(torch, cell["stored"])
     k = make_taps(cell, EXTENT * n)
     kept = torch.float64 if stored == torch.float64 else torch.float32
-    if cell["method"] == "vandermonde" and n > LARGEST_VANDERMONDE:
-        return {"told": f"left out above {LARGEST_VANDERMONDE} taps"}
+    if cell["method"] == "vandermonde" and n > VANDERMONDE_LENGTH:
+        return {"told": f"skipped above {VANDERMONDE_LENGTH} taps"}
     try:
         params = _convert(k.to(kept), cell)
     except UserError as error:
@@ -79,7 +77,7 @@ def _measure_taps(cell: Record) -> Record:
     if stored == torch.bfloat16:
         params = SSMParams(*(tensor.to(stored).to(tensor.dtype) for tensor in params))
     measured = {"refused": False, **_output_errors(params, k, n, kept)}
-    if cell["method"] == "vandermonde":  # no method of the package's: it has no certificate
+    if cell["method"] == "vandermonde":  # not a method of tnnlm, so that it has no certificate
         return measured | {"tap_error": relative_error(k[:, :n], params)}
     report = certify(k, LayerConversion(params, cell["method"], ""), n)
     return measured | {
@@ -101,8 +99,9 @@ def _convert(k: Tensor, cell: Record) -> SSMParams:
 
 
 def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> Record:
-    """Relative RMS of outputs to uniform noise in the second half of the horizon and in the last horizon of
-    k (E, T); and the largest of all, over the taps' L1 norm, which the certificate bounds."""
+    """Return the relative RMS error of outputs on uniform noise in the second half of the horizon and in the
+    last horizon of k (E, T), and the largest error over the L1 norm of the taps, which the certificate
+    bounds."""
     length = k.shape[1]
     x = 2 * torch.rand(length, len(k), generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
     size = 2 * length
@@ -129,7 +128,7 @@ def _output_errors(params: SSMParams, k: Tensor, n: int, dtype: torch.dtype) -> 
 
 
 def _measure_model(cell: Record) -> Record:
-    """Logits of an untrained model of so many layers, recurrent against parallel, at four horizons."""
+    """Compare recurrent and parallel logits of an untrained model over four horizons."""
     torch.manual_seed(0)
     kernel = TNOConfig(decay=cell["decay"], rpe_dim=16, rpe_layers=2)
     layers = cell["layers"]
@@ -165,16 +164,16 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
     yield TEXTS.claim("balanced", met, made=len(made), taps=_largest(made, "tap_error"), refused=refused)
     yield TEXTS.claim("poles", largest=max((record["largest_pole"] for record in told), default=0.0))
     failing = [r["n"] for r in select(records, method="vandermonde", sweep="length") if _failed(r)]
-    useless = f"from {min(failing)} taps on" if failing else "not at these lengths"
+    useless = f"from {min(failing)} taps" if failing else "not at these lengths"
     yield TEXTS.claim("eigenvalues", bool(failing), found=useless)
     unsaid = [record for record in told if _failed(record) and not record["told"]]
-    warned = f"{sum(map(_failed, told))} cells warned of"
+    warned = f"a warning in all {sum(map(_failed, told))} cells"
     if unsaid:
-        warned = f"silent in {len(unsaid)}; first {_name(unsaid[0])}"
+        warned = f"no warning in {len(unsaid)} cells; first {_name(unsaid[0])}"
     yield TEXTS.claim("warned", not unsaid, found=warned)
-    # Rounding of the outputs, in units of the largest possible one.
+    # The tolerance is the rounding error of outputs in float32, relative to the largest possible output.
     silent = [record for record in told if not record["bounded_error"] <= record["l1_error"] + 1e-5]
-    bound = f"not in {len(silent)}; first {_name(silent[0])}" if silent else f"{len(told)} cells"
+    bound = f"not in {len(silent)} cells; first {_name(silent[0])}" if silent else f"all {len(told)} cells"
     yield TEXTS.claim("bound", not silent, found=bound)
 
 
@@ -196,7 +195,7 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _thresholds(sweep: str, method: str, own: list[Record]) -> Record:
-    """Where a method fails, all settings or by name, and what the user reads at the first."""
+    """Return the settings at which a method fails, and the message to the user at the first of them."""
     row: Record = {"factor": LABELS[sweep], "method": method, "told": ""}
     for key in ("inside_error", "output_error", "refused"):
         failing = [record for record in own if _above(record, key)]
@@ -207,7 +206,7 @@ def _thresholds(sweep: str, method: str, own: list[Record]) -> Record:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    """A panel per factor that is a number: errors within the horizon above, after four of them below."""
+    """Plot the error against every numeric setting, within the horizon (top) and after four (bottom)."""
     limit = Line("", y=[FAILED], style={"color": PALETTE["limit"], "linestyle": ":"})
     for name, key in (("inside", "inside_error"), ("outside", "output_error")):
         for sweep in ("length", "decay", "depth", "poles", "layers"):
@@ -216,7 +215,7 @@ def _panels(records: list[Record]) -> Iterator[Panel]:
                 own = select(records, sweep=sweep, method=method)
                 finite = [record for record in own if math.isfinite(record.get(key, math.nan))]
                 lines.append(line(method, [(_position(r), smallest_shown(r[key])) for r in finite]))
-            below = "1 - decay (none drawn at 1e-5)" if sweep == "decay" else LABELS[sweep]
+            below = "1 - decay (1e-5: no decay)" if sweep == "decay" else LABELS[sweep]
             first = (name, sweep) == ("inside", "length")
             yield TEXTS.panel(name, [*lines, limit], {"below": below}, legend=first)
 
@@ -227,12 +226,12 @@ def _position(record: Record) -> float:
 
 
 def _above(record: Record, key: str) -> bool:
-    """A refusal, or an error of no use; NaN is one."""
+    """Return whether a conversion was refused, or its error is above ``FAILED`` or NaN."""
     return bool(record.get(key)) if key == "refused" else key in record and not record[key] <= FAILED
 
 
 def _failed(record: Record) -> bool:
-    """Refused counts as failing; what was left out does not."""
+    """Return whether a conversion failed; refused ones count as failed, skipped ones do not."""
     return _above(record, "refused") or _above(record, "output_error")
 
 
@@ -257,10 +256,5 @@ def _name(record: Record) -> str:
     return f"{record['method']}, {record['sweep']} {record[SETTINGS[record['sweep']]]}"
 
 
-STABILITY = Experiment(
-    name="stability",
-    title="Where conversions fail",
-    sections=(Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels),),
-    columns=5,
-    panel_size=(3.4, 3.2),
-)
+_SECTION = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
+STABILITY = Experiment(sections=(_SECTION,), **TEXTS.named("experiment"))

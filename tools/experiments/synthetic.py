@@ -1,8 +1,8 @@
-"""RTF's memory tasks at growing state sizes: what is learned, what it costs, and what the recurrence keeps.
+"""Memory tasks at growing state sizes: accuracy, cost of training, and accuracy of the converted models.
 
-Copying and Delay of the RTF paper (arXiv 2405.06147), with TNN and SGConv beside RTF. Every model is trained
-in its parallel form, converted, and tested in both; the recurrence reads the test set one position after the
-other. Small is the published size with lengths, delays and state sizes divided by eight, and fewer steps.
+Copying and Delay of the RTF paper (arXiv 2405.06147), for RTF, TNN and SGConv. Every model is trained in its
+parallel form, converted, and tested in both forms; the recurrence processes the test set step by step. Size
+small is the published one with lengths, delays and state sizes divided by eight, and fewer steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from experiments.synthetic_claims import SAYS, TASKS, TEXTS
 from experiments.synthetic_tasks import (
     Batch,
     Model,
-    answers,
     answers_by_steps,
     build_model,
     convert_by_family,
@@ -35,14 +34,14 @@ from tnnlm.modules import LongConv
 
 _RTF: Record = {"init": "xavier", "constraint": "montel"}
 _TEST = 1 << 20
-"""added to the seed for the test set"""
+"""Seed of the test set."""
 _TEST_ROWS = 64
-"""read at a time: the states of all are held"""
+"""Rows per test batch, whose states are in memory at the same time."""
 _WARM_UP = 2
 
 
 def _task_grid(task: str, size: str) -> list[Record]:
-    """A model per family, state size of RTF and seed."""
+    """Return a cell per family, state size of RTF and seed."""
     sizes = TEXTS.sizes(size)
     shared = {"task": task} | sizes[task]
     kernels: list[tuple[str, Record]] = [("rtf", {"state_size": n} | _RTF) for n in sizes["states"]]
@@ -59,14 +58,13 @@ def _cost_grid(size: str) -> list[Record]:
 
 
 def measure_task(cell: Record, data: Files = ()) -> Record:
-    """Train, convert and test the model that a cell names, on a GPU where there is one.
+    """Train, convert and test the model of a cell, on a GPU if there is one.
 
     Returns:
-        ``seconds_per_step`` of the training, ``score`` and ``score_recurrent`` (share of symbols told
-        right; for delay the RMSE of all outputs), ``chance`` (what a model without memory gets),
-        ``difference`` of the forms' outputs, relative, ``method``, ``order`` (real state numbers per
-        channel), ``largest_pole``, and ``refused``: what conversions tried before said. Without the
-        recurrent form's figures if there is none.
+        ``seconds_per_step`` of the training, ``score`` and ``score_recurrent`` (fraction of correct symbols;
+        RMSE of all outputs for delay), ``chance`` (score without memory), relative ``difference`` of parallel
+        and recurrent outputs, ``method``, ``order`` (real state numbers per channel), ``largest_pole``, and
+        ``refused``: messages of refused conversions. If all are refused, the recurrent values are missing.
     """
     model = build_model(cell).to(device_of())
     measured: Record = {"seconds_per_step": _train(model, cell)}
@@ -87,18 +85,18 @@ def measure_task(cell: Record, data: Files = ()) -> Record:
 
 
 def _train(model: Model, cell: Record) -> float:
-    """Train in place on batches of the cell's seed; returns seconds per step."""
+    """Train in place on batches of the cell's seed, and return the seconds per step."""
     steps = cell["steps"]
     config = OptimConfig(
         lr=cell["lr"], kernel_lr_scale=cell["kernel_lr_scale"], weight_decay=0.0, warmup_steps=min(20, steps)
     )
-    batches = (_draw(cell, cell["seed"], step, cell["batch"]) for step in range(steps))
+    batches = (_sample(cell, cell["seed"], step, cell["batch"]) for step in range(steps))
     trace = fit(model, batches, partial(_loss, cell), config, steps, what=f"{cell['task']}, {cell['family']}")
     return (trace.marks[-1] - trace.marks[0]) / steps
 
 
-def _draw(cell: Record, seed: int, batch: int, rows: int) -> Batch:
-    """A batch of the cell's task."""
+def _sample(cell: Record, seed: int, batch: int, rows: int) -> Batch:
+    """Sample a batch of the cell's task."""
     if cell["task"] == "copying":
         blanks = cell["length"] - 2 * cell["lag"]
         sizes = {"symbols": cell["lag"], "vocab_size": cell["vocab_size"], "blanks": blanks}
@@ -113,13 +111,14 @@ def _loss(cell: Record, model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.mse_loss(outputs, batch.targets)
 
 
+@torch.no_grad()
 def _test(cell: Record, model: Model, converted: Model | None) -> Record:
-    """Both forms' scores, what knowing nothing scores, and how far the forms are apart."""
+    """Return the scores in parallel and recurrent form, the score without memory, and their difference."""
     sums: defaultdict[str, float] = defaultdict(float)
     for number, start in enumerate(range(0, cell["test_rows"], _TEST_ROWS)):
-        batch = _draw(cell, _TEST, number, min(cell["test_rows"] - start, _TEST_ROWS))
+        batch = _sample(cell, _TEST, number, min(cell["test_rows"] - start, _TEST_ROWS))
         inputs, targets = (part.to(device_of()) for part in batch)
-        outputs = answers(model, inputs, targets.shape[1])
+        outputs = model(inputs)[:, -targets.shape[1] :]
         sums["count"] += targets.numel()
         sums["score"] += _points(cell, outputs, targets)
         sums["chance"] += _points(cell, torch.zeros_like(outputs), targets)
@@ -139,18 +138,18 @@ def _test(cell: Record, model: Model, converted: Model | None) -> Record:
 
 
 def _points(cell: Record, outputs: Tensor, targets: Tensor) -> float:
-    """How many symbols are right; of a signal, the sum of squared errors."""
+    """Return the number of correct symbols, or the sum of squared errors of a signal."""
     if cell["task"] == "copying":
         return float((outputs.argmax(-1) == targets).sum())
     return float((outputs - targets).double().square().sum())
 
 
 def _measure_cost(cell: Record, data: Files) -> Record:
-    """Training steps of one RTF layer alone, where a model would hide it, at several state sizes, in turns.
+    """Time training steps of a single RTF layer, interleaved over several state sizes.
 
     Returns:
-        by state size, as strings: ``seconds`` (medians) and ``peak_bytes`` (of what a step allocates;
-        parameters, which do grow with the state, are not among it).
+        ``seconds`` (medians) and ``peak_bytes`` (peak allocation of a step, without the parameters, which
+        grow with the state), by state size as strings.
     """
     torch.manual_seed(cell["seed"])
     x = torch.randn(cell["batch"], cell["length"], cell["d_model"], device=device_of())
@@ -160,7 +159,7 @@ def _measure_cost(cell: Record, data: Files) -> Record:
 
 
 def _layer_step(state_size: int, x: Tensor) -> Callable[[], None]:
-    """Taps, convolution and their gradients."""
+    """Return a call that computes taps, convolution and their gradients."""
     config = RTFConfig(name="rtf", state_size=state_size, denominators=1, init="xavier", constraint="montel")
     conv = LongConv(build_kernel(config, x.shape[2], x.shape[1])).to(x.device)
 
@@ -172,12 +171,6 @@ def _layer_step(state_size: int, x: Tensor) -> Callable[[], None]:
     return step
 
 
-SYNTHETIC = Experiment(
-    name="synthetic",
-    title="Copying and delay at growing state sizes",
-    sections=(
-        *(Section(grid=partial(_task_grid, task), measure=measure_task) for task in TASKS),
-        Section(grid=_cost_grid, measure=_measure_cost),
-        *SAYS,
-    ),
-)
+_TRAINED = (Section(grid=partial(_task_grid, task), measure=measure_task) for task in TASKS)
+_COST = Section(grid=_cost_grid, measure=_measure_cost)
+SYNTHETIC = Experiment(sections=(*_TRAINED, _COST, *SAYS), **TEXTS.named("experiment"))

@@ -1,4 +1,4 @@
-"""What the synthetic memory tasks say: claims, tables, a picture."""
+"""Claims, tables and panels of the synthetic memory tasks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from experiments.frame import Claim, Declarations, Record, Section, grouped, mea
 from experiments.report import PALETTE, Line, Panel, Table, line
 
 PERFECT = 0.999
-"""share of symbols from which a copy counts as perfect: 100 % as published"""
+"""Fraction of correct symbols that counts as perfect; 100 % as published."""
 NAMES = {"rtf": "RTF", "tnn": "TNN", "sgconv": "SGConv"}
 TASKS = ("copying", "delay")
 _TRIED_AT = 128
-"""symbols: the small size"""
+"""Number of symbols at size small, for which other settings were tried."""
 TEXTS = Declarations("synthetic")
 
 
 def by_state(records: Iterable[Record], key: str, over_seeds: Any = statistics.mean) -> dict[int, float]:
-    """A figure of RTF by state size, the mean of the seeds unless told otherwise."""
+    """Return a value of RTF by state size, reduced over the seeds, by default to the mean."""
     own = [record for record in select(records, family="rtf") if key in record]
     return {
         n: float(over_seeds(record[key] for record in found))
@@ -31,14 +31,14 @@ def by_state(records: Iterable[Record], key: str, over_seeds: Any = statistics.m
 
 
 def threshold(copies: list[Record]) -> int | None:
-    """The state size from which on every seed copies perfectly, if there is one."""
+    """Return the smallest state size from which every seed copies perfectly, if there is one."""
     worst = by_state(copies, "score", min)
     missed = max((n for n, score in worst.items() if score < PERFECT), default=0)
     return min((n for n in worst if n > missed), default=None)
 
 
 def _figure(task: str, value: float) -> str:
-    """An accuracy in per cent, or an error."""
+    """Format an accuracy in percent, or an error."""
     return f"{100 * value:.1f} %" if task == "copying" else f"{value:.4f}"
 
 
@@ -46,7 +46,7 @@ def _copying_claims(records: list[Record]) -> Iterator[Claim]:
     copies = select(records, task="copying")
     perfect, symbols = threshold(copies), copies[0]["lag"]
     scores = ", ".join(f"{n}: {_figure('copying', x)}" for n, x in by_state(copies, "score").items())
-    found = f"from {perfect} on, of {symbols} symbols" if perfect else f"at none; {scores}"
+    found = f"from {perfect} for {symbols} symbols" if perfect else f"at no state size; {scores}"
     yield TEXTS.claim("perfect", perfect is not None, found=found)
     quarter = perfect is not None and 4 * perfect <= symbols
     yield TEXTS.claim("quarter", quarter, scores=scores, steps=copies[0]["steps"])
@@ -72,7 +72,7 @@ def _cost_claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _form_claims(records: list[Record]) -> Iterator[Claim]:
-    """About the recurrences, and the families beside each other."""
+    """Compare the recurrences with the parallel forms, and the families with each other."""
     trained = [record for record in records if record["task"] != "cost"]
     made = [record for record in trained if "score_recurrent" in record]
     apart = {
@@ -94,16 +94,16 @@ def _form_claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def _marks(cell: Record) -> dict[str, float]:
-    """State sizes that a task needs: delay that each layer adds if all of them delay alike, and the numbers
-    that a signal up to frequency 0.25 has in a delay, twice the cut-off times the delay."""
+    """Return the state size that each task needs: for copying the delay per layer if all layers delay alike,
+    for delay the degrees of freedom of the signal, twice the cut-off frequency 0.25 times the delay."""
     return {"copying": cell["lag"] / cell.get("layers", 1), "delay": 2 * 0.25 * cell["lag"]}
 
 
 def _rates(records: list[Record]) -> str:
-    """The peak learning rate, and those of the kernels."""
+    """Format the peak learning rate, and those of the kernels."""
     kernels = {NAMES[record["family"]]: record["lr"] * record["kernel_lr_scale"] for record in records}
     of_kernels = ", ".join(f"{x:g} ({name})" for name, x in kernels.items())
-    return f"{records[0]['lr']:g}, of kernels {of_kernels}"
+    return f"{records[0]['lr']:g}, for kernels {of_kernels}"
 
 
 def _task_tables(task: str, records: list[Record]) -> Iterator[Table]:
@@ -119,16 +119,16 @@ def _task_tables(task: str, records: list[Record]) -> Iterator[Table]:
                 "parallel": _figure(task, mean_of(own, "score")),
                 "recurrent": _figure(task, mean_of(made, "score_recurrent")) if made else "-",
                 "chance": _figure(task, mean_of(own, "chance")),
-                "converted by": ", ".join(methods) or "refused",
+                "conversion": ", ".join(methods) or "refused",
                 "state numbers per channel": ", ".join(orders) or "-",
                 "largest pole": f"{max(record['largest_pole'] for record in made):.4f}" if made else "-",
-                "ms per step of training": f"{1e3 * mean_of(own, 'seconds_per_step'):.1f}",
+                "ms per training step": f"{1e3 * mean_of(own, 'seconds_per_step'):.1f}",
             }
             items.append(shown)
     values = found[0] | {"rates": _rates(found), "mark": _marks(found[0])[task]}
     if task == "copying":
         symbols = values["vocab_size"] - 2
-        bits = values["lag"] * math.log2(symbols)  # in the symbols of a row
+        bits = values["lag"] * math.log2(symbols)  # information in the symbols of a row
         values |= {"symbols": symbols, "bits": bits, "numbers": bits / 32}
     yield TEXTS.table(task, items, **values)
 
@@ -143,7 +143,7 @@ def _cost_tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _afterwards(records: list[Record]) -> Iterator[Table]:
-    """Refused conversions, and what was tried."""
+    """List refused conversions, and what was tried."""
     refused = dict.fromkeys(record["refused"] for record in records if record.get("refused"))
     if refused:
         yield TEXTS.table("refused", told="\n".join(f"- `{text}`" for text in refused))
@@ -152,12 +152,12 @@ def _afterwards(records: list[Record]) -> Iterator[Table]:
 
 
 def _task_panels(task: str, records: list[Record]) -> Iterator[Panel]:
-    """RTF by its state, in both forms; others, which have none to choose, and chance as levels."""
+    """Plot RTF by state size in both forms; the other families and chance are horizontal lines."""
     own = select(records, task=task)
     again = by_state(own, "score_recurrent").items()
     lines = [
         line("RTF, parallel", by_state(own, "score").items(), "rtf"),
-        line("RTF, recurrent, step by step", again, "rtf", marker="x", linestyle=""),
+        line("RTF, recurrent", again, "rtf", marker="x", linestyle=""),
     ]
     for name in ("tnn", "sgconv"):
         level = mean_of(select(own, family=name), "score")
@@ -178,13 +178,9 @@ def _cost_panels(records: list[Record]) -> Iterator[Panel]:
 
 
 SAYS = (
-    Section(
-        claims=_copying_claims,
-        tables=partial(_task_tables, "copying"),
-        panels=partial(_task_panels, "copying"),
-    ),
-    Section(
-        claims=_delay_claims, tables=partial(_task_tables, "delay"), panels=partial(_task_panels, "delay")
+    *(
+        Section(claims=claims, tables=partial(_task_tables, task), panels=partial(_task_panels, task))
+        for task, claims in zip(TASKS, (_copying_claims, _delay_claims), strict=True)
     ),
     Section(claims=_cost_claims, tables=_cost_tables, panels=_cost_panels),
     Section(claims=_form_claims, tables=_afterwards),

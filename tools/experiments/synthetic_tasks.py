@@ -1,8 +1,8 @@
-"""The synthetic memory tasks of the RTF paper (arXiv 2405.06147, section 4.2), drawn anew for every batch.
+"""Synthetic memory tasks of the RTF paper (arXiv 2405.06147, section 4.2), and their models.
 
-Copying (Arjovsky et al., arXiv 1511.06464): symbols, then blanks, then as many markers as symbols, at
-which the symbols are to be told in order. Delay (Gu et al., arXiv 2206.12037): a white signal below a
-cut-off frequency, to be given out again some steps later. And the models that learn them, in both forms.
+Copying (Arjovsky et al., arXiv 1511.06464): symbols, then blanks, then as many markers as symbols, at which
+the model outputs the symbols in order. Delay (Gu et al., arXiv 2206.12037): a band-limited white signal,
+which the model outputs some steps later. Every batch is sampled from the seed and its number.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.recurrence import State
 
 BLANK = 0
-"""token id; the marker is the last id, symbols are all between"""
+"""Token id of blanks; the last id is the marker, the ids in between are symbols."""
 FAMILY_METHODS = {"rtf": ("companion", "window"), "tnn": ("balanced", "etsc"), "sgconv": ("window",)}
-"""conversions of each family, of which the first that can be made is taken"""
+"""Conversion methods by family; the first one that succeeds is used."""
 
 
 class Batch(NamedTuple):
-    """Inputs (B, L), and what the last positions are to give, (B, at most L)."""
+    """Inputs (B, L), and targets of the last positions, (B, at most L)."""
 
     inputs: Tensor
     targets: Tensor
 
 
 def copying(seed: int, batch: int, *, rows: int, symbols: int, vocab_size: int, blanks: int = 0) -> Batch:
-    """One batch of the copying task: the same for the same arguments, whatever was drawn before.
+    """Sample a batch of the copying task, which depends on the arguments only.
 
     Args:
-        seed: of the whole stream.
-        batch: number of the batch in it.
-        rows: B.
-        symbols: to remember, M.
-        vocab_size: of blank, marker and symbols together, at least 3.
-        blanks: between the symbols and the first marker.
+        seed: Seed of the stream of batches.
+        batch: Number of the batch in the stream.
+        rows: Batch size B.
+        symbols: Number of symbols to remember, M.
+        vocab_size: Number of token ids for blank, marker and symbols, at least 3.
+        blanks: Number of blanks between the symbols and the first marker.
 
     Returns:
-        token ids (B, 2 M + ``blanks``), and the symbols (B, M), targets of the last M positions.
+        Token ids (B, 2 M + ``blanks``), and the symbols (B, M), targets of the last M positions.
 
     Raises:
-        ValueError: for a vocabulary without symbols.
+        ValueError: If the vocabulary has no symbols.
     """
     if vocab_size < 3:
-        raise ValueError(f"vocab_size {vocab_size}: blank and marker leave no symbol")
-    drawn = _stream(seed, batch).integers(BLANK + 1, vocab_size - 1, size=(rows, symbols))
-    told = torch.from_numpy(drawn)
+        raise ValueError(f"vocab_size {vocab_size}: has no symbols besides blank and marker; use at least 3")
+    sampled = _stream(seed, batch).integers(BLANK + 1, vocab_size - 1, size=(rows, symbols))
+    told = torch.from_numpy(sampled)
     rest = torch.full((rows, blanks + symbols), BLANK)
     rest[:, blanks:] = vocab_size - 1
     return Batch(torch.cat((told, rest), dim=1), told)
@@ -66,32 +66,32 @@ def copying(seed: int, batch: int, *, rows: int, symbols: int, vocab_size: int, 
 def delay(
     seed: int, batch: int, *, rows: int, length: int, lag: int, cutoff: float = 0.25, rms: float = 0.5
 ) -> Batch:
-    """One batch of the delay task: the same for the same arguments, whatever was drawn before.
+    """Sample a batch of the delay task, which depends on the arguments only.
 
     Args:
-        seed: of the whole stream.
-        batch: number of the batch in it.
-        rows: B.
-        length: L.
-        lag: steps of delay, below L.
-        cutoff: highest frequency of the signal, in cycles per step, at most 0.5.
-        rms: of the signal before its first value is taken off all of them, so that it starts at zero.
+        seed: Seed of the stream of batches.
+        batch: Number of the batch in the stream.
+        rows: Batch size B.
+        length: Length L of the signals.
+        lag: Delay in steps, below L.
+        cutoff: Highest frequency of the signal, in cycles per step, at most 0.5.
+        rms: RMS of the signal, before its first value is subtracted so that it starts at zero.
 
     Returns:
-        signals (B, L) in float32, and the same ``lag`` steps later, (B, L), zero before.
+        Signals (B, L) in float32, and the signals delayed by ``lag`` steps, (B, L), zero before.
 
     Raises:
-        ValueError: if nothing of a signal is told again, or no frequency is below the cut-off.
+        ValueError: If ``lag`` is not below ``length``, or no frequency is below the cut-off.
     """
     if not 0 < lag < length:
         raise ValueError(f"lag {lag}: must be from 1 to below the length, {length}")
     frequencies = np.fft.rfftfreq(length)
     kept = (frequencies > 0) & (frequencies <= cutoff)
     if not kept.any():
-        raise ValueError(f"cutoff {cutoff}: below the lowest frequency, {frequencies[1]:g}")
+        raise ValueError(f"cutoff {cutoff}: is below the lowest frequency; use at least {frequencies[1]:g}")
     noise = _stream(seed, batch).standard_normal((rows, length))
     signal = np.fft.irfft(np.fft.rfft(noise) * kept, n=length)
-    # Every frequency but that of Nyquist counts twice.
+    # Every frequency except the Nyquist frequency counts twice.
     share = np.where(frequencies[kept] < 0.5, 2, 1).sum() / length
     signal *= rms / np.sqrt(share)
     inputs = torch.from_numpy(signal - signal[:, :1]).float()
@@ -99,9 +99,9 @@ def delay(
 
 
 class SignalModel(nn.Module):
-    """A signal in, a signal out: linear to E channels, a long convolution of each, linear to one.
+    """Linear model of signals: a projection to E channels, a long convolution, and a projection to one.
 
-    The RTF paper's model of the delay task: one layer without norm, residual and activation.
+    The RTF paper uses it for the delay task: one layer without norm, residual and activation.
     """
 
     conv: LongConv | RecurrentConv
@@ -113,16 +113,16 @@ class SignalModel(nn.Module):
         self.out_proj = nn.Linear(n_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L) -> (B, L)."""
+        """Map signals (B, L) to signals (B, L)."""
         y: Tensor = self.out_proj(self.conv(self.in_proj(x.unsqueeze(-1))))
         return y.squeeze(-1)
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first value."""
+        """Return the state before the first value."""
         return self.conv.init_state(batch_size)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Advance by one value per row, (B,) -> (B,)."""
+        """Process one value per row, (B,): return the outputs (B,) and the state."""
         y, state = self.conv.step(self.in_proj(x.unsqueeze(-1)), state)
         return self.out_proj(y).squeeze(-1), state
 
@@ -131,16 +131,16 @@ Model: TypeAlias = CausalLM | SignalModel
 
 
 class Recurrent(NamedTuple):
-    """A converted model, and what became of its kernels."""
+    """A converted model with the conversions of its layers."""
 
     model: Model
     layers: list[LayerConversion]
     refused: str
-    """what was said of the methods before"""
+    """Messages of the methods that were refused before."""
 
 
 def build_model(cell: Record) -> Model:
-    """The model that a cell of the experiment names, in its parallel form, initialised under its seed."""
+    """Build the model of a cell in its parallel form, initialised with the seed of the cell."""
     torch.manual_seed(cell["seed"])
     kernel, width = kernel_config(cell), cell["d_model"]
     if cell["task"] == "delay":
@@ -150,7 +150,7 @@ def build_model(cell: Record) -> Model:
 
 
 def kernel_config(cell: Record) -> KernelConfig:
-    """A cell's kernel. RTF as published for these tasks: one denominator for all channels of a layer."""
+    """Return the kernel of a cell; RTF has one denominator for all channels of a layer, as published."""
     if cell["family"] == "rtf":
         own = {name: cell[name] for name in ("state_size", "init", "constraint")}
         return RTFConfig(name="rtf", denominators=1, **own)
@@ -158,10 +158,10 @@ def kernel_config(cell: Record) -> KernelConfig:
 
 
 def convert_by_family(model: Model, family: str, length: int) -> Recurrent:
-    """A converted copy of ``model``, right at all lags below ``length``.
+    """Return a converted copy of ``model`` for the horizon ``length``.
 
     Raises:
-        UserError: if none of the family's methods can.
+        UserError: If all methods of the family refuse it.
     """
     found = kernels(model)
     refused = []
@@ -175,16 +175,8 @@ def convert_by_family(model: Model, family: str, length: int) -> Recurrent:
     raise UserError("; ".join(refused))
 
 
-@torch.no_grad()
-def answers(model: Model, inputs: Tensor, last: int) -> Tensor:
-    """What the parallel form gives at the ``last`` positions of inputs (B, L)."""
-    outputs: Tensor = model(inputs)
-    return outputs[:, -last:]
-
-
-@torch.no_grad()
 def answers_by_steps(model: Model, inputs: Tensor, last: int) -> Tensor:
-    """The same of a converted model, which reads one position after the other."""
+    """Return the outputs of a converted model, step by step, at the ``last`` positions of inputs (B, L)."""
     state: Any = model.init_state(len(inputs))
     outputs = []
     for t in range(inputs.shape[1]):

@@ -1,4 +1,4 @@
-"""Taps that conversions are tried on: a TNO's under any initialisation, and pathological ones."""
+"""Test taps for conversions: TNO kernels with any initialisation, and pathological kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CHANNELS = 16
 
 
 def tno_taps(length: int, *, decay: float, init: str, depth: int) -> Tensor:
-    """Taps (E, ``length``) of an untrained TNO kernel, in float64.
+    """Return taps (E, ``length``) of an untrained TNO kernel, in float64.
 
     Args:
-        length: lags.
-        decay: per lag; 1 for none.
-        init: default, xavier or orthogonal, of the position encoder's weights.
-        depth: its hidden layers.
+        length: Number of lags.
+        decay: Decay per lag; 1 disables it.
+        init: Initialisation of the position encoder's weights: default, xavier or orthogonal.
+        depth: Hidden layers of the position encoder.
     """
     torch.manual_seed(0)
     kernel = TNOKernel(TNOConfig(rpe_dim=32, rpe_layers=depth, decay=decay), CHANNELS).double()
@@ -35,7 +35,7 @@ def tno_taps(length: int, *, decay: float, init: str, depth: int) -> Tensor:
 
 
 def random_taps(length: int, distribution: str) -> Tensor:
-    """Taps (E, ``length``) drawn from a distribution under an envelope that decays by 0.99, in float64."""
+    """Sample taps (E, ``length``) from a distribution, times an envelope of decay 0.99, in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def normal() -> Tensor:
@@ -43,7 +43,7 @@ def random_taps(length: int, distribution: str) -> Tensor:
 
     k = normal()
     if distribution == "heavy tails":
-        k = k / normal()  # Cauchy: no mean, no variance
+        k = k / normal()  # Cauchy distribution: no mean, no variance
     elif distribution == "dynamic range":
         k = k.sign() * 10 ** (8 * (2 * torch.rand(k.shape, generator=generator, dtype=torch.float64) - 1))
     elif distribution == "one late tap":
@@ -55,7 +55,7 @@ def random_taps(length: int, distribution: str) -> Tensor:
 
 
 def resonances(length: int, distance: float) -> Tensor:
-    """Taps (E, ``length``) of four decaying cosines each, whose poles are ``distance`` from the circle."""
+    """Return taps (E, ``length``), sums of four decaying cosines with poles at modulus 1 - ``distance``."""
     generator = torch.Generator().manual_seed(0)
     shape = (CHANNELS, 4, 1)
     phase, shift = (2 * math.pi * torch.rand(shape, generator=generator, dtype=torch.float64) for _ in "12")
@@ -64,7 +64,7 @@ def resonances(length: int, distance: float) -> Tensor:
 
 
 def make_taps(cell: Record, length: int) -> Tensor:
-    """The taps that a cell of the stability experiment names, on any number of lags."""
+    """Return the taps of a cell of the stability experiment, for any number of lags."""
     source = cell["source"]
     if source == "tno":
         return tno_taps(length, decay=cell["decay"], init=cell["init"], depth=cell["depth"])
@@ -72,5 +72,5 @@ def make_taps(cell: Record, length: int) -> Tensor:
         return resonances(length, cell["distance"])
     n = cell["n"]
     k = random_taps(n, source)
-    # Drawn taps end at n, whatever is asked for beyond.
+    # Random taps have n lags; the rest is zero.
     return torch.nn.functional.pad(k, (0, max(0, length - n)))[:, :length]

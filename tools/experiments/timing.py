@@ -1,6 +1,6 @@
-"""Fair times: cases take turns, so that what else the machine does hits all alike; and peaks of memory.
+"""Interleaved timing, so that other load on the machine affects all cases alike, and peak memory.
 
-Of calls without arguments, and of decoding steps and prompts of any model, a ``Subject``.
+Cases are calls without arguments, or decoding steps and prefills of models (``Subject``).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Run = Callable[[], Any]
 Case = TypeVar("Case", bound=Hashable)
 _READ_BYTES = 1 << 28
 _STATE_BYTES = 1 << 31
-"""a case whose state is larger is left out: all subjects' states are held side by side"""
+"""Bytes of state above which a case is skipped, since the states of all subjects are held at once."""
 
 
 def clock(run: Run) -> float:
-    """Seconds of one call, on a GPU until it is done."""
+    """Return the seconds of one call, including all GPU work."""
     _wait()
     started = time.perf_counter()
     run()
@@ -34,7 +34,7 @@ def clock(run: Run) -> float:
 
 
 def clock_mean(run: Run, seconds: float = 0.02) -> float:
-    """Seconds of a call, the mean of as many as fill so many seconds; one before them fills the caches."""
+    """Return the mean seconds of a call over at least ``seconds``, after one warm-up call."""
     run()
     started, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - started < seconds:
@@ -52,15 +52,15 @@ def interleaved(
     steps: int = 1,
     clock: Callable[[Any], float] = clock,
 ) -> dict[Case, list[float]]:
-    """Seconds of every case: all cases in each turn.
+    """Time all cases in every round, and return the seconds of each.
 
     Args:
-        cases: what is timed, by name: what ``clock`` takes, calls without arguments unless it is given.
-        turns: that count.
-        warm_up: turns before them.
-        settle: calls before those that count in a turn, so that what other cases left in the caches goes.
-        steps: calls that count in a turn.
-        clock: times one call.
+        cases: Cases by name: arguments of ``clock``, by default calls without arguments.
+        turns: Timed rounds.
+        warm_up: Untimed rounds before them.
+        settle: Untimed calls per case and round, which replace the data of other cases in the caches.
+        steps: Timed calls per case and round.
+        clock: Times one call.
     """
     seconds: dict[Case, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + turns):
@@ -71,24 +71,24 @@ def interleaved(
 
 
 def medians(seconds: Mapping[Case, list[float]]) -> dict[Case, float]:
-    """The median of every case."""
+    """Return the median of every case."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def read_bandwidth() -> float:
-    """GB/s at which all threads together read memory, the best of several passes over 256 MiB."""
+    """Return the memory read bandwidth of all threads in GB/s, the best of eight passes over 256 MiB."""
     data = torch.ones(_READ_BYTES // 4)
     return _READ_BYTES / min(clock(partial(torch.sum, data)) for _ in range(8)) / 1e9
 
 
 def peak_allocated(run: Run) -> int:
-    """Bytes that a call holds at its peak beyond what was there before: on a GPU if it has used one."""
+    """Return the peak memory of a call in bytes beyond that before it, of the GPU if one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from logging every start and stop
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as prof:
         run()
@@ -102,7 +102,7 @@ def peak_allocated(run: Run) -> int:
 
 
 class Stepper(NamedTuple):
-    """One more token per row at a context, and what takes it back, outside the clock."""
+    """A decoding step at a context, and the untimed call that undoes it."""
 
     step: Callable[[], Any]
     undo: Callable[[], None] | None
@@ -110,31 +110,31 @@ class Stepper(NamedTuple):
 
 @dataclass
 class Subject:
-    """One model as it is timed."""
+    """A model to time."""
 
     name: str
     dtype: str
     weight_bytes: int
-    """of linear layers and head, read for each token of one row"""
+    """Bytes of the linear layers and the head, which every decoding step reads."""
     step_at: Callable[[int, int], Stepper]
-    """(batch, context) -> a step at that context"""
+    """Return a decoding step for a batch size and a context."""
     prefill: Callable[[Tensor], Any]
-    """reads a prompt (1, L) from an empty state"""
+    """Prefill a prompt (1, L) from an empty state."""
     state_at: Callable[[int], int]
-    """context -> bytes of state per sequence"""
+    """Return the bytes of state per sequence at a context."""
     longest: int = 1 << 20
-    """context that it can be asked for"""
+    """Longest context, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How often everything is repeated."""
+    """Numbers of repetitions."""
 
     rounds: int = 8
     settle: int = 6
-    """untimed steps per turn: what the turn before left in the caches goes"""
+    """Untimed steps per round, which replace the data of other cases in the caches."""
     steps: int = 6
-    """timed ones"""
+    """Timed steps per round."""
 
 
 QUICK = Effort(rounds=3, settle=3, steps=4)
@@ -144,18 +144,18 @@ QUICK = Effort(rounds=3, settle=3, steps=4)
 def time_steps(
     subjects: Sequence[Subject], cases: Sequence[tuple[int, int]], effort: Effort
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds per step of every subject in every case.
+    """Time the decoding steps of every subject in every case.
 
     Args:
-        subjects: what is timed.
-        cases: (batch, context).
-        effort: how often.
+        subjects: Models to time.
+        cases: Pairs (batch, context).
+        effort: Numbers of repetitions.
 
     Returns:
-        the read bandwidth in GB/s (median over the cases), and rows: ``name``, ``dtype``, ``batch``,
-        ``context``, ``seconds_per_token`` (of a step, median), ``tokens_per_second``, ``spread``
-        (quartiles over the median), ``state_bytes`` per sequence, ``bandwidth_share``: weights and
-        state read, over what the machine reads in that time.
+        Read bandwidth in GB/s (median over the cases), and rows: ``name``, ``dtype``, ``batch``,
+        ``context``, ``seconds_per_token`` (median of a step), ``tokens_per_second``, ``spread``
+        (interquartile range over the median), ``state_bytes`` per sequence, ``bandwidth_share``: traffic of
+        weights and state as a fraction of the read bandwidth.
     """
     bandwidths: list[float] = []
     rows: list[tuple[dict[str, Any], Subject]] = []
@@ -165,9 +165,9 @@ def time_steps(
             for subject in subjects
             if context <= subject.longest and batch * subject.state_at(context) <= _STATE_BYTES
         ]
-        about = f"reading {context} tokens, batch {batch}"
-        reading = tqdm(enumerate(chosen), about, len(chosen), leave=False, disable=None)
-        steps = {index: subject.step_at(batch, context) for index, subject in reading}
+        about = f"prefilling {context} tokens, batch {batch}"
+        prefilled = tqdm(enumerate(chosen), about, len(chosen), leave=False, disable=None)
+        steps = {index: subject.step_at(batch, context) for index, subject in prefilled}
         bandwidths.append(read_bandwidth())
         times = interleaved(
             steps, effort.rounds, warm_up=0, settle=effort.settle, steps=effort.steps, clock=_clock
@@ -186,7 +186,7 @@ def time_steps(
 def time_prefill(
     subjects: Sequence[Subject], lengths: Sequence[int], vocabulary: int, effort: Effort
 ) -> list[dict[str, Any]]:
-    """Seconds per prompt token of every subject at every prompt length: rows as of :func:`time_steps`."""
+    """Time the prefill of every subject at every prompt length, per token; rows as in :func:`time_steps`."""
     rows = []
     for length in tqdm(lengths, desc="prompts", leave=False, disable=None):
         prompt = random_tokens(1, length, vocabulary)
@@ -201,7 +201,7 @@ def time_prefill(
 
 
 def row(name: str, dtype: str, batch: int, context: int, seconds: list[float]) -> dict[str, Any]:
-    """What every measurement of a model says; ``seconds`` are those of a step that gives ``batch`` tokens."""
+    """Summarise the times of one case; ``seconds`` are those of a step, which generates ``batch`` tokens."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "name": name,
@@ -215,7 +215,7 @@ def row(name: str, dtype: str, batch: int, context: int, seconds: list[float]) -
 
 
 def _clock(stepper: Stepper) -> float:
-    """Seconds of a step; what takes it back is outside."""
+    """Return the seconds of a step, without those of undoing it."""
     seconds = clock(stepper.step)
     if stepper.undo:
         stepper.undo()
@@ -223,7 +223,7 @@ def _clock(stepper: Stepper) -> float:
 
 
 def random_tokens(rows: int, length: int, vocabulary: int) -> Tensor:
-    """Token ids (``rows``, ``length``), the same ones for the same numbers."""
+    """Return random token ids (``rows``, ``length``), the same for the same arguments."""
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 

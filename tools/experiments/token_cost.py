@@ -1,4 +1,4 @@
-"""Seconds and bytes of one more token: recomputed, from the cached history, by ETSC, and by our own form."""
+"""Time and memory of decoding a token: recomputed, from cached inputs, by ETSC and by balanced reduction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
 
 FORMS = ("recompute", "cached history", "etsc, n = length", "etsc, n = horizon", "balanced")
 VOCABULARY = 256
-"""small, so that what is timed is the mixing"""
+"""Small, so that the mixers dominate the time."""
 _ROUNDS = 7
 _SWEEPS = ("length", "width", "depth")
 TEXTS = Declarations("etsc")
@@ -35,11 +35,11 @@ def _grid(size: str) -> list[Record]:
 
 @torch.inference_mode()
 def _measure(cell: Record, data: Files) -> Record:
-    """Of every form at a context of so many tokens, in turns.
+    """Measure a decoding step with every method of ``FORMS``, interleaved, at the context of the cell.
 
     Returns:
-        by form ``seconds`` (median) and ``bytes``: of the state that is kept, and of what the step
-        allocates meanwhile at its peak; for ``recompute`` the tokens are the state.
+        By method, ``seconds`` (median), ``kept``: bytes of the state (of the tokens for ``recompute``), and
+        ``bytes``: ``kept`` and the peak allocation of the step.
     """
     torch.manual_seed(0)
     length = cell["length"]
@@ -49,17 +49,17 @@ def _measure(cell: Record, data: Files) -> Record:
     model = CausalLM(shape).eval()
     made = {
         "recompute": model,
-        # A window of all inputs: every one of them is multiplied by its tap again.
+        # A window of all inputs: every step multiplies each of them by its tap.
         "cached history": convert_model(model, method="window", horizon=length),
         "etsc, n = length": convert_model(model, method="etsc", horizon=length),
         "etsc, n = horizon": convert_model(model, method="etsc"),
         "balanced": convert_model(model, method="balanced"),
     }
     tokens = torch.randint(VOCABULARY, (1, length))
-    steps = {name: _stepper(name, form, tokens) for name, form in made.items()}
+    steps = {name: _stepper(name, one, tokens) for name, one in made.items()}
     kept = {
-        name: tokens.nbytes if name == "recompute" else state_bytes(form.init_state(1))
-        for name, form in made.items()
+        name: tokens.nbytes if name == "recompute" else state_bytes(one.init_state(1))
+        for name, one in made.items()
     }
     return {
         "seconds": medians(interleaved(steps, _ROUNDS, clock=clock_mean)),
@@ -71,7 +71,7 @@ def _measure(cell: Record, data: Files) -> Record:
 def _stepper(name: str, model: CausalLM, tokens: Tensor) -> Callable[[], Any]:
     if name == "recompute":
         return lambda: model(tokens)
-    # Any state costs the same; noise, so that no number is a denormal one.
+    # The time does not depend on the state; noise avoids denormal numbers.
     layers = (type(part)(*map(torch.randn_like, part)) for part in model.init_state(1).layers)
     state = ModelState(tuple(layers))
     return lambda: model.step(tokens[:, -1], state)
@@ -86,8 +86,8 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
         first, last = (1e3 * record["seconds"][form] for record in (shortest, longest))
         same = longest["bytes"][form] <= 1.01 * shortest["bytes"][form]
         shown = {"first": first, "last": last, "growth": last / first}
-        held = "the same" if same else "grows"
-        yield TEXTS.claim("flat", same, which=label, memory=held, **shown, **lengths)
+        trend = "constant" if same else "grows"
+        yield TEXTS.claim("flat", same, which=label, memory=trend, **shown, **lengths)
     for form in ("recompute", "cached history"):
         ratio = longest["seconds"][form] / longest["seconds"]["etsc, n = horizon"]
         yield TEXTS.claim("cheaper", form=form, longest=longest["length"], ratio=ratio)
@@ -100,7 +100,7 @@ def _claims(records: list[Record]) -> Iterator[Claim]:
 
 
 def duration(value: float) -> str:
-    """Seconds or milliseconds."""
+    """Format a time in seconds or milliseconds."""
     return f"{value:.2g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
@@ -121,16 +121,10 @@ def _tables(records: list[Record]) -> Iterator[Table]:
 
 
 def _panels(records: list[Record]) -> Iterator[Panel]:
-    for key, sweep in (
-        ("seconds", "length"),
-        ("bytes", "length"),
-        ("seconds", "width"),
-        ("seconds", "depth"),
-    ):
+    for number, (key, sweep, below) in enumerate(TEXTS.named("cost")["panels"]):
         own = select(records, part="cost", sweep=sweep)
         lines = [line(form, [(record[sweep], record[key][form]) for record in own]) for form in FORMS]
-        below, first = "context" if sweep == "length" else sweep, (key, sweep) == ("seconds", "length")
-        yield TEXTS.panel(key, lines, {"below": below}, legend=first)
+        yield TEXTS.panel(key, lines, {"below": below}, legend=not number)
 
 
 TOKEN_COST = Section(grid=_grid, measure=_measure, claims=_claims, tables=_tables, panels=_panels)
