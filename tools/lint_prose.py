@@ -225,12 +225,12 @@ def files_of(paths: list[Path]) -> Iterator[Path]:
             yield from sorted(path.glob("*.py"))
         elif path.is_dir():
             found = (path.rglob(f"*.{suffix}") for suffix in ("py", "md", "yaml", "toml"))
-            # Pages of results render from committed JSON; the list of words holds what it rejects.
+            # Fixtures are as an older version wrote them; the word list contains what it rejects.
             yield from sorted(
                 file
                 for files in found
                 for file in files
-                if "results" not in file.parts and file.name != "prose.toml"
+                if "fixtures" not in file.parts and file.name != "prose.toml"
             )
         else:
             yield path
