@@ -1,1 +1,1 @@
-"""Tests of tnnlm: a folder for every package of it, and `support` for what they share."""
+"""Tests of tnnlm: one folder per package, and `support` with shared helpers."""

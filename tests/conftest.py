@@ -1,4 +1,4 @@
-"""Fixtures: tiny models, a tiny run, and every test in a folder and cache of its own."""
+"""Shared fixtures: tiny models, a tiny run, and a temporary folder and cache for every test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; said before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; has to be set before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -25,7 +25,7 @@ from tnnlm.models.causal_lm import CausalLM
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in a folder of one's own, offline, with fixed seeds."""
+    """Run every test in a temporary folder, offline, and with fixed seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TNNLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -35,13 +35,13 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def tiny_model() -> CausalLM:
-    """In float64, eval mode, parallel form."""
+    """Return a tiny model in float64 and eval mode, in its parallel form."""
     return CausalLM(tiny_config()).double().eval()
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call a script in this process: script("train", "optim.lr=1")."""
+    """Return a function that calls a script in this process, such as script("train", "optim.lr=1")."""
 
     def call(name: str, *words: str) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
@@ -57,7 +57,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="session")
 def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained run, its text and its cache."""
+    """Return a folder with a trained run, its training text and its cache."""
     folder = tmp_path_factory.mktemp("trained")
     from tests.support.training_runs import tiny_run
     from tnnlm.training.run import train
@@ -71,14 +71,14 @@ def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_here(tiny_trained: Path, _quiet: None) -> Path:
-    """The trained run in this test's own folder."""
+    """Copy the trained run into the temporary folder of the test and return its path."""
     shutil.copytree(tiny_trained, Path.cwd(), dirs_exist_ok=True)
     return Path("runs/tiny")
 
 
 @pytest.fixture
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A simulated machine of ``simulated.MACHINES``, by indirect parametrisation; its name."""
+    """Simulate a machine of ``simulated.MACHINES``, selected by indirect parametrisation; yield its name."""
     threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
     forget_probes()
     MACHINES[request.param](monkeypatch)
@@ -91,15 +91,16 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def generator() -> Any:
-    """A tiny converted model, packed."""
-    from tests.support.servers import tiny_generator  # not every test needs a server's packages
+    """Return a tiny converted model, packed for decoding."""
+    # Imported here, because not every test needs the packages of the server.
+    from tests.support.servers import tiny_generator
 
     return tiny_generator()
 
 
 @pytest.fixture(scope="module")
 def server(generator: Any) -> Iterator[Any]:
-    """It behind a server with small limits and no key."""
+    """Serve the model of ``generator`` with small limits and without a key."""
     from tests.support.servers import run_server
 
     with run_server(generator, max_prompt_tokens=2000, max_tokens=3000) as running:

@@ -1,9 +1,9 @@
-"""The documentation's commands run as they stand there, on a tiny model and text; its links lead somewhere.
+"""Documentation tests: commands run unchanged on a tiny model and text, and links resolve.
 
-A fenced block of ``sh`` or ``python`` is run, in the order of its page and in one folder per page, unless
-the words after its language say what it needs: ``gpu``, ``cluster``, ``network``, ``long`` (minutes) or
-``interactive``. Then the words of its commands are parsed and checked all the same. A block of Python
-with a file's name after the language is written to that file.
+A fenced block of ``sh`` or ``python`` runs, in the order of its page and in one folder per page, unless the
+words after its language state a requirement: ``gpu``, ``cluster``, ``network``, ``long`` (minutes) or
+``interactive``. The arguments of its commands are parsed and checked even then. A block of Python with a
+file name after the language is written to that file.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from tnnlm.errors import run_script
 from tnnlm.kernels import KERNEL_SCHEMAS
 
 OWN_TESTS = {"docs/how-to/export.md", "docs/how-to/serve.md", "docs/how-to/use-with-transformers.md"}
-"""pages whose commands tests of their own run"""
+"""Pages whose commands run in other test modules."""
 RESULTS = ROOT / "docs/results"
-"""pages that render from committed measurements; tests/experiments/test_pages.py has their tests"""
+"""Pages that render from committed measurements, tested in tests/experiments/test_pages.py."""
 PAGES = [
     ROOT / "README.md",
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent != RESULTS),
@@ -48,24 +48,24 @@ PAGES = [
 MARKS = {"gpu", "cluster", "network", "long", "interactive"}
 LANGUAGES = {"sh", "python", "yaml", "text", ""}
 SHELL = ("cat", "cp", "head", "ls", "mkdir", "tail")
-"""what may stand in a block beside our own scripts"""
+"""Shell commands allowed in a block, in addition to the scripts of this repository."""
 STEPS = ("trainer.max_steps=4", "trainer.val_every_n_steps=4", "checkpoint.every_n_steps=4")
 SMALL = [
     *(w for w in SETTINGS if w.startswith(("model.d", "model.n", "model.max", "data.batch", "trainer."))),
     *STEPS,
     "conversion.horizon=64",
 ]
-"""sizes: they win over those of a page, all other settings of a page stand"""
+"""Small sizes, which override those of a page; its other settings are kept."""
 TNO = [word for word in SETTINGS if word.startswith("model.kernel.")]
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
+    """Fenced block of a page."""
 
     page: str
     language: str
     words: tuple[str, ...]
-    """after the language"""
+    """Words of the info string after the language."""
     text: str
 
     @property
@@ -98,12 +98,12 @@ RUN = {
 
 
 def run_python(name: str, words: list[str], stdin: bytes = b"") -> int:
-    """A script in this process."""
+    """Run a script in this process."""
     return run_main(script_module(name), [name, *words], stdin)
 
 
 def run_main(module: ModuleType, words: list[str], stdin: bytes = b"") -> int:
-    """The ``main`` of a module; ``words`` begin with its name."""
+    """Run ``main`` of a module; ``words`` starts with its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -114,7 +114,7 @@ def run_main(module: ModuleType, words: list[str], stdin: bytes = b"") -> int:
 
 
 def tiny(name: str, words: list[str]) -> list[str]:
-    """A page's words of a script, made to take a second."""
+    """Return the arguments of a command, with sizes that take a second."""
     if name == "generate.py":
         return [*words, "--max-new-tokens", "4"]
     if name not in ("train.py", "tools/prepare_data.py") or "--dry-run" in words:
@@ -123,7 +123,7 @@ def tiny(name: str, words: list[str]) -> list[str]:
         return [*words, "trainer.max_steps=6"]
     config = find_config(words[words.index("--config") + 1] if "--config" in words else "demo")
     given = [word for word in words if "=" in word]
-    if load_config(config, given).task == "classify":  # it reads no text
+    if load_config(config, given).task == "classify":  # a dry run reads no data
         return [*words, *SMALL, *TNO]
     own = load_config(config, given).model.kernel.name == "tno" and not any(
         "model.kernel" in w for w in given
@@ -134,7 +134,7 @@ def tiny(name: str, words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a reader has it after the demo: a run, converted, and texts."""
+    """Prepare a folder as a reader has it after the demo: a run, its conversion, and data files."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -147,7 +147,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_texts() -> None:
-    """Files of every kind that the pages train on."""
+    """Write files of every kind that the pages train on."""
     import datasets
 
     text = write_text().read_text(encoding="utf-8")
@@ -166,7 +166,7 @@ def write_texts() -> None:
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path) -> Iterator[Path]:
-    """A page's own copy of it, with the repository's files where commands look for them."""
+    """Return a copy of the folder for one page, with the files of the repository that commands use."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for name in ("configs", "examples", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -190,7 +190,7 @@ def test_commands_of_a_page_run(page: str, folder: Path, capsys: pytest.CaptureF
 
 
 def run_line(line: str) -> int:
-    """A line of a shell block: one of our scripts, perhaps behind a pipe, or a harmless command."""
+    """Run a shell line: a script of this repository, possibly after a pipe, or an allowed command."""
     before, _, after = line.partition(" | ")
     if after:
         piped = subprocess.run(["bash", "-c", before], capture_output=True, check=True).stdout
@@ -216,7 +216,9 @@ def test_languages_and_marks_are_known() -> None:
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.marked], ids=lambda b: f"{b.page}:{b.text[:30]!r}")
-def test_words_of_commands_that_are_not_run_are_known(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_commands_that_are_not_run_are_valid(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands_of(block.text):
         found = script_call(shlex.split(line, comments=True))
@@ -226,7 +228,7 @@ def test_words_of_commands_that_are_not_run_are_known(block: Block, monkeypatch:
 
 
 def settings() -> set[str]:
-    """Every setting and group of settings by its full name."""
+    """Return the full name of every setting and group of settings."""
     found: set[str] = set()
 
     def collect(schema: Any, prefix: str) -> None:
@@ -247,7 +249,7 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
     own = set(re.findall(r"^    (\w+): \w+ = number", page.read_text(encoding="utf-8"), re.MULTILINE))
     known = settings() | {f"model.kernel.{name}" for name in own | {"bands", "width"}}
     pattern = r"(?<![\w./-])((?:model|data|optim|trainer|checkpoint|conversion)\.[a-z][\w.]*\w)(?![\w/])"
-    # In Python a setting is a string; ``trainer.fit`` is none.
+    # In Python, a setting is a string, whereas `trainer.fit` is an attribute.
     text = re.sub(
         r"^```python.*?^```$",
         lambda block: " ".join(re.findall(r'"[^"]*"', block[0])),
@@ -281,7 +283,7 @@ def test_options_that_pages_name_exist() -> None:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors of the headings of a page, as GitHub generates them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)) for title in titles]
@@ -289,7 +291,7 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http:", "https:")):
@@ -302,7 +304,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(found), target
 
 
-def test_the_index_names_every_page() -> None:
+def test_the_index_lists_every_page() -> None:
     text = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     for page in PAGES:
         if page.name != "README.md" or page.parent.name == "slurm":
@@ -311,7 +313,7 @@ def test_the_index_names_every_page() -> None:
 
 @cache
 def messages() -> list[str]:
-    """Every text in the package and its scripts; what is put in at run time is a zero byte."""
+    """Return every string of the package and its scripts, with a zero byte for each formatted value."""
     found = []
     for path in (*(ROOT / "tnnlm").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -320,13 +322,13 @@ def messages() -> list[str]:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                # An error's reason and remedy, as they are printed.
+                # Reason and remedy of an error are printed together.
                 found.append("; ".join(map(text_of, node.args)))
     return found
 
 
 def text_of(node: ast.expr) -> str:
-    """A text in the sources; what is put in at run time is a zero byte."""
+    """Return a string of the source code, with a zero byte for each formatted value."""
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts)
 

@@ -1,4 +1,4 @@
-"""Exit codes of scripts: what a user can mend is one line, what is our defect keeps its traceback."""
+"""Exit codes of scripts: an error that a user can fix is one line, and a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnnlm.errors import CheckpointError, ConfigError, DataError, UserError, run
 
 
 def script_raising(error: BaseException) -> int:
-    """Exit code of a script that ends with ``error``."""
+    """Return the exit code of a script that raises ``error``."""
 
     def main() -> int:
         raise error
@@ -41,14 +41,14 @@ def test_user_error_has_a_reason_and_a_remedy(capsys: pytest.CaptureFixture[str]
     assert (error.reason, error.remedy) == ("last.ckpt: is damaged", "take another one")
     assert script_raising(error) == 2
     assert capsys.readouterr().err == "error: last.ckpt: is damaged; take another one\n"
-    # Loader processes hand errors over.
+    # Loader processes pickle errors.
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.reason, again.remedy) == (str(error), error.reason, error.remedy)
     assert UserError("book.txt: no such file").remedy == ""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])
-def test_os_error_that_a_user_can_mend_is_one_line_and_code_2(
+def test_os_error_that_a_user_can_fix_is_one_line_and_code_2(
     number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script_raising(OSError(number, "as the system says it", "/data/last.ckpt")) == 2
@@ -88,14 +88,14 @@ def test_keyboard_interrupt_is_code_130(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_broken_pipe_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    # `generate.py | head`: the reader has gone, there is nobody to tell.
+    # In `generate.py | head`, the reader has closed the pipe, so there is nobody to report to.
     assert script_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")) == 1
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.fixture
 def _interruptible() -> Iterator[None]:
-    """Tests that run in the background of a shell ignore Ctrl-C."""
+    """Enable Ctrl-C, which background jobs of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -20,16 +20,15 @@ UNITS = (
 MEASURED = re.compile(
     rf"(?<![\w.^-])\d[\d,]*(\.\d+)?(e-?\d+)? ?({UNITS})(?![\w/])|perplexit(y|ies) (of |is )?\d|\d\.\d+e-\d+"
 )
-"""A number with the unit of a measurement."""
+"""Pattern of a number with the unit of a measurement."""
 STATED = json.loads((RECORDS / "stated.json").read_text(encoding="utf-8"))
-"""By page: phrases with such a number that are no measurement of ours (arithmetic, a limit, a default, a
-published figure), each with the reason."""
+"""Phrases by page whose number is no measurement (arithmetic, a limit, a default), and the reason."""
 CHECKED_ELSEWHERE = {"docs/reference/configurations.md": "tests/config/test_shipped_configs.py"}
-"""Pages whose figures a test of their own compares with the code."""
+"""Pages whose figures another test compares with the code."""
 
 
 def name_of(page: Path) -> str:
-    """Path of a page below the root."""
+    """Return the path of a page relative to the root."""
     return page.relative_to(ROOT).as_posix()
 
 
@@ -91,7 +90,7 @@ def test_figures_are_formatted() -> None:
         "<!-- begin table demo nothing -->\n<!-- end -->",
     ],
 )
-def test_region_that_leads_nowhere_is_reported(text: str) -> None:
+def test_region_without_a_record_is_reported(text: str) -> None:
     with pytest.raises(UserError, match="<!--"):
         render(text)
 

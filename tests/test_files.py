@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and nothing is left beside them."""
+"""Files and folders are written atomically, and no temporary file remains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Fill = Callable[[Path], None]
 
 
 def content(path: Path) -> str:
-    """Text of a file, or of the folder's only file."""
+    """Return the text of a file, or of the only file of a folder."""
     return (path / "part" if path.is_dir() else path).read_text()
 
 
@@ -42,7 +42,7 @@ def test_path_appears_at_the_end_of_the_block(atomic: Atomic, fill: Fill, tmp_pa
     with atomic(path) as temporary:
         fill(temporary)
         assert not path.exists()
-        # A rename is atomic within one file system only.
+        # A rename is atomic only within a file system.
         assert temporary.parent == path.parent
     assert content(path) == "new"
     assert names(path.parent) == ["target"]
@@ -64,7 +64,7 @@ def test_path_is_replaced(atomic: Atomic, fill: Fill, tmp_path: Path) -> None:
 
 @KINDS
 @pytest.mark.parametrize("error", [OSError("disk is full"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_error_leaves_the_old_one_and_nothing_beside(
+def test_error_leaves_the_old_one_and_no_other_file(
     atomic: Atomic, fill: Fill, error: BaseException, tmp_path: Path
 ) -> None:
     path = tmp_path / "target"
@@ -107,7 +107,7 @@ def test_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2], ids=["old one moved away", "new one moved in"])
-def test_interrupted_exchange_leaves_one_whole_folder(
+def test_interrupted_exchange_leaves_one_complete_folder(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "target"
@@ -130,7 +130,7 @@ def test_interrupted_exchange_leaves_one_whole_folder(
 
 
 def test_folder_is_readable_by_others(tmp_path: Path) -> None:
-    # Temporary folders are private; a cache or a model is shared.
+    # Temporary folders are private, whereas a cache or a model is shared.
     with atomic_folder(tmp_path / "target") as temporary:
         fill_folder(temporary)
     assert (tmp_path / "target").stat().st_mode & 0o777 == 0o755

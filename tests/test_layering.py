@@ -1,4 +1,4 @@
-"""The import rules of tools/count_imports.py hold, and a deployment loads no package of training."""
+"""The import rules of tools/count_imports.py hold, and decoding loads no package that only training needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_FOR_DECODING = sorted(
     {name for allowed in RULES.values() for name in allowed.libraries.split()}
     - {name for part in ("inference", "checkpoints", "config", "files", "tokenizer", "ops")
        for name in RULES[part].libraries.split()}
-    - {"tqdm"}  # torch itself loads it where it is installed
+    - {"tqdm"}  # torch itself imports it if it is installed
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_package_itself_imports_nothing_but_by_name_and_for_type_checkers() -> N
     tree = ast.parse((ROOT / "tnnlm/__init__.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []  # never run
+            node.body = []  # never executed
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= sys.stdlib_module_names
@@ -60,7 +60,7 @@ def test_rules_only_go_down_and_cover_every_package() -> None:
     assert set(order) == {package_of(path) for path in FILES} - {""}
 
 
-def test_no_package_imports_itself_round_about_or_upwards() -> None:
+def test_packages_have_no_import_cycle_and_no_upward_import() -> None:
     found = arrows()
     assert not circles(found)
     assert not upwards(found)
@@ -69,14 +69,14 @@ def test_no_package_imports_itself_round_about_or_upwards() -> None:
     )
 
 
-def test_a_circle_and_an_arrow_up_are_found() -> None:
+def test_a_cycle_and_an_upward_import_are_detected() -> None:
     found = {("tnnlm/ops", "tnnlm/kernels"), ("tnnlm/kernels", "tnnlm/ops")}
     assert circles(found) == [{"tnnlm/ops", "tnnlm/kernels"}]
     assert upwards(found) == {("ops", "kernels")}
 
 
 @pytest.mark.parametrize("package", [name for name in RULES if (ROOT / "tnnlm" / name).is_dir()])
-def test_no_circle_between_the_modules_of_a_package(package: str) -> None:
+def test_no_cycle_between_the_modules_of_a_package(package: str) -> None:
     names = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "tnnlm" / package).rglob("*.py")
@@ -88,7 +88,7 @@ def test_no_circle_between_the_modules_of_a_package(package: str) -> None:
                 if target in names and target != name:
                     found.add((name, target))
                     break
-    # A package's own __init__ gathers names; a module that imports from it is a circle.
+    # An __init__ re-exports names, so a module that imports from it creates a cycle.
     assert not circles(found)
 
 
@@ -107,7 +107,7 @@ def test_decoding_loads_neither_training_nor_conversion(module: str) -> None:
     assert "lightning" in NOT_FOR_DECODING
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 

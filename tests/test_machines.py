@@ -25,7 +25,7 @@ from tnnlm.training.estimate import resolve_precision
 
 CPU = torch.device("cpu")
 AVX512 = torch.cpu._is_avx512_supported()
-"""of the real machine"""
+"""Whether the real machine has AVX-512."""
 on_every_machine = pytest.mark.parametrize("machine", MACHINES, indirect=True)
 LAST_RESORT = {"float32": "plain", "bfloat16": "widened in tiles", "int8": "widened in tiles"}
 METHODS = {"balanced": "tno", "etsc": "tno", "window": "sgconv", "companion": "rtf"}
@@ -49,7 +49,7 @@ def test_linear_layer_equals_the_product_with_rounded_weights(
     layer = choice.make(plain.weight, plain.bias)
     x = torch.randn(*shape)
     expected = x.double() @ rounded(plain.weight, dtype).T + plain.bias.double()
-    # oneDNN's bfloat16 and the int8 operator round x and y to bfloat16, the others round neither.
+    # oneDNN bfloat16 and the int8 operator round x and y to bfloat16; the others round neither.
     exact = choice.name in ("plain", "FBGEMM float16", "widened in tiles") or dtype == "float32"
     limit = 3e-3 if exact and dtype == "bfloat16" else 1e-5 if exact else 1e-2
     y = layer(x)
@@ -118,8 +118,9 @@ def test_half_precision_layers_hold_weights_of_very_different_sizes() -> None:
     if not capability("fbgemm_float16"):
         pytest.skip("no FBGEMM")
     weight, x = torch.randn(40, 24) * 0.1, torch.randn(5, 24)
-    weight[:, 0], x[:, 0] = 6e5, 0  # one large weight beside small ones, which alone count here
-    weight[7] *= 1e-7  # an output of tiny weights
+    # Each row has one large weight, whose input is zero, next to small ones.
+    weight[:, 0], x[:, 0] = 6e5, 0
+    weight[7] *= 1e-7  # an output with tiny weights
     weight[8] = 1e-40
     expected = x.double() @ weight.bfloat16().double().T
     error = (HalfLinear(weight, None)(x) - expected).abs().amax(0)
@@ -161,7 +162,7 @@ def test_precision_auto_is_bfloat16_only_where_that_is_fast(machine: str) -> Non
 
 
 @on_every_machine
-def test_scripts_work_and_name_what_ran(machine: str, run_here: Path, script: Any) -> None:
+def test_scripts_work_and_report_what_ran(machine: str, run_here: Path, script: Any) -> None:
     done = script("convert", "runs/tiny", "--verify")
     assert done.code == 0, done.out + done.err
     report = json.loads((run_here / "converted/conversion.json").read_text())
@@ -215,7 +216,7 @@ OPTIONAL = {
     "compile": ("pipeline.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
     "export": ("pipeline.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
 }
-"""what fails: the function that raises, options of convert.py, its exit code, and what it says"""
+"""Steps that fail: the function that raises, options of convert.py, its exit code, and its output."""
 
 
 @pytest.mark.parametrize("step", OPTIONAL)

@@ -1,4 +1,4 @@
-"""The Makefile names an interpreter that does not fit in one line, before it creates anything."""
+"""The Makefile refuses an unsuitable interpreter in one line, before it creates anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _clone() -> None:
 
 
 def fake_python(path: Path, version: tuple[int, int, int]) -> Path:
-    """An interpreter that takes itself for another version."""
+    """Write an interpreter that reports another version."""
     pretend = f"import sys; sys.version_info = (*{version}, 'final', 0); "
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}$2"\n', encoding="utf-8")
@@ -31,7 +31,7 @@ def fake_python(path: Path, version: tuple[int, int, int]) -> Path:
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
-    # Without what an outer make hands on to those that it starts: these tests may run under `make test`.
+    # Variables of an outer make are removed, because these tests may run under `make test`.
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     own.pop("PYTHON", None)
     return subprocess.run(
@@ -63,7 +63,7 @@ def test_missing_python_is_refused() -> None:
 def test_empty_python_is_refused(value: str) -> None:
     message = "PYTHON is empty, tnnlm needs Python 3.11 or newer: make test PYTHON=python3.11"
     assert_refused(make("test", f"PYTHON={value}"), message)
-    fake_python(Path(".venv/bin/python"), (3, 11, 7))  # nothing else is started then
+    fake_python(Path(".venv/bin/python"), (3, 11, 7))  # no other interpreter is started
     assert make("--dry-run", "test", f"PYTHON={value}").returncode == 0
 
 
@@ -88,7 +88,7 @@ def test_environment_of_an_old_python_is_refused(pip: bool) -> None:
 
 
 def test_environment_without_pip_is_completed_by_its_own_python() -> None:
-    # By another version it would become a mixture of both.
+    # Another version would mix the packages of both.
     fake_python(Path(".venv/bin/python"), (3, 11, 7))
     done = make("--dry-run", "test", f"PYTHON={sys.executable}")
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_environment_without_pip_is_completed_by_its_own_python() -> None:
 
 
 def test_environment_can_complete_itself() -> None:
-    pytest.importorskip("ensurepip")  # Debian's is a package of its own
+    pytest.importorskip("ensurepip")  # a separate package on Debian
     for command in ([sys.executable, "-m", "venv", "--without-pip"], [".venv/bin/python", "-m", "venv"]):
         subprocess.run([*command, ".venv"], check=True)
     subprocess.run([".venv/bin/python", "-m", "pip", "--version"], check=True, capture_output=True)

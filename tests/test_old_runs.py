@@ -1,4 +1,4 @@
-"""A run, a converted model and a saved state of version 0.1.0, as it left them, go on working."""
+"""A run, a converted model and a saved state of version 0.1.0 still work unchanged."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 from tests.support.scripts import ROOT
 
 OLD = ROOT / "tests/fixtures/version_0.1.0"
-"""eight steps of a tiny model on text.txt with weight averaging, converted, and a state after a prompt"""
+"""Run of eight steps on text.txt with weight averaging, its conversion, and a state after a prompt."""
 PPL_AFTER_12_STEPS = 399.0830788031032
-"""that version 0.1.0 reached when it went on to step 12"""
+"""Validation perplexity of version 0.1.0 after it resumed the run to step 12."""
 PPL_CONVERTED = {"parallel": 440.0548, "recurrent": 440.0549, "bfloat16 weights": 440.0929}
-"""that version 0.1.0 measured at the training length"""
+"""Perplexities that version 0.1.0 measured at the training length."""
 LOGITS = (-0.5105, 2.1266, 0.2566, -0.3618)
-"""of the first tokens after "The cat", in Transformers"""
+"""Logits of the first tokens after "The cat", in Transformers."""
 
 
 @pytest.fixture(autouse=True)
 def old_run() -> Path:
-    """The old files in the test's own folder."""
+    """Copy the old files into the folder of the test."""
     shutil.copytree(OLD, Path.cwd(), dirs_exist_ok=True)
     return Path("runs/old")
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was moved here
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was copied to another folder
 def test_old_run_resumes_to_the_same_perplexity(old_run: Path, script: Any) -> None:
     resumed = script("train", "--resume", "runs/old", "trainer.max_steps=12")
     assert resumed.code == 0, resumed.err
@@ -51,14 +51,14 @@ def test_old_checkpoint_converts_to_the_same_perplexities(old_run: Path, script:
         assert found[form]["32"] == pytest.approx(expected, rel=1e-5), form
 
 
-def test_old_converted_model_goes_on_from_its_old_state(script: Any) -> None:
+def test_old_converted_model_continues_from_its_old_state(script: Any) -> None:
     words = ("--model", "runs/old/converted", "--temperature", "0", "--max-new-tokens", "8", "--json")
     on_top = script("generate", *words, "--load-state", "once.state", "--prompt", " more")
     assert on_top.code == 0, on_top.err
     assert json.loads(on_top.out)["new_tokens"] == 8
 
 
-def test_old_converted_folder_loads_in_transformers_by_its_own_module() -> None:
+def test_old_converted_folder_loads_in_transformers_by_the_module_it_contains() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained("runs/old/converted", trust_remote_code=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained("runs/old/converted")

@@ -1,4 +1,4 @@
-"""A kernel of one's own: the worked example trains, converts and generates without touching the package."""
+"""Custom kernels: the documented example trains, converts and generates without a change to the package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_example_trains_converts_and_generates(script: Any) -> None:
     assert converted.code == 0, converted.err
     report = json.loads(Path("runs/hyena/converted/conversion.json").read_text())
     assert {layer["method"] for layer in report["layers"]} <= {"balanced", "etsc", "window"}
-    # Decoding needs the recurrence alone.
+    # Decoding only needs the recurrence.
     Path("hyena_kernel.py").unlink()
     written = script(
         "generate", "--model", "runs/hyena/converted", "--prompt", "The ", "--max-new-tokens", "3"
@@ -55,14 +55,14 @@ def test_example_is_a_causal_kernel_of_any_length() -> None:
         ("1 +", "SyntaxError"),
     ],
 )
-def test_module_that_cannot_be_imported_is_named(text: str | None, reason: str) -> None:
+def test_module_that_cannot_be_imported_is_reported(text: str | None, reason: str) -> None:
     if text is not None:
         Path("mine.py").write_text(text)
     with pytest.raises(ConfigError, match=rf"model\.kernel\.module=mine\.py: can't be imported .*{reason}"):
         load_config(overrides=["model.kernel.module=mine.py"])
 
 
-def test_module_that_registers_something_else_is_named() -> None:
+def test_module_that_registers_something_else_is_reported() -> None:
     Path("mine.py").write_text("")
     with pytest.raises(ConfigError, match="unknown kernel"):
         load_config(overrides=["model.kernel.module=mine.py", "model.kernel.name=mine"])

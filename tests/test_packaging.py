@@ -1,4 +1,4 @@
-"""The distributions: what is in them, and a wheel that decodes outside the repository."""
+"""The distributions: their contents, and a wheel that decodes outside the repository."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.tokenizer import train_bpe
 
-LEFT_OUT = (".*", "__pycache__", "build", "dist", "*.egg-info")
-"""of the repository, when it is copied to be built; at its top also runs"""
+IGNORED = (".*", "__pycache__", "build", "dist", "*.egg-info")
+"""Patterns of files that are not copied to the build folder; at the top of the repository also runs."""
 
 
 def run(*command: str, **environment: str) -> str:
@@ -35,18 +35,18 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def left_out(folder: str, names: list[str]) -> set[str]:
-    """What isn't copied of a folder's names."""
+def ignored_names(folder: str, names: list[str]) -> set[str]:
+    """Return the names in a folder that are not copied."""
     top = {"runs"} if Path(folder) == ROOT else set()
-    return top | set(shutil.ignore_patterns(*LEFT_OUT)(folder, names))
+    return top | set(shutil.ignore_patterns(*IGNORED)(folder, names))
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution and the wheel that was built of it, without a network."""
+    """Build a source distribution, and a wheel from it, without a network."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "source", ignore=left_out)
+    shutil.copytree(ROOT, folder / "source", ignore=ignored_names)
     out = folder / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(folder / "source"))
     return out
@@ -104,7 +104,7 @@ def test_source_distribution_has_scripts_tests_and_documents(distributions: Path
 
 @pytest.fixture(scope="module")
 def installed(distributions: Path) -> Path:
-    """A folder with the wheel's files alone; what it depends on is that of this environment."""
+    """Install the wheel into a folder, with the dependencies of this environment."""
     (wheel,) = distributions.glob("*.whl")
     target = distributions / "installed"
     run(

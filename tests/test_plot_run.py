@@ -1,4 +1,4 @@
-"""tools/plot_run.py on real runs, on runs in progress, and on what is no run."""
+"""Tests of tools/plot_run.py on finished runs, on runs in progress, and on other folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnnlm.training.run import train
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call tools/plot_run.py in this process."""
+    """Return a function that calls tools/plot_run.py in this process."""
     spec = importlib.util.spec_from_file_location("plot_run", ROOT / "tools/plot_run.py")
     assert spec is not None
     assert spec.loader is not None
@@ -42,7 +42,7 @@ def write_run(name: str, text: str) -> Path:
     return folder
 
 
-def test_one_run_and_several_are_drawn(tool: Any) -> None:
+def test_one_run_and_several_are_plotted(tool: Any) -> None:
     train(tiny_run("name=one"))
     train(tiny_run("name=two", "optim.lr=1e-4"))
     single = tool("one")
@@ -53,7 +53,7 @@ def test_one_run_and_several_are_drawn(tool: Any) -> None:
     assert Path("both.png").read_bytes().startswith(b"\x89PNG")
     figures = [final_figures(read_run(Path("runs") / run)) for run in ("one", "two")]
     assert figures[0]["step"] == "20"
-    assert "masked perplexity" not in several.out  # no run has it
+    assert "masked perplexity" not in several.out  # no run has this metric
     for key, title in ((metric.column, metric.label) for metric in metrics_at(Place.TABLE)):
         if {of_run[key] for of_run in figures} == {"-"}:
             continue
@@ -83,7 +83,7 @@ def test_every_panel_of_one_run_holds_its_values(monkeypatch: pytest.MonkeyPatch
     assert all(axis.get_xlabel() and axis.get_ylabel() and axis.get_title() for axis in axes[:8])
 
 
-def test_a_run_without_validation_yet_and_one_of_an_older_version_are_drawn(tool: Any) -> None:
+def test_a_run_without_validation_yet_and_one_of_an_older_version_are_plotted(tool: Any) -> None:
     write_run("young", "step,train/loss,train/lr\n5,6.0,0.1\n")
     write_run("spiky", "step,train/loss,train/grad_norm,val/ppl\n5,inf,nan,\n10,3.0,1.0,20.0\n")
     assert tool("young").code == 0
@@ -92,7 +92,7 @@ def test_a_run_without_validation_yet_and_one_of_an_older_version_are_drawn(tool
 
 
 @pytest.mark.parametrize("words", [("nowhere",), ("empty",)])
-def test_what_is_no_run_is_refused(tool: Any, words: tuple[str, ...]) -> None:
+def test_other_folders_are_refused(tool: Any, words: tuple[str, ...]) -> None:
     write_run("empty", "step,train/loss\n")
     refused = tool(*words)
     assert refused.code == 2

@@ -1,4 +1,4 @@
-"""No system is taken for granted: names that only Unix has, the fork of loader processes, an encoding."""
+"""Portability: no Unix-only names at module level, no forked loaders, and explicit encodings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tnnlm.training import estimate, throughput
 SCRIPTS = ("train.py", "convert.py", "generate.py")
 PACKAGE = sorted((ROOT / "tnnlm").rglob("*.py"))
 SHIPPED = [*PACKAGE, *sorted((ROOT / "tools").rglob("*.py")), *(ROOT / name for name in SCRIPTS)]
-"""what a user runs"""
+"""Files that are part of a release."""
 ALL = [path for path in sorted(ROOT.rglob("*.py")) if ".venv" not in path.parts]
 OLDEST = (3, 11)
 
@@ -43,11 +43,11 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 """
-"""Takes away what Windows lacks; other packages may have looked for it before."""
+"""Code that removes what Windows lacks; packages imported earlier may still have used it."""
 
 
 def python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter on the repository."""
+    """Run the interpreter with the repository on its path."""
     return subprocess.run(
         [sys.executable, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
@@ -59,7 +59,7 @@ def python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def other_packages(paths: list[Path]) -> set[str]:
-    """The modules outside of the repository that files import as they are imported themselves."""
+    """Return the modules outside the repository that files import at module level."""
     found: set[str] = set()
     for path in paths:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -141,16 +141,16 @@ print(sorted(path.name for path in Path("cache").iterdir()), sys.modules["fcntl"
     assert left == "['key'] None"
 
 
-def test_peak_memory_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    psutil = pytest.importorskip("psutil")  # itself imports resource
+def test_peak_memory_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")  # psutil itself imports resource
     held = torch.ones(1 << 24)
     assert resident.resident_peak() > held.nbytes
-    monkeypatch.setattr(resident.Path, "is_file", lambda path: False)  # no /proc: macOS
+    monkeypatch.setattr(resident.Path, "is_file", lambda path: False)  # without /proc, as on macOS
     if sys.platform != "win32":
         assert resident.resident_peak() > held.nbytes
-    monkeypatch.setitem(sys.modules, "resource", None)  # and no getrusage: Windows
+    monkeypatch.setitem(sys.modules, "resource", None)  # without getrusage, as on Windows
     if sys.platform != "win32":
-        assert resident.resident_peak() == 0  # psutil knows the peak on Windows alone
+        assert resident.resident_peak() == 0  # psutil reports the peak on Windows only
         monkeypatch.setattr(psutil.Process, "memory_info", lambda process: Windows())
         assert resident.resident_peak() == Windows.peak_wset
     monkeypatch.setitem(sys.modules, "psutil", None)
@@ -159,12 +159,12 @@ def test_peak_memory_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Windows:
-    """What psutil tells of a process there."""
+    """Memory information of psutil on Windows."""
 
     peak_wset = 123
 
 
-def test_rows_travel_to_other_processes_by_the_name_of_their_file(tmp_path: Path) -> None:
+def test_rows_are_pickled_by_file_name(tmp_path: Path) -> None:
     write_text()
     corpus = prepare(load_config(None, SETTINGS).data, 400, 0)
     write_rows(tmp_path, "train", [Example((bytes(range(200)),), 1)] * 100, 2)
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 
 
-def test_character_outside_the_encoding_of_the_output_ends_nothing() -> None:
+def test_character_outside_the_encoding_of_the_output_is_no_error() -> None:
     code = "from tnnlm.errors import run_script; run_script(lambda: print('a \\u6f22') or 0)"
     done = python("-c", code, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout.strip()) == (0, "a ?"), done.stderr
@@ -253,7 +253,7 @@ def test_scan_knows_text_files(code: str, is_text: bool) -> None:
 
 
 def text_accesses(tree: ast.AST) -> Iterator[ast.Call]:
-    """Calls that read or write text: in the encoding of the system, unless they name one."""
+    """Yield calls that open text files, which use the encoding of the system unless one is given."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -273,7 +273,7 @@ def text_accesses(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def test_file_names_fit_every_file_system() -> None:
-    """macOS and Windows ignore the case of names, and Windows forbids some characters."""
+    """File systems of macOS and Windows ignore case, and Windows forbids some characters."""
     top = ("configs", "docs", "examples", "tests", "tools", "tnnlm")
     names = [path.relative_to(ROOT).as_posix() for folder in top for path in (ROOT / folder).rglob("*")]
     assert len({name.casefold() for name in names}) == len(names)

@@ -1,4 +1,4 @@
-"""The public face: every name is there, imported when it is used and not before; models load and save."""
+"""The public API: every name exists and is imported on first use, and models load and save."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_public_name_has_a_short_example_on_the_page(name: str) -> None:
     page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8").replace("\\_", "_")
     sections = {part.partition("\n")[0]: part for part in re.split(r"^#{2,3} ", page, flags=re.MULTILINE)}
     (example,) = re.findall(r"```python\n(.*?)```", sections[name], flags=re.DOTALL)
-    assert f"tnnlm.{name}" in example or name in ("TextGenerator", "RecurrentConv")  # what others return
+    assert f"tnnlm.{name}" in example or name in ("TextGenerator", "RecurrentConv")  # returned, not created
     assert len([line for line in example.splitlines() if line]) <= 10
 
 
@@ -87,7 +87,7 @@ def test_type_checkers_see_the_names_that_are_imported() -> None:
     assert set(seen) == set(PUBLIC)
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys; sys.modules['lightning'] = None\n"
         "import tnnlm\n"

@@ -1,4 +1,4 @@
-"""tools/resolve_constraints.py, with a stand-in for uv: what resolves, what is built, what can't be."""
+"""Tests of tools/resolve_constraints.py with a fake uv: what resolves, what is built, and what fails."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def module() -> ModuleType:
 
 @pytest.fixture
 def tool(module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call it; the stand-in notes its words in log.txt."""
+    """Return a function that calls the tool; the fake uv writes its arguments to log.txt."""
     script = UV.format(python=sys.executable, log=str(Path("log.txt").resolve()), lock=LOCK)
     Path("uv").write_text(script, encoding="utf-8")
     Path("uv").chmod(0o755)
@@ -87,7 +87,7 @@ def test_what_is_built_and_what_is_not_pinned(tool: Any) -> None:
     assert "--python-platform aarch64-apple-darwin" in second
 
 
-def test_version_that_fails_is_named_and_the_others_are_checked(tool: Any) -> None:
+def test_version_that_fails_is_reported_and_the_others_are_checked(tool: Any) -> None:
     done = tool("--system", "linux-x86_64")
     assert done.code == 1
     assert "Python 3.12, linux-x86_64: can't be resolved\n  error: No solution found\n" in done.out

@@ -1,4 +1,4 @@
-"""The three scripts as a user runs them: the whole path on one text, and every kind of bad input."""
+"""The three scripts as a user runs them: the whole workflow on one text, and every kind of invalid input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train_tiny(script: Any, *overrides: str) -> None:
 
 
 def assert_refused(result: Result, *named: str) -> None:
-    """One line on stderr that names the input, exit code 2."""
+    """Assert exit code 2 and one line on stderr that starts with the input."""
     assert result.code == 2
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1, result.err
@@ -34,7 +34,7 @@ def assert_refused(result: Result, *named: str) -> None:
 
 
 def files() -> set[str]:
-    """Everything under the current folder but caches."""
+    """Return all files below the current folder, without caches."""
     return {str(path) for path in Path().rglob("*") if path.is_file() and path.parts[0] != "cache"}
 
 
@@ -77,7 +77,7 @@ def test_train_convert_generate(script: Any) -> None:
     }
     assert measured["state_bytes"] == report["state_bytes"]
     assert measured["new_tokens"] == 12
-    # The recurrence attached at checkpoint time writes the same text, without convert.py.
+    # The recurrence attached to the checkpoint generates the same text without convert.py.
     attached = script("generate", *greedy, "--model", "runs/demo/checkpoints/best.ckpt", "--json")
     assert json.loads(attached.out)["text"] == measured["text"]
     for method in ("window", "etsc", "auto"):
@@ -106,7 +106,7 @@ def test_generate_options(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert script("generate", "--interactive", *seeded).code == 0
 
 
-def test_short_horizon_is_said_in_words_and_fails_verification(script: Any) -> None:
+def test_short_horizon_is_reported_and_fails_verification(script: Any) -> None:
     train_tiny(script, "trainer.max_steps=8")
     result = script("convert", "--horizon", "10", "--verify", "--method", "etsc")
     assert result.code == 1
@@ -127,7 +127,7 @@ def test_dry_run_writes_nothing(script: Any) -> None:
     assert not list(Path().iterdir())
 
 
-def test_resume_continues_the_newest_or_the_named_run(script: Any) -> None:
+def test_resume_continues_the_newest_or_the_given_run(script: Any) -> None:
     train_tiny(script, "trainer.max_steps=4")
     assert_refused(script("train", "--resume"), "runs/demo", "complete at step 4", "trainer.max_steps")
     assert "continuing at step 4" in script("train", "--resume", "demo", "trainer.max_steps=6").out
@@ -250,7 +250,7 @@ def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
     assert done.stdout == ""
 
 
-def test_a_run_behind_compile_is_told_where_it_belongs(script: Any) -> None:
+def test_a_run_after_compile_is_refused_with_the_right_order(script: Any) -> None:
     refused = script("convert", "--compile", "runs/book")
     assert refused.code == 2
     assert "runs/book: is not one of float32, bfloat16, int8; put the run or folder before" in refused.err

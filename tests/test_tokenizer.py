@@ -1,4 +1,4 @@
-"""Text survives the tokenizer byte by byte, whole and as a stream; bad tokenizers are named."""
+"""Tokenizers: lossless encoding, streaming byte by byte, and error messages for invalid tokenizers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TEXTS = [
 
 
 def bpe(vocab_size: int = 300) -> TextTokenizer:
-    """Trained on ASCII only: everything else is unseen."""
+    """Return a tokenizer trained on ASCII only, so that all other characters are unseen."""
     return train_bpe(ASCII, vocab_size, EOS, len(ASCII), progress=False)
 
 
 def library_tokenizer() -> Tokenizer:
-    """As another program would have saved it."""
+    """Return a tokenizer as another program would have saved it."""
     return Tokenizer.from_str(bpe().to_json())
 
 
@@ -44,10 +44,10 @@ def test_decode_inverts_encode(text: str, vocab_size: int) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_every_byte_is_an_entry() -> None:
+def test_every_byte_has_a_token() -> None:
     tokenizer = bpe(257)
     assert tokenizer.size == 257
-    # Every byte that UTF-8 can hold, alone in a text of its own as far as it goes.
+    # Every byte that occurs in UTF-8, in a character with as few other bytes as possible.
     text = "".join(map(chr, [*range(0x250), 0x800, 0xFFFD, 0x10000, 0x10FFFF]))
     assert len(tokenizer.encode(text)) == len(text.encode())
 
@@ -84,7 +84,7 @@ def test_encode_of_the_end_token_is_not_the_end() -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_decode_leaves_the_end_token_out() -> None:
+def test_decode_omits_the_end_token() -> None:
     tokenizer = bpe()
     assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode("a"), tokenizer.eos_id]) == "a"
 
@@ -96,14 +96,14 @@ def test_stream_joined_equals_decode(text: str) -> None:
     assert "".join(tokenizer.stream(iter(ids))) == tokenizer.decode(ids) == text
 
 
-def test_stream_holds_a_character_back_until_it_is_whole() -> None:
+def test_stream_buffers_a_character_until_it_is_complete() -> None:
     tokenizer = bpe()
     ids = tokenizer.encode("a😀漢z")
     assert len(ids) == 1 + 4 + 3 + 1
     assert list(tokenizer.stream(ids)) == ["a", "😀", "漢", "z"]
 
 
-def test_stream_gives_each_piece_before_it_takes_the_next_token() -> None:
+def test_stream_yields_each_chunk_before_it_takes_the_next_token() -> None:
     tokenizer = bpe()
     taken = []
 
@@ -122,7 +122,7 @@ def test_stream_shows_an_unfinished_character_as_decode_does() -> None:
 
 
 def test_stream_joined_equals_decode_for_any_ids() -> None:
-    # An untrained model writes bytes that are no UTF-8, and ends documents anywhere.
+    # An untrained model generates bytes that are not UTF-8, and end tokens at any position.
     tokenizer = bpe()
     draw = random.Random(0)
     for _ in range(300):
@@ -141,7 +141,7 @@ def test_load_tokenizer_reads_a_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.json", "no/such/folder/tokenizer", "."])
-def test_load_tokenizer_names_a_missing_file(name: str) -> None:
+def test_load_tokenizer_reports_a_missing_file(name: str) -> None:
     with pytest.raises(DataError, match="no such tokenizer file") as caught:
         load_tokenizer(name, EOS)
     assert str(caught.value).startswith(name)
@@ -150,7 +150,7 @@ def test_load_tokenizer_names_a_missing_file(name: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"not json", b"[]", b"{}", b'{"model": {}}', b"\xff\x00\xfe"], ids=lambda data: repr(data)
 )
-def test_load_tokenizer_names_a_file_that_is_none(data: bytes) -> None:
+def test_load_tokenizer_reports_an_invalid_file(data: bytes) -> None:
     Path("bad.json").write_bytes(data)
     with pytest.raises(DataError, match=r"not a tokenizer\.json") as caught:
         load_tokenizer("bad.json", EOS)
@@ -158,7 +158,7 @@ def test_load_tokenizer_names_a_file_that_is_none(data: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_load_tokenizer_names_a_hub_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_tokenizer_reports_an_unknown_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise Exception(f"no {name}\nfor a long reason")
 
@@ -169,7 +169,7 @@ def test_load_tokenizer_names_a_hub_name_that_is_none(monkeypatch: pytest.Monkey
 
 
 def test_given_tokenizer_neither_truncates_nor_pads() -> None:
-    # Many published files carry the truncation and padding of their model.
+    # Many published files contain the truncation and padding of their model.
     given = library_tokenizer()
     given.enable_truncation(3)
     given.enable_padding(length=64)
@@ -180,7 +180,7 @@ def test_given_tokenizer_neither_truncates_nor_pads() -> None:
 
 
 def test_size_is_above_every_id() -> None:
-    # Published vocabularies have gaps: the embedding must have a row for the highest id.
+    # Published vocabularies have gaps, and the embedding needs a row for the highest id.
     given = Tokenizer(models.WordLevel({"a": 0, "<eos>": 50}, unk_token="a"))
     assert TextTokenizer(given, "<eos>").size > 50
 

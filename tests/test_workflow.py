@@ -1,4 +1,4 @@
-"""The workflow of the hosted CI names versions, targets and files that exist."""
+"""The CI workflow refers to versions, targets and files that exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def supported_versions() -> list[str]:
 
 
 def test_pushes_and_pull_requests_run_all_jobs() -> None:
-    assert set(WORKFLOW[True]) == {"push", "pull_request"}  # YAML takes the key ``on`` for a truth value
+    assert set(WORKFLOW[True]) == {"push", "pull_request"}  # YAML parses the key ``on`` as a truth value
     assert set(JOBS) == {"lint", "test", "wheel"}
     assert not any("if" in job for job in JOBS.values())
 
@@ -36,7 +36,7 @@ def test_oldest_and_newest_python_are_tested_on_every_system() -> None:
     matrix = JOBS["test"]["strategy"]["matrix"]
     assert matrix["python"] == [oldest, newest]
     assert matrix["os"] == ["ubuntu-latest", "ubuntu-24.04-arm", "macos-latest"]
-    # An entry that repeats a combination would only rename it: the third value makes it one more.
+    # GitHub merges an entry into a combination that it matches; the third value makes it a new one.
     assert matrix["include"] == [{"os": "ubuntu-latest", "python": oldest, "cpu": "avx2"}]
     assert matrix["cpu"] == ["native"]
     given = [step["with"]["python-version"] for step in STEPS if "setup-python" in step.get("uses", "")]
@@ -73,7 +73,7 @@ def test_jobs_may_read_only_and_end(name: str) -> None:
     assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
 
 
-def test_actions_are_pinned_and_no_host_is_named() -> None:
+def test_actions_are_pinned_and_no_host_appears() -> None:
     used = [step["uses"] for step in STEPS if "uses" in step]
     assert used
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)

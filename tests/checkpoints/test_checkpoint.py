@@ -1,4 +1,4 @@
-"""Law 8 and damaged files: what is saved reads back the same, what can't be used is named."""
+"""Loading of saved models (invariant 8 of CONTRIBUTING.md), and error messages for damaged files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def write_run(run: Path, tokenizer: TextTokenizer, ssm: bool = True, method: str = "etsc") -> CausalLM:
-    """A run folder with a checkpoint such as training writes."""
+    """Write a run folder with a checkpoint in the format of the training loop."""
     config = Config(model=tiny_config())
     model = CausalLM(config.model).eval()
     _, layers = convert_layers(model, ConversionConfig(method=method, horizon=HORIZON))
@@ -49,7 +49,7 @@ def write_run(run: Path, tokenizer: TextTokenizer, ssm: bool = True, method: str
 
 
 @pytest.mark.parametrize("method", ["etsc", "window", "auto"])
-def test_converted_model_reads_back_with_the_same_logits(tokenizer: TextTokenizer, method: str) -> None:
+def test_converted_model_loads_with_the_same_logits(tokenizer: TextTokenizer, method: str) -> None:
     converted = write_converted(Path("out"), tokenizer, method)
     loaded = load_converted(Path("out"))
     tokens = torch.randint(300, (2, 20))
@@ -65,7 +65,7 @@ def test_converted_model_reads_back_with_the_same_logits(tokenizer: TextTokenize
 
 
 @pytest.mark.parametrize("method", ["etsc", "window", "auto"])
-def test_checkpoint_reads_back_with_the_same_logits(tokenizer: TextTokenizer, method: str) -> None:
+def test_checkpoint_loads_with_the_same_logits(tokenizer: TextTokenizer, method: str) -> None:
     model = write_run(Path("runs/a"), tokenizer, method=method)
     checkpoint = load_checkpoint(Path("runs/a/checkpoints/best.ckpt"))
     tokens = torch.randint(300, (2, 20))
@@ -85,7 +85,7 @@ def test_loaded_bf16_model_keeps_its_recurrence_in_float32(tokenizer: TextTokeni
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other torch file", "missing", "text"])
-def test_unusable_checkpoint_is_named(tokenizer: TextTokenizer, damage: str) -> None:
+def test_unusable_checkpoint_is_reported(tokenizer: TextTokenizer, damage: str) -> None:
     write_run(Path("runs/a"), tokenizer)
     path = Path("runs/a/checkpoints/best.ckpt")
     if damage == "truncated":
@@ -102,7 +102,7 @@ def test_unusable_checkpoint_is_named(tokenizer: TextTokenizer, damage: str) -> 
         load_checkpoint(path)
 
 
-def test_weights_that_do_not_fit_are_named(tokenizer: TextTokenizer) -> None:
+def test_weights_that_do_not_fit_are_reported(tokenizer: TextTokenizer) -> None:
     write_run(Path("runs/a"), tokenizer)
     path = Path("runs/a/checkpoints/best.ckpt")
     data = torch.load(path, weights_only=True)
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_named(tokenizer: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_converted_model_is_named(tokenizer: TextTokenizer, file: str, damage: str) -> None:
+def test_damaged_converted_model_is_reported(tokenizer: TextTokenizer, file: str, damage: str) -> None:
     write_converted(Path("out"), tokenizer)
     path = Path("out") / file
     if damage == "missing":
@@ -178,7 +178,7 @@ def test_runs_are_found_by_name_path_and_age(tokenizer: TextTokenizer) -> None:
         find_checkpoint("runs/old/checkpoints/x.ckpt", runs)
 
 
-def test_load_for_decoding_prefers_what_is_converted(tokenizer: TextTokenizer) -> None:
+def test_load_for_decoding_prefers_the_converted_model(tokenizer: TextTokenizer) -> None:
     runs = Path("runs")
     write_run(runs / "a", tokenizer)
     assert load_for_decoding(None, runs)[0] == runs / "a/checkpoints/best.ckpt"

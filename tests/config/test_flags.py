@@ -1,4 +1,4 @@
-"""Flags of a script say what the settings' fields say, and refuse what a configuration refuses."""
+"""Command-line flags of scripts, with the help and the bounds of the fields of a schema."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_without_flags_the_settings_are_the_defaults() -> None:
     assert read() == ConversionConfig()
 
 
-def test_defaults_may_be_the_scripts_own() -> None:
+def test_a_script_can_override_the_defaults() -> None:
     args = parser_of(method="balanced").parse_args([])
     assert settings_from_flags(ConversionConfig, NAMES, args) == ConversionConfig(method="balanced")
 
@@ -65,14 +65,14 @@ def test_value_out_of_bounds_names_the_flag(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["--method best", "--horizon many", "--horizon 1.5", "--order x"])
-def test_what_is_no_value_ends_the_script(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_value_ends_the_script(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         read(*words.split())
     assert ended.value.code == 2
     assert f"convert.py: error: argument {words.split()[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_is_what_the_fields_say() -> None:
+def test_help_shows_the_docstrings_of_the_fields() -> None:
     text = " ".join(parser_of(method="balanced").format_help().split())
     for name in NAMES:
         assert field_docs(ConversionConfig)[name].replace("null:", "default:") in text
@@ -82,28 +82,31 @@ def test_help_is_what_the_fields_say() -> None:
 
 @dataclass
 class Base:
-    """A schema to derive from."""
+    """Schema to derive from."""
 
     share: float = number(0.5, low=0, high=1)
-    """a share;
-    100 % is all"""
+    """Share of the data;
+    100 % is all."""
 
 
 @dataclass
 class Derived(Base):
-    """With fields of its own."""
+    """Schema that adds fields to those that it inherits."""
 
     size: Union[int, str] = number("full", low=1, word="full")  # noqa: UP007
     kind: str = choice("a", "a", "b")
-    """which"""
+    """Kind of the object."""
     nested: tuple[int, ...] = ()
 
 
 def test_docs_are_inherited_and_a_percent_sign_is_one() -> None:
-    assert dict(field_docs(Derived)) == {"share": "a share; 100 % is all", "kind": "which"}
+    assert dict(field_docs(Derived)) == {
+        "share": "Share of the data; 100 % is all.",
+        "kind": "Kind of the object.",
+    }
     parser = argparse.ArgumentParser()
     add_flags(parser, Derived, {"share": "share", "size": "size"})
-    assert "100 % is all (default: 0.5)" in parser.format_help()
+    assert "100 % is all. (default: 0.5)" in parser.format_help()
     assert parser.parse_args(["--size", "full"]).size == "full"
 
 

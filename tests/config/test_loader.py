@@ -1,4 +1,4 @@
-"""Settings: what beats what, and what each mistake of a user is answered with."""
+"""Settings: precedence of defaults, files and overrides, and the error message for each mistake of a user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig, RTFConfig, TNOConfig
 
 @dataclasses.dataclass(kw_only=True)
 class OtherKernelConfig(KernelConfig):
-    """A kernel that shares no setting with the TNO."""
+    """Settings of a kernel that shares no setting with the TNO."""
 
     order: int = config_module.number(7, low=1)
 
@@ -36,7 +36,7 @@ def _other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(text: str | bytes) -> Path:
-    """A YAML file in the test's folder."""
+    """Write a YAML file into the folder of the test."""
     path = Path("config.yaml")
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
@@ -80,7 +80,7 @@ def test_load_config_reads_an_empty_file_as_the_defaults(text: str) -> None:
         ("model.kernel.decai=1", "model.kernel.decai", "model.kernel.decay"),
     ],
 )
-def test_unknown_key_is_named_in_full_with_the_nearest_one(word: str, key: str, nearest: str) -> None:
+def test_unknown_key_is_reported_in_full_with_the_nearest_one(word: str, key: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(overrides=[word])
     assert str(caught.value).startswith(f"{key}: unknown key")
@@ -143,7 +143,7 @@ def test_value_out_of_bounds_is_an_error_that_names_key_and_bound(word: str) -> 
 
 @pytest.mark.parametrize("word", ["optim.lr=nan", "optim.grad_clip=.nan", "model.kernel.decay=nan"])
 def test_nan_is_an_error_that_names_the_key(word: str) -> None:
-    # No comparison with NaN holds, so that it would pass every bound.
+    # Comparisons with NaN are false, so a naive check accepts NaN within any bounds.
     with pytest.raises(ConfigError, match="not a number") as caught:
         load_config(overrides=[word])
     assert str(caught.value).startswith(word.partition("=")[0])
@@ -172,7 +172,7 @@ def test_override_without_key_or_value_is_an_error_that_shows_one(word: str) -> 
         load_config(overrides=[word])
 
 
-def test_override_that_is_no_yaml_is_an_error() -> None:
+def test_override_that_is_not_yaml_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr=\[1"):
         load_config(overrides=["optim.lr=[1"])
 
@@ -243,7 +243,7 @@ def test_kernel_that_is_unknown_lists_the_known_ones() -> None:
         load_config(overrides=["model.kernel.name=foo"])
 
 
-def test_kernel_that_is_no_group_is_named_in_full() -> None:
+def test_kernel_that_is_no_group_is_reported_in_full() -> None:
     with pytest.raises(ConfigError, match=r"^model\.kernel="):
         load_config(overrides=["model.kernel=tno"])
 
@@ -262,7 +262,7 @@ def test_config_survives_dict_and_yaml(name: str) -> None:
     config = load_config(overrides=words)
     assert config_from_dict(config_to_dict(config)) == config
     assert load_config(write(config_to_yaml(config))) == config
-    # Of a converted model's kernel the name is all that is needed.
+    # The kernel of a converted model needs no setting but its name.
     model = model_config_from_dict(config_to_dict(config.model))
     assert model.kernel == KernelConfig(name=name)
     assert replace(model, kernel=config.model.kernel) == config.model
@@ -279,18 +279,18 @@ def test_config_from_dict_names_the_origin_of_an_error() -> None:
 
 
 @pytest.mark.parametrize("data", ["seed", [1], None])
-def test_config_from_dict_rejects_what_is_no_dict(data: object) -> None:
+def test_config_from_dict_rejects_other_types(data: object) -> None:
     with pytest.raises(ConfigError):
         config_from_dict(data)  # type: ignore[arg-type]
 
 
 def test_dollar_signs_are_text_or_an_error_that_names_the_key() -> None:
-    # Shell-like prompts are likely; whether they are kept or refused, no foreign exception may pass.
+    # A shell-like prompt may be kept or refused, but an OmegaConf exception must not reach the user.
     word = "trainer.sample_prompt=echo ${HOME}"
     try:
         assert load_config(overrides=[word]).trainer.sample_prompt == "echo ${HOME}"
     except ConfigError as error:
-        assert "trainer.sample_prompt" in str(error)  # noqa: PT017  either outcome is right
+        assert "trainer.sample_prompt" in str(error)  # noqa: PT017  both outcomes are correct
 
 
 def test_files_of_a_wrong_type_name_the_key() -> None:
@@ -318,7 +318,7 @@ def test_every_field_has_a_docstring(schema: type) -> None:
         ("data.lra.folder=x", "lra", "lra"),
     ],
 )
-def test_settings_of_a_source_that_is_not_named_are_an_error(words: str, key: str, owner: str) -> None:
+def test_settings_of_a_source_that_is_not_selected_are_an_error(words: str, key: str, owner: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{key}: is not used .*set data\.source={owner} too"):
         load_config(None, words.split())
 
@@ -334,7 +334,7 @@ def test_another_source_may_be_chosen_over_a_file_that_describes_one(tmp_path: P
         load_config(path)
 
 
-def test_a_whole_configuration_chooses_its_own_source(tmp_path: Path) -> None:
+def test_a_complete_configuration_selects_its_source(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(config_to_yaml(load_config(None, ["data.source=files", "data.files=a.txt"])))
     assert load_config(path).data.files == ["a.txt"]

@@ -1,4 +1,4 @@
-"""Every configuration can be planned, and docs/reference/configurations.md claims what comes out."""
+"""Shipped configurations pass a dry run with the figures stated in docs/reference/configurations.md."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tnnlm.training.throughput import flops_per_token
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 DOCS = (ROOT / "docs/reference/configurations.md").read_text(encoding="utf-8")
 PEAKS = {"A100 80 GB": (312e12, 0.30, 1.5), "H100 80 GB": (989e12, 0.25, 2.5)}
-"""FLOP/s, utilisation, dollars per hour: as the page says"""
+"""Peak FLOP/s, utilisation and dollars per hour of each GPU, as the page states them."""
 
 
 def table(after: str) -> list[list[str]]:
-    """Rows of the first table behind ``after``, cells without thousands separators."""
+    """Return the rows of the first table after ``after``, without thousands separators."""
     lines = DOCS.partition(after)[2].splitlines()
     rows = [line for line in lines if line.startswith("| `")]
     return [[cell.strip(" `").replace(",", "") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def flops(config: Config) -> float:
-    """Per token, as a run's log counts them."""
+    """Return the FLOPs per token that the log of a run reports."""
     return flops_per_token(config.model, config.data.batch_size, guessed_share(config))
 
 
@@ -36,7 +36,7 @@ CLAIMED = {row[0]: row for row in table("memory per GPU") if len(row) == 8}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_config_is_planned_as_the_docs_say(script: Any, path: Path) -> None:
+def test_dry_run_matches_the_documentation(script: Any, path: Path) -> None:
     shown = script("train", "--config", str(path), "--dry-run", "--json")
     assert shown.code == 0
     plan = json.loads(shown.out)

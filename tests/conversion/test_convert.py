@@ -1,4 +1,4 @@
-"""Whole models: laws 2 to 4 and 8, horizons, and what is measured on a conversion."""
+"""Conversion of whole models (invariants 2 to 4 and 8 of CONTRIBUTING.md), horizons, and reports."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_report_measures_what_was_stored() -> None:
     assert worse.layers[0].relative_tap_error == pytest.approx(0.01, rel=1e-3)
 
 
-def test_report_of_a_short_horizon_names_the_lag() -> None:
+def test_report_of_a_short_horizon_states_the_position() -> None:
     model = CausalLM(tiny_config()).eval()
     converted = convert_model(model, horizon=20)
     report = measure_model(model, converted, method="etsc", horizon=20)
@@ -140,8 +140,8 @@ def test_report_of_a_short_horizon_names_the_lag() -> None:
     assert "from position 20 on outputs will differ" in report.warning
 
 
-def test_a_finite_kernel_that_goes_on_is_told() -> None:
-    # Without a decay ETSC's modes never forget: past the horizon they repeat a kernel that is over.
+def test_report_warns_of_a_recurrence_past_a_finite_kernel() -> None:
+    # Without decay, the modes of ETSC never decay: past the horizon they repeat the finite kernel.
     model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"]())).eval()
     told = {}
     for method in ("etsc", "window"):
@@ -166,7 +166,7 @@ def test_verify_notices_a_damaged_recurrence() -> None:
     assert not check_gap(math.nan).passed
 
 
-def test_diverged_kernel_is_named() -> None:
+def test_diverged_kernel_is_reported() -> None:
     model = CausalLM(tiny_config())
     nn.init.constant_(model.blocks[0].mixer.conv.kernel.rpe.output.bias, math.nan)
     with pytest.raises(UserError, match="not finite"):

@@ -1,4 +1,4 @@
-"""Law 5: ETSC reproduces n taps, and past n it is the published formula."""
+"""ETSC reproduces n taps (invariant 5 of CONTRIBUTING.md), and follows the published formula past n."""
 
 from __future__ import annotations
 

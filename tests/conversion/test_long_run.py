@@ -1,4 +1,4 @@
-"""Law 7: a million steps on noise stay with the float64 recurrence, for every method at once."""
+"""A million steps on noise stay close to the float64 recurrence (invariant 7 of CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STEPS = 1_000_000
 CHUNK = 10_000
 WINDOW = 64
 DRIFT = 1e-4
-"""relative, of the outputs of the last steps"""
+"""Largest relative error of the outputs of the last steps."""
 
 
 def kernels() -> dict[str, SSMParams]:
-    """One channel per method: a rough kernel with decay 0.99, small enough to step quickly."""
+    """Return one channel per method: a rough kernel with decay 0.99, small enough to step quickly."""
     lags = torch.arange(64, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     smooth = torch.cos(0.1 * lags) + 0.3 * torch.cos(lags + 1)
@@ -37,7 +37,7 @@ def kernels() -> dict[str, SSMParams]:
 
 
 def together(parts: list[SSMParams]) -> SSMParams:
-    """Several single-channel recurrences as the channels of one: a step of it is a step of each."""
+    """Return single-channel recurrences as the channels of one recurrence, which steps all of them."""
     modes = max(part.residues.shape[2] for part in parts)
     taps = max(part.window.shape[1] for part in parts)
 
@@ -53,15 +53,16 @@ def together(parts: list[SSMParams]) -> SSMParams:
 
 @pytest.fixture(scope="module")
 def drift() -> dict[str, float]:
-    """By method."""
+    """Return the drift of each method."""
     named = kernels()
     stored = together(list(named.values())).to_dtype(torch.float32)
     return dict(zip(named, relative_drift(stored, len(named)).tolist(), strict=True))
 
 
 def relative_drift(stored: Params, channels: int) -> Tensor:
-    """Relative error of the last outputs of a float32 run against the float64 recurrence, (E,)."""
-    # The float64 run starts from what float32 stored: drift is what stepping adds.
+    """Return the relative error of the last outputs of a float32 run against the float64 recurrence, (E,)."""
+    # The float64 run starts from the parameters as stored in float32, so that only rounding of the steps
+    # counts.
     reference = type(stored)(*(part.double() for part in stored))
     generator = torch.Generator().manual_seed(1)
     slow, fast = stored.init_state(1), reference.init_state(1)
@@ -72,8 +73,8 @@ def relative_drift(stored: Params, channels: int) -> Tensor:
             slow = _advance(stored, x[:, :-WINDOW], slow)
             alike = _advance(stored, x[:, -WINDOW:], slow)
             y, slow = _steps(stored, x[:, -WINDOW:], slow)
-            assert all(map(torch.equal, alike, slow)), "what advances the state is not what a step does"
-            # Float64 in parallel: prefill equals stepping to 1e-11, which other tests show.
+            assert all(map(torch.equal, alike, slow)), "_advance and step give different states"
+            # The float64 run uses prefill, which equals steps to 1e-11 as other tests show.
             expected, fast = reference.prefill(x.double(), fast)
             ends = [y.double(), expected[:, -WINDOW:]]
     return (ends[0] - ends[1]).norm(dim=(0, 1)) / ends[1].norm(dim=(0, 1))
@@ -88,10 +89,10 @@ def _steps(params: Params, x: Tensor, state: State) -> tuple[Tensor, State]:
 
 
 def _advance(params: Params, x: Tensor, state: State) -> State:
-    """The state after single steps, to the bit, without outputs: a tenth of the time of the steps.
+    """Return the state after single steps, bit for bit, without outputs: ten times faster than the steps.
 
-    Every operation that a step does on the state, one token after the other, on tensors of the same
-    shapes. What depends on the parameters alone is done once, outputs are not computed.
+    Every operation that a step applies to the state runs token after token, on tensors of the same shapes.
+    What depends on the parameters alone is computed once, and outputs are skipped.
     """
     if isinstance(params, SSMParams):
         return _advance_modes(params, x, state)
@@ -108,16 +109,17 @@ def _advance_modes(params: SSMParams, x: Tensor, state: SSMState) -> SSMState:
         after = after.addcmul_(re, real).addcmul_(im, imag, value=-1)
         imag = (re_fine * imag).addcmul_(im_fine, real).addcmul_(re, imag).addcmul_(im, real)
         real = after
-    # The window holds inputs as they came, newest first.
+    # The window holds the inputs unchanged, newest first.
     inputs = torch.cat((x.transpose(1, 2).flip(-1), window), dim=-1)
     return SSMState(inputs[..., : window.shape[-1]], real, imag)
 
 
 def _advance_companion(params: CompanionParams, x: Tensor, state: CompanionState) -> CompanionState:
-    """One sequence, a denominator for each channel."""
+    """Advance one sequence with one denominator per channel."""
     length, order = x.shape[1], params.denominator.shape[1]
     a = params.denominator[:, :, None]
-    # All w of the chunk in one row, newest first, filled from its end: no step moves the older ones.
+    # One row holds every w of the chunk, newest first, and is filled from its end, so that no step moves
+    # older values.
     row = torch.cat((x.new_zeros(x.shape[2], length), state.recent[0]), dim=1)
     recent = row.unfold(1, order, 1)[:, :, None].unbind(1)
     cells = row[:, :length, None, None].unbind(1)
@@ -133,7 +135,7 @@ def test_a_million_steps_stay_with_float64(drift: dict[str, float], method: str)
 
 @pytest.fixture(scope="module")
 def companion_drift() -> float:
-    """The same of an RTF kernel's own recurrence, poles up to 0.99."""
+    """Return the drift of the companion recurrence of an RTF kernel with poles up to 0.99."""
     angle = torch.tensor([0.1, 0.8, 1.7, 2.6], dtype=torch.float64)
     poles = torch.polar(torch.tensor([0.99, 0.9, 0.95, 0.8], dtype=torch.float64), angle)
     a = np.real(np.poly(torch.cat((poles, poles.conj())).numpy()))[1:]
@@ -148,5 +150,5 @@ def test_a_million_companion_steps_stay_with_float64(companion_drift: float) -> 
 
 @pytest.mark.parametrize("method", ["undecayed etsc", "constant mode"])
 def test_undecayed_poles_drift_but_stay_finite(drift: dict[str, float], method: str) -> None:
-    # Rounding is never forgotten on the unit circle: it grows like the square root of the steps.
+    # On the unit circle, rounding errors never decay: they grow with the square root of the number of steps.
     assert drift[method] < 0.05

@@ -1,4 +1,4 @@
-"""Laws 3, 5, 6 for kernels that this project did not make, by the public function."""
+"""Conversion of arbitrary taps by the public function (invariants 3, 5 and 6 of CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tnnlm.errors import UserError
 from tnnlm.ops.reference import recurrence_loop, toeplitz_dense
 
 TRAINED = 128
-"""training length; the taps given go to 8 times that"""
+"""Training length in lags; the taps given are 8 times as long."""
 LENGTH = 8 * TRAINED
 
 
 def damped_cosines() -> Tensor:
-    """Sums of five damped cosines, the same five in every channel."""
+    """Return sums of five damped cosines, the same five in every channel."""
     lags = torch.arange(LENGTH, dtype=torch.float64)
     radius = torch.tensor([0.5, 0.8, 0.9, 0.95, 0.98], dtype=torch.float64)
     angle = torch.tensor([0.0, 0.3, 1.0, 2.0, 3.0], dtype=torch.float64)
@@ -29,7 +29,7 @@ def damped_cosines() -> Tensor:
 
 
 def diagonal_s4() -> Tensor:
-    """S4D-Lin (arXiv 2206.11893): poles -1/2 + i pi n, time steps per channel."""
+    """Return taps of S4D-Lin (arXiv 2206.11893): poles -1/2 + i pi n, one time step per channel."""
     modes, channels = 6, 4
     step = torch.logspace(-1.7, -0.7, channels, dtype=torch.float64)
     a = torch.complex(
@@ -42,7 +42,7 @@ def diagonal_s4() -> Tensor:
 
 
 def implicit_filter() -> Tensor:
-    """Hyena-like (arXiv 2302.10866): a small network on sines of the lag, times a window that decays."""
+    """Return taps as in Hyena (arXiv 2302.10866): a small network on sines of the lag, times a decay."""
     t = torch.arange(LENGTH, dtype=torch.float64)[:, None] / TRAINED
     features = torch.cat([torch.sin(t * 2 * math.pi * f + p) for f in (0.5, 1, 2) for p in (0.0, 1.0)], dim=1)
     hidden = torch.sin(features @ torch.randn(6, 16, dtype=torch.float64))
@@ -94,7 +94,7 @@ def test_etsc_reproduces_taps_in_both_precisions(taps: Tensor, n: int) -> None:
 
 def test_order_of_damped_cosines_is_found() -> None:
     params, report = convert_taps(damped_cosines(), tolerance=1e-6)
-    # Four pairs and the real pole at angle 0.
+    # Four conjugate pairs, and the real pole at angle 0.
     assert report.order == 9
     found = torch.complex(*params.poles).abs().sort().values
     torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_window_taps_absorb_a_rough_beginning(poles: str, dtype: torch.dtype) ->
     assert report.order <= 16 + 10
     assert report.relative_tap_error <= 1e-4
     assert (params.taps(16) - k[:, :16]).norm() <= 1e-5 * k.norm()
-    # Residues that cancel each other would lose float32's digits in the step.
+    # Large residues that cancel each other would lose the digits of float32 in the step.
     assert params.residues.abs().max() <= 100 * k.abs().max()
 
 
@@ -148,7 +148,7 @@ def test_auto_takes_the_smallest_state() -> None:
     assert torch.equal(params.taps(300), rough)
 
 
-def test_channels_with_nothing_in_common_get_poles_of_their_own() -> None:
+def test_unrelated_channels_get_separate_poles() -> None:
     lags = torch.arange(400, dtype=torch.float64)
     radius = torch.linspace(0.3, 0.97, 60, dtype=torch.float64)
     k = radius[:, None] ** lags * torch.cos(torch.linspace(0, 3, 60, dtype=torch.float64)[:, None] * lags)
@@ -158,7 +158,7 @@ def test_channels_with_nothing_in_common_get_poles_of_their_own() -> None:
     assert shared.order > 10
 
 
-def test_arrays_and_single_channels_are_taken() -> None:
+def test_arrays_and_single_channels_are_accepted() -> None:
     k = 0.9 ** np.arange(200)
     params, report = convert_taps(k, tolerance=1e-6)
     assert report.order == 1
@@ -177,13 +177,13 @@ def test_horizon_and_decay_are_those_of_etsc() -> None:
     assert params.poles.shape[-1] == 50
 
 
-def test_taps_that_do_not_die_out_keep_their_poles_inside() -> None:
+def test_taps_that_do_not_decay_get_poles_inside_the_unit_circle() -> None:
     lags = torch.arange(400, dtype=torch.float64)
     k = torch.stack([torch.cos(0.1 * lags), 1 + 0.5 * torch.cos(0.7 * lags)])
     params, report = convert_taps(k, tolerance=1e-3)
     assert report.largest_pole < 1
     assert report.relative_tap_error <= 1e-3
-    # And it goes on beyond what it has seen.
+    # The recurrence also extrapolates past the given taps.
     later = torch.cos(0.1 * torch.arange(800, dtype=torch.float64))
     assert (params.taps(800)[0] - later).abs().max() < 0.05
 
@@ -211,7 +211,7 @@ def test_unusable_input_is_one_clear_error(case: str) -> None:
         convert_taps(taps, **options)
 
 
-def test_tolerance_that_cannot_be_met_says_what_was_reached() -> None:
+def test_tolerance_that_cannot_be_met_reports_the_error_reached() -> None:
     with pytest.raises(
         UserError, match=r"1e-06: can't be met, the smallest relative error .* order \d+ is \d"
     ):

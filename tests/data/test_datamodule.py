@@ -1,4 +1,4 @@
-"""The order of the data: one sequence on any number of ranks, resumed anywhere."""
+"""Order of the training data: the same sequence on any number of ranks, resumable at any step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnnlm.errors import DataError
 
 
 def samples(n_rows: int = 11, *, batch_size: int, n_batches: int, **changes: Any) -> list[list[int]]:
-    """All batches of one rank."""
+    """Return all batches of one rank."""
     sampler = GlobalOrderSampler(
         n_rows, **{"batch_size": batch_size, "n_batches": n_batches, "seed": 3, **changes}
     )
@@ -33,7 +33,7 @@ def flat(batches: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("start", [0, 7])
 def test_sampler_order_is_independent_of_ranks(world_size: int, start: int) -> None:
-    # Eleven rows, so that epochs end inside of batches.
+    # With eleven rows, epochs end inside batches.
     ranks = [
         samples(batch_size=4, n_batches=6, rank=rank, world_size=world_size, start=start)
         for rank in range(world_size)
@@ -65,7 +65,7 @@ def test_sampler_batch_may_be_larger_than_the_data() -> None:
 
 
 def config_of(n_lines: int = 400, **data: Any) -> Config:
-    """A run on a file of distinct lines."""
+    """Return the configuration of a run on a file of distinct lines."""
     Path("a.txt").write_text("".join(f"line {i} of the text\n" for i in range(n_lines)))
     settings = {"source": "files", "files": ["a.txt"], "val_fraction": 0.3, "batch_size": 4, **data}
     return Config(
@@ -74,7 +74,7 @@ def config_of(n_lines: int = 400, **data: Any) -> Config:
 
 
 def module_of(config: Config, rank: int = 0, world_size: int = 1, global_step: int = 0) -> TextDataModule:
-    """Set up as on one rank of many; no more of the Trainer is read."""
+    """Return a data module set up as one rank of several; it reads nothing else of the Trainer."""
     module = TextDataModule(config)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=world_size, global_step=global_step
@@ -136,7 +136,7 @@ def test_validation_rows_are_split_over_ranks_without_duplicates(world_size: int
         batches = list(module.val_dataloader())
         shapes.add(tuple(batch.shape for batch in batches))
         taken += [row for i, batch in enumerate(batches) for row in batch[: module.val_counted(i)]]
-    # No rank has a batch more, or a larger one, than another.
+    # All ranks have the same number of batches, of the same sizes.
     assert len(shapes) == 1
     assert len(taken) == len(module.opened.val) == 19
     assert {tuple(row.tolist()) for row in taken} == {tuple(module.opened.val[i].tolist()) for i in range(19)}

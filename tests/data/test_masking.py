@@ -1,4 +1,4 @@
-"""Hidden tokens: as many in each row, 80 / 10 / 10, and the same for the same sample for ever."""
+"""Masking of tokens: a fixed number per row, 80 / 10 / 10, and deterministic per sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def masking(fraction: float = 0.15, seed: int = 0) -> Masking:
     return Masking(fraction, MASK_ID, 302, seed)
 
 
-def test_what_is_to_be_guessed_stood_there_and_the_rest_is_untouched() -> None:
+def test_targets_are_the_original_tokens_and_the_rest_is_unchanged() -> None:
     row = torch.randint(300, (100,))
     tokens, positions, targets = masking().hide(row, 3)
     assert torch.equal(row[positions], targets)
@@ -26,13 +26,13 @@ def test_what_is_to_be_guessed_stood_there_and_the_rest_is_untouched() -> None:
 
 
 @pytest.mark.parametrize(("length", "fraction", "expected"), [(100, 0.15, 15), (32, 0.15, 5), (2, 0.15, 1)])
-def test_every_row_has_as_many(length: int, fraction: float, expected: int) -> None:
+def test_every_row_has_the_same_number_of_masked_tokens(length: int, fraction: float, expected: int) -> None:
     for sample in range(5):
         positions = masking(fraction).hide(torch.zeros(length, dtype=torch.long), sample).positions
         assert len(set(positions.tolist())) == expected
 
 
-def test_of_ten_eight_are_hidden_one_is_random_and_one_stays() -> None:
+def test_80_percent_are_masked_10_random_and_10_unchanged() -> None:
     row = torch.full((20_000,), 7)
     tokens, positions, _ = masking(0.5).hide(row, 0)
     seen = tokens[positions]
@@ -42,7 +42,7 @@ def test_of_ten_eight_are_hidden_one_is_random_and_one_stays() -> None:
     assert len(others.unique()) > 250
 
 
-def test_the_same_sample_hides_the_same_and_another_does_not() -> None:
+def test_masking_depends_on_sample_and_seed() -> None:
     row = torch.randint(300, (64,))
     first, again = masking().hide(row, 5), masking().hide(row, 5)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -57,5 +57,5 @@ def test_rows_are_indexed_alone_or_with_their_sample() -> None:
     assert torch.equal(rows[2].positions, rows[2, 2].positions)
     one, other = rows[2, 2], rows[2, 11]
     assert not torch.equal(one.positions, other.positions)
-    # Row 2 is tokens 20 .. 29: whatever is hidden, the targets come from there.
+    # Row 2 holds tokens 20 .. 29, so the targets follow from the masked positions.
     assert torch.equal(other.targets, 20 + other.positions)

@@ -1,4 +1,4 @@
-"""Tokens on disk: the stream, its rows, its sizes, and when the cache may be believed."""
+"""Packed tokens on disk: their stream, rows and sizes, and the validity of the cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save_tokenizer(name: str = "given.json", eos: str = EOS, vocab_size: int = 2
 
 
 def cached() -> list[str]:
-    """What lies in the cache, but for the tables of the data set library."""
+    """Return the names of the entries in the cache, without the tables of the datasets library."""
     folder = Path(os.environ["TNNLM_CACHE"])
     return (
         sorted(path.name for path in folder.iterdir() if path.name != "datasets") if folder.exists() else []
@@ -68,7 +68,7 @@ def test_stream_is_eos_document_eos(split: str) -> None:
     for text in documents:
         expected += [*corpus.tokenizer.encode(text), eos]
     assert tokens_of(corpus, split) == expected
-    # The texts spell the end token out: only the packing may write its id.
+    # The documents contain the end token as a string, but only the packing may write its id.
     assert expected.count(eos) == len(documents) + 1
 
 
@@ -98,14 +98,14 @@ def test_rows_overlap_by_one_token() -> None:
 
 
 @pytest.mark.parametrize(("n_tokens", "n_rows"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
-def test_rows_are_whole(n_tokens: int, n_rows: int) -> None:
+def test_rows_have_full_length(n_tokens: int, n_rows: int) -> None:
     rows = PackedRows(np.arange(n_tokens, dtype=np.int32), 4)
     assert len(rows) == n_rows
     assert all(len(rows[i]) == 5 for i in range(n_rows))
 
 
 def test_rows_end() -> None:
-    # Without an IndexError behind the last row, `for row in rows` goes on with empty rows for ever.
+    # Without an IndexError after the last row, `for row in rows` would yield empty rows for ever.
     rows = PackedRows(np.arange(9, dtype=np.int32), 4)
     with pytest.raises(IndexError):
         rows[2]
@@ -113,7 +113,7 @@ def test_rows_end() -> None:
 
 def test_rows_stop_at_max_tokens() -> None:
     corpus = prepared()
-    # So many tokens are predicted; the first is only read.
+    # max_tokens counts predicted tokens; the first token is only an input.
     assert len(corpus.rows("train", 4, max_tokens=12)) == 3
     assert len(corpus.rows("train", 4, max_tokens=3)) == 0
     assert len(corpus.rows("train", 4, max_tokens=10**9)) == len(corpus.rows("train", 4))
@@ -196,7 +196,7 @@ def test_cache_key_changes_with_what_decides_the_tokens(changes: dict[str, Any])
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 3}, {"max_val_tokens": 9}, {"num_workers": 1}], ids=lambda c: next(iter(c))
 )
-def test_cache_key_keeps_when_only_the_reading_changes(changes: dict[str, Any]) -> None:
+def test_cache_key_does_not_depend_on_how_rows_are_loaded(changes: dict[str, Any]) -> None:
     assert prepared(**changes).folder == prepared().folder
 
 
@@ -207,7 +207,7 @@ def test_cache_key_of_a_given_tokenizer_changes_with_the_tokenizer_not_the_vocab
 
 
 def test_cache_key_of_a_given_tokenizer_changes_with_the_end_token() -> None:
-    # One tokenizer may hold several special tokens: the stream depends on which one ends documents.
+    # A tokenizer may hold several special tokens, and the stream depends on which one ends documents.
     given = json.loads(Path(save_tokenizer()).read_text())
     extra = {**given["added_tokens"][0], "id": 270, "content": "<other>"}
     given["added_tokens"].append(extra)
@@ -244,7 +244,7 @@ def test_interrupted_build_leaves_nothing_in_the_cache(monkeypatch: pytest.Monke
     write_text = packing.write_text
 
     def interrupt(path: Path, text: str) -> None:
-        if path.name == "meta.json":  # as late as can be: both splits are written by then
+        if path.name == "meta.json":  # the latest point: both splits are already written
             raise KeyboardInterrupt
         write_text(path, text)
 
@@ -254,7 +254,7 @@ def test_interrupted_build_leaves_nothing_in_the_cache(monkeypatch: pytest.Monke
     assert cached() == []
 
 
-def test_text_too_small_to_hold_some_out_is_an_error() -> None:
+def test_text_too_small_for_validation_is_an_error() -> None:
     Path("one.txt").write_text("x")
     with pytest.raises(DataError, match="too little text"):
         prepared(files=["one.txt"])
@@ -268,7 +268,7 @@ def test_cache_holds_the_corpus_alone() -> None:
     assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_long_documents_in_pieces_give_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
     whole = packing._pieces

@@ -1,4 +1,4 @@
-"""Preparing data: the tokens of train.py, resumed after a kill at any place, and no network afterwards."""
+"""Data preparation: the same tokens as train.py, resumable after a kill, no network afterwards."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def test_documents_are_a_sequence(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Exception in place of a kill, which no handler catches."""
 
 
 @pytest.mark.parametrize("tokenizer", [None, "given.json"])
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("place", [1, 3, 6])
-def test_stopped_preparation_goes_on(
+def test_stopped_preparation_resumes(
     monkeypatch: pytest.MonkeyPatch, place: int, streaming: bool, tokenizer: str | None
 ) -> None:
     monkeypatch.setattr(packing, "PIECE", 300)
@@ -130,7 +130,7 @@ def test_stopped_preparation_goes_on(
     resumed = prepare(config, 300, 0, resumable=True)
     assert tokens(resumed) == tokens(whole)
     assert (resumed.train, resumed.val) == (whole.train, whole.val)
-    # What was noted is not done again: at most one batch is.
+    # Finished work is not repeated, except for at most one batch.
     assert len(encoded) - len([*resumed_documents(config)]) <= max(20, before // 4)
     assert cached() == [resumed.folder.name]
     assert {p.name for p in resumed.folder.iterdir()} == names
@@ -141,7 +141,7 @@ def resumed_documents(config: DataConfig) -> list[str]:
     return [*corpus.train, *corpus.val]
 
 
-def test_stream_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_resumes_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHARACTERS", 4000)
     config = config_of(streaming=True, max_documents=280)
     killed: list[Path] = []
@@ -169,7 +169,7 @@ def test_stream_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(read) == sorted(TEXTS[:280])  # each once: the first three files were not read again
 
 
-def test_data_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_data_that_changed_during_preparation_is_refused(tmp_path: Path) -> None:
     load_corpus(config_of(), 0, tmp_path)
     write_hub(TEXTS[:200])
     with pytest.raises(DataError, match=r"corpus: has changed since .*remove"):
@@ -194,7 +194,7 @@ def test_two_at_once_are_refused() -> None:
 
 @pytest.fixture
 def tool(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call ``tnnlm prepare-data`` in this process."""
+    """Return a function that calls ``tnnlm prepare-data`` in this process."""
 
     def call(*words: str) -> Result:
         capsys.readouterr()
@@ -240,10 +240,10 @@ def test_tool_refuses_bad_input(tool: Any) -> None:
         assert refused.err.count("\n") == 1
 
 
-def test_training_on_prepared_data_touches_no_network(
+def test_training_on_prepared_data_uses_no_network(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # The hub's cache as a download leaves it.
+    # This is the layout of the Hub cache after a download.
     snapshot = tmp_path / "hub/models--some--tokenizer"
     (snapshot / "refs").mkdir(parents=True)
     (snapshot / "refs/main").write_text("abc")
@@ -256,7 +256,7 @@ def test_training_on_prepared_data_touches_no_network(
     split_rows(corpus, config)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the network was asked")
+        raise AssertionError("a network connection was opened")
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)

@@ -1,4 +1,4 @@
-"""Documents from each source and kind of file, the split, and what damaged input is answered with."""
+"""Documents from each source and file type, the split, and error messages for damaged input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _no_bars() -> Any:
 
 
 def write(name: str, data: str | bytes) -> str:
-    """A file in the test's folder."""
+    """Write a file into the folder of the test."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -47,12 +47,12 @@ def parquet(texts: list[str], column: str = "text") -> bytes:
 
 
 def documents(n: int) -> list[str]:
-    """Distinct texts of unequal length."""
+    """Return distinct documents of unequal length."""
     return [f"document {i}\n" + f"word{i} " * (10 + i % 7) for i in range(n)]
 
 
 def read(*files: str, seed: int = 0, **changes: Any) -> tuple[list[str], list[str]]:
-    """Both splits of ``files``."""
+    """Return both splits of ``files``."""
     corpus = load_corpus(
         DataConfig(**{"source": "files", "files": list(files), **changes}), seed, Path("scratch")
     )
@@ -60,7 +60,7 @@ def read(*files: str, seed: int = 0, **changes: Any) -> tuple[list[str], list[st
 
 
 def error_of(*files: str, **changes: Any) -> str:
-    """The line that a user reads."""
+    """Return the error message of one line that a user sees."""
     with pytest.raises(DataError) as caught:
         read(*files, **changes)
     message = str(caught.value)
@@ -103,7 +103,7 @@ def test_text_column_is_read(suffix: str) -> None:
 
 
 def test_table_that_changed_is_read_again() -> None:
-    # The library caches tables; a file of the same name must not bring back the old rows.
+    # The datasets library caches tables; a new file of the same name must not return the old rows.
     read(write("a.jsonl", jsonl(documents(12))))
     texts = [text.upper() for text in documents(14)]
     write("a.jsonl", jsonl(texts))
@@ -112,7 +112,7 @@ def test_table_that_changed_is_read_again() -> None:
     assert sorted(train + val) == sorted(texts)
 
 
-def test_byte_order_mark_is_no_text() -> None:
+def test_byte_order_mark_is_removed() -> None:
     train, _ = read(write("a.txt", b"\xef\xbb\xbf" + LINES.encode()))
     assert train[0].startswith("line 0")
 
@@ -122,7 +122,7 @@ def test_python_source_in_another_encoding_is_read() -> None:
     assert "é" in train[0]
 
 
-def test_blank_documents_are_left_out() -> None:
+def test_blank_documents_are_skipped() -> None:
     texts = documents(12)
     train, val = read(write("a.jsonl", jsonl(["", *texts, " \n"])))
     assert sorted(train + val) == sorted(texts)
@@ -140,7 +140,7 @@ def test_globs_match_and_each_file_is_read_once() -> None:
     assert names("*.txt") == ["top.txt"]
     assert names("a/**/*.txt") == ["two.txt", "one.txt"]
     assert names("**/*.txt", "a/*.txt", "top.txt") == ["two.txt", "one.txt", "top.txt"]
-    # A pattern may match folders; only their files count.
+    # A pattern may match folders, but only files count.
     assert names("a/b/**") == ["three.md", "two.txt"]
 
 
@@ -153,16 +153,16 @@ def test_file_name_that_looks_like_a_pattern_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "no/such/folder/*.txt"])
-def test_missing_file_is_named(name: str) -> None:
+def test_missing_file_is_reported(name: str) -> None:
     assert error_of(name) == f"{name}: no such file"
 
 
-def test_dangling_link_is_named() -> None:
+def test_dangling_link_is_reported() -> None:
     Path("link.txt").symlink_to("nowhere.txt")
     assert error_of("link.txt").startswith("link.txt: ")
 
 
-def test_folder_is_named_with_the_pattern_to_write() -> None:
+def test_folder_is_reported_with_the_pattern_to_write() -> None:
     write("books/a.txt", LINES)
     message = error_of("books")
     assert message.startswith("books: is a folder")
@@ -170,7 +170,7 @@ def test_folder_is_named_with_the_pattern_to_write() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.zip", "a.csv.gz"])
-def test_unknown_type_is_named_with_the_known_ones(name: str) -> None:
+def test_unknown_type_is_reported_with_the_known_ones(name: str) -> None:
     message = error_of(write(name, LINES))
     assert message.startswith(f"{name}: unknown file type; use .txt")
 
@@ -203,7 +203,7 @@ def test_no_files_at_all_names_the_setting() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
-def test_damaged_file_is_named_with_the_reason(name: str, data: bytes, reason: str) -> None:
+def test_damaged_file_is_reported_with_the_reason(name: str, data: bytes, reason: str) -> None:
     message = error_of(write(name, data))
     assert message.startswith(f"{name}: ")
     assert reason in message
@@ -212,7 +212,7 @@ def test_damaged_file_is_named_with_the_reason(name: str, data: bytes, reason: s
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        # Behind the header of ten bytes, a block type that deflate doesn't have.
+        # After the gzip header of ten bytes, a block type follows that deflate does not define.
         ("garbled.txt.gz", gzip.compress(LINES.encode())[:10] + b"\xff" * 50),
         ("empty.jsonl", b""),
         ("plain.jsonl.gz", jsonl(documents(3)).encode()),
@@ -220,18 +220,18 @@ def test_damaged_file_is_named_with_the_reason(name: str, data: bytes, reason: s
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_damaged_file_is_named(name: str, data: bytes) -> None:
+def test_damaged_file_is_reported(name: str, data: bytes) -> None:
     assert error_of(write(name, data)).startswith(f"{name}: ")
 
 
-def test_one_damaged_file_of_many_is_the_one_named() -> None:
+def test_one_damaged_file_of_many_is_reported() -> None:
     write("good.txt", LINES)
     write("worse.txt", b"a\0b")
     assert error_of("*.txt").startswith("worse.txt: ")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_missing_column_is_named_with_the_ones_there_are(suffix: str) -> None:
+def test_missing_column_is_reported_with_the_existing_ones(suffix: str) -> None:
     make: Any = jsonl if suffix == ".jsonl" else parquet
     message = error_of(write(f"a{suffix}", make(documents(3), "body")))
     assert message.startswith(f"a{suffix}: has no column 'text', only body")
@@ -278,7 +278,8 @@ def test_split_does_not_hold_out_a_document_that_is_most_of_the_text() -> None:
 
 
 def test_split_keeps_equal_documents_together() -> None:
-    # Licences and templates come many times; seen in training they validate nothing.
+    # Licences and templates are repeated in many documents; a copy in the training split would spoil the
+    # validation.
     texts = [text for text in documents(20) for _ in range(5)]
     train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.07)
     assert not set(train) & set(val)
@@ -290,7 +291,7 @@ def test_split_cuts_few_documents_in_two_and_loses_nothing(n: int) -> None:
     train, val = read(write("a.jsonl", jsonl(texts)), val_fraction=0.25)
     assert [a + b for a, b in zip(train, val, strict=True)] == texts
     assert sum(map(len, val)) == pytest.approx(0.25 * sum(map(len, texts)), rel=0.2)
-    # At a line, where there is one near.
+    # The cut is at a line break if there is one nearby.
     assert all(text.endswith("\n") for text in train)
 
 
@@ -310,7 +311,7 @@ def test_max_documents_is_honoured(limit: int) -> None:
         assert sorted(train + val) == sorted(texts[:limit])
 
 
-def test_max_documents_reads_no_file_behind_it() -> None:
+def test_max_documents_reads_no_further_file() -> None:
     for i in range(3):
         write(f"{i}.txt", LINES)
     write("9.txt", b"\0")
@@ -319,7 +320,7 @@ def test_max_documents_reads_no_file_behind_it() -> None:
 
 
 def hub(name: str = "corpus", **changes: Any) -> tuple[list[str], list[str]]:
-    """Both splits of a local folder in the format of the library."""
+    """Return both splits of a local folder in the format of the datasets library."""
     return read(source="hub", hub_name=name, **changes)
 
 
@@ -331,7 +332,7 @@ def test_hub_folder_is_read(streaming: bool) -> None:
     assert sorted(train + val) == sorted(texts[:15] if streaming else texts)
 
 
-def test_hub_validation_split_is_used_as_it_is() -> None:
+def test_hub_validation_split_is_used_unchanged() -> None:
     texts = documents(20)
     write("corpus/train.jsonl", jsonl(texts[:15]))
     write("corpus/validation.jsonl", jsonl(texts[15:]))
@@ -343,19 +344,19 @@ def test_hub_streaming_needs_max_documents() -> None:
     assert "data.max_documents" in error_of(source="hub", hub_name="corpus", streaming=True)
 
 
-def test_hub_without_name_names_the_setting() -> None:
+def test_hub_without_name_reports_the_setting() -> None:
     assert "data.hub_name" in error_of(source="hub")
 
 
 @pytest.mark.parametrize("changes", [{"hub_split": "nope"}, {"hub_config": "nope"}, {"text_column": "nope"}])
-def test_hub_names_what_the_data_set_lacks(changes: dict[str, str]) -> None:
+def test_hub_reports_what_the_data_set_lacks(changes: dict[str, str]) -> None:
     write("corpus/train.jsonl", jsonl(documents(3)))
     message = error_of(source="hub", hub_name="corpus", **changes)
     assert message.startswith("corpus: ")
     assert "nope" in message
 
 
-def test_hub_folder_without_data_is_named() -> None:
+def test_hub_folder_without_data_is_reported() -> None:
     Path("corpus").mkdir()
     assert error_of(source="hub", hub_name="corpus").startswith("corpus: ")
 
@@ -368,8 +369,8 @@ def test_hub_folder_without_data_is_named() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_hub_name_that_is_none_is_named(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Both are kinds of OSError, but none that a disk or permission would raise.
+def test_unknown_hub_name_is_reported(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both are subclasses of OSError, but no disk or permission raises them.
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -377,14 +378,14 @@ def test_hub_name_that_is_none_is_named(error: OSError, monkeypatch: pytest.Monk
     assert error_of(source="hub", hub_name="nobody/nothing").startswith("nobody/nothing: ")
 
 
-def test_hub_stream_that_breaks_is_named() -> None:
-    # A stream is read row by row, so that damage shows late.
+def test_hub_stream_that_fails_is_reported() -> None:
+    # A stream is read row by row, so the damage only shows late.
     write("corpus/train.jsonl", jsonl(documents(3)) + '{"text": "ab')
     message = error_of(source="hub", hub_name="corpus", streaming=True, max_documents=9)
     assert message.startswith("corpus: ")
 
 
-def test_full_disk_is_not_taken_for_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_not_reported_as_damaged_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,5 +1,5 @@
-"""Others at the same folder, full disks, damaged texts and odd paths: convert.py and generate.py keep what
-is there, add nothing to another's model, and say so in one line."""
+"""Concurrent changes, full disks, damaged data and unusual paths: convert.py and generate.py keep existing
+files, never add to the model of another process, and report problems in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tnnlm.files import only_process
 
 
 def while_measuring(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
-    """Let something happen to the files once the model is written and before it is measured."""
+    """Call ``happens`` after the model is written and before it is measured."""
     measure = perplexity.measure_perplexities
 
     def measured(*arguments: Any) -> Any:
@@ -43,7 +43,7 @@ def test_nothing_is_added_to_a_folder_that_was_removed(
     assert not folder.exists()
 
 
-def test_nothing_is_added_to_the_model_of_another(
+def test_nothing_is_added_to_the_model_of_another_process(
     run_here: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert script("convert", "runs/tiny", "--method", "window", "--out", "other").code == 0
@@ -75,7 +75,7 @@ def test_second_convert_of_the_same_folder_waits_for_the_first(run_here: Path, s
     assert not list(run_here.glob(".converted*"))
 
 
-def test_model_that_is_replaced_while_it_is_read_is_read_again(
+def test_model_replaced_during_loading_is_loaded_again(
     run_here: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert script("convert", "runs/tiny").code == 0
@@ -94,7 +94,7 @@ def test_model_that_is_replaced_while_it_is_read_is_read_again(
     assert converted.model_fingerprint(found.model) == expected
 
 
-def test_link_keeps_naming_the_folder_that_is_replaced(run_here: Path, script: Any) -> None:
+def test_link_still_points_to_the_replaced_folder(run_here: Path, script: Any) -> None:
     assert script("convert", "runs/tiny", "--out", "first").code == 0
     Path("latest").symlink_to("first")
     assert script("convert", "runs/tiny", "--out", "latest", "--force").code == 0
@@ -167,8 +167,8 @@ def test_full_disk_fails_the_export_alone(
     assert not (run_here / "converted/export").exists()
 
 
-def test_damaged_validation_text_is_named(run_here: Path, script: Any) -> None:
-    assert script("convert", "runs/tiny", "--out", "first").code == 0  # prepares the text here
+def test_damaged_validation_data_is_reported(run_here: Path, script: Any) -> None:
+    assert script("convert", "runs/tiny", "--out", "first").code == 0  # prepares the data in this folder
     for text in Path(os.environ["TNNLM_CACHE"]).rglob("val.bin"):
         text.write_bytes(text.read_bytes()[:40])
     done = script("convert", "runs/tiny")
@@ -178,7 +178,7 @@ def test_damaged_validation_text_is_named(run_here: Path, script: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0"), ("--temperature", "1"), ("--num-samples", "2")])
-def test_logits_that_are_not_numbers_end_in_one_line(
+def test_logits_that_are_not_finite_end_in_one_line(
     options: tuple[str, ...], run_here: Path, script: Any
 ) -> None:
     assert script("convert", "runs/tiny").code == 0
@@ -191,7 +191,7 @@ def test_logits_that_are_not_numbers_end_in_one_line(
     assert "logits are not finite" in refused.err
 
 
-def test_files_of_a_converted_model_may_be_read_by_others(run_here: Path, script: Any) -> None:
+def test_files_of_a_converted_model_are_readable_by_others(run_here: Path, script: Any) -> None:
     assert script("convert", "runs/tiny").code == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in (run_here / "converted").iterdir()}
     assert set(modes.values()) == {modes["config.json"]}

@@ -1,4 +1,4 @@
-"""The model card of a converted folder says what the run and its conversion measured, and nothing else."""
+"""The model card of a converted folder states the measurements of the run and of its conversion."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     assert f"{report['state_bytes']:,} bytes" in card
     assert f"{report['horizon']:,} lags" in card
     assert "Not measured" not in card
-    # Without its text there is nothing to measure perplexity on, and the card says so.
+    # Without its training text, perplexity can't be measured, and the card reports that.
     Path("text.txt").write_text("another text " * 2000)
     assert script("convert", "tiny", "--out", "later").code == 0
     later = Path("later/README.md").read_text()
@@ -62,7 +62,7 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     assert "| recurrent" not in later
 
 
-def test_card_names_where_the_data_came_from() -> None:
+def test_card_states_the_source_of_the_data() -> None:
     hub = make_card(source="hub", hub_name="someone/texts", hub_config="raw", hub_val_split="validation")
     assert front_matter(hub)["datasets"] == ["someone/texts"]
     assert "`someone/texts`, `raw`, `split train`" in hub
@@ -77,7 +77,7 @@ def test_card_names_where_the_data_came_from() -> None:
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.1])
-def test_card_warns_of_what_the_horizon_leaves_out(tail: float) -> None:
+def test_card_warns_of_taps_past_the_horizon(tail: float) -> None:
     model = CausalLM(tiny_config()).eval()
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
     report.layers = [replace(layer, tail_energy=tail, l1_error=0.0) for layer in report.layers]
@@ -87,10 +87,10 @@ def test_card_warns_of_what_the_horizon_leaves_out(tail: float) -> None:
 
 
 HOSTILE = "a\"b: 'c'\n---\n# {{ 7 * 7 }} {% raw %} `d` | e"
-"""quotes, lines, a border, and the syntax of the template, of Markdown and of YAML"""
+"""String with quotes, line breaks, a metadata border, and syntax of Jinja, Markdown and YAML."""
 
 
-def test_text_of_a_user_breaks_neither_the_metadata_nor_the_lines() -> None:
+def test_user_strings_break_neither_the_metadata_nor_the_lines() -> None:
     card = make_card(name=HOSTILE, license=HOSTILE, source="hub", hub_name=HOSTILE, hub_config=HOSTILE)
     plain = front_matter(make_card(source="hub", hub_name="x/y"))
     on_a_line = " ".join(HOSTILE.split())
@@ -102,7 +102,7 @@ def test_text_of_a_user_breaks_neither_the_metadata_nor_the_lines() -> None:
     assert headings == ["## Data", "## Perplexity", "## Conversion", "## Use", "## Licence"]
 
 
-def test_licence_is_the_models_own() -> None:
+def test_licence_is_that_of_the_configuration() -> None:
     assert "license" not in front_matter(make_card())
     assert "# license: add one before publishing" in make_card()
     licensed = make_card(license="apache-2.0")
@@ -110,7 +110,7 @@ def test_licence_is_the_models_own() -> None:
     assert licensed.endswith("## Licence\n\napache-2.0\n")
 
 
-def test_licence_is_named_on_the_command_line(run_here: Path, script: Any) -> None:
+def test_licence_is_given_on_the_command_line(run_here: Path, script: Any) -> None:
     assert script("convert", "runs/tiny", "--license", "apache-2.0").code == 0
     card = (run_here / "converted/README.md").read_text(encoding="utf-8")
     assert front_matter(card)["license"] == "apache-2.0"

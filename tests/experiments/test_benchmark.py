@@ -1,4 +1,4 @@
-"""The decode benchmark: every subject runs, rows have all fields, tables and pictures are made."""
+"""Decode benchmark: every model runs, rows have all fields, and tables and plots are written."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ FIELDS = {"name", "dtype", "batch", "context", "seconds_per_token", "tokens_per_
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_our_models_step_and_read_at_every_context(conversion: str, dtype: str, tmp_path: Path) -> None:
+def test_tnnlm_models_step_and_prefill_at_every_context(conversion: str, dtype: str, tmp_path: Path) -> None:
     subject = ours(conversion, "packed", dtype, SHAPE, tmp_path)
     assert subject.name == f"tnnlm-{conversion}-packed"
-    # Six products per layer, and the head.
+    # Six products per layer, and the language model head.
     block = 64 * (2 * 192 + 192 + 2 * 64 + 64)
     assert subject.weight_bytes == (2 * block + 300 * 64) * {"float32": 4, "int8": 1}[dtype]
     bandwidth, rows = time_steps([subject], [(1, 5), (3, 9)], LITTLE)
@@ -52,7 +52,7 @@ def test_our_models_step_and_read_at_every_context(conversion: str, dtype: str, 
 
 
 @pytest.mark.parametrize("conversion", ["balanced", "window512"])
-def test_onnxruntime_takes_our_steps(conversion: str, tmp_path: Path) -> None:
+def test_onnxruntime_runs_exported_steps(conversion: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model = convert_model(CausalLM(SHAPE).eval(), **CONVERSIONS[conversion])
     whole = ConvertedModel(model, train_bpe([" "], 257, "<eos>", 1, False), "")
@@ -71,7 +71,7 @@ def test_steps_of_onnxruntime_are_timed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", PEERS)
-def test_peers_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: Path) -> None:
+def test_baselines_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     subject = peer(kind, "float32", SHAPE, 64)
     target = ours("balanced", "eager", "float32", SHAPE, tmp_path).weight_bytes
@@ -83,7 +83,7 @@ def test_peers_have_as_many_weights_and_keep_their_context(kind: str, tmp_path: 
             stepper.undo()
     assert subject.state_at(7) > 0
     _, rows = time_steps([subject], [(1, 5), (1, 65)], LITTLE)
-    assert [row["context"] for row in rows] == [5], "a context that it can't hold is left out"
+    assert [row["context"] for row in rows] == [5], "a context longer than its window is skipped"
 
 
 def test_llama_cpp_has_as_many_weights_and_keeps_its_context(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_llama_cpp_has_as_many_weights_and_keeps_its_context(tmp_path: Path) -> 
         assert time_prefill([subject], [20], 300, LITTLE)[0]["tokens_per_second"] > 0
 
 
-def test_tables_and_pictures(tmp_path: Path) -> None:
+def test_tables_and_plots(tmp_path: Path) -> None:
     rows = [
         {
             "name": name,
@@ -166,7 +166,7 @@ def test_tool_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = tool_of("benchmark")
-    # Every engine and every model, but small ones: what is timed here is of no interest.
+    # Every engine and every model runs at a tiny size, because the timings do not matter here.
     monkeypatch.setattr(tool, "SHAPE", SHAPE)
     small = ["--quick", "--d-model", "32", "--peers", "--json", "out.json", "--png", "out.png"]
     for mode, words in (
@@ -195,7 +195,7 @@ def test_tool_writes_what_it_prints(
     assert run_script(tool.main) == 2
 
 
-def test_levels_are_timed_in_processes_of_their_own() -> None:
+def test_levels_are_timed_in_separate_processes() -> None:
     before = dict(os.environ)
     rows = time_levels(SHAPE, 2, rounds=1, steps=1, decoded=SHAPE)
     assert [row["level"] for row in rows] == levels_here()

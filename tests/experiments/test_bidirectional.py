@@ -1,4 +1,4 @@
-"""The bidirectional experiment at a tiny size: two-sided kernels win, and its parts keep apart."""
+"""The bidirectional experiment at a tiny size: bidirectional kernels win, and its parts are independent."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rows(folder: Path) -> dict[str, Record]:
-    """Of the masked part, by model."""
+    """Return the records of the masked language models, by model."""
     cells = json.loads((folder / "bidirectional.json").read_text())["cells"]
     found = [json.loads(key) | value for key, value in cells.items()]
     return {row["model"]: row for row in found if row["part"] == "masked"}
 
 
-def test_both_sides_beat_one_and_all_have_learned(rows: dict[str, Record]) -> None:
+def test_bidirectional_beats_causal_and_all_models_learn(rows: dict[str, Record]) -> None:
     assert list(rows) == list(MODELS)
     two_sided, causal, *berts = (rows[name]["ppl"]["32"] for name in MODELS)
     assert two_sided < 0.9 * causal
-    assert max(two_sided, causal, *berts) < 150  # guessing uniformly is 300
+    assert max(two_sided, causal, *berts) < 150  # a uniform prediction has a perplexity of 300
 
 
-def test_models_have_equal_parameters_and_read_the_same(rows: dict[str, Record]) -> None:
+def test_models_have_equal_parameters_and_training_tokens(rows: dict[str, Record]) -> None:
     params = [row["params"] for row in rows.values()]
     assert max(params) / min(params) < 1.03
     assert len({(row["tokens"], row["tokens_trained"]) for row in rows.values()}) == 1
 
 
-def test_a_two_sided_tnn_reads_lengths_it_was_not_trained_on(rows: dict[str, Record]) -> None:
+def test_a_bidirectional_tnn_runs_at_lengths_it_was_not_trained_on(rows: dict[str, Record]) -> None:
     ppl = rows["two-sided"]["ppl"]
     assert list(ppl) == ["32", "64", "128"]
     assert ppl["128"] < 1.05 * ppl["32"]
     assert list(rows["bert"]["ppl"]) == ["32"]
 
 
-def test_page_and_picture(folder: Path) -> None:
+def test_page_and_plot(folder: Path) -> None:
     page = (folder / "bidirectional.md").read_text()
     assert "| TNN, bidirectional | " in page
     assert "TNN paper" in page
@@ -93,7 +93,7 @@ def test_cells_are_different_and_their_models_of_equal_size(
         assert params[0] == pytest.approx(126.4e6, rel=0.01)
 
 
-def test_hidden_tokens_are_the_same_at_every_length() -> None:
+def test_masked_tokens_are_the_same_at_every_length() -> None:
     batch = MaskedBatch(torch.arange(24).view(4, 6), torch.tensor([[1, 4]] * 4), torch.arange(8).view(4, 2))
     longer = joined(batch, 2)
     assert longer.positions.tolist() == [[1, 4, 7, 10]] * 2
@@ -102,7 +102,7 @@ def test_hidden_tokens_are_the_same_at_every_length() -> None:
         assert one.targets.flatten().tolist() == list(range(8))
 
 
-def test_a_user_s_text_takes_the_place_of_the_experiment_s(tmp_path: Path) -> None:
+def test_user_text_replaces_the_text_of_the_experiment(tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("\n".join(f"line {i} of a text of mine, {i * i}" for i in range(2000)))
     masked_text.cache_clear()

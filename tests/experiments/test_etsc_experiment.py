@@ -1,4 +1,4 @@
-"""Every conversion on the same taps, as the experiment on ETSC measures it; and a step's peak of memory."""
+"""The experiment on ETSC: all conversion methods on the same taps, and the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.timing import clock_mean, interleaved, peak_allocated
 from tnnlm.kernels import TNOConfig, TNOKernel
 
 
-def test_every_method_is_measured_and_what_was_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_is_measured_or_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(etsc, "GRADIENT_TAPS", 1000)
     monkeypatch.setattr(etsc, "VANDERMONDE_LENGTH", 16)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_etsc_is_exact_on_random_taps() -> None:
         assert convert_by_all(k, torch.full((len(k),), 0.99), tiny=True)["etsc"]["error"] <= 5e-6
 
 
-def test_the_peak_is_what_is_held_at_once() -> None:
+def test_peak_counts_tensors_alive_at_the_same_time() -> None:
     def one_after_the_other() -> None:
         for _ in range(3):
             torch.ones(1000)
@@ -47,7 +47,7 @@ def test_the_peak_is_what_is_held_at_once() -> None:
     assert 12_000 <= peak_allocated(lambda: [torch.ones(1000) for _ in range(3)]) < 12_400
 
 
-def test_cases_take_turns_and_the_first_calls_do_not_count() -> None:
+def test_cases_are_interleaved_and_the_first_calls_do_not_count() -> None:
     calls: list[str] = []
     cases = {name: lambda name=name: calls.append(name) for name in "ab"}  # type: ignore[misc]
     seconds = interleaved(cases, 2, settle=1, steps=2)

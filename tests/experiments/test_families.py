@@ -1,4 +1,4 @@
-"""The comparison of families: equal sizes, both forms, training from the seed, own kernels, bad input."""
+"""The comparison of kernel families: equal sizes, both forms, determinism, and invalid input."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tnnlm.models.causal_lm import CausalLM
 
 NAMES = ("tnn", "sgconv", "rtf")
 needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs the extra peers"
+    importlib.util.find_spec("transformers") is None, reason="needs Transformers"
 )
 
 
 @pytest.fixture(autouse=True)
 def _text() -> None:
-    text_models.cache_clear()  # every test has a cache of its own
+    text_models.cache_clear()  # clears the data of the test before, which had another cache
     write_text()
 
 
@@ -82,7 +82,7 @@ def test_both_forms_of_a_family_agree(name: str) -> None:
             _, state = form.prefill(tokens[:, :20], form.init_state(1), keep=1)
             _, state = form.prefill(tokens[:, 20:32], state, keep=1)
             step, state = form.step(tokens[:, 32], state)
-            # The tolerance of auto, on kernels that are not trained yet.
+            # The method auto has this tolerance, and the kernels are untrained.
             torch.testing.assert_close(step, logits[:, -1], rtol=0, atol=2e-2)
             if name in PEERS:
                 form.undo(state)
@@ -147,7 +147,7 @@ def test_a_kernel_of_a_file_is_compared_and_measured_again_when_it_changes() -> 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call tools/reproduce.py."""
+    """Return a function that calls tools/reproduce.py."""
     import sys
 
     import reproduce as module

@@ -1,4 +1,4 @@
-"""ListOps in the experiment bidirectional, at a tiny size: every family learns more than counts tell."""
+"""ListOps in the bidirectional experiment: every family learns more than symbol counts reveal."""
 
 from __future__ import annotations
 

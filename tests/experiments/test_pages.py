@@ -1,4 +1,4 @@
-"""The committed results of docs/results: every page is rendered from its JSON to the same text."""
+"""Committed results of docs/results: every page renders from its JSON without a difference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_page_and_picture_follow_from_the_committed_numbers(name: str, tmp_path: Path) -> None:
+def test_page_and_plot_follow_from_the_committed_numbers(name: str, tmp_path: Path) -> None:
     shutil.copy(RESULTS / f"{name}.json", tmp_path)
 
     def nothing_left(cells: object) -> list[dict[str, object]]:

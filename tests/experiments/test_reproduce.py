@@ -1,4 +1,4 @@
-"""Experiments at a tiny size: the shape of what comes out, and that a stopped one goes on."""
+"""Experiments at a tiny size: the format of their results, and that an interrupted experiment resumes."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def test_rough_taps_are_refused_by_balanced_and_exact_in_a_window(folder: Path) 
         assert max(kept["inside_error"], kept["output_error"]) < 1e-5
 
 
-def test_a_kernel_cut_short_shows_past_its_horizon(folder: Path) -> None:
+def test_a_truncated_kernel_is_inexact_past_its_horizon(folder: Path) -> None:
     (row,) = rows_of(folder, method="etsc", sweep="decay", decay=1.0)
     assert row["inside_error"] < 1e-4 < FAILED < row["output_error"]
     (row,) = rows_of(folder, method="balanced", sweep="decay", decay=1.0)
     assert row["output_error"] < FAILED
 
 
-def test_the_certificate_bounds_what_runs(folder: Path) -> None:
+def test_the_certificate_bounds_the_measured_error(folder: Path) -> None:
     rows = [row for row in rows_of(folder) if "l1_error" in row]
     assert len(rows) > 20
     assert all(row["bounded_error"] <= row["l1_error"] + 1e-5 for row in rows)
 
 
-def test_page_picture_and_index(folder: Path) -> None:
+def test_page_plot_and_index(folder: Path) -> None:
     page = (folder / "stability.md").read_text()
     assert "## Thresholds" in page
     assert "| decay per lag | etsc | - | " in page
@@ -86,7 +86,7 @@ def test_page_picture_and_index(folder: Path) -> None:
     assert "holds" in index
 
 
-def test_a_stopped_experiment_goes_on(tmp_path: Path, folder: Path) -> None:
+def test_a_stopped_experiment_resumes(tmp_path: Path, folder: Path) -> None:
     measured: list[int] = []
 
     def some(cells: Iterable[Record]) -> Iterator[Record]:
@@ -108,7 +108,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, folder: Path) -> None:
     assert [claim._asdict() for claim in claims] == whole
 
 
-def test_again_measures_anew(tmp_path: Path, folder: Path) -> None:
+def test_again_repeats_the_measurements(tmp_path: Path, folder: Path) -> None:
     measured: list[Record] = []
 
     def counted(cells: Iterable[Record]) -> Iterator[Record]:
@@ -120,7 +120,7 @@ def test_again_measures_anew(tmp_path: Path, folder: Path) -> None:
     shutil.copy(folder / "stability.json", tmp_path)
     reproduce(STABILITY, "tiny", tmp_path, counted)
     assert not measured
-    with pytest.raises(KeyError):  # stopped after the first
+    with pytest.raises(KeyError):  # stopped after the first cell
         reproduce(STABILITY, "tiny", tmp_path, counted, again=True)
     assert len(measured) == 1
     assert len(json.loads((tmp_path / "stability.json").read_text())["cells"]) == 1

@@ -1,4 +1,4 @@
-"""The experiment on the frequency-domain TNN at a tiny size: the shape of what comes out."""
+"""The experiment on the frequency-domain TNN at a tiny size: the format of its results."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def rows_of(folder: Path, **wanted: Any) -> list[Record]:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_smooth_networks_die_out_and_kinked_ones_leave_a_tail(folder: Path, norm: bool) -> None:
+def test_kernels_of_smooth_networks_decay_and_kinked_ones_leave_a_tail(folder: Path, norm: bool) -> None:
     for activation in ("gelu", "silu", "relu"):
         of = {"kind": "decay", "norm": norm, "activation": activation}
         (cosine,), (angle,) = (rows_of(folder, input=given, **of) for given in ("cosine", "angle"))
         smooth = activation != "relu"
         assert (reach(cosine["tails"]) <= 128) == smooth
-        assert angle["tails"]["128"] > 1e-5  # whatever the network
+        assert angle["tails"]["128"] > 1e-5  # for every activation
 
 
 def test_models_have_the_same_parameters_and_learn(folder: Path) -> None:
@@ -57,7 +57,7 @@ def test_finite_kernels_are_exact_in_a_window_and_not_past_the_horizon_by_etsc(f
         assert found["etsc"]["tap_error"] < 1e-4
         if row["variant"].startswith("fd"):
             assert found["window"]["horizon"] <= 33
-        if row["variant"] == "fd relu, angle":  # a kernel with a tail, cut off
+        if row["variant"] == "fd relu, angle":  # a kernel with a slowly decaying tail, truncated
             assert found["etsc"]["l1_error"] > 0.5
         assert found["balanced 1e-2"]["tap_error"] <= 1.001e-2
         assert found["balanced 1e-2"]["state_bytes"] < found["window"]["state_bytes"]
@@ -72,7 +72,7 @@ def test_every_length_is_timed_for_all_alike(folder: Path) -> None:
             assert min(seconds) > 0
 
 
-def test_page_and_picture(folder: Path) -> None:
+def test_page_and_plot(folder: Path) -> None:
     page = (folder / "ski.md").read_text()
     for heading in ("## Quality", "## Speed", "## Decay", "## Conversion"):
         assert heading in page

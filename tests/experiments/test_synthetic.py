@@ -1,4 +1,4 @@
-"""The synthetic experiment at a tiny size: state decides, and the recurrence tells what the model tells."""
+"""The synthetic experiment: state size decides the score; the recurrence matches the parallel form."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_enough_state_delays_and_too_little_does_not(rows: list[Record]) -> None
     assert enough["score"] < 0.3 * little["score"] < little["score"] < enough["chance"]
 
 
-def test_the_recurrence_tells_what_the_parallel_form_tells(rows: list[Record]) -> None:
+def test_the_recurrence_matches_the_parallel_form(rows: list[Record]) -> None:
     trained = [row for row in rows if row["task"] != "cost"]
     assert {row["family"] for row in trained} == {"rtf", "tnn", "sgconv"}
     for row in trained:
-        # Balanced conversion has a tolerance of 1e-3 per layer; the others are exact, but in float32, and
-        # with little state poles come as near to the unit circle as the bound allows.
+        # Balanced conversion has a tolerance of 1e-3 per layer. The others are exact up to float32, and with
+        # a small state, poles come as close to the unit circle as the bound allows.
         assert row["difference"] < (1e-2 if row["method"] == "balanced" else 1e-3)
         assert abs(row["score_recurrent"] - row["score"]) < 1e-2
     assert {row["method"] for row in trained if row["family"] == "sgconv"} == {"window"}
@@ -93,7 +93,7 @@ def test_a_cell_measured_twice_is_the_same() -> None:
     assert first == second
 
 
-def test_unstable_poles_are_told_and_a_window_is_taken() -> None:
+def test_unstable_poles_are_reported_and_a_window_is_used() -> None:
     cell = next(cell for cell in SYNTHETIC.grid("tiny") if cell["task"] == "delay") | {"constraint": "none"}
     model = build_model(cell)
     with torch.no_grad():
@@ -103,12 +103,12 @@ def test_unstable_poles_are_told_and_a_window_is_taken() -> None:
     assert "outside the unit circle" in made.refused
 
 
-def test_tensors_held_at_a_time_are_counted() -> None:
+def test_tensors_alive_at_the_same_time_are_counted() -> None:
     def run() -> None:
         x = torch.ones(1000, dtype=torch.float64)
-        y = x + 1  # two at a time
+        y = x + 1  # two tensors at a time
         del x
-        _ = y.view(10, 100) * 2  # a view is no tensor more
+        _ = y.view(10, 100) * 2  # a view allocates no memory
 
     assert 2 * 8000 <= peak_allocated(run) < 2 * 8000 + 200
 

@@ -1,4 +1,4 @@
-"""Experiments that train on text, at a tiny size: what is flat, what rises, what is equal."""
+"""Experiments that train on text, at a tiny size: flat perplexity, rising perplexity, and equal sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def _text() -> None:
-    text_models.cache_clear()  # every test has a cache of its own
+    text_models.cache_clear()  # clears the data of the test before, which had another cache
     write_text()
 
 
@@ -32,7 +32,7 @@ def run(experiment: Experiment) -> list[Claim]:
 def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
     claims = run(EXTRAPOLATION)
     flat = [claim for claim in claims if "flat" in claim.claim]
-    assert len(flat) == 3  # parallel, ETSC, auto
+    assert len(flat) == 3  # parallel, ETSC and auto
     assert all(claim.holds for claim in flat)
     assert all(claim.holds for claim in claims if "recurrent" in claim.claim)
     (rotary,) = (claim for claim in claims if "rotary" in claim.claim)
@@ -53,7 +53,7 @@ def test_tnn_is_flat_where_rotary_positions_are_not() -> None:
 
 def test_families_are_equal_in_size_and_convolutions_in_quality() -> None:
     claims = run(families())
-    assert claims[-1].holds  # parameters and tokens
+    assert claims[-1].holds  # equal parameters and tokens
     cells = json.loads(Path("out/families.json").read_text())["cells"]
     rows = {json.loads(key)["family"]: row for key, row in cells.items()}
     assert all(row["curve"][-1][1] < 0.95 * row["curve"][0][1] for row in rows.values())
@@ -75,7 +75,7 @@ def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
     for form in ("etsc, n = horizon", "balanced"):
         assert long["bytes"][form] == short["bytes"][form]
     for form in ("recompute", "cached history", "etsc, n = length"):
-        assert long["bytes"][form] > 4 * short["bytes"][form]  # eight times as long
+        assert long["bytes"][form] > 4 * short["bytes"][form]  # the sequence is eight times as long
     assert "| SGConv | ETSC, n = length | " in Path("out/etsc.md").read_text()
     assert Path("out/etsc.png").stat().st_size > 10_000
 
@@ -84,13 +84,13 @@ def test_etsc_is_exact_at_every_length_and_its_cost_flat() -> None:
 def test_paper_size_is_the_published_training(experiment: Experiment) -> None:
     cells = experiment.grid("paper")
     assert all(cell["size"] == "paper" for cell in cells)
-    assert {cell["steps"] for cell in cells} == {0}  # what the configuration says
+    assert {cell["steps"] for cell in cells} == {0}  # 0: the number of steps of the configuration
     assert (CONFIGS / "tnn_wt103.yaml").is_file()
     assert (CONFIGS / "sgconv_wt103.yaml").is_file()
     assert (CONFIGS / "rtf_wt103.yaml").is_file()
 
 
-def test_a_family_that_cannot_be_had_stops_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_cannot_be_built_stops_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.sizing.SIZE_TOLERANCE", 0.0)
     with pytest.raises(UserError, match=r"rtf: model\.glu_dim: no width"):
         text_models(("tnn", "rtf"), "tiny", 5, ("text.txt",))

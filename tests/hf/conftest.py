@@ -10,13 +10,13 @@ import torch
 
 from tests.support.hf_folders import FORMS, Opened, open_folder, write_folder
 
-# Transformers is an extra.
+# Transformers is an optional extra.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    """Use one thread: a second one does not speed up tiny models, and is delayed on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,11 +25,11 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=FORMS)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """A converted folder of every family and form of recurrence."""
+    """Return a converted folder of every family and type of recurrence."""
     return open_folder(write_folder(tmp_path_factory.mktemp("hf") / request.param, *FORMS[request.param]))
 
 
 @pytest.fixture(scope="session")
 def balanced(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """The default: a TNN converted by the balanced method."""
+    """Return a folder with the default conversion: a TNN, converted by the balanced method."""
     return open_folder(write_folder(tmp_path_factory.mktemp("hf") / "balanced", "tno", "balanced"))

@@ -1,4 +1,4 @@
-"""A converted folder in Transformers' hands: its files, dtypes, and what is saved again."""
+"""Converted folders in Transformers: files, dtypes, and saving again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_tokenizer_gives_the_same_ids(balanced: Opened) -> None:
     assert set(balanced.tokenizer(TEXT)) == {"input_ids", "attention_mask"}
 
 
-def test_config_has_the_names_that_others_look_for(balanced: Opened) -> None:
+def test_config_has_the_attributes_that_other_libraries_read(balanced: Opened) -> None:
     config = balanced.model.config
     sizes = balanced.inner.config
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (300, 16, 2)
@@ -46,7 +46,7 @@ def test_config_has_the_names_that_others_look_for(balanced: Opened) -> None:
     assert balanced.model.num_parameters() == sum(p.numel() for p in balanced.inner.parameters())
 
 
-def test_saved_again_serves_both(opened: Opened, tmp_path: Path) -> None:
+def test_saved_folder_loads_in_transformers_and_in_tnnlm(opened: Opened, tmp_path: Path) -> None:
     opened.model.save_pretrained(tmp_path / "again")
     opened.tokenizer.save_pretrained(tmp_path / "again")
     again = open_folder(tmp_path / "again")
@@ -56,7 +56,7 @@ def test_saved_again_serves_both(opened: Opened, tmp_path: Path) -> None:
     assert again.own.tokenizer.encode(TEXT) == opened.own.tokenizer.encode(TEXT)
     assert load_converted(tmp_path / "again").fingerprint == load_converted(opened.folder).fingerprint
     assert again.model.generation_config.suppress_tokens == opened.model.generation_config.suppress_tokens
-    # The model's code isn't copied: one small file points to the package.
+    # The code of the model is not copied; one small file imports it from the package.
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == {"modeling_tnnlm.py"}
 
 
@@ -105,7 +105,7 @@ def test_import_of_the_package_makes_the_architecture_known(balanced: Opened) ->
 
 
 def test_folder_without_the_files_of_transformers_still_loads(balanced: Opened, tmp_path: Path) -> None:
-    """As one written before there were any."""
+    """Folders that were written before Transformers was supported still load."""
     old = {"format", "model", "eos_token", "tokenizer_sha256", "model_sha256"}
     for name in ("tokenizer.json", "model.safetensors", "conversion.json"):
         (tmp_path / name).write_bytes((balanced.folder / name).read_bytes())
@@ -119,12 +119,12 @@ def test_folder_without_the_files_of_transformers_still_loads(balanced: Opened, 
     ("family", "method", "window"),
     [("tno", "etsc", 40), ("rtf", "companion", 2048), ("tno", "auto", 4096)],
 )
-def test_evaluations_read_no_further_than_a_conversion_is_right(
+def test_context_length_of_evaluations_ends_where_the_conversion_is_exact(
     family: str, method: str, window: int, tmp_path: Path
 ) -> None:
-    """The kernel's rest past the horizon of 40 lags counts, unless the recurrence has it as well."""
+    """Taps past the horizon of 40 lags limit the context length, unless the recurrence has them too."""
     changes = {}
-    if window > 2048:  # dies out within the horizon, and was trained on longer rows than the default
+    if window > 2048:  # the kernel decays within the horizon, and max_length exceeds the default of 2048
         changes = {"max_length": 4096, "kernel": TNOConfig(rpe_dim=8, rpe_layers=2, decay=0.5)}
     folder = write_folder(tmp_path / "out", family, method, **changes)
     assert json.loads((folder / "config.json").read_text())["n_ctx"] == window
@@ -140,8 +140,8 @@ def test_resized_embedding_is_saved_with_its_size(balanced: Opened, tmp_path: Pa
     assert again.model(some_tokens(1, 3)).logits.shape == (1, 3, 310)
 
 
-def test_loading_leaves_device_contexts_as_they_are(balanced: Opened) -> None:
-    # In a process of its own, whose first device context is the one that Transformers enters.
+def test_loading_leaves_device_contexts_unchanged(balanced: Opened) -> None:
+    # A new process, in which the first device context is the one that Transformers enters.
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A; "
         "A.from_pretrained(sys.argv[1], trust_remote_code=True)\n"

@@ -1,4 +1,4 @@
-"""``generate()`` of Transformers writes what the package's own generator writes."""
+"""``generate()`` of Transformers returns the same tokens as the generator of this package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 def own_greedy(opened: Opened, prompt: str, n: int) -> list[int]:
-    """The own generator's tokens; it stops at the end token, as ``generate()`` does."""
+    """Return greedy tokens of this package, which stops at the end token as ``generate()`` does."""
     record, pieces = opened.own.stream(opened.own.prefill([prompt]), n, SamplingParams(temperature=0))
     assert "".join(pieces) == record.text
     return record.tokens
@@ -35,7 +35,7 @@ def new_tokens(opened: Opened, prompts: list[str], **options: Any) -> Tensor:
     return opened.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
-def test_greedy_text_is_the_own_generators_over_2000_tokens(opened: Opened) -> None:
+def test_2000_greedy_tokens_equal_those_of_this_package(opened: Opened) -> None:
     expected = own_greedy(opened, "The first", 2000)
     inputs = opened.tokenizer("The first", return_tensors="pt")
     out = opened.model.generate(
@@ -51,15 +51,15 @@ def test_greedy_text_is_the_own_generators_over_2000_tokens(opened: Opened) -> N
     torch.testing.assert_close(written, logits[0], rtol=1e-3, atol=1e-3)
 
 
-def test_end_token_ends_the_text(balanced: Opened) -> None:
-    # Whatever token comes tenth is made the end token.
+def test_end_token_stops_generation(balanced: Opened) -> None:
+    # The tenth generated token is declared to be the end token.
     expected = own_greedy(balanced, "The", 30)
     stop = expected[9]
     found = new_tokens(balanced, ["The"], max_new_tokens=30, do_sample=False, eos_token_id=stop)[0].tolist()
     assert found == expected[: expected.index(stop) + 1]
 
 
-def test_tokens_unknown_to_the_tokenizer_are_never_written(balanced: Opened) -> None:
+def test_tokens_unknown_to_the_tokenizer_are_never_generated(balanced: Opened) -> None:
     size = balanced.own.tokenizer.size
     assert size < balanced.inner.config.vocab_size
     torch.manual_seed(0)
@@ -80,40 +80,40 @@ def test_padded_batch_equals_single_runs(opened: Opened, side: str) -> None:
     assert torch.equal(together[:, inputs["input_ids"].shape[1] :], torch.stack(alone))
 
 
-def test_without_a_cache_the_text_is_the_same(opened: Opened) -> None:
+def test_output_is_the_same_without_a_cache(opened: Opened) -> None:
     expected = new_tokens(opened, PROMPTS, max_new_tokens=12, **GREEDY)
     assert torch.equal(new_tokens(opened, PROMPTS, max_new_tokens=12, use_cache=False, **GREEDY), expected)
 
 
-def test_prompt_in_chunks_gives_the_same_text(opened: Opened) -> None:
+def test_prompt_in_chunks_gives_the_same_output(opened: Opened) -> None:
     expected = new_tokens(opened, PROMPTS, max_new_tokens=12, **GREEDY)
     found = new_tokens(opened, PROMPTS, max_new_tokens=12, prefill_chunk_size=5, **GREEDY)
     assert torch.equal(found, expected)
 
 
 def test_same_seed_same_samples(balanced: Opened) -> None:
-    def drawn(seed: int) -> Tensor:
+    def sampled(seed: int) -> Tensor:
         torch.manual_seed(seed)
         return new_tokens(
             balanced, ["The"], max_new_tokens=30, do_sample=True, num_return_sequences=3, eos_token_id=None
         )
 
-    first = drawn(5)
+    first = sampled(5)
     assert first.shape == (3, 30)
-    assert torch.equal(first, drawn(5))
-    assert not torch.equal(first, drawn(6))
+    assert torch.equal(first, sampled(5))
+    assert not torch.equal(first, sampled(6))
     assert not torch.equal(first[0], first[1])
 
 
 def scored(opened: Opened, prompt: Tensor, new: Tensor) -> float:
-    """Log-probability of tokens (n,) after a prompt (1, L), by the own model."""
+    """Return the log-probability of tokens (n,) after a prompt (1, L), computed by this package."""
     tokens = torch.cat((prompt, new[None]), dim=1)
     logits, _ = opened.inner.prefill(tokens[:, :-1], opened.inner.init_state(1))
     return float(logits[0, prompt.shape[1] - 1 :].log_softmax(-1).gather(1, new[:, None]).sum())
 
 
 def best_by_beams(opened: Opened, prompt: Tensor, beams: int, n: int) -> tuple[list[int], float]:
-    """Plain beam search that recomputes everything from the first token."""
+    """Return the result of a plain beam search that recomputes everything from the first token."""
     running: list[tuple[list[int], float]] = [([], 0.0)]
     for _ in range(n):
         rows = torch.tensor([prompt[0].tolist() + row for row, _ in running])
@@ -176,8 +176,8 @@ def test_streamer_and_stopping_criteria(balanced: Opened) -> None:
     assert stopped.shape[1] <= 12
 
 
-def test_generate_goes_on_from_a_state(opened: Opened) -> None:
-    """A second turn on the state of the first, which costs its new tokens alone."""
+def test_generate_continues_from_a_state(opened: Opened) -> None:
+    """A second turn continues from the state of the first and only processes the new tokens."""
     prompt = opened.tokenizer("The first", return_tensors="pt")["input_ids"]
     whole = opened.model.generate(prompt, max_new_tokens=30, **GREEDY)
     first = opened.model.generate(prompt, max_new_tokens=10, return_dict_in_generate=True, **GREEDY)
@@ -198,7 +198,7 @@ def test_what_a_state_cannot_do_is_refused(balanced: Opened) -> None:
         balanced.model.generate(inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=2, **GREEDY)
 
 
-def test_pipeline_writes_the_same(balanced: Opened) -> None:
+def test_pipeline_generates_the_same_text(balanced: Opened) -> None:
     from transformers import pipeline
 
     write = pipeline("text-generation", model=str(balanced.folder), trust_remote_code=True)

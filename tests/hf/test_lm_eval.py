@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a converted folder, from a local task and local text: its figures are ours."""
+"""Evaluation by lm-evaluation-harness on a local task: results equal those of this package."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ TEXTS = (TEXT * 5, "The last words.")
 
 @torch.no_grad()
 def own_nll(opened: Opened, window: int) -> float:
-    """Nats of all texts after an end token each, by the own model, in the harness's windows.
+    """Return the total negative log-likelihood of all documents in nats, computed by this package in the
+    windows of the harness.
 
-    A window begins anew, with the token before its first target as all it knows; the last one reaches back
-    so far that it is as long as the others.
+    Every document follows an end token. A window starts from an empty state, with only the token before its
+    first target as context; the last window starts earlier, so that it is as long as the others.
     """
     total = 0.0
     for text in TEXTS:
@@ -54,7 +55,7 @@ def token_perplexity(opened: Opened, nats: float) -> float:
 
 
 def write_texts(opened: Opened) -> None:
-    """The data of both tasks; what the model will write up to a comma is known for the first text alone."""
+    """Write the data of both tasks; only the first document has the completion that the model generates."""
     record, pieces = opened.own.stream(opened.own.prefill(["The"]), 8, SamplingParams(temperature=0))
     written = "".join(pieces).split(",")[0]
     assert record.tokens
@@ -74,13 +75,13 @@ def check_perplexities(opened: Opened, results: dict[str, Any], window: int) -> 
     assert results["word_perplexity,none"] == pytest.approx(math.exp(expected / words), rel=1e-2)
 
 
-def test_harness_says_what_we_say(balanced: Opened, tmp_path: Path) -> None:
+def test_harness_results_equal_those_of_this_package(balanced: Opened, tmp_path: Path) -> None:
     write_texts(balanced)
     window = balanced.model.config.n_ctx
     assert len(balanced.own.tokenizer.encode(TEXTS[0])) > 3 * window
     docs = (ROOT / "docs/how-to/use-with-transformers.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^lm_eval .*$", docs, flags=re.MULTILINE)
-    # As documented, but for the folder, and tasks that need no network.
+    # The documented command, with another folder and with tasks that need no network.
     words = shlex.split(line.replace("runs/demo/converted", str(balanced.folder)))
     words[words.index("--tasks") + 1] = "tnnlm_rolling,tnnlm_until"
     more = ("--include_path", str(TASKS), "--batch_size", "2", "--device", "cpu", "--output_path", "out")
@@ -97,7 +98,7 @@ def test_harness_says_what_we_say(balanced: Opened, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_whole_documents_are_one_window(balanced: Opened) -> None:
-    """``max_length`` is the harness's window, no limit of the model: a large one loses no context."""
+    """A larger ``max_length`` only raises the window of the harness, and no context is lost."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -1,4 +1,4 @@
-"""A converted folder as a ``PreTrainedModel``: logits, masks, losses, states, refusals."""
+"""Converted folders as a ``PreTrainedModel``: logits, masks, losses, states, and unsupported arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.hf_folders import CLOSE, Opened, own_logits, some_tokens
 from tnnlm.inference.generator import PREFILL_CHUNK
 
 
-def test_logits_are_the_own_models(opened: Opened) -> None:
+def test_logits_equal_those_of_this_package(opened: Opened) -> None:
     tokens = some_tokens(2, PREFILL_CHUNK)
     out = opened.model(tokens)
     assert torch.equal(out.logits, own_logits(opened, tokens))
@@ -35,7 +35,7 @@ def test_past_passed_back_gives_the_same_logits(opened: Opened) -> None:
     tokens = some_tokens(2, 40)
     expected = own_logits(opened, tokens)
     past, start = None, 0
-    # One token and several, in any order: what counts is the length of the input, not of the past.
+    # One token and several, in any order: the length of the input decides, not the presence of a past.
     for length in (1, 7, 1, 1, 20, 10):
         out = opened.model(tokens[:, start : start + length], past_key_values=past)
         torch.testing.assert_close(out.logits, expected[:, start : start + length], **CLOSE)
@@ -53,7 +53,7 @@ def test_use_cache_false_leaves_the_past_alone(balanced: Opened) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
-def test_pads_leave_the_state_as_it_is(opened: Opened, side: str) -> None:
+def test_padding_leaves_the_state_unchanged(opened: Opened, side: str) -> None:
     lengths, width = (1, 5, 12, 8), 12
     mask = torch.zeros(4, width, dtype=torch.long)
     generator = torch.Generator().manual_seed(1)
@@ -74,12 +74,12 @@ def test_pads_leave_the_state_as_it_is(opened: Opened, side: str) -> None:
             out.logits[row, mask[row].bool()], expected[: alone.shape[1]], rtol=1e-3, atol=1e-3
         )
         torch.testing.assert_close(followed.logits[row], expected[alone.shape[1] :], rtol=1e-3, atol=1e-3)
-    # Pads at the end: the logits there are those of the last token.
+    # With padding on the right, logits at padded positions are those of the last token.
     if side == "right":
         torch.testing.assert_close(out.logits[1, -1], out.logits[1, 4], rtol=0, atol=0)
 
 
-def test_single_pad_is_an_identity(opened: Opened) -> None:
+def test_a_single_padding_token_is_an_identity(opened: Opened) -> None:
     tokens = some_tokens(2, 9)
     past = opened.model(tokens[:, :4]).past_key_values
     opened.model(tokens[:, 4:5], past_key_values=past, attention_mask=torch.tensor([[1], [0]]))
@@ -89,7 +89,7 @@ def test_single_pad_is_an_identity(opened: Opened) -> None:
     torch.testing.assert_close(logits[1], own_logits(opened, without)[0, 4:], **CLOSE)
 
 
-def test_labels_give_the_mean_of_those_that_count(balanced: Opened) -> None:
+def test_loss_is_the_mean_over_labels_that_are_not_ignored(balanced: Opened) -> None:
     tokens = some_tokens(3, 20)
     labels = tokens.clone()
     labels[0, :7] = -100
@@ -136,7 +136,7 @@ def test_cache_repeats_selects_and_resets_its_rows(opened: Opened) -> None:
     assert torch.equal(opened.model(more, past_key_values=fork).logits, opened.model(more).logits)
 
 
-def test_what_it_is_not_made_for_is_refused(balanced: Opened) -> None:
+def test_unsupported_arguments_are_refused(balanced: Opened) -> None:
     tokens = some_tokens(2, 5)
     with pytest.raises(ValueError, match="can't be trained"):
         balanced.model.train()

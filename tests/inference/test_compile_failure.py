@@ -1,4 +1,4 @@
-"""A step that can't be compiled: what failed is named, be it the disk, the memory, the compiler or we."""
+"""A failed compilation reports its cause: the disk, memory, the compiler, or a bug of this package."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ FAILURES = {
         "failed: cc1plus: out of memory allocating 65536 bytes; is there enough memory?",
     ),
 }
-"""what is raised, and how the line ends"""
+"""Exceptions raised by the compilation, and the end of the error message for each."""
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_what_failed_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cause_of_a_failure_is_reported(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inner, said = FAILURES[case]
     monkeypatch.setattr(compiled, "check_compiler", lambda: None)
     for raised in (inner, InductorError(inner, None)):
@@ -114,10 +114,10 @@ def test_defect_keeps_its_traceback(defect: Exception, monkeypatch: pytest.Monke
         ("echo 'omp.h:1: error: bad'; exit 1", "the C++ compiler failed: omp.h:1: error: bad"),
     ],
 )
-def test_compiler_that_fails_at_its_work_is_named(
+def test_compiler_that_fails_on_the_step_is_reported(
     end: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It answers and makes small libraries, as the probe asks, and ends at the headers of PyTorch.
+    # This compiler passes the probe, which builds a small library, and fails at the headers of PyTorch.
     script = f'case "$*" in *TORCH_INDUCTOR*) {end};; *) exec {shutil.which("g++")} "$@";; esac'
     name = str(fake_compiler(tmp_path / "g++", script))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))

@@ -1,4 +1,4 @@
-"""Recorded steps: what goes in and comes out, with a recorder that needs no GPU, and on one if there is."""
+"""CUDA graphs: recorded steps, with a fake recorder on the CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str) -> 
     assert len(RECORDED) == (2 if device == "cpu" else 0), "one row at once, three after a few steps"
     for part, before in zip((p for layer in state.layers for p in layer), kept, strict=True):
         assert torch.equal(part, before)
-    # A state from before still steps as it did, single rows and rows that pause too.
+    # An older state still steps as before, and so do single rows and rows that are inactive.
     one = fork.select(torch.tensor([1], device=device))
     torch.testing.assert_close(
         graphed.step(torch.tensor([5], device=device), one)[0],

@@ -1,4 +1,4 @@
-"""Engines: packed, narrow and compiled steps against the plain float32 modules."""
+"""Engines: packed, low-precision and compiled steps against the plain float32 modules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tnnlm.machine.capabilities import capability
 from tnnlm.training.run import train
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
-"""of logits around 1: float32 but for the order of sums, the others by the rounding of the weights"""
+"""Absolute tolerance of logits around 1: summation order in float32, otherwise rounding of weights."""
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -58,7 +58,7 @@ def test_int8_weights_are_symmetric_and_use_their_range() -> None:
 def test_four_weights_in_a_word_are_the_same_int8_weights(bias: bool) -> None:
     plain = nn.Linear(28, 33, bias=bias)
     plain.weight.data[2] = 0
-    plain.weight.data[3, :2] = torch.tensor([5.0, -5.0])  # both ends of the range
+    plain.weight.data[3, :2] = torch.tensor([5.0, -5.0])  # both ends of the int8 range
     plain.weight.data[4] = -plain.weight.data[4].abs()
     x = torch.randn(1, 28)
     expected = RowLinear(plain.weight, plain.bias, "int8")(x)
@@ -95,7 +95,7 @@ def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
             logits, state = engine.model.step(token, state)
             expected, expected_state = plain.step(token, expected_state)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    # Batches go by another way, and on from the same state.
+    # Batches take another code path, which continues from the same state.
     both = state.select(torch.tensor([0, 0]))
     logits, _ = engine.model.step(torch.tensor([5, 5]), both)
     expected, _ = plain.step(torch.tensor([5]), expected_state)
@@ -149,7 +149,7 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
         ({"engine": "graph"}, "--engine graph: needs a GPU"),
     ],
 )
-def test_engines_that_cannot_be_had_are_named(options: dict[str, str], said: str) -> None:
+def test_unavailable_engines_are_reported(options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         open_engine(whole(converted()), None, **options)
 

@@ -1,4 +1,4 @@
-"""Exports: the same logits, states and tokens as the model, where this package can't be imported."""
+"""Exported models: the same logits, states and tokens as the model, in processes that can't import tnnlm."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tnnlm.training.run import train
 METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
 STEPS = 50
 LIMIT = 1e-4
-"""of logits around 1, in float32"""
+"""Absolute tolerance of logits around 1, in float32."""
 PAGE = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
 SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "tnnlm" not in code]
 ALONE = "import sys\nsys.modules['tnnlm'] = None  # any import of it fails\n"
 
 
 class Exported(NamedTuple):
-    """A converted model and the folder it was exported into."""
+    """Converted model and the folder into which it was exported."""
 
     model: CausalLM
     folder: Path
@@ -58,7 +58,7 @@ def whole(model: CausalLM) -> ConvertedModel:
 
 @pytest.fixture(scope="module", params=METHODS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Both exports of a model of a family."""
+    """Export a model of each method in both formats."""
     torch.manual_seed(0)
     kernel = FAMILIES[METHODS[request.param]]()
     trained = CausalLM(tiny_config(kernel=kernel, d_model=32, vocab_size=320)).eval()
@@ -74,7 +74,7 @@ def state_parts(state: ModelState) -> list[Tensor]:
 
 
 def empty_state(interface: dict[str, Any], rows: int) -> dict[str, Tensor]:
-    """As the description says."""
+    """Return the initial state that the interface description specifies."""
     inputs = [part for part in interface["step"]["inputs"] if "initial" in part]
     return {part["name"]: torch.full((rows, *part["shape"][1:]), part["initial"]) for part in inputs}
 
@@ -95,7 +95,7 @@ def test_exported_step_gives_logits_and_states_of_the_model(exported: Exported, 
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_exported_prefill_reads_ragged_chunks_onto_a_warm_state(exported: Exported, rows: int) -> None:
+def test_exported_prefill_takes_ragged_chunks_and_a_nonzero_state(exported: Exported, rows: int) -> None:
     model, folder = exported
     interface = json.loads((folder / "export/interface.json").read_text())
     prefill = torch.export.load(folder / "export/prefill.pt2").module()
@@ -138,7 +138,7 @@ def test_onnx_step_gives_logits_states_and_greedy_tokens_of_the_model(exported: 
         np.testing.assert_allclose(part, reference.numpy(), rtol=0, atol=LIMIT)
 
 
-def test_interface_names_what_decoding_needs(exported: Exported) -> None:
+def test_interface_lists_what_decoding_needs(exported: Exported) -> None:
     model, folder = exported
     for form, functions in (("export", {"step", "prefill"}), ("onnx", {"step"})):
         interface = json.loads((folder / form / "interface.json").read_text())
@@ -186,7 +186,7 @@ def test_layers_without_a_state_have_no_inputs() -> None:
 
 
 def run_alone(code: str) -> str:
-    """What a program prints that can't import this package."""
+    """Return the output of a program that can't import tnnlm."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-W", "error", "-c", ALONE + code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -194,11 +194,11 @@ def run_alone(code: str) -> str:
     return done.stdout
 
 
-def test_documented_programs_write_our_text_without_this_package(script: Any) -> None:
+def test_documented_programs_generate_the_same_text_without_tnnlm(script: Any) -> None:
     pytest.importorskip("onnxruntime")
     train(tiny_run("name=demo", "trainer.max_steps=20"), None)
     folder = Path("runs/demo/converted")
-    # Along with the conversion, or of what is converted already.
+    # The export runs together with the conversion, or later on a converted folder.
     done = script("convert", "runs/demo", "--onnx")
     assert done.code == 0, done.err
     assert f"wrote {folder / 'onnx'}\n" in done.out
@@ -207,14 +207,14 @@ def test_documented_programs_write_our_text_without_this_package(script: Any) ->
     assert {path.name for path in (folder / "export").iterdir()} == names | {"step.pt2", "prefill.pt2"}
     assert {path.name for path in (folder / "onnx").iterdir()} == names | {"step.onnx"}
     generator = TextGenerator(*load_converted(folder))
-    prompt = "The statement is a statement. " * 20  # of more than one chunk
+    prompt = "The statement is a statement. " * 20  # longer than one chunk
     record, pieces = generator.stream(generator.prefill([prompt]), 40, SamplingParams(temperature=0.0))
     "".join(pieces)
     assert len(SNIPPETS) == 2
     for snippet in SNIPPETS:
         printed = run_alone(snippet.replace("The first ", prompt) + "print(written)\n")
         assert printed == f"{record.text}\n{record.tokens}\n"
-    # A new conversion leaves no export of the old one behind.
+    # A new conversion deletes the exports of the old one.
     assert script("convert", "runs/demo", "--force").code == 0
     assert not (folder / "export").exists()
     assert not (folder / "onnx").exists()
@@ -230,7 +230,7 @@ def test_documented_programs_write_our_text_without_this_package(script: Any) ->
         (("elsewhere", "--export"), "elsewhere: no such run"),
     ],
 )
-def test_exports_that_cannot_be_made_are_named(script: Any, words: tuple[str, ...], said: str) -> None:
+def test_exports_that_cannot_be_made_are_reported(script: Any, words: tuple[str, ...], said: str) -> None:
     write_text()
     Path("out").mkdir()
     for name in ("config.json", "conversion.json"):
@@ -241,7 +241,7 @@ def test_exports_that_cannot_be_made_are_named(script: Any, words: tuple[str, ..
     assert done.err.count("\n") == 1
 
 
-def test_damaged_model_is_named_and_not_exported(script: Any) -> None:
+def test_damaged_model_is_reported_and_not_exported(script: Any) -> None:
     Path("out").mkdir()
     for name in ("config.json", "conversion.json"):
         (Path("out") / name).write_text("{}")
@@ -251,7 +251,7 @@ def test_damaged_model_is_named_and_not_exported(script: Any) -> None:
     assert not (Path("out") / "export").exists()
 
 
-def test_missing_extra_is_named_before_anything_is_done(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_reported_before_any_work(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--onnx: needs onnx and onnxscript; pip install 'tnnlm\[onnx\]'"):
         export.check_onnx()

@@ -1,4 +1,4 @@
-"""Generation: sampling, parallel prefill, forking and continuing a state, correct UTF-8."""
+"""Text generation: sampling, parallel prefill, forking and continuing a state, and valid UTF-8."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def writer(model: CausalLM) -> TextGenerator:
 
 @pytest.fixture(params=["balanced", "window", "companion"])
 def exact(request: pytest.FixtureRequest) -> TextGenerator:
-    """In float64, by every recurrent form: what is equal but for rounding is equal to 1e-9."""
+    """Return generators in float64 for every recurrent form, so that results agree to 1e-9."""
     kernel = FAMILIES["rtf" if request.param == "companion" else "tno"]()
     model = CausalLM(tiny_config(kernel=kernel)).double().eval()
     tokenizer = train_bpe(["the cat sat on the mat"], 300, "<|endoftext|>", 1, False)
@@ -56,7 +56,7 @@ def test_greedy_decoding_equals_the_parallel_model(model: CausalLM, writer: Text
     assert record.text == text == writer.tokenizer.decode(record.tokens)
 
 
-def test_read_in_two_parts_equals_read_in_one(exact: TextGenerator) -> None:
+def test_prefill_in_two_parts_equals_prefill_in_one(exact: TextGenerator) -> None:
     writer = exact
     whole = writer.prefill_tokens([[5, 6, 7, 8, 9]])
     parts = writer.prefill_tokens([[8, 9]], writer.prefill_tokens([[5, 6, 7]]))
@@ -64,7 +64,7 @@ def test_read_in_two_parts_equals_read_in_one(exact: TextGenerator) -> None:
     torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-9)
 
 
-def test_long_prompts_are_read_in_chunks(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_prefilled_in_chunks(exact: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(300, (50,)).tolist()
     expected = exact.prefill_tokens([ids])
     monkeypatch.setattr("tnnlm.inference.generator.PREFILL_CHUNK", 7)
@@ -83,7 +83,7 @@ def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> None:
+def test_state_size_does_not_depend_on_the_context_length(writer: TextGenerator) -> None:
     sizes = {
         sum(part.numel() for layer in writer.prefill_tokens([[1] * n]).model_state.layers for part in layer)
         for n in (1, 99)
@@ -91,7 +91,7 @@ def test_state_size_does_not_depend_on_what_was_read(writer: TextGenerator) -> N
     assert len(sizes) == 1
 
 
-def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([7, 8, writer.tokenizer.eos_id, 9])
     monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *_: torch.tensor([next(drawn)]))
     record, pieces = writer.stream(writer.prefill(["the"]), 10, GREEDY)
@@ -99,7 +99,7 @@ def test_write_stops_at_the_end_token(writer: TextGenerator, monkeypatch: pytest
     assert record.tokens == [7, 8]
 
 
-def test_entries_without_a_token_are_never_drawn(writer: TextGenerator) -> None:
+def test_entries_without_a_token_are_never_sampled(writer: TextGenerator) -> None:
     assert writer.tokenizer.size < 300
     record, pieces = writer.stream(
         writer.prefill(["the"]), 50, SamplingParams(temperature=100), torch.Generator().manual_seed(0)
@@ -125,12 +125,12 @@ def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
         {"top_p": 1.1},
     ],
 )
-def test_absurd_sampling_is_refused(settings: dict[str, float]) -> None:
+def test_invalid_sampling_parameters_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"temperature|top-"):
         SamplingParams(**settings)  # type: ignore[arg-type]
 
 
-def test_sample_cuts_to_the_likeliest() -> None:
+def test_sample_keeps_the_most_likely_tokens() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1).expand(2000, -1)
     assert set(sample(logits, SamplingParams(temperature=1, top_k=2)).tolist()) == {1, 2}
     assert set(sample(logits, SamplingParams(temperature=1, top_p=0.5)).tolist()) == {1}
@@ -189,7 +189,7 @@ ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20], [30, 31, 32, 33]]
 
 @pytest.mark.parametrize("chunk", [2, 3, 512])
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_batch_reads_as_its_rows_alone(
+def test_prefill_of_a_batch_equals_that_of_single_rows(
     exact: TextGenerator, chunk: int, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [exact.prefill_tokens([row[::-1]]) if warm else None for row in ROWS]
@@ -206,7 +206,7 @@ def test_a_batch_reads_as_its_rows_alone(
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
-def test_a_batch_writes_what_its_rows_write_alone(exact: TextGenerator) -> None:
+def test_generation_of_a_batch_equals_that_of_single_rows(exact: TextGenerator) -> None:
     state = exact.prefill_tokens(ROWS)
     records = exact.generate(state, 15, GREEDY)
     for index, record in enumerate(records):
@@ -235,7 +235,7 @@ def test_samples_of_one_prompt_share_its_state_and_differ(exact: TextGenerator) 
     assert [record.text for record in again] == [record.text for record in records]
 
 
-def test_absurd_number_of_tokens_is_refused_for_a_batch(exact: TextGenerator) -> None:
+def test_invalid_number_of_tokens_is_refused_for_a_batch(exact: TextGenerator) -> None:
     with pytest.raises(UserError, match="max_new_tokens"):
         exact.generate(exact.prefill_tokens(ROWS), -1, GREEDY)
     state = exact.prefill_tokens(ROWS)

@@ -1,4 +1,4 @@
-"""A saved state: going on from it equals never having stopped, and no other model takes it."""
+"""Saved states: generation continues exactly, and other models are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerato
 
 
 @pytest.mark.parametrize("method", ["balanced", "window", "companion"])
-def test_going_on_from_a_file_equals_never_having_stopped(method: str) -> None:
+def test_continuing_from_a_file_equals_an_unbroken_run(method: str) -> None:
     writer, random = writer_of(method), torch.Generator().manual_seed(3)
     first, pieces = writer.stream(writer.prefill(["the cat"]), 10, HOT, random)
     list(pieces)
@@ -90,7 +90,7 @@ def test_fingerprint_follows_every_weight() -> None:
     assert model_fingerprint(model) != before
 
 
-def test_generate_saves_goes_on_and_writes_batches(script: Any) -> None:
+def test_generate_saves_continues_and_generates_batches(script: Any) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
     assert script("convert", "runs/tiny").code == 0
     whole = script("generate", "--prompt", "The text", "--seed", "1", "--max-new-tokens", "12", "--json")
@@ -127,7 +127,7 @@ def test_generate_saves_goes_on_and_writes_batches(script: Any) -> None:
         (["--prompt", "a", "--save-state", "x", "--num-samples", "2"], "--save-state"),
     ],
 )
-def test_words_that_do_not_fit_are_refused(script: Any, words: list[str], said: str) -> None:
+def test_incompatible_options_are_refused(script: Any, words: list[str], said: str) -> None:
     Path("empty.txt").write_text("\n \n")
     Path("one.txt").write_text("one\n")
     result = script("generate", *words)
@@ -136,9 +136,7 @@ def test_words_that_do_not_fit_are_refused(script: Any, words: list[str], said: 
     assert result.err.count("\n") == 1
 
 
-def test_a_conversation_without_a_word_has_no_state_to_keep(
-    script: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_conversation_has_no_state_to_save(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
     assert script("convert", "runs/tiny").code == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
@@ -148,7 +146,7 @@ def test_a_conversation_without_a_word_has_no_state_to_keep(
     assert not Path("s").exists()
 
 
-def test_state_of_two_rows_wants_two_prompts(script: Any) -> None:
+def test_state_of_two_rows_needs_two_prompts(script: Any) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=2"), None)
     assert script("convert", "runs/tiny").code == 0
     Path("lines.txt").write_text("The first\nA second\n")

@@ -1,4 +1,4 @@
-"""The frequency-domain TNO kernel: its spectrum, causality, lengths, gradients, and how it dies out."""
+"""The frequency-domain TNO kernel: spectrum, causality, lengths, gradients, and decay."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def kernel_of(max_length: int, **settings: object) -> FDTNOKernel:
 
 
 def real_part(kernel: FDTNOKernel) -> Tensor:
-    """What the position encoder says at the frequencies pi j / L, (E, L + 1)."""
+    """Return the output of the position encoder at the frequencies pi j / L, (E, L + 1)."""
     return kernel.rpe(kernel._positions())
 
 
 def dense_taps(real: Tensor) -> Tensor:
-    """Cosine sums, one per lag, doubled where the even sequence is cut in half."""
+    """Return sums of cosines, one per lag, doubled where the even sequence is folded."""
     last = real.shape[1] - 1
     j = torch.arange(last + 1, dtype=torch.float64)
     weight = torch.full_like(j, 2.0)
@@ -64,7 +64,8 @@ def test_spectrum_is_the_real_part_and_its_hilbert_transform(length: int) -> Non
     spectrum = torch.fft.rfft(kernel(length + 1), n=n)
     real = real_part(kernel)
     torch.testing.assert_close(spectrum.real, real, rtol=0, atol=1e-12)
-    # The discrete Hilbert transform of a periodic sequence of even size: odd distances alone, by cotangents.
+    # The discrete Hilbert transform of a periodic sequence of even length sums odd distances only, with
+    # cotangent weights.
     whole = torch.cat((real, real[:, 1:-1].flip(1)), dim=1)
     distance = torch.arange(length + 1)[:, None] - torch.arange(n)
     weight = torch.where(distance % 2 != 0, 2 / n / torch.tan(math.pi * distance.double() / n), 0.0)
@@ -99,7 +100,7 @@ def test_float32_under_autocast_and_bf16_casts() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(kernel(700), expected)
     torch.set_default_dtype(torch.bfloat16)
-    try:  # what Lightning's bf16-true does around forward
+    try:  # Lightning does this around forward under bf16-true
         assert torch.equal(kernel(700), expected)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -108,7 +109,7 @@ def test_float32_under_autocast_and_bf16_casts() -> None:
 
 
 def tail(lag: int, **settings: object) -> float:
-    """Share of the norm past lag 0 that lies at ``lag`` or later."""
+    """Return the share of the norm past lag 0 that is at ``lag`` or later."""
     torch.manual_seed(0)
     with torch.no_grad():
         k = kernel_of(512, rpe_layers=1, rpe_norm=False, **settings)(512)
@@ -116,10 +117,10 @@ def tail(lag: int, **settings: object) -> float:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_a_smooth_network_of_the_cosine_dies_out_to_rounding_and_a_kinked_one_does_not(
+def test_a_smooth_network_of_the_cosine_decays_to_rounding_and_a_kinked_one_does_not(
     activation: str,
 ) -> None:
     assert tail(64, activation=activation) < 1e-10
     assert tail(64, activation="relu") > 1e-5
-    # Of the angle itself the even spectrum has kinks at both ends, whatever the network.
+    # On the angle, the even spectrum has kinks at both ends for any network.
     assert tail(64, activation=activation, rpe_input="angle") > 1e-5

@@ -1,4 +1,4 @@
-"""The RTF kernel: spectrum, wrapping, its own recurrence at every lag, stability, memory."""
+"""The RTF kernel: spectrum, wrapping, companion recurrence at every lag, stability, and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def kernel_of(length: int = LENGTH, channels: int = CHANNELS, **settings: object
 
 
 def stable_denominators(radius: float, pairs: int, rows: int) -> torch.Tensor:
-    """a[1] .. a[2 pairs] of conjugate poles spread over the half circle, at most at ``radius``."""
+    """Return a[1] .. a[2 pairs] for conjugate poles spread over the half circle, of modulus up to
+    ``radius``."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(rows):
@@ -54,7 +55,7 @@ def test_kernel_and_companion_recurrence_agree_over_4_training_lengths(
     impulse[:, 0] = 1
     loop = recurrence_loop(params, impulse)[0].T
     scale = loop.norm()
-    # The taps that train come from the FFT alone; those past the training length from the recurrence.
+    # Taps within the training length come from the FFT alone, those past it from the recurrence.
     assert (loop[:, :LENGTH] - kernel(LENGTH)).norm() <= 1e-9 * scale
     assert (loop - kernel(4 * LENGTH)).norm() <= 1e-9 * scale
     prefilled, _ = params.prefill(impulse, params.init_state(1))
@@ -122,14 +123,14 @@ def test_shared_denominators_serve_channels_in_order() -> None:
     torch.testing.assert_close(kernel.recurrence().numerator, apart.recurrence().numerator)
 
 
-def test_settings_that_do_not_fit_are_named() -> None:
+def test_settings_that_do_not_fit_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"denominators=3: must divide the 4 channels"):
         kernel_of(denominators=3)
     with pytest.raises(ConfigError, match=r"state_size=64: must be below the training length, 64"):
         kernel_of(state_size=64)
 
 
-def test_a_pole_outside_the_unit_circle_is_named_with_its_layer() -> None:
+def test_a_pole_outside_the_unit_circle_is_reported_with_its_layer() -> None:
     model = CausalLM(tiny_config(kernel=RTFConfig(name="rtf", state_size=2))).eval()
     kernel = model.blocks[1].mixer.conv.kernel
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_a_pole_outside_the_unit_circle_is_named_with_its_layer() -> None:
         kernel.denominator[3] = torch.tensor([0.0, 1.05**2])
     with pytest.raises(UserError, match=r"layer 1: the denominator has a pole of modulus 1\.05000, outside"):
         convert_model(model, method="companion")
-    # The taps of the training length are finite all the same.
+    # The taps within the training length are still finite.
     converted = convert_model(model, method="window")
     tokens = torch.randint(300, (1, 32))
     torch.testing.assert_close(converted(tokens), model(tokens), rtol=0, atol=1e-4)
@@ -154,7 +155,7 @@ def test_taps_alone_have_no_companion_form() -> None:
 @pytest.mark.parametrize("denominators", [None, 4])
 def test_memory_of_a_training_step_does_not_depend_on_the_state_size(denominators: int | None) -> None:
     def saved_bytes(state_size: int) -> int:
-        """What backward keeps of kernel and convolution, each storage once."""
+        """Return the bytes that backward keeps for kernel and convolution, counting each storage once."""
         kernel = RTFKernel(RTFConfig(name="rtf", state_size=state_size, denominators=denominators), 64, 8192)
         kept: dict[int, int] = {}
 

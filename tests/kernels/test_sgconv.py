@@ -13,9 +13,9 @@ def kernel_of(max_length: int = 100, **settings: object) -> SGConvKernel:
     return SGConvKernel(SGConvConfig(name="sgconv", **{"kernel_dim": 8, **settings}), 5, max_length).double()
 
 
-def test_scales_are_stretched_1_1_2_4_and_cover_the_length() -> None:
+def test_scales_are_upsampled_1_1_2_4_and_cover_the_length() -> None:
     kernel = kernel_of(100)
-    # 8, 8, 16, 32, 64 lags.
+    # The scales have 8, 8, 16, 32 and 64 lags.
     assert kernel.scales.shape == (5, 5, 8)
     with torch.no_grad():
         kernel.skip.zero_()

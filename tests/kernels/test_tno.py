@@ -1,4 +1,4 @@
-"""The TNO kernel: the published formula, float32 under every policy."""
+"""The TNO kernel: the published formula, and float32 under every precision policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_tno_taps_are_the_published_formula() -> None:
         for layer in kernel.rpe.hidden:
             h = layer(torch.relu(h / (h.norm() / 8**0.5 + 1e-8)))
         h = kernel.rpe.output(torch.relu(h / (h.norm() / 8**0.5 + 1e-8)))
-        # The decay is a float32 number, as it is stored and trained with.
+        # The decay is stored and trained in float32.
         decay = torch.tensor(0.9, dtype=torch.float32).double()
         torch.testing.assert_close(taps[:, lag], h * decay**lag, rtol=1e-12, atol=0)
 
@@ -45,7 +45,7 @@ def test_tno_runs_in_float32_under_autocast_and_bf16_casts() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(kernel(4096), expected)
     torch.set_default_dtype(torch.bfloat16)
-    try:  # what Lightning's bf16-true does around forward
+    try:  # Lightning does this around forward under bf16-true
         assert torch.equal(kernel(4096), expected)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""Kernels at negative lags: one network for both signs, or a second kernel, and never lag 0 twice."""
+"""Bidirectional kernels: negative lags from the same or a second network, and lag 0 counted once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tnnlm.kernels import TNOConfig, TNOKernel, TwoSidedKernel, build_kernel
 
 def two_sided(family: str, max_length: int = 32) -> TwoSidedKernel:
     kernel = TwoSidedKernel(FAMILIES[family](), 6, max_length).double()
-    for parameter in kernel.parameters():  # an RTF begins as the identity
+    for parameter in kernel.parameters():  # an RTF is initialised to the identity
         torch.nn.init.normal_(parameter, std=0.1)
     return kernel
 
@@ -25,7 +25,7 @@ def test_lags_that_are_not_negative_are_the_causal_kernel(family: str, length: i
     torch.testing.assert_close(k[:, length - 1 :], kernel.kernel(length), rtol=0, atol=1e-12)
 
 
-def test_negative_lags_of_a_tno_are_its_own_network_with_the_decay_of_the_distance() -> None:
+def test_negative_lags_of_a_tno_use_the_same_network_with_the_decay_of_the_distance() -> None:
     kernel = TwoSidedKernel(TNOConfig(decay=0.9, rpe_dim=8, rpe_layers=2), 5, 32).double()
     assert kernel.reverse is None
     assert isinstance(kernel.kernel, TNOKernel)
@@ -56,7 +56,7 @@ def test_folded_taps_have_the_energy_of_both_sides(family: str) -> None:
     torch.testing.assert_close(folded[6:, 3], kernel(20)[:, 19 - 3])
 
 
-def test_two_sided_kernels_stay_in_float32() -> None:
+def test_bidirectional_kernels_stay_in_float32() -> None:
     kernel = TwoSidedKernel(TNOConfig(rpe_dim=8, rpe_layers=1), 4, 32)
     expected = kernel(300)
     with torch.autocast("cpu", dtype=torch.bfloat16):

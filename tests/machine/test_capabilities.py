@@ -1,4 +1,4 @@
-"""The table of what this machine can do: operators that raise, lie or are switched off, and the compiler."""
+"""The table of capabilities: operators that raise, return wrong results or are disabled, and the compiler."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_table_names_everything_and_prints() -> None:
 def test_compiled_step_of_a_cpu_with_other_instructions_is_left_alone(
     tiny_model: CausalLM,
 ) -> None:
-    # Of equal level, another model of processor: native code may hold what this one can't run.
+    # The CPU has the same level but another model, and native code may use instructions that it lacks.
     Path("out").mkdir()
     path = package_path(Path("out"), "float32")
     path.write_bytes(b"native code")

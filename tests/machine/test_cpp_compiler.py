@@ -1,4 +1,4 @@
-"""The C++ compiler is probed as PyTorch will run it: its name, where it runs, and what it says."""
+"""The C++ compiler is probed in the same way as PyTorch runs it: its name, its folder, and its output."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="compilers here are s
 
 
 @pytest.fixture(autouse=True)
-def _probe_anew() -> Iterator[None]:
+def _probe_again() -> Iterator[None]:
     forget_probes()
     yield
     forget_probes()
 
 
 def torch_runs(name: str, folder: Path) -> bool:
-    """Whether PyTorch's own functions find this compiler and get a library from it."""
+    """Return whether PyTorch itself finds this compiler and can build a library with it."""
     folder.mkdir()
     (folder / "probe.cpp").write_text("int probe;\n", encoding="ascii")
     try:
@@ -61,12 +61,12 @@ NAMES = {
     "{here}/versionless": "no version here",
     "{here}/lazy": "exit code 3",
 }
-"""what CXX names, and what is wrong with it"""
+"""Values of CXX, and the error message for each."""
 
 
 @needs_gxx
 @pytest.mark.parametrize("name", NAMES)
-def test_compiler_is_taken_where_pytorch_can_run_it(
+def test_compiler_is_accepted_where_pytorch_can_run_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("", "my tools", "it's"):
@@ -88,7 +88,7 @@ def test_compiler_is_taken_where_pytorch_can_run_it(
 
 
 @needs_gxx
-def test_first_compiler_that_answers_is_taken(tmp_path: Path) -> None:
+def test_first_working_compiler_is_used(tmp_path: Path) -> None:
     broken = str(fake_compiler(tmp_path / "broken", '[ "$1" = --version ] || { echo no licence; exit 1; }'))
     for names, said in (
         ((None, "missing", "g++", broken), ""),
@@ -116,23 +116,25 @@ def test_compiler_is_read_from_the_environment_until_pytorch_has_read_it(
 
 @needs_gxx
 @pytest.mark.parametrize("variable", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR"])
-def test_folder_that_pytorch_cannot_compile_in_is_named(
+def test_folder_that_pytorch_cannot_compile_in_is_reported(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "a b"
     place.mkdir()
     monkeypatch.setenv(variable, str(place))
-    monkeypatch.setattr("tempfile.tempdir", None)  # read anew
+    monkeypatch.setattr("tempfile.tempdir", None)  # clears the value that Python has cached
     assert f"{place}, has a space or quote in its path" in capability("cpp_compiler").reason
 
 
-def test_pytorch_in_a_folder_with_a_blank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_in_a_folder_with_a_space_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.__file__", str(tmp_path / "my project/torch/__init__.py"))
     assert capability("cpp_compiler").reason.startswith("PyTorch's folder, ")
 
 
 @pytest.mark.parametrize("when", ["asked for its version", "compiling"])
-def test_hanging_compiler_is_ended_with_all_that_it_started(
+def test_hanging_compiler_is_killed_with_its_child_processes(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = "[ $1 = --version ] && exit 0; " if when == "compiling" else ""
@@ -146,21 +148,19 @@ def test_hanging_compiler_is_ended_with_all_that_it_started(
             if not is_running(child):
                 return
             time.sleep(0.05)
-        pytest.fail("the compiler's child lives on")
+        pytest.fail("the child process of the compiler is still running")
     finally:
         if is_running(child):
             os.kill(child, signal.SIGKILL)
 
 
 def is_running(process: int) -> bool:
-    """Neither gone nor a zombie that nobody has asked for its end."""
+    """Return whether a process exists and is not a zombie."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
     return done.stdout.strip()[:1] not in ("", "Z")
 
 
-def test_windows_compiler_is_run_with_its_own_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_compiler_is_run_with_msvc_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_compiler, "_WINDOWS", True)
     monkeypatch.delenv("CXX", raising=False)
     assert compiler_names() == ["cl"]

@@ -1,4 +1,4 @@
-"""What TNNLM_WITHOUT switches off is used nowhere: seen in what the library itself says that it ran."""
+"""TNNLM_WITHOUT disables a library everywhere, as the verbose log of the library itself shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if "compile" in sys.argv:
 
 
 def onednn_calls(without: str, *words: str) -> list[str]:
-    """What oneDNN ran, a line each."""
+    """Return the log lines of the primitives that oneDNN executed."""
     variables = {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tools"))),
         "ONEDNN_VERBOSE": "1",
@@ -67,6 +67,6 @@ def test_onednn_that_is_switched_off_runs_nowhere() -> None:
     if capability("onednn_float32"):
         assert any(",convolution," in line for line in onednn_calls(""))
     compiler = capability("cpp_compiler").available
-    # The int8 layers multiply many rows in PyTorch's own bfloat16 where that is fast.
+    # The int8 layers multiply many rows in bfloat16 of PyTorch where that is fast.
     without = "onednn_float32 onednn_bfloat16 bfloat16_arithmetic"
     assert onednn_calls(without, *(["compile"] if compiler else [])) == []

@@ -1,4 +1,4 @@
-"""Threads that this process may use: affinity, and quotas of control groups as Linux writes them."""
+"""Number of threads available to this process: CPU affinity, and quotas of Linux control groups."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_limit_is_the_smaller_of_affinity_and_quota(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """Numbers of threads that PyTorch was told to use, as if it had begun with 64."""
+    """Return a function that lists the calls of ``torch.set_num_threads``, with 64 threads at the start."""
     told: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: (told or [64])[-1])
     monkeypatch.setattr(torch, "set_num_threads", told.append)
@@ -131,7 +131,7 @@ def test_threads_are_lowered_to_the_limit_and_never_raised(
 
 
 @pytest.mark.parametrize("value", ["64", " 064 ", "+64", "64,2", "64, 2"])
-def test_threads_that_the_user_chose_stand(
+def test_number_of_threads_set_by_the_user_is_kept(
     value: str, used: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "thread_limit", lambda: ThreadLimit(3, "quota"))

@@ -1,4 +1,4 @@
-"""The model: published sizes, every configuration builds, and the layers of imports."""
+"""The causal language model: published sizes, all configurations build, and gradients."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rows_of_a_batch_are_independent() -> None:
     torch.testing.assert_close(model(tokens)[1:2], single, rtol=0, atol=1e-12)
 
 
-# torch's compiler uses what torch itself deprecates.
+# The compiler of torch uses functions that torch itself deprecates.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputed_activations_give_the_same_loss_and_gradients(

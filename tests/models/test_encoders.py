@@ -1,4 +1,4 @@
-"""Models that read a text as a whole: both sides count, pads don't, and the masked head is tied."""
+"""Bidirectional models: context on both sides, padding, and the tied head of the masked language model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 20
 
 
 def masked_lm(family: str = "tno", **changes: object) -> MaskedLM:
-    """In float64, every kernel parameter random."""
+    """Return a masked language model in float64 with random kernel parameters."""
     model = MaskedLM(tiny_config(kernel=FAMILIES[family](), **changes)).double().eval()
     for block in model.layers:
         for parameter in block.mixer.conv.parameters():
@@ -30,7 +30,7 @@ def masked_lm(family: str = "tno", **changes: object) -> MaskedLM:
 
 
 def reached(model: MaskedLM, at: int) -> torch.Tensor:
-    """Which positions a change of the token at ``at`` reaches, (L,)."""
+    """Return which positions change when the token at ``at`` changes, (L,)."""
     tokens = torch.randint(300, (1, LENGTH))
     changed = tokens.clone()
     changed[0, at] = (tokens[0, at] + 1) % 300
@@ -56,7 +56,7 @@ def test_a_causal_masked_model_sees_the_past_alone() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_pads_change_nothing(causal: bool) -> None:
+def test_padding_changes_nothing(causal: bool) -> None:
     model = masked_lm(causal=causal)
     tokens = torch.randint(300, (3, LENGTH))
     mask = torch.arange(LENGTH) < torch.tensor([[7], [LENGTH], [1]])
@@ -76,7 +76,7 @@ def test_logits_at_positions_are_those_of_all_positions() -> None:
     )
 
 
-def test_masked_loss_is_the_mean_over_tokens_to_be_guessed() -> None:
+def test_masked_loss_is_the_mean_over_masked_tokens() -> None:
     model, tokens = masked_lm(), torch.randint(300, (2, LENGTH))
     batch = MaskedBatch(tokens, torch.tensor([[1, 4], [0, 7]]), torch.randint(300, (2, 2)))
     chances = model(tokens, batch.positions).softmax(-1).gather(2, batch.targets[:, :, None])
@@ -89,7 +89,7 @@ def test_gradients_reach_every_parameter_that_is_used(family: str) -> None:
     model = masked_lm(family)
     batch = MaskedBatch(torch.randint(300, (2, LENGTH)), torch.tensor([[1], [4]]), torch.tensor([[3], [9]]))
     model.loss(batch).backward()
-    # Not those of lag 0 in the kernel of the other direction; but DDP wants a gradient of each.
+    # Lag 0 of the reverse kernel is unused, but DDP needs a gradient for each parameter.
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert all(p.grad is not None for p in model.parameters())
     assert all("reverse" in name for name in silent)
@@ -104,7 +104,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_classifier_pools_what_is_no_padding() -> None:
+def test_classifier_ignores_padding() -> None:
     model = SequenceClassifier(tiny_config(n_classes=5)).double().eval()
     tokens, lengths = torch.randint(300, (3, LENGTH)), torch.tensor([7, LENGTH, 1])
     logits = model(tokens, lengths)
@@ -139,7 +139,7 @@ def test_causal_is_as_the_task_needs_unless_set() -> None:
         CausalLM(tiny_config(causal=False))
 
 
-def test_a_two_sided_model_has_no_recurrent_form() -> None:
+def test_a_bidirectional_model_has_no_recurrent_form() -> None:
     with pytest.raises(UserError, match="no recurrent form"):
         convert_model(masked_lm())  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="parallel form"):

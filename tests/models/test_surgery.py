@@ -1,4 +1,4 @@
-"""Long convolutions inside any module tree: converted in place or in a copy, then stepped by their owner."""
+"""Conversion of long convolutions in any module tree, in place or in a copy, and their steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def long_conv(family: str = "tno") -> LongConv:
 
 
 class Stack(nn.Module):
-    """Convolutions at several depths, one of them in two places; no model of ours."""
+    """Custom module with convolutions at several depths, one of them registered twice."""
 
     def __init__(self, family: str = "tno") -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_converted_modules_of_a_users_model_match_its_parallel_form(family: str,
 
 
 @torch.no_grad()
-def test_prefill_then_step_goes_on_from_its_state() -> None:
+def test_steps_continue_from_the_state_of_prefill() -> None:
     model = nn.Sequential(long_conv()).double()
     x = torch.randn(2, LENGTH, CHANNELS, dtype=torch.float64)
     conv = convert_model(model, horizon=LENGTH)[0]
@@ -101,14 +101,14 @@ def test_a_convolution_in_two_places_is_converted_once() -> None:
     assert len(recurrences(converted)) == 2
 
 
-def test_a_two_sided_convolution_beside_it_stays() -> None:
+def test_a_bidirectional_convolution_is_not_converted() -> None:
     both = TwoSidedKernel(FAMILIES["tno"](), CHANNELS, LENGTH)
     converted = convert_model(nn.Sequential(BiConv(both), long_conv()), horizon=LENGTH)
     assert [type(module) for module in converted] == [BiConv, RecurrentConv]
 
 
 class Forever(Kernel):
-    """Never decays."""
+    """Kernel that never decays."""
 
     n_channels = 1
 
@@ -116,7 +116,7 @@ class Forever(Kernel):
         return torch.ones(1, length)
 
 
-def test_training_length_is_asked_for_where_a_kernel_never_decays() -> None:
+def test_training_length_is_required_where_a_kernel_never_decays() -> None:
     model = nn.Sequential(LongConv(Forever()))
     with pytest.raises(UserError, match=r"layer 0: .* set max_length"):
         convert_model(model)
@@ -132,7 +132,7 @@ def test_training_length_is_asked_for_where_a_kernel_never_decays() -> None:
         (lambda: convert_model(Stack(), horizon=LENGTH), "converted already"),
     ],
 )
-def test_what_can_not_be_converted_is_refused_in_one_line(
+def test_modules_that_cannot_be_converted_are_refused_in_one_line(
     make: Callable[[], nn.Module], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as raised:

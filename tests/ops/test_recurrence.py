@@ -1,4 +1,4 @@
-"""The recurrence: one step, prefill and the Python loop agree, warm or cold, padded or not."""
+"""The recurrence: steps, prefill and a Python loop agree from any initial state and with padding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPANIONS = {"companion": CHANNELS, "companion, shared denominator": 1}
 
 @pytest.fixture(params=[*FORMS, *COMPANIONS], ids=lambda name: name.replace(" ", "-"))
 def params(request: pytest.FixtureRequest) -> Params:
-    """Random stable recurrences of every form."""
+    """Return random stable recurrences of every type."""
     if request.param in COMPANIONS:
         return random_companion(COMPANIONS[request.param])
     return random_modes(*FORMS[request.param])
@@ -34,7 +34,7 @@ def params(request: pytest.FixtureRequest) -> Params:
 
 def random_companion(denominators: int, order: int = 5) -> CompanionParams:
     a = torch.randn(denominators, order, dtype=torch.float64)
-    # Moduli that sum to less than 1 keep the roots inside the unit circle.
+    # Coefficients whose moduli sum to less than 1 keep the roots inside the unit circle.
     a = 0.95 * a / a.abs().sum(1, keepdim=True)
     numerator = torch.randn(CHANNELS, order, dtype=torch.float64)
     return CompanionParams(torch.randn(CHANNELS, dtype=torch.float64), numerator, a)
@@ -82,7 +82,7 @@ def test_step_convolves_with_the_effective_taps(params: Params) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 7, 40])
 def test_prefill_matches_step_for_every_split(params: Params, chunk: int) -> None:
     x = torch.randn(2, 40, CHANNELS, dtype=torch.float64)
-    # Warm: something was read before.
+    # The state is non-zero, because other tokens were processed before.
     _, warm = run_steps(params, torch.randn(2, 13, CHANNELS, dtype=torch.float64), params.init_state(2))
     expected, last = run_steps(params, x, warm)
     outputs, state = [], warm
@@ -151,7 +151,7 @@ def test_order_counts_real_state_numbers(params: Params) -> None:
         assert params.order() == 5
         return
     window, modes = params.window.shape[1], params.residues.shape[2]
-    # Every mode is a pair but the first, which was made real.
+    # Every mode is a conjugate pair, except for the first, which is real.
     assert params.order() == window + (2 * modes - 1 if modes else 0)
 
 
@@ -171,7 +171,7 @@ def test_channels_of_is_the_recurrence_of_some(params: Params) -> None:
     torch.testing.assert_close(some.taps(30), params.taps(30)[1:3])
 
 
-def test_from_tensors_finds_the_form(params: Params) -> None:
+def test_from_tensors_detects_the_type(params: Params) -> None:
     found = recurrence.from_tensors({**params._asdict(), "other": torch.zeros(1)})
     assert type(found) is type(params)
     assert all(torch.equal(a, b) for a, b in zip(found, params, strict=True))
@@ -198,7 +198,7 @@ def test_rational_series_is_long_division(
     radius: float, length: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tnnlm.ops.companion._SMALL", small)
-    # Poles at angles 0.5 and 2, numerators shorter and longer than what is asked for.
+    # Poles at angles 0.5 and 2, and numerators shorter and longer than the requested length.
     a = np.convolve([1, -2 * radius * np.cos(0.5), radius**2], [1, -2 * radius * np.cos(2), radius**2])
     c = np.array([0.3, -1.0, 0.5])
     expected, rest = [], np.concatenate((c, np.zeros(length + len(a))))

@@ -1,4 +1,4 @@
-"""Law 1: the FFT products equal the dense ones, outputs and gradients. Law 2 for the causal one."""
+"""FFT products equal dense ones in outputs and gradients (invariants 1 and 2 of CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_toeplitz_runs_in_float32_and_keeps_the_dtype(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = product(x, k)
     assert y.dtype == dtype
-    # One rounding to the output's dtype, none on the way.
+    # The result is rounded once, to the dtype of the output.
     expected = dense(x.double(), k.double())
     torch.testing.assert_close(
         y.double(), expected.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
@@ -97,7 +97,7 @@ def test_toeplitz_is_causal() -> None:
     changed = x.clone()
     changed[:, 120:] += 100
     difference = (toeplitz(changed, k) - toeplitz(x, k))[:, :120].abs().max()
-    # FFT round-off grows with the largest input: it is no leakage while it stays at rounding.
+    # FFT round-off grows with the largest input, and is no leakage from the future.
     assert difference < 1e-6 * 100 * k.abs().sum(1).max()
 
 

@@ -1,4 +1,4 @@
-"""The API as OpenAI's own client sees it."""
+"""The HTTP API, called with the client library of OpenAI."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_completion(client: openai.OpenAI, generator: TextGenerator) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 40
 
 
-def test_stream_equals_the_whole(client: openai.OpenAI) -> None:
+def test_stream_equals_the_complete_response(client: openai.OpenAI) -> None:
     whole = complete(client, max_tokens=60)
     chunks = list(complete(client, max_tokens=60, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
@@ -60,7 +60,7 @@ def test_stream_equals_the_whole(client: openai.OpenAI) -> None:
     assert not any(chunk.usage for chunk in chunks[:-1])
 
 
-def test_timing_comes_when_it_is_asked_for(client: openai.OpenAI) -> None:
+def test_timing_is_returned_on_request(client: openai.OpenAI) -> None:
     options = {"include_timing": True}
     chunks = list(complete(client, max_tokens=30, stream=True, stream_options=options))
     told = [chunk.tnnlm for chunk in chunks]
@@ -116,7 +116,7 @@ def test_logprobs_and_echo(client: openai.OpenAI, generator: TextGenerator) -> N
     assert len(scores.tokens) == len(ids) + 6
     assert "".join(scores.tokens[: len(ids)]) == PROMPT
     assert scores.token_logprobs[0] is None
-    # The prompt's own, one by one.
+    # Log-probabilities of the prompt, requested token by token.
     for end in range(1, len(ids)):
         expected = generator.prefill_tokens([ids[:end]]).logits.log_softmax(-1)[0, ids[end]]
         assert scores.token_logprobs[end] == pytest.approx(expected.item(), abs=1e-4)
@@ -207,7 +207,7 @@ def test_many_streams_are_neither_lost_nor_mixed(server: Running, generator: Tex
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(generator: TextGenerator, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_slot(generator: TextGenerator, stream: bool) -> None:
     with run_server(generator, max_batch=1) as running:
         address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
         body = json.dumps({"prompt": PROMPT, "max_tokens": 100_000, "stream": stream}).encode()
@@ -228,7 +228,7 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_full_queue_says_so(generator: TextGenerator) -> None:
+def test_a_full_queue_is_reported(generator: TextGenerator) -> None:
     with run_server(generator, max_batch=1, max_queue=1) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         first = complete(client, max_tokens=50_000, stream=True)

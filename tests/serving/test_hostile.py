@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is a refusal or a text, and the server goes on."""
+"""Any request, valid or not, gets a completion or an error, and the server keeps running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.schemas import CompletionRequest
 
 EXAMPLES = 500
-"""of each of the two kinds"""
+"""Number of examples of each of the two kinds of requests."""
 
 many = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -60,7 +60,7 @@ PATHS = ("/v1/completions", "/v1/models", "/v1/models/%00", "/v1/chat/completion
 
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """Mostly what a client would send, with anything in a few places."""
+    """Generate requests that are mostly valid, with arbitrary values in a few fields."""
     body = {name: draw(strategy) for name, strategy in sensible.items() if draw(st.booleans())}
     for name in draw(st.lists(st.sampled_from(NAMES) | st.text(max_size=8), max_size=2)):
         body[name] = draw(values)
@@ -137,7 +137,7 @@ def test_any_body(client: httpx2.Client, content: bytes, kind: str, path: str, m
     ],
     ids=lambda content: repr(content[:24]),
 )
-def test_nasty_bodies(client: httpx2.Client, content: bytes) -> None:
+def test_malformed_bodies(client: httpx2.Client, content: bytes) -> None:
     response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert 400 <= response.status_code < 500
     check(response)
@@ -160,7 +160,7 @@ def test_broken_http(small: Running, client: httpx2.Client) -> None:
             answer = connection.recv(4096)
             assert not answer or answer.split(b" ")[1][:1] == b"4"
     with socket.create_connection(address, timeout=5) as connection:
-        # The web server reads a version that doesn't exist as HTTP/1: any whole answer will do.
+        # The web server treats an unknown version as HTTP/1; any complete response is accepted.
         connection.sendall(b"GET / HTTP/9.9\r\n\r\n")
         assert connection.recv(4096)[:9] == b"HTTP/1.1 "
     assert client.get("/health").json()["status"] == "ok"

@@ -1,4 +1,4 @@
-"""The page at /: in a browser, against a real server; and against one that sends what a network may do."""
+"""The web page at /: in a browser, against a real server, and against one that simulates network faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CARD = {
     "tnnlm": {"parameters": 24_100_000, "state_bytes": 565_248, "engine": "packed", "max_tokens": 100},
 }
 WAIT = 20_000
-"""milliseconds; the machine may be busy"""
+"""Timeout in milliseconds, which allows for a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page in a fresh profile; at the end nothing may have gone wrong in it, nor left its server."""
+    """Open pages in a fresh profile; fail at the end if one logged an error or contacted another server."""
     problems: list[str] = []
     contexts = []
 
@@ -61,7 +61,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     yield open_page
     for context in contexts:
         context.close()
-    # Refused requests are logged by the browser itself.
+    # The browser itself logs refused requests.
     assert [line for line in problems if not line.startswith("Failed to load resource")] == []
 
 
@@ -88,7 +88,7 @@ def text_of(page: Any) -> str:
 
 
 def whole_answer(server: Running, **body: Any) -> str:
-    """The same text, not streamed."""
+    """Return the text of the same completion without streaming."""
     data = json.dumps(body).encode()
     request = Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
     with urlopen(request, timeout=300) as answer:
@@ -120,14 +120,14 @@ def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGene
     expect(page.locator("#state")).to_have_text(state)
     write(page, tokens=60)
     finished(page)
-    # The last token was written, and not yet read.
+    # The last token was generated, and is not yet part of the state.
     prompt = len(generator.tokenizer.encode("the quick"))
     expect(page.locator("#context")).to_have_text(str(prompt + 59))
     assert float(page.inner_text("#step")) > 0
     assert int(page.inner_text("#speed").replace(",", "")) > 0
 
 
-def test_stop_keeps_what_was_written_and_frees_the_server(page: Any, server: Running) -> None:
+def test_stop_keeps_the_generated_text_and_frees_the_server(page: Any, server: Running) -> None:
     write(page, tokens=3000)
     expect(page.locator("#text .completion").first).not_to_be_empty(timeout=WAIT)
     page.click("#stop")
@@ -142,7 +142,7 @@ def test_stop_keeps_what_was_written_and_frees_the_server(page: Any, server: Run
     assert len(kept) > len("the quick")
 
 
-def test_continue_goes_on_from_the_text(page: Any) -> None:
+def test_continue_extends_the_text(page: Any) -> None:
     write(page, tokens=20)
     finished(page)
     before, context = text_of(page), int(page.inner_text("#context"))
@@ -219,7 +219,7 @@ def test_keyboard_alone(page: Any) -> None:
     expect(page.locator("#status")).to_have_text(re.compile("^Stopped"))
 
 
-def test_everything_has_a_name(page: Any) -> None:
+def test_every_control_has_an_accessible_name(page: Any) -> None:
     names = ("Prompt", "Temperature", "Max new tokens", "Top-p", "Top-k", "Seed", "Stop strings")
     for name in names:
         assert page.get_by_label(name, exact=True).count() == 1, name
@@ -231,7 +231,7 @@ def test_everything_has_a_name(page: Any) -> None:
 
 
 def pixels(page: Any, name: str) -> int:
-    """Pixels of the plot that are nearly of one of the page's colours."""
+    """Count the pixels of the plot that are close to a colour of the page."""
     return int(
         page.evaluate(
             """name => {
@@ -264,7 +264,7 @@ def test_plot_has_points_and_their_median(visit: Any, server: Running, scheme: s
     assert pixels(page, "point") > 300
     assert pixels(page, "accent") > 50
     assert re.search(r"First 100: [\d.]+ ms, last 100: [\d.]+ ms", page.inner_text("#plot-summary"))
-    # The other scheme's colours are drawn at once.
+    # A change of the colour scheme redraws the plot at once.
     before = page.locator("#plot").screenshot()
     page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
     page.wait_for_timeout(200)
@@ -310,13 +310,13 @@ def test_text_is_readable_in_both_schemes(visit: Any, server: Running, scheme: s
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance, as WCAG 2 defines it."""
+    """Return the relative luminance, as WCAG 2 defines it."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_key_is_asked_for_and_kept_in_the_tab(visit: Any, generator: TextGenerator) -> None:
+def test_key_is_requested_and_kept_in_the_tab(visit: Any, generator: TextGenerator) -> None:
     with run_server(generator, key="secret") as locked:
         page = visit(locked.url)
         field = page.get_by_label("API key", exact=True)
@@ -337,7 +337,7 @@ def test_key_is_asked_for_and_kept_in_the_tab(visit: Any, generator: TextGenerat
         assert "secret" not in json.dumps(page.evaluate("({...localStorage})"))
 
 
-def test_no_key_is_asked_for_where_none_is_needed(page: Any) -> None:
+def test_no_key_is_requested_where_none_is_needed(page: Any) -> None:
     expect(page.get_by_label("API key", exact=True)).to_be_hidden()
 
 
@@ -362,7 +362,7 @@ def test_page_allows_nothing_from_elsewhere_nor_inline() -> None:
 
 @contextmanager
 def odd_server(stream: bytes, piece: int) -> Iterator[str]:
-    """A server that sends ``stream`` as the answer, ``piece`` bytes at a time, and then hangs up."""
+    """Run a server that answers with ``stream``, ``piece`` bytes at a time, and then disconnects."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -420,7 +420,7 @@ STRANGE = [
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_stream_cut_anywhere_is_read_right(visit: Any, piece: int, newline: bytes) -> None:
+def test_stream_split_anywhere_is_parsed_correctly(visit: Any, piece: int, newline: bytes) -> None:
     events = [event(text, 5 + i) for i, text in enumerate(STRANGE)]
     usage = b'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\n'
     stream = b": a comment\n\n" + b"".join(events) + event("", 9, "stop") + usage + b"data: [DONE]\n\n"
@@ -452,7 +452,7 @@ def test_stream_that_fails_keeps_its_text(visit: Any, last: bytes, message: str)
         expect(page.locator("#continue")).to_have_attribute("aria-disabled", "false")
 
 
-def test_long_text_is_laid_out_in_blocks_and_stays_whole(visit: Any) -> None:
+def test_long_text_is_laid_out_in_blocks_and_stays_complete(visit: Any) -> None:
     lines = [f"line {i} of a long text\n" for i in range(3000)]
     stream = b"".join(event(line, 5 + i) for i, line in enumerate(lines))
     with odd_server(stream + event("", 4000, "length") + b"data: [DONE]\n\n", 999) as url:

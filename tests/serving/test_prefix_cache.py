@@ -1,4 +1,4 @@
-"""What was read is found again by the longest beginning, and the least recently used goes first."""
+"""The prefix cache: lookup by the longest prefix, and eviction of the least recently used entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def state(length: int) -> GenerationState:
     return GenerationState(ModelState((SSMState(part, part, part),)), torch.zeros(1, 10), (length,), 0.0)
 
 
-def test_the_longest_beginning_is_found() -> None:
+def test_the_longest_prefix_is_found() -> None:
     cache = PrefixCache(100 * SIZE)
     for length in (2, 5, 3):
         cache.put(range(length), state(length))
@@ -29,7 +29,7 @@ def test_the_longest_beginning_is_found() -> None:
     assert cache.longest([1, 2, 3, 4, 5]) is None
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     cache = PrefixCache(3 * SIZE)
     for start in (10, 20, 30):
         cache.put([start], state(1))
@@ -42,7 +42,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (len(cache), cache.bytes) == (3, 3 * SIZE)
 
 
-def test_no_bytes_keep_nothing() -> None:
+def test_a_cache_of_zero_bytes_stores_nothing() -> None:
     cache = PrefixCache(0)
     cache.put([1], state(1))
     assert cache.longest([1]) is None

@@ -1,4 +1,4 @@
-"""Drawing per row: the same distribution as the plain sampler's, and every row on its own."""
+"""Sampling per row: the same distribution as the plain sampler, independent of the other rows."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_frequencies_are_those_of_the_plain_sampler(settings: SamplingParams) ->
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0])
-def test_a_wide_vocabulary_is_cut_exactly(scale: float) -> None:
-    # Nearly even: the nucleus is wider than what is sorted first.
+def test_a_wide_vocabulary_is_truncated_exactly(scale: float) -> None:
+    # The distribution is nearly uniform, so the nucleus is wider than the tokens sorted first.
     logits = scale * torch.randn(1, 6000)
     for settings in SETTINGS[2:]:
         chances = (logits / settings.temperature).double().softmax(-1)[0]
@@ -60,7 +60,7 @@ def test_any_temperature_is_finite(temperature: float) -> None:
     assert tokens <= ({0, 1, 2} if temperature > 1 else {1})
 
 
-def test_a_row_does_not_depend_on_its_company() -> None:
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
     logits = torch.randn(len(SETTINGS), 3000)
     together = [sample_batch(logits, rows) for rows in [samplers(SETTINGS, 3000, 7)] for _ in range(5)]
     alone = samplers(SETTINGS, 3000, 7)

@@ -1,4 +1,4 @@
-"""The running batch: who reads and writes when, and that nobody's text depends on it."""
+"""Continuous batching: order of prefill and decoding, and outputs independent of other requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tnnlm.serving.settings import Limits
 
 
 class Collector:
-    """Events by text, and a way to wait for the end."""
+    """Outputs by sequence, with a function that waits for the end."""
 
     def __init__(self) -> None:
         self.outputs: dict[GeneratedSequence, list[SequenceOutput]] = {}
@@ -56,7 +56,7 @@ class Collector:
 
 
 class Bench:
-    """A scheduler with its collector."""
+    """Scheduler with a collector of its outputs."""
 
     def __init__(self, generator: TextGenerator, **limits: float) -> None:
         self.generator = generator
@@ -100,7 +100,7 @@ PROMPTS = ["the quick", "pack my box with", "a", "fox jumps over " * 20, "dog; "
 def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
     choice = choose_linear(torch.device("cpu"), dtype)
     if not choice.batch_invariant:
-        pytest.skip(f"{choice.name} gives a row other bits in other batches")
+        pytest.skip(f"{choice.name} is not batch-invariant")
     generator = tiny_generator(dtype)
     alone = make(generator)
     expected = []
@@ -120,7 +120,7 @@ def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
     assert [(busy.collector.text(sequence), sequence.drawn) for sequence in sequences] == expected
 
 
-def test_greedy_text_is_generates(make: type[Bench], generator: TextGenerator) -> None:
+def test_greedy_text_equals_that_of_the_generator(make: type[Bench], generator: TextGenerator) -> None:
     bench = make()
     sequence = bench.sequence(50)
     bench.ask("the quick", sequence)
@@ -130,7 +130,7 @@ def test_greedy_text_is_generates(make: type[Bench], generator: TextGenerator) -
     assert record.tokens == [token for token in sequence.drawn if token != generator.tokenizer.eos_id]
 
 
-def test_texts_of_a_prompt_are_read_once(make: type[Bench]) -> None:
+def test_a_prompt_with_several_sequences_is_prefilled_once(make: type[Bench]) -> None:
     bench = make()
     sequences = [bench.sequence(12, seed=seed) for seed in range(4)]
     prompt = bench.ask("the quick brown fox", *sequences)
@@ -158,7 +158,9 @@ def test_a_prompt_is_reused_from_its_state(make: type[Bench]) -> None:
     assert fresh.collector.text(alone) == bench.collector.text(longer)
 
 
-def test_a_long_prompt_stalls_nobody(make: type[Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_does_not_stall_other_sequences(
+    make: type[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = make()
     reads: list[tuple[int, int]] = []
     plain = prefill.PrefillWorker.prefill_chunk
@@ -183,7 +185,7 @@ def test_a_long_prompt_stalls_nobody(make: type[Bench], monkeypatch: pytest.Monk
     assert all(step > 0 for step in between)
 
 
-def test_places_are_limited_and_given_in_order(make: type[Bench]) -> None:
+def test_slots_are_limited_and_assigned_in_order(make: type[Bench]) -> None:
     bench = make(max_batch=2, max_queue=3)
     sequences = [bench.sequence(200) for _ in range(5)]
     for sequence in sequences:
@@ -200,7 +202,7 @@ def test_places_are_limited_and_given_in_order(make: type[Bench]) -> None:
     bench.collector.wait(again)
 
 
-def test_cancelled_texts_free_their_place(make: type[Bench]) -> None:
+def test_cancelled_sequences_free_their_slots(make: type[Bench]) -> None:
     bench = make(max_batch=1, max_queue=4)
     endless, waiting, last = bench.sequence(10**7), bench.sequence(10**7), bench.sequence(3)
     for sequence in (endless, waiting, last):
@@ -236,7 +238,7 @@ def test_stop_strings(make: type[Bench]) -> None:
     assert bench.collector.finish(stopped) == "stop"
 
 
-def test_stop_strings_are_held_back_while_uncertain(generator: TextGenerator) -> None:
+def test_possible_stop_strings_are_buffered(generator: TextGenerator) -> None:
     tokenizer = generator.tokenizer
     text = StoppedText(tokenizer, ["dog;!", "zebra"])
     shown = [text.push(token) for token in tokenizer.encode("lazy dog; pack")]
@@ -247,7 +249,7 @@ def test_stop_strings_are_held_back_while_uncertain(generator: TextGenerator) ->
     assert cut.finish() == ""
 
 
-def test_a_failure_ends_the_texts_and_not_the_server(
+def test_a_failure_ends_the_sequences_and_not_the_server(
     make: type[Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make()
@@ -274,7 +276,7 @@ def test_closing(make: type[Bench]) -> None:
         bench.ask("the quick", bench.sequence())
 
 
-def test_memory_does_not_grow_with_what_was_read(make: type[Bench]) -> None:
+def test_memory_does_not_grow_with_the_context(make: type[Bench]) -> None:
     bench = make()
     sequence = bench.sequence(400)
     bench.ask("the quick", sequence)

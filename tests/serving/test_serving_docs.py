@@ -1,4 +1,4 @@
-"""What docs/how-to/serve.md shows works as it stands."""
+"""The examples of docs/how-to/serve.md run unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/serve.py and tools/load_test.py as a user runs them."""
+"""Tests of tools/serve.py and tools/load_test.py, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serving(folder: Path, *words: str, **variables: str) -> Iterator[tuple[subpr
             process.kill()
 
 
-def test_a_stop_lets_texts_end(folder: Path) -> None:
+def test_a_stop_lets_sequences_finish(folder: Path) -> None:
     with serving(folder, "--grace", "20", TNNLM_API_KEY="secret") as (process, url):
         headers = {"Authorization": "Bearer secret"}
         body = {"prompt": "a", "max_tokens": 2000, "stream": True, "stream_options": {"include_usage": True}}
@@ -57,7 +57,7 @@ def test_a_stop_lets_texts_end(folder: Path) -> None:
         assert "Traceback" not in process.stderr.read()
 
 
-def test_a_stop_does_not_wait_for_ever(folder: Path) -> None:
+def test_a_stop_has_a_timeout(folder: Path) -> None:
     with serving(folder, "--grace", "1") as (process, url):
         body = {"prompt": "a", "max_tokens": 131072, "stream": True, "logit_bias": {"0": -100}}
         with httpx2.stream("POST", f"{url}/v1/completions", json=body) as response:

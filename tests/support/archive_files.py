@@ -1,4 +1,4 @@
-"""The Long Range Arena's files in small: the published layout, a few rows of each task."""
+"""Small files in the published layout of the Long Range Arena, with a few rows of each task."""
 
 from __future__ import annotations
 

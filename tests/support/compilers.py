@@ -1,4 +1,4 @@
-"""C++ compilers that do as a test says."""
+"""Fake C++ compilers, written as shell scripts."""
 
 from __future__ import annotations
 

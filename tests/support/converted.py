@@ -26,12 +26,12 @@ def write_converted(folder: Path, tokenizer: TextTokenizer, method: str = "etsc"
 
 
 def measure_model(model: CausalLM, converted: CausalLM, *, method: str, horizon: int) -> ModelReport:
-    """The report of a model that was converted before."""
+    """Return the conversion report of a model that is already converted."""
     layers = [LayerConversion(params, method, "as asked") for params in recurrences(converted)]
     return measure(model, layers, method=method, horizon=horizon, seconds=0.0)
 
 
 def model_horizon(model: CausalLM) -> int:
-    """The horizon in lags that ``auto`` stands for."""
+    """Return the horizon in lags that ``auto`` selects."""
     length = model.config.max_length
     return max(auto_horizon(kernel, length) or length for kernel in kernels(model))

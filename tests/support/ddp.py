@@ -1,4 +1,4 @@
-"""Runs of several processes that Lightning or torchrun starts."""
+"""Runs of several processes, started by Lightning or torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKER = ROOT / "tests/support/ddp_worker.py"
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the worker; loopback only, one thread a process."""
+    """Start a process with one thread that communicates over the loopback interface."""
     return subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -31,7 +31,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(*processes: subprocess.Popen[str]) -> None:
-    """Wait for them, and show what went wrong."""
+    """Wait for the processes and show the errors of those that fail."""
     for process in processes:
         try:
             _, errors = process.communicate(timeout=600)
@@ -41,5 +41,5 @@ def finish(*processes: subprocess.Popen[str]) -> None:
 
 
 def run_worker(*words: str) -> None:
-    """Run to the end."""
+    """Run the worker and wait for its end."""
     finish(start(str(WORKER), *SETTINGS, *words))

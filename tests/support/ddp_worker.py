@@ -1,4 +1,4 @@
-"""One process of a distributed run: trains on the words of its command line, saves what its rank holds."""
+"""One process of a distributed run, which trains and saves the weights of its rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tnnlm.training.run import train
 
 
 class SaveRank(Callback):
-    """Weights and metrics of this rank, at the end."""
+    """Callback that saves the weights and metrics of this rank at the end."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write rank<N>.pt into the working folder; under FSDP the first rank has all weights."""
+        """Write rank<N>.pt into the working folder; under FSDP, rank 0 has all weights."""
         metrics: dict[str, Any] = {key: float(value) for key, value in trainer.callback_metrics.items()}
         held = {
             "weights": trainer.strategy.lightning_module_state_dict(),
@@ -29,7 +29,7 @@ class SaveRank(Callback):
 
 
 def main() -> int:
-    """Train."""
+    """Train with the settings of the command line."""
     train(load_config(None, sys.argv[1:]), extra_callbacks=[SaveRank()])
     return 0
 

@@ -1,4 +1,4 @@
-"""Converted folders of every family, opened by Transformers and by the package itself."""
+"""Converted folders of every family, opened by Transformers and by this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when the libraries are imported: the file that auto_map names, and texts of tasks, are copied there.
+# Set before the libraries are imported: they copy the module of auto_map and the data of tasks into these
+# folders.
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf-modules-"))
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf-datasets-"))
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -37,7 +38,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 class Opened(NamedTuple):
-    """One converted folder, as Transformers and as the package itself opens it."""
+    """Converted folder, opened by Transformers and by this package."""
 
     folder: Path
     model: Any
@@ -46,14 +47,14 @@ class Opened(NamedTuple):
 
     @property
     def inner(self) -> CausalLM:
-        """The package's own model."""
+        """Return the model as this package loads it."""
         assert isinstance(self.own.model, CausalLM)
         return self.own.model
 
 
 def lively_model(family: str = "tno", **changes: Any) -> CausalLM:
-    """A random model whose greedy text doesn't repeat one token, its blocks outweigh the residual stream,
-    and doesn't end, for the end token comes last."""
+    """Return a random model with varied greedy output: its blocks outweigh the residual stream, and the
+    zero embedding of the end token keeps it from being chosen."""
     torch.manual_seed(1)
     model = CausalLM(tiny_config(**{"kernel": FAMILIES[family](), **changes})).eval()
     with torch.no_grad():

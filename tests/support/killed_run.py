@@ -1,4 +1,4 @@
-"""A training that is killed at a given place; the target of a process of its own."""
+"""A training run that is killed at a given point, in a separate process."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ import tnnlm.training.run as run
 from tnnlm.config.loader import load_config
 
 LATE = 14
-"""the step after which kills come: two checkpoints and a validation are behind"""
+"""Step from which on the run may be killed, after two checkpoints and a validation."""
 
 
 def kill() -> None:
-    """End this process as a power cut would."""
+    """End this process as a power failure would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KillAt(Callback):
-    """Kills in the start, in a step, or in a validation."""
+    """Callback that kills the process at the start, in a step, or in a validation."""
 
     def __init__(self, place: str) -> None:
         self.place = place
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Before the first checkpoint."""
+        """Kill before the first checkpoint."""
         if self.place == "start":
             kill()
 
     def on_before_backward(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """Between forward and backward."""
+        """Kill between forward and backward."""
         if self.place == "step" and trainer.global_step >= LATE:
             kill()
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """With some rows validated."""
+        """Kill in the middle of a validation."""
         if self.place == "validation" and trainer.global_step >= LATE:
             kill()
 
 
 def train_until_killed(folder: Path, words: list[str], place: str) -> None:
-    """Train in ``folder`` and die at ``place``."""
+    """Train in ``folder`` and kill the process at ``place``."""
     os.chdir(folder)
     os.environ["TNNLM_CACHE"] = str(folder / "cache")
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as this process lives
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
     save, second_name, saves = torch.save, checkpointing.second_name, []
 
     def half(checkpoint: Any, file: Any) -> None:

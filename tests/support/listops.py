@@ -1,4 +1,4 @@
-"""ListOps expressions read one symbol at a time: what the generator's values are checked against."""
+"""Evaluation of ListOps expressions symbol by symbol, as a reference for the generator."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from tnnlm.data.sequences.listops import END, MAX, MED, MIN, SM, SYMBOLS, Symbol
 
 
 def decode(symbols: Symbols) -> str:
-    """The inverse of :func:`encode`."""
+    """Return the expression as a string; the inverse of :func:`encode`."""
     return " ".join(SYMBOLS[number] for number in symbols)
 
 
 def evaluate(symbols: Symbols) -> int:
-    """The value of an expression, 0 to 9; medians of an even number are rounded down.
+    """Return the value of an expression, 0 to 9; medians of an even number of values are rounded down.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: If the symbols are no expression.
     """
     stack: list[tuple[int, list[int]]] = [(END, [])]
     for number in symbols.tolist():

@@ -1,4 +1,4 @@
-"""Tiny models."""
+"""Configurations of tiny models."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ FAMILIES: dict[str, Callable[[], KernelConfig]] = {
     "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
     "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
 }
-"""settings of a small kernel of every family"""
+"""Settings of a small kernel, by family."""
 
 
 def tiny_config(**changes: object) -> ModelConfig:
-    """A model of a few thousand parameters."""
+    """Return the configuration of a model with a few thousand parameters."""
     settings = {"d_model": 16, "n_layers": 2, "vocab_size": 300, "max_length": 32}
     return ModelConfig(**{**settings, "kernel": FAMILIES["tno"](), **changes})
 
 
 def run_steps(model: CausalLM, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
-    """Logits of tokens (B, L), one step after the other, and the last state."""
+    """Return the logits of tokens (B, L), computed step by step, and the last state."""
     outputs = []
     for t in range(tokens.shape[1]):
         logits, state = model.step(tokens[:, t], state)

@@ -1,4 +1,4 @@
-"""Runs of several real processes over gloo on loopback, each forked from one that has imported everything."""
+"""Runs of several real processes over gloo on loopback, forked from a server that preloads all imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import matplotlib.pyplot  # noqa: F401  all that a run needs, before processes are forked
+import matplotlib.pyplot  # noqa: F401  imported before processes are forked, because every run needs it
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict
@@ -27,13 +27,13 @@ from tnnlm.training.run import train
 
 
 class Watch(Callback):
-    """Notes on every rank whether gradients were reduced, and the metrics at the end."""
+    """Callback that records on every rank whether gradients were reduced, and the final metrics."""
 
     def __init__(self) -> None:
         self.gradients: list[float | None] = []
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """A fingerprint of this rank's gradient; None while a sharded one waits to be reduced."""
+        """Record the absolute gradient sum of this rank; None while a sharded gradient is not yet reduced."""
         gradient = pl_module.model.embedding.weight.grad  # type: ignore[union-attr]
         self.gradients.append(None if gradient is None else _total(gradient))
 
@@ -45,7 +45,7 @@ class Watch(Callback):
 
 
 def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
-    """Train on ``n`` processes, started as torchrun starts them; what each rank noted."""
+    """Train on ``n`` processes, started as by torchrun, and return the records of each rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.ranks"])
     changes = [f"trainer.devices={n}", *words]
@@ -58,21 +58,21 @@ def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, 
         for rank in range(n)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server would not find its preload
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server imports its preload
         for process in processes:
             process.start()
     for process in processes:
         process.join(timeout=300)
     codes = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()  # one that still waits for another that failed
+        process.kill()  # ends processes that still wait for one that failed
     logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
     assert codes == [0] * n, f"{codes}\n{logs}"
     return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -87,7 +87,7 @@ def _rank(
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0}
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
-    rank_zero_only.rank = rank  # set from the environment when lightning is imported, which was before
+    rank_zero_only.rank = rank  # lightning set it from the environment when it was imported, which was before
     torch.set_num_threads(1)
     with (
         open(f"rank{rank}.log", "w") as log,
@@ -100,7 +100,7 @@ def _rank(
         except BaseException:
             traceback.print_exc()
             log.flush()
-            # At once: the others wait for this rank in a collective.
+            # Exit at once, because the other ranks wait for this one in a collective.
             os._exit(1)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""One process of a resumed run that is killed or poisoned at a step, and notes the rows it read."""
+"""One process of a resumed run that is killed, or gets a NaN loss, and records its training rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnnlm.training.run import train
 
 
 class Scenario(Callback):
-    """What happens at which step."""
+    """Callback that stops, kills, or makes the loss NaN at given steps."""
 
     def __init__(self, name: str, steps: dict[str, int]) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class Scenario(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note a fingerprint of every row."""
+        """Record a fingerprint of every row."""
         rows = (batch * torch.arange(1, batch.shape[1] + 1)).sum(1).tolist()
         path = Path(f"order-{self.name}-{trainer.world_size}-{trainer.global_rank}.jsonl")
         with path.open("a") as file:
@@ -37,7 +37,7 @@ class Scenario(Callback):
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Any
     ) -> None:
-        """Stop, die, or measure a loss that is not finite: the last rank alone."""
+        """Stop or kill the run, or make the loss NaN; the last two on the last rank only."""
         step, last_rank = trainer.global_step, trainer.global_rank == trainer.world_size - 1
         if step == self.steps.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -48,7 +48,7 @@ class Scenario(Callback):
 
 
 def main() -> int:
-    """Go on with the run that ``resume=`` names."""
+    """Resume the run given by ``resume=``."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     run = Path(given.pop("resume"))
     steps = {key: int(given.pop(key)) for key in ("kill", "nan") if key in given}

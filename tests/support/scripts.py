@@ -1,4 +1,4 @@
-"""The three scripts, called in this process."""
+"""The scripts train.py, convert.py and generate.py, to be called in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tnnlm.cli import convert, generate, train
 
 ROOT = Path(__file__).parents[2]
-"""of the repository"""
+"""Root folder of the repository."""
 
 SCRIPTS = {"train": train, "convert": convert, "generate": generate}
 

@@ -1,4 +1,4 @@
-"""A tiny model behind a real server, on a real socket."""
+"""A tiny model behind a real server on a TCP socket."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen
 
 
 class Running(NamedTuple):
-    """A server that listens."""
+    """Server that accepts connections."""
 
     url: str
     service: Service
 
 
 def tiny_generator(dtype: str = "float32") -> TextGenerator:
-    """A converted model of random weights, packed."""
+    """Return a converted model with random weights, packed for decoding."""
     model, tokenizer = _tiny_parts()
     return TextGenerator(optimize_for_decoding(convert_model(model), dtype), tokenizer)
 
 
 def tiny_converted(folder: Path) -> Path:
-    """The same as a converted folder."""
+    """Write the model of :func:`tiny_generator` as a converted folder and return the folder."""
     model, tokenizer = _tiny_parts()
     horizon, layers = convert_layers(model, ConversionConfig())
     report = measure(model, layers, method="balanced", horizon=horizon, seconds=0.0)
@@ -51,7 +51,7 @@ def tiny_converted(folder: Path) -> Path:
 
 
 def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
-    """Weights large enough that greedy text is no single word."""
+    """Return a model with weights so large that its greedy output varies, and its tokenizer."""
     torch.manual_seed(0)
     model = CausalLM(tiny_config(n_layers=2, d_model=32)).eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
 
 @contextmanager
 def run_server(generator: TextGenerator, key: str | None = None, **limits: float) -> Iterator[Running]:
-    """Serve in a thread, on a free port."""
+    """Serve the model in a thread, on a free port."""
     settings = Settings(name="tiny", parameters=1, api_key=key, limits=Limits(**limits))  # type: ignore[arg-type]
     app = create_app(generator, settings)
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)

@@ -1,4 +1,4 @@
-"""Machines that lack instructions, operators or tools, simulated in this process or in one of their own."""
+"""Simulated machines that lack instructions, operators or tools, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NO_BFLOAT16 = (
     "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and "
     "avx512dq"
 )
-"""what PyTorch says on a CPU with AVX2 alone"""
+"""Error message of PyTorch on a CPU that has AVX2 but not AVX-512."""
 
 
 def no_avx512(patch: pytest.MonkeyPatch) -> None:
-    """AVX2 at the most: no operator for bfloat16 weights, no fast bfloat16 arithmetic."""
+    """Simulate a CPU with AVX2 only: no operator for bfloat16 weights, and slow bfloat16 arithmetic."""
     reorder = torch.ops.mkldnn._reorder_linear_weight
 
     def refuse_bfloat16(weight: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -34,58 +34,58 @@ def no_avx512(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_onednn(patch: pytest.MonkeyPatch) -> None:
-    """A build of PyTorch without oneDNN, as that for macOS."""
+    """Simulate a build of PyTorch without oneDNN, such as that for macOS."""
     patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing("mkldnn::_reorder_linear_weight"))
     patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch._C._set_mkldnn_enabled(False)
 
 
 def onednn_switched_off(patch: pytest.MonkeyPatch) -> None:
-    """oneDNN is there, and the user wants none of it."""
+    """Disable oneDNN by the environment variable, although it is available."""
     patch.setenv(capabilities.WITHOUT, "onednn_float32 onednn_bfloat16")
 
 
 def no_fbgemm(patch: pytest.MonkeyPatch) -> None:
-    """Any CPU but x86."""
+    """Simulate a CPU other than x86."""
     patch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing("quantized::linear_prepack_fp16"))
 
 
 def no_int8(patch: pytest.MonkeyPatch) -> None:
-    """A build without the weight-only int8 operator."""
+    """Simulate a build of PyTorch without the weight-only int8 operator."""
     patch.setattr(torch, "_weight_int8pack_mm", missing("aten::_weight_int8pack_mm"))
 
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
-    """No C++ compiler, as in most container images."""
+    """Simulate a machine without a C++ compiler, such as most container images."""
     name_compiler(patch, "no-such-compiler")
 
 
 def name_compiler(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Let CXX name this C++ compiler, as if PyTorch had not read it before."""
+    """Set CXX to this C++ compiler, as if PyTorch had not read it before."""
     patch.setenv("CXX", name)
     patch.setattr(cpp_compiler, "compiler_names", lambda: [name])
 
 
 def one_thread(patch: pytest.MonkeyPatch) -> None:
-    """A single core."""
+    """Simulate a single core."""
     torch.set_num_threads(1)
 
 
 def macos(patch: pytest.MonkeyPatch) -> None:
-    """An ARM Mac as far as operators go: neither oneDNN nor FBGEMM, no bfloat16 arithmetic."""
+    """Simulate the operators of an ARM Mac: neither oneDNN nor FBGEMM, and slow bfloat16 arithmetic."""
     no_onednn(patch)
     no_fbgemm(patch)
     no_avx512_flags(patch)
 
 
 def no_avx512_flags(patch: pytest.MonkeyPatch) -> None:
-    """What PyTorch says of a CPU without AVX-512."""
+    """Make PyTorch report a CPU without AVX-512."""
     for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         patch.setattr(torch.cpu, name, lambda: False)
 
 
 def missing(name: str) -> Callable[..., NoReturn]:
-    """An operator that this build doesn't have."""
+    """Return an operator that raises the error of PyTorch for one that the build lacks."""
 
     def call(*_: Any) -> NoReturn:
         raise NotImplementedError(f"Could not run '{name}' with arguments from the 'CPU' backend")
@@ -104,7 +104,7 @@ MACHINES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "one-thread": one_thread,
     "macos": macos,
 }
-"""by name: simulated in this process, by operators that raise as they do where they are missing"""
+"""Machines by name, simulated in this process by operators that raise the error of a machine without them."""
 
 LEVELS: dict[str, dict[str, str]] = {
     "avx2": levels.LEVELS["AVX2"],
@@ -112,16 +112,16 @@ LEVELS: dict[str, dict[str, str]] = {
     "onednn-switched-off": {capabilities.WITHOUT: "onednn_float32 onednn_bfloat16"},
     "two-threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""by name: simulated in a process of its own, by the instructions that the libraries may use, a library that
-isn't used, or more threads than the tests themselves run on"""
+"""Machines by name, simulated in a separate process: limited instructions, a disabled library, or more
+threads than the tests use."""
 
 
 def level_environment(level: str) -> dict[str, str]:
-    """The environment of a process on a simulated CPU."""
+    """Return the environment of a process on a simulated CPU."""
     ours = ("PYTEST_", "TNNLM_CACHE", "COV_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | LEVELS[level]
 
 
 def forget_probes() -> None:
-    """Let every capability be probed anew."""
+    """Clear the cached capabilities, so that they are probed again."""
     capabilities._probed.cache_clear()

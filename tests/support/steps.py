@@ -1,4 +1,4 @@
-"""Steps of a tiny converted model, compiled and compared."""
+"""Compiled steps of a tiny converted model, and their comparison with plain layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def converted(method: str = "balanced") -> CausalLM:
 
 
 def compile_converted(dtype: str, method: str = "balanced") -> None:
-    """The step of :func:`converted` into ``out``."""
+    """Compile the step of :func:`converted` into ``out``."""
     model = converted(method)
     compile_step(model, Path("out"), dtype, model_fingerprint(model))
 
@@ -36,7 +36,7 @@ def whole(model: CausalLM) -> ConvertedModel:
 
 
 def assert_steps_round_the_weights_alone(engine: TextGenerator, dtype: str) -> None:
-    """Steps of :func:`converted` as ``engine`` takes them are those of plain layers with rounded weights."""
+    """Assert that the steps of ``engine`` equal those of plain layers with rounded weights."""
     rounded = converted()
     replace_linears(rounded, lambda weight, bias: RowLinear(weight, bias, dtype))
     state, expected_state = engine.model.init_state(1), rounded.init_state(1)

@@ -1,4 +1,4 @@
-"""Tiny runs on a text of the test's own, shared by the tests of training and of the scripts."""
+"""Tiny runs on a generated text, for the tests of training and of the scripts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = (
 
 
 def write_text(path: Path = Path("text.txt")) -> Path:
-    """About 60 kB of real prose: the licence and documentation of Python itself."""
+    """Write about 60 kB of English prose, the licence and documentation of Python."""
     from pydoc_data.topics import topics
 
     path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
@@ -41,14 +41,14 @@ def write_text(path: Path = Path("text.txt")) -> Path:
 
 
 def tiny_run(*overrides: str) -> Config:
-    """Settings of a run of seconds on ``text.txt``, which is written if need be."""
+    """Return the settings of a run of a few seconds on ``text.txt``, which is written if missing."""
     if not Path("text.txt").exists():
         write_text()
     return load_config(None, [*SETTINGS, *overrides])
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, moments and schedules are equal to the last bit, and every row is there once."""
+    """Assert that weights, moments and schedules are bitwise equal and that every row is logged once."""
     left, right = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (a, b))
     assert left["global_step"] == right["global_step"]
     assert left["lr_schedulers"] == right["lr_schedulers"]
@@ -57,7 +57,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     moments = [part["optimizer_states"][0]["state"] for part in (left, right)]
     for index, state in moments[0].items():
         assert all(torch.equal(state[key], moments[1][index][key]) for key in ("exp_avg", "exp_avg_sq"))
-    # Speed alone may differ.
+    # Only timings may differ.
     kept = ("step", "train/loss", "train/lr", "train/skipped", "val/loss", "val/ppl_recurrent")
     rows = [[[row.get(key) for key in kept] for row in read_metrics(run / "metrics.csv")] for run in (a, b)]
     assert rows[0] == rows[1]

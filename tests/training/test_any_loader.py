@@ -1,4 +1,4 @@
-"""LitModel under a plain ``lightning.Trainer``, on loaders that know nothing of this package."""
+"""Training of LitModel with a plain ``lightning.Trainer``, on loaders that do not depend on this package."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def trainer(**options: Any) -> lightning.Trainer:
 
 
 class Stream(IterableDataset[Tensor]):
-    """Of unknown length."""
+    """Data set of unknown length."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(rows())
 
 
 class Batches:
-    """Any iterable. Not a list: to Lightning that is a collection of loaders."""
+    """Iterable of batches; not a list, which Lightning treats as a collection of loaders."""
 
     def __init__(self, *batches: Any) -> None:
         self.batches = batches
@@ -120,7 +120,7 @@ def test_loggers_get_everything_at_the_trainers_interval() -> None:
     names = {name for row in logged for name, value in row.items() if value}
     assert {"train/lr", "train/tokens_per_second", "train/step_seconds", "train/grad_norm"} <= names
     assert {"val/loss", "val/ppl", "val/ppl_recurrent", "kernel/length/1"} <= names
-    assert "train/data_seconds" not in names  # nothing measured it
+    assert "train/data_seconds" not in names  # not measured without the data module
 
 
 def test_schedule_spans_the_trainers_steps() -> None:
@@ -133,7 +133,7 @@ def test_schedule_spans_the_trainers_steps() -> None:
         assert rate == pytest.approx(0.01 * lr_factor(steps, config.optim, steps))
 
 
-def test_unknown_number_of_steps_is_said_in_one_line() -> None:
+def test_unknown_number_of_steps_is_reported_in_one_line() -> None:
     run = trainer(max_steps=-1, max_epochs=1)
     with pytest.warns(UserWarning, match=r"does not know how many steps .*max_steps") as caught:
         run.fit(LitModel(settings()), LOADERS["stream"]())
@@ -141,7 +141,7 @@ def test_unknown_number_of_steps_is_said_in_one_line() -> None:
     trainer(max_steps=-1, max_epochs=1).fit(LitModel(settings(schedule="constant")), LOADERS["stream"]())
 
 
-def test_gradients_are_clipped_as_the_trainer_or_the_configuration_says(
+def test_gradients_are_clipped_by_the_value_of_trainer_or_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[float] = []
@@ -162,14 +162,14 @@ def test_gradients_are_clipped_as_the_trainer_or_the_configuration_says(
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) <= 1e-4
 
 
-def test_lightnings_own_checkpoints_resume_and_load() -> None:
+def test_checkpoints_of_lightning_resume_and_load() -> None:
     keep = ModelCheckpoint(dirpath="saved", save_last=True, monitor="val/loss", every_n_train_steps=6)
     whole = LitModel(settings())
     start = {name: value.clone() for name, value in whole.state_dict().items()}
     trainer(max_steps=12).fit(whole, LOADERS["iterable"]())
     half = LitModel(settings())
     half.load_state_dict(start)
-    # The schedule is that of all twelve steps.
+    # The schedule covers all twelve steps.
     run = trainer(max_steps=12, callbacks=[keep, StopAt(6)], enable_checkpointing=True, val_check_interval=6)
     run.fit(half, LOADERS["iterable"](), LOADERS["iterable"]())
     assert keep.best_model_path
@@ -183,7 +183,7 @@ def test_lightnings_own_checkpoints_resume_and_load() -> None:
 
 
 class StopAt(lightning.Callback):
-    """Ends the training after a step."""
+    """Callback that ends the training after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -202,7 +202,7 @@ def test_accumulated_batches_make_one_step() -> None:
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_checkpoints_are_ours_where_the_tokenizer_is_given(attached: bool) -> None:
+def test_checkpoints_load_as_trained_models_if_the_tokenizer_is_given(attached: bool) -> None:
     tokenizer = train_bpe(["some text " * 50], 270, "<|endoftext|>", 1, progress=False)
     config = settings()
     run = trainer(max_steps=2, callbacks=[AttachRecurrences(config)] if attached else [])
@@ -216,7 +216,7 @@ def test_checkpoints_are_ours_where_the_tokenizer_is_given(attached: bool) -> No
     assert torch.equal(found.model.embedding.weight, model.model.embedding.weight)  # type: ignore[union-attr]
 
 
-def test_a_callback_that_needs_a_tokenizer_says_so() -> None:
+def test_a_callback_without_its_tokenizer_is_reported() -> None:
     config = settings()
     run = trainer(max_steps=1, callbacks=[AttachRecurrences(config)])
     run.fit(LitModel(config), LOADERS["iterable"]())

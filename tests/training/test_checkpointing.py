@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, hold plain data only, and the allocator can be told."""
+"""Checkpoints are written atomically and contain plain data only; settings of the CUDA allocator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch,
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         finally:
-            raise RuntimeError("unexpected pos")  # as torch does
+            raise RuntimeError("unexpected pos")  # the order in which torch writes
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match=r"space.*last\.ckpt"):
@@ -38,14 +38,14 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_stop_before_the_first_step_says_what_is_saved(
+def test_a_stop_before_the_first_step_reports_what_is_saved(
     sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class StopAtOnce(Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # A sharded run begins without a checkpoint.
+    # A sharded run starts without a checkpoint.
     monkeypatch.setattr("tnnlm.training.callbacks.checkpoint.is_sharded", lambda _: sharded)
     with pytest.raises(TrainingStopped, match="nothing was saved" if sharded else "step 0, saved"):
         train(tiny_run(), extra_callbacks=[StopAtOnce()])
@@ -68,7 +68,7 @@ def test_checkpoints_hold_plain_data_and_tensors_only() -> None:
             assert type(value) in (int, float, str, bool, type(None), torch.Tensor), (where, type(value))
 
     check(checkpoint, "checkpoint")
-    # And it is what Lightning itself would read.
+    # Lightning itself can load it as well.
     assert torch.load(io.BytesIO(path.read_bytes()), weights_only=True)["global_step"] == 8
 
 

@@ -1,4 +1,4 @@
-"""Runs of task=classify: they learn, resume exactly, count every row once, and don't convert."""
+"""Runs with task=classify: they learn, resume exactly, validate every row once, and are not convertible."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def config_of(*overrides: str) -> Config:
 
 
 class StopAt(Callback):
-    """Asks to stop in the middle of a step."""
+    """Callback that requests a stop in the middle of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_before_zero_grad(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """Once."""
+        """Send SIGINT once."""
         if trainer.global_step == self.step:
             self.step = -1
             os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +94,7 @@ def test_train_learns_and_writes_everything(capsys: pytest.CaptureFixture[str]) 
         assert (run / f"{number}.png").stat().st_size > 10_000
 
 
-def test_checkpoint_reads_back_and_scores_as_it_was_validated() -> None:
+def test_checkpoint_loads_and_scores_as_in_validation() -> None:
     config = config_of("trainer.max_steps=8", "trainer.precision=32-true")
     summary = train(config)
     read = load_encoder(Path("runs/demo/checkpoints/best.ckpt"))
@@ -141,7 +141,7 @@ def test_changes_that_make_it_another_run_are_refused() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_held_out_row_counts_once_on_any_number_of_ranks(ranks: int) -> None:
+def test_every_validation_row_counts_once_on_any_number_of_ranks(ranks: int) -> None:
     counted = []
     for rank in range(ranks):
         data = TextDataModule(config_of("data.batch_size=4"))
@@ -183,7 +183,7 @@ def pair_model() -> SequenceClassifier:
     return SequenceClassifier(config).double().eval()
 
 
-def test_a_pair_is_two_sequences_read_each_by_itself() -> None:
+def test_the_sequences_of_a_pair_are_encoded_separately() -> None:
     model = pair_model()
     tokens = torch.randint(1, 16, (3, 2, 10))
     lengths = torch.tensor([[4, 10], [1, 3], [7, 7]])
@@ -195,7 +195,7 @@ def test_a_pair_is_two_sequences_read_each_by_itself() -> None:
     assert torch.allclose(model(tokens), model(tokens, torch.full((3, 2), 10)))
 
 
-def test_convert_and_generate_say_what_a_classifier_is(script: Any) -> None:
+def test_convert_and_generate_refuse_a_classifier(script: Any) -> None:
     train(config_of("trainer.max_steps=2"))
     for words in (("convert", "runs/demo"), ("generate", "--model", "runs/demo", "--prompt", "x")):
         result = script(*words)
@@ -228,7 +228,7 @@ def test_byte_tokens_are_the_bytes(text: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_are_one_process(strategy: str) -> None:
-    # 31 rows to validate on: the ranks' shares are uneven.
+    # With 31 validation rows, the shares of the ranks are unequal.
     words = [*SETTINGS, "data.listops.val_rows=31", "trainer.precision=32-true"]
     (one,) = run_ranks(1, *words, "data.batch_size=8", "name=one")
     two = run_ranks(2, *words, "data.batch_size=4", f"trainer.strategy={strategy}", "name=two")

@@ -1,4 +1,4 @@
-"""Real launchers over gloo: Lightning's own processes, and two machines as two torchrun groups."""
+"""Distributed training over gloo: processes started by Lightning, and two machines as two torchrun groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(path: str) -> Any:
 
 def test_two_ranks_equal_each_other_and_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     write_text()
-    # An odd number of validation rows: 17 of 32 tokens.
+    # An odd number of validation rows: 17 rows of 32 tokens.
     common = ("data.max_val_tokens=544", "trainer.precision=32-true", "trainer.sample_tokens=0")
     (one,) = run_ranks(1, *common, "data.batch_size=4", "name=one")
     weights = load("runs/one/checkpoints/last.ckpt")["state_dict"]
@@ -31,7 +31,7 @@ def test_two_ranks_equal_each_other_and_one_process(monkeypatch: pytest.MonkeyPa
     assert first["metrics"]["val/ppl"] == second["metrics"]["val/ppl"]
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key]), key
-        # The same global batches in another order of summation.
+        # The global batches are the same, summed in another order.
         torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
     rows = [[r for r in read_metrics(Path(f"runs/{n}/metrics.csv")) if r["val/ppl"]] for n in ("one", "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["8", "16", "20"]
@@ -60,7 +60,7 @@ def test_two_torchrun_groups_are_one_run() -> None:
             *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"),
             *("--master-addr=127.0.0.1", f"--master-port={port}"),
             *(str(WORKER), *SETTINGS, *common, *words),
-            TNNLM_CACHE=f"cache of node {node}",  # machines needn't share it
+            TNNLM_CACHE=f"cache of node {node}",  # machines need not share it
         )
         for node in range(2)
     ]

@@ -1,4 +1,4 @@
-"""Averaged weights: the right average, validated and saved in both forms, resumed to the last bit."""
+"""Weight averaging: the average itself, its validation and conversion, and exact resuming."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LAST = Path("runs/demo/checkpoints/last.ckpt")
 
 
 class Weights(Callback):
-    """The embedding after every step."""
+    """Callback that records the embedding after every step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: Any, module: lightning.LightningModule, *args: Any) -> None:
-        """Keep a copy."""
+        """Record a copy of the embedding."""
         self.steps.append(module.state_dict()["model.embedding.weight"].clone())
 
 
@@ -42,7 +42,7 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def test_average_is_the_recursion_and_the_weights_go_on_beside_it() -> None:
+def test_average_follows_the_recursion_and_does_not_replace_the_weights() -> None:
     seen = Weights()
     train(tiny_run(*EMA), extra_callbacks=[seen])
     average = seen.steps[0]
@@ -52,7 +52,7 @@ def test_average_is_the_recursion_and_the_weights_go_on_beside_it() -> None:
     saved = load(LAST)
     torch.testing.assert_close(saved["state_dict"]["model.embedding.weight"], average, rtol=0, atol=1e-6)
     assert torch.equal(saved["current_model_state"]["model.embedding.weight"], seen.steps[-1])
-    # What is frozen is not averaged.
+    # Frozen weights are not averaged.
     frozen = [key for key in saved["state_dict"] if "decay" in key]
     assert frozen
     assert all(torch.equal(saved["state_dict"][key], saved["current_model_state"][key]) for key in frozen)
@@ -77,7 +77,7 @@ def test_validation_and_conversion_are_of_the_average() -> None:
     assert row["step"] == str(checkpoint.step)
     assert float(row["val/ppl"]) == pytest.approx(add([parallel_nll(checkpoint.model, rows)]).ppl, rel=1e-6)
     assert float(row["val/ppl_recurrent"]) == pytest.approx(float(row["val/ppl"]), rel=1e-4)
-    # The attached recurrence is that of the saved weights, to the last bit, at every save.
+    # At every save, the attached recurrence equals that of the saved weights, bit for bit.
     for path in (checkpoint.path, LAST):
         saved = load_checkpoint(path)
         assert saved.ssm is not None
@@ -110,8 +110,8 @@ def test_resume_is_exact(accumulate: int, crash: bool) -> None:
     assert rows[0] == rows[1]
 
 
-def test_a_finished_run_goes_on_from_the_weights_not_the_average() -> None:
-    # Both validate after step 10, the last of the first part.
+def test_a_finished_run_resumes_from_the_weights_not_the_average() -> None:
+    # Both runs validate after step 10, the last step of the first part.
     settings = (*EMA, "optim.schedule=constant", "trainer.val_every_n_steps=5")
     train(tiny_run(*settings, "name=whole"))
     train(tiny_run(*settings, "name=longer", "trainer.max_steps=10"))
@@ -121,14 +121,14 @@ def test_a_finished_run_goes_on_from_the_weights_not_the_average() -> None:
 
 
 class SaveWithin(Callback):
-    """Saves in the middle of a validation, as a signal might ask for."""
+    """Callback that saves in the middle of a validation, as a signal may request."""
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """While the average stands in the weights' place."""
+        """Save while the averaged weights are swapped in."""
         trainer.save_checkpoint("within.ckpt")
 
     def on_validation_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """The same step, after it."""
+        """Save at the same step, after the validation."""
         trainer.save_checkpoint("after.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""SIGKILL anywhere, damaged files, full disks: the run goes on, and ends as if nothing had been."""
+"""SIGKILL at any point, damaged files, full disks: the run resumes, and ends like an unbroken run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAST, PREVIOUS = RUN / "checkpoints/last.ckpt", RUN / "checkpoints/previous.ckpt
 
 
 def kill_at(place: str, *words: str) -> None:
-    """Train in another process, whose imports are done once for all places."""
+    """Train in another process until it is killed; a fork server imports the modules once for all tests."""
     write_text()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tnnlm.training.run"])
@@ -69,7 +69,7 @@ def test_a_killed_run_ends_as_an_unkilled_one(place: str, kept: int) -> None:
 
 def test_tensorboard_shows_each_step_once() -> None:
     kill_at("rename")
-    time.sleep(1.1)  # it reads its files in the order of the seconds in which they began
+    time.sleep(1.1)  # TensorBoard sorts its files by the second in which they were opened
     train(resumed_config(RUN, []), RUN)
     events = EventAccumulator(str(RUN / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16]
@@ -107,14 +107,14 @@ def truncate(path: Path) -> None:
 
 
 def change(path: Path) -> None:
-    """One bit of a weight: torch itself would read it without a word."""
+    """Flip one bit of a weight, which torch itself would load without an error."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", [truncate, change, Path.unlink], ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(script: Any, damage: Any) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_suggested(script: Any, damage: Any) -> None:
     train(tiny_run(*WORDS, "name=whole"))
 
     class Crash(Callback):
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(script: Any, d
         assert (RUN / "checkpoints/replaced.ckpt").is_file()
 
 
-def test_without_any_whole_checkpoint_it_says_so(script: Any) -> None:
+def test_a_run_without_an_intact_checkpoint_is_refused(script: Any) -> None:
     train(tiny_run("trainer.max_steps=4", "name=killed"))
     for path in (LAST, PREVIOUS):
         truncate(path)
@@ -186,7 +186,7 @@ def test_second_name_works_without_hard_links(monkeypatch: pytest.MonkeyPatch, t
     for text in ("one", "two"):
         last.write_text(text)
         second_name(last, previous)
-        second_name(last, previous)  # killed after the first, and done again
+        second_name(last, previous)  # the run was killed after the first call and repeats it
         assert last.read_text() == previous.read_text() == text
         last.unlink()
 
@@ -200,7 +200,7 @@ def test_second_name_works_without_hard_links(monkeypatch: pytest.MonkeyPatch, t
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["previous"]
 
 
-def test_a_row_that_was_cut_short_is_dropped() -> None:
+def test_a_truncated_row_is_dropped() -> None:
     train(tiny_run("trainer.max_steps=10", "name=whole"))
     train(tiny_run("trainer.max_steps=5", "name=killed"))
     with (RUN / "metrics.csv").open("a") as file:
@@ -210,7 +210,7 @@ def test_a_row_that_was_cut_short_is_dropped() -> None:
     assert steps == ["5", "10"]
 
 
-def test_settings_of_the_optimizer_changed_on_resume_act() -> None:
+def test_settings_of_the_optimizer_can_change_on_resume() -> None:
     train(tiny_run("trainer.max_steps=8", "name=killed", "optim.schedule=constant"))
     train(resumed_config(RUN, ["trainer.max_steps=16", "optim.lr=1e-4", "optim.weight_decay=0.3"]), RUN)
     checkpoint = torch.load(LAST, weights_only=True)
@@ -242,7 +242,7 @@ def test_signals_reach_loader_processes_too_and_do_no_harm(number: int) -> None:
 
 
 def worker(*words: str) -> tuple[int, str]:
-    """Run resume_worker.py; its exit code and errors."""
+    """Run resume_worker.py and return its exit code and errors."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -257,15 +257,15 @@ def worker(*words: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_one_rank_goes_on_as_two_one_is_killed_and_the_order_stays() -> None:
+def test_order_is_kept_when_one_rank_resumes_as_two_and_one_is_killed() -> None:
     common = ("trainer.precision=32-true", "trainer.sample_tokens=0", "trainer.max_steps=18")
     words = (*common, "data.batch_size=4", "trainer.devices=1")
-    # The single ranks in this process: one of their own would import Lightning first, 12 s of a core.
+    # The single-rank runs train in this process: a new one would import Lightning first, 12 s on one core.
     train(tiny_run("name=whole", *words), extra_callbacks=[Scenario("whole", {"nan": 11})])
     with pytest.raises(TrainingStopped):
         train(tiny_run("name=killed", *words), extra_callbacks=[Scenario("killed", {"nan": 11, "stop": 7})])
     two = ("resume=runs/killed", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", "nan=11")
-    # Rank 1 is killed in step 16, the checkpoint is of step 14: the timeout above is for rank 0.
+    # Rank 1 is killed in step 16, after the checkpoint of step 14; the timeout above ends rank 0.
     code, errors = worker(*two, "kill=16")
     assert code != 0
     assert step_of(LAST) == 14, errors
@@ -273,7 +273,7 @@ def test_one_rank_goes_on_as_two_one_is_killed_and_the_order_stays() -> None:
     assert code == 0, errors
 
     def order(name: str) -> dict[int, list[int]]:
-        """Fingerprints of all rows of every step, in the global order; a step done again counts once."""
+        """Return fingerprints of all rows of every step, in the global order; a repeated step counts once."""
         steps: dict[int, dict[int, list[int]]] = {}
         for path in sorted(Path().glob(f"order-{name}-*.jsonl")):
             for line in path.read_text().splitlines():
@@ -288,7 +288,7 @@ def test_one_rank_goes_on_as_two_one_is_killed_and_the_order_stays() -> None:
     ]
     for key, value in final[0]["state_dict"].items():
         torch.testing.assert_close(value, final[1]["state_dict"][key], rtol=0, atol=1e-5)
-    # A loss that was not finite on one rank was skipped by both.
+    # Both ranks skipped the step in which one of them had a loss that is not finite.
     assert [checkpoint["callbacks"]["Guard"]["skipped"] for checkpoint in final] == [1, 1]
     assert load_config(RUN / "config.yaml").trainer.devices == 2
 

@@ -1,4 +1,4 @@
-"""The learning-rate finder: rates of every group, nothing left behind, and a suggestion that makes sense."""
+"""The learning-rate finder: rates of every parameter group, no files left, and a sensible suggestion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnnlm.training import lr_finder as module
 from tnnlm.training.lr_finder import HIGHEST, LOWEST, STEPS, find_lr, suggest
 
 
-def test_find_lr_suggests_draws_and_leaves_no_run(script: Any) -> None:
+def test_find_lr_suggests_plots_and_leaves_no_run(script: Any) -> None:
     write_text()
     result = script("train", *SETTINGS, "--find-lr", "trainer.accumulate=2", "optim.kernel_lr_scale=0.5")
     assert result.code == 0, result.err
@@ -37,7 +37,7 @@ def test_rates_rise_and_kernels_keep_their_factor(monkeypatch: pytest.MonkeyPatc
 
 
 def recorded(build: Any, seen: list[list[float]]) -> Any:
-    """Builds an optimizer that notes the rates of each step, as they are used."""
+    """Return a function that builds an optimizer and records the rates used in each step."""
 
     def make(*args: Any) -> Any:
         optimizer = build(*args)
@@ -52,7 +52,7 @@ def recorded(build: Any, seen: list[list[float]]) -> Any:
 def test_suggestion_is_the_steepest_fall_not_noise_at_the_low_end() -> None:
     rates = np.geomspace(1e-6, 1, 100)
     logs = np.log10(rates)
-    # Flat, falling fastest at 1e-3, rising again from 3e-2.
+    # Flat at first, steepest at 1e-3, and rising again from 3e-2.
     losses = 8 - 3 / (1 + np.exp(-4 * (logs + 3))) + np.where(logs > -1.5, 4 * (logs + 1.5) ** 2, 0)
     losses += np.random.default_rng(0).normal(0, 0.02, 100)
     found = suggest(rates.tolist(), losses.tolist())

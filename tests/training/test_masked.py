@@ -1,4 +1,4 @@
-"""Runs of task=masked: they learn, resume exactly, hide the same at each validation, and don't convert."""
+"""Runs with task=masked: they learn, resume exactly, validate with fixed masks, and are not convertible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def masked_run(*overrides: str) -> Config:
 
 
 class Watcher(Callback):
-    """Remembers what was hidden; stops once, at the beginning of a step."""
+    """Callback that records the masked batches, and stops once at the beginning of a step."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
@@ -46,26 +46,26 @@ class Watcher(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A fingerprint of the batch."""
+        """Record the step and a fingerprint of the training batch."""
         self.trained.append((trainer.global_step, [int(part.sum()) for part in batch]))
 
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, *args: Any
     ) -> None:
-        """And of this one."""
+        """Record a fingerprint of the validation batch."""
         self.validated.append([int(part.sum()) for part in batch])
 
     def on_before_zero_grad(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """In the middle of a step."""
+        """Stop in the middle of a step."""
         if trainer.global_step == self.stop_at:
             self.stop_at = None
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_train_learns_to_guess_hidden_tokens_and_writes_everything() -> None:
+def test_train_learns_to_predict_masked_tokens_and_writes_all_files() -> None:
     summary = train(masked_run("trainer.max_steps=150", "trainer.val_every_n_steps=50", "optim.lr=1e-2"))
     run = Path("runs/demo")
-    assert summary["val/ppl_masked"] < 200  # uniform guessing is 400
+    assert summary["val/ppl_masked"] < 200  # a uniform prediction has a perplexity of 400
     assert summary["val/ppl_masked"] == pytest.approx(math.exp(summary["val/loss"]))
     assert summary == json.loads((run / "summary.json").read_text())
     rows = read_metrics(run / "metrics.csv")
@@ -79,13 +79,14 @@ def test_train_learns_to_guess_hidden_tokens_and_writes_everything() -> None:
     plot_runs([curves], run / "run.png")
 
 
-def test_checkpoint_reads_back_and_scores_as_it_was_validated() -> None:
+def test_checkpoint_loads_and_scores_as_in_validation() -> None:
     config = masked_run("trainer.max_steps=8", "trainer.precision=32-true")
     summary = train(config)
     read = load_encoder(Path("runs/demo/checkpoints/best.ckpt"))
     assert isinstance(read.model, MaskedLM)
     assert read.tokenizer.id_of("<|mask|>") == 1
-    assert read.tokenizer.decode(read.tokenizer.encode("<|mask|>")) == "<|mask|>"  # in a text it is text
+    # In a document, the mask token is plain text.
+    assert read.tokenizer.decode(read.tokenizer.encode("<|mask|>")) == "<|mask|>"
     data = TextDataModule(config)
     data.setup()
     batch = torch.utils.data.default_collate([data.opened.val[i] for i in range(len(data.opened.val))])
@@ -105,7 +106,7 @@ def test_resume_is_exact(ema: bool) -> None:
     assert_same_run(Path("runs/whole"), run)
 
 
-def test_every_validation_hides_the_same_and_training_does_not() -> None:
+def test_masks_are_fixed_in_validation_and_vary_in_training() -> None:
     seen = Watcher()
     train(masked_run("data.max_val_tokens=200", "trainer.max_steps=24"), extra_callbacks=[seen])
     per_validation = len(seen.validated) // 3
@@ -114,7 +115,7 @@ def test_every_validation_hides_the_same_and_training_does_not() -> None:
     assert len({str(batch) for _, batch in seen.trained}) == len(seen.trained)
 
 
-def test_training_hides_the_same_on_any_number_of_ranks() -> None:
+def test_training_masks_are_the_same_on_any_number_of_ranks() -> None:
     def batches(rank: int, ranks: int) -> list[Any]:
         config = masked_run(f"data.batch_size={4 // ranks}", "trainer.max_steps=3")
         data = TextDataModule(config)
@@ -136,7 +137,7 @@ def test_other_kernels_train(own: str) -> None:
     assert train(config)["val/ppl_masked"] < 500
 
 
-def test_what_converts_or_writes_says_what_to_do(script: Any) -> None:
+def test_convert_and_generate_say_what_to_do(script: Any) -> None:
     train(masked_run("trainer.max_steps=2"))
     for words in (("convert", "runs/demo"), ("generate", "--model", "runs/demo", "--prompt", "x")):
         done = script(*words)

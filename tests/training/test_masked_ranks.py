@@ -1,4 +1,4 @@
-"""Runs of task=masked on two ranks are those of one, weights whole or in shards."""
+"""Runs with task=masked on two ranks, with whole or sharded weights, equal a run on one rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnnlm.training.loggers.csv import read_metrics
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_equal_one(strategy: str) -> None:
     write_text()
-    # An odd number of validation rows: 17 of 32 tokens.
+    # An odd number of validation rows: 17 rows of 32 tokens.
     common = ("task=masked", "trainer.max_steps=9", "data.max_val_tokens=544", "trainer.precision=32-true")
     run_ranks(1, *common, "data.batch_size=4", "name=one")
     two = run_ranks(2, *common, "data.batch_size=2", f"trainer.strategy={strategy}", "name=two")

@@ -1,4 +1,4 @@
-"""metrics.csv keeps its columns and their order: a resumed run goes on with the file that it finds."""
+"""Stable columns of metrics.csv: a resumed run appends to the existing file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tnnlm.training.tasks import VALIDATION_TASKS
 
 OLD = ROOT / "tests/fixtures/version_0.1.0/runs/old/metrics.csv"
 N_COMMON = 10
-"""columns that every task has, before those of a validation"""
+"""Number of columns that every task has, which precede those of its validation."""
 
 
 def test_columns_are_those_of_version_0_1_0() -> None:
@@ -18,7 +18,7 @@ def test_columns_are_those_of_version_0_1_0() -> None:
         assert list(csv_columns(place, 0)) == [*header[:N_COMMON], "val/loss", value]
 
 
-def test_each_name_stands_once() -> None:
+def test_names_are_unique() -> None:
     assert len({metric.column for metric in METRICS}) == len(METRICS)
     shorts = [metric.short for metric in METRICS if metric.short]
     assert len(set(shorts)) == len(shorts)

@@ -1,4 +1,4 @@
-"""The learning rate's course and the decay groups."""
+"""The learning-rate schedule and the weight-decay groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_lr_factor_cosine_ends_at_the_minimum() -> None:
     assert lr_factor(500, config, 110) == pytest.approx(0.1)
 
 
-def test_lr_factor_inverse_sqrt_is_the_published_course() -> None:
+def test_lr_factor_inverse_sqrt_is_the_published_schedule() -> None:
     config = OptimConfig(schedule="inverse_sqrt", warmup_steps=4000)
     assert lr_factor(4000, config, 50_000) == 1.0
     assert lr_factor(16_000, config, 50_000) == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Whole runs: the loss falls on real text, files are complete, resuming is exact to the last bit."""
+"""Complete runs: the loss decreases on real text, all files are written, and resuming is bitwise exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tnnlm.training.run import train
 
 
 class Recorder(Callback):
-    """Remembers what was trained on."""
+    """Callback that records the training batches."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []
@@ -33,12 +33,12 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Step and a fingerprint of the batch."""
+        """Record the step and a fingerprint of the batch."""
         self.batches.append((trainer.global_step, int((batch * torch.arange(batch.shape[1])).sum())))
 
 
 class StopAt(Recorder):
-    """Presses Ctrl-C, or crashes, while a step is computed."""
+    """Callback that sends SIGINT or raises an exception in the middle of a step."""
 
     def __init__(self, step: int, crash: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class StopAt(Recorder):
         self.done = False
 
     def on_before_zero_grad(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """In the middle of a step."""
+        """Stop or crash in the middle of a step."""
         if trainer.global_step == self.step - 1 and not self.done:
             self.done = True
             if self.crash:
@@ -62,7 +62,7 @@ def test_train_lowers_the_loss_on_real_text_and_writes_everything() -> None:
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     val = [float(row["val/loss"]) for row in rows if row["val/loss"]]
     assert losses[-1] < losses[0] - 1
-    assert val[-1] < 5.0 < 5.99 < torch.tensor(400.0).log() + 1e-2  # uniform guessing is 5.99
+    assert val[-1] < 5.0 < 5.99 < torch.tensor(400.0).log() + 1e-2  # a uniform prediction has a loss of 5.99
     assert abs(summary["val/ppl_gap"]) <= 1e-4
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["tokens_seen"] == 80 * 4 * 32
@@ -84,7 +84,7 @@ def test_train_lowers_the_loss_on_real_text_and_writes_everything() -> None:
     assert load_config(run / "config.yaml").trainer.max_steps == 80
 
 
-def test_checkpoint_reads_back_with_its_recurrence() -> None:
+def test_checkpoint_loads_with_its_recurrence() -> None:
     train(tiny_run("trainer.max_steps=8"))
     checkpoint = load_checkpoint(Path("runs/demo/checkpoints/best.ckpt"))
     assert checkpoint.step == 8
@@ -94,7 +94,7 @@ def test_checkpoint_reads_back_with_its_recurrence() -> None:
 
 
 def test_the_best_checkpoint_is_of_the_best_validation() -> None:
-    # A rate at which it learns, then falls apart.
+    # At this learning rate, the model learns first and diverges later.
     train(tiny_run("trainer.max_steps=24", "optim.lr=1", "optim.warmup_steps=20", "optim.grad_clip=0"))
     rows = [row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["val/ppl"]]
     best = min(rows, key=lambda row: float(row["val/ppl"]))
@@ -110,7 +110,7 @@ def test_resume_is_exact(accumulate: int, crash: bool) -> None:
     train(tiny_run(*changes, "name=whole"), extra_callbacks=[whole])
     with pytest.raises(RuntimeError if crash else TrainingStopped):
         train(tiny_run(*changes, "name=broken"), extra_callbacks=[broken])
-    # After a crash the last periodic save counts, and what came after it is done again.
+    # After a crash, training resumes from the last periodic checkpoint and repeats the steps after it.
     saved = 7 if crash else 10
     before = [batch for batch in broken.batches if batch[0] < saved]
     broken.batches = []
@@ -123,7 +123,7 @@ def test_resume_is_exact(accumulate: int, crash: bool) -> None:
 @pytest.mark.parametrize("method", ["balanced", "auto", "window"])
 def test_validation_and_checkpoints_take_any_method(method: str) -> None:
     summary = train(tiny_run("trainer.max_steps=8", f"conversion.method={method}"))
-    # Reduced within a tolerance of 1e-3 on the taps.
+    # The tolerance on the taps is 1e-3.
     assert abs(summary["val/ppl_gap"]) <= 1e-3
     checkpoint = load_checkpoint(Path("runs/demo/checkpoints/best.ckpt"))
     assert checkpoint.ssm is not None
@@ -157,7 +157,7 @@ def test_resume_refuses_what_would_be_another_run() -> None:
     assert load_checkpoint(run / "checkpoints/last.ckpt").step == 6
 
 
-def test_resume_counts_time_and_tokens_on() -> None:
+def test_resume_continues_time_and_tokens() -> None:
     first = train(tiny_run("trainer.max_steps=4"))
     run = Path("runs/demo")
     second = train(resumed_config(run, ["trainer.max_steps=8"]), run)
@@ -190,7 +190,7 @@ def test_failed_conversion_costs_the_recurrence_not_the_checkpoint(monkeypatch: 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
 def test_every_precision_policy_keeps_the_two_forms_together(precision: str) -> None:
     summary = train(tiny_run(f"trainer.precision={precision}", "trainer.max_steps=8"))
-    # Under bf16-true both forms run with bf16 projections, whose rounding is all that differs.
+    # Under bf16-true, both forms have bf16 projections, so only their rounding differs.
     assert abs(summary["val/ppl_gap"]) <= (2e-2 if precision == "bf16-true" else 1e-4)
     weights = torch.load("runs/demo/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     kernels = {key: value for key, value in weights.items() if ".kernel." in key}
@@ -198,7 +198,7 @@ def test_every_precision_policy_keeps_the_two_forms_together(precision: str) -> 
     assert all(torch.finfo(value.dtype).bits >= 32 for value in kernels.values())
 
 
-def test_a_run_that_goes_on_says_how_to_replace_what_was_converted(script: Any) -> None:
+def test_a_resumed_run_says_how_to_replace_the_converted_model(script: Any) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=4"))
     Path("runs/tiny/converted").mkdir()
     done = script("train", "--resume", "tiny", "trainer.max_steps=5")

@@ -1,4 +1,4 @@
-"""1, 2 and 4 real ranks by DDP and by FSDP: the losses, metrics and converted models of one process."""
+"""Training on 1, 2 and 4 ranks with DDP and FSDP, compared with training on one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.csv import read_metrics
 
-# The same 4 rows a step on any number of ranks; 17 rows to validate on fit none of them evenly.
+# 4 rows per step on any number of ranks, and 17 validation rows, which no number of ranks divides.
 COMMON = (
     "data.max_val_tokens=544",
     "trainer.precision=32-true",
@@ -28,7 +28,7 @@ COMMON = (
 
 
 def words(strategy: str, ranks: int) -> tuple[str, ...]:
-    """Settings of one run."""
+    """Return the settings of one run."""
     return (
         *COMMON,
         f"trainer.strategy={strategy}",
@@ -39,7 +39,7 @@ def words(strategy: str, ranks: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One folder with the text, its cache, and the run on one process that all others must equal."""
+    """Return a folder with the text, its cache, and a run on one process as the reference."""
     path = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -76,7 +76,7 @@ def state(name: str) -> dict[str, Any]:
 
 
 def assert_same_model(name: str, other: str, file: str = "last.ckpt") -> None:
-    """Weights and recurrences to 1e-6."""
+    """Assert that weights and recurrences are equal to 1e-6."""
     mine, one = converted(name, file), converted(other, file)
     assert mine.keys() == one.keys()
     for key, value in mine.items():
@@ -117,11 +117,11 @@ def test_gradients_are_reduced_once_a_step(strategy: str) -> None:
         first, second = zip(*(h["gradients"][2 * step : 2 * step + 2] for h in held), strict=True)
         assert set(first) == {None} if strategy == "fsdp" else len(set(first)) == 2
         assert len(set(second)) == 1
-    # The same rows in each step as without accumulation.
+    # Each step has the same rows as without accumulation.
     assert losses(name) == pytest.approx(losses("auto1")[:3], abs=1e-5, rel=0)
 
 
-def test_resume_goes_on_under_another_strategy_and_number_of_ranks() -> None:
+def test_resume_works_with_another_strategy_and_number_of_ranks() -> None:
     run_ranks(2, *words("ddp", 2), "trainer.max_steps=5", "name=moved")
     run = "runs/moved"
     run_ranks(4, "trainer.strategy=fsdp", "data.batch_size=1", "trainer.max_steps=10", resume=run)

@@ -1,4 +1,4 @@
-"""Steps that would harm the model are left out and counted; a model that is lost is never saved."""
+"""Steps with gradients that are not finite are skipped and counted, and a diverged model is never saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST, BEST = (Path("runs/demo/checkpoints") / name for name in ("last.ckpt", "be
 
 
 class Poison(Callback):
-    """Makes gradients NaN at some steps, and remembers weights and moments around every step."""
+    """Callback that makes gradients NaN at some steps, and records weights and moments around every step."""
 
     def __init__(self, *steps: int) -> None:
         self.steps = steps
@@ -34,7 +34,7 @@ class Poison(Callback):
         self.after: list[Tensor] = []
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Poison one of the gradients."""
+        """Set one gradient to NaN."""
         self.before.append(_state(trainer, pl_module))
         if trainer.global_step in self.steps:
             gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
@@ -43,12 +43,12 @@ class Poison(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
     ) -> None:
-        """After the step."""
+        """Record the state after the step."""
         self.after.append(_state(trainer, pl_module))
 
 
 def _state(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Tensor:
-    """Weights, moments and Adam's step counts."""
+    """Return weights, moments and the step counts of Adam."""
     state = [value for entry in trainer.optimizers[0].state.values() for value in entry.values()]
     tensors = [*pl_module.parameters(), *state]
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     assert [(row["step"], float(row["train/skipped"])) for row in rows] == [
         ("5", 2), ("10", 3), ("15", 3), ("20", 3),
     ]  # fmt: skip
-    # A skipped step is a step: the learning rate goes its course.
+    # A skipped step counts as a step of the learning-rate schedule.
     train(tiny_run("name=clean"))
     clean = [row["train/lr"] for row in read_metrics(Path("runs/clean/metrics.csv")) if row["train/loss"]]
     assert [row["train/lr"] for row in rows] == clean
@@ -87,7 +87,7 @@ def test_training_without_a_bad_step_is_as_without_the_guard(monkeypatch: pytest
     assert_same_run(Path("runs/guarded"), Path("runs/bare"))
 
 
-def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint() -> None:
+def test_too_many_in_a_row_stop_the_run_and_report_the_last_good_checkpoint() -> None:
     poison = Poison(2, 3, 5, *range(9, 20))
     with pytest.raises(TrainingDiverged, match="3 steps in a row were skipped") as caught:
         train(tiny_run("trainer.max_skipped=3"), extra_callbacks=[poison])
@@ -100,7 +100,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint() -> N
     assert torch.load(LAST, weights_only=True)["global_step"] == 20
 
 
-def test_a_loss_that_leaps_is_skipped_if_asked() -> None:
+def test_a_loss_spike_is_skipped_if_enabled() -> None:
     class Noise(Callback):
         def on_train_batch_start(
             self, trainer: lightning.Trainer, pl_module: Any, batch: Tensor, batch_idx: int
@@ -128,7 +128,7 @@ def test_a_model_that_is_not_finite_is_never_saved() -> None:
                 with torch.no_grad():
                     next(pl_module.parameters()).view(-1)[0] = torch.inf
 
-    # Before a save, before a validation, before the end.
+    # The model diverges before a save, before a validation, and before the end.
     for step, last, best in ((14, 7, 8), (16, 14, 8), (20, 14, 16)):
         name = f"ruined{step}"
         with pytest.raises(TrainingDiverged, match="weights are no longer finite"):

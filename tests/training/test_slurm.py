@@ -1,4 +1,4 @@
-"""A cluster's time limit: saved at a step border, requeued, and continued by the same command alone."""
+"""Cluster time limits: the run is saved after a step, requeued, and resumed by the same command."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ RUN = Path("runs/demo")
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """One task of one node, and commands of SLURM that note what they are asked; returns their notes."""
+    """Simulate one task on one node, with SLURM commands that log their arguments; return the log file."""
     tools = tmp_path / "bin"
     notes = tmp_path / "scontrol.txt"
     programs = {
         "scontrol": f'echo "$@" >> {notes}\n',
-        # As srun does: options, then the command, whose process gets the job's signals.
+        # As srun does: options first, then the command, whose process receives the signals of the job.
         "srun": 'while [ "${1#-}" != "$1" ]; do shift; done\necho $$ > pid.txt\nexec "$@"\n',
         "python": f'exec {sys.executable} "$@"\n',
     }
@@ -57,7 +57,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def signal_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send the time limit's signal to this process in the middle of a step, once."""
+    """Send the signal of the time limit to this process, once, in the middle of a step."""
     sent = []
 
     def send(self: Any, trainer: lightning.Trainer, *args: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_requeued_job_loses_no_step(script: Any, slurm: Path, monkeypatch: pyt
     assert first.code == 0, first.err
     assert "stopped after step 10, saved" in first.err
     assert slurm.read_text() == "requeue 4711\n"
-    # Runs of others in between, newer than its own, are left alone.
+    # Newer runs of other jobs are not resumed.
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     assert script("train", *command, "trainer.max_steps=3").code == 0
     assert json.loads(Path("runs/demo-2/job.json").read_text()) == {"job": "slurm 4712"}
@@ -87,7 +87,7 @@ def test_a_requeued_job_loses_no_step(script: Any, slurm: Path, monkeypatch: pyt
     assert "continuing at step 10" in second.out
     assert_same_run(Path("runs/whole"), RUN)
     assert len(list((RUN / "tensorboard").glob("events*"))) == 2
-    # A third start finds nothing to do.
+    # A third start has nothing left to do.
     third = script("train", *command)
     assert third.code == 0
     assert "is complete" in third.out
@@ -157,7 +157,7 @@ def test_the_time_limit_outside_of_training_requeues_too(
     assert not Path("runs").exists()
 
 
-def test_only_a_command_that_goes_on_is_requeued(
+def test_only_a_command_that_resumes_is_requeued(
     script: Any, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text()
@@ -202,7 +202,7 @@ def test_job_names(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_job("mine", tiny_run()) is None
 
 
-def test_lightning_keeps_its_hands_off_the_signals(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_does_not_handle_signals(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (environment,) = cluster_plugins()
     assert environment.auto_requeue is False
     seen = []
@@ -217,7 +217,7 @@ def test_lightning_keeps_its_hands_off_the_signals(slurm: Path, monkeypatch: pyt
     assert cluster_plugins() == []
 
 
-def test_every_setting_in_the_scripts_is_one() -> None:
+def test_every_setting_in_the_scripts_exists() -> None:
     subprocess.run(["bash", "-n", str(SBATCH)], check=True)
     known = {"NNODES": "2", "NTASKS_PER_NODE": "4"}
     for path in (SBATCH, ROOT / "tools/slurm/README.md"):
@@ -232,7 +232,7 @@ def test_every_setting_in_the_scripts_is_one() -> None:
     assert len({load_config(None, shlex.split(line)).name for line in names}) == len(names) == 3
 
 
-def test_the_scripts_ask_for_what_a_requeue_needs() -> None:
+def test_the_scripts_request_what_a_requeue_needs() -> None:
     text = SBATCH.read_text()
     for option in ("--requeue", "--signal=USR1@", "--open-mode=append", "--ntasks-per-node="):
         assert re.search(rf"^#SBATCH {option}", text, flags=re.MULTILINE), option

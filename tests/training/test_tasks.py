@@ -1,4 +1,4 @@
-"""Validation means are weighted by size, in float64, wherever a precision policy takes the model."""
+"""Validation means are weighted by size and computed in float64 under every precision policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from tnnlm.training.tasks import WeightedMean
 
 BATCHES = [(1000.0 + index / 3, 301 + index) for index in range(50)]
-"""sum, count: more counts than bfloat16 can add up, and digits that float32 lacks"""
+"""Sums and counts: more counts than bfloat16 can add, and more digits than float32 has."""
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_batch_of_nothing_counts_nothing() -> None:
     assert float(mean.compute()) == 2.0
 
 
-def test_nan_is_not_left_out() -> None:
+def test_nan_is_not_skipped() -> None:
     mean = WeightedMean()
     mean.add(math.nan, 3)
     mean.add(6.0, 3)

@@ -1,4 +1,4 @@
-"""What is watched: speeds, waits and norms are right, and so is the memory of kernels that are known."""
+"""Monitoring: speeds, waits, norms, and the effective length and order of known kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tnnlm.training.throughput import LARGEST_ORDER, flops_per_token, kernel_mem
 
 
 def modes(radii: list[float], channels: int = 5, length: int = 512) -> torch.Tensor:
-    """Taps of a sum of real exponentials with random weights per channel."""
+    """Return taps that are sums of real exponentials with random weights per channel."""
     lags = torch.arange(length, dtype=torch.float64)
     return torch.randn(channels, len(radii), dtype=torch.float64) @ torch.stack([r**lags for r in radii])
 
@@ -37,13 +37,13 @@ def test_effective_length_of_an_exponential(radius: float) -> None:
     assert found.order == 1
 
 
-def test_effective_length_of_a_delay_is_the_lag_and_one() -> None:
+def test_effective_length_of_a_delay_is_the_lag_plus_one() -> None:
     k = torch.zeros(3, 64)
     k[:, 40] = 1
     found = kernel_memory(k, 1e-3)
     assert found is not None
     assert found.length == 41
-    assert found.order == 41  # a delay of 40 needs 41 states and nothing less
+    assert found.order == 41  # a delay of 40 needs exactly 41 states
 
 
 def test_order_counts_modes_and_bounds_what_a_conversion_needs() -> None:
@@ -72,25 +72,25 @@ def test_flops_are_six_per_weight_and_the_convolutions() -> None:
         )
     convolution = flops_per_token(config) - 6 * weights
     n, channels = 2 * config.max_length, config.n_layers * config.expand * config.d_model
-    # Eight transforms of twice the length for one row, and their products.
+    # Eight transforms of twice the length per row, and their products.
     assert convolution == pytest.approx(channels / config.max_length * (8 * 2.5 * n * math.log2(n) + 9 * n))
     assert flops_per_token(config, 64) < flops_per_token(config)
 
 
 class Norms(Callback):
-    """The gradient norms as a second pass gives them, before clipping."""
+    """Callback that records the gradient norms of a separate computation, before clipping."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: lightning.LightningModule, *args: Any) -> None:
-        """Lightning clips after this hook."""
+        """Record the norm; Lightning clips after this hook."""
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
 
 @pytest.mark.parametrize("clip", ["0", "0.1"])
-def test_run_logs_what_is_watched(clip: str) -> None:
+def test_run_logs_speeds_waits_and_norms(clip: str) -> None:
     seen = Norms()
     train(tiny_run("trainer.max_steps=10", f"optim.grad_clip={clip}"), extra_callbacks=[seen])
     run = Path("runs/demo")

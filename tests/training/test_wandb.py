@@ -1,6 +1,7 @@
-"""Weights & Biases: one run there for one folder here, without the package or its service one clear line.
+"""Weights & Biases logging: one W&B run per run folder, and one error line without the package or its
+service.
 
-A stand-in takes the place of the package, which is an optional extra.
+A fake module replaces the package, which is an optional extra.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tnnlm.training.run import train
 
 
 class Run:
-    """A run of the service."""
+    """Fake run of the service."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -31,29 +32,29 @@ class Run:
         self.id = options["id"]
 
     def update(self, settings: dict[str, Any], allow_val_change: bool) -> None:
-        """Of its configuration."""
+        """Record the configuration."""
         self.settings = settings
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row."""
+        """Record a row of metrics."""
         assert not self.finished
         self.rows.append(row)
 
     def define_metric(self, *args: Any, **kwargs: Any) -> None:
-        """An axis."""
+        """Accept the definition of an axis."""
 
     def finish(self) -> None:
-        """End."""
+        """Mark the run as finished."""
         self.finished = True
 
     def project_name(self) -> str:
-        """As the real one."""
+        """Return the project, as the real class does."""
         return str(self.options["project"])
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Put a stand-in of the package in its place; returns the runs that it starts."""
+    """Replace the package by a fake module, and return the list of runs that it starts."""
     started: list[Run] = []
     names = ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")
     modules: dict[str, Any] = {name: ModuleType(name) for name in names}

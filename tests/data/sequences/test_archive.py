@@ -1,4 +1,4 @@
-"""The Arena's tasks from files in their published layout, and what is said of files that are not right."""
+"""Long Range Arena tasks from files in their published layout, and error messages for damaged files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LISTOPS = ["task=classify", "data.source=listops", "model.n_classes=10"]
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    """All tasks in one folder."""
+    """Write all tasks into one folder and return it."""
     for write in WRITERS.values():
         write(tmp_path / "lra")
     return tmp_path / "lra"
@@ -60,7 +60,7 @@ def test_listops_loses_its_parentheses_alone(release: Path) -> None:
             assert evaluate(np.frombuffer(row.parts[0], dtype=np.uint8)) == row.label
 
 
-def test_retrieval_reads_both_texts_as_they_are(release: Path) -> None:
+def test_retrieval_reads_both_documents_unchanged(release: Path) -> None:
     first = read("retrieval", release)["val"][1]
     assert first.label == 1
     assert first.parts == (b"b'First eval 1'", b"b'\"Second\" caf\xc3\xa9 1'")
@@ -99,12 +99,12 @@ def test_pathfinder_is_split_and_labelled_by_its_metadata(release: Path) -> None
     ]
 
 
-def test_pictures_without_content_are_left_out(release: Path) -> None:
+def test_empty_images_are_skipped(release: Path) -> None:
     (release / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png").write_bytes(b"")
     assert sum(map(len, read("pathfinder", release).values())) == 19
 
 
-def test_release_in_its_own_folders(release: Path, tmp_path: Path) -> None:
+def test_release_in_nested_folders(release: Path, tmp_path: Path) -> None:
     outer = tmp_path / "outer/lra_release"
     outer.mkdir(parents=True)
     release.rename(outer / "lra_release")
@@ -112,7 +112,7 @@ def test_release_in_its_own_folders(release: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", SEQUENCE_TASKS)
-def test_a_missing_file_is_named(task: str, release: Path) -> None:
+def test_a_missing_file_is_reported(task: str, release: Path) -> None:
     from tnnlm.data.sequences.lra import needed
 
     last = needed(task, release)[-1]
@@ -271,7 +271,7 @@ def test_changed_files_are_read_again(release: Path) -> None:
     assert (before.rows["val"], after.rows["val"]) == (12, 1)
 
 
-def test_settings_that_don_t_fit(release: Path) -> None:
+def test_settings_that_do_not_fit_are_refused(release: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.source=lra: needs a folder; set data\.lra\.folder"):
         prepare_sequences(load_config(None, [*LISTOPS, "data.source=lra"]))
     with pytest.raises(ConfigError, match="images of image need 1024"):
@@ -296,8 +296,9 @@ def test_settings_that_don_t_fit(release: Path) -> None:
         load_config(None, ["model.vocab_size=256"])
 
 
-def test_batches_as_python_2_wrote_them_are_read(tmp_path: Path) -> None:
-    # What cs.toronto.edu publishes: strings of bytes, and arrays by numpy's old module name.
+def test_batches_pickled_by_python_2_are_read(tmp_path: Path) -> None:
+    # This is the format that cs.toronto.edu publishes: byte strings, and arrays under the old module name of
+    # NumPy.
     kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
     empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
     content = bytes(range(256)) * 12

@@ -1,4 +1,4 @@
-"""Generated rows on disk: disjoint splits, deterministic, padded and whole."""
+"""Generated rows on disk: disjoint splits, deterministic, padded and complete."""
 
 from __future__ import annotations
 

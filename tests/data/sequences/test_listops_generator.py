@@ -1,4 +1,4 @@
-"""ListOps: values, lengths and labels of what is generated, against evaluations of other kinds."""
+"""Generated ListOps expressions: values, lengths and labels against independent evaluations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def some(config: ListOpsConfig = SHORT, rows: int = 400, seed: int = 0) -> list[
 
 
 def by_python(text: str) -> int:
-    """The value by Python's own parser and statistics, from the text."""
+    """Return the value of an expression, evaluated by the parser of Python."""
     names = {"[MIN": "smallest(", "[MAX": "largest(", "[MED": "median(", "[SM": "modulo(", "]": "),"}
     code = "".join(names.get(word, f"{word},") for word in text.split()).rstrip(",")
     functions: dict[str, Any] = {
@@ -53,12 +53,12 @@ def test_evaluate(text: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1 2", "[MIN 1 2", "[MIN ]", "1 ]", "[MIN 1 2 ] 3", "]"])
-def test_evaluate_refuses_what_is_no_expression(text: str) -> None:
+def test_evaluate_refuses_invalid_expressions(text: str) -> None:
     with pytest.raises(ValueError, match=r"expression|operator"):
         evaluate(encode(text))
 
 
-def test_encode_names_a_foreign_word() -> None:
+def test_encode_reports_an_unknown_word() -> None:
     with pytest.raises(DataError, match=r"'\[AVG' is not a ListOps symbol"):
         encode("[AVG 1 2 ]")
 
@@ -89,7 +89,7 @@ def test_lengths_depth_and_arguments_are_within_bounds() -> None:
         assert deepest <= 4
 
 
-def test_long_expressions_are_the_arenas() -> None:
+def test_long_expressions_match_the_arena() -> None:
     for symbols, value in some(ListOpsConfig(), rows=20):
         assert 500 < len(symbols) < 2000
         assert evaluate(symbols) == value
@@ -107,13 +107,13 @@ def test_expressions_are_distinct() -> None:
 
 
 def test_too_many_rows_are_refused() -> None:
-    # [OP a b ] is 400 expressions.
+    # Only 400 different expressions [OP a b ] exist.
     with pytest.raises(DataError, match="400 different expressions of 4 to 4 symbols"):
         some(ListOpsConfig(min_length=4, max_length=4, max_depth=2), rows=401)
 
 
 def recursive(rng: random.Random, depth: int, config: ListOpsConfig) -> list[str]:
-    """A tree drawn node after node, as the Arena describes it."""
+    """Sample an expression recursively, as the Arena describes it."""
     if depth == config.max_depth or rng.random() > 0.25:
         return [str(rng.randrange(10))]
     parts = [rng.choice(SYMBOLS[MIN:END])]
@@ -122,24 +122,24 @@ def recursive(rng: random.Random, depth: int, config: ListOpsConfig) -> list[str
     return [*parts, "]"]
 
 
-def test_distribution_is_that_of_trees_drawn_one_by_one() -> None:
+def test_distribution_matches_recursive_sampling() -> None:
     rng = random.Random(0)
-    drawn: list[list[str]] = []
-    while len(drawn) < 3000:
+    sampled: list[list[str]] = []
+    while len(sampled) < 3000:
         words = recursive(rng, 1, SHORT)
         if SHORT.min_length <= len(words) <= SHORT.max_length:
-            drawn.append(words)
+            sampled.append(words)
     ours = some(rows=3000)
-    lengths = [[len(words) for words in drawn], [len(one.symbols) for one in ours]]
-    # Six standard errors of a difference of means, here and below.
+    lengths = [[len(words) for words in sampled], [len(one.symbols) for one in ours]]
+    # The limits are six standard errors of a difference of means, here and below.
     assert abs(np.mean(lengths[0]) - np.mean(lengths[1])) < 6 * np.std(lengths[0]) * (2 / 3000) ** 0.5
     shares = [
-        Counter(word for words in drawn for word in words),
+        Counter(word for words in sampled for word in words),
         Counter(SYMBOLS[number] for one in ours for number in one.symbols.tolist()),
     ]
     for symbol in SYMBOLS:
         a, b = (share[symbol] / share.total() for share in shares)
         assert a == pytest.approx(b, rel=0.1)
-    labels = [Counter(by_python(" ".join(words)) for words in drawn), Counter(one.value for one in ours)]
+    labels = [Counter(by_python(" ".join(words)) for words in sampled), Counter(one.value for one in ours)]
     for value in range(10):
         assert abs(labels[0][value] - labels[1][value]) < 6 * (2 * 300) ** 0.5

@@ -1,4 +1,4 @@
-"""The Arena's configurations fit their tasks and can be planned."""
+"""The configurations of the Long Range Arena fit their tasks and pass a dry run."""
 
 from __future__ import annotations
 

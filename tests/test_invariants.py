@@ -1,4 +1,4 @@
-"""Laws 2 to 4, 6 and 8 for every kernel family and every recurrent form, on whole models."""
+"""Invariants 2 to 4, 6 and 8 of CONTRIBUTING.md on whole models, for every kernel and recurrent form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXACT = {
     "sgconv": ("etsc", "window"),
     "rtf": ("etsc", "window", "companion"),
 }
-"""methods that leave rounding only, on LENGTH lags"""
+"""Methods by family that are exact up to rounding on LENGTH lags."""
 REDUCED = ("balanced", "auto", "gradient")
 every_exact = pytest.mark.parametrize(
     ("family", "method"), [(family, method) for family, exact in EXACT.items() for method in exact]
@@ -35,7 +35,7 @@ every_form = pytest.mark.parametrize(
 
 
 def trained(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
-    """A tiny model, its kernels a few random steps away from where they start."""
+    """Return a tiny model whose kernels differ from their initialisation."""
     model = CausalLM(tiny_config(kernel=FAMILIES[family]()))
     with torch.no_grad():
         for kernel in kernels(model):
@@ -46,7 +46,7 @@ def trained(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
 
 def converted_by(model: CausalLM, method: str, horizon: int | str = LENGTH) -> CausalLM:
     if method in REDUCED:
-        horizon = "auto"  # what must die out has to be seen to do so
+        horizon = "auto"  # a reduced recurrence is exact only if the taps decay within the horizon
     options: dict[str, Any] = {"order": 6, "gradient_steps": 3} if method == "gradient" else {}
     if method == "balanced":
         options = {"poles": "channel", "tolerance": 0.05}
@@ -89,7 +89,7 @@ def test_step_prefill_and_forward_agree(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["fd_tno", "sgconv", "rtf"])
-def test_forms_of_a_finite_or_rational_kernel_are_right_at_8_times_the_training_length(family: str) -> None:
+def test_forms_of_a_finite_or_rational_kernel_agree_at_8_times_the_training_length(family: str) -> None:
     model = trained(family)
     method = {"fd_tno": "window", "sgconv": "window", "rtf": "companion"}[family]
     converted = converted_by(model, method, model_horizon(model))
@@ -99,7 +99,7 @@ def test_forms_of_a_finite_or_rational_kernel_are_right_at_8_times_the_training_
 
 @every_form
 @pytest.mark.parametrize("chunk", [1, 2, 7, LENGTH])
-def test_prefill_in_any_split_goes_on_from_a_warm_state(family: str, method: str, chunk: int) -> None:
+def test_prefill_in_any_split_continues_from_a_nonzero_state(family: str, method: str, chunk: int) -> None:
     converted = converted_by(trained(family), method)
     tokens = torch.randint(300, (2, 2 * LENGTH))
     expected, last = run_steps(converted, tokens, converted.init_state(2))
@@ -137,7 +137,7 @@ def test_inactive_rows_keep_their_state(family: str, method: str) -> None:
         assert any(not torch.equal(a[1], b[1]) for a, b in zip(old, new, strict=True))
 
 
-# A finite, rough kernel of 32 lags has no small recurrence: poles for the last digits cancel in float32.
+# A finite, rough kernel of 32 lags has no small recurrence: at small tolerances, poles cancel in float32.
 @pytest.mark.parametrize(
     ("family", "tolerance"),
     [
