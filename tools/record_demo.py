@@ -119,7 +119,9 @@ def command(*words: str) -> str:
     Raises:
         UserError: If it fails.
     """
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, encoding="utf-8"
+    )
     if done.returncode:
         raise UserError(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout

@@ -139,4 +139,4 @@ def test_a_line_of_a_batch_log_is_one_line(capsys: pytest.CaptureFixture[str]) -
     assert len(lines) == 2
     assert all(len(line) < 120 for line in lines)
     assert "grad_norm" in lines[0]
-    assert "lags" in lines[1]
+    assert "effective length" in lines[1]
