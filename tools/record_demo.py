@@ -130,7 +130,7 @@ def command(*words: str) -> str:
 def git(*words: str) -> str:
     """Return what git prints."""
     return subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
     ).stdout.strip()
 
 

@@ -168,7 +168,7 @@ def test_a_given_tokenizer_gets_the_mask_token() -> None:
     given = train_bpe(["some text"] * 3, 280, "<|endoftext|>", 3, False)
     Path("given.json").write_text(given.to_json())
     words = ("data.tokenizer=given.json", "trainer.max_steps=1")
-    with pytest.raises(UserError, match=f"has {given.size + 1} tokens, the model {given.size}"):
+    with pytest.raises(UserError, match=f"has {given.size + 1} tokens, the model only {given.size}"):
         train(masked_run(*words, f"model.vocab_size={given.size}"))
     train(masked_run(*words))
     read = load_encoder(Path("runs/demo/checkpoints/best.ckpt"))
