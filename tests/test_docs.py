@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.commands import check_arguments, commands_of, script_call, script_module
+from tests.support.commands import (
+    check_arguments,
+    commands_of,
+    examples_of,
+    help_of,
+    script_call,
+    script_module,
+)
 from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
@@ -189,6 +196,14 @@ def test_commands_of_a_page_run(page: str, folder: Path, capsys: pytest.CaptureF
             exec(compile(block.text, page, "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.parametrize("name", ["train.py", "convert.py", "generate.py"])
+def test_examples_of_help_run(name: str, folder: Path) -> None:
+    write_text(Path("story.txt"))
+    for line in examples_of(help_of(name)):
+        if "--compile" not in line:  # takes half a minute; tests/inference/test_engine.py compiles
+            assert run_line(line) == 0, line
+
+
 def run_line(line: str) -> int:
     """Run a shell line: a script of this repository, possibly after a pipe, or an allowed command."""
     before, _, after = line.partition(" | ")
@@ -343,6 +358,28 @@ def test_messages_that_troubleshooting_quotes_are_ours() -> None:
         pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)
         missing += [message] if not any(pattern.search(text) for text in messages()) else []
     assert not missing
+
+
+TERMS = {
+    "taps": r"\btaps\b",
+    "horizon": r"\bhorizon\b",
+    "etsc": r"\bETSC\b",
+    "balanced-reduction": r"\b[Bb]alanced reduction\b",
+    "certificate": r"\bcertificates?\b",
+    "hankel-ratio": r"\bHankel ratio\b",
+    "parallel-and-recurrent-form": r"\b(parallel|recurrent) form\b",
+}
+"""Terms that are linked to the glossary at their first use, by anchor."""
+WITHOUT_LINKS = {"README.md", "docs/README.md", "docs/glossary.md", "docs/troubleshooting.md"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if name_of(p) not in WITHOUT_LINKS], ids=name_of)
+def test_terms_are_linked_to_the_glossary(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$|^<!-- begin.*?^<!-- end -->$", "", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"`[^`\n]*`|^#.*$", "", prose, flags=re.MULTILINE)
+    for anchor, pattern in TERMS.items():
+        assert f"glossary.md#{anchor})" in text or not re.search(pattern, prose), anchor
 
 
 def test_readme_is_a_first_page() -> None:

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import pytest
 
-from tests.support.commands import check_arguments, commands_of, script_call, script_module
+from tests.support.commands import check_arguments, examples_of, help_of, script_call, script_module
 from tests.support.scripts import ROOT
 from tnnlm.cli import COMMANDS
 
@@ -23,27 +23,10 @@ SCRIPTS = [
 ]
 
 
-def help_of(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what a script prints with ``--help``."""
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit) as stop:
-        script_module(name).parse()
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-def examples_of(text: str) -> list[str]:
-    """Return the commands in the section ``Examples:`` of a help text, up to its first empty line."""
-    lines = text.partition("\nExamples:\n")[2].splitlines()
-    return commands_of("\n".join(takewhile(str.strip, lines)))
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_examples_of_help_are_accepted(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_examples_of_help_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    examples = examples_of(help_of(name, monkeypatch, capsys))
+    examples = examples_of(help_of(name))
     assert examples, f"{name} --help shows no examples"
     for line in examples:
         words = shlex.split(line, comments=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import shlex
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +39,22 @@ def script_module(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look up the module there
     spec.loader.exec_module(module)
     return module
+
+
+def help_of(name: str) -> str:
+    """Return what a script prints with ``--help``."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            script_module(name).parse()
+    assert stop.value.code == 0
+    return printed.getvalue()
+
+
+def examples_of(text: str) -> list[str]:
+    """Return the commands in the section ``Examples:`` of a help text, up to its first empty line."""
+    lines = text.partition("\nExamples:\n")[2].splitlines()
+    return commands_of("\n".join(takewhile(str.strip, lines)))
 
 
 def script_call(words: list[str]) -> tuple[str, list[str]] | None:
