@@ -257,3 +257,6 @@ def test_health_and_metrics(server: Running, client: openai.OpenAI) -> None:
     text = httpx2.get(f"{server.url}/metrics").text
     for name in ("new_tokens_total", "step_seconds_bucket", "texts_running", "cache_bytes"):
         assert f"tnnlm_{name}" in text
+    counts = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tnnlm_first_token"))
+    assert float(counts["tnnlm_first_token_seconds_count"]) >= 1
+    assert float(counts["tnnlm_first_token_seconds_sum"]) > 0

@@ -206,6 +206,7 @@ class Scheduler:
                 self._emit(SequenceOutput(sequence, position=sequence.position, finish="length"))
                 continue
             (token,) = sample_batch(logits, [sequence.sampler])
+            self.metrics.first_token.observe(time.monotonic() - sequence.arrived)
             if self._take(sequence, token, logits, []):
                 going.append((sequence, state.model_state))
         return going

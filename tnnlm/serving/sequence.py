@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -109,6 +110,8 @@ class GeneratedSequence:
     """Number of prompt tokens found in the prefix cache."""
     cancelled: bool = False
     """Whether the sequence is to be removed in the next iteration."""
+    arrived: float = field(default_factory=time.monotonic)
+    """Time at which the request arrived, in seconds of the monotonic clock."""
 
 
 @dataclass(eq=False)
