@@ -10,6 +10,7 @@ import pytest
 
 from documentation.records import PROVENANCE, RECORDS, figure, shown
 from documentation.regions import BLOCK, FIGURE, absolute_links, pages, render, without_regions
+from record_demo import SAMPLE_LINES, texts_of
 from tests.support.scripts import ROOT
 from tnnlm.errors import UserError
 
@@ -93,6 +94,18 @@ def test_figures_are_formatted() -> None:
 def test_region_without_a_record_is_reported(text: str) -> None:
     with pytest.raises(UserError, match="<!--"):
         render(text)
+
+
+def test_output_of_the_demo_is_taken_from_its_log() -> None:
+    steps = [f"step {step}/4  loss 5.0" for step in range(1, 5)]
+    log = "\n".join(["pip", ".venv/bin/python train.py", "runs/demo: 4 parameters", *steps, "table"])
+    log += "\n.venv/bin/python convert.py --verify\nlayers\nok\n.venv/bin/python generate.py --prompt x\n"
+    texts = texts_of(log + "word\n" * 99)
+    assert texts["train"].splitlines() == ["runs/demo: 4 parameters", steps[0], "...", *steps[2:]]
+    assert texts["convert"] == "layers\nok\n"
+    assert texts["generate"].split() == ["word"] * SAMPLE_LINES
+    with pytest.raises(UserError, match="complete make demo"):
+        texts_of(".venv/bin/python train.py\nstep 1/4\n")
 
 
 def test_links_of_the_readme_can_be_absolute() -> None:

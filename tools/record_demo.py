@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Record what the demo measured and printed, for README and docs: docs/records/demo.json and three figures.
 
-The run is converted again with --verify and generated from, so that everything comes from one machine. The
-log is what ``make demo`` printed; ``tools/render_docs.py`` renders the pages afterwards.
+The log is what ``make demo`` printed; ``tools/render_docs.py`` renders the pages afterwards.
 
 Examples:
   python tools/record_demo.py runs/demo --log demo.log --machine "two cores of an AMD EPYC"
@@ -30,6 +29,8 @@ from tnnlm.machine.capabilities import cpu_level, processor
 from tnnlm.models.surgery import kernels
 
 PROMPT = "def "
+SAMPLE_LINES = 16
+"""Lines of the generated sample that are recorded."""
 
 
 def parse() -> argparse.Namespace:
@@ -51,15 +52,7 @@ def main() -> int:
     summary = args.run / "summary.json"
     if not summary.is_file() or not args.log.is_file():
         raise UserError(f"{args.run}, {args.log}: no complete run and its log", "run make demo first")
-    lines = [
-        line for line in args.log.read_text(encoding="utf-8").splitlines() if re.match(r"runs/|step ", line)
-    ]
-    texts = {
-        "train": "\n".join([lines[0], lines[1], "...", lines[-2], lines[-1]]),
-        "convert": command("convert.py", str(args.run), "--force", "--verify"),
-        "generate": command("generate.py", "--model", str(args.run), "--prompt", PROMPT, "--seed", "1",
-                            "--max-new-tokens", "60"),
-    }  # fmt: skip
+    texts = texts_of(args.log.read_text(encoding="utf-8"))
     measured = json.loads(command("generate.py", "--model", str(args.run), "--prompt", PROMPT, "--json"))
     trained = load_trained(args.run)
     layers = kernels(trained.model)
@@ -81,6 +74,24 @@ def main() -> int:
     }
     write_text(RECORDS / "demo.json", json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def texts_of(log: str) -> dict[str, str]:
+    """Return what each command of ``make demo`` printed; long output is shortened.
+
+    Raises:
+        UserError: If a command is missing from the log.
+    """
+    parts = re.split(r"^\S*python (train|convert|generate)\.py.*\n", log, flags=re.MULTILINE)
+    printed = dict(zip(parts[1::2], parts[2::2], strict=True))
+    if printed.keys() != {"train", "convert", "generate"}:
+        raise UserError("--log: is not the output of a complete make demo", "run make demo again")
+    lines = [line for line in printed["train"].splitlines() if line.startswith(("runs/", "step "))]
+    return {
+        "train": "\n".join([lines[0], lines[1], "...", lines[-2], lines[-1]]),
+        "convert": printed["convert"],
+        "generate": "\n".join(printed["generate"].splitlines()[:SAMPLE_LINES]),
+    }
 
 
 def values_of(summary: dict[str, Any], report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
