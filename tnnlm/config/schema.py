@@ -224,8 +224,8 @@ class ConversionConfig:
     method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
     """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,
     exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
-    recurrence of an rtf kernel), auto (per layer, whichever of these has the smallest state within the
-    tolerance) or gradient (fitted with Adam, a slow baseline)."""
+    recurrence that a kernel such as rtf defines), auto (per layer, whichever of these has the smallest state
+    within the tolerance) or gradient (fitted with Adam, a slow baseline)."""
     horizon: Union[int, str] = number("auto", low=1, high=1 << 20, word="auto")  # noqa: UP007
     """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
     kernel is below float32 rounding, or the training length if it does not decay."""
