@@ -129,7 +129,7 @@ def test_training_length_is_required_where_a_kernel_never_decays() -> None:
     [
         (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential contains no LongConv"),
         (lambda: long_conv(), "a LongConv alone"),
-        (lambda: convert_model(Stack(), horizon=LENGTH), "converted already"),
+        (lambda: convert_model(Stack(), horizon=LENGTH), "already converted"),
     ],
 )
 def test_modules_that_cannot_be_converted_are_refused_in_one_line(
