@@ -43,6 +43,33 @@ def arguments() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Continue from a saved state; --prompt is optional then.",
     )
+    _add_sampling(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
+    add(
+        "--save-state",
+        type=Path,
+        metavar="FILE",
+        help="Save the state after the last token for --load-state.",
+    )
+    add = parser.add_argument_group("model and machine").add_argument
+    add(
+        "--model",
+        metavar="DIR|RUN|CKPT",
+        help="Converted model, run or checkpoint. (default: the newest converted model under runs/)",
+    )
+    add_device(add)
+    add(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
+        "(default: auto)",
+    )
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     add(
         "--max-new-tokens",
@@ -76,29 +103,6 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--num-samples", type=int, default=1, metavar="N", help="Completions of the same prompt. (default: 1)"
     )
-    add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
-    add(
-        "--save-state",
-        type=Path,
-        metavar="FILE",
-        help="Save the state after the last token for --load-state.",
-    )
-    add = parser.add_argument_group("model and machine").add_argument
-    add(
-        "--model",
-        metavar="DIR|RUN|CKPT",
-        help="Converted model, run or checkpoint. (default: the newest converted model under runs/)",
-    )
-    add_device(add)
-    add(
-        "--engine",
-        default="auto",
-        metavar="NAME",
-        help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
-        "(default: auto)",
-    )
-    return parser
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

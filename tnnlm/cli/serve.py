@@ -69,6 +69,11 @@ def arguments() -> argparse.ArgumentParser:
         metavar="URL",
         help="Origin whose web pages may call the API (CORS); can be repeated. (default: none)",
     )
+    _add_limits(parser)
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
     add("--max-batch", type=int, default=256, metavar="N", help="Maximum sequences per batch. (default: 256)")
     add(
@@ -113,7 +118,6 @@ def arguments() -> argparse.ArgumentParser:
         metavar="S",
         help=f"Seconds for running requests to finish after SIGTERM or Ctrl-C. (default: {GRACE})",
     )
-    return parser
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
