@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from documentation.records import PROVENANCE, RECORDS, figure, shown
+from documentation.records import PROVENANCE, RECORDS, figure
 from documentation.regions import BLOCK, FIGURE, absolute_links, pages, render, without_regions
 from record_demo import SAMPLE_LINES, texts_of
 from tests.support.scripts import ROOT
@@ -69,10 +69,8 @@ def test_every_record_is_shown() -> None:
 
 
 def test_figures_are_formatted() -> None:
-    assert shown(4_504_576, ",") == "4,504,576"
-    assert shown(4_504_576, ".1fM") == "4.5M"
-    assert shown(0.0026, ".1fms") == "2.6 ms"
-    assert shown(0.1234, ".1%") == "12.3%"
+    assert figure("demo/params : ,.0f") == "4,504,576"
+    assert figure("demo/orders") == "20, 17, 3, 3"
     ratio = figure("decode/tnnlm-balanced-compiled/float32/8192 over decode/llama.cpp-F32/float32/8192 : .2f")
     ours, theirs = (
         float(figure(f"decode/{name}/float32/8192")) for name in ("tnnlm-balanced-compiled", "llama.cpp-F32")

@@ -8,7 +8,6 @@ by name), ``tables`` (lists of rows, which are dictionaries of cells), ``texts``
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -43,32 +42,18 @@ def figure(expression: str) -> str:
     """Return a figure as a page shows it.
 
     Args:
-        expression: ``PATH``, ``PATH over PATH`` (a ratio) or ``PATH below PATH`` (the relative reduction),
-            and optionally `` : FORMAT``, a format specification of Python with an optional suffix: ``M``
-            (millions), ``kB``, ``MB`` or ``ms`` (milliseconds from seconds).
+        expression: ``PATH`` or ``PATH over PATH`` (a ratio), and optionally `` : FORMAT``, a format
+            specification of Python.
 
     Raises:
         KeyError: If a path leads nowhere.
     """
     paths, _, spec = expression.strip().partition(" : ")
-    if " over " in paths:
-        above, below = (_number(path) for path in paths.split(" over "))
-        value = above / below
-    elif " below " in paths:
-        lower, higher = (_number(path) for path in paths.split(" below "))
-        value = 1 - lower / higher
-    else:
-        value = value_at(paths.strip())
-    return shown(value, spec.strip())
-
-
-def shown(value: Any, spec: str) -> str:
-    """Return a value in the format that :func:`figure` describes."""
-    factor, unit = {"M": (1e-6, "M"), "kB": (1e-3, " kB"), "MB": (1e-6, " MB"), "ms": (1e3, " ms")}.get(
-        found[0] if (found := re.search(r"(M|kB|MB|ms)$", spec)) else "", (1, "")
-    )
-    plain = spec.removesuffix(unit.strip()) if unit else spec
-    return f"{value * factor:{plain}}{unit}" if unit else f"{value:{plain}}"
+    above, _, below = paths.partition(" over ")
+    value = value_at(above.strip())
+    if below:
+        value = float(value) / float(value_at(below.strip()))
+    return f"{value:{spec.strip()}}"
 
 
 def value_at(path: str) -> Any:
@@ -89,10 +74,6 @@ def value_at(path: str) -> Any:
     for key in keys:
         value = value[key]
     return value
-
-
-def _number(path: str) -> float:
-    return float(value_at(path.strip()))
 
 
 def _benchmark_value(result: dict[str, Any], keys: list[str]) -> float:
