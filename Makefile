@@ -34,7 +34,6 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tnnlm tools *.py
 	$(BIN)/python tools/lint_prose.py
-	$(BIN)/python tools/render_docs.py --check
 
 .venv/installed: pyproject.toml constraints.txt
 	[ -e $(BIN)/pip ] || $(USED) -m venv .venv
