@@ -77,7 +77,11 @@ def module_of(config: Config, rank: int = 0, world_size: int = 1, global_step: i
     """Return a data module set up as one rank of several; it reads nothing else of the Trainer."""
     module = TextDataModule(config)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world_size, global_step=global_step
+        global_rank=rank,
+        world_size=world_size,
+        global_step=global_step,
+        max_steps=config.trainer.max_steps,
+        accumulate_grad_batches=config.trainer.accumulate,
     )
     module.prepare_data()
     module.setup()
@@ -105,7 +109,7 @@ def test_train_batches_of_a_resumed_run_are_those_of_an_unbroken_one() -> None:
     stopped = module_of(config, global_step=2)
     resumed = module_of(config, global_step=2)
     resumed.load_state_dict(stopped.state_dict())
-    for expected, batch in zip(unbroken[2:], resumed.train_dataloader(), strict=False):
+    for expected, batch in zip(unbroken[2:], resumed.train_dataloader(), strict=True):
         assert torch.equal(batch, expected)
 
 

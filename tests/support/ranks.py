@@ -20,17 +20,24 @@ import torch.utils.tensorboard
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tests.support.training_runs import SETTINGS
+from tests.support.training_runs import SETTINGS, row_marks
 from tnnlm.config.loader import load_config
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
 
 class Watch(Callback):
-    """Callback that records on every rank whether gradients were reduced, and the final metrics."""
+    """Callback that records on every rank whether gradients were reduced, all rows, and the final metrics."""
 
     def __init__(self) -> None:
         self.gradients: list[float | None] = []
+        self.rows: list[list[int]] = []
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Record a fingerprint of each row."""
+        self.rows.append(row_marks(batch))
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the absolute gradient sum of this rank; None while a sharded gradient is not yet reduced."""
@@ -40,7 +47,12 @@ class Watch(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write rank<N>.pt into the working folder."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        held = {"metrics": metrics, "gradients": self.gradients, "world_size": trainer.world_size}
+        held = {
+            "metrics": metrics,
+            "gradients": self.gradients,
+            "world_size": trainer.world_size,
+            "rows": self.rows,
+        }
         torch.save(held, f"rank{trainer.global_rank}.pt")
 
 

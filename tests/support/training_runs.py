@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,3 +64,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert rows[0] == rows[1]
     if (a / "samples.txt").exists():
         assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def row_marks(batch: Any) -> list[int]:
+    """Return a fingerprint of each row of a training batch, of any task."""
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    flat = torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+    return [hash(tuple(row)) for row in flat.tolist()]

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -193,12 +193,17 @@ class StopAt(lightning.Callback):
 
 
 def test_accumulated_batches_make_one_step() -> None:
-    run = trainer(max_steps=3, accumulate_grad_batches=2)
-    model = LitModel(settings())
-    run.fit(model, LOADERS["iterable"]())
+    batches: list[int] = []
+
+    class Count(Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            batches.append(len(module._losses))
+            torch.testing.assert_close(module.step_loss(), torch.stack(module._losses).mean())
+
+    run = trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[Count()])
+    run.fit(LitModel(settings()), LOADERS["iterable"]())
     assert run.global_step == 3
-    torch.testing.assert_close(model.step_loss(), torch.stack(model._losses).mean())
-    assert len(model._losses) == 2
+    assert batches == [2, 2, 2]
 
 
 @pytest.mark.parametrize("attached", [False, True])

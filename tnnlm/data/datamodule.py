@@ -45,17 +45,20 @@ class TextDataModule(lightning.LightningDataModule):
             self.opened = load_task_data(self.config)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of all remaining training batches.
+        """Return the loader of the training batches from the current optimizer step to the last one.
 
-        The whole training is one Lightning epoch, so a run never resumes across an epoch boundary.
+        The whole training is one Lightning epoch. Under a Trainer with several epochs, each continues in the
+        global order where the one before ended.
         """
         trainer = self._trainer()
+        last = trainer.max_steps if trainer.max_steps > 0 else self.config.trainer.max_steps
+        left = max(0, last - trainer.global_step)
         sampler = GlobalOrderSampler(
             len(self.opened.train),
             batch_size=self.config.data.batch_size,
-            n_batches=self.config.trainer.max_steps * self.config.trainer.accumulate,
+            n_batches=left * trainer.accumulate_grad_batches,
             seed=self.config.seed,
-            start=self.samples_seen,
+            start=lambda: self.samples_at(trainer.global_step),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             resampled=self.opened.resampled,
@@ -84,8 +87,8 @@ class TextDataModule(lightning.LightningDataModule):
 
     def samples_at(self, global_step: int) -> int:
         """Return the number of samples consumed by all ranks up to optimizer step ``global_step``."""
-        config = self.config
-        per_step = config.data.batch_size * config.trainer.accumulate * self._trainer().world_size
+        trainer = self._trainer()
+        per_step = self.config.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         return self.samples_seen + (global_step - self._step_at_load) * per_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +97,11 @@ class TextDataModule(lightning.LightningDataModule):
         return {"samples_seen": self.samples_at(step), "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a saved position; batch size and number of ranks may differ from the saved run."""
+        """Resume from a saved position; batch size, accumulation and number of ranks may differ.
+
+        The position is that of an optimizer step, also if the checkpoint was saved between two batches of a
+        step: their gradient isn't saved, so their rows are read again.
+        """
         self.samples_seen = state_dict["samples_seen"]
         self._step_at_load = state_dict["step"]
 

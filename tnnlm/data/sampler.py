@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     """Batch sampler whose order depends only on the seed and the number of samples seen.
 
     The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch). With W
-    ranks and batch size B, batch b of rank r is samples [(b W + r) B, (b W + r + 1) B) after ``start``. The
-    global order is therefore the same on any number of ranks, and a resumed run only sets a larger ``start``.
+    ranks and batch size B, batch b of rank r is samples [(b W + r) B, (b W + r + 1) B) after ``start``. An
+    optimizer step of A batches thus consumes the next A W B samples, in whatever way that product is split
+    into batches and ranks, and a resumed run only sets a larger ``start``.
     """
 
     n_rows: int
@@ -24,8 +25,8 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     batch_size: int
     n_batches: int
     seed: int
-    start: int = 0
-    """Number of samples already consumed by all ranks, where this sampler begins."""
+    start: int | Callable[[], int] = 0
+    """Number of samples already consumed by all ranks, or a function that returns it at each iteration."""
     rank: int = 0
     world_size: int = 1
     resampled: bool = False
@@ -36,7 +37,8 @@ class GlobalOrderSampler(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        first = self.start + self.rank * self.batch_size
+        start = self.start() if callable(self.start) else self.start
+        first = start + self.rank * self.batch_size
         for batch in range(self.n_batches):
             rows: list[Any] = []
             begin = first + batch * self.world_size * self.batch_size

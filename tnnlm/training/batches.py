@@ -21,6 +21,18 @@ def own_data(trainer: lightning.Trainer) -> TextDataModule | None:
     return data if isinstance(data, TextDataModule) else None
 
 
+def restart_epoch(trainer: lightning.Trainer) -> None:
+    """Make a resumed ``trainer`` count its batches from zero, at the optimizer step of the checkpoint.
+
+    The loader of ``TextDataModule`` contains only the rows that are left. Lightning would go on with the
+    number of batches of the stopped process, which ends optimizer steps at other batches if
+    ``trainer.accumulate`` has changed, and repeats rows if the loader is shorter than that number.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.restarting = False
+    loop._batches_that_stepped = trainer.global_step  # the step of values that callbacks log by self.log
+
+
 def checked_batch(batch: Any, config: Config, first: bool) -> Any:
     """Validate a batch and convert it to the input that the model of ``config.task`` expects.
 

@@ -21,7 +21,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
 from tnnlm.tokenizer import TextTokenizer
-from tnnlm.training.batches import checked_batch, own_data, schedule_steps, tokens_in
+from tnnlm.training.batches import checked_batch, own_data, restart_epoch, schedule_steps, tokens_in
 from tnnlm.training.estimate import tokens_per_update
 from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, renumber_optimizer_state, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
@@ -54,7 +54,11 @@ class LitModel(lightning.LightningModule):
         self.task = VALIDATION_TASKS[config.task](config)
         self.watch = Throughput(config)
         self._last_log = 0
+        self._step = 0
         self._losses: list[Tensor] = []
+        """Loss of each batch of the current optimizer step, on this rank."""
+        self._step_losses: list[Tensor] = []
+        """Mean loss of each optimizer step since the last log, on this rank."""
         self.skipped: Tensor | float = 0.0
         """Number of optimizer steps that :class:`SkipBadSteps` has skipped."""
         self._memory: dict[str, float] = {}
@@ -104,9 +108,11 @@ class LitModel(lightning.LightningModule):
         self.watch.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_start(self) -> None:
-        """Start the timers."""
-        self._last_log, self._tokens = self.global_step, 0
-        if own_data(self.trainer) is None and self.config.task == "causal":
+        """Start the timers, and with ``TextDataModule`` a new pass over the rest of the data."""
+        self._last_log, self._tokens, self._step = self.global_step, 0, self.global_step
+        if own_data(self.trainer) is not None:
+            restart_epoch(self.trainer)
+        elif self.config.task == "causal":
             rank_zero_info(
                 "val/bpb: not logged, because only tnnlm.TextDataModule provides the bytes per token"
             )
@@ -133,16 +139,20 @@ class LitModel(lightning.LightningModule):
 
     def step_loss(self) -> Tensor:
         """Return this rank's mean loss in the current step, which :class:`SkipBadSteps` checks."""
-        return torch.stack(self._losses[-self.trainer.accumulate_grad_batches :]).mean()
+        return torch.stack(self._losses).mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the losses since the last log and renumber optimizer states for all strategies.
 
-        If the module has a tokenizer, the checkpoint also gets the entry that ``tnnlm.load_trained`` needs.
+        The losses are means over all ranks, since every rank loads the same checkpoint. If the module has a
+        tokenizer, the checkpoint also gets the entry that ``tnnlm.load_trained`` needs.
         """
         if self.tokenizer is not None and ENTRY not in checkpoint:
             checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, None)
-        checkpoint["losses_since_log"] = [float(loss) for loss in self._losses]
+        checkpoint["losses_since_log"] = []
+        if self._step_losses:
+            losses = self.trainer.strategy.reduce(torch.stack(self._step_losses), reduce_op="mean")
+            checkpoint["losses_since_log"] = losses.tolist()
         if not is_sharded(self.model):  # otherwise Lightning has renumbered them
             states = checkpoint.get("optimizer_states", ())
             for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
@@ -151,31 +161,35 @@ class LitModel(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the losses since the last log."""
         losses = checkpoint.get("losses_since_log", [])
-        self._losses = [torch.tensor(loss, device=self.device) for loss in losses]
+        self._step_losses = [torch.tensor(loss, device=self.device) for loss in losses]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss since the last log, the learning rate, throughput, gradient norm and memory."""
-        if own_data(self.trainer) is None:
+        step, own = self.global_step, own_data(self.trainer) is not None
+        if not own:
             self._log_training()
+        if step == self._step:  # the next batch belongs to the same optimizer step
             return
-        step = self.global_step
-        if step == self._last_log or step % self.config.trainer.log_every_n_steps:
+        self._step = step
+        if own:
+            self._step_losses.append(self.step_loss())
+        self._losses = []
+        if not own or step % self.config.trainer.log_every_n_steps:
             return
         values = {
             # Ranks have batches of equal size, so the mean of their means is the mean of the global batch.
-            "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._losses).mean())),
+            "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._step_losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
             **self.watch.read(self.trainer, tokens_per_update(self.config, self.trainer.world_size)),
         }
         self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
-        self._losses = []
+        self._step_losses = []
         self._last_log = step
 
     def _log_training(self) -> None:
         """Log without ``TextDataModule``: the loss of every batch, the rest every ``log_every_n_steps``."""
         self.log("train/loss", self._losses[-1], prog_bar=True)
-        del self._losses[: -self.trainer.accumulate_grad_batches]
         step = self.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == self._last_log or not every or step % every:

@@ -84,7 +84,7 @@ class _Probe(LitModel):
         return optimizer
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Skip logging."""
+        """Keep the losses of all batches, and skip logging."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the losses when the finder restores the initial weights at its end."""
