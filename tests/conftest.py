@@ -19,6 +19,7 @@ import torch
 from tests.support.models import tiny_config
 from tests.support.scripts import SCRIPTS, Result
 from tests.support.simulated import MACHINES, forget_probes
+from tests.support.unchanged import files_under, watch_refusals
 from tnnlm.errors import run_script
 from tnnlm.models.causal_lm import CausalLM
 
@@ -31,6 +32,12 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture(autouse=True)
+def _refusals_change_no_run(_quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare all files of the runs before and after every start or resume that is refused."""
+    watch_refusals(monkeypatch)
 
 
 @pytest.fixture
@@ -46,11 +53,15 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def call(name: str, *words: str) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         capsys.readouterr()
+        before = files_under(Path("runs")) if name == "train" else {}
         try:
             code = run_script(SCRIPTS[name].main)
         except SystemExit as stop:  # argparse
             code = int(stop.code or 0)
-        return Result(code, *capsys.readouterr())
+        result = Result(code, *capsys.readouterr())
+        if name == "train" and code == 2 and "stopped" not in result.err:  # a refusal, not a failed training
+            assert files_under(Path("runs")) == before, result.err
+        return result
 
     return call
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tests.support.training_runs import assert_same_run, tiny_run
+from tests.support.unchanged import files_under
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import UserError
@@ -155,6 +158,88 @@ def test_resume_refuses_what_would_be_another_run() -> None:
         train(resumed_config(run, ["trainer.max_steps=8", "data.val_fraction=0.2"]), run)
     train(resumed_config(run, ["trainer.max_steps=6"]), run)
     assert load_checkpoint(run / "checkpoints/last.ckpt").step == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("model={d_model: 64}", "model.d_model=64"),
+        ("model={kernel: {decay: 0.5}}", "model.kernel.decay=0.5"),
+        ("model.kernel={name: rtf}", "model.kernel."),
+        ("trainer={ema_decay: 0.9}", "trainer.ema_decay=0.9"),
+        ("data={mask_fraction: 0.5}", "data.mask_fraction=0.5"),
+        ("seed=1", "seed=1"),
+    ],
+)
+def test_a_fixed_setting_is_refused_by_name_however_it_is_given(change: str, named: str) -> None:
+    train(tiny_run("trainer.max_steps=2"))
+    run = Path("runs/demo")
+    before = files_under(run)
+    with pytest.raises(UserError, match=f"{re.escape(named)}.*can't be changed on resume"):
+        resumed_config(run, [change])
+    assert files_under(run) == before
+
+
+def test_a_moved_run_resumes_under_its_old_and_its_new_name() -> None:
+    train(tiny_run("trainer.max_steps=2"))
+    run = Path("elsewhere/mine")
+    run.parent.mkdir()
+    Path("runs/demo").rename(run)
+    for words in ([], ["name=demo"], ["name=mine"], ["runs_dir=runs"], ["optim.lr=1e-4"]):
+        config = resumed_config(run, words)
+        assert (config.name, config.runs_dir) == ("mine", "elsewhere")
+    for word in ("name=other", "runs_dir=other"):
+        with pytest.raises(UserError, match="can't be changed on resume"):
+            resumed_config(run, [word])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.accelerator=cuda", "accelerator"),
+        ("trainer.max_steps=3", "trainer.max_steps=3: .* is at step 4 already; set it to 4 or more"),
+        ("trainer.wandb=x", "wandb"),
+        ("data.files=other.txt", ""),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_refused_resume_changes_no_file(change: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Path("other.txt").write_text("another text " * 3000)
+    train(tiny_run("trainer.max_steps=4", "checkpoint.every_n_steps=2"))
+    run = Path("runs/demo")
+    (run / "summary.json").unlink()  # as if killed at the end
+    for source in (Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")):
+        if change == "trainer.max_steps=3" and source.name != "last.ckpt":
+            continue
+        before = files_under(run)
+        with pytest.raises(UserError, match=message):
+            train(resumed_config(run, [change]), run, source=source)
+        assert files_under(run) == before
+
+
+def test_a_resume_that_fails_in_its_first_step_changes_nothing_that_it_resumes_from() -> None:
+    class OutOfMemory(Callback):
+        def on_before_backward(self, *args: Any) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    train(tiny_run("trainer.max_steps=9"))
+    run = Path("runs/demo")
+    before = files_under(run)
+    changes = ["trainer.max_steps=12", "data.batch_size=64"]
+    for source in ("last", "previous"):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(
+                resumed_config(run, changes),
+                run,
+                [OutOfMemory()],
+                source=Path(f"checkpoints/{source}.ckpt"),
+            )
+        after = {path: value for path, value in files_under(run).items() if "tensorboard" not in path}
+        assert after == {path: value for path, value in before.items() if "tensorboard" not in path}
+    train(resumed_config(run, ["trainer.max_steps=12"]), run)
+    assert load_config(run / "config.yaml").trainer.max_steps == 12
+    assert load_config(run / "config.yaml").data.batch_size == 4
 
 
 def test_resume_continues_time_and_tokens() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.training import read_checkpoint
+from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, command
@@ -36,17 +37,26 @@ _FIXED_ON_RESUME = (
 def resumed_config(run: Path, overrides: list[str]) -> Config:
     """Return the configuration of a run with overrides from the command line.
 
+    Settings are compared by their values, in whatever way the overrides give them.
+
     Raises:
         ConfigError: If an override changes a setting that is fixed for the lifetime of a run.
         CheckpointError: If the run was killed before it saved its configuration.
     """
-    for word in overrides:
-        if word.startswith(_FIXED_ON_RESUME):
-            raise ConfigError(f"{word}: can't be changed on resume", "start a new run")
-    if not (run / "config.yaml").is_file():
+    path = run / "config.yaml"
+    if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
-    config = load_config(run / "config.yaml", overrides)
-    config.name, config.runs_dir = run.name, str(run.parent)
+    recorded, config = load_config(path), load_config(path, overrides)
+    for found in (recorded, config):
+        # A run whose folder was moved or renamed may be given its new name and place, and its recorded ones.
+        if found.name == recorded.name:
+            found.name = run.name
+        if found.runs_dir == recorded.runs_dir:
+            found.runs_dir = str(run.parent)
+    old, new = ({key: value for key, value, _ in leaves(found)} for found in (recorded, config))
+    for key in new | old:
+        if key.startswith(_FIXED_ON_RESUME) and new.get(key) != old.get(key):
+            raise ConfigError(f"{key}={new.get(key)}: can't be changed on resume", "start a new run")
     return config
 
 
@@ -71,6 +81,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
     Raises:
         CheckpointError: If the checkpoint is missing or corrupt; the message suggests another one that is
             intact. Also if the run is complete.
+        ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
     if not began(run):
         settings = " --config " + str(run / "config.yaml") if (run / "config.yaml").is_file() else ""
@@ -84,6 +95,11 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
     if source == LAST and is_complete(config, run):
         raise CheckpointError(
             f"{run}: is complete at step {step}", f"to continue, set trainer.max_steps=N with N above {step}"
+        )
+    if config.trainer.max_steps < step:
+        raise ConfigError(
+            f"trainer.max_steps={config.trainer.max_steps}: {run} is at step {step} already",
+            f"set it to {step} or more",
         )
     return step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
+from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.estimate import estimate_run
@@ -60,7 +62,8 @@ def train(
         Content of summary.json; empty on ranks other than 0.
 
     Raises:
-        UserError: If the input is invalid. Nothing was written.
+        UserError: If the input is invalid. Nothing was written. A resumed run is not changed before its
+            first optimizer step has succeeded, so that one that runs out of memory can be resumed as before.
         TrainingStopped: If a signal stopped the training. The run was saved.
         TrainingDiverged: If the weights are not finite or too many steps were skipped. The last good
             checkpoint is kept.
@@ -74,7 +77,9 @@ def train(
     trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
     module, data = LitModel(config), TextDataModule(config)
     if trainer.global_rank == 0:
-        _begin(config, start)
+        _announce(config, start)
+        if start.step is None:
+            _record(config, start, job)
     _fit(trainer, module, data, start.checkpoint, last)
     return _summarise(trainer, module, data, last) if trainer.global_rank == 0 else {}
 
@@ -107,13 +112,9 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         return _Start(strategy, folder, None, step, None if step is None else folder / source)
     tokenizer = load_task_data(config).tokenizer
     folder = run or _new_folder(config)
-    if step is not None:
-        _check_tokenizer(folder, tokenizer)
-    if job is not None:
-        record_job(folder, job)
     if step is None:
         return _Start(strategy, folder, tokenizer, None, None)
-    begin_at(folder, source, step)
+    _check_tokenizer(folder, tokenizer)
     return _Start(strategy, folder, tokenizer, step, folder / source)
 
 
@@ -122,19 +123,18 @@ def _build(
 ) -> lightning.Trainer:
     """Build the trainer; if that fails, delete the folder of a new run."""
     own = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
+    if start.step is not None:
+        own.append(FirstStep(partial(_go_on, config, start)))
     try:
         return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra])
-    except ConfigError:
+    except BaseException:
         if new and is_main_process():
             shutil.rmtree(start.folder)
         raise
 
 
-def _begin(config: Config, start: _Start) -> None:
-    """Save tokenizer and configuration, and print the sizes of the run."""
-    assert start.tokenizer is not None
-    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
-    write_text(start.folder / "config.yaml", config_to_yaml(config))
+def _announce(config: Config, start: _Start) -> None:
+    """Print the sizes of the run."""
     plan = estimate_run(config)
     resumed = "" if start.step is None else f", continuing at step {start.step}"
     line = (
@@ -142,6 +142,23 @@ def _begin(config: Config, start: _Start) -> None:
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _record(config: Config, start: _Start, job: str | None) -> None:
+    """Write the tokenizer and the configuration of a new run, and the job it belongs to."""
+    assert start.tokenizer is not None
+    if job is not None:
+        record_job(start.folder, job)
+    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
+    write_text(start.folder / "config.yaml", config_to_yaml(config))
+
+
+def _go_on(config: Config, start: _Start) -> None:
+    """Change the folder of a resumed run: its checkpoint, its samples and its configuration."""
+    assert start.step is not None
+    assert start.checkpoint is not None
+    begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
+    write_text(start.folder / "config.yaml", config_to_yaml(config))
 
 
 def _summarise(
