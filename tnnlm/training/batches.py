@@ -24,7 +24,7 @@ def own_data(trainer: lightning.Trainer) -> TextDataModule | None:
 def restart_epoch(trainer: lightning.Trainer) -> None:
     """Make a resumed ``trainer`` count its batches from zero, at the optimizer step of the checkpoint.
 
-    The loader of ``TextDataModule`` contains only the rows that are left. Lightning would go on with the
+    The loader of ``TextDataModule`` contains only the rows that are left. Lightning would continue with the
     number of batches of the stopped process, which ends optimizer steps at other batches if
     ``trainer.accumulate`` has changed, and repeats rows if the loader is shorter than that number.
     """
