@@ -20,7 +20,7 @@ from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.tasks import load_task_data
-from tnnlm.errors import OS_PROBLEMS, CheckpointError, ConfigError, command
+from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
 from tnnlm.files import write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
