@@ -199,7 +199,7 @@ def test_a_moved_run_resumes_under_its_old_and_its_new_name() -> None:
         ("trainer.accelerator=cuda", "accelerator"),
         ("trainer.max_steps=3", "trainer.max_steps=3: .* is at step 4 already; set it to 4 or more"),
         ("trainer.wandb=x", "wandb"),
-        ("data.files=other.txt", ""),
+        ("data.files=other.txt", "its data or tokenizer has changed"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

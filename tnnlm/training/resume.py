@@ -47,11 +47,12 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     recorded, config = load_config(path), load_config(path, overrides)
+    name, folder = recorded.name, recorded.runs_dir
     for found in (recorded, config):
         # A run whose folder was moved or renamed may be given its new name and place, and its recorded ones.
-        if found.name == recorded.name:
+        if found.name == name:
             found.name = run.name
-        if found.runs_dir == recorded.runs_dir:
+        if found.runs_dir == folder:
             found.runs_dir = str(run.parent)
     old, new = ({key: value for key, value, _ in leaves(found)} for found in (recorded, config))
     for key in new | old:
