@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tnnlm.detokenizer import TextStream
 from tnnlm.inference.generator import GenerationState
 from tnnlm.serving.logprobs import TokenScore
 from tnnlm.serving.sampler import SequenceSampler
-from tnnlm.tokenizer import TextStream, TextTokenizer
+from tnnlm.tokenizer import TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]
 TIMEOUT = "timeout"
@@ -54,7 +55,7 @@ class StoppedText:
     """
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
-        self._stream = TextStream(tokenizer)
+        self._stream = TextStream(tokenizer.detokenizer)
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
