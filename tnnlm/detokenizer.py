@@ -118,6 +118,11 @@ class TextStream:
         self.start = 0
         """Offset in the text of the first character of the last token; of its end, if the token adds none."""
 
+    @property
+    def first(self) -> bool:
+        """Whether the text begins with the next token."""
+        return self._first
+
     def fork(self) -> TextStream:
         """Return an independent stream that continues this one, with offsets from this point on."""
         other = TextStream(self._of)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,9 +96,14 @@ class TextTokenizer:
             raise DataError(f"tokenizer: has no token {token!r}")
         return int(found)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without special tokens added."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Return the token ids of ``text``, without special tokens added.
+
+        With ``parse_special``, the names of special tokens are encoded as these tokens, so that the text can
+        end a document.
+        """
+        tokenizer = self._parsing if parse_special else self.tokenizer
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each string, tokenized in parallel on all cores."""
@@ -106,7 +112,7 @@ class TextTokenizer:
     def decode(self, ids: list[int], started: bool = False) -> str:
         """Return the decoded string; special tokens are skipped.
 
-        ``started`` tells whether other tokens precede ``ids``: some tokenizers omit the space at the beginning.
+        ``started`` tells whether other tokens precede ``ids``; some tokenizers omit a space at the beginning.
         """
         return self.detokenizer.decode(ids, started)
 
@@ -119,6 +125,13 @@ class TextTokenizer:
         yield from filter(None, map(stream.push, ids))
         if rest := stream.finish():
             yield rest
+
+    @cached_property
+    def _parsing(self) -> Tokenizer:
+        # A copy, because the setting belongs to the tokenizer, which other threads use at the same time.
+        tokenizer = Tokenizer.from_str(self.to_json())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     def missing_ids(self, vocab_size: int) -> list[int]:
         """Return the ids below ``vocab_size`` without a token, such as padding of an embedding, ascending."""
