@@ -89,7 +89,7 @@ def scores(model: Any, requests: Asked) -> tuple[list[tuple[float, bool]], list[
     from lm_eval.api.instance import Instance
 
     def instances(kind: str, arguments: list[Any]) -> list[Instance]:
-        return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]  # type: ignore[arg-type]
+        return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
 
     pairs = model.loglikelihood(instances("loglikelihood", requests.pairs), disable_tqdm=True)
     documents = [(text,) for text in requests.documents]
