@@ -139,6 +139,22 @@ def test_sample_keeps_the_most_likely_tokens() -> None:
     assert set(sample(logits, GREEDY).tolist()) == {1}
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_out_of_range_are_refused(writer: TextGenerator, seed: int) -> None:
+    with pytest.raises(UserError, match="seed"):
+        writer("the", 2, seed=seed)
+    assert writer("the", 2, seed=2**64 - 1) == writer("the", 2, seed=2**64 - 1)
+
+
+def test_text_of_a_completion_is_that_of_its_chunks(writer: TextGenerator) -> None:
+    record, chunks = writer.stream(writer.prefill(["the"]), 20, GREEDY)
+    seen = ""
+    for chunk in chunks:
+        seen += chunk
+        assert record.text == seen
+    assert record.text == writer.tokenizer.decode(record.tokens)
+
+
 def test_sampling_parameters_of_other_clients() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     for settings in (SamplingParams(top_p=0), SamplingParams(temperature=100, top_p=0, top_k=3)):

@@ -160,9 +160,11 @@ class TextGenerator:
             seed: Seed of the random number generator; None samples differently at each call.
 
         Raises:
-            UserError: If the prompt is empty or not valid Unicode, or ``max_new_tokens`` is out of range.
+            UserError: If the prompt is empty or not valid Unicode, or a number is out of range.
         """
         check_new_tokens(max_new_tokens)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed {seed}: must be from -2^63 to 2^64 - 1")
         random = torch.Generator(self.device)
         random.seed() if seed is None else random.manual_seed(seed)
         _, chunks = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
