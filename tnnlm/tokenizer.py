@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.decoders import DecodeStream
 
+from tnnlm.detokenizer import Detokenizer, TextStream
 from tnnlm.errors import DataError
 
 
@@ -36,6 +37,7 @@ class TextTokenizer:
         self.eos_id: int = eos_id
         self.size = int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
         """Highest token id plus one: the minimum number of rows of an embedding."""
+        self.detokenizer = Detokenizer(tokenizer)
 
     @classmethod
     def from_json(cls, text: str, eos_token: str, where: str = "tokenizer.json") -> TextTokenizer:
@@ -94,48 +96,46 @@ class TextTokenizer:
             raise DataError(f"tokenizer: has no token {token!r}")
         return int(found)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without special tokens added."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Return the token ids of ``text``, without special tokens added.
+
+        With ``parse_special``, the names of special tokens are encoded as these tokens, so that the text can
+        end a document.
+        """
+        tokenizer = self._parsing if parse_special else self.tokenizer
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each string, tokenized in parallel on all cores."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the decoded string; special tokens are skipped."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], started: bool = False) -> str:
+        """Return the decoded string; special tokens are skipped.
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        ``started`` tells whether other tokens precede ``ids``; some tokenizers omit a space at the beginning.
+        """
+        return self.detokenizer.decode(ids, started)
+
+    def stream(self, ids: Iterable[int], started: bool = False) -> Iterator[str]:
         """Yield decoded text for a stream of token ids, in chunks of complete UTF-8 characters.
 
         If the last token ends in the middle of a character, its bytes become U+FFFD, as in :meth:`decode`.
         """
-        stream = TextStream(self)
+        stream = TextStream(self.detokenizer, started)
         yield from filter(None, map(stream.push, ids))
         if rest := stream.finish():
             yield rest
 
+    @cached_property
+    def _parsing(self) -> Tokenizer:
+        # A copy, because the setting belongs to the tokenizer, which other threads use at the same time.
+        tokenizer = Tokenizer.from_str(self.to_json())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
-class TextStream:
-    """Incremental detokenizer that returns complete UTF-8 characters only."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._owner = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._seen: list[int] = []
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """Return the text that ``token`` completes; empty in the middle of a character."""
-        self._seen.append(token)
-        piece = str(self._stream.step(self._owner.tokenizer, token) or "")
-        self._shown += len(piece)
-        return piece
-
-    def finish(self) -> str:
-        """Return the remaining text; bytes of an incomplete character become U+FFFD."""
-        return self._owner.decode(self._seen)[self._shown :]
+    def missing_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below ``vocab_size`` without a token, such as padding of an embedding, ascending."""
+        return sorted({*range(vocab_size)} - {*self.tokenizer.get_vocab(with_added_tokens=True).values()})
 
 
 def train_bpe(

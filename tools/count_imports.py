@@ -49,7 +49,8 @@ RULES = {
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
     "machine": Allowed("errors", "torch psutil"),
-    "tokenizer": Allowed("errors", "tokenizers huggingface_hub"),
+    "detokenizer": Allowed("", "tokenizers"),
+    "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
     "ops": Allowed("machine precision", "torch numpy"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
@@ -75,7 +76,8 @@ RULES = {
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(
-        "errors tokenizer models inference", "torch numpy fastapi starlette pydantic prometheus_client"
+        "errors detokenizer tokenizer models inference",
+        "torch numpy fastapi starlette pydantic prometheus_client",
     ),
     "cli": Allowed(
         "errors machine config checkpoints data conversion inference training deployment serving",

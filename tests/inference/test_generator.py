@@ -120,8 +120,8 @@ def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
         {"temperature": -1},
         {"temperature": float("nan")},
         {"temperature": 1e9},
-        {"top_k": -1},
-        {"top_p": 0},
+        {"top_k": -2},
+        {"top_p": -0.1},
         {"top_p": 1.1},
     ],
 )
@@ -137,6 +137,34 @@ def test_sample_keeps_the_most_likely_tokens() -> None:
     assert set(sample(logits, SamplingParams(temperature=1, top_p=0.8)).tolist()) == {1, 2}
     assert set(sample(logits, SamplingParams(temperature=1)).tolist()) == {0, 1, 2, 3}
     assert set(sample(logits, GREEDY).tolist()) == {1}
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_out_of_range_are_refused(writer: TextGenerator, seed: int) -> None:
+    with pytest.raises(UserError, match="seed"):
+        writer("the", 2, seed=seed)
+    assert writer("the", 2, seed=2**64 - 1) == writer("the", 2, seed=2**64 - 1)
+
+
+def test_text_of_a_completion_is_that_of_its_chunks(writer: TextGenerator) -> None:
+    record, chunks = writer.stream(writer.prefill(["the"]), 20, GREEDY)
+    seen = ""
+    for chunk in chunks:
+        seen += chunk
+        assert record.text == seen
+    assert record.text == writer.tokenizer.decode(record.tokens)
+
+
+def test_sampling_parameters_of_other_clients() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    for settings in (SamplingParams(top_p=0), SamplingParams(temperature=100, top_p=0, top_k=3)):
+        assert settings.greedy
+        assert set(sample(logits.expand(99, -1), settings).tolist()) == {1}
+    usual, off = (
+        sample(logits.expand(99, -1), SamplingParams(top_k=k), torch.Generator().manual_seed(0))
+        for k in (0, -1)
+    )
+    assert usual.equal(off)
 
 
 def test_sample_follows_the_distribution() -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams
+from tnnlm.serving.schemas import CompletionRequest
 
 PROMPT = "the quick brown"
 
@@ -144,7 +145,8 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
         ({"max_tokens": -1}, "max_tokens: .*greater than or equal to 0"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"temperature": -0.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
         ({"n": 300}, "n: "),
         ({"stop": [""]}, "from 1 to 512 characters"),
         ({"stop": ["a"] * 17}, "stop"),
@@ -158,7 +160,61 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
 def test_bad_requests_say_what_is_wrong(client: openai.OpenAI, change: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         complete(client, **change)
-    assert caught.value.param in (*change, "min_p", None)
+    assert caught.value.param in (*change, "min_p", "top_k", None)
+
+
+INTEGERS = ("max_tokens", "top_k", "n", "best_of", "seed", "logprobs")
+NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**63, 2**64, -(2**63) - 1, 10**30, 10**400],
+    ids=lambda v: f"{v:.3e}" if v < 10**300 else "1e400",
+)
+def test_huge_integers_are_refused_in_every_field(server: Running, client: openai.OpenAI, value: int) -> None:
+    bodies: list[dict[str, Any]] = [{name: value} for name in (*INTEGERS, *NUMBERS)]
+    bodies += [{"prompt": [value]}, {"prompt": [[5], [5, value]]}, {"logit_bias": {"5": value}}]
+    bodies += [{"logit_bias": {str(abs(value)): 1}}]
+    if value == 2**63:
+        bodies.remove({"seed": value})  # seeds up to 2^64 - 1 are valid, as in PyTorch
+    fields = CompletionRequest.model_fields.items()
+    assert {name for name, field in fields if "int" in str(field.annotation)} == {*INTEGERS, "prompt"}
+    running = complete(client, max_tokens=3000, stream=True, logit_bias={"0": -100})
+    for body in bodies:
+        response = httpx2.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, **body})
+        assert response.status_code == 400, body
+        assert response.json()["error"]["param"] == next(iter(body))
+    assert [chunk.choices[0].finish_reason for chunk in running][-1] == "length"
+
+
+def test_the_largest_integers_are_harmless(client: openai.OpenAI) -> None:
+    usual = complete(client, temperature=1, seed=1, max_tokens=20).choices[0].text
+    for extra in ({"top_k": 2**63 - 1}, {"top_k": 300}, {"top_k": -1}, {"top_k": 0}):
+        found = complete(client, temperature=1, seed=1, max_tokens=20, extra_body=extra)
+        assert found.choices[0].text == usual
+    assert complete(client, seed=2**64 - 1).choices
+
+
+def test_defaults_of_other_clients(client: openai.OpenAI) -> None:
+    greedy = complete(client, max_tokens=20).choices[0].text
+    assert complete(client, max_tokens=20, temperature=1, top_p=0).choices[0].text == greedy
+    both = {"top_k": 40}
+    assert complete(client, max_tokens=20, temperature=1, top_p=0, extra_body=both).choices[0].text == greedy
+    neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "top_k": -1, "ignore_eos": False, "min_tokens": 0}
+    neutral |= {"length_penalty": 1.0, "use_beam_search": False, "skip_special_tokens": True, "typical_p": 1}
+    assert complete(client, max_tokens=20, best_of=1, extra_body=neutral).choices[0].text == greedy
+
+
+def test_head_is_answered_where_get_is(server: Running) -> None:
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/tiny", "/", "/page.js", "/openapi.json"):
+        head, get = (httpx2.request(method, f"{server.url}{path}") for method in ("HEAD", "GET"))
+        assert head.status_code == get.status_code == 200, path
+        assert head.content == b""
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert httpx2.head(f"{server.url}/v1/completions").status_code == 405
+    assert httpx2.head(f"{server.url}/v1/models/gpt-2").status_code == 404
+    assert httpx2.head(f"{server.url}/nowhere").status_code == 404
 
 
 def test_other_refusals(client: openai.OpenAI, server: Running) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tnnlm.inference.sampling import SamplingParams, sample, tempered
 from tnnlm.serving.logprobs import score_tokens
-from tnnlm.serving.sampler import SequenceSampler, least_kept, sample_batch
+from tnnlm.serving.sampler import NOT_FINITE, SequenceSampler, least_kept, sample_batch
 
 SETTINGS = [
     SamplingParams(temperature=0),
@@ -90,6 +92,35 @@ def test_bias_and_penalties() -> None:
     row = SequenceSampler(greedy, 3, presence=1.0)
     assert [sample_batch(logits, [row])[0] for _ in range(4)] == [0, 1, 0, 0]
     assert logits.tolist() == [[3.0, 2.5, 1.0]]
+
+
+def test_logits_that_are_not_finite_fail_only_their_row() -> None:
+    logits = torch.randn(5, 40)
+    logits[1, 3], logits[2, 4] = math.nan, math.inf
+    logits[3, :39] = -math.inf
+    settings = SamplingParams(temperature=1, top_k=3, top_p=0.9)
+    rows = samplers([settings] * 5, 40, 0)
+    tokens = sample_batch(logits, rows)
+    assert tokens[1:4] == [NOT_FINITE, NOT_FINITE, 39]
+    alone = samplers([settings] * 5, 40, 0)
+    assert [tokens[0], tokens[4]] == [sample_batch(logits[i : i + 1], [alone[i]])[0] for i in (0, 4)]
+
+
+def test_greedy_parameters_and_any_top_k() -> None:
+    logits = torch.randn(1, 40)
+    best = int(logits.argmax())
+    assert sample_batch(logits, samplers([SamplingParams(temperature=5, top_p=0)], 40, 0)) == [best]
+    for k in (-1, 2**63 - 1, 2**80):
+        settings = SamplingParams(temperature=2, top_k=k)
+        usual = sample_batch(logits, samplers([SamplingParams(temperature=2)], 40, 0))
+        assert sample_batch(logits, samplers([settings], 40, 0)) == usual
+
+
+def test_ids_without_a_token_are_not_scored() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0]])
+    (score,) = score_tokens(logits, [2], 3)
+    assert [token for token, _ in score.top] == [2, 0]
+    assert sum(math.exp(value) for _, value in score.top) == pytest.approx(1)
 
 
 def test_scores_are_log_probabilities() -> None:

@@ -6,11 +6,15 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.servers import tiny_generator
+from tnnlm.detokenizer import TextStream
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import SamplingParams
@@ -18,7 +22,7 @@ from tnnlm.serving import prefill
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.sampler import SequenceSampler
 from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
-from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput, StoppedText
+from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput, StoppedText, _overlap
 from tnnlm.serving.settings import Limits
 
 
@@ -70,7 +74,9 @@ class Bench:
         sampling = SamplingParams(temperature=0 if seed is None else 1)
         sampler = SequenceSampler(sampling, self.generator.tokenizer.size, seed=seed)
         deadline = time.monotonic() + seconds
-        return GeneratedSequence(sampler, StoppedText(self.generator.tokenizer, stops), tokens, deadline)
+        return GeneratedSequence(
+            sampler, StoppedText(TextStream(self.generator.tokenizer.detokenizer), stops), tokens, deadline
+        )
 
     def ask(self, prompt: str | list[int], *sequences: GeneratedSequence) -> Prompt:
         ids = self.generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -240,13 +246,41 @@ def test_stop_strings(make: type[Bench]) -> None:
 
 def test_possible_stop_strings_are_buffered(generator: TextGenerator) -> None:
     tokenizer = generator.tokenizer
-    text = StoppedText(tokenizer, ["dog;!", "zebra"])
+    text = StoppedText(TextStream(tokenizer.detokenizer), ["dog;!", "zebra"])
     shown = [text.push(token) for token in tokenizer.encode("lazy dog; pack")]
     assert all("d" not in piece or piece.startswith("dog; ") or "pack" in piece for piece in shown[:-1])
     assert "".join(shown) + text.finish() == "lazy dog; pack"
-    cut = StoppedText(tokenizer, ["dog;"])
+    cut = StoppedText(TextStream(tokenizer.detokenizer), ["dog;"])
     assert "".join(cut.push(token) for token in tokenizer.encode("lazy dog; pack")) == "lazy "
     assert cut.finish() == ""
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.text("ab", max_size=12), stop=st.text("ab", min_size=1, max_size=6))
+def test_overlap_is_the_longest_beginning_of_a_stop_string(text: str, stop: str) -> None:
+    longest = max(n for n in range(len(stop)) if text.endswith(stop[:n]) or n == 0)
+    assert _overlap(text, stop) == longest
+
+
+def test_logits_that_are_not_finite_end_only_their_sequence(
+    make: type[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make()
+    good, bad, model = bench.sequence(30), bench.sequence(30), bench.scheduler._batch._model
+    plain = type(model).step
+
+    def step(self: object, tokens: Any, state: Any) -> Any:
+        logits, state = plain(model, tokens, state)
+        logits[
+            bench.scheduler._batch._sequences.index(bad) if bad in bench.scheduler._batch.sequences else []
+        ] = torch.nan
+        return logits, state
+
+    monkeypatch.setattr(type(model), "step", step)
+    bench.ask("the quick", good, bad)
+    bench.collector.wait(good, bad)
+    assert "not finite" in bench.collector.outputs[bad][-1].error
+    assert bench.collector.finish(good) in ("length", "stop")
 
 
 def test_a_failure_ends_the_sequences_and_not_the_server(

@@ -63,9 +63,12 @@ def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
 
 
 @contextmanager
-def run_server(generator: TextGenerator, key: str | None = None, **limits: float) -> Iterator[Running]:
+def run_server(
+    generator: TextGenerator, key: str | None = None, parse_special: bool = False, **limits: float
+) -> Iterator[Running]:
     """Serve the model in a thread, on a free port."""
-    settings = Settings(name="tiny", parameters=1, api_key=key, limits=Limits(**limits))  # type: ignore[arg-type]
+    most = Limits(**limits)  # type: ignore[arg-type]
+    settings = Settings(name="tiny", parameters=1, api_key=key, parse_special=parse_special, limits=most)
     app = create_app(generator, settings)
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)

@@ -43,6 +43,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--name", help="Model name reported by the API. (default: name of the run)")
     add_device(add)
     add(
+        "--parse-special",
+        action="store_true",
+        help="Encode the names of special tokens in prompts, such as <|endoftext|>, as these tokens; for "
+        "trusted clients only. (default: as text)",
+    )
+    add(
         "--engine",
         default="packed",
         metavar="NAME",
@@ -151,7 +157,12 @@ def main(words: Sequence[str] | None = None) -> int:
     thread = ThreadPoolExecutor(1, "model")
     generator, engine, name, parameters = thread.submit(load, args).result()
     settings = Settings(
-        name=args.name or name, engine=engine, parameters=parameters, api_key=api_key, limits=limits
+        name=args.name or name,
+        engine=engine,
+        parameters=parameters,
+        api_key=api_key,
+        parse_special=args.parse_special,
+        limits=limits,
     )
     app = create_app(generator, settings, thread)
     if args.allow_origin:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tnnlm.errors import UserError
 from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.models.causal_lm import ModelState
+from tnnlm.models.vocabulary import mask_missing
 from tnnlm.tokenizer import TextTokenizer
 
 PREFILL_CHUNK = 512
@@ -69,10 +70,16 @@ class Completion:
 
     state: GenerationState
     """State after the last token that the model has processed."""
-    text: str = ""
     tokens: list[int] = field(default_factory=list)
+    chunks: list[str] = field(default_factory=list)
+    """Generated text in chunks; appending each of them to a string would take quadratic time."""
     seconds: float = 0.0
     """Seconds spent in ``step`` and sampling, without the time that the consumer takes between tokens."""
+
+    @property
+    def text(self) -> str:
+        """Generated text so far."""
+        return "".join(self.chunks)
 
     @property
     def seconds_per_token(self) -> float:
@@ -124,6 +131,16 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = model.embedding.weight.device
+        missing = tokenizer.missing_ids(tokenizer.size)
+        self._gaps = torch.tensor(missing, dtype=torch.long, device=self.device)
+
+    def token_logits(self, logits: Tensor) -> Tensor:
+        """Return the logits (..., tokenizer.size) of ids of the tokenizer from those of the model, (..., V).
+
+        Entries beyond the vocabulary are cut off and those in its gaps become minus infinity, because neither
+        can be decoded.
+        """
+        return mask_missing(logits[..., : self.tokenizer.size], self._gaps)
 
     def __call__(
         self,
@@ -143,9 +160,11 @@ class TextGenerator:
             seed: Seed of the random number generator; None samples differently at each call.
 
         Raises:
-            UserError: If the prompt is empty or not valid Unicode, or ``max_new_tokens`` is out of range.
+            UserError: If the prompt is empty or not valid Unicode, or a number is out of range.
         """
         check_new_tokens(max_new_tokens)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed {seed}: must be from -2^63 to 2^64 - 1")
         random = torch.Generator(self.device)
         random.seed() if seed is None else random.manual_seed(seed)
         _, chunks = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
@@ -244,7 +263,7 @@ class TextGenerator:
         rows, current = list(range(len(records))), state
         started = time.perf_counter()
         for _ in range(max_new_tokens):
-            tokens = sample(current.logits[:, : self.tokenizer.size], sampling, generator)
+            tokens = sample(self.token_logits(current.logits), sampling, generator)
             kept = [i for i, token in enumerate(tokens.tolist()) if token != self.tokenizer.eos_id]
             if len(kept) < len(rows):
                 for i in {*range(len(rows))} - {*kept}:
@@ -261,12 +280,12 @@ class TextGenerator:
         for i, row in enumerate(rows):
             records[row].state = current.select([i])
         for record in records:
-            record.text = self.tokenizer.decode(record.tokens)
+            record.chunks = [self.tokenizer.decode(record.tokens, started=True)]
         return records
 
     def _text_chunks(self, record: Completion, tokens: Iterator[int]) -> Iterator[str]:
-        for chunk in self.tokenizer.stream(tokens):
-            record.text += chunk
+        for chunk in self.tokenizer.stream(tokens, started=True):
+            record.chunks.append(chunk)
             yield chunk
 
     def _tokens(
@@ -275,8 +294,7 @@ class TextGenerator:
         for _ in range(limit):
             started = time.perf_counter()
             with torch.inference_mode():
-                # Entries of the embedding beyond the tokenizer's vocabulary can't be decoded.
-                token = sample(record.state.logits[:, : self.tokenizer.size], sampling, generator)
+                token = sample(self.token_logits(record.state.logits), sampling, generator)
                 chosen = int(token)
                 if chosen == self.tokenizer.eos_id:
                     return

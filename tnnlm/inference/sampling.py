@@ -18,17 +18,22 @@ class SamplingParams:
     temperature: float = 0.8
     """Divisor of the logits, from 0 to 100; 0 is greedy decoding."""
     top_k: int = 0
-    """Number of most likely tokens to sample from; 0 disables it."""
+    """Number of most likely tokens to sample from; 0 or -1 disables it, as in vLLM."""
     top_p: float = 1.0
-    """Cumulative probability of the most likely tokens to sample from, in (0, 1]; 1 disables it."""
+    """Cumulative probability of the most likely tokens to sample from; 1 disables it, 0 is greedy."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
             raise UserError(f"temperature {self.temperature}: must be from 0 (greedy) to 100")
-        if self.top_k < 0:
+        if self.top_k < -1:
             raise UserError(f"top-k {self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1 (off)")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p}: must be from 0 (greedy) to 1 (off)")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, without a random number."""
+        return self.temperature == 0 or self.top_p == 0
 
 
 def tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -52,7 +57,7 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
             "the model's logits are not finite: its weights are corrupt, or the conversion is unstable",
             "check the model with convert.py --verify",
         )
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits.argmax(-1)
     logits = tempered(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:

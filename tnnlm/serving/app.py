@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.serving.middleware import CountAnswers, WholeBody
+from tnnlm.serving.middleware import CountAnswers, HeadAsGet, WholeBody
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.service import Service
@@ -47,6 +47,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_middleware(WholeBody, limit=settings.limits.max_body_bytes)
     app.add_middleware(CountAnswers, counter=service.metrics.responses)
+    app.add_middleware(HeadAsGet)
     key = Depends(_key_check(settings.api_key))
 
     @app.get("/v1/models", dependencies=[key])

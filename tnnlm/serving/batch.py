@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     sequences: list[GeneratedSequence | None]
     """Sequence of each row; None for an idle row."""
     tokens: list[int]
-    """Sampled token of each row."""
+    """Sampled token of each row, or :data:`tnnlm.serving.sampler.NOT_FINITE`."""
     logits: Tensor
     """Logits that the tokens were sampled from, (B, V)."""
     seconds: float
@@ -41,8 +41,8 @@ class RunningBatch:
 
     def __init__(self, generator: TextGenerator) -> None:
         self._model, self._device = generator.model, generator.device
-        self._vocabulary = generator.tokenizer.size
-        self._idle = SequenceSampler(SamplingParams(temperature=0), self._vocabulary)
+        self._token_logits = generator.token_logits
+        self._idle = SequenceSampler(SamplingParams(temperature=0), generator.tokenizer.size)
         self._sequences: list[GeneratedSequence | None] = []
         self._state: ModelState | None = None
 
@@ -57,7 +57,7 @@ class RunningBatch:
         started = time.perf_counter()
         last = torch.tensor([sequence.drawn[-1] if sequence else 0 for sequence in self._sequences])
         logits, self._state = self._model.step(last.to(self._device), self._state)
-        logits = logits[:, : self._vocabulary]
+        logits = self._token_logits(logits)
         tokens = sample_batch(
             logits, [sequence.sampler if sequence else self._idle for sequence in self._sequences]
         )

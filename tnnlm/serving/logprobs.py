@@ -1,12 +1,15 @@
-"""Log-probabilities of tokens for responses, before temperature, top-k and top-p."""
+"""Log-probabilities of tokens, before temperature, top-k and top-p, and their format in the OpenAI API."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tnnlm.detokenizer import Detokenizer, TextStream
 
 
 class TokenScore(NamedTuple):
@@ -21,12 +24,75 @@ class TokenScore(NamedTuple):
 
 
 def score_tokens(logits: Tensor, tokens: Sequence[int], n: int) -> list[TokenScore]:
-    """Score one token per row of logits (B, V), and the ``n`` most likely tokens of the row."""
+    """Score one token per row of logits (B, V), and the ``n`` most likely tokens of the row.
+
+    Ids without a token, whose logits are minus infinity, are not among the most likely.
+    """
     scores = logits.double().log_softmax(-1)
     index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
     best = scores.topk(min(n, scores.shape[1]))
     columns = (scores.gather(-1, index)[:, 0], best.indices, best.values)
     return [
-        TokenScore(token, score, tuple(zip(ids, values, strict=True)))
+        TokenScore(token, score, tuple(top for top in zip(ids, values, strict=True) if top[1] > -math.inf))
         for token, score, ids, values in zip(tokens, *(column.tolist() for column in columns), strict=True)
     ]
+
+
+class LogprobsFormat:
+    """Format of the ``logprobs`` of one choice, whose tokens are given in order, possibly in several parts.
+
+    ``text_offset`` counts characters of the text of the choice, which from there on begins with the text of
+    the token. Tokens that are bytes of the same character have the offset of the character. The end token and
+    the tokens that a stop string cuts off have offsets at the end of the text or behind it.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, started: bool, n_prompt: int) -> None:
+        """Begin a choice.
+
+        Args:
+            detokenizer: Detokenizer of the tokenizer.
+            started: Whether tokens that are not in the text precede it.
+            n_prompt: Number of tokens of an echoed prompt, whose special tokens are part of the text.
+        """
+        self._detokenizer = detokenizer
+        self._stream = TextStream(detokenizer, started)
+        self._n_prompt = n_prompt
+
+    def entries(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """Return the ``logprobs`` of the next tokens."""
+        words, offsets, tops = [], [], []
+        for score in scores:
+            first = self._stream.first
+            piece = self._stream.push(score.token, show_special=self._n_prompt > 0)
+            self._n_prompt -= 1
+            word = self._word(score.token, first)
+            if piece and not self._detokenizer.exact and not self._detokenizer.is_special(score.token):
+                word = piece
+            words.append(word)
+            offsets.append(self._stream.start)
+            tops.append(None if score.logprob is None else self._top(score, word, first))
+        return {
+            "tokens": words,
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def _top(self, score: TokenScore, word: str, first: bool) -> dict[str, float]:
+        """Return the most likely tokens and the token itself; of tokens with equal text, the most likely."""
+        top: dict[str, float] = {}
+        for token, value in score.top:
+            top.setdefault(word if token == score.token else self._word(token, first), value)
+        assert score.logprob is not None
+        top.setdefault(word, score.logprob)
+        return top
+
+    def _word(self, token: int, first: bool) -> str:
+        """Return the text of a token; a part of a character is given in bytes, as in OpenAI's API."""
+        data = self._detokenizer.token_bytes(token, first)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(
+                chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\x{byte:02x}" for byte in data
+            )

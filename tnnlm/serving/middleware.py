@@ -1,4 +1,4 @@
-"""ASGI middleware that buffers and limits request bodies and counts responses.
+"""ASGI middleware that buffers and limits request bodies, answers HEAD, and counts responses.
 
 It is plain ASGI, because Starlette's BaseHTTPMiddleware passes each chunk of a stream through an additional
 queue.
@@ -64,6 +64,23 @@ class WholeBody:
                 return None
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+class HeadAsGet:
+    """Middleware that answers HEAD on every path of GET, with the status and headers of GET and no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a HEAD request to the application as GET."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        return await self.app({**scope, "method": "GET"}, receive, without_body)
 
 
 class CountAnswers:

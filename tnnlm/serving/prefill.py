@@ -25,7 +25,7 @@ class PrefillWorker:
     def __init__(self, generator: TextGenerator, cache: PrefixCache, metrics: Metrics) -> None:
         self.cache = cache
         self._model, self._device = generator.model, generator.device
-        self._vocabulary = generator.tokenizer.size
+        self._token_logits = generator.token_logits
         self._metrics = metrics
 
     def prefill_chunk(self, prompt: Prompt) -> list[SequenceOutput]:
@@ -63,7 +63,7 @@ class PrefillWorker:
             before, tokens = logits[:-1], chunk[1:]
         else:
             before, tokens = torch.cat((prompt.state.logits, logits[:-1])), chunk
-        scores += score_tokens(before[:, : self._vocabulary], tokens, prompt.score_prompt or 0)
+        scores += score_tokens(self._token_logits(before), tokens, prompt.score_prompt or 0)
         return [
             SequenceOutput(sequence, scores=list(scores), position=prompt.position)
             for sequence in prompt.sequences

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from tnnlm.detokenizer import TextStream
 from tnnlm.inference.sampling import SamplingParams
+from tnnlm.serving.logprobs import LogprobsFormat
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.sampler import SequenceSampler
 from tnnlm.serving.schemas import ApiError, CompletionRequest
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, StoppedText
-from tnnlm.serving.settings import PROMPTS, Limits
+from tnnlm.serving.settings import PROMPTS, Settings
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -24,10 +26,12 @@ class ParsedRequest(NamedTuple):
 class RequestParser:
     """Parser of requests that tokenizes prompts and checks token ids, lengths and names against the model."""
 
-    def __init__(self, tokenizer: TextTokenizer, model: str, limits: Limits) -> None:
+    def __init__(self, tokenizer: TextTokenizer, settings: Settings) -> None:
         self.tokenizer = tokenizer
-        self.model = model
-        self.limits = limits
+        self.model = settings.name
+        self.limits = settings.limits
+        self._parse_special = settings.parse_special
+        self._missing = {*tokenizer.missing_ids(tokenizer.size)}
 
     def check_model(self, name: str) -> None:
         """Check that a request is for the served model; an empty name is accepted.
@@ -54,9 +58,11 @@ class RequestParser:
         most = min(PROMPTS, self.limits.max_batch)
         if len(given) * request.n > most:
             raise ApiError(400, f"n: prompts times n must be at most {most}", "n")
-        rows = [self._tokens(prompt) for prompt in given]
+        special = self._parse_special if request.parse_special is None else request.parse_special
+        rows = [self._tokens(prompt, special) for prompt in given]
         bias = self._bias(request.logit_bias)
         sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
+        streams, echoes = zip(*(self._begin(tokens, request.echo) for tokens in rows), strict=True)
         sequences = []
         for index in range(len(rows) * request.n):
             sampler = SequenceSampler(
@@ -68,22 +74,42 @@ class RequestParser:
                 presence=request.presence_penalty,
                 frequency=request.frequency_penalty,
             )
-            text = StoppedText(self.tokenizer, request.stop)
+            text = StoppedText(streams[index // request.n].fork(), request.stop)
             deadline = arrived + self.limits.timeout
             sequences.append(
                 GeneratedSequence(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs)
             )
         scored = request.logprobs if request.echo else None
         prompts = [
-            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored)
+            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i])
             for i, tokens in enumerate(rows)
         ]
-        return ParsedRequest(CompletionResponse(self.model, self.tokenizer, prompts, request.echo), prompts)
+        formats = [self._format(tokens, request.echo) for tokens in rows for _ in range(request.n)]
+        return ParsedRequest(CompletionResponse(self.model, prompts, formats), prompts)
 
-    def _tokens(self, prompt: str | list[int]) -> list[int]:
+    def _begin(self, tokens: list[int], echo: bool) -> tuple[TextStream, str]:
+        """Return the detokenizer that completions continue, and the text of the prompt if it is echoed.
+
+        The text contains the names of special tokens; bytes at its end that are no character yet are left to
+        the completion.
+        """
+        detokenizer = self.tokenizer.detokenizer
+        if not echo:
+            return TextStream(detokenizer, started=self._has_text(tokens)), ""
+        stream = TextStream(detokenizer)
+        return stream, "".join([stream.push(token, show_special=True) for token in tokens])
+
+    def _format(self, tokens: list[int], echo: bool) -> LogprobsFormat:
+        started = not echo and self._has_text(tokens)
+        return LogprobsFormat(self.tokenizer.detokenizer, started, len(tokens) if echo else 0)
+
+    def _has_text(self, tokens: list[int]) -> bool:
+        return not all(self.tokenizer.detokenizer.is_special(token) for token in tokens)
+
+    def _tokens(self, prompt: str | list[int], parse_special: bool) -> list[int]:
         if isinstance(prompt, str):
             try:
-                tokens = self.tokenizer.encode(prompt)
+                tokens = self.tokenizer.encode(prompt, parse_special)
             except (TypeError, UnicodeEncodeError):
                 raise ApiError(400, "prompt: is not valid Unicode", "prompt") from None
         else:
@@ -91,6 +117,10 @@ class RequestParser:
             if not all(0 <= token < self.tokenizer.size for token in tokens):
                 raise ApiError(
                     400, f"prompt: token ids must be from 0 to {self.tokenizer.size - 1}", "prompt"
+                )
+            if unknown := self._missing.intersection(tokens):
+                raise ApiError(
+                    400, f"prompt: the vocabulary has no token with the id {min(unknown)}", "prompt"
                 )
         if not tokens:
             raise ApiError(400, "prompt: is empty; give at least one character", "prompt")
@@ -104,7 +134,8 @@ class RequestParser:
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         bias = {}
         for key, value in given.items():
-            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size):
+            known = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size
+            if not known or int(key) in self._missing:
                 raise ApiError(400, f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
             if not -100 <= value <= 100:
                 raise ApiError(400, f"logit_bias: {value} must be from -100 to 100", "logit_bias")

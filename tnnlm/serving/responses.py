@@ -9,9 +9,8 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from tnnlm.serving.logprobs import TokenScore
+from tnnlm.serving.logprobs import LogprobsFormat
 from tnnlm.serving.sequence import TIMEOUT, GeneratedSequence, Prompt, SequenceOutput
-from tnnlm.tokenizer import TextTokenizer
 
 
 class CompletionResponse:
@@ -20,22 +19,17 @@ class CompletionResponse:
     def __init__(
         self,
         model: str,
-        tokenizer: TextTokenizer,
         prompts: list[Prompt],
-        echo: bool,
+        formats: list[LogprobsFormat],
     ) -> None:
-        """Create a response; with ``echo``, the text of each sequence begins with its prompt."""
+        """Create a response to ``prompts``, with a format of ``logprobs`` for each of their sequences."""
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
-        self._echo = {
-            sequence: tokenizer.decode(prompt.tokens) if echo else ""
-            for prompt in prompts
-            for sequence in prompt.sequences
-        }
+        self._echo = {sequence: prompt.echo for prompt in prompts for sequence in prompt.sequences}
         self.sequences = [*self._echo]
-        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._formats = formats
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._tokens = 0
-        self._offsets = [0] * len(self.sequences)
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(self.sequences)
         self._head = {
@@ -51,13 +45,10 @@ class CompletionResponse:
             new = [await self.queue.get()]
             while not self.queue.empty():
                 new.append(self.queue.get_nowait())
-            merged: dict[GeneratedSequence, SequenceOutput] = {}
+            queued: dict[GeneratedSequence, list[SequenceOutput]] = {}
             for output in new:
-                if output.sequence in merged:
-                    merged[output.sequence].merge(output)
-                else:
-                    merged[output.sequence] = output
-            for output in merged.values():
+                queued.setdefault(output.sequence, []).append(output)
+            for output in map(SequenceOutput.joined, queued.values()):
                 self._tokens += output.tokens
                 if output.finish:
                     self._open.discard(output.sequence)
@@ -70,13 +61,13 @@ class CompletionResponse:
             TimeoutError: If a sequence timed out before its first token.
             RuntimeError: If a sequence failed for another reason.
         """
-        texts = {sequence: SequenceOutput(sequence, echo) for sequence, echo in self._echo.items()}
+        parts = {sequence: [SequenceOutput(sequence, echo)] for sequence, echo in self._echo.items()}
         async for output in self.outputs():
             if output.finish == "error":
                 raise (TimeoutError if output.error == TIMEOUT else RuntimeError)(output.error)
-            texts[output.sequence].merge(output)
+            parts[output.sequence].append(output)
         return self._head | {
-            "choices": [self._choice(output) for output in texts.values()],
+            "choices": [self._choice(SequenceOutput.joined(outputs)) for outputs in parts.values()],
             "usage": self._usage(),
         }
 
@@ -105,36 +96,17 @@ class CompletionResponse:
 
     def _choice(self, output: SequenceOutput) -> dict[str, Any]:
         index = self._index[output.sequence]
-        scores = self._scores(output.scores, index) if output.sequence.logprobs is not None else None
+        scored = output.sequence.logprobs is not None
+        scores = self._formats[index].entries(output.scores) if scored else None
         return {"index": index, "text": output.text, "logprobs": scores, "finish_reason": output.finish}
-
-    def _scores(self, scores: list[TokenScore], index: int) -> dict[str, Any]:
-        words = [self._word(score.token) for score in scores]
-        offsets = []
-        for word in words:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(word)
-        return {
-            "tokens": words,
-            "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [
-                {self._word(token): value for token, value in score.top} if score.top else None
-                for score in scores
-            ],
-            "text_offset": offsets,
-        }
-
-    def _word(self, token: int) -> str:
-        """Decode a single token; one that is not a complete character is shown as in the vocabulary."""
-        text = self._tokenizer.decode([token])
-        return text if text and "\ufffd" not in text else str(self._tokenizer.tokenizer.id_to_token(token))
 
     def _usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
             "total_tokens": self._prompt_tokens + self._tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(sequence.cached for sequence in self.sequences)},
+            # A prompt is prefilled once, whatever the number of its completions.
+            "prompt_tokens_details": {"cached_tokens": sum(prompt.cached for prompt in self._prompts)},
         }
 
 

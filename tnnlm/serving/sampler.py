@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tnnlm.inference.sampling import SamplingParams, tempered
 
+NOT_FINITE = -1
+"""Result instead of a token for logits that are not finite."""
 _HEAD = 1024
 """Number of most likely tokens that are sorted first; all are sorted only if these don't reach ``top_p``."""
 
@@ -66,29 +68,37 @@ class SequenceSampler:
 
 
 def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
-    """Sample one token per row of logits (B, V) and update the penalties."""
+    """Sample one token per row of logits (B, V) and update the penalties.
+
+    A row whose largest logit is not finite gives :data:`NOT_FINITE`.
+    """
     logits = logits.float()
     if any(row.added is not None for row in rows):
         logits = logits.clone()
         for own, row in zip(logits, rows, strict=True):
             if row.added is not None:
                 own += row.added.to(own.device)
-    tokens: list[int] = logits.argmax(-1).tolist()
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    best = logits.max(-1)  # the maximum of a row with a NaN is NaN
+    finite = best.values.isfinite().tolist()
+    tokens: list[int] = best.indices.tolist()
+    drawn = [i for i, row in enumerate(rows) if finite[i] and not row.sampling.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
         temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
         scaled = tempered(logits[drawn], temperatures.to(logits.device))
         for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
             tokens[i] = token
-    for token, row in zip(tokens, rows, strict=True):
-        row.took(token)
+    for i, row in enumerate(rows):
+        if finite[i]:
+            row.took(tokens[i])
+        else:
+            tokens[i] = NOT_FINITE
     return tokens
 
 
 def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     """Sample from logits (B, V) in float64 by inverse transform sampling with one uniform number per row."""
-    cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1]
+    cut = [i for i, row in enumerate(rows) if row.sampling.top_k > 0 or row.sampling.top_p < 1]
     if cut:
         some = logits[cut]
         least = least_kept(some, [rows[i].sampling for i in cut])
@@ -103,8 +113,9 @@ def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
 def least_kept(logits: Tensor, settings: Sequence[SamplingParams]) -> Tensor:
     """Return the smallest logit of each row, (B,), that top-k and then top-p keep."""
     vocabulary = logits.shape[1]
-    k = torch.tensor([s.top_k or vocabulary for s in settings], device=logits.device)
-    k = k.clamp(max=vocabulary)[:, None]
+    # Limited before it becomes a tensor: a client may send any integer.
+    most = [min(s.top_k, vocabulary) if s.top_k > 0 else vocabulary for s in settings]
+    k = torch.tensor(most, device=logits.device)[:, None]
     p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=logits.device)[:, None]
     few = k[k < vocabulary]
     width = min(vocabulary, max(_HEAD, int(few.max()) if len(few) else 0))

@@ -23,7 +23,7 @@ from tnnlm.serving.logprobs import score_tokens
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefill import PrefillWorker
 from tnnlm.serving.prefix_cache import PrefixCache
-from tnnlm.serving.sampler import sample_batch
+from tnnlm.serving.sampler import NOT_FINITE, sample_batch
 from tnnlm.serving.sequence import TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import Limits
 
@@ -71,7 +71,7 @@ class Scheduler:
         self.load = {"running": 0, "reading": 0, "waiting": 0}
         """Number of sequences running, in prefill (reading) and waiting, as of the last iteration."""
         self._deliver = deliver
-        self._eos, self._vocabulary = generator.tokenizer.eos_id, generator.tokenizer.size
+        self._eos, self._token_logits = generator.tokenizer.eos_id, generator.token_logits
         self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
         self._batch = RunningBatch(generator)
         self._wake = threading.Condition()
@@ -198,12 +198,13 @@ class Scheduler:
         """Sample the first token of each sequence of a prompt; return those that continue, with states."""
         state = prompt.state
         assert state is not None
-        logits = state.logits[:, : self._vocabulary]
+        logits = self._token_logits(state.logits)
         going = []
         for sequence in prompt.sequences:
             sequence.position, sequence.cached = prompt.position, prompt.cached
             if sequence.max_tokens == 0:
-                self._emit(SequenceOutput(sequence, position=sequence.position, finish="length"))
+                rest, position = sequence.text.finish(), sequence.position
+                self._emit(SequenceOutput(sequence, rest, position=position, finish="length"))
                 continue
             (token,) = sample_batch(logits, [sequence.sampler])
             self.metrics.first_token.observe(time.monotonic() - sequence.arrived)
@@ -224,15 +225,21 @@ class Scheduler:
 
     def _take(self, sequence: GeneratedSequence, token: int, logits: Tensor, step_ms: list[float]) -> bool:
         """Emit a token sampled from logits (1, V); return whether the sequence continues."""
+        if token == NOT_FINITE:
+            error = (
+                "the model's logits are not finite: its weights are corrupt, or the conversion is unstable"
+            )
+            self._emit(SequenceOutput(sequence, finish="error", error=error))
+            return False
         sequence.drawn.append(token)
         output = SequenceOutput(sequence, position=sequence.position, step_ms=step_ms)
+        if sequence.logprobs is not None:
+            output.scores = score_tokens(logits, [token], sequence.logprobs)
         if token == self._eos:
             output.finish = "stop"
         else:
             output.tokens = 1
             output.text = sequence.text.push(token)
-            if sequence.logprobs is not None:
-                output.scores = score_tokens(logits, [token], sequence.logprobs)
             if sequence.text.stopped:
                 output.finish = "stop"
             elif len(sequence.drawn) >= sequence.max_tokens:

@@ -16,6 +16,11 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 _KINDS |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 
+_INT64 = 2**63 - 1
+_NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "length_penalty": 1, "min_tokens": 0}
+_NEUTRAL |= {"use_beam_search": False, "ignore_eos": False, "skip_special_tokens": True}
+"""Sampling parameters of vLLM and TGI that clients send by default, at values that change nothing."""
+
 
 class ApiError(HTTPException):
     """API error with HTTP status, a message of one line, and the invalid parameter."""
@@ -30,6 +35,18 @@ def _without_nulls(data: Any) -> Any:
     return (
         {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
     )
+
+
+def _without_defaults(data: Any) -> Any:
+    """Drop nulls, and parameters of other servers at the values with which they change nothing."""
+    data = _without_nulls(data)
+    if not isinstance(data, dict):
+        return data
+    return {key: value for key, value in data.items() if not _changes_nothing(key, value)}
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    return key in _NEUTRAL and isinstance(value, int | float) and value == _NEUTRAL[key]
 
 
 def _are_ids(value: Any) -> bool:
@@ -56,13 +73,14 @@ class CompletionRequest(BaseModel):
     model_config = _STRICT
     model: str = Field("", max_length=512)
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = Field(16, ge=0)
+    max_tokens: int = Field(16, ge=0, le=_INT64)
     temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """Number of most likely tokens to sample from; 0 disables it. An extension of the OpenAI API."""
+    top_p: float = Field(1.0, ge=0, le=1)
+    """Cumulative probability of the most likely tokens to sample from; 0 is greedy decoding."""
+    top_k: int = Field(0, ge=-1, le=_INT64)
+    """Number of most likely tokens to sample from; 0 or -1 disables it. An extension of the OpenAI API."""
     n: int = Field(1, ge=1, le=PROMPTS)
-    best_of: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1, le=PROMPTS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: list[str] = Field(default_factory=list, max_length=STOPS)
     stream: bool = False
@@ -74,8 +92,11 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] = Field(default_factory=dict)
     suffix: str | None = None
     user: str | None = None
+    parse_special: bool | None = None
+    """Whether the names of special tokens in a string prompt are encoded as these tokens; None takes the
+    setting of the server. An extension of the OpenAI API."""
 
-    _nulls = model_validator(mode="before")(_without_nulls)
+    _unset = model_validator(mode="before")(_without_defaults)
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tnnlm.detokenizer import TextStream
 from tnnlm.inference.generator import GenerationState
 from tnnlm.serving.logprobs import TokenScore
 from tnnlm.serving.sampler import SequenceSampler
-from tnnlm.tokenizer import TextStream, TextTokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "error"]
 TIMEOUT = "timeout"
@@ -25,7 +25,7 @@ class SequenceOutput:
     text: str = ""
     """Text to append to the completion."""
     scores: list[TokenScore] = field(default_factory=list)
-    """Log-probabilities of the new tokens, or of a chunk of the prompt, if requested."""
+    """Log-probabilities, if requested, of the new tokens and the end token, or of a chunk of the prompt."""
     tokens: int = 0
     """Number of new tokens, without the end-of-document token."""
     position: int = 0
@@ -37,14 +37,20 @@ class SequenceOutput:
     error: str = ""
     """Error message, if ``finish`` is error."""
 
-    def merge(self, later: SequenceOutput) -> None:
-        """Append a later output of the same sequence."""
-        self.text += later.text
-        self.scores += later.scores
-        self.tokens += later.tokens
-        self.position = later.position
-        self.step_ms += later.step_ms
-        self.finish, self.error = later.finish, later.error
+    @classmethod
+    def joined(cls, outputs: Sequence[SequenceOutput]) -> SequenceOutput:
+        """Return consecutive outputs of a sequence as one, in time linear in their length."""
+        last = outputs[-1]
+        return cls(
+            last.sequence,
+            "".join(output.text for output in outputs),
+            [score for output in outputs for score in output.scores],
+            sum(output.tokens for output in outputs),
+            last.position,
+            [ms for output in outputs for ms in output.step_ms],
+            last.finish,
+            last.error,
+        )
 
 
 class StoppedText:
@@ -53,8 +59,8 @@ class StoppedText:
     Text that may be the beginning of a stop string is buffered.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
-        self._stream = TextStream(tokenizer)
+    def __init__(self, stream: TextStream, stops: Sequence[str]) -> None:
+        self._stream = stream
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
@@ -82,8 +88,10 @@ class StoppedText:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0
 
 
 @dataclass(eq=False)
@@ -124,6 +132,8 @@ class Prompt:
     """Sequences to generate."""
     score_prompt: int | None = None
     """Number of alternatives to score for each token of the prompt; None doesn't score the prompt."""
+    echo: str = ""
+    """Text of the prompt that is returned before the text of each sequence."""
     state: GenerationState | None = None
     """State after the processed tokens."""
     position: int = 0

@@ -30,7 +30,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(generator, settings.limits, self.metrics, self._deliver, executor)
-        self.parser = RequestParser(generator.tokenizer, settings.name, settings.limits)
+        self.parser = RequestParser(generator.tokenizer, settings)
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
 

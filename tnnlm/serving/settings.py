@@ -13,6 +13,7 @@ STOPS = 16
 """Maximum number of stop strings per request."""
 LOGPROBS = 20
 """Maximum number of alternatives per token in ``logprobs``."""
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class Limits:
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             least = 0 if setting.name in ("max_queue", "cache_bytes") else 1
-            if not least <= value <= 1 << 40:
-                raise UserError(f"{setting.name} {value}: must be at least {least}")
+            if not least <= value <= _MOST:
+                raise UserError(f"{setting.name} {value}: must be from {least} to {_MOST:,}")
 
     @property
     def max_body_bytes(self) -> int:
@@ -61,5 +62,7 @@ class Settings:
     """Number of parameters of the model."""
     api_key: str | None = None
     """API key that clients must send; None requires no key."""
+    parse_special: bool = False
+    """Whether the names of special tokens in a prompt are encoded as these tokens, unless a request says."""
     limits: Limits = field(default_factory=Limits)
     """Limits of requests, batch, queue and prefix cache."""
