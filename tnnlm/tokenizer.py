@@ -116,6 +116,10 @@ class TextTokenizer:
         if rest := stream.finish():
             yield rest
 
+    def missing_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below ``vocab_size`` without a token, such as padding of an embedding, ascending."""
+        return sorted({*range(vocab_size)} - {*self.tokenizer.get_vocab(with_added_tokens=True).values()})
+
 
 class TextStream:
     """Incremental detokenizer that returns complete UTF-8 characters only."""
