@@ -262,3 +262,26 @@ def test_no_new_token_gives_the_logits_of_the_last_one(opened: Opened) -> None:
     # One padding token changes nothing either.
     one = opened.model(tokens[:, :1], attention_mask=torch.zeros(3, 1), past_key_values=out.past_key_values)
     assert torch.equal(one.logits, again)
+
+
+def test_a_compiled_forward_takes_the_same_caches(balanced: Opened) -> None:
+    compiled = torch.compile(balanced.model, backend="eager")
+    expected = balanced.model(PROMPT).logits
+    torch.testing.assert_close(compiled(PROMPT).logits, expected, rtol=1e-3, atol=1e-3)
+    cache = DynamicCache()
+    compiled(PROMPT[:, :4], past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    rest = compiled(PROMPT[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected[:, 4:], rtol=1e-3, atol=1e-3)
+
+
+def test_search_that_needs_more_than_a_state_is_refused(balanced: Opened, llama: Any) -> None:
+    for model in (llama, balanced.model):
+        with pytest.raises(ValueError, match="trust_remote_code") as caught:
+            new(model, PROMPT, penalty_alpha=0.6, top_k=4)
+        assert "\n" not in str(caught.value)
+    # Candidates of an assistant that are rejected must be removed from the cache.
+    with pytest.raises(ValueError, match="stateful models, such as TnnlmForCausalLM"):
+        new(balanced.model, PROMPT, assistant_model=llama)
+    with pytest.raises(ValueError, match="a recurrent state can't be cropped"):
+        new(llama, PROMPT, assistant_model=balanced.model)
