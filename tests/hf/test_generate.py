@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.hf_folders import Opened
+from tests.support.hf_folders import Opened, own_logits
 from tnnlm.inference.sampling import SamplingParams
 
 PROMPTS = [
@@ -46,7 +46,7 @@ def test_2000_greedy_tokens_equal_those_of_this_package(opened: Opened) -> None:
     assert len(set(expected)) > 10
     assert found == expected
     state = opened.own.prefill(["The first"])
-    logits, _ = opened.inner.prefill(torch.tensor([expected[:-1]]), state.model_state)
+    logits = own_logits(opened, torch.tensor([expected[:-1]]), state.model_state)
     written = torch.stack(out.logits, dim=1)[0, 1:]
     torch.testing.assert_close(written, logits[0], rtol=1e-3, atol=1e-3)
 
@@ -108,7 +108,7 @@ def test_same_seed_same_samples(balanced: Opened) -> None:
 def scored(opened: Opened, prompt: Tensor, new: Tensor) -> float:
     """Return the log-probability of tokens (n,) after a prompt (1, L), computed by this package."""
     tokens = torch.cat((prompt, new[None]), dim=1)
-    logits, _ = opened.inner.prefill(tokens[:, :-1], opened.inner.init_state(1))
+    logits = own_logits(opened, tokens[:, :-1])
     return float(logits[0, prompt.shape[1] - 1 :].log_softmax(-1).gather(1, new[:, None]).sum())
 
 
@@ -117,8 +117,7 @@ def best_by_beams(opened: Opened, prompt: Tensor, beams: int, n: int) -> tuple[l
     running: list[tuple[list[int], float]] = [([], 0.0)]
     for _ in range(n):
         rows = torch.tensor([prompt[0].tolist() + row for row, _ in running])
-        logits, _ = opened.inner.prefill(rows, opened.inner.init_state(len(rows)), keep=1)
-        steps = logits[:, -1].log_softmax(-1)[:, : opened.own.tokenizer.size]
+        steps = own_logits(opened, rows)[:, -1].log_softmax(-1)
         total = steps + torch.tensor([score for _, score in running])[:, None]
         values, index = total.flatten().topk(beams)
         running = [

@@ -54,7 +54,7 @@ class Asked(NamedTuple):
 def ending(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Return a folder of a model that predicts the end token after about half of all tokens."""
     tokenizer = make_tokenizer()
-    model = lively_model(vocab_size=tokenizer.size)
+    model = lively_model()
     with torch.no_grad():
         model.embedding.weight[tokenizer.eos_id] = 8 * model.embedding.weight[1]
     converted = convert_model(model, method="balanced", horizon=HORIZON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.support.models import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 TEXT = (
@@ -91,6 +92,19 @@ def some_tokens(rows: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def own_logits(opened: Opened, tokens: Tensor) -> Tensor:
-    logits, _ = opened.inner.prefill(tokens, opened.inner.init_state(len(tokens)))
+def own_logits(opened: Opened, tokens: Tensor, state: ModelState | None = None) -> Tensor:
+    """Return logits (B, L, V) of this package, with -inf at ids that the tokenizer does not have."""
+    logits, _ = opened.inner.prefill(tokens, state or opened.inner.init_state(len(tokens)))
+    logits[..., opened.own.tokenizer.size :] = -math.inf
     return logits
+
+
+def tiny_llama() -> Any:
+    """Return a random Llama with the vocabulary of :func:`lively_model`, whose greedy output varies."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=tiny_config().vocab_size, initializer_range=0.5, **sizes, **ids)
+    return LlamaForCausalLM(config).eval()

@@ -53,6 +53,8 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
         # conversion that is accurate only up to its horizon must not be evaluated past it.
         "n_ctx": report.horizon if report.warning else max(EVALUATION_WINDOW, model.config.max_length),
         "tokenizer_ids_sha256": tokenizer.ids_fingerprint,
+        # Rows of the embedding without a token must be neither generated nor scored.
+        "missing_ids": tokenizer.missing_ids(model.config.vocab_size),
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_id,
@@ -76,9 +78,10 @@ def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
         "split_special_tokens": True,
     }
     generation: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    # Never sample ids that the embedding has but the tokenizer can't decode.
-    if unknown := list(range(tokenizer.size, model.config.vocab_size)):
-        generation["suppress_tokens"] = unknown
+    # The model masks these ids itself. Where a logits processor subtracts logits, as classifier-free guidance
+    # does, -inf becomes NaN, and this entry masks them again.
+    if missing := tokenizer.missing_ids(model.config.vocab_size):
+        generation["suppress_tokens"] = missing
     return {
         SHIM: SHIM_TEXT,
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -86,22 +87,56 @@ def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, Convert
     Raises:
         CheckpointError: If nothing is found, or the model isn't converted.
     """
-    if target is None:
-        newest = _newest(runs_dir.glob(f"*/{CONVERTED}/conversion.json"))
-        if newest is not None:
-            return newest.parent, load_converted(newest.parent)
-    else:
-        folder = Path(target)
-        if (folder / "config.json").is_file() or is_converted(folder):
-            return folder, load_converted(folder)
-        if folder.is_dir() and not (folder / "checkpoints").is_dir():
-            raise CheckpointError(f"{folder}: is neither a converted model nor a run")
-        if not folder.is_file() and not target.endswith(".ckpt"):
-            converted = find_run(target, runs_dir) / CONVERTED
-            if is_converted(converted):
-                return converted, load_converted(converted)
+    folder = _find_converted(target, runs_dir)
+    if folder is not None:
+        return folder, load_converted(folder)
     path = find_checkpoint(target, runs_dir)
     return path, from_attached(load_checkpoint(path))
+
+
+def outdated(target: str | None, runs_dir: Path) -> str | None:
+    """Return a warning if the run of a converted model has a newer best checkpoint than the model.
+
+    Args:
+        target: Target of :func:`load_for_decoding`, which selects the converted model.
+        runs_dir: Folder that contains the runs.
+
+    Returns:
+        Warning in one line, which names both and the command that converts again; None if the model is newer,
+        belongs to no run, or is not a converted folder.
+
+    Raises:
+        CheckpointError: If nothing is found.
+    """
+    folder = _find_converted(target, runs_dir)
+    if folder is None:
+        return None
+    weights, run = folder / "model.safetensors", folder.parent
+    best = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
+    if best is None or not weights.is_file() or weights.stat().st_mtime >= best.stat().st_mtime:
+        return None
+    words = [str(run), *([] if folder.name == str(CONVERTED) else ["--out", str(folder)]), "--force"]
+    return f"{folder}: is older than {best}; convert again with: {command('convert')} {shlex.join(words)}"
+
+
+def _find_converted(target: str | None, runs_dir: Path) -> Path | None:
+    """Return the converted model that a target of :func:`load_for_decoding` selects; None for a checkpoint.
+
+    Raises:
+        CheckpointError: If the target doesn't exist, or is neither a converted model nor a run.
+    """
+    if target is None:
+        newest = _newest(runs_dir.glob(f"*/{CONVERTED}/conversion.json"))
+        return None if newest is None else newest.parent
+    folder = Path(target)
+    if (folder / "config.json").is_file() or is_converted(folder):
+        return folder
+    if folder.is_dir() and not (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder}: is neither a converted model nor a run")
+    if folder.is_file() or target.endswith(".ckpt"):
+        return None
+    converted = find_run(target, runs_dir) / CONVERTED
+    return converted if is_converted(converted) else None
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

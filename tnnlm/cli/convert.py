@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import is_converted
-from tnnlm.cli.usage import parser_of
+from tnnlm.cli.usage import Condition, check_effective, given_options, parser_of
 from tnnlm.config.flags import add_flags, settings_from_flags
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
@@ -41,6 +41,33 @@ FLAGS = {
     )
 }  # fmt: skip
 """Options by the setting of ``ConversionConfig`` that they set, without dashes in front."""
+
+
+def _only_for(*methods: str) -> Condition:
+    """Return the condition of an option that only these methods use."""
+    listed = " and ".join(methods)
+    return Condition(
+        lambda args: args.method in methods,
+        f"only applies to --method {listed}",
+        f"omit it, or add --method {methods[0]}",
+    )
+
+
+CONDITIONS = {
+    "--tolerance": Condition(
+        lambda args: args.method == "auto" or (args.method == "balanced" and args.order is None),
+        "only applies to --method auto, and to balanced without --order",
+        "omit it, or let it determine the order",
+    ),
+    "--order": _only_for("balanced", "gradient"),
+    "--poles": _only_for("balanced"),
+    "--window-taps": _only_for("balanced", "auto"),
+    "--steps": _only_for("gradient"),
+    "--lr": _only_for("gradient"),
+}
+"""Conditions under which options have an effect."""
+PACKAGING = ("--compile", "--export", "--onnx")
+"""Options that apply to a converted model."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -111,24 +138,23 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     args.export = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]
     args.converted = args.target is not None and is_converted(Path(args.target))
     if args.converted:
-        refuse_recipe(parser, args)
+        refuse_recipe(args, given_options(parser, words))
+    check_effective(parser, words, args, CONDITIONS)
     return args
 
 
-def refuse_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise an error if the options do not apply to a converted model.
+def refuse_recipe(args: argparse.Namespace, given: Sequence[str]) -> None:
+    """Raise an error if the given options do not apply to a converted model.
 
     Raises:
-        UserError: If none of ``--compile``, ``--export`` and ``--onnx`` is given, or any other option.
+        UserError: If none of ``PACKAGING`` is given, or any other option.
     """
-    used = ("target", "compile", "export", "onnx", "converted", "recipe")
-    for name, value in vars(args).items():
-        if name not in used and value != parser.get_default(name):
-            option = "--" + FLAGS.get(name, name)
+    for option in given:
+        if option not in PACKAGING:
             raise UserError(
                 f"{args.target}: is already converted, {option} has no effect", "give the run instead"
             )
-    if not args.compile and not args.export:
+    if not given:
         raise UserError(
             f"{args.target}: is already converted", "add --compile, --export or --onnx, or give the run"
         )

@@ -22,8 +22,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tnnlm.cli.usage import add_device, parser_of
+from tnnlm.cli.usage import Condition, add_device, check_effective, parser_of
 from tnnlm.errors import UserError
+
+CONDITIONS = {
+    "--prompt": Condition(
+        lambda args: not args.prompts and not (args.prompt == "-" and args.interactive),
+        "can't be combined with --prompts, nor - with --interactive, which reads stdin too",
+        "omit one of them",
+    ),
+    "--interactive": Condition(
+        lambda args: not args.prompts, "takes prompts from stdin, not from --prompts", "omit one of them"
+    ),
+    "--num-samples": Condition(
+        lambda args: args.num_samples == 1 or not (args.prompts or args.interactive),
+        "applies to a single prompt",
+        "omit it, --prompts and --interactive",
+    ),
+    "--json": Condition(
+        lambda args: not args.interactive, "can't be combined with --interactive", "omit one of them"
+    ),
+    "--save-state": Condition(
+        lambda args: args.num_samples == 1, "saves the state of one sample", "omit --num-samples"
+    ),
+}
+"""Conditions under which options have an effect."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -111,10 +134,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
         parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
-    if args.prompts and (args.prompt is not None or args.interactive or args.num_samples > 1):
-        raise UserError("--prompts: cannot be combined with --prompt, --interactive or --num-samples")
-    if args.save_state and args.num_samples > 1:
-        raise UserError("--save-state: saves the state of one sample", "omit --num-samples")
+    check_effective(parser, words, args, CONDITIONS)
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -131,6 +151,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "":
         raise UserError("--prompt: is empty", "give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
+    from tnnlm.checkpoints.locate import outdated
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
     from tnnlm.inference.state_file import check_state_path
@@ -138,6 +159,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.save_state:
         check_state_path(args.save_state)
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if warning := outdated(args.model, Path("runs")):
+        print(f"warning: {warning}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     session = GenerationSession.load(
         args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine

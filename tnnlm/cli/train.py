@@ -21,10 +21,34 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tnnlm.cli.usage import add_settings, parser_of
+from tnnlm.cli.usage import Condition, add_settings, check_effective, parser_of
 from tnnlm.config.loader import config_to_yaml, load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
+
+CONDITIONS = {
+    "--config": Condition(
+        lambda args: args.resume is None,
+        "has no effect with --resume, which takes the settings of the run",
+        "omit it, and override settings with key=value",
+    ),
+    "--from": Condition(
+        lambda args: args.resume is not None, "selects a checkpoint for --resume", "add --resume, or omit it"
+    ),
+    "--job": Condition(
+        lambda args: args.resume is None, "selects the run by itself", "omit --resume or --job"
+    ),
+    "--json": Condition(
+        lambda args: args.dry_run, "formats the output of --dry-run", "add --dry-run, or omit it"
+    ),
+    "--find-lr": Condition(
+        lambda args: args.resume is None and args.job is None and not args.dry_run,
+        "tries learning rates on a new model, without a run",
+        "omit --resume, --job and --dry-run",
+    ),
+}
+"""Conditions under which options have an effect. With --dry-run, the options of the run that it previews may
+be given."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -70,10 +94,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         if "=" in (getattr(args, option) or ""):
             args.overrides.insert(0, getattr(args, option))
             setattr(args, option, "")
-    if args.job is not None and args.resume is not None:
-        parser.error("--job: selects the run by itself; omit --resume")
-    if args.source != "last" and args.resume is None:
-        parser.error("--from: requires --resume")
+    check_effective(parser, words, args, CONDITIONS)
     return args
 
 

@@ -1,12 +1,26 @@
-"""Argument parsers of the commands: their usage lines, and options that several commands share."""
+"""Argument parsers of the commands: their usage lines, options that several commands share, and the check
+that every option on the command line has an effect."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from tnnlm.errors import command
+from tnnlm.errors import UserError, command
+
+_NOT_GIVEN = object()
+
+
+class Condition(NamedTuple):
+    """Condition on the other options, without which an option would be ignored."""
+
+    holds: Callable[[argparse.Namespace], bool]
+    """Whether the option has an effect, given the parsed arguments."""
+    otherwise: str
+    """Why it has none, as in ``--option: otherwise``."""
+    remedy: str
+    """Change to the command line that solves the problem."""
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -50,3 +64,40 @@ def add_device(add: Callable[..., Any]) -> None:
         metavar="NAME",
         help="Dtype of the linear layers' weights: float32, bfloat16 or int8. (default: float32)",
     )
+
+
+def given_options(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> list[str]:
+    """Return the long names of the options on a command line, also of those that are given their default.
+
+    Args:
+        parser: Parser that accepts the command line.
+        words: Command line; None takes ``sys.argv``.
+    """
+    options = {
+        flag: action.dest for flag, action in parser._option_string_actions.items() if flag[:2] == "--"
+    }
+    found = argparse.Namespace(**dict.fromkeys(options.values(), _NOT_GIVEN))
+    parser.parse_known_args(words, found)
+    return [flag for flag, name in options.items() if getattr(found, name) is not _NOT_GIVEN]
+
+
+def check_effective(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    args: argparse.Namespace,
+    conditions: Mapping[str, Condition],
+) -> None:
+    """Check that no option on a command line is ignored because of another one.
+
+    Args:
+        parser: Parser of the command.
+        words: Command line; None takes ``sys.argv``.
+        args: Arguments that the parser returned for it.
+        conditions: Condition by long option name, for options that do not always have an effect.
+
+    Raises:
+        UserError: If an option has no effect; the message names it.
+    """
+    for option in given_options(parser, words):
+        if option in conditions and not conditions[option].holds(args):
+            raise UserError(f"{option}: {conditions[option].otherwise}", conditions[option].remedy)

@@ -40,6 +40,8 @@ class TnnlmConfig(PreTrainedConfig):
     """SHA-256 of the tokenizer that the model was trained with."""
     tokenizer_ids_sha256: str | None = None
     """SHA-256 of the tokenizer without its post-processor."""
+    missing_ids: list[int] | None = None
+    """Rows of the embedding that the tokenizer has no token for; their logits are -inf."""
     model_sha256: str | None = None
     """SHA-256 of all weights."""
     n_ctx: int | None = None

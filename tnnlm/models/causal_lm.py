@@ -128,7 +128,7 @@ class CausalLM(Backbone):
         return x, ModelState(tuple(states))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits (B, K, V) for K of the hidden states that :meth:`read` returned, (B, K, D)."""
+        """Return the logits (..., V) of the hidden states (..., D) of :meth:`read` or :meth:`advance`."""
         return self._head(self.norm(x))
 
     def step(
@@ -141,12 +141,23 @@ class CausalLM(Backbone):
         Raises:
             CheckpointError: If the model is not converted.
         """
+        x, state = self.advance(tokens, state, active)
+        return self.logits(x), state
+
+    def advance(
+        self, tokens: Tensor, state: ModelState, active: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Process one token per row (B,) like :meth:`step`, without the head.
+
+        Returns:
+            Hidden states (B, D) for :meth:`logits`, and the next state.
+        """
         x = self._embed(tokens)
         states = []
         for block, layer in zip(self.layers, state.layers, strict=True):
             x, layer = block.step(x, layer, active)
             states.append(layer)
-        return self._head(self.norm(x)), ModelState(tuple(states))
+        return x, ModelState(tuple(states))
 
     def _nll(self, features: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self._head(features).float(), targets, reduction="sum")
