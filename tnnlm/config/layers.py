@@ -122,7 +122,7 @@ def word_tree(text: str) -> Node:
         ConfigError: If the word has no key or no equals sign.
     """
     key, equals, value = text.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{one_line(text)}: expected key=value, for example optim.lr=1e-3")
     node = word(value, COMMAND_LINE)
     for name in reversed(key.split(".")):
@@ -138,7 +138,7 @@ def as_group(node: Node, key: str) -> Node:
     """
     if node.origin is Origin.WORD and isinstance(node.value, str):
         try:
-            node = read_yaml(node.value, Origin.FILE, lambda line: node.place)
+            node = read_yaml(node.value, Origin.FILE, lambda line: node.place, f"{key}.")
         except YamlProblem as problem:
             raise ConfigError(f"{key}={shown(node)}: {problem} ({node.place})", problem.remedy) from None
     if not isinstance(node.value, dict):
@@ -148,30 +148,28 @@ def as_group(node: Node, key: str) -> Node:
 
 def _unknown(key: str, place: str, schema: Schema) -> ConfigError:
     """Return the error for an unknown key, which suggests a key only if one is similar."""
-    leaf = key.rpartition(".")[2]
     known = [*schema.settings, *schema.groups]
-    owners = [
-        name for name, kernel in KERNEL_SCHEMAS.items() if f"{KERNEL}.{leaf}" in Schema.of(kernel).settings
-    ]
-    remedy = ""
     if key in known:
         remedy = f"nest it in the group {key.rpartition('.')[0]}"
-    elif near := _nearest(key, known):
-        remedy = f"did you mean {near}?"
-    elif owners and key == f"{KERNEL}.{leaf}":
-        remedy = f"it is a setting of {KERNEL}.name={' or '.join(owners)}"
+    else:
+        near = _of_other_kernel(key) or _nearest(key, known)
+        remedy = f"did you mean {near}?" if near in known else near
     return ConfigError(f"{one_line(key)}: unknown key ({place})", remedy)
 
 
-def _nearest(key: str, known: Sequence[str]) -> str | None:
-    prefix, _, leaf = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == prefix]
+def _of_other_kernel(key: str) -> str:
+    group, _, leaf = key.rpartition(".")
+    schemas = {name: Schema.of(kernel).settings for name, kernel in KERNEL_SCHEMAS.items()}
+    owners = [name for name, settings in schemas.items() if f"{KERNEL}.{leaf}" in settings]
+    return f"it is a setting of {KERNEL}.name={' or '.join(owners)}" if owners and group == KERNEL else ""
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Return the known key that ``key`` is probably a misspelling of; empty if there is none."""
+    group, _, leaf = key.rpartition(".")
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.75):
-        return near[0]
-    if leaf in leaves:
-        return leaves[leaf]
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return near[0]
-    near = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
-    return leaves[near[0]] if near else None
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    for candidates, cutoff in ((leaves, 1.0), (siblings, 0.7), (leaves, 0.75)):
+        if near := difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff):
+            return candidates[near[0]]
+    return ""

@@ -141,12 +141,13 @@ def _config(values: Values) -> Config:
         value = values[key]
         try:
             check_value(f"{key}={one_line(value)}", value, values.schema.settings[key].metadata)
+            if key == "name":
+                check_name(value)
         except ConfigError as error:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     config: Config = _build(Config, "", values)
     check_settings(config)
     settle_task(config)
-    check_name(config.name)
     return config
 
 

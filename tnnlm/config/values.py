@@ -109,6 +109,8 @@ def read_value(
     is_null = node.origin is Origin.WORD and not node.quoted and node.value == "null"
     if types.NoneType in kinds and (node.value is None or is_null):
         return None
+    if isinstance(node.value, dict) and not is_list(hint):
+        raise ValueError("is a single setting, not a group of settings")
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     if is_list(hint):
         (item,) = get_args(next(kind for kind in kinds if get_origin(kind) is list))

@@ -53,20 +53,23 @@ def read_yaml_file(path: Path, origin: Origin = Origin.FILE) -> Node:
     return node
 
 
-def read_yaml(text: str, origin: Origin, place: Callable[[int], str]) -> Node:
+def read_yaml(text: str, origin: Origin, place: Callable[[int], str], prefix: str = "") -> Node:
     """Return the value that a YAML document contains.
 
     Args:
         text: The document.
         origin: Origin of the nodes.
         place: Function that names a line for error messages; lines are counted from 1.
+        prefix: Key of the group that the document contains, with a dot.
 
     Raises:
         YamlProblem: If the document is not valid YAML, or a key is given twice.
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
-        return Node(None, place(1), origin) if root is None else _Converter(origin, place).convert(root)
+        return (
+            Node(None, place(1), origin) if root is None else _Converter(origin, place).convert(root, prefix)
+        )
     except yaml.MarkedYAMLError as error:
         raise _described(error) from None
     except yaml.YAMLError as error:  # an unprintable character, reported with its position only
@@ -127,10 +130,8 @@ class _Converter:
             if not isinstance(key, ScalarNode):
                 raise YamlProblem("a key is not text", line)
             if key.value in lines:
-                first = lines[key.value]
-                raise YamlProblem(
-                    f"{prefix}{key.value} is set twice, first on line {first}", line, "remove one"
-                )
+                first = f", first on line {lines[key.value]}" if lines[key.value] < line else ""
+                raise YamlProblem(f"{prefix}{key.value} is set twice{first}", line, "remove one")
             lines[key.value] = line
             group[key.value] = self.convert(value, f"{prefix}{key.value}.")
         return group
