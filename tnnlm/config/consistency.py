@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 
-from tnnlm.config.checks import check_value
 from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
 from tnnlm.errors import ConfigError
 
@@ -31,33 +31,48 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name={text!r}: has {size} bytes, and a folder name can have {_LONGEST_NAME}")
 
 
-def settle_task(config: Config) -> None:
-    """Raise an error for settings that the task doesn't have, and set defaults that depend on the task."""
+def settle_task(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
+
+    Args:
+        config: Configuration, whose ``data.mask_token`` is set for task=masked.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If the task can't be trained with the settings.
+    """
     if config.task == "causal" and config.model.causal is False:
         raise ConfigError(
-            "model.causal=false: task=causal predicts the next token and must not see it",
+            "model.causal=false: task=causal predicts the next token and must not see it"
+            + where("model.causal"),
             "omit model.causal, or set task=masked",
         )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):
         instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
-        raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}", instead)
+        place = where("data.source") or where("task")
+        raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}{place}", instead)
     if not labelled:
         size = config.model.vocab_size
-        check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
+        if size < SMALLEST_TEXT:
+            raise ConfigError(
+                f"model.vocab_size={size}: must be at least {SMALLEST_TEXT}{where('model.vocab_size')}"
+            )
     if config.task == "masked":
-        data.mask_token = data.mask_token or MASK_TOKEN
+        data.mask_token = MASK_TOKEN if data.mask_token is None else data.mask_token
         if data.mask_token == data.eos_token:
             raise ConfigError(
-                f"data.mask_token={data.mask_token}: is the same as data.eos_token", "set another token"
+                f"data.mask_token={data.mask_token}: is the same as data.eos_token{where('data.mask_token')}",
+                "set another token",
             )
         if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
-                "task=masked: every byte, an end token and a mask token"
+                f"task=masked: every byte, an end token and a mask token{where('model.vocab_size')}"
             )
     elif data.mask_token is not None:
         raise ConfigError(
             f"data.mask_token={data.mask_token}: is for task=masked only, not task={config.task}"
+            f"{where('data.mask_token')}"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tnnlm.config.layers import Schema
-from tnnlm.config.values import Node, Origin, read_value, shown
+from tnnlm.config.values import Node, Origin, is_list, read_value, shown
 from tnnlm.errors import ConfigError
 
 _REFERENCE = re.compile(r"\\\$\{|\$\{([^{}]*)\}")
@@ -101,7 +101,8 @@ class Values:
             raise ConfigError(f"{key}={shown(node)}: {error} ({node.place})") from None
 
     def _text(self, key: str) -> str | None:
-        value = self[key] if key in self.schema.settings else None
+        setting = self.schema.settings.get(key)
+        value = None if setting is None or is_list(setting.hint) else self[key]
         if isinstance(value, bool):
             return str(value).lower()
         return str(value) if isinstance(value, str | int | float) else None

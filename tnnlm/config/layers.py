@@ -39,9 +39,10 @@ class Schema:
     @staticmethod
     def of(kernel: type[KernelConfig]) -> Schema:
         """Return the schema of the configuration with a kernel's settings in the group ``model.kernel``."""
-        schema = Schema()
-        schema._add(Config, "", kernel)
-        return schema
+        if kernel not in _SCHEMAS:
+            _SCHEMAS[kernel] = Schema()
+            _SCHEMAS[kernel]._add(Config, "", kernel)
+        return _SCHEMAS[kernel]
 
     def _add(self, owner: type, prefix: str, kernel: type[KernelConfig]) -> None:
         hints = get_type_hints(owner)
@@ -55,6 +56,10 @@ class Schema:
                 made = item.default_factory
                 default = item.default if made is MISSING else made()
                 self.settings[key] = Setting(hint, item.metadata, default)
+
+
+_SCHEMAS: dict[type[KernelConfig], Schema] = {}
+"""Schemas by the type of the kernel's settings, which are the same in the whole process."""
 
 
 @dataclass

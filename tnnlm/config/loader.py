@@ -14,17 +14,16 @@ from dataclasses import MISSING, asdict
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import NoneType
 from typing import Any
-
-import yaml
 
 from tnnlm.config.checks import check_settings, check_value
 from tnnlm.config.consistency import check_name, settle_task
 from tnnlm.config.interpolation import Values, escaped
-from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, word_tree
+from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.config.values import Origin, one_line, stored
-from tnnlm.config.yaml_files import read_yaml_file
+from tnnlm.config.values import Origin, kinds_of, one_line, stored
+from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
@@ -97,7 +96,7 @@ def config_to_yaml(config: Config) -> str:
 
     ``${`` is escaped, so that the file gives the same values with ``--config`` as when its run is resumed.
     """
-    return yaml.safe_dump(_escaped(config_to_dict(config)), sort_keys=False, allow_unicode=True)
+    return write_yaml(_escaped(config_to_dict(config)))
 
 
 def _escaped(value: Any) -> Any:
@@ -114,17 +113,18 @@ def _values(layers: list[Layer]) -> Values:
         Schema.of(KernelConfig), {key: node for layer in layers for key, node in layer.nodes.items()}
     )
     name, module = "tno", None
-    names = []
+    names, place = [], ""
     for layer in layers:
         for node in layer.kernel_settings("name"):
-            name = common.read(f"{KERNEL}.name", node)
+            name, place = common.read(f"{KERNEL}.name", node), f" ({node.place})"
         for node in layer.kernel_settings("module"):
             module = common.read(f"{KERNEL}.module", node) or module
         names.append(name)
     if module is not None:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
-        raise unknown_kernel(name)
+        error = unknown_kernel(name)
+        raise ConfigError(f"{error.reason}{place}", error.remedy)
     schema = Schema.of(KERNEL_SCHEMAS[name])
     for layer, meant in zip(layers, names, strict=True):
         # Settings of the file's kernel don't apply to another kernel that the command line selects.
@@ -140,15 +140,24 @@ def _config(values: Values) -> Config:
     for key, node in values.nodes.items():
         value = values[key]
         try:
-            check_value(f"{key}={one_line(value)}", value, values.schema.settings[key].metadata)
-            if key == "name":
-                check_name(value)
+            _check_given(key, value, values.schema.settings[key], node.origin)
         except ConfigError as error:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     config: Config = _build(Config, "", values)
     check_settings(config)
-    settle_task(config)
+    settle_task(config, lambda key: f" ({values.nodes[key].place})" if key in values.nodes else "")
     return config
+
+
+def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None:
+    """Raise an error without place if a value is out of bounds, or empty where that would mean a default."""
+    check_value(f"{key}={one_line(value)}", value, setting.metadata)
+    if key == "name":
+        check_name(value)
+    empty = value == "" or (isinstance(value, list) and "" in value)
+    if empty and origin in (Origin.WORD, Origin.FILE) and not setting.metadata.get("empty"):
+        instead = "write null for the default" if NoneType in kinds_of(setting.hint) else ""
+        raise ConfigError(f"{key}: is empty", instead)
 
 
 def _build(owner: type, prefix: str, values: Values) -> Any:

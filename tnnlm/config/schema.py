@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tnnlm.fields import choice, number
+from tnnlm.fields import choice, number, text
 from tnnlm.kernels.base import KernelConfig
 from tnnlm.kernels.tno import TNOConfig
 
@@ -201,7 +201,7 @@ class TrainerConfig:
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to metrics.csv and TensorBoard (null: none). Requires
     the extra [wandb]; WANDB_MODE=offline is supported."""
-    sample_prompt: str = "def "
+    sample_prompt: str = text("def ", empty=True)
     """Prompt of the sample that is generated at each validation; the default suits Python source code."""
     sample_tokens: int = number(64, low=0, high=100_000)
     """Maximum number of tokens of each sample; 0 disables samples."""

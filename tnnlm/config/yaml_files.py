@@ -1,4 +1,4 @@
-"""Reading of YAML by the rules of YAML 1.2, without inferring the types of values.
+"""Reading and writing of YAML by the rules of YAML 1.2, without inferring the types of values.
 
 Only ``null``, ``~`` and an empty value are resolved here; any other scalar stays the text of the file until
 :mod:`tnnlm.config.values` reads it by the type of its field. Tags, which could create objects, are refused.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
@@ -80,6 +81,23 @@ def read_yaml(text: str, origin: Origin, place: Callable[[int], str], prefix: st
         raise YamlProblem("is nested too deeply") from None
 
 
+def write_yaml(data: dict[str, Any]) -> str:
+    """Return a YAML document that :func:`read_yaml` reads without a change of any text."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Dumper that escapes line breaks: in its other styles PyYAML folds those of Unicode into blanks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the scalar for a text."""
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar(f"{_TAG}str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 class _Loader(yaml.SafeLoader):
     """Loader that resolves null only; PyYAML's own resolvers follow YAML 1.1."""
 
@@ -120,7 +138,10 @@ class _Converter:
             return self._group(node, prefix)
         if isinstance(node, SequenceNode):
             return [self.convert(item, prefix) for item in node.value]
-        return None if node.tag == f"{_TAG}null" else node.value
+        if node.tag == f"{_TAG}null":
+            return None
+        # JSON, which is YAML 1.2 as well, may write a character as two escapes; a lone half is unchanged.
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     def _group(self, node: MappingNode, prefix: str) -> dict[str, Node]:
         lines: dict[str, int] = {}
