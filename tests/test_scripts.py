@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.scripts import ROOT, SCRIPTS, Result
+from tests.support.scripts import ROOT, SCRIPTS, assert_refused
 from tests.support.training_runs import SETTINGS, write_text
 
 
@@ -22,15 +22,6 @@ def train_tiny(script: Any, *overrides: str) -> None:
     if not Path("text.txt").exists():
         write_text()
     assert script("train", *SETTINGS, *overrides).code == 0
-
-
-def assert_refused(result: Result, *named: str) -> None:
-    """Assert exit code 2 and one line on stderr that starts with the input."""
-    assert result.code == 2
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1, result.err
-    for word in named:
-        assert word in result.err
 
 
 def files() -> set[str]:

@@ -21,6 +21,11 @@ def number(
     return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
 
 
+def text(default: str | None, *, empty: bool = False) -> Any:
+    """Return a field of text, which may be empty if ``empty`` is true; fields without metadata may not."""
+    return field(default=default, metadata={"empty": empty})
+
+
 def choice(default: str, *options: str) -> Any:
     """Return a field whose value is one of ``options``."""
     return field(default=default, metadata={"options": options})

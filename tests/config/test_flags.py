@@ -64,7 +64,18 @@ def test_value_out_of_bounds_names_the_flag(words: str, message: str) -> None:
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("words", ["--method best", "--horizon many", "--horizon 1.5", "--order x"])
+def test_numbers_are_read_like_those_of_settings() -> None:
+    read_back = read("--order", "1e3", "--horizon", "1_000", "--tolerance", "1e-3")
+    assert (read_back.order, read_back.horizon, read_back.tolerance) == (1000, 1000, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--method best", "--horizon many", "--horizon 1.5", "--horizon 0100", "--order x", "--order 0100"),
+        *("--order 1:30", "--order 1e99", "--tolerance 00.1", "--tolerance 1e999"),
+    ],
+)
 def test_an_invalid_value_ends_the_script(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         read(*words.split())

@@ -89,7 +89,7 @@ def test_unknown_key_is_reported_in_full_with_the_nearest_one(word: str, key: st
 
 def test_unknown_key_in_yaml_names_the_file() -> None:
     path = write("model:\n  1: 2\n")
-    with pytest.raises(ConfigError, match=r"model\.1: unknown key \(config\.yaml\)"):
+    with pytest.raises(ConfigError, match=r"model\.1: unknown key \(config\.yaml, line 2\)"):
         load_config(path)
 
 
@@ -102,8 +102,8 @@ def test_unknown_key_in_yaml_names_the_file() -> None:
         "model.d_model=2.5",
         "model.d_model=true",
         "data.streaming=perhaps",
-        "data.files=5",
         "data.files=null",
+        "data.files=[a,,b]",
         "trainer.devices=1.5",
         "trainer.devices=many",
         "conversion.horizon=far",
@@ -238,7 +238,8 @@ def test_another_kernel_on_the_command_line_drops_the_settings_of_the_first() ->
 
 def test_kernel_that_is_unknown_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.kernel\.name=foo: unknown kernel; choose one of fd_tno, rtf, sgconv, tno"
+        ConfigError,
+        match=r"^model\.kernel\.name=foo: unknown kernel \(command line\); choose one of fd_tno, rtf, ",
     ):
         load_config(overrides=["model.kernel.name=foo"])
 
@@ -262,6 +263,7 @@ def test_config_survives_dict_and_yaml(name: str) -> None:
     config = load_config(overrides=words)
     assert config_from_dict(config_to_dict(config)) == config
     assert load_config(write(config_to_yaml(config))) == config
+    assert load_config(write(config_to_yaml(config)), saved=True) == config
     # The kernel of a converted model needs no setting but its name.
     model = model_config_from_dict(config_to_dict(config.model))
     assert model.kernel == KernelConfig(name=name)
@@ -284,18 +286,11 @@ def test_config_from_dict_rejects_other_types(data: object) -> None:
         config_from_dict(data)  # type: ignore[arg-type]
 
 
-def test_dollar_signs_are_text_or_an_error_that_names_the_key() -> None:
-    # A shell-like prompt may be kept or refused, but an OmegaConf exception must not reach the user.
-    word = "trainer.sample_prompt=echo ${HOME}"
-    try:
-        assert load_config(overrides=[word]).trainer.sample_prompt == "echo ${HOME}"
-    except ConfigError as error:
-        assert "trainer.sample_prompt" in str(error)  # noqa: PT017  both outcomes are correct
-
-
 def test_files_of_a_wrong_type_name_the_key() -> None:
     with pytest.raises(ConfigError, match=r"data\.files"):
-        load_config(overrides=["data.source=files", "data.files={a: 1}"])
+        load_config(write("data: {source: files, files: {a: 1}}"))
+    with pytest.raises(ConfigError, match=r"data\.files=\[\{\.\.\.\}\]"):
+        load_config(write("data: {source: files, files: [{a: 1}]}"))
 
 
 GROUPS = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}

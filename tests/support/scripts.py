@@ -19,3 +19,12 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def assert_refused(result: Result, *named: str) -> None:
+    """Assert exit code 2 and one line on stderr that starts with the input."""
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in named:
+        assert word in result.err

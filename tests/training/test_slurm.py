@@ -100,7 +100,11 @@ def test_the_batch_script_is_stopped_and_requeued(slurm: Path, script: Any) -> N
     words = [*SETTINGS, "trainer.max_steps=120", "trainer.val_every_n_steps=60"]
     assert script("train", *words, "name=whole").code == 0
     environment = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT)}
-    placed = [f"data.files={Path('text.txt').resolve()}", f"runs_dir={Path('runs').resolve()}", "name=batch"]
+    placed = [
+        f"data.files=[{Path('text.txt').resolve()}]",
+        f"runs_dir={Path('runs').resolve()}",
+        "name=batch",
+    ]
     command = ["bash", str(SBATCH), "--config", "configs/demo.yaml", *words, *placed]
     environment["SLURM_SUBMIT_DIR"] = str(Path.cwd())
     for name in ("train.py", "configs"):

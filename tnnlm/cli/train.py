@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -89,9 +90,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
     args = parser.parse_intermixed_args(words)
-    # argparse takes the word after --resume or --job as its value, but a name never contains "=".
+    # argparse takes the word after --resume or --job as its value, even if it is a setting.
     for option in ("resume", "job"):
-        if "=" in (getattr(args, option) or ""):
+        given = getattr(args, option) or ""
+        if "=" in given and not any(os.path.isdir(folder) for folder in (given, f"runs/{given}")):
             args.overrides.insert(0, getattr(args, option))
             setattr(args, option, "")
     check_effective(parser, words, args, CONDITIONS)

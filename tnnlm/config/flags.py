@@ -10,9 +10,10 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from tnnlm.config.checks import check_settings
+from tnnlm.config.values import check_text, kinds_of, one_line, read_float, read_int
 
 _T = TypeVar("_T")
 _METAVARS = {int: "N", float: "X"}
@@ -91,27 +92,37 @@ def _string(node: ast.stmt) -> str:
 
 def _reader(hint: Any, word: str | None, where: str) -> tuple[Callable[[str], Any], str]:
     """Return the parser of an option's value, and its metavar in the help."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    kinds = tuple(kind for kind in kinds_of(hint) if kind is not type(None))
     if kinds == (str,):
-        return str, "TEXT"
+        return _checked(check_text), "TEXT"
     numbers = [kind for kind in kinds if kind in _METAVARS]
     if len(numbers) != 1 or set(kinds) - {*numbers, str}:
         raise TypeError(f"{where}: can't be an option, its type is {hint}")
     (kind,) = numbers
+    read = read_int if kind is int else read_float
     if str not in kinds:
-        return kind, _METAVARS[kind]
-    return _number_or(kind, word), f"{_METAVARS[kind]}|{word}"
+        return _checked(read), _METAVARS[kind]
+    return _number_or(read, word), f"{_METAVARS[kind]}|{word}"
 
 
-def _number_or(kind: type, word: str | None) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
+def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
         try:
-            return text if text == word else kind(text)
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{one_line(text)}: {error}") from None
+
+    return checked
+
+
+def _number_or(read: Callable[[str], Any], word: str | None) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        try:
+            return text if text == word else read(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {word} or a number: {text!r}") from None
 
-    return read
+    return checked
 
 
 def _help(text: str, default: Any) -> str:

@@ -1,35 +1,29 @@
 """Loading of a checked ``Config`` from defaults, a YAML file and overrides, and its conversion to plain data.
 
-The YAML file overrides the defaults, and ``key=value`` arguments override both. Unknown keys, wrong types and
-values out of bounds raise ``ConfigError`` with the key. OmegaConf objects are not used outside this module.
+The YAML file overrides the defaults, and ``key=value`` arguments override both. Every value is read by the
+type of its field (:mod:`tnnlm.config.values`). Unknown keys, wrong types and values out of bounds raise
+``ConfigError`` with the key and the place.
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType
+from typing import Any
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from tnnlm.config.checks import check_settings, check_value, leaves
-from tnnlm.config.schema import (
-    LABELLED,
-    MASK_TOKEN,
-    SMALLEST_MASKED,
-    SMALLEST_TEXT,
-    Config,
-    DataConfig,
-    ModelConfig,
-)
+from tnnlm.config.checks import check_settings, check_value
+from tnnlm.config.consistency import check_name, settle_task
+from tnnlm.config.interpolation import Values, escaped
+from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
+from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.config.values import Origin, kinds_of, one_line, stored
+from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
@@ -38,29 +32,45 @@ _OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
 """Values of ``data.source``, each with the prefix of the settings that only this source uses."""
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Load a configuration.
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, saved: bool = False
+) -> Config:
+    r"""Load a configuration.
+
+    ``${oc.env:NAME}`` and ``${key}`` are replaced by the variable and by the value of the setting; other text
+    such as ``${x}`` or ``\${key}`` stays text.
 
     Args:
         path: YAML file; None uses the defaults only.
-        overrides: Overrides such as ``optim.lr=1e-3``.
+        overrides: Overrides such as ``optim.lr=1e-3``. A list is ``[a,b]``, or its key is given repeatedly.
+        saved: Whether the file is the config.yaml of a run, in which nothing is interpolated: it contains the
+            values themselves, and may come from someone else.
 
     Raises:
         ConfigError: If the file is missing or unreadable, or a key or value is invalid.
     """
-    layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
-    layers.append((_read_overrides(overrides), "command line"))
-    config = _merge(layers)
-    for layer, where in reversed(layers):
-        if OmegaConf.select(layer, "data.source") is not None:
+    layers = []
+    if path is not None:
+        root = read_yaml_file(Path(path), Origin.RUN if saved else Origin.FILE)
+        layers.append(Layer(str(path), [root]))
+    layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
+    values = _values(layers)
+    config = _config(values)
+    for layer in reversed(layers):
+        if "data.source" in layer.nodes:
             break  # The source was chosen explicitly: settings of other sources may be present.
-        _check_source(layer, config.data.source, where)
+        _check_source(layer, values, config.data.source)
     return config
 
 
 def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
-    """Return the configuration that :func:`config_to_dict` stored; errors report ``where`` as its origin."""
-    return _merge([(_as_dict_config(data, where), where)])
+    """Return the configuration that :func:`config_to_dict` stored; errors report ``where`` as its origin.
+
+    The values are data: nothing in them is interpolated.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping of settings")
+    return _config(_values([Layer(where, [stored(data, where)])]))
 
 
 def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
@@ -82,125 +92,102 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_to_yaml(config: Config) -> str:
-    """Return the complete configuration as YAML, including defaults."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    """Return the complete configuration as YAML, including defaults.
+
+    ``${`` is escaped, so that the file gives the same values with ``--config`` as when its run is resumed.
+    """
+    return write_yaml(_escaped(config_to_dict(config)))
 
 
-def _merge(layers: list[tuple[DictConfig, str]]) -> Config:
-    try:
-        return _merged(layers)
-    except OmegaConfBaseException as error:  # For example an interpolation, ${...}, that can't be resolved.
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
-def _merged(layers: list[tuple[DictConfig, str]]) -> Config:
-    schema = OmegaConf.structured(Config)
+def _values(layers: list[Layer]) -> Values:
+    """Return the settings of all layers, read with the schema of the kernel that they select."""
+    common = Values(
+        Schema.of(KernelConfig), {key: node for layer in layers for key, node in layer.nodes.items()}
+    )
     name, module = "tno", None
-    names = []
-    for layer, where in layers:
-        name = _kernel_setting(layer, "name", where) or name
-        module = _kernel_setting(layer, "module", where) or module
+    names, place = [], ""
+    for layer in layers:
+        for node in layer.kernel_settings("name"):
+            name, place = common.read(f"{KERNEL}.name", node), f" ({node.place})"
+        for node in layer.kernel_settings("module"):
+            module = common.read(f"{KERNEL}.module", node) or module
         names.append(name)
-    # Settings of the file's kernel don't apply to another kernel that the command line selects.
-    for (layer, _), meant in zip(layers, names, strict=True):
-        if meant != name and "model" in layer:
-            layer.model.pop("kernel", None)
     if module is not None:
         _import_kernel(module)
     if name not in KERNEL_SCHEMAS:
-        raise unknown_kernel(name)
-    schema.model.kernel = OmegaConf.structured(KERNEL_SCHEMAS[name])
-    for layer, where in layers:
-        _check_keys(layer, schema, "", where)
+        error = unknown_kernel(name)
+        raise ConfigError(f"{error.reason}{place}", error.remedy)
+    schema = Schema.of(KERNEL_SCHEMAS[name])
+    for layer, meant in zip(layers, names, strict=True):
+        # Settings of the file's kernel don't apply to another kernel that the command line selects.
+        if meant == name:
+            layer.add_kernel(schema)
+    nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
+    nodes[f"{KERNEL}.name"] = stored(name, "")
+    return Values(schema, nodes)
+
+
+def _config(values: Values) -> Config:
+    """Return the configuration with the given values, after all checks."""
+    for key, node in values.nodes.items():
+        value = values[key]
         try:
-            schema.merge_with(layer)
-        except OmegaConfBaseException as error:
-            key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-            raise ConfigError(f"{key}{str(error).splitlines()[0]} ({where})") from None
-    config = cast(Config, OmegaConf.to_object(schema))
+            _check_given(key, value, values.schema.settings[key], node.origin)
+        except ConfigError as error:
+            raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
+    config: Config = _build(Config, "", values)
     check_settings(config)
-    _settle_task(config)
-    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
-        raise ConfigError(f"name={config.name!r}: must be a single folder name")
+    settle_task(config, lambda key: f" ({values.nodes[key].place})" if key in values.nodes else "")
     return config
 
 
-def _settle_task(config: Config) -> None:
-    """Raise an error for settings that the task doesn't have, and set defaults that depend on the task."""
-    if config.task == "causal" and config.model.causal is False:
-        raise ConfigError(
-            "model.causal=false: task=causal predicts the next token and must not see it",
-            "omit model.causal, or set task=masked",
-        )
-    data = config.data
-    labelled = data.source in LABELLED
-    if labelled != (config.task == "classify"):
-        instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
-        raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}", instead)
-    if not labelled:
-        size = config.model.vocab_size
-        check_value(f"model.vocab_size={size}", size, {"low": SMALLEST_TEXT})
-    if config.task == "masked":
-        data.mask_token = data.mask_token or MASK_TOKEN
-        if data.mask_token == data.eos_token:
-            raise ConfigError(
-                f"data.mask_token={data.mask_token}: is the same as data.eos_token", "set another token"
-            )
-        if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
-                "task=masked: every byte, an end token and a mask token"
-            )
-    elif data.mask_token is not None:
-        raise ConfigError(
-            f"data.mask_token={data.mask_token}: is for task=masked only, not task={config.task}"
-        )
+def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None:
+    """Raise an error without place if a value is out of bounds, or empty where that would mean a default."""
+    check_value(f"{key}={one_line(value)}", value, setting.metadata)
+    if key == "name":
+        check_name(value)
+    empty = value == "" or (isinstance(value, list) and "" in value)
+    if empty and origin in (Origin.WORD, Origin.FILE) and not setting.metadata.get("empty"):
+        instead = "write null for the default" if NoneType in kinds_of(setting.hint) else ""
+        raise ConfigError(f"{key}: is empty", instead)
 
 
-def _check_source(layer: DictConfig, source: str, where: str) -> None:
+def _build(owner: type, prefix: str, values: Values) -> Any:
+    """Return a settings dataclass; fields that no layer sets have their defaults."""
+    given = {}
+    for key in (*values.schema.groups, *values.schema.settings):
+        group, _, name = key.rpartition(".")
+        if f"{group}." * bool(group) != prefix:
+            continue
+        if key in values.schema.groups:
+            given[name] = _build(values.schema.groups[key], f"{key}.", values)
+        elif key in values.nodes:
+            given[name] = values[key]
+        elif values.schema.settings[key].default is MISSING:
+            raise ConfigError(f"{key}: must be set")
+    return owner(**given)
+
+
+def _check_source(layer: Layer, values: Values, source: str) -> None:
     """Raise an error for settings of a source that is not selected: the run would silently use other data."""
-    defaults = config_to_dict(DataConfig())
-    group = layer.get("data")
-    given = cast(dict[str, Any], OmegaConf.to_container(group)) if group else {}
-    for key, value in given.items():
-        owner = next((own for own, prefix in _OWNERS.items() if key.startswith(prefix)), source)
-        if owner != source and value != defaults[key]:
+    for key, node in layer.nodes.items():
+        group, _, name = key.partition(".")
+        owner = next((own for own, prefix in _OWNERS.items() if name.startswith(prefix)), source)
+        if group != "data" or owner == source:
+            continue
+        if values.read(key, node) != values.schema.settings[key].default:
             raise ConfigError(
-                f"data.{key}: is not used with data.source={source} ({where})", f"set data.source={owner} too"
+                f"data.{name.partition('.')[0]}: is not used with data.source={source} ({layer.place})",
+                f"set data.source={owner} too",
             )
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
-    try:
-        data = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ConfigError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from None
-    return _as_dict_config(data, str(path))
-
-
-def _read_overrides(words: Sequence[str]) -> DictConfig:
-    for word in words:
-        if "=" not in word or word.startswith("="):
-            raise ConfigError(f"{word}: expected key=value, for example optim.lr=1e-3")
-    try:
-        return _as_dict_config(OmegaConf.from_dotlist(list(words)), "command line")
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from None
-
-
-def _as_dict_config(data: Any, where: str) -> DictConfig:
-    node = data if isinstance(data, DictConfig) else OmegaConf.create(data)
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{where}: expected a mapping of settings, such as 'model:' and 'data:'")
-    group = node.get("data")
-    if isinstance(group, DictConfig) and isinstance(group.get("files"), str):
-        group.files = [group.files]
-    return node
 
 
 def _import_kernel(module: str) -> None:
@@ -225,40 +212,3 @@ def _import_kernel(module: str) -> None:
         sys.modules.pop(name, None)
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(f"model.kernel.module={module}: can't be imported ({reason})") from error
-
-
-def _kernel_setting(layer: DictConfig, setting: str, where: str) -> str | None:
-    node: Any = layer
-    for key in ("model", "model.kernel"):
-        node = node.get(key.rpartition(".")[2])
-        if node is None:
-            return None
-        if not isinstance(node, DictConfig):
-            raise ConfigError(f"{key}={node}: expected a group of settings, {key}.NAME=... ({where})")
-    value = node.get(setting)
-    return None if value is None else str(value)
-
-
-def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str, where: str) -> None:
-    for key in map(str, layer):
-        full = f"{prefix}{key}"
-        if key not in schema:
-            raise ConfigError(
-                f"{full}: unknown key ({where})", f"did you mean {_nearest(full, schema, prefix)}?"
-            )
-        inner = schema._get_node(str(key))
-        value = layer._get_node(key)
-        if isinstance(inner, DictConfig):
-            if not isinstance(value, DictConfig):
-                raise ConfigError(f"{full}: expected a group of settings, {full}.NAME=... ({where})")
-            _check_keys(value, inner, f"{full}.", where)
-        elif isinstance(inner, ListConfig) and not isinstance(value, ListConfig):
-            raise ConfigError(f"{full}: expected a list, {full}=[a,b] ({where})")
-
-
-def _nearest(key: str, schema: DictConfig, prefix: str) -> str:
-    siblings = [f"{prefix}{name}" for name in map(str, schema)]
-    everywhere = [name for name, _, _ in leaves(Config())]
-    same_leaf = [name for name in everywhere if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    return (close or same_leaf or difflib.get_close_matches(key, everywhere + siblings, n=1, cutoff=0))[0]

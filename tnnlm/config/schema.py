@@ -7,9 +7,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
 
-from tnnlm.fields import choice, number
+from tnnlm.fields import choice, number, text
 from tnnlm.kernels.base import KernelConfig
 from tnnlm.kernels.tno import TNOConfig
 
@@ -173,7 +172,7 @@ class TrainerConfig:
     32-true."""
     accelerator: str = "auto"
     """Lightning's accelerator; auto selects a CUDA or ROCm GPU if available, else the CPU."""
-    devices: Union[int, str] = number("auto", low=1, word="auto")  # noqa: UP007  OmegaConf reads typing.Union
+    devices: int | str = number("auto", low=1, word="auto")
     """Number of devices per node; auto selects all GPUs, or one CPU process."""
     num_nodes: int = number(1, low=1, high=100_000)
     """Number of nodes (machines)."""
@@ -202,7 +201,7 @@ class TrainerConfig:
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to metrics.csv and TensorBoard (null: none). Requires
     the extra [wandb]; WANDB_MODE=offline is supported."""
-    sample_prompt: str = "def "
+    sample_prompt: str = text("def ", empty=True)
     """Prompt of the sample that is generated at each validation; the default suits Python source code."""
     sample_tokens: int = number(64, low=0, high=100_000)
     """Maximum number of tokens of each sample; 0 disables samples."""
@@ -226,7 +225,7 @@ class ConversionConfig:
     exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
     recurrence that a kernel such as rtf defines), auto (per layer, whichever of these has the smallest state
     within the tolerance) or gradient (fitted with Adam, a slow baseline)."""
-    horizon: Union[int, str] = number("auto", low=1, high=1 << 20, word="auto")  # noqa: UP007
+    horizon: int | str = number("auto", low=1, high=1 << 20, word="auto")
     """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
     kernel is below float32 rounding, or the training length if it does not decay."""
     tolerance: float = number(1e-3, above=0, high=0.999)

@@ -71,7 +71,7 @@ def find_job(job: str, config: Config) -> Path | None:
             continue
         run = path.parent
         if (run / "config.yaml").is_file():
-            _check_same(config, load_config(run / "config.yaml"), job, run)
+            _check_same(config, load_config(run / "config.yaml", saved=True), job, run)
         return run
     return None
 

@@ -1,0 +1,122 @@
+"""Interpolation: of what the user typed only, and never of what comes with a run, a checkpoint or a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tnnlm.config.loader import (
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    model_config_from_dict,
+)
+from tnnlm.config.schema import Config
+from tnnlm.errors import ConfigError
+
+SECRET = "${oc.env:SECRET}"
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "s3cret")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (SECRET, "s3cret"),
+        ("a-${oc.env:SECRET}-b", "a-s3cret-b"),
+        ("${oc.env:MISSING}", "${oc.env:MISSING}"),
+        ("${oc.env:MISSING,other}", "other"),
+        ("${seed}", "7"),
+        ("s${seed}-l${optim.lr}-${model.causal}", "s7-l0.5-${model.causal}"),
+        ("${trainer.compile}", "false"),
+        ("${model.kernel.decay}", "0.25"),
+        ("${h}.txt", "${h}.txt"),
+        ("${model}", "${model}"),
+        ("${data.files}", "${data.files}"),
+        ("${}", "${}"),
+        ("${seed", "${seed"),
+        ("$seed {seed} $${x}", "$seed {seed} $${x}"),
+        ("${oc.decode:1}", "${oc.decode:1}"),
+        ("${oc.create:{a}}", "${oc.create:{a}}"),
+        (r"\${seed}", "${seed}"),
+        (r"\${oc.env:SECRET}", SECRET),
+        (r"\\${seed}", r"\${seed}"),
+        (r"a\b", r"a\b"),
+    ],
+)
+def test_what_resolves_is_replaced_and_the_rest_is_text(text: str, value: str) -> None:
+    words = ["seed=7", "optim.lr=0.5", "model.kernel.decay=0.25"]
+    assert load_config(None, [*words, f"trainer.sample_prompt={text}"]).trainer.sample_prompt == value
+    Path("c.yaml").write_text(f"trainer:\n  sample_prompt: '{text}'\n")
+    assert load_config("c.yaml", words).trainer.sample_prompt == value
+    files = [f"data.files=['{text}', b]", "data.source=files"]
+    assert load_config(None, [*words, *files]).data.files == [value, "b"]
+
+
+def test_numbers_are_interpolated_and_read_by_their_type() -> None:
+    config = load_config(None, ["optim.eps=${optim.lr}", "model.glu_dim=${model.d_model}"])
+    assert (config.optim.eps, config.model.glu_dim) == (config.optim.lr, config.model.d_model)
+    with pytest.raises(ConfigError, match=r"^seed=\$\{optim\.lr\}: expected an integer \(command line\)$"):
+        load_config(None, ["seed=${optim.lr}"])
+    with pytest.raises(
+        ConfigError, match=r"^seed=\$\{x\}: expected an integer in decimal.*\(command line\)$"
+    ):
+        load_config(None, ["seed=${x}"])
+
+
+def test_a_value_of_the_command_line_is_seen_by_the_file() -> None:
+    Path("c.yaml").write_text("name: run-${seed}\nseed: 1\n")
+    assert load_config("c.yaml", ["seed=2"]).name == "run-2"
+
+
+@pytest.mark.parametrize("words", [["name=${name}"], ["name=${runs_dir}", "runs_dir=${name}"]])
+def test_a_circle_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^name=.*: refers to itself \(command line\)$"):
+        load_config(None, words)
+
+
+def typed(text: str) -> Config:
+    """Return a configuration in which settings of every kind hold the given text."""
+    config = Config()
+    config.trainer.sample_prompt = config.trainer.wandb = config.data.text_column = text
+    config.data.files, config.data.source = [text], "files"
+    return config
+
+
+@pytest.mark.parametrize("text", [SECRET, "${seed}", "${x}", r"\${seed}", r"a\${b}", "${name}"])
+def test_settings_of_a_checkpoint_are_data(text: str) -> None:
+    config = typed(text)
+    assert config_from_dict(config_to_dict(config)) == config
+    model = config_to_dict(config.model)
+    model["kernel"]["module"] = text
+    assert model_config_from_dict(model).kernel.module == text
+
+
+@pytest.mark.parametrize("text", [SECRET, "${seed}", "${x}", r"\${seed}", r"a\${b}", "${name}"])
+def test_the_configuration_of_a_run_gives_the_same_values_when_resumed_and_with_config(text: str) -> None:
+    config = typed(text)
+    Path("config.yaml").write_text(config_to_yaml(config))
+    assert load_config("config.yaml", saved=True) == config
+    assert load_config("config.yaml") == config
+
+
+def test_a_run_of_a_stranger_does_not_read_the_environment() -> None:
+    Path("config.yaml").write_text(f"trainer: {{wandb: '{SECRET}'}}\nname: '{SECRET}'\n")
+    config = load_config("config.yaml", saved=True)
+    assert (config.trainer.wandb, config.name) == (SECRET, SECRET)
+    # What the user types is interpolated as always.
+    assert load_config("config.yaml", [f"data.text_column={SECRET}"], saved=True).data.text_column == "s3cret"
+    assert load_config("config.yaml").name == "s3cret"
+
+
+def test_the_name_of_a_kernel_may_be_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNEL", "rtf")
+    config: Any = load_config(None, ["model.kernel.name=${oc.env:KERNEL}", "model.kernel.state_size=3"])
+    assert dataclasses.asdict(config.model.kernel)["state_size"] == 3

@@ -1,0 +1,78 @@
+"""Checks of settings that depend on each other, and of the name of a run."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+
+from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
+from tnnlm.errors import ConfigError
+
+_LONGEST_NAME = 200
+"""Maximum size of a name in bytes. File systems allow 255, and the names of other files add to it."""
+
+
+def check_name(name: str) -> None:
+    """Raise an error if a run's name can't be the name of a single folder.
+
+    Raises:
+        ConfigError: If the name is empty or too long, contains a separator or a control character, or begins
+            or ends with a blank.
+    """
+    text = name if len(name) <= 40 else f"{name[:37]}..."
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ConfigError(f"name={text!r}: must be a single folder name")
+    if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in name):
+        raise ConfigError(f"name={text!r}: contains a line break or another control character")
+    if name != name.strip():
+        raise ConfigError(f"name={text!r}: begins or ends with a blank")
+    size = len(name.encode())
+    if size > _LONGEST_NAME:
+        raise ConfigError(f"name={text!r}: has {size} bytes, and a folder name can have {_LONGEST_NAME}")
+
+
+def settle_task(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
+
+    Args:
+        config: Configuration, whose ``data.mask_token`` is set for task=masked.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If the task can't be trained with the settings.
+    """
+    if config.task == "causal" and config.model.causal is False:
+        raise ConfigError(
+            "model.causal=false: task=causal predicts the next token and must not see it"
+            + where("model.causal"),
+            "omit model.causal, or set task=masked",
+        )
+    data = config.data
+    labelled = data.source in LABELLED
+    if labelled != (config.task == "classify"):
+        instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
+        place = where("data.source") or where("task")
+        raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}{place}", instead)
+    if not labelled:
+        size = config.model.vocab_size
+        if size < SMALLEST_TEXT:
+            raise ConfigError(
+                f"model.vocab_size={size}: must be at least {SMALLEST_TEXT}{where('model.vocab_size')}"
+            )
+    if config.task == "masked":
+        data.mask_token = MASK_TOKEN if data.mask_token is None else data.mask_token
+        if data.mask_token == data.eos_token:
+            raise ConfigError(
+                f"data.mask_token={data.mask_token}: is the same as data.eos_token{where('data.mask_token')}",
+                "set another token",
+            )
+        if data.tokenizer is None and config.model.vocab_size < SMALLEST_MASKED:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size}: must be at least {SMALLEST_MASKED} for "
+                f"task=masked: every byte, an end token and a mask token{where('model.vocab_size')}"
+            )
+    elif data.mask_token is not None:
+        raise ConfigError(
+            f"data.mask_token={data.mask_token}: is for task=masked only, not task={config.task}"
+            f"{where('data.mask_token')}"
+        )

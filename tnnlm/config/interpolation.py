@@ -1,0 +1,108 @@
+r"""Interpolation of settings: ``${key}`` is the value of another setting, ``${oc.env:NAME}`` a variable.
+
+Only values that the user typed or that are in a file given with ``--config`` are interpolated. Settings that
+come with a model or a checkpoint are data: nothing in them reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tnnlm.config.layers import Schema
+from tnnlm.config.values import Node, Origin, is_list, read_value, shown
+from tnnlm.errors import ConfigError
+
+_REFERENCE = re.compile(r"\\\$\{|\$\{([^{}]*)\}")
+
+
+def interpolated(text: str, lookup: Callable[[str], str | None]) -> str:
+    r"""Return a text with its interpolations replaced.
+
+    An interpolation that doesn't resolve is text, and so is ``\${``, which loses its backslash.
+
+    Args:
+        text: Text as typed.
+        lookup: Function that returns the value of a setting as text; None if there is no such setting.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None:
+            return "${"
+        if name.startswith("oc.env:"):
+            variable, has_default, default = name.removeprefix("oc.env:").partition(",")
+            value = os.environ.get(variable.strip(), default.strip() if has_default else None)
+        else:
+            value = lookup(name)
+        return match[0] if value is None else value
+
+    return _REFERENCE.sub(replaced, text)
+
+
+def escaped(text: str) -> str:
+    r"""Return a text in which every ``${`` is escaped, so that :func:`interpolated` returns it unchanged."""
+    return text.replace("${", r"\${")
+
+
+def unescaped(text: str) -> str:
+    """Return the text that :func:`escaped` was given; no interpolation is resolved."""
+    return text.replace(r"\${", "${")
+
+
+class Values:
+    """Values of settings, read by the types of a schema when they are first needed."""
+
+    def __init__(self, schema: Schema, nodes: Mapping[str, Node]) -> None:
+        """Read the settings of ``nodes``, by full key; other settings have the defaults of ``schema``."""
+        self.schema = schema
+        self.nodes = nodes
+        self._read: dict[str, Any] = {}
+        self._open: list[str] = []
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of a setting.
+
+        Raises:
+            ConfigError: If the value has another type than the field, or interpolations form a circle.
+        """
+        if key not in self.nodes:
+            return self.schema.settings[key].default
+        if key in self._open:
+            raise ConfigError(f"{key}={shown(self.nodes[key])}: refers to itself ({self.nodes[key].place})")
+        if key not in self._read:
+            self._open.append(key)
+            try:
+                self._read[key] = self.read(key, self.nodes[key])
+            finally:
+                self._open.pop()
+        return self._read[key]
+
+    def read(self, key: str, node: Node) -> Any:
+        """Return the value of a node for a setting.
+
+        Raises:
+            ConfigError: If the value has another type than the field; the message contains key and place.
+        """
+        setting = self.schema.settings[key]
+        resolve = {
+            Origin.STORED: lambda text: text,
+            Origin.RUN: unescaped,
+            Origin.FILE: lambda text: interpolated(text, self._text),
+            Origin.WORD: lambda text: interpolated(text, self._text),
+        }[node.origin]
+        try:
+            return read_value(node, setting.hint, setting.metadata.get("word"), resolve)
+        except ConfigError:  # of a setting that an interpolation refers to
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{key}={shown(node)}: {error} ({node.place})") from None
+
+    def _text(self, key: str) -> str | None:
+        setting = self.schema.settings.get(key)
+        value = None if setting is None or is_list(setting.hint) else self[key]
+        if isinstance(value, bool):
+            return str(value).lower()
+        return str(value) if isinstance(value, str | int | float) else None
