@@ -54,7 +54,7 @@ RULES = {
     "ops": Allowed("machine precision", "torch numpy"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
-    "config": Allowed("errors fields kernels", "yaml"),
+    "config": Allowed("errors fields kernels", "omegaconf yaml"),
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
     "checkpoints": Allowed("errors files tokenizer ops modules config models", "torch safetensors"),

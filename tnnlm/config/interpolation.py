@@ -6,10 +6,12 @@ come with a model or a checkpoint are data: nothing in them reads the environmen
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tnnlm.config.layers import Schema
 from tnnlm.config.values import Node, Origin, is_list, read_value, shown
@@ -32,14 +34,19 @@ def interpolated(text: str, lookup: Callable[[str], str | None]) -> str:
         name = match[1]
         if name is None:
             return "${"
-        if name.startswith("oc.env:"):
-            variable, has_default, default = name.removeprefix("oc.env:").partition(",")
-            value = os.environ.get(variable.strip(), default.strip() if has_default else None)
-        else:
-            value = lookup(name)
+        value = _variable(match[0]) if name.startswith("oc.env:") else lookup(name)
         return match[0] if value is None else value
 
     return _REFERENCE.sub(replaced, text)
+
+
+def _variable(reference: str) -> str | None:
+    """Return the value that OmegaConf gives ``${oc.env:NAME}`` or ``${oc.env:NAME,default}``, or None."""
+    try:
+        value = OmegaConf.create({"value": reference}).value
+    except OmegaConfBaseException:
+        return None
+    return None if value is None else str(value)
 
 
 def escaped(text: str) -> str:

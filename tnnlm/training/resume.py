@@ -46,7 +46,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
-    recorded, config = load_config(path), load_config(path, overrides)
+    recorded, config = (load_config(path, words, saved=True) for words in ((), overrides))
     name, folder = recorded.name, recorded.runs_dir
     for found in (recorded, config):
         # A run whose folder was moved or renamed may be given its new name and place, and its recorded ones.
