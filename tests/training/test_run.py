@@ -70,6 +70,7 @@ def test_train_lowers_the_loss_on_real_text_and_writes_everything() -> None:
     written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {
         "config.yaml",
+        "data.json",
         "tokenizer.json",
         "metrics.csv",
         "summary.json",
@@ -151,7 +152,7 @@ def test_resume_refuses_what_would_be_another_run() -> None:
             resumed_config(run, [change])
     with pytest.raises(UserError, match="is complete at step 4"):
         train(resumed_config(run, []), run)
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match="its data has changed"):
         train(resumed_config(run, ["trainer.max_steps=8", "data.val_fraction=0.2"]), run)
     train(resumed_config(run, ["trainer.max_steps=6"]), run)
     assert load_checkpoint(run / "checkpoints/last.ckpt").step == 6

@@ -14,6 +14,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import second_name
+from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
 
 SOURCES = {"last": LAST, "previous": PREVIOUS}
@@ -46,6 +47,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     config = load_config(run / "config.yaml", overrides)
+    keep_text_of_old_run(config, run, overrides)
     config.name, config.runs_dir = run.name, str(run.parent)
     return config
 

@@ -18,6 +18,7 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.report import DataReport
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, ConfigError, command
 from tnnlm.files import write_text
@@ -27,6 +28,7 @@ from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
+from tnnlm.training.data_check import check_data, write_report
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel
@@ -88,6 +90,8 @@ class _Start(NamedTuple):
     """Folder of the run; on other ranks than 0 of a new run, its parent."""
     tokenizer: TextTokenizer | None
     """Tokenizer of the data; None on other processes than the main one."""
+    report: DataReport
+    """Report of the data; empty on other processes than the main one."""
     step: int | None
     """Step of the checkpoint to resume from; None for a new run."""
     checkpoint: Path | None
@@ -104,17 +108,19 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
         # prepares the data; the other ranks load it from the cache after Lightning's barrier.
         folder = run or Path(config.runs_dir)
-        return _Start(strategy, folder, None, step, None if step is None else folder / source)
-    tokenizer = load_task_data(config).tokenizer
+        return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
+    data = load_task_data(config)
+    tokenizer = data.tokenizer
     folder = run or _new_folder(config)
     if step is not None:
+        check_data(folder, data.report)
         _check_tokenizer(folder, tokenizer)
     if job is not None:
         record_job(folder, job)
     if step is None:
-        return _Start(strategy, folder, tokenizer, None, None)
+        return _Start(strategy, folder, tokenizer, data.report, None, None)
     begin_at(folder, source, step)
-    return _Start(strategy, folder, tokenizer, step, folder / source)
+    return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
 
 
 def _build(
@@ -131,17 +137,19 @@ def _build(
 
 
 def _begin(config: Config, start: _Start) -> None:
-    """Save tokenizer and configuration, and print the sizes of the run."""
+    """Save tokenizer, configuration and report of the data, and print the sizes of run and data."""
     assert start.tokenizer is not None
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
     write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_report(start.folder, start.report)
     plan = estimate_run(config)
     resumed = "" if start.step is None else f", continuing at step {start.step}"
     line = (
         f"{start.folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    for shown in (line, *start.report.lines()):
+        Console().print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summarise(
@@ -155,6 +163,7 @@ def _summarise(
         folder,
         task=task,
         params=module.model.n_params,
+        data=data.opened.report,
         tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
         train_seconds=last.train_seconds,
         tested=tested,
