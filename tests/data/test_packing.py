@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import packing, pieces
+from tnnlm.data import chunks, packing
+from tnnlm.data.chunks import chunks_of
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
-from tnnlm.data.pieces import pieces_of
 from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import train_bpe
@@ -81,7 +81,7 @@ def test_stream_decodes_to_the_documents() -> None:
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
-    monkeypatch.setattr(packing, "batches_of", lambda texts: ([piece] for piece in pieces_of(texts)))
+    monkeypatch.setattr(packing, "batches_of", lambda texts: ([piece] for piece in chunks_of(texts)))
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
 
@@ -281,8 +281,8 @@ def test_cache_holds_the_corpus_alone() -> None:
 def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
-    monkeypatch.setattr(pieces, "pieces_of", lambda texts: pieces_of(texts, 100))
-    assert len(list(pieces.pieces_of([text]))) > 50
+    monkeypatch.setattr(chunks, "chunks_of", lambda texts: chunks_of(texts, 100))
+    assert len(list(chunks.chunks_of([text]))) > 50
     info = packing._pack([text, "short"], tokenizer, Path("packed.bin"), "test")
     found = np.fromfile("packed.bin", dtype=np.int32).tolist()
     eos = tokenizer.eos_id

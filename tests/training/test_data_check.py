@@ -84,6 +84,15 @@ def test_held_out_text_is_never_trained_on_after_the_end_has_changed(script: Any
     assert "its data has changed: the train split has" in refused(script)
 
 
+def test_converted_model_is_not_measured_on_other_text(script: Any) -> None:
+    start(script)
+    text = Path("text.txt").read_text(encoding="utf-8")
+    same_time(Path("text.txt"), text.replace("the", "eht"))
+    done = script("convert", "demo", "conversion.horizon=64")
+    assert done.code == 0, done.err
+    assert "no perplexities: the data of this run has changed" in done.out + done.err
+
+
 def test_other_end_token_of_a_given_tokenizer_is_refused(script: Any) -> None:
     write_text()
     given = json.loads(train_bpe(["some text"], 300, "<|endoftext|>", 1, False, "<end>").to_json())
@@ -106,7 +115,7 @@ def test_resume_on_other_sequences_is_refused(task: str, script: Any) -> None:
     kept = [word for word in SETTINGS if word.startswith(("model.d_", "model.kernel", "trainer.acc"))]
     done = script("train", *kept, *words)
     assert done.code == 0, done.err
-    if task != "listops":  # which has a validation split of its own
+    if task != "listops":  # which has a published validation split
         assert "its data has changed: the train split has" in refused(script, "data.val_fraction=0.4")
     if task == "image":
         batches = folder / "cifar-10-batches-py"

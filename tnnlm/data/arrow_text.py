@@ -41,7 +41,7 @@ class Documents(Sequence[str]):
     size: int
     """Total number of characters."""
     normalize: bool
-    """Whether to normalise each document as it is read, see :func:`~tnnlm.data.text.normalized`."""
+    """Whether to normalise each document when it is read, see :func:`~tnnlm.data.text.normalized`."""
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -1,7 +1,7 @@
 """Documents of local files: plain text, .jsonl and .parquet, each optionally compressed with gzip.
 
-Tables are read here and not by the datasets library, which caches them by path and modification time, guesses
-types (a column of dates is no text to it) and takes a file name as a pattern.
+Tables are read here and not by the datasets library, which caches them by path and modification time, infers
+types (a column of dates is not text) and interprets a file name as a pattern.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import Documents, remove_scratch
-from tnnlm.data.pieces import CountedText, batches_of, pieces_of
+from tnnlm.data.chunks import CountedText, batches_of, chunks_of
 from tnnlm.data.progress import at_terminal, progress, reported
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
@@ -205,9 +205,11 @@ def _tokenize(
 def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Path) -> TextTokenizer:
     if path.is_file():
         return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
-    pieces, visible = CountedText(pieces_of(texts)), at_terminal()
-    with contextlib.nullcontext() if visible else reported(lambda: f"train tokenizer: {pieces}"):
-        tokenizer = train_bpe(pieces, vocab_size, config.eos_token, len(texts), visible, config.mask_token)
+    texts_read, visible = CountedText(chunks_of(texts)), at_terminal()
+    with contextlib.nullcontext() if visible else reported(lambda: f"train tokenizer: {texts_read}"):
+        tokenizer = train_bpe(
+            texts_read, vocab_size, config.eos_token, len(texts), visible, config.mask_token
+        )
     write_text(path, tokenizer.to_json())
     return tokenizer
 
@@ -230,16 +232,16 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
         file.truncate(4 * n_tokens)
         file.seek(0, os.SEEK_END)
         for batch in batches_of(rest):
-            for ids, piece in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
-                if piece.ends_document:
+            for ids, chunk in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
+                if chunk.ends_document:
                     ids.append(tokenizer.eos_id)
                     n_documents += 1
                 file.write(np.array(ids, dtype=np.int32).tobytes())
                 n_tokens += len(ids)
-                encoded = piece.text.encode("utf-8", "surrogatepass")
-                text_hash.add(encoded, piece.ends_document)
+                encoded = chunk.text.encode("utf-8", "surrogatepass")
+                text_hash.add(encoded, chunk.ends_document)
                 n_bytes += len(encoded)
-            bar.update(sum(len(piece.text) for piece in batch))
+            bar.update(sum(len(chunk.text) for chunk in batch))
             if batch[-1].ends_document and time.monotonic() - noted >= SAVE_SECONDS:
                 noted = time.monotonic()
                 _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value))

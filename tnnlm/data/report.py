@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tnnlm.data.text import count, shown
+from tnnlm.errors import DataError
+from tnnlm.files import write_text
+
+REPORT = "data.json"
+"""Name of the report in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What was read and what became of it. Documents are labelled sequences for task=classify."""
+    """Report of a data set. For task=classify, its documents are labelled sequences."""
 
     source: str = ""
     """``data.source``, or the name of a hub data set."""
@@ -39,7 +46,7 @@ class DataReport:
     documents: int = 0
     """Number of documents of all splits. If few documents are each cut in two, they are counted once."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Rows that were left out, by reason."""
+    """Rows that were not used, by reason."""
     normalized: dict[str, int] = field(default_factory=dict)
     """Characters that were changed or removed, by kind."""
     encodings: dict[str, int] = field(default_factory=dict)
@@ -114,3 +121,23 @@ class DataReport:
         if now.eos_token != self.eos_token:
             return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
         return None
+
+
+def write_report(run: Path, report: DataReport) -> None:
+    """Write the report of the data to the folder of a run."""
+    write_text(run / REPORT, json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def read_report(run: Path) -> DataReport | None:
+    """Return the report in the folder of a run; None for a run of a version without it.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    path = run / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None

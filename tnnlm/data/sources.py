@@ -34,7 +34,7 @@ def source_fingerprint(config: DataConfig) -> str:
 
     Of local files, a local folder with a data set, and the standard library it covers names (without the
     folder) and content, read on every call. A data set of the hub is not looked up again: the hash covers its
-    name, configuration and splits, so that training needs no network, and prepared data stays as it is when
+    name, configuration and splits, so that training needs no network, and prepared data stays unchanged when
     the authors change the data set. The report has the commit that was read.
     """
     parts: list[Any] = [config.source, config.text_column, config.max_documents, config.normalize_text]
@@ -155,7 +155,7 @@ def _hub_table(
             "data.streaming=true: a stream of unknown length can't be split", "set data.max_documents"
         )
     name, column, limit = config.hub_name, config.text_column, config.max_documents
-    # The library caches a local folder by paths and times, so each content gets a cache of its own.
+    # The library caches a local folder by paths and times, so each content gets a separate cache.
     content = _local_content(config)
     cache = cache_folder(config) / "datasets" / (content or "")[:32]
     rows = _load(

@@ -23,7 +23,7 @@ class Corpus:
     train: Sequence[str]
     val: Sequence[str]
     report: DataReport = field(default_factory=DataReport)
-    """What was read; without the splits, which are counted as they are tokenized."""
+    """Report of the data set, without the splits, which are counted during tokenization."""
 
 
 def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:

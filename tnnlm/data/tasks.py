@@ -62,7 +62,7 @@ class TaskData(NamedTuple):
     """Map-style data set of the validation rows."""
     tokenizer: TextTokenizer
     report: DataReport
-    """What was read."""
+    """Report of the data set."""
     bytes_per_token: float
     """UTF-8 bytes per token of the validation text; 1 for tasks without text."""
     resampled: bool = False

@@ -18,7 +18,7 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
-from tnnlm.data.report import DataReport
+from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, ConfigError, command
 from tnnlm.files import write_text
@@ -28,7 +28,7 @@ from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
-from tnnlm.training.data_check import check_data, write_report
+from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel

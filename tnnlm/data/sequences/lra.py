@@ -87,7 +87,7 @@ def splits(
         folder: Folder of the unpacked archive.
         val_fraction: Fraction of the training rows to hold out for validation.
         seed: Seed of the random splits.
-        dropped: Counts of left out rows by reason, which are updated as rows are read.
+        dropped: Counts of skipped rows by reason, updated while the rows are read.
 
     Raises:
         DataError: If a file is missing or malformed.

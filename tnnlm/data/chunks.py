@@ -1,4 +1,4 @@
-"""Long documents in pieces, which are tokenized in parallel, and batches of them."""
+"""Chunks of long documents, which are tokenized in parallel, and batches of chunks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-PIECE = 1 << 18
+CHUNK = 1 << 18
 """Characters per chunk of a long document; chunks are tokenized in parallel."""
 _BORDER = re.compile(r"\n(?=\S)")
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Document, or part of a long one."""
 
     text: str
     ends_document: bool
 
 
-def pieces_of(texts: Iterable[str], characters: int = PIECE) -> Iterator[Piece]:
+def chunks_of(texts: Iterable[str], characters: int = CHUNK) -> Iterator[Chunk]:
     """Yield documents, with long ones split into chunks that are tokenized in parallel.
 
     A chunk ends after a line break that is followed by a non-space character: no token of a byte-level BPE
@@ -30,18 +30,18 @@ def pieces_of(texts: Iterable[str], characters: int = PIECE) -> Iterator[Piece]:
         while start < len(text):
             border = _BORDER.search(text, start + characters)
             stop = border.start() + 1 if border else len(text)
-            yield Piece(text[start:stop], stop == len(text))
+            yield Chunk(text[start:stop], stop == len(text))
             start = stop
 
 
-def batches_of(texts: Iterable[str]) -> Iterator[list[Piece]]:
+def batches_of(texts: Iterable[str]) -> Iterator[list[Chunk]]:
     """Yield batches of chunks of about equal total length, large enough to keep all cores busy."""
-    characters = PIECE * max(4, os.cpu_count() or 1)
-    batch: list[Piece] = []
+    characters = CHUNK * max(4, os.cpu_count() or 1)
+    batch: list[Chunk] = []
     size = 0
-    for piece in pieces_of(texts):
-        batch.append(piece)
-        size += len(piece.text)
+    for chunk in chunks_of(texts):
+        batch.append(chunk)
+        size += len(chunk.text)
         if size >= characters:
             yield batch
             batch, size = [], 0
@@ -50,18 +50,18 @@ def batches_of(texts: Iterable[str]) -> Iterator[list[Piece]]:
 
 
 class CountedText:
-    """Text of pieces, counted for the report of progress."""
+    """Text of chunks, counted for the report of progress."""
 
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = pieces
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self._chunks = chunks
         self._characters = 0
         self._read = False
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the text of each piece."""
-        for piece in self._pieces:
-            self._characters += len(piece.text)
-            yield piece.text
+        """Yield the text of each chunk."""
+        for chunk in self._chunks:
+            self._characters += len(chunk.text)
+            yield chunk.text
         self._read = True
 
     def __str__(self) -> str:
