@@ -19,7 +19,7 @@ from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedRows, prepare
-from tnnlm.data.sequences.rows import Example, LabelledRows, write_rows
+from tnnlm.data.sequences.rows import Example, LabelledRows, SeenRows, write_rows
 from tnnlm.machine import resident
 from tnnlm.training import estimate, throughput
 
@@ -167,7 +167,7 @@ class Windows:
 def test_rows_are_pickled_by_file_name(tmp_path: Path) -> None:
     write_text()
     corpus = prepare(load_config(None, SETTINGS).data, 400, 0)
-    write_rows(tmp_path, "train", [Example((bytes(range(200)),), 1)] * 100, 2)
+    write_rows(tmp_path, "train", [Example((bytes(range(200)),), 1)] * 100, 2, SeenRows())
     for rows in (
         corpus.rows("train", 32),
         corpus.rows("train", 32, 1000),

@@ -11,10 +11,14 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tnnlm.detokenizer import Detokenizer, TextStream
 from tnnlm.errors import DataError
+
+LONGEST_WORD = 1_000
+"""Bytes of a word that the training of a tokenizer reads as one; each merge moves the rest of its word."""
+_PARTS = pre_tokenizers.Split(Regex(f"[\\s\\S]{{1,{LONGEST_WORD}}}"), "isolated")
 
 
 class TextTokenizer:
@@ -148,6 +152,10 @@ def train_bpe(
 ) -> TextTokenizer:
     """Train a byte-level BPE tokenizer.
 
+    The time grows linearly with the text: of a word (a run of letters, digits, signs or spaces) longer than
+    ``LONGEST_WORD`` bytes, such as a line of DNA, each part of this length is trained on as a word. Text is
+    encoded without this limit.
+
     Args:
         ``texts``: Documents of the training split.
         vocab_size: Maximum vocabulary size, special tokens included; at least 257, because all 256 bytes are
@@ -158,7 +166,8 @@ def train_bpe(
         mask_token: Mask token for masked language modelling, if any.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, _PARTS])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -167,6 +176,7 @@ def train_bpe(
         show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer, length=n_texts)
+    tokenizer.pre_tokenizer = words
     return TextTokenizer(tokenizer, eos_token)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,17 +149,27 @@ def test_validation_rows_are_split_over_ranks_without_duplicates(world_size: int
 
 def test_too_little_training_text_says_what_to_change() -> None:
     with pytest.raises(
-        DataError, match=r"fill \d+ rows of 16, one batch needs 4.*data\.batch_size"
+        DataError, match=r"(\d+) training tokens, where one batch of 4 x 16 needs 65.*data\.batch_size"
     ) as caught:
         module_of(config_of(n_lines=6))
     assert "model.max_length" in str(caught.value)
+    assert int(re.findall(r"\d+", str(caught.value))[0]) < 65
 
 
-@pytest.mark.parametrize("data", [{"val_fraction": 0.0001}, {"max_val_tokens": 15}])
-def test_too_little_validation_text_says_what_to_change(data: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"fill no row of 16.*data\.val_fraction") as caught:
-        module_of(config_of(**data))
-    assert "data.max_val_tokens" in str(caught.value)
+def test_too_little_validation_text_says_what_to_change() -> None:
+    with pytest.raises(
+        DataError, match=r"validation tokens, where one row of 16 needs 17;.*data\.val_fraction"
+    ) as caught:
+        module_of(config_of(val_fraction=0.0001))
+    assert int(re.findall(r"\d+", str(caught.value))[0]) < 17
+
+
+def test_fewer_validation_tokens_than_a_row_are_refused_by_the_setting() -> None:
+    with pytest.raises(
+        DataError, match=r"max_val_tokens=15: is less than one row of model\.max_length=16; set it to 16"
+    ):
+        module_of(config_of(max_val_tokens=15))
+    assert len(module_of(config_of(max_val_tokens=16)).opened.val) == 1
 
 
 def test_text_for_exactly_one_batch_is_enough() -> None:

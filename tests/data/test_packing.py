@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 import torch
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import packing
+from tnnlm.data import chunks, packing
+from tnnlm.data.chunks import chunks_of
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
@@ -81,7 +81,7 @@ def test_stream_decodes_to_the_documents() -> None:
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
-    monkeypatch.setattr(packing, "_batches", lambda texts: ([piece] for piece in packing._pieces(texts)))
+    monkeypatch.setattr(packing, "batches_of", lambda texts: ([piece] for piece in chunks_of(texts)))
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
 
@@ -126,7 +126,7 @@ def test_bytes_per_token_counts_utf8(split: str) -> None:
     info = getattr(corpus, split)
     n_bytes = sum(len(text.encode()) for text in documents)
     n_tokens = len(tokens_of(corpus, split))
-    assert dataclasses.astuple(info) == (len(documents), n_tokens, n_bytes)
+    assert (info.documents, info.tokens, info.bytes) == (len(documents), n_tokens, n_bytes)
     assert info.bytes_per_token == n_bytes / n_tokens
     assert n_bytes > sum(map(len, documents))
 
@@ -165,16 +165,26 @@ def grow_file() -> None:
     os.utime("text/00.txt", (1, 1))
 
 
-def test_cache_key_changes_with_a_source_files_size_and_time() -> None:
+def test_cache_key_changes_with_the_content_of_files_and_not_with_their_time() -> None:
     os.utime("text/00.txt", (1, 1))
     folders = {prepared().folder}
+    os.utime("text/00.txt", (2, 2))
+    assert prepared().folder in folders
     grow_file()
     folders.add(prepared().folder)
-    os.utime("text/00.txt", (2, 2))
+    before = Path("text/00.txt").read_text()
+    Path("text/00.txt").write_text(before.upper())  # the same size and time
+    os.utime("text/00.txt", (1, 1))
     folders.add(prepared().folder)
     Path("text/new.txt").write_text("one more")
     folders.add(prepared().folder)
     assert len(folders) == 4
+
+
+def test_cache_key_is_the_same_after_the_folder_moved() -> None:
+    first = prepared()
+    Path("text").rename("moved")
+    assert prepared(files=["moved/*.txt"]).folder == first.folder
 
 
 @pytest.mark.parametrize(
@@ -271,9 +281,8 @@ def test_cache_holds_the_corpus_alone() -> None:
 def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
-    whole = packing._pieces
-    monkeypatch.setattr(packing, "_pieces", lambda texts: whole(texts, 100))
-    assert len(list(packing._pieces([text]))) > 50
+    monkeypatch.setattr(chunks, "chunks_of", lambda texts: chunks_of(texts, 100))
+    assert len(list(chunks.chunks_of([text]))) > 50
     info = packing._pack([text, "short"], tokenizer, Path("packed.bin"), "test")
     found = np.fromfile("packed.bin", dtype=np.int32).tolist()
     eos = tokenizer.eos_id

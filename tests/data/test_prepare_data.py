@@ -23,7 +23,7 @@ from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
-from tnnlm.data import packing
+from tnnlm.data import chunks, packing
 from tnnlm.data.arrow_text import Documents, index_documents
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sources import load_corpus
@@ -79,17 +79,17 @@ def test_documents_on_disk_give_the_split_of_those_in_memory(n: int, streaming: 
 
 def test_documents_are_a_sequence(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["", "a", "b", None, "c", "d", " "]})
-    found = index_documents(rows, "text", "here", seed=0, limit=None, kept=tmp_path / "all").select(
-        rows, "text"
-    )
+    found = index_documents(
+        rows, "text", "here", seed=0, limit=None, kept=tmp_path / "all", normalize=True
+    ).select(rows, "text")
     assert list(found) == ["a", "b", "c", "d"]
     assert (len(found), found.size, found[1], found[-1]) == (4, 4, "b", "d")
     assert list(found[2:]) == ["c", "d"]
-    first = index_documents(rows, "text", "here", seed=0, limit=3, kept=tmp_path / "first")
+    first = index_documents(rows, "text", "here", seed=0, limit=3, kept=tmp_path / "first", normalize=True)
     assert list(first.select(rows, "text")) == ["a", "b", "c"]
     numbers = datasets.Dataset.from_dict({"n": [1, 2]})
     with pytest.raises(DataError, match="here: row 1: column 'n' is not text"):
-        index_documents(numbers, "n", "here", seed=0, limit=None, kept=tmp_path / "none")
+        index_documents(numbers, "n", "here", seed=0, limit=None, kept=tmp_path / "none", normalize=True)
 
 
 class Killed(BaseException):
@@ -102,7 +102,7 @@ class Killed(BaseException):
 def test_stopped_preparation_resumes(
     monkeypatch: pytest.MonkeyPatch, place: int, streaming: bool, tokenizer: str | None
 ) -> None:
-    monkeypatch.setattr(packing, "PIECE", 300)
+    monkeypatch.setattr(chunks, "CHUNK", 300)
     monkeypatch.setattr(packing, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHARACTERS", 4000)
     Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())

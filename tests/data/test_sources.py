@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.sources import FEW_DOCUMENTS, load_corpus, source_files, source_fingerprint
+from tnnlm.data.files import source_files
+from tnnlm.data.sources import FEW_DOCUMENTS, load_corpus, source_fingerprint
 from tnnlm.errors import DataError
 
 LINES = "".join(f"line {i} of a text\n" for i in range(20))
@@ -102,14 +104,24 @@ def test_text_column_is_read(suffix: str) -> None:
     assert sorted(train + val) == sorted(texts)
 
 
-def test_table_that_changed_is_read_again() -> None:
-    # The datasets library caches tables; a new file of the same name must not return the old rows.
-    read(write("a.jsonl", jsonl(documents(12))))
-    texts = [text.upper() for text in documents(14)]
-    write("a.jsonl", jsonl(texts))
-    os.utime("a.jsonl", (1, 1))
-    train, val = read("a.jsonl")
+@pytest.mark.parametrize("n", [12, 14], ids=["same size", "another size"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz", "corpus/train.jsonl"])
+def test_table_that_changed_is_read_again(name: str, n: int) -> None:
+    # The datasets library caches tables by path and modification time.
+    def write_rows(texts: list[str]) -> None:
+        data = parquet(texts) if "parquet" in name else jsonl(texts).encode()
+        write(name, gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+        os.utime(name, (1, 1))
+
+    hub = {"source": "hub", "hub_name": "corpus"} if "/" in name else {}
+    write_rows(documents(12))
+    before = read(name, **hub)
+    shutil.rmtree("scratch", ignore_errors=True)
+    texts = [text.upper() for text in documents(n)]
+    write_rows(texts)
+    train, val = read(name, **hub)
     assert sorted(train + val) == sorted(texts)
+    assert before != (train, val)
 
 
 def test_byte_order_mark_is_removed() -> None:
@@ -390,8 +402,9 @@ def test_full_disk_is_not_reported_as_damaged_data(monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    write("corpus/train.jsonl", jsonl(documents(3)))
     with pytest.raises(OSError, match="No space left"):
-        read(write("a.jsonl", jsonl(documents(3))))
+        hub()
 
 
 def test_source_fingerprint_changes_with_the_files() -> None:
@@ -401,16 +414,19 @@ def test_source_fingerprint_changes_with_the_files() -> None:
     write("b.txt", LINES)
     seen.add(source_fingerprint(config))
     write("b.txt", LINES + "more")
-    seen.add(source_fingerprint(config))
     os.utime("b.txt", (1, 1))
     seen.add(source_fingerprint(config))
-    assert len(seen) == 4
+    write("b.txt", LINES + "MORE")
+    os.utime("b.txt", (1, 1))
+    seen.add(source_fingerprint(config))
+    os.utime("b.txt", (2, 2))
     assert source_fingerprint(config) in seen
+    assert len(seen) == 4
 
 
 def test_source_fingerprint_changes_with_the_files_of_a_hub_folder() -> None:
     config = DataConfig(source="hub", hub_name="corpus")
     write("corpus/train.jsonl", jsonl(documents(3)))
     before = source_fingerprint(config)
-    write("corpus/train.jsonl", jsonl(documents(4)))
+    write("corpus/train.jsonl", jsonl(documents(3)).upper())
     assert source_fingerprint(config) != before

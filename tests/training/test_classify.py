@@ -161,7 +161,7 @@ def test_validation_can_be_cut() -> None:
 
 
 def test_too_few_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="too few sequences, 400 to train on"):
+    with pytest.raises(DataError, match="too few sequences, 400 to train on, where one batch needs 500"):
         train(config_of("data.batch_size=500"))
     assert not list(Path("runs").glob("*"))
 

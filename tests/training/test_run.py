@@ -73,6 +73,7 @@ def test_train_lowers_the_loss_on_real_text_and_writes_everything() -> None:
     written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {
         "config.yaml",
+        "data.json",
         "tokenizer.json",
         "metrics.csv",
         "summary.json",
@@ -154,7 +155,7 @@ def test_resume_refuses_what_would_be_another_run() -> None:
             resumed_config(run, [change])
     with pytest.raises(UserError, match="is complete at step 4"):
         train(resumed_config(run, []), run)
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match="its data has changed"):
         train(resumed_config(run, ["trainer.max_steps=8", "data.val_fraction=0.2"]), run)
     train(resumed_config(run, ["trainer.max_steps=6"]), run)
     assert load_checkpoint(run / "checkpoints/last.ckpt").step == 6
@@ -199,7 +200,7 @@ def test_a_moved_run_resumes_under_its_old_and_its_new_name() -> None:
         ("trainer.accelerator=cuda", "accelerator"),
         ("trainer.max_steps=3", "trainer.max_steps=3: .* is at step 4 already; set it to 4 or more"),
         ("trainer.wandb=x", "wandb"),
-        ("data.files=other.txt", "its data or tokenizer has changed"),
+        ("data.files=other.txt", "its data has changed"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

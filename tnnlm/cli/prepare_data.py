@@ -62,7 +62,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def show_sequences(corpus: LabelledCorpus, config: Config) -> None:
-    """Print size, sequences and majority class of the labelled data."""
+    """Print the report, size, sequences and majority class of the labelled data."""
+    print(*corpus.report.lines(), sep="\n")
     print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
     for name, rows in corpus.rows.items():
         share = corpus.split(name, config.model.max_length).majority
@@ -75,7 +76,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def show(corpus: PackedCorpus, config: Config) -> None:
-    """Print size, documents, tokens and tokenizer of the packed data, and the epochs that the run trains."""
+    """Print the report, size and tokenizer of the packed data, and the epochs that the run trains."""
+    print(*corpus.report.lines(), sep="\n")
     print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
     for name, split in (("train", corpus.train), ("validation", corpus.val)):
         print(
@@ -84,4 +86,6 @@ def show(corpus: PackedCorpus, config: Config) -> None:
         )
     print(f"tokenizer: {corpus.tokenizer.size:,} entries, end token {corpus.tokenizer.eos_token}")
     planned = estimate_run(config).total_tokens
-    print(f"the run trains on {planned:,} tokens: {planned / corpus.train.tokens:.2f} epochs")
+    rows = corpus.rows("train", config.model.max_length)
+    epochs = planned / (len(rows) * config.model.max_length)
+    print(f"the run trains on {planned:,} tokens: {epochs:.2f} epochs of {len(rows):,} rows")

@@ -100,6 +100,9 @@ class DataConfig:
     ``data.hub_split``)."""
     streaming: bool = False
     """Whether to stream the Hub data set instead of downloading it first; requires ``data.max_documents``."""
+    normalize_text: bool = True
+    r"""Whether to convert the line ends \r\n and \r to \n and to remove byte order marks (U+FEFF). The report
+    at the start of a run counts them. With false, only the mark at the start of a text file is removed."""
     max_documents: int | None = number(None, low=2)
     """Maximum number of documents to read, per split for data.source=hub (null: all)."""
     tokenizer: str | None = None

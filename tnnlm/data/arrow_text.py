@@ -6,10 +6,9 @@ first written to such a table.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -17,8 +16,9 @@ import datasets
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from tnnlm.data.progress import progress
+from tnnlm.data.text import Tally, normalized, text_hash, text_of
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_file, write_text
 
@@ -40,6 +40,8 @@ class Documents(Sequence[str]):
     """Row number of each document, (n,)."""
     size: int
     """Total number of characters."""
+    normalize: bool
+    """Whether to normalise each document when it is read, see :func:`~tnnlm.data.text.normalized`."""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -51,8 +53,9 @@ class Documents(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Documents:
         """Return one document, or a lazy slice of them, which keeps the ``size`` of the full sequence."""
         if isinstance(index, slice):
-            return Documents(self.rows, self.column, self.chosen[index], self.size)
-        return str(self.rows[int(self.chosen[index])][self.column])
+            return replace(self, chosen=self.chosen[index])
+        text = str(self.rows[int(self.chosen[index])][self.column])
+        return normalized(text) if self.normalize else text
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self.chosen), ROWS):
@@ -60,7 +63,8 @@ class Documents(Sequence[str]):
             first, last = int(part[0]), int(part[-1])
             # Slicing a memory-mapped table copies nothing, unlike a list of indices.
             rows: Any = slice(first, last + 1) if last - first + 1 == len(part) else part.tolist()
-            yield from self.rows[rows][self.column]
+            texts = self.rows[rows][self.column]
+            yield from map(normalized, texts) if self.normalize else texts
 
 
 class DocumentIndex(NamedTuple):
@@ -71,37 +75,28 @@ class DocumentIndex(NamedTuple):
     lengths: NDArray[np.int64]
     """Length of each document in characters, (n,)."""
     hashes: NDArray[np.bytes_]
-    """Hash of each document by :func:`text_hash`, (n,)."""
+    """Hash of each document by :func:`~tnnlm.data.text.text_hash`, (n,)."""
+    tally: Tally
+    """Counts of the rows."""
+    normalize: bool
+    """Whether the documents are normalised; lengths and hashes then are those of the normalised text."""
 
     def select(self, rows: datasets.Dataset, column: str, some: NDArray[np.bool_] | None = None) -> Documents:
         """Return the indexed documents, or those where the boolean mask ``some`` (n,) is true."""
         some = np.ones(len(self.chosen), dtype=bool) if some is None else some
-        return Documents(rows, column, self.chosen[some], int(self.lengths[some].sum()))
-
-
-def text_hash(seed: int, text: str) -> bytes:
-    """Return the first 16 bytes of the SHA-256 hash of seed and document.
-
-    The order of the hashes determines the validation split; 16 bytes are enough to tell documents apart.
-    """
-    return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()[:16]
-
-
-def text_of(cell: Any, column: str, where: str) -> str:
-    """Return the string in a table cell, or an empty string if the cell is null.
-
-    Raises:
-        DataError: If the cell contains something other than a string.
-    """
-    if cell is not None and not isinstance(cell, str):
-        raise DataError(
-            f"{where}: column {column!r} is not text", "select the text column with data.text_column=..."
-        )
-    return cell or ""
+        return Documents(rows, column, self.chosen[some], int(self.lengths[some].sum()), self.normalize)
 
 
 def index_documents(
-    rows: datasets.Dataset, column: str, where: str, *, seed: int, limit: int | None, kept: Path
+    rows: datasets.Dataset,
+    column: str,
+    where: str,
+    *,
+    seed: int,
+    limit: int | None,
+    kept: Path,
+    normalize: bool,
+    content: str = "",
 ) -> DocumentIndex:
     """Index the first ``limit`` rows that contain text, in one pass.
 
@@ -112,39 +107,59 @@ def index_documents(
         seed: Seed of the document hashes.
         limit: Maximum number of documents; None for all.
         kept: File of the index (.npz). It is loaded if it exists, otherwise written.
+        normalize: Normalise the documents.
+        content: Hash of the files that the table was read from, if they are local: the table's own
+            fingerprint follows from their paths and times.
 
     Raises:
         DataError: If a row isn't a string, or ``kept`` is the index of another table.
     """
-    fingerprint = np.array(f"{rows._fingerprint} {len(rows)} {column} {seed} {limit}")
+    parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
+    fingerprint = np.array(" ".join(map(str, parts)))
     if kept.is_file():
         with np.load(kept) as found:
             if found["fingerprint"] != fingerprint:
                 raise DataError(
                     f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
                 )
-            return DocumentIndex(found["chosen"], found["lengths"], found["hashes"])
+            tally = Tally.from_dict(json.loads(str(found["tally"])))
+            return DocumentIndex(found["chosen"], found["lengths"], found["hashes"], tally, normalize)
     chosen, lengths, hashes = [], [], []
-    texts = Documents(rows, column, np.arange(len(rows)), 0)
-    for index, text in enumerate(
-        tqdm(texts, desc=f"read {where}", unit="doc", unit_scale=True, disable=None)
-    ):
-        if text_of(text, column, f"{where}: row {index + 1}").strip():
+    tally = Tally()
+    cells = Documents(rows, column, np.arange(len(rows)), 0, normalize=False)
+    for index, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc")):
+        text = tally.keep(text_of(cell, column, f"{where}: row {index + 1}"), normalize)
+        if text is not None:
             chosen.append(index)
             lengths.append(len(text))
             hashes.append(text_hash(seed, text))
             if len(chosen) == limit:
                 break
-    made = DocumentIndex(np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"))
+    made = DocumentIndex(
+        np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"), tally, normalize
+    )
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = made._asdict()
-        np.savez(file, fingerprint=fingerprint, **arrays)
+        np.savez(
+            file,
+            fingerprint=fingerprint,
+            chosen=made.chosen,
+            lengths=made.lengths,
+            hashes=made.hashes,
+            tally=np.array(json.dumps(tally.to_dict())),
+        )
     return made
 
 
 def materialize_stream(
-    rows: datasets.IterableDataset, column: str, where: str, *, limit: int, folder: Path, name: str
-) -> datasets.Dataset:
+    rows: datasets.IterableDataset,
+    column: str,
+    where: str,
+    *,
+    limit: int,
+    folder: Path,
+    name: str,
+    normalize: bool,
+) -> tuple[datasets.Dataset, Tally]:
     """Write the first ``limit`` documents of a stream to Arrow files in ``folder``, and open them as a table.
 
     Resumes after an interruption: the state of the stream is saved with every finished file.
@@ -156,48 +171,47 @@ def materialize_stream(
         limit: Maximum number of documents.
         folder: Folder of the Arrow files and the saved state.
         name: Prefix of the file names, usually the split.
+        normalize: Normalise the documents.
+
+    Returns:
+        The table and the counts of the rows that were read.
 
     Raises:
         DataError: If a row isn't a string.
     """
     journal = folder / f"{name}.stream.json"
-    state: dict[str, Any] = {"documents": 0, "files": 0, "stream": None, "done": False}
+    tally = Tally()
+    state: dict[str, Any] = {"tally": None, "files": 0, "stream": None, "done": False}
     if journal.is_file():
         state = json.loads(journal.read_text(encoding="utf-8"))
         if state["stream"] is not None:
             rows.load_state_dict(state["stream"])
-    bar = tqdm(
-        total=limit,
-        initial=state["documents"],
-        desc=f"stream {where}",
-        unit="doc",
-        unit_scale=True,
-        disable=None,
-    )
+            tally = Tally.from_dict(state["tally"])
+    bar = progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc")
     source = iter(rows)
     with bar:
         while not state["done"]:
             texts: list[str] = []
             size = 0
-            while size < CHARACTERS and state["documents"] + len(texts) < limit:
+            while size < CHARACTERS and tally.documents < limit:
                 row = next(source, None)
                 if row is None:
                     break
-                text = text_of(row.get(column), column, where)
-                if text.strip():
+                text = tally.keep(text_of(row.get(column), column, where), normalize)
+                if text is not None:
                     texts.append(text)
                     size += len(text)
                     bar.update()
             _write_table(texts, folder / f"{name}-{state['files']:05}.arrow")
             state = {
-                "documents": state["documents"] + len(texts),
+                "tally": tally.to_dict(),
                 "files": state["files"] + 1,
                 "stream": rows.state_dict(),
                 "done": size < CHARACTERS,
             }
             write_text(journal, json.dumps(state))
     tables = [datasets.Dataset.from_file(str(folder / f"{name}-{i:05}.arrow")) for i in range(state["files"])]
-    return datasets.concatenate_datasets(tables)
+    return datasets.concatenate_datasets(tables), tally
 
 
 def remove_scratch(folder: Path) -> None:

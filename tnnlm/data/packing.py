@@ -10,49 +10,33 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import Documents, remove_scratch
+from tnnlm.data.chunks import CountedText, batches_of, chunks_of
+from tnnlm.data.progress import at_terminal, progress, reported
+from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
+from tnnlm.data.text import TextHash
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
-PACKING_VERSION = 2
+PACKING_VERSION = 3
 """Version in the cache key; increment it whenever the packed tokens change."""
-PIECE = 1 << 18
-"""Characters per chunk of a long document; chunks are tokenized in parallel."""
 SAVE_SECONDS = 5.0
 """Seconds between the progress records from which a killed preparation resumes."""
-_BORDER = re.compile(r"\n(?=\S)")
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """Number of documents, tokens and UTF-8 bytes in a split."""
-
-    documents: int
-    tokens: int
-    bytes: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token; eos tokens count as tokens."""
-        return self.bytes / self.tokens
 
 
 @dataclass(frozen=True)
@@ -61,8 +45,17 @@ class PackedCorpus:
 
     folder: Path
     tokenizer: TextTokenizer
-    train: SplitInfo
-    val: SplitInfo
+    report: DataReport
+
+    @property
+    def train(self) -> SplitInfo:
+        """Sizes of the training split."""
+        return self.report.splits["train"]
+
+    @property
+    def val(self) -> SplitInfo:
+        """Sizes of the validation split."""
+        return self.report.splits["val"]
 
     def rows(self, split: str, length: int, max_tokens: int | None = None) -> PackedRows:
         """Return the rows of a split, memory-mapped.
@@ -76,7 +69,7 @@ class PackedCorpus:
             DataError: If the file is missing or has the wrong size.
         """
         path = self.folder / f"{split}.bin"
-        n_tokens = {"train": self.train, "val": self.val}[split].tokens
+        n_tokens = self.report.splits[split].tokens
         if not path.is_file() or path.stat().st_size != 4 * n_tokens:
             raise DataError(f"{path}: is missing or damaged", "delete its folder to tokenize the text again")
         return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
@@ -157,10 +150,10 @@ def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | 
 
 
 def _open(folder: Path, eos_token: str) -> PackedCorpus:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    report = DataReport.from_dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
-    return PackedCorpus(folder, tokenizer, SplitInfo(**meta["train"]), SplitInfo(**meta["val"]))
+    return PackedCorpus(folder, tokenizer, report)
 
 
 @contextmanager
@@ -201,20 +194,22 @@ def _tokenize(
     if not corpus.train or not corpus.val:
         raise DataError("data: too little text to hold out a validation split", "add text")
     tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
-    meta = {}
-    for split, texts in (("train", corpus.train), ("val", corpus.val)):
-        meta[split] = asdict(_pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}"))
+    splits = {
+        split: _pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}")
+        for split, texts in (("train", corpus.train), ("val", corpus.val))
+    }
     write_text(folder / "tokenizer.json", tokenizer.to_json())
-    write_text(folder / "meta.json", json.dumps(meta))
+    write_text(folder / "meta.json", json.dumps(replace(corpus.report, splits=splits).to_dict()))
 
 
 def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Path) -> TextTokenizer:
     if path.is_file():
         return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
-    pieces = (piece.text for piece in _pieces(texts))
-    tokenizer = train_bpe(
-        pieces, vocab_size, config.eos_token, len(texts), sys.stderr.isatty(), config.mask_token
-    )
+    texts_read, visible = CountedText(chunks_of(texts)), at_terminal()
+    with contextlib.nullcontext() if visible else reported(lambda: f"train tokenizer: {texts_read}"):
+        tokenizer = train_bpe(
+            texts_read, vocab_size, config.eos_token, len(texts), visible, config.mask_token
+        )
     write_text(path, tokenizer.to_json())
     return tokenizer
 
@@ -225,30 +220,33 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
     if done is None:
         path.write_bytes(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
         done = SplitInfo(documents=0, tokens=1, bytes=0)
+    text_hash = TextHash(done.sha256)
     n_documents, n_tokens, n_bytes = done.documents, done.tokens, done.bytes
     rest = texts[n_documents:]
     size = texts.size if isinstance(texts, Documents) else sum(map(len, rest))
-    bar = tqdm(total=size, desc=title, unit="char", unit_scale=True, disable=None)
+    bar = progress(total=size, desc=title, unit="char")
     if isinstance(texts, Documents) and texts:
         bar.update(size * n_documents // len(texts))  # approximate, lengths are unknown
     noted = time.monotonic()
     with path.open("r+b") as file, bar:
         file.truncate(4 * n_tokens)
         file.seek(0, os.SEEK_END)
-        for batch in _batches(rest):
-            for ids, piece in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
-                if piece.ends_document:
+        for batch in batches_of(rest):
+            for ids, chunk in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
+                if chunk.ends_document:
                     ids.append(tokenizer.eos_id)
                     n_documents += 1
                 file.write(np.array(ids, dtype=np.int32).tobytes())
                 n_tokens += len(ids)
-            n_bytes += sum(len(piece.text.encode("utf-8", "surrogatepass")) for piece in batch)
-            bar.update(sum(len(piece.text) for piece in batch))
+                encoded = chunk.text.encode("utf-8", "surrogatepass")
+                text_hash.add(encoded, chunk.ends_document)
+                n_bytes += len(encoded)
+            bar.update(sum(len(chunk.text) for chunk in batch))
             if batch[-1].ends_document and time.monotonic() - noted >= SAVE_SECONDS:
                 noted = time.monotonic()
-                _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes))
-        _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes))
-    return SplitInfo(n_documents, n_tokens, n_bytes)
+                _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value))
+        _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value))
+    return SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value)
 
 
 def _journal(path: Path) -> Path:
@@ -268,38 +266,3 @@ def _packed_before(path: Path) -> SplitInfo | None:
         return None
     done = SplitInfo(**json.loads(_journal(path).read_text(encoding="utf-8")))
     return done if path.stat().st_size >= 4 * done.tokens else None
-
-
-class _Piece(NamedTuple):
-    text: str
-    ends_document: bool
-
-
-def _pieces(texts: Iterable[str], characters: int = PIECE) -> Iterator[_Piece]:
-    """Yield documents, with long ones split into chunks that are tokenized in parallel.
-
-    A chunk ends after a line break that is followed by a non-space character: no token of a byte-level BPE
-    spans such a boundary, so the tokens are the same as without chunks.
-    """
-    for text in texts:
-        start = 0
-        while start < len(text):
-            border = _BORDER.search(text, start + characters)
-            stop = border.start() + 1 if border else len(text)
-            yield _Piece(text[start:stop], stop == len(text))
-            start = stop
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
-    """Yield batches of chunks of about equal total length, large enough to keep all cores busy."""
-    characters = PIECE * max(4, os.cpu_count() or 1)
-    batch: list[_Piece] = []
-    size = 0
-    for piece in _pieces(texts):
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

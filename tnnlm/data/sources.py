@@ -6,94 +6,44 @@ train/validation split is by document and depends only on the seed and the docum
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import itertools
 import os
-import shutil
+import re
 import sys
-import sysconfig
-import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream, text_of
+from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
+from tnnlm.data.content import content_hashes, folder_content
+from tnnlm.data.files import check_column, read_documents, source_files
+from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
+from tnnlm.data.text import Tally, shown, text_hash
 from tnnlm.errors import OS_ADVICE, DataError
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-def source_files(config: DataConfig) -> list[Path]:
-    """Return the sorted paths of the corpus' files; empty for data sets of the hub.
-
-    Raises:
-        DataError: If a pattern matches nothing or a file has an unknown type.
-    """
-    if config.source == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        sources = (
-            p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1])
-        )
-        files = sorted(p for p in sources if p.exists() and p.stat().st_size)
-        if not files:
-            raise DataError(
-                f"{root}: contains no sources of the standard library",
-                "use text files with data.source=files",
-            )
-        return files
-    if config.source == "hub":
-        return []
-    if not config.files:
-        raise DataError("data.files: is empty", "specify text files, for example data.files=book.txt")
-    files = []
-    for pattern in config.files:
-        path = Path(pattern).expanduser()
-        found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-        matches = sorted(p for p in found if p.exists())
-        if not matches:
-            raise DataError(f"{pattern}: no such file")
-        files += matches if path.exists() else [p for p in matches if p.is_file()]
-    for path in files:
-        if path.is_dir():
-            raise DataError(
-                f"{path}: is a folder", f"specify its files, for example data.files='{path}/**/*.txt'"
-            )
-        if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_BUILDERS):
-            raise DataError(
-                f"{path}: unknown file type", "use .txt, .md, .py, .jsonl or .parquet, optionally with .gz"
-            )
-    return sorted(set(files))
 
 
 def source_fingerprint(config: DataConfig) -> str:
-    """Return a hash of the text source.
+    """Return a hash of the text source, for the key of the prepared data.
 
-    It covers the paths, sizes and modification times of files, or the name and splits of a hub data set.
+    Of local files, a local folder with a data set, and the standard library it covers names (without the
+    folder) and content, read on every call. A data set of the hub is not looked up again: the hash covers its
+    name, configuration and splits, so that training needs no network, and prepared data stays unchanged when
+    the authors change the data set. The report has the commit that was read.
     """
-    parts: list[Any] = [config.source, config.text_column, config.max_documents]
-    folder = Path(config.hub_name or "")
-    local = config.source == "hub" and bool(config.hub_name) and folder.is_dir()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if local else source_files(config):
-        status = path.stat()
-        parts.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
+    parts: list[Any] = [config.source, config.text_column, config.max_documents, config.normalize_text]
     if config.source == "hub":
-        parts += [
-            config.hub_name,
-            config.hub_config,
-            config.hub_split,
-            config.hub_val_split,
-            config.streaming,
-        ]
+        parts += [config.hub_config, config.hub_split, config.hub_val_split, config.streaming]
+        parts += [_hub_source(config), _local_content(config)]
+    else:
+        files = source_files(config)
+        parts += zip((path.name for path in files), content_hashes(files), strict=True)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -111,20 +61,21 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
         DataError: If the input is missing, empty, binary or damaged.
     """
     if config.source != "hub":
-        documents = (text for text in _documents(config) if text.strip())
-        texts = list(itertools.islice(documents, config.max_documents))
-        if not texts:
-            where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
-            raise DataError(f"{where}: contains no text")
-        return split_texts(texts, config.val_fraction, seed)
+        return _load_files(config, seed)
     rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
+    report = DataReport(source=_hub_source(config), revision=_revision(rows), eos_token=config.eos_token)
+    train = found.select(rows, column)
     if config.hub_val_split:
         held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
-        return Corpus(found.select(rows, column), val.select(held_out, val_column))
+        hashes = np.concatenate([found.hashes, val.hashes])
+        shared = int(np.isin(val.hashes, found.hashes).sum())
+        report = _with_counts(report, found.tally + val.tally, hashes, shared=shared)
+        return Corpus(train, val.select(held_out, val_column), report)
+    report = _with_counts(report, found.tally, found.hashes)
     if len(found.chosen) < FEW_DOCUMENTS:
-        return split_texts(list(found.select(rows, column)), config.val_fraction, seed)
+        return replace(split_texts(list(train), config.val_fraction, seed), report=report)
     some = hold_out(found.lengths, found.hashes, config.val_fraction)
-    return Corpus(found.select(rows, column, ~some), found.select(rows, column, some))
+    return Corpus(found.select(rows, column, ~some), found.select(rows, column, some), report)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -132,30 +83,63 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
 
 
-def _documents(config: DataConfig) -> Iterator[str]:
-    for path in source_files(config):
-        suffix = _suffix(path)
-        if suffix in TEXT_SUFFIXES:
-            yield _read_text(path)
-        else:
-            yield from _rows(_load_table(path, suffix, config), config, str(path))
-
-
-def _load_table(path: Path, suffix: str, config: DataConfig) -> Any:
-    if path.suffix == ".gz" and suffix == ".parquet":
-        # The library decompresses text on the fly, but parquet needs a seekable file.
-        with tempfile.TemporaryDirectory() as folder, _readable(str(path)):
-            plain = Path(folder) / path.stem
-            with gzip.open(path) as packed, plain.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-            return datasets.Dataset.from_parquet(str(plain), cache_dir=folder, keep_in_memory=True)
-    return _load(
-        str(path),
-        TABLE_BUILDERS[suffix],
-        data_files=glob.escape(str(path)),
-        split="train",
-        cache_dir=str(cache_folder(config) / "datasets"),
+def _load_files(config: DataConfig, seed: int) -> Corpus:
+    tally, without_text, texts = Tally(), list[str](), list[str]()
+    files = source_files(config)
+    for path in files:
+        before = len(texts)
+        for text in read_documents(path, config, tally):
+            texts.append(text)
+            if len(texts) == config.max_documents:
+                break
+        if len(texts) == config.max_documents:
+            break
+        if len(texts) == before:
+            without_text.append(path.name)
+    if not texts:
+        where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
+        dropped = (
+            f" ({shown((f'{kind} rows', n) for kind, n in tally.dropped.items())})" if tally.dropped else ""
+        )
+        raise DataError(f"{where}: contains no text{dropped}")
+    report = DataReport(
+        source=config.source, files=len(files), without_text=without_text, eos_token=config.eos_token
     )
+    hashes = np.array([text_hash(seed, text) for text in texts], "S16")
+    report = _with_counts(report, tally, hashes)
+    return replace(split_texts(texts, config.val_fraction, seed), report=report)
+
+
+def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:
+    return replace(
+        report,
+        documents=tally.documents,
+        dropped=dict(tally.dropped),
+        normalized=dict(tally.normalized),
+        encodings=dict(tally.encodings),
+        duplicates=len(hashes) - len(np.unique(hashes)),
+        shared=shared,
+    )
+
+
+def _local_content(config: DataConfig) -> str | None:
+    """Return the hash of a local folder that is read as a hub data set; None for one of the hub itself."""
+    folder = Path(config.hub_name or "")
+    if not config.hub_name or not folder.is_dir():
+        return None
+    return hashlib.sha256(repr(folder_content(folder)).encode()).hexdigest()
+
+
+def _hub_source(config: DataConfig) -> str:
+    """Return the name of the data set on the hub, or of a local folder without its parents."""
+    local = config.hub_name is not None and Path(config.hub_name).is_dir()
+    return Path(config.hub_name or "").resolve().name if local else str(config.hub_name)
+
+
+def _revision(rows: datasets.Dataset) -> str:
+    """Return the commit of a hub data set, which the datasets library names its folder after, else ''."""
+    names = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    return next((name for name in names if re.fullmatch("[0-9a-f]{40}", name)), "")
 
 
 def _hub_table(
@@ -170,37 +154,49 @@ def _hub_table(
         raise DataError(
             "data.streaming=true: a stream of unknown length can't be split", "set data.max_documents"
         )
-    name, column = config.hub_name, config.text_column
+    name, column, limit = config.hub_name, config.text_column, config.max_documents
+    # The library caches a local folder by paths and times, so each content gets a separate cache.
+    content = _local_content(config)
+    cache = cache_folder(config) / "datasets" / (content or "")[:32]
     rows = _load(
-        name,
         name,
         name=config.hub_config,
         split=split,
         streaming=config.streaming,
-        cache_dir=str(cache_folder(config) / "datasets"),
+        cache_dir=str(cache),
     )
-    _check_column(rows, config, name)
-    limit = config.max_documents
-    if config.streaming:
-        assert limit is not None
-        with _readable(name):
-            rows = materialize_stream(rows, column, name, limit=limit, folder=scratch, name=split)
-        column = TEXT
+    if rows.column_names is not None:
+        check_column(rows.column_names, column, name)
+    normalize, streamed = config.normalize_text, None
     with _readable(name):
-        kept = scratch / f"{split}.survey.npz"
-        found = index_documents(rows, column, name, seed=seed, limit=limit, kept=kept)
+        if config.streaming:
+            assert limit is not None
+            rows, streamed = materialize_stream(
+                rows, column, name, limit=limit, folder=scratch, name=split, normalize=normalize
+            )
+            column, normalize = TEXT, False
+        found = index_documents(
+            rows,
+            column,
+            name,
+            seed=seed,
+            limit=limit,
+            kept=scratch / f"{split}.survey.npz",
+            normalize=normalize,
+            content=content or "",
+        )
     if not len(found.chosen):
         raise DataError(f"{name}: contains no text")
-    return rows, column, found
+    return rows, column, found if streamed is None else found._replace(tally=streamed)
 
 
-def _load(what: str, builder: str, **options: Any) -> Any:
+def _load(what: str, **options: Any) -> Any:
     # The library logs each error that it raises a second time, and shows progress bars without a terminal.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _readable(what):
-        return datasets.load_dataset(builder, **options)
+        return datasets.load_dataset(what, **options)
 
 
 @contextmanager
@@ -217,36 +213,3 @@ def _readable(what: str) -> Iterator[None]:
             raise cause from None
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise DataError(f"{what}: can't be read: {reason}") from None
-
-
-def _check_column(rows: Any, config: DataConfig, where: str) -> None:
-    if rows.column_names is not None and config.text_column not in rows.column_names:
-        raise DataError(
-            f"{where}: has no column {config.text_column!r}, only {', '.join(rows.column_names)}",
-            "select the text column with data.text_column=...",
-        )
-
-
-def _rows(rows: Any, config: DataConfig, where: str) -> Iterator[str]:
-    _check_column(rows, config, where)
-    with _readable(where):
-        for index, row in enumerate(rows):
-            yield text_of(row.get(config.text_column), config.text_column, f"{where}: row {index + 1}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if b"\0" in data:
-            raise DataError(f"{path}: is not text (zero byte at {data.index(0)})")
-        return data.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise DataError(f"{path}: is not a gzip file, or truncated") from None
-    except UnicodeDecodeError as error:
-        if path.suffix == ".py":  # Python sources may declare another encoding; such files are rare and small
-            return data.decode("latin-1")
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix

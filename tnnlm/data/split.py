@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tnnlm.data.arrow_text import text_hash
+from tnnlm.data.report import DataReport
+from tnnlm.data.text import text_hash
+from tnnlm.errors import DataError
 
 FEW_DOCUMENTS = 10
 """Minimum number of documents for a split by document; with fewer, the end of each document is held out."""
@@ -21,13 +22,16 @@ class Corpus:
 
     train: Sequence[str]
     val: Sequence[str]
+    report: DataReport = field(default_factory=DataReport)
+    """Report of the data set, without the splits, which are counted during tokenization."""
 
 
 def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:
     """Select documents in the order of their hashes until they have ``fraction`` of all characters.
 
-    Copies of a document go to the same split, unless nothing would be left to train on. Documents too large
-    to be a fair sample are not held out.
+    Copies of a document go to the same split. The selection exceeds ``fraction`` by no more than a quarter of
+    it, or by the mean length of a document: documents too large for that, or repeated too often, are not held
+    out.
 
     Args:
         lengths: Length of each document in characters, (n,).
@@ -36,24 +40,38 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
 
     Returns:
         Boolean mask of the held-out documents, (n,).
+
+    Raises:
+        DataError: If no document can be held out, because all or most are equal.
     """
     total = int(lengths.sum())
     budget = fraction * total
     # A single huge document would dominate the validation split and not represent the others.
     largest = max(budget / 4, total / len(lengths))
     chosen = np.zeros(len(lengths), dtype=bool)
-    taken = count = 0
-    last: Any = None
-    for index in np.argsort(hashes, kind="stable"):
-        # Identical documents are adjacent in this order; a copy left in training would leak into validation.
-        again = hashes[index] == last and count < len(lengths) - 1
-        if taken >= budget and not again:
+    taken = 0
+    order = np.argsort(hashes, kind="stable")
+    # Copies are adjacent in this order; a copy left in training would leak into validation.
+    ends = np.append(np.flatnonzero(hashes[order][1:] != hashes[order][:-1]) + 1, len(order))
+    start = 0
+    for end in ends:
+        if taken >= budget:
             break
-        if lengths[index] <= largest:
-            chosen[index] = True
-            last = hashes[index]
-            taken += int(lengths[index])
-            count += 1
+        copies, start = order[start:end], end
+        length = int(lengths[copies[0]])
+        if length <= largest and taken + length * len(copies) <= budget + largest:
+            chosen[copies] = True
+            taken += length * len(copies)
+    if not taken:
+        found = f"all {len(hashes):,} documents are equal"
+        if len(ends) > 1:
+            found = (
+                f"the {len(hashes):,} documents are copies of {len(ends):,}, each too frequent to hold out"
+            )
+        raise DataError(
+            f"data: {found}",
+            "remove the copies, raise data.val_fraction, or write all text into one .txt file",
+        )
     return chosen
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 from tnnlm.config.schema import Config
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.report import DataReport
 from tnnlm.data.sequences.prepare import prepare_sequences, task_name
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import DataError
@@ -23,21 +24,33 @@ def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, Packed
     Raises:
         DataError: If the training split has less than one batch, or the validation split less than one row.
     """
+    _check_val_tokens(config)
     data, length = config.data, config.model.max_length
     train_rows = corpus.rows("train", length)
     val_rows = corpus.rows("val", length, data.max_val_tokens)
     if len(train_rows) < data.batch_size:
+        # The target of the last token of a batch is one more token.
         raise DataError(
-            f"data: too little text, {corpus.train.tokens} training tokens fill {len(train_rows)} rows of "
-            f"{length}, one batch needs {data.batch_size}",
+            f"data: too little text, {corpus.train.tokens} training tokens, where one batch of "
+            f"{data.batch_size} x {length} needs {data.batch_size * length + 1}",
             "add text, or lower data.batch_size or model.max_length",
         )
     if not len(val_rows):
         raise DataError(
-            f"data: too little text, {corpus.val.tokens} validation tokens fill no row of {length}",
-            "add text, raise data.val_fraction or data.max_val_tokens, or lower model.max_length",
+            f"data: too little text, {corpus.val.tokens} validation tokens, where one row of {length} needs "
+            f"{length + 1}",
+            "add text, raise data.val_fraction, or lower model.max_length",
         )
     return train_rows, val_rows
+
+
+def _check_val_tokens(config: Config) -> None:
+    limit, length = config.data.max_val_tokens, config.model.max_length
+    if limit is not None and limit < length:
+        raise DataError(
+            f"data.max_val_tokens={limit}: is less than one row of model.max_length={length}",
+            f"set it to {length} or more, or to null",
+        )
 
 
 class TaskData(NamedTuple):
@@ -48,6 +61,8 @@ class TaskData(NamedTuple):
     val: Any
     """Map-style data set of the validation rows."""
     tokenizer: TextTokenizer
+    report: DataReport
+    """Report of the data set."""
     bytes_per_token: float
     """UTF-8 bytes per token of the validation text; 1 for tasks without text."""
     resampled: bool = False
@@ -60,13 +75,15 @@ def load_task_data(config: Config) -> TaskData:
     Raises:
         DataError: If the data is unusable, or less than one batch.
     """
+    _check_val_tokens(config)
     return OPENERS[config.task](config)
 
 
 def _open_text(config: Config) -> TaskData:
     """Open the data of a causal model: rows (L + 1,) that hold inputs and targets in one tensor."""
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
-    return TaskData(*split_rows(corpus, config), corpus.tokenizer, corpus.val.bytes_per_token)
+    rows = split_rows(corpus, config)
+    return TaskData(*rows, corpus.tokenizer, corpus.report, corpus.val.bytes_per_token)
 
 
 def _open_masked(config: Config) -> TaskData:
@@ -84,15 +101,18 @@ def _open_sequences(config: Config) -> TaskData:
     corpus, length = prepare_sequences(config), config.model.max_length
     train = corpus.split("train", length)
     val: Dataset[LabelledBatch] = corpus.split("val", length)
-    rows = corpus.rows["val"]
-    if len(train) < config.data.batch_size or not rows:
+    rows, size = corpus.rows["val"], config.data.batch_size
+    if len(train) < size:
         raise DataError(
-            f"data: too few sequences, {len(train)} to train on, {rows} to validate on",
-            f"add sequences, or lower data.batch_size={config.data.batch_size}",
+            f"data: too few sequences, {len(train)} to train on, where one batch needs {size}",
+            "add sequences, or lower data.batch_size",
         )
+    if not rows:
+        raise DataError("data: too few sequences, 0 to validate on", "add sequences")
     if config.data.max_val_tokens is not None:
-        val = Subset(val, range(min(rows, max(1, config.data.max_val_tokens // length))))
-    return TaskData(train, val, symbol_tokenizer(task_name(config), config.data.eos_token), 1.0)
+        val = Subset(val, range(min(rows, config.data.max_val_tokens // length)))
+    tokenizer = symbol_tokenizer(task_name(config), config.data.eos_token)
+    return TaskData(train, val, tokenizer, corpus.report, 1.0)
 
 
 OPENERS: dict[str, Callable[[Config], TaskData]] = {

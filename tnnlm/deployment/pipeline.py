@@ -29,6 +29,7 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.packing import prepare
+from tnnlm.data.report import read_report
 from tnnlm.deployment.model_card import model_card
 from tnnlm.deployment.perplexity import Perplexities, measure_perplexities
 from tnnlm.errors import CheckpointError, DataError, collect_failure
@@ -220,7 +221,9 @@ def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perpl
     failures: dict[str, str] = {}
     with collect_failure(failures, "perplexities"):
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
-        if corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
+        trained_on = read_report(source.path.parent.parent)
+        changed = trained_on is not None and trained_on.change(corpus.report) is not None
+        if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the data of this run has changed")
         found = measure_perplexities(source.model, converted, corpus, source.config)
     return found, failures.get("perplexities")

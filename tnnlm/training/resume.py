@@ -15,6 +15,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import second_name
+from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
 
 SOURCES = {"last": LAST, "previous": PREVIOUS}
@@ -58,6 +59,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     for key in new | old:
         if key.startswith(_FIXED_ON_RESUME) and new.get(key) != old.get(key):
             raise ConfigError(f"{key}={new.get(key)}: can't be changed on resume", "start a new run")
+    keep_text_of_old_run(config, run, overrides)
     return config
 
 

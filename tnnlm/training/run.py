@@ -19,6 +19,7 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
 from tnnlm.files import write_text
@@ -29,6 +30,7 @@ from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
 from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
+from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.lit_module import LitModel
@@ -93,6 +95,8 @@ class _Start(NamedTuple):
     """Folder of the run; on other ranks than 0 of a new run, its parent."""
     tokenizer: TextTokenizer | None
     """Tokenizer of the data; None on other processes than the main one."""
+    report: DataReport
+    """Report of the data; empty on other processes than the main one."""
     step: int | None
     """Step of the checkpoint to resume from; None for a new run."""
     checkpoint: Path | None
@@ -109,13 +113,15 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
         # prepares the data; the other ranks load it from the cache after Lightning's barrier.
         folder = run or Path(config.runs_dir)
-        return _Start(strategy, folder, None, step, None if step is None else folder / source)
-    tokenizer = load_task_data(config).tokenizer
+        return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
+    data = load_task_data(config)
+    tokenizer = data.tokenizer
     folder = run or _new_folder(config)
     if step is None:
-        return _Start(strategy, folder, tokenizer, None, None)
+        return _Start(strategy, folder, tokenizer, data.report, None, None)
+    check_data(folder, data.report)
     _check_tokenizer(folder, tokenizer)
-    return _Start(strategy, folder, tokenizer, step, folder / source)
+    return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
 
 
 def _build(
@@ -134,23 +140,25 @@ def _build(
 
 
 def _announce(config: Config, start: _Start) -> None:
-    """Print the sizes of the run."""
+    """Print the sizes of the run and its data."""
     plan = estimate_run(config)
     resumed = "" if start.step is None else f", continuing at step {start.step}"
     line = (
         f"{start.folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    for shown in (line, *start.report.lines()):
+        Console().print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:
-    """Write the tokenizer and the configuration of a new run, and the job it belongs to."""
+    """Write the tokenizer, the configuration and the data report of a new run, and the job it belongs to."""
     assert start.tokenizer is not None
     if job is not None:
         record_job(start.folder, job)
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
     write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_report(start.folder, start.report)
 
 
 def _go_on(config: Config, start: _Start) -> None:
@@ -159,6 +167,7 @@ def _go_on(config: Config, start: _Start) -> None:
     assert start.checkpoint is not None
     begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
     write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_report(start.folder, start.report)  # a run of an earlier version has none
 
 
 def _summarise(
@@ -172,6 +181,7 @@ def _summarise(
         folder,
         task=task,
         params=module.model.n_params,
+        data=data.opened.report,
         tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
         train_seconds=last.train_seconds,
         tested=tested,

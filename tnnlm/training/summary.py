@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnnlm.checkpoints.locate import BEST, CONVERTED
+from tnnlm.data.report import DataReport
 from tnnlm.errors import command
 from tnnlm.files import atomic_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
@@ -23,6 +24,7 @@ def write_summary(
     *,
     task: type[ValidationTask],
     params: int,
+    data: DataReport,
     tokens_seen: int,
     train_seconds: float,
     tested: dict[str, float],
@@ -33,6 +35,7 @@ def write_summary(
         run: Folder of the run.
         task: Task of the run, which determines the metrics.
         params: Number of trainable parameters.
+        data: Report of the data.
         tokens_seen: Number of training tokens.
         train_seconds: Seconds of training and validation.
         tested: Metrics of the best checkpoint on the test split; empty for tasks without one. If given, the
@@ -56,6 +59,7 @@ def write_summary(
         "params": params,
         "tokens_seen": tokens_seen,
         "train_seconds": round(train_seconds, 1),
+        "data": data.to_dict(),
     }
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

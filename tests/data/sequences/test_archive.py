@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,64 @@ def test_prepared_rows_are_those_of_the_files(task: str, release: Path) -> None:
                 assert tokens[length:].tolist() == [0] * (40 - length)
     again = prepare_sequences(config)
     assert again.folder == corpus.folder
+
+
+def repickled(data: bytes) -> bytes:
+    content = pickle.loads(data)
+    content[b"data"] = content[b"data"][::-1].copy()
+    return pickle.dumps(content, protocol=2)
+
+
+def change_and_keep_time(path: Path, change: Any) -> None:
+    before = path.stat()
+    data = path.read_bytes()
+    path.write_bytes(change(data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "change"),
+    [
+        ("listops", "listops-1000/basic_train.tsv", lambda data: data.replace(b"[MIN", b"[MAX")),
+        ("retrieval", "tsv_data/new_aan_pairs.eval.tsv", lambda data: data.replace(b"First", b"Third")),
+        ("text", "aclImdb/test/neg/0_2.txt", bytes.upper),
+        ("image", "cifar-10-batches-py/test_batch", repickled),
+    ],
+)
+def test_files_that_changed_with_the_same_time_are_read_again(
+    task: str, name: str, change: Any, release: Path
+) -> None:
+    config = config_of(task, release)
+    before = prepare_sequences(config)
+    path = release / name
+    path = path if path.exists() else sorted(path.parent.iterdir())[0]
+    change_and_keep_time(path, change)
+    after = prepare_sequences(config)
+    assert before.report.change(after.report) is not None
+    release.rename(release.with_name("moved"))
+    moved = prepare_sequences(config_of(task, release.with_name("moved")))
+    assert moved.folder == after.folder
+
+
+def test_report_counts_repeated_rows_and_left_out_images(release: Path) -> None:
+    (release / f"pathfinder32/{DIFFICULTY}/imgs/0/sample_3.png").write_bytes(b"")
+    report = prepare_sequences(config_of("pathfinder", release)).report
+    assert report.dropped == {"empty image": 1}
+    assert next(report.lines()).endswith("19 sequences; dropped 1 empty image")
+    first = (release / "listops-1000/basic_train.tsv").read_text()
+    (release / "listops-1000/basic_val.tsv").write_text(first)
+    report = prepare_sequences(config_of("listops", release)).report
+    assert report.shared == 12
+    assert report.duplicates >= 12
+    assert list(report.lines())[-1] == "warning: 12 sequences of other splits equal training sequences"
+
+
+@pytest.mark.parametrize("label", ["inf", "nan", "1.5"])
+def test_label_that_is_no_whole_number_is_refused(label: str, release: Path) -> None:
+    (release / "listops-1000/basic_val.tsv").write_text(f"Source\tTarget\n[MAX 1 2 ]\t{label}\n")
+    with pytest.raises(DataError, match=r"line 2: .* is not a label"):
+        prepare_sequences(config_of("listops", release))
 
 
 def test_changed_files_are_read_again(release: Path) -> None:

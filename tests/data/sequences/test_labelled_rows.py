@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from tests.support.listops import evaluate
 from tnnlm.config.loader import load_config
 from tnnlm.data.sequences.prepare import prepare_sequences
-from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, write_rows
+from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, SeenRows, write_rows
 from tnnlm.models.batches import LabelledBatch
 
 SETTINGS = (
@@ -64,13 +64,13 @@ def test_rows_are_padded_and_labelled() -> None:
 
 def test_majority(tmp_path: Path) -> None:
     examples = [Example((bytes([label]),), label) for label in (1, 1, 0, 1)]
-    assert write_rows(tmp_path, "train", examples, 2) == 4
+    assert write_rows(tmp_path, "train", examples, 2, SeenRows()).documents == 4
     assert LabelledRows(tmp_path, "train", 4).majority == 0.75
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_empty_sequences(tmp_path: Path, parts: int) -> None:
-    write_rows(tmp_path, "train", [Example((b"",) * parts, 0)] * 2, 2)
+    write_rows(tmp_path, "train", [Example((b"",) * parts, 0)] * 2, 2, SeenRows())
     row: Any = LabelledRows(tmp_path, "train", 3)[1]
     assert row.lengths.tolist() == ([1, 1] if parts == 2 else 1)
     assert row.tokens.sum() == 0

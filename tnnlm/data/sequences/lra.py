@@ -15,14 +15,15 @@ Text is read as bytes, and images as grayscale values in row-major order. Rows a
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from tnnlm.data.progress import progress
 from tnnlm.data.sequences.listops import encode
 from tnnlm.data.sequences.rows import SPLITS, Example
 from tnnlm.errors import DataError
@@ -73,7 +74,9 @@ def needed(task: str, folder: Path) -> list[Path]:
     return paths
 
 
-def splits(task: str, folder: Path, val_fraction: float, seed: int) -> Iterator[Split]:
+def splits(
+    task: str, folder: Path, val_fraction: float, seed: int, dropped: Counter[str] | None = None
+) -> Iterator[Split]:
     """Yield the name and rows of each split of a task; consume the rows before the next split.
 
     Sources without a validation split hold out a random ``val_fraction`` of their training split. Pathfinder
@@ -84,6 +87,7 @@ def splits(task: str, folder: Path, val_fraction: float, seed: int) -> Iterator[
         folder: Folder of the unpacked archive.
         val_fraction: Fraction of the training rows to hold out for validation.
         seed: Seed of the random splits.
+        dropped: Counts of skipped rows by reason, updated while the rows are read.
 
     Raises:
         DataError: If a file is missing or malformed.
@@ -110,7 +114,7 @@ def splits(task: str, folder: Path, val_fraction: float, seed: int) -> Iterator[
         train, rest = _random_split(listed, 0.2, seed)
         val, test = _random_split(rest, 0.5, seed)
         for name, chosen in zip(SPLITS, (train, val, test), strict=True):
-            yield name, _read_images(name, chosen, side)
+            yield name, _read_images(name, chosen, side, Counter() if dropped is None else dropped)
 
 
 def _random_split(rows: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -145,7 +149,7 @@ def _pairs(path: Path) -> Iterator[Example]:
 
 def _fields(path: Path, expected: int) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number of each line and its tab-separated fields."""
-    with path.open("rb") as file, tqdm(file, desc=path.name, unit="row", disable=None) as lines:
+    with path.open("rb") as file, progress(file, desc=path.name, unit="row") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != expected:
@@ -157,8 +161,11 @@ def _fields(path: Path, expected: int) -> Iterator[tuple[int, list[bytes]]]:
 
 def _label(field: bytes, path: Path, number: int) -> int:
     try:
-        return int(float(field))  # labels of pairs are 0.0 and 1.0
-    except ValueError:
+        label = float(field)  # labels of pairs are 0.0 and 1.0
+        if label != int(label):
+            raise ValueError
+        return int(label)
+    except (ValueError, OverflowError):
         raise DataError(f"{path}: line {number}: {field[:20]!r} is not a label") from None
 
 
@@ -172,7 +179,7 @@ def _list_files(folders: Sequence[Path]) -> list[tuple[Path, int]]:
 
 
 def _texts(name: str, files: Sequence[tuple[Path, int]]) -> Iterator[Example]:
-    for path, label in tqdm(files, desc=name, unit="doc", disable=None):
+    for path, label in progress(files, desc=name, unit="doc"):
         yield Example((path.read_bytes(),), label)
 
 
@@ -245,13 +252,16 @@ def _read_metadata(metadata: Path) -> list[tuple[Path, int]]:
     return listed
 
 
-def _read_images(name: str, listed: Sequence[tuple[Path, int]], side: int) -> Iterator[Example]:
+def _read_images(
+    name: str, listed: Sequence[tuple[Path, int]], side: int, dropped: Counter[str]
+) -> Iterator[Example]:
     """Yield images as grayscale rows; empty files in the release are skipped, as in the original code."""
     from PIL import Image
 
-    for path, label in tqdm(listed, desc=name, unit="image", disable=None):
+    for path, label in progress(listed, desc=name, unit="image"):
         try:
             if not path.stat().st_size:
+                dropped["empty image"] += 1
                 continue
             with Image.open(path) as picture:
                 grey = np.asarray(picture.convert("L"))

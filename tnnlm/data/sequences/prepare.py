@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tnnlm.config.schema import Config
+from tnnlm.data.content import content_hashes, folder_content
+from tnnlm.data.progress import progress
+from tnnlm.data.report import DataReport
 from tnnlm.data.sequences.listops import generate
 from tnnlm.data.sequences.lra import needed, splits
 from tnnlm.data.sequences.rows import (
@@ -25,7 +27,7 @@ from tnnlm.data.sources import cache_folder
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
 
-VERSION = 1
+VERSION = 2
 """Version in the cache key; increment it whenever the rows change."""
 _WHOLE = ("image", "pathfinder", "pathx")
 
@@ -85,18 +87,34 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
         DataError: If a file is missing or unusable; the cache is then unchanged.
     """
     check_sequences(config)
-    folder = cache_folder(config.data) / _key(config)
+    files = _files(config)
+    folder = cache_folder(config.data) / _key(config, files)
     if not (folder / "meta.json").is_file():
+        dropped: Counter[str] = Counter()
+        report = DataReport(source=config.data.source, unit="sequence", files=len(files), dropped=dropped)
         with atomic_folder(folder, replace=False) as temporary:
-            write_corpus(temporary, task_name(config), _source(config))
+            write_corpus(temporary, task_name(config), _source(config, dropped), report)
     return read_corpus(folder)
 
 
-def _source(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
+def _source(config: Config, dropped: Counter[str]) -> Iterator[tuple[str, Iterable[Example]]]:
     data = config.data
     if data.source == "listops":
         return _expressions(config)
-    return splits(data.lra.task, Path(data.lra.folder or ""), data.val_fraction, config.seed)
+    return splits(data.lra.task, Path(data.lra.folder or ""), data.val_fraction, config.seed, dropped)
+
+
+def _files(config: Config) -> list[tuple[str, str]]:
+    """Return name and content hash of each file of the task; empty for generated sequences."""
+    if config.data.source == "listops":
+        return []
+    paths = needed(config.data.lra.task, Path(config.data.lra.folder or ""))
+    folders = [path for path in paths if path.is_dir()]
+    names = [path for path in paths if not path.is_dir()]
+    found = list(zip((path.name for path in names), content_hashes(names), strict=True))
+    for path in folders:
+        found += [(f"{path.name}/{name}", content) for name, content in folder_content(path)]
+    return found
 
 
 def _expressions(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
@@ -105,25 +123,14 @@ def _expressions(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
     expressions = generate(settings, config.seed)
     for split in SPLITS:
         count = getattr(settings, f"{split}_rows")
-        rows = tqdm(itertools.islice(expressions, count), desc=f"ListOps {split}", total=count, disable=None)
+        rows = progress(itertools.islice(expressions, count), desc=f"ListOps {split}", total=count)
         yield split, (Example((symbols.tobytes(),), value) for symbols, value in rows)
 
 
-def _key(config: Config) -> str:
+def _key(config: Config, files: list[tuple[str, str]]) -> str:
     data = config.data
     parts: tuple[object, ...] = (VERSION, "sequences", data.source, config.seed)
-    if data.source == "listops":
-        parts += (asdict(data.listops),)
-    else:
-        paths = needed(data.lra.task, Path(data.lra.folder or ""))
-        parts += (data.lra.task, data.val_fraction, [_stamp(path) for path in paths])
+    parts += (
+        (asdict(data.listops),) if data.source == "listops" else (data.lra.task, data.val_fraction, files)
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _stamp(path: Path) -> tuple[object, ...]:
-    """Return path, modification time and size; they change with a file, or with the entries of a folder.
-
-    Files inside a folder are not checked.
-    """
-    stat = path.stat()
-    return (str(path.resolve()), stat.st_mtime_ns, stat.st_size if path.is_file() else None)

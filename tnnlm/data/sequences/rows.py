@@ -6,8 +6,10 @@ row is one sequence, or two for tasks that classify pairs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tnnlm.data.report import DataReport, SplitInfo
+from tnnlm.data.text import TextHash
 from tnnlm.errors import DataError
 from tnnlm.models.batches import LabelledBatch
 
@@ -81,14 +85,35 @@ class LabelledRows(torch.utils.data.Dataset[LabelledBatch]):
         return float(np.bincount(self.labels).max() / len(self.labels))
 
 
-def write_rows(folder: Path, split: str, examples: Iterable[Example], n_classes: int) -> int:
-    """Write a split row by row, and return the number of rows.
+class SeenRows:
+    """Rows that were written so far, to count repetitions."""
+
+    def __init__(self) -> None:
+        self.duplicates = 0
+        """Rows that equal an earlier one of any split."""
+        self.shared = 0
+        """Rows of another split that equal a row of the training split."""
+        self._splits: dict[bytes, str] = {}
+
+    def add(self, digest: bytes, split: str) -> None:
+        """Count a row of a split, given the hash of its sequences."""
+        first = self._splits.setdefault(digest, "")
+        self.duplicates += first != ""
+        self.shared += first == "train" != split
+        self._splits[digest] = first or split
+
+
+def write_rows(
+    folder: Path, split: str, examples: Iterable[Example], n_classes: int, seen: SeenRows
+) -> SplitInfo:
+    """Write a split row by row, and return its sizes and hash; a symbol counts as a token and a byte.
 
     Args:
         folder: Folder of the corpus.
         split: Name of the split.
         examples: Rows of the split.
         n_classes: Number of classes; labels are 0 to ``n_classes - 1``.
+        seen: Rows of the splits before; updated in place.
 
     Raises:
         DataError: If a label is out of range.
@@ -96,45 +121,64 @@ def write_rows(folder: Path, split: str, examples: Iterable[Example], n_classes:
     ends: list[int] = []
     labels: list[int] = []
     end = 0
+    content = TextHash()
     with (folder / f"{split}.bin").open("wb") as file:
         for example in examples:
             if not 0 <= example.label < n_classes:
                 raise DataError(
                     f"row {len(labels) + 1} of {split}: label {example.label}, expected 0 to {n_classes - 1}"
                 )
+            row = hashlib.sha256()
             for part in example.parts:
+                row.update(len(part).to_bytes(8, "big") + part)
                 file.write(part)
                 end += len(part)
                 ends.append(end)
             labels.append(example.label)
+            seen.add(row.digest()[:16], split)
+            content.add(row.digest() + bytes([example.label]), ends_document=True)
     np.save(folder / f"{split}.ends.npy", np.array(ends, dtype=np.int64))
     np.save(folder / f"{split}.labels.npy", np.array(labels, dtype=np.uint8))
-    return len(labels)
+    return SplitInfo(len(labels), end, end, content.value)
 
 
 class LabelledCorpus(NamedTuple):
     """All splits of a classification task on disk."""
 
     folder: Path
-    rows: dict[str, int]
-    """Number of rows by split."""
+    report: DataReport
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of rows by split."""
+        return {name: info.documents for name, info in self.report.splits.items()}
 
     def split(self, name: str, length: int) -> LabelledRows:
         """Return the data set of one of ``SPLITS``, with ``length`` tokens per sequence."""
         return LabelledRows(self.folder, name, length)
 
 
-def write_corpus(folder: Path, task: str, source: Iterator[tuple[str, Iterable[Example]]]) -> None:
-    """Write all splits of a task of ``SEQUENCE_TASKS`` to ``folder``."""
-    counts = {
-        name: write_rows(folder, name, examples, SEQUENCE_TASKS[task].n_classes) for name, examples in source
-    }
-    (folder / "meta.json").write_text(json.dumps({"task": task, "rows": counts}), encoding="utf-8")
+def write_corpus(
+    folder: Path, task: str, source: Iterator[tuple[str, Iterable[Example]]], report: DataReport
+) -> None:
+    """Write all splits of a task of ``SEQUENCE_TASKS`` to ``folder``, and the report with their sizes."""
+    seen, classes = SeenRows(), SEQUENCE_TASKS[task].n_classes
+    splits = {name: write_rows(folder, name, examples, classes, seen) for name, examples in source}
+    report = replace(
+        report,
+        documents=sum(info.documents for info in splits.values()),
+        dropped=dict(report.dropped),
+        duplicates=seen.duplicates,
+        shared=seen.shared,
+        splits=splits,
+    )
+    (folder / "meta.json").write_text(json.dumps({"task": task, **report.to_dict()}), encoding="utf-8")
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
     """Open a corpus that :func:`write_corpus` wrote."""
-    return LabelledCorpus(folder, json.loads((folder / "meta.json").read_text(encoding="utf-8"))["rows"])
+    found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return LabelledCorpus(folder, DataReport.from_dict(found))
 
 
 class SequenceTask(NamedTuple):

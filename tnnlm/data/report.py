@@ -1,0 +1,143 @@
+"""Report of what was read: printed, stored with the prepared data and with the run, checked on resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tnnlm.data.text import count, shown
+from tnnlm.errors import DataError
+from tnnlm.files import write_text
+
+REPORT = "data.json"
+"""Name of the report in the folder of a run."""
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Number of documents, tokens and UTF-8 bytes in a split."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str = ""
+    """Hash of the documents in their order."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token; eos tokens count as tokens."""
+        return self.bytes / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Report of a data set. For task=classify, its documents are labelled sequences."""
+
+    source: str = ""
+    """``data.source``, or the name of a hub data set."""
+    revision: str = ""
+    """Commit of a hub data set, where it is known."""
+    unit: str = "document"
+    files: int = 0
+    """Number of files; 0 for data sets of the hub and generated data."""
+    documents: int = 0
+    """Number of documents of all splits. If few documents are each cut in two, they are counted once."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows that were not used, by reason."""
+    normalized: dict[str, int] = field(default_factory=dict)
+    """Characters that were changed or removed, by kind."""
+    encodings: dict[str, int] = field(default_factory=dict)
+    """Files that are not UTF-8, by encoding."""
+    duplicates: int = 0
+    """Documents that equal an earlier one. They are kept."""
+    shared: int = 0
+    """Validation or test documents that equal a training document, which only published splits contain."""
+    without_text: list[str] = field(default_factory=list)
+    """Names of files that contain no document."""
+    eos_token: str = ""
+    splits: dict[str, SplitInfo] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> DataReport:
+        """Return the report that :meth:`to_dict` returned; entries of later versions are ignored."""
+        known = {key: found[key] for key in cls.__dataclass_fields__ if key in found}
+        names = SplitInfo.__dataclass_fields__
+        splits = {
+            split: SplitInfo(**{key: info[key] for key in names if key in info})
+            for split, info in found.get("splits", {}).items()
+        }
+        return cls(**{**known, "splits": splits})
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report as lines of text: what was read, the splits, and a warning about empty files."""
+        read = [count(self.files, "file")] if self.files else []
+        read.append(count(self.documents, self.unit))
+        if self.duplicates:
+            read.append(count(self.duplicates, "duplicate"))
+        place = f"{self.source} at {self.revision[:12]}" if self.revision else self.source
+        facts = [", ".join(read)]
+        for what, counts in (("dropped", self.dropped), ("normalized", self.normalized)):
+            if counts:
+                facts.append(f"{what} {shown((kind, n) for kind, n in counts.items())}")
+        if self.encodings:
+            facts.append("not UTF-8: " + shown((f"in {name}", n) for name, n in self.encodings.items()))
+        yield f"data: {'' if self.source == 'files' else place + ': '}{'; '.join(facts)}"
+        yield "; ".join(
+            f"{name}: {count(info.documents, self.unit)}, {count(info.tokens, 'token')}"
+            for name, info in self.splits.items()
+        )
+        if self.without_text:
+            yield f"warning: {', '.join(self.without_text)}: contains no text, skipped"
+        if self.shared:
+            yield f"warning: {count(self.shared, self.unit)} of other splits equal training {self.unit}s"
+
+    def change(self, now: DataReport) -> str | None:
+        """Return how ``now`` differs from this report in content, or None if a run can continue with it.
+
+        Only what is trained and validated on counts; names, paths and times of files don't.
+        """
+        for name, before in self.splits.items():
+            after = now.splits.get(name)
+            if after is not None and after.sha256 == before.sha256:
+                continue
+            if after is None:
+                return f"there is no {name} split"
+            sizes = [
+                f"{count(info.documents, self.unit)} of {info.bytes:,} bytes" for info in (before, after)
+            ]
+            was = (
+                "other content of the same size"
+                if sizes[0] == sizes[1]
+                else f"{sizes[1]} instead of {sizes[0]}"
+            )
+            return f"the {name} split has {was}"
+        if now.eos_token != self.eos_token:
+            return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
+        return None
+
+
+def write_report(run: Path, report: DataReport) -> None:
+    """Write the report of the data to the folder of a run."""
+    write_text(run / REPORT, json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def read_report(run: Path) -> DataReport | None:
+    """Return the report in the folder of a run; None for a run of a version without it.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    path = run / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None
