@@ -88,7 +88,7 @@ def test_converted_model_is_not_measured_on_other_text(script: Any) -> None:
     start(script)
     text = Path("text.txt").read_text(encoding="utf-8")
     same_time(Path("text.txt"), text.replace("the", "eht"))
-    done = script("convert", "demo", "conversion.horizon=64")
+    done = script("convert", "demo", "--horizon", "64")
     assert done.code == 0, done.err
     assert "no perplexities: the data of this run has changed" in done.out + done.err
 
