@@ -6,13 +6,15 @@ import contextlib
 import errno
 import os
 import pickle
+import shlex
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tnnlm.errors import CheckpointError, ConfigError, DataError, UserError, run_script
+from tnnlm.errors import CheckpointError, ConfigError, DataError, UserError, command, run_script
 
 
 def script_raising(error: BaseException) -> int:
@@ -114,3 +116,9 @@ def test_an_interrupt_that_a_library_swallows_is_no_traceback(capsys: pytest.Cap
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(AttributeError):
         run_script(lambda: int(object().missing))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["try #2", "a b", "it's", "$x", "plain"])
+def test_a_command_in_a_message_can_be_pasted_for_any_name(name: str) -> None:
+    words = shlex.split(command("train", "--resume", Path("runs") / name), comments=True)
+    assert words[-2:] == ["--resume", f"runs/{name}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import shlex
 import signal
 import sys
 import threading
@@ -93,18 +94,19 @@ def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[N
         failures[name] = one_line(error)
 
 
-def command(name: str) -> str:
+def command(name: str, *words: str | Path) -> str:
     """Return the command line of a subcommand: its script in a checkout, otherwise ``tnnlm NAME``.
 
     Args:
         name: Name of the subcommand, such as ``train`` or ``prepare-data``.
+        words: Arguments, which are quoted for the shell where necessary.
     """
-    own = f"tnnlm {name}"
+    called = f"tnnlm {name}"
     script, checkout = f"{name.replace('-', '_')}.py", Path(__file__).parents[1]
-    if Path(sys.argv[0]).stem in ("tnnlm", "__main__") or not (checkout / "pyproject.toml").is_file():
-        return own
-    places = (folder for folder in ("", "tools/") if (checkout / folder / script).is_file())
-    return next((f"python {folder}{script}" for folder in places), own)
+    if Path(sys.argv[0]).stem not in ("tnnlm", "__main__") and (checkout / "pyproject.toml").is_file():
+        places = (folder for folder in ("", "tools/") if (checkout / folder / script).is_file())
+        called = next((f"python {folder}{script}" for folder in places), called)
+    return " ".join([called, *(shlex.quote(str(word)) for word in words)])
 
 
 def run_script(main: Callable[[], int]) -> int:

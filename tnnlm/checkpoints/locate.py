@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -115,8 +114,8 @@ def outdated(target: str | None, runs_dir: Path) -> str | None:
     best = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if best is None or not weights.is_file() or weights.stat().st_mtime >= best.stat().st_mtime:
         return None
-    words = [str(run), *([] if folder.name == str(CONVERTED) else ["--out", str(folder)]), "--force"]
-    return f"{folder}: is older than {best}; convert again with: {command('convert')} {shlex.join(words)}"
+    place = [] if folder.name == str(CONVERTED) else ["--out", str(folder)]
+    return f"{folder}: is older than {best}; convert again with: {command('convert', run, *place, '--force')}"
 
 
 def _find_converted(target: str | None, runs_dir: Path) -> Path | None:

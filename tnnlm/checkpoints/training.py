@@ -169,7 +169,7 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
     """
     if checkpoint.ssm is None:
         raise CheckpointError(
-            f"{checkpoint.path}: is not converted", f"run: {command('convert')} {checkpoint.path}"
+            f"{checkpoint.path}: is not converted", f"run: {command('convert', checkpoint.path)}"
         )
     model = attach(checkpoint.model, checkpoint.ssm.layers)
     return ConvertedModel(model, checkpoint.tokenizer, model_fingerprint(model))

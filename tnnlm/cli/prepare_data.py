@@ -13,7 +13,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         split_rows(corpus, config)
         show(corpus, config)
     words = [*(["--config", args.config] if args.config != "demo" else []), *args.overrides]
-    print(f"to train offline, run: HF_HUB_OFFLINE=1 {command('train')} {shlex.join(words)}".rstrip())
+    print(f"to train offline, run: HF_HUB_OFFLINE=1 {command('train', *words)}")
     return 0
 
 

@@ -38,7 +38,7 @@ def show_conversion(done: ConversionResult, console: Console) -> None:
         lines.append(f"verify: {check.name}: {check.error:.1e}, threshold {check.threshold:.0e}: {verdict}")
     lines += [f"wrote {path}" for path in done.packages]
     lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
-    lines.append(f"wrote {done.folder}/; next: {command('generate')} --model {done.folder} --prompt TEXT")
+    lines.append(f"wrote {done.folder}/; next: {command('generate', '--model', done.folder)} --prompt TEXT")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -87,9 +87,11 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
         ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
     if not began(run):
-        settings = " --config " + str(run / "config.yaml") if (run / "config.yaml").is_file() else ""
+        path = run / "config.yaml"
+        settings = ["--config", str(path)] if path.is_file() else []
         raise CheckpointError(
-            f"{run}: ended before its first checkpoint", f"start it again with: {command('train')}{settings}"
+            f"{run}: ended before its first checkpoint",
+            f"start it again with: {command('train', *settings)}",
         )
     try:
         step = _whole_step(run / source)
@@ -149,9 +151,9 @@ def _advice(run: Path, source: Path) -> str:
                 continue
             return (
                 f"{run / other} of step {step} is intact; resume from it with: "
-                f"{command('train')} --resume {run} --from {name}"
+                f"{command('train', '--resume', run, '--from', name)}"
             )
-    return f"no other is intact; start again with: {command('train')} --config {run / 'config.yaml'}"
+    return f"no other is intact; start again with: {command('train', '--config', run / 'config.yaml')}"
 
 
 def _trim_samples(path: Path, step: int) -> None:

@@ -213,7 +213,7 @@ def _fit(
         if last.saved_step is not None:
             advice = (
                 f"fix this and resume from step {last.saved_step} with: "
-                f"{command('train')} --resume {last.run}"
+                f"{command('train', '--resume', last.run)}"
             )
         raise CheckpointError(
             f"{error.filename or last.run}: {what}",

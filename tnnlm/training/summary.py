@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +111,13 @@ def show_summary(
     console.print(_parallel_and_recurrent(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
-    again = " --force" if (run / CONVERTED).exists() else ""  # converted before the run was resumed
+    again = ["--force"] if (run / CONVERTED).exists() else []  # converted before the run was resumed
     lines = [
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
-        f"next: {command('convert')} {run}{again} && "
-        f"{command('generate')} --model {run} --prompt {shlex.quote(prompt)}"
+        f"next: {command('convert', run, *again)} && "
+        f"{command('generate', '--model', run, '--prompt', prompt)}"
         if task.converts
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
     ]

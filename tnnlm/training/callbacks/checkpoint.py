@@ -48,7 +48,7 @@ class TrainingStopped(Exception):
     """
 
     def __init__(self, step: int, run: Path, time_limit: bool = False, saved: bool = True) -> None:
-        advice = f"saved; resume with: {command('train')} --resume {run}"
+        advice = f"saved; resume with: {command('train', '--resume', run)}"
         super().__init__(f"stopped after step {step}, {advice if saved else NOTHING_SAVED}")
         self.step = step
         self.time_limit = time_limit
@@ -258,7 +258,7 @@ class CheckpointLast(Callback):
         if self.saved_step is not None:
             advice = (
                 f"the last good checkpoint is {self.path} of step {self.saved_step}; resume from it with "
-                f"other settings, for example: {command('train')} --resume {self.run} optim.lr=..."
+                f"other settings, for example: {command('train', '--resume', self.run)} optim.lr=..."
             )
         return TrainingDiverged(f"stopped after step {step}: {reason}", advice)
 
