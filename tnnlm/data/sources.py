@@ -6,6 +6,7 @@ train/validation split is by document and depends only on the seed and the docum
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -157,6 +158,10 @@ def _hub_table(
     name, column, limit = config.hub_name, config.text_column, config.max_documents
     # The library caches a local folder by paths and times, so each content gets a separate cache.
     content = _local_content(config)
+    if content is not None and glob.has_magic(name):
+        raise DataError(
+            f"data.hub_name={name}: the datasets library takes it as a pattern", "rename it without * ? ["
+        )
     cache = cache_folder(config) / "datasets" / (content or "")[:32]
     rows = _load(
         name,
