@@ -14,6 +14,7 @@ from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
+from tnnlm.kernels import KERNEL_SCHEMAS
 from tnnlm.models.causal_lm import CausalLM
 
 EXAMPLE = ROOT / "examples" / "hyena_kernel.py"
@@ -60,6 +61,40 @@ def test_module_that_cannot_be_imported_is_reported(text: str | None, reason: st
         Path("mine.py").write_text(text)
     with pytest.raises(ConfigError, match=rf"model\.kernel\.module=mine\.py: can't be imported .*{reason}"):
         load_config(overrides=["model.kernel.module=mine.py"])
+
+
+def test_setting_of_a_type_that_cannot_be_read_is_reported() -> None:
+    Path("odd.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from tnnlm.kernels import KernelConfig, TNOKernel, register_kernel\n"
+        "@dataclass(kw_only=True)\nclass OddConfig(KernelConfig):\n"
+        "    sizes: list[int] = field(default_factory=lambda: [1])\n    table: dict[str, int] | None = None\n"
+        "register_kernel('odd', OddConfig)(TNOKernel)\n"
+    )
+    with pytest.raises(ConfigError, match=r"^model\.kernel\.table: a setting can't have the type dict"):
+        load_config(overrides=["model.kernel.module=odd.py", "model.kernel.name=odd"])
+    KERNEL_SCHEMAS.pop("odd")
+
+
+def test_settings_of_a_kernel_may_be_lists_and_groups() -> None:
+    Path("lists.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from tnnlm.kernels import KernelConfig, TNOKernel, register_kernel\n"
+        "@dataclass(kw_only=True)\nclass Inner:\n    rate: float\n"
+        "@dataclass(kw_only=True)\nclass ListsConfig(KernelConfig):\n"
+        "    sizes: list[int] = field(default_factory=lambda: [1])\n    inner: Inner\n"
+        "register_kernel('lists', ListsConfig)(TNOKernel)\n"
+    )
+    words = ["model.kernel.module=lists.py", "model.kernel.name=lists"]
+    kernel: Any = load_config(
+        overrides=[*words, "model.kernel.sizes=[1e2, 3]", "model.kernel.inner.rate=2"]
+    ).model.kernel
+    assert (kernel.sizes, kernel.inner.rate) == ([100, 3], 2.0)
+    with pytest.raises(ConfigError, match=r"^model\.kernel\.inner\.rate: must be set$"):
+        load_config(overrides=words)
+    with pytest.raises(ConfigError, match=r"^model\.kernel\.sizes=\[1:30\]: expected an integer"):
+        load_config(overrides=[*words, "model.kernel.inner={rate: 1}", "model.kernel.sizes=[1:30]"])
+    KERNEL_SCHEMAS.pop("lists")
 
 
 def test_module_that_registers_something_else_is_reported() -> None:

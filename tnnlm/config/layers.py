@@ -8,7 +8,17 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, get_type_hints
 
 from tnnlm.config.schema import Config
-from tnnlm.config.values import Node, Origin, is_bracketed, is_list, list_items, one_line, shown, word
+from tnnlm.config.values import (
+    Node,
+    Origin,
+    is_bracketed,
+    is_list,
+    is_supported,
+    list_items,
+    one_line,
+    shown,
+    word,
+)
 from tnnlm.config.yaml_files import YamlProblem, read_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
@@ -40,8 +50,9 @@ class Schema:
     def of(kernel: type[KernelConfig]) -> Schema:
         """Return the schema of the configuration with a kernel's settings in the group ``model.kernel``."""
         if kernel not in _SCHEMAS:
-            _SCHEMAS[kernel] = Schema()
-            _SCHEMAS[kernel]._add(Config, "", kernel)
+            schema = Schema()
+            schema._add(Config, "", kernel)
+            _SCHEMAS[kernel] = schema
         return _SCHEMAS[kernel]
 
     def _add(self, owner: type, prefix: str, kernel: type[KernelConfig]) -> None:
@@ -52,6 +63,11 @@ class Schema:
             if is_dataclass(hint):
                 self.groups[key] = hint
                 self._add(hint, f"{key}.", kernel)
+            elif not is_supported(hint):
+                raise ConfigError(
+                    f"{key}: a setting can't have the type {hint}",
+                    "use str, int, float, bool, a list of one of these, or a dataclass",
+                )
             else:
                 made = item.default_factory
                 default = item.default if made is MISSING else made()

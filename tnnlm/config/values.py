@@ -15,6 +15,8 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
 
+_SCALARS = {str, int, float, bool}
+
 
 class Origin(Enum):
     """Origin of a value, which determines its syntax."""
@@ -70,6 +72,14 @@ def is_list(hint: Any) -> bool:
     return any(get_origin(kind) is list for kind in kinds_of(hint))
 
 
+def is_supported(hint: Any) -> bool:
+    """Return whether a type can be read: scalars, a list of scalars, and unions of these with None."""
+    kinds = set(kinds_of(hint)) - {types.NoneType}
+    if is_list(hint):
+        return len(kinds) == 1 and all(kind in _SCALARS for kind in get_args(kinds.pop()))
+    return bool(kinds) and kinds <= _SCALARS
+
+
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """Return the types that a type hint allows."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -115,8 +125,6 @@ def read_value(
     if is_list(hint):
         (item,) = get_args(next(kind for kind in kinds if get_origin(kind) is list))
         return [read_value(part, item, keyword, resolve) for part in list_items(node)]
-    if not set(kinds) <= {str, int, float, bool}:
-        raise ValueError(f"a setting can't be of type {hint}")
     if type(node.value) is not str:
         return _typed(node.value, kinds, keyword)
     return _from_text(node, resolve(node.value), kinds, keyword)
