@@ -63,15 +63,13 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
             chosen[copies] = True
             taken += length * len(copies)
     if not taken:
-        found = f"all {len(hashes):,} documents are equal"
-        if len(ends) > 1:
-            found = (
-                f"the {len(hashes):,} documents are copies of {len(ends):,}, each too frequent to hold out"
-            )
-        raise DataError(
-            f"data: {found}",
-            "remove the copies, raise data.val_fraction, or write all text into one .txt file",
-        )
+        if len(ends) == 1:
+            found, remedy = f"all {len(hashes):,} documents are equal", "remove the copies"
+        else:
+            found = f"the {len(hashes):,} documents are copies of {len(ends):,}"
+            found += ", each too frequent to hold out"
+            remedy = "remove the copies, raise data.val_fraction"
+        raise DataError(f"data: {found}", f"{remedy}, or write all text into one .txt file")
     return chosen
 
 
