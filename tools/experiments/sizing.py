@@ -164,7 +164,7 @@ def n_params(model: nn.Module) -> int:
 
 def text_words(data: Files) -> list[str]:
     """Return the settings ``key=value`` that select the given files or globs; none without files."""
-    return ["data.source=files", f"data.files=[{','.join(map(repr, data))}]"] if data else []
+    return ["data.source=files", *(f"data.files={path}" for path in data)] if data else []
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:
