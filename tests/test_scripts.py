@@ -193,7 +193,7 @@ def test_convert_and_generate_refuse_bad_input(script: Any) -> None:
     for option, value in (
         ("--temperature", "-1"),
         ("--top-p", "2"),
-        ("--top-k", "-1"),
+        ("--top-k", "-2"),
         ("--max-new-tokens", "-1"),
         ("--max-new-tokens", "99999999999"),
         ("--num-samples", "0"),

@@ -119,7 +119,9 @@ def test_training_masks_are_the_same_on_any_number_of_ranks() -> None:
     def batches(rank: int, ranks: int) -> list[Any]:
         config = masked_run(f"data.batch_size={4 // ranks}", "trainer.max_steps=3")
         data = TextDataModule(config)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, global_step=0)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=rank, world_size=ranks, global_step=0, max_steps=20, accumulate_grad_batches=1
+        )
         data.setup()
         return list(data.train_dataloader())
 

@@ -247,7 +247,8 @@ def test_resuming_on_one_device_after_two_goes_on_with_the_next_rows() -> None:
     ranks = run_ranks(2, *words)
     run, second, start = run_of("broken"), Watch(), Watch()
     train(config_of("causal", (4, 1), "name=start", "trainer.max_steps=1"), extra_callbacks=[start])
-    changes = [f"trainer.max_steps={STEPS}", "data.batch_size=1", "trainer.accumulate=3", "trainer.devices=1"]
+    changes = [f"trainer.max_steps={STEPS}", "data.batch_size=1", "trainer.accumulate=3"]
+    changes += ["trainer.devices=1", "trainer.strategy=auto"]  # no process group in the process of the tests
     config = resumed_config(run, changes)
     train(config, run, extra_callbacks=[second])
     plan = [4] * 3 + [3] * (STEPS - 3)

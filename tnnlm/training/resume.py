@@ -47,7 +47,14 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
-    recorded, config = (load_config(path, words, saved=True) for words in ((), overrides))
+    recorded = load_config(path, saved=True)
+    try:
+        config = load_config(path, overrides, saved=True)
+    except ConfigError:
+        for word in overrides:  # a change that does not fit the other settings of the run either
+            if word.startswith(_FIXED_ON_RESUME):
+                raise ConfigError(f"{word}: can't be changed on resume", "start a new run") from None
+        raise
     name, folder = recorded.name, recorded.runs_dir
     for found in (recorded, config):
         # A run whose folder was moved or renamed may be given its new name and place, and its recorded ones.
