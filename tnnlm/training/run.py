@@ -250,7 +250,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # rows come from memory-mapped files
         ".*exists and is not empty.*",  # the run's folder exists before Lightning writes to it
         ".*your dataloader is not resumable.*",  # the sampler restores its position from the checkpoint
-        ".*Total length of `DataLoader`.*is zero.*",  # a run that was killed after its last step
+        ".*Total length of .* across ranks is zero.*",  # a run that was killed after its last step
         ".*LeafSpec.*is deprecated.*",  # raised by Lightning's code
         ".*WeightAveraging callback with a model that overrides.*",  # it only compiles and shards
     ):
