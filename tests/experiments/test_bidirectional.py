@@ -103,7 +103,7 @@ def test_masked_tokens_are_the_same_at_every_length() -> None:
 
 
 def test_user_text_replaces_the_text_of_the_experiment(tmp_path: Path) -> None:
-    text = tmp_path / "mine.txt"
+    text = tmp_path / "mine, author's.txt"
     text.write_text("\n".join(f"line {i} of a text of mine, {i * i}" for i in range(2000)))
     masked_text.cache_clear()
     config, data = masked_text("tiny", (str(text),))

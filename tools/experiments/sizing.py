@@ -164,7 +164,10 @@ def n_params(model: nn.Module) -> int:
 
 def text_words(data: Files) -> list[str]:
     """Return the settings ``key=value`` that select the given files or globs; none without files."""
-    return ["data.source=files", *(f"data.files={path}" for path in data)] if data else []
+    if not data:
+        return []
+    # The empty list drops the files of the experiment, which a repeated setting would be added to.
+    return ["data.source=files", "data.files=[]", *(f"data.files={path}" for path in data)]
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:
