@@ -74,7 +74,7 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
         return Corpus(train, val.select(held_out, val_column), report)
     report = _with_counts(report, found.tally, found.hashes)
     if len(found.chosen) < FEW_DOCUMENTS:
-        return replace(split_texts(list(train), config.val_fraction, seed), report=report)
+        return replace(split_texts(list(train), found.hashes, config.val_fraction), report=report)
     some = hold_out(found.lengths, found.hashes, config.val_fraction)
     return Corpus(found.select(rows, column, ~some), found.select(rows, column, some), report)
 
@@ -108,7 +108,7 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
     )
     hashes = np.array([text_hash(seed, text) for text in texts], "S16")
     report = _with_counts(report, tally, hashes)
-    return replace(split_texts(texts, config.val_fraction, seed), report=report)
+    return replace(split_texts(texts, hashes, config.val_fraction), report=report)
 
 
 def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnnlm.data.report import DataReport
-from tnnlm.data.text import text_hash
 from tnnlm.errors import DataError
 
 FEW_DOCUMENTS = 10
@@ -73,13 +72,22 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
     return chosen
 
 
-def split_texts(texts: list[str], fraction: float, seed: int) -> Corpus:
-    """Split documents in memory; of fewer than ``FEW_DOCUMENTS`` the end of each document is held out."""
+def split_texts(texts: list[str], hashes: NDArray[np.bytes_], fraction: float) -> Corpus:
+    """Split documents in memory; of fewer than ``FEW_DOCUMENTS`` the end of each document is held out.
+
+    Args:
+        ``texts``: Documents, n of them.
+        hashes: Hash of each document by :func:`~tnnlm.data.text.text_hash`, (n,).
+        fraction: Fraction of the characters to hold out.
+
+    Raises:
+        DataError: If no document can be held out, see :func:`hold_out`.
+    """
     if len(texts) < FEW_DOCUMENTS:
         pairs = [_cut(text, fraction) for text in texts]
         return Corpus([a for a, _ in pairs if a], [b for _, b in pairs if b])
     lengths = np.array([len(text) for text in texts], np.int64)
-    some = hold_out(lengths, np.array([text_hash(seed, text) for text in texts], "S16"), fraction)
+    some = hold_out(lengths, hashes, fraction)
     train = [text for text, out in zip(texts, some, strict=True) if not out]
     return Corpus(train, [text for text, out in zip(texts, some, strict=True) if out])
 
