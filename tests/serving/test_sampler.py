@@ -9,7 +9,7 @@ import torch
 
 from tnnlm.inference.sampling import SamplingParams, sample, tempered
 from tnnlm.serving.logprobs import score_tokens
-from tnnlm.serving.sampler import NOT_FINITE, SequenceSampler, least_kept, sample_batch
+from tnnlm.serving.sampler import NO_TOKEN, SequenceSampler, least_kept, sample_batch
 
 SETTINGS = [
     SamplingParams(temperature=0),
@@ -101,7 +101,7 @@ def test_logits_that_are_not_finite_fail_only_their_row() -> None:
     settings = SamplingParams(temperature=1, top_k=3, top_p=0.9)
     rows = samplers([settings] * 5, 40, 0)
     tokens = sample_batch(logits, rows)
-    assert tokens[1:4] == [NOT_FINITE, NOT_FINITE, 39]
+    assert tokens[1:4] == [NO_TOKEN, NO_TOKEN, 39]
     alone = samplers([settings] * 5, 40, 0)
     assert [tokens[0], tokens[4]] == [sample_batch(logits[i : i + 1], [alone[i]])[0] for i in (0, 4)]
 

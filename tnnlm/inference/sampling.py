@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tnnlm.errors import UserError
 
+NOT_FINITE = "the model's logits are not finite: its weights are corrupt, or the conversion is unstable"
+"""Message about logits that no token can be sampled from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -53,10 +56,7 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
         UserError: If the largest logit of a row is not finite.
     """
     if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
-        raise UserError(
-            "the model's logits are not finite: its weights are corrupt, or the conversion is unstable",
-            "check the model with convert.py --verify",
-        )
+        raise UserError(NOT_FINITE, "check the model with convert.py --verify")
     if sampling.greedy:
         return logits.argmax(-1)
     logits = tempered(logits, sampling.temperature)

@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     sequences: list[GeneratedSequence | None]
     """Sequence of each row; None for an idle row."""
     tokens: list[int]
-    """Sampled token of each row, or :data:`tnnlm.serving.sampler.NOT_FINITE`."""
+    """Sampled token of each row, or :data:`tnnlm.serving.sampler.NO_TOKEN`."""
     logits: Tensor
     """Logits that the tokens were sampled from, (B, V)."""
     seconds: float

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnnlm.inference.sampling import SamplingParams, tempered
 
-NOT_FINITE = -1
+NO_TOKEN = -1
 """Result instead of a token for logits that are not finite."""
 _HEAD = 1024
 """Number of most likely tokens that are sorted first; all are sorted only if these don't reach ``top_p``."""
@@ -70,7 +70,7 @@ class SequenceSampler:
 def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     """Sample one token per row of logits (B, V) and update the penalties.
 
-    A row whose largest logit is not finite gives :data:`NOT_FINITE`.
+    A row whose largest logit is not finite gives :data:`NO_TOKEN`.
     """
     logits = logits.float()
     if any(row.added is not None for row in rows):
@@ -92,7 +92,7 @@ def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
         if finite[i]:
             row.took(tokens[i])
         else:
-            tokens[i] = NOT_FINITE
+            tokens[i] = NO_TOKEN
     return tokens
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.sampling import NOT_FINITE
 from tnnlm.models.causal_lm import ModelState, state_bytes
 from tnnlm.serving.batch import RunningBatch
 from tnnlm.serving.logprobs import score_tokens
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefill import PrefillWorker
 from tnnlm.serving.prefix_cache import PrefixCache
-from tnnlm.serving.sampler import NOT_FINITE, sample_batch
+from tnnlm.serving.sampler import NO_TOKEN, sample_batch
 from tnnlm.serving.sequence import TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import Limits
 
@@ -225,11 +226,8 @@ class Scheduler:
 
     def _take(self, sequence: GeneratedSequence, token: int, logits: Tensor, step_ms: list[float]) -> bool:
         """Emit a token sampled from logits (1, V); return whether the sequence continues."""
-        if token == NOT_FINITE:
-            error = (
-                "the model's logits are not finite: its weights are corrupt, or the conversion is unstable"
-            )
-            self._emit(SequenceOutput(sequence, finish="error", error=error))
+        if token == NO_TOKEN:
+            self._emit(SequenceOutput(sequence, finish="error", error=NOT_FINITE))
             return False
         sequence.drawn.append(token)
         output = SequenceOutput(sequence, position=sequence.position, step_ms=step_ms)
