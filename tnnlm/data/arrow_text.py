@@ -135,19 +135,14 @@ def index_documents(
             hashes.append(text_hash(seed, text))
             if len(chosen) == limit:
                 break
-    made = DocumentIndex(
-        np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16"), tally, normalize
-    )
+    arrays: dict[str, Any] = {
+        "chosen": np.array(chosen, np.int64),
+        "lengths": np.array(lengths, np.int64),
+        "hashes": np.array(hashes, "S16"),
+    }
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            fingerprint=fingerprint,
-            chosen=made.chosen,
-            lengths=made.lengths,
-            hashes=made.hashes,
-            tally=np.array(json.dumps(tally.to_dict())),
-        )
-    return made
+        np.savez(file, fingerprint=fingerprint, tally=np.array(json.dumps(tally.to_dict())), **arrays)
+    return DocumentIndex(**arrays, tally=tally, normalize=normalize)
 
 
 def materialize_stream(
@@ -181,22 +176,18 @@ def materialize_stream(
     """
     journal = folder / f"{name}.stream.json"
     tally = Tally()
-    state: dict[str, Any] = {"tally": None, "files": 0, "stream": None, "done": False}
+    state: dict[str, Any] = {"files": 0, "done": False}
     if journal.is_file():
         state = json.loads(journal.read_text(encoding="utf-8"))
-        if state["stream"] is not None:
-            rows.load_state_dict(state["stream"])
-            tally = Tally.from_dict(state["tally"])
+        rows.load_state_dict(state["stream"])
+        tally = Tally.from_dict(state["tally"])
     bar = progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc")
     source = iter(rows)
     with bar:
         while not state["done"]:
             texts: list[str] = []
             size = 0
-            while size < CHARACTERS and tally.documents < limit:
-                row = next(source, None)
-                if row is None:
-                    break
+            while size < CHARACTERS and tally.documents < limit and (row := next(source, None)) is not None:
                 text = tally.keep(text_of(row.get(column), column, where), normalize)
                 if text is not None:
                     texts.append(text)

@@ -96,9 +96,7 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids: expected ids of shape (B, L), not {_described(input_ids)}")
         if output_hidden_states or output_attentions:
-            raise ValueError(
-                "output_hidden_states, output_attentions: not supported by this model; omit them"
-            )
+            raise ValueError("output_hidden_states, output_attentions: not supported; omit them")
         cache = past_key_values if past_key_values is not None else RecurrentCache()
         layer = state_layer(cache)
         # A converted model is not trained, and without gradients the convolutions take their fast path.
