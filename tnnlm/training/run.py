@@ -130,7 +130,7 @@ def _build(
     """Build the trainer; if that fails, delete the folder of a new run."""
     own = [last, SkipBadSteps(config.trainer, last), RestoreOptimizerSettings(config)]
     if start.step is not None:
-        own.append(FirstStep(partial(_go_on, config, start)))
+        own.append(FirstStep(partial(_continue_run, config, start)))
     try:
         return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra])
     except BaseException:
@@ -161,7 +161,7 @@ def _record(config: Config, start: _Start, job: str | None) -> None:
     write_report(start.folder, start.report)
 
 
-def _go_on(config: Config, start: _Start) -> None:
+def _continue_run(config: Config, start: _Start) -> None:
     """Change the folder of a resumed run: its checkpoint, its samples and its configuration."""
     assert start.step is not None
     assert start.checkpoint is not None
