@@ -74,6 +74,8 @@ def test_a_stop_has_a_timeout(folder: Path) -> None:
         (("--max-batch", "0"), "max_batch 0"),
         (("--cache-mb", "-1"), "cache_bytes -1"),
         (("--dtype", "int3"), "int3"),
+        (("--api-key", ""), "--api-key: is empty"),
+        (("--name", ""), "--name: is empty"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
     ],
     ids=str,
@@ -84,6 +86,16 @@ def test_bad_flags(folder: Path, words: tuple[str, ...], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_model_older_than_its_run_is_named(tmp_path: Path) -> None:
+    folder = tiny_converted(tmp_path / "demo" / "converted")
+    best = tmp_path / "demo" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir()
+    best.write_bytes(b"")
+    os.utime(folder / "model.safetensors", (1_000_000_000,) * 2)
+    done = run("serve.py", "--model", str(folder), "--dtype", "int3")
+    assert done.stderr.startswith(f"warning: {folder}: is older than {best}; convert again with: ")
 
 
 def test_a_port_that_is_taken(folder: Path) -> None:

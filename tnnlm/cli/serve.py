@@ -136,6 +136,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parse(words)
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: must be from 0 to 65535")
+    for option in ("api_key", "name"):
+        if getattr(args, option) == "":
+            raise UserError(f"--{option.replace('_', '-')}: is empty", "give at least one character")
     try:
         import uvicorn
 
@@ -182,11 +185,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     """Return the generator, its engine in one line, the model's name and its number of parameters."""
-    from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding
+    from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding, outdated
     from tnnlm.inference.engine import open_engine, usable_device
     from tnnlm.machine.threads import limit_threads
 
     limit_threads()
+    if warning := outdated(args.model, Path("runs")):
+        print(f"warning: {warning}", file=sys.stderr)
     found, converted = load_for_decoding(args.model, Path("runs"))
     parameters = sum(p.numel() for p in converted.model.parameters())
     folder = found if found.is_dir() else found.parent
