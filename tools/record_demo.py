@@ -29,6 +29,8 @@ from tnnlm.machine.capabilities import cpu_level, processor
 from tnnlm.models.surgery import kernels
 
 PROMPT = "def "
+_SHOWN = ("data: ", "train: ", "runs/", "step ")
+"""Beginnings of the lines of train.py that are recorded: data, sizes and progress."""
 SAMPLE_LINES = 16
 """Lines of the generated sample that are recorded."""
 
@@ -86,9 +88,10 @@ def texts_of(log: str) -> dict[str, str]:
     printed = dict(zip(parts[1::2], parts[2::2], strict=True))
     if printed.keys() != {"train", "convert", "generate"}:
         raise UserError("--log: is not the output of a complete make demo", "run make demo again")
-    lines = [line for line in printed["train"].splitlines() if line.startswith(("runs/", "step "))]
+    lines = [line for line in printed["train"].splitlines() if line.startswith(_SHOWN)]
+    first = next(index for index, line in enumerate(lines) if line.startswith("step "))
     return {
-        "train": "\n".join([lines[0], lines[1], "...", lines[-2], lines[-1]]),
+        "train": "\n".join([*lines[: first + 1], "...", *lines[-2:]]),
         "convert": printed["convert"],
         "generate": "\n".join(printed["generate"].splitlines()[:SAMPLE_LINES]),
     }
@@ -96,7 +99,8 @@ def texts_of(log: str) -> dict[str, str]:
 
 def values_of(summary: dict[str, Any], report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the figures that pages show, by name."""
-    found = {key.removeprefix("val/"): value for key, value in summary.items() if value is not None}
+    numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    found: dict[str, Any] = {key.removeprefix("val/"): value for key, value in numbers.items()}
     found |= {key: report[key] for key in ("horizon", "state_bytes", "etsc_state_bytes", "kv_cache_bytes")}
     found["minutes"] = summary["train_seconds"] / 60
     found["million_tokens"] = summary["tokens_seen"] / 1e6
