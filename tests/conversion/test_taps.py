@@ -119,6 +119,18 @@ def test_window_taps_absorb_a_rough_beginning(poles: str, dtype: torch.dtype) ->
     assert params.residues.abs().max() <= 100 * k.abs().max()
 
 
+@pytest.mark.parametrize("poles", ["shared", "channel"])
+def test_modes_that_have_decayed_after_the_window_are_kept_if_needed(poles: str) -> None:
+    lags = torch.arange(400, dtype=torch.float64)
+    # At lag 16, the faster pole has decayed to 1e-5 of the slower one.
+    k = 0.97**lags + torch.tensor([[3e3], [1e3]], dtype=torch.float64) * 0.5**lags
+    params, report = convert_taps(k, tolerance=1e-5, poles=poles, window_taps=16)
+    assert report.order == 18
+    assert (params.taps(400) - k).norm() <= 1e-5 * k.norm()
+    _, report = convert_taps(k.float(), tolerance=1e-5, poles=poles, window_taps=16)
+    assert report.relative_tap_error <= 1e-5
+
+
 def test_an_order_counts_the_window_taps() -> None:
     k = damped_cosines()
     _, report = convert_taps(k, order=12, window_taps=4)

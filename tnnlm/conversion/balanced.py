@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
+from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, relative_error
 from tnnlm.errors import UserError
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
@@ -33,9 +33,9 @@ MAX_ORDER = 128
 """Largest order that is tried to meet a tolerance."""
 _STATE_BYTES = 1 << 28
 """Memory for the states of the channels that are solved at once with per-channel poles, in bytes."""
-_SMALLEST_GAIN = 1e-4
-"""Smallest singular value of the modes after the window, relative to the largest. Modes with smaller ones
-get residues that cancel each other in float32."""
+_SMALLEST_GAINS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+"""Smallest singular values of the modes after the window, relative to the largest, in the order of trial.
+Modes with smaller ones are dropped, because they get large residues, which cancel each other in float32."""
 _SAMPLE = 8
 """Number of channels that are tried first with per-channel poles."""
 LARGEST_POLE = 1 - 1e-7
@@ -149,7 +149,13 @@ def balanced(
             fits.append((f, *_fit(problem, modes, tolerance)))
         n = max(found for _, _, found in fits)
         params = _per_channel([(f, realization) for f, realization, _ in fits], n)
-    return _after_window(k, params.poles, window_taps) if window_taps else params
+    if not window_taps:
+        return params
+    for gain in _SMALLEST_GAINS:
+        params = _after_window(k, params.poles, window_taps, gain)
+        if order is not None or relative_error(k, params) <= tolerance:
+            break
+    return params
 
 
 class Problem(NamedTuple):
@@ -240,11 +246,12 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
     return SSMParams(padded[1].new_zeros(len(padded[1]), 0), *padded)
 
 
-def _after_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
+def _after_window(k: Tensor, poles: Tensor, width: int, smallest_gain: float) -> SSMParams:
     """Fit residues to the lags from ``width`` on by least squares; window taps correct the lags before.
 
     The residues of the tail times lam^-P are no alternative: a pole that has decayed by lag P would get a
-    huge residue. The singular values that belong to such poles are dropped.
+    huge residue. Singular values below ``smallest_gain`` of the largest, which belong to such poles, are
+    dropped.
     """
     channels = k.shape[0]
     params = SSMParams(
@@ -257,7 +264,7 @@ def _after_window(k: Tensor, poles: Tensor, width: int) -> SSMParams:
         powers = pole_powers(own.poles, k.shape[1])[..., width:]
         basis = torch.cat((powers.select(-3, 0), -powers.select(-3, 1)), dim=-2)
         left, sigma, right = torch.linalg.svd(basis, full_matrices=False)
-        usable = sigma > _SMALLEST_GAIN * sigma[..., :1]
+        usable = sigma > smallest_gain * sigma[..., :1]
         inverse = torch.where(usable, 1 / sigma.where(usable, torch.ones_like(sigma)), 0.0)
         weights = (block[:, None, width:] @ right.mT) * inverse.unsqueeze(-2) @ left.mT
         params.residues[part] = weights.reshape(-1, 2, poles.shape[-1])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tnnlm.ops.recurrence import Params
 from tnnlm.ops.toeplitz import fft_length
 
 CHANNELS = 256
@@ -33,6 +34,15 @@ def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, k.shape[0], CHANNELS):
         part = slice(start, min(start + CHANNELS, k.shape[0]))
         yield part, k[part].double()
+
+
+def relative_error(k: Tensor, params: Params) -> float:
+    """Return the relative error ||k - k^|| / ||k|| of stored parameters, on the lags of taps k (E, T)."""
+    squares = torch.zeros(2, dtype=torch.float64, device=k.device)
+    for part, block in channel_blocks(k):
+        difference = block - params.channels_of(part).taps(k.shape[1])
+        squares += torch.stack([x.square().sum() for x in (difference, block)])
+    return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
 
 def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:

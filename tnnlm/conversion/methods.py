@@ -12,7 +12,7 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.balanced import balanced
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
-from tnnlm.conversion.linalg import channel_blocks
+from tnnlm.conversion.linalg import channel_blocks, relative_error
 from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
@@ -128,15 +128,6 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
                 "raise the tolerance, or use --window-taps",
             )
     return stored
-
-
-def relative_error(k: Tensor, params: Params) -> float:
-    """Return the relative error ||k - k^|| / ||k|| of stored parameters, on the lags of taps k (E, T)."""
-    squares = torch.zeros(2, dtype=torch.float64, device=k.device)
-    for part, block in channel_blocks(k):
-        difference = block - params.channels_of(part).taps(k.shape[1])
-        squares += torch.stack([x.square().sum() for x in (difference, block)])
-    return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
 
 def _companion(own: Params | None) -> Params:
