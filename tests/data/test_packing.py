@@ -15,6 +15,7 @@ from tnnlm.config.schema import DataConfig
 from tnnlm.data import chunks, packing
 from tnnlm.data.chunks import chunks_of
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import train_bpe
@@ -225,6 +226,35 @@ def test_cache_key_of_a_given_tokenizer_changes_with_the_end_token() -> None:
     for eos in (EOS, "<other>"):
         corpus = prepared(tokenizer="given.json", eos_token=eos)
         assert tokens_of(corpus, "val")[0] == corpus.tokenizer.eos_id
+
+
+@pytest.mark.parametrize("setting", ["eos_token", "mask_token"])
+@pytest.mark.parametrize("token", ["e", "the", "Ġthe", "###", "é"])
+def test_special_token_that_text_may_contain_is_refused(setting: str, token: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"^data\.{setting}={token}: is a word that the text may contain; set"
+    ):
+        prepared(**{setting: token})
+    assert cached() == []
+
+
+@pytest.mark.parametrize("setting", ["eos_token", "mask_token"])
+def test_special_token_that_is_text_of_the_given_tokenizer_is_refused(setting: str) -> None:
+    save_tokenizer()
+    with pytest.raises(DataError, match=rf"^data\.{setting}=e: is ordinary text in the vocabulary"):
+        prepared(tokenizer="given.json", **{setting: "e"})
+    assert cached() == []
+    # A special token of the vocabulary may be a word.
+    given = json.loads(Path("given.json").read_text())
+    given["added_tokens"].append({**given["added_tokens"][0], "id": 270, "content": "END"})
+    Path("given.json").write_text(json.dumps(given))
+    assert prepared(tokenizer="given.json", **{setting: "END"}, vocab_size=300).tokenizer.size == 271
+
+
+@pytest.mark.parametrize(("task", "token"), [("listops", "[MAX"), ("text", "e")])
+def test_padding_that_is_a_symbol_is_refused(task: str, token: str) -> None:
+    with pytest.raises(DataError, match="is a symbol of the task"):
+        symbol_tokenizer(task, token)
 
 
 def test_given_tokenizer_is_used_and_kept_with_the_tokens() -> None:

@@ -98,6 +98,7 @@ def _open_masked(config: Config) -> TaskData:
 
 def _open_sequences(config: Config) -> TaskData:
     """Open the data of a classifier: rows are ``LabelledBatch``."""
+    tokenizer = symbol_tokenizer(task_name(config), config.data.eos_token)
     corpus, length = prepare_sequences(config), config.model.max_length
     train = corpus.split("train", length)
     val: Dataset[LabelledBatch] = corpus.split("val", length)
@@ -111,7 +112,6 @@ def _open_sequences(config: Config) -> TaskData:
         raise DataError("data: too few sequences, 0 to validate on", "add sequences")
     if config.data.max_val_tokens is not None:
         val = Subset(val, range(min(rows, config.data.max_val_tokens // length)))
-    tokenizer = symbol_tokenizer(task_name(config), config.data.eos_token)
     return TaskData(train, val, tokenizer, corpus.report, 1.0)
 
 
