@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import chunks, packing
-from tnnlm.data.chunks import chunks_of
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
-from tnnlm.tokenizer import train_bpe
+from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 EOS = "<|endoftext|>"
 TEXTS = [f"Dokument {i}: naïve 漢字 😀 {EOS} {'x' * i}\n" for i in range(40)]
@@ -82,7 +83,9 @@ def test_stream_decodes_to_the_documents() -> None:
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
-    monkeypatch.setattr(packing, "batches_of", lambda texts: ([piece] for piece in chunks_of(texts)))
+    monkeypatch.setattr(
+        packing, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
+    )
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
 
@@ -308,14 +311,46 @@ def test_cache_holds_the_corpus_alone() -> None:
     assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
-    tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
-    monkeypatch.setattr(chunks, "chunks_of", lambda texts: chunks_of(texts, 100))
-    assert len(list(chunks.chunks_of([text]))) > 50
-    info = packing._pack([text, "short"], tokenizer, Path("packed.bin"), "test")
+def spaced(pre_tokenizer: Any, normalizer: Any = None) -> TextTokenizer:
+    """Return a tokenizer that treats the beginning of a text differently from its middle."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["?", EOS], show_progress=False)
+    tokenizer.train_from_iterator([LONG], trainer)
+    return TextTokenizer(tokenizer, EOS)
+
+
+LONG = "".join(f"line  {n} of it.\n" + "\n\n    indented {n}\n" * (n % 3) for n in range(400))
+BYTES = pre_tokenizers.ByteLevel
+TOKENIZERS: dict[str, Callable[[], TextTokenizer]] = {
+    "byte level": lambda: train_bpe([LONG], 300, EOS, 1, False),
+    "prefix": lambda: spaced(BYTES(add_prefix_space=True)),
+    "metaspace": lambda: spaced(pre_tokenizers.Metaspace()),
+    "metaspace of lines": lambda: spaced(pre_tokenizers.Metaspace(), normalizers.Replace("\n", " ")),
+    "prepended": lambda: spaced(BYTES(add_prefix_space=False), normalizers.Prepend("_")),
+    "stripped": lambda: spaced(pre_tokenizers.Metaspace(), normalizers.Strip()),
+    "lines": lambda: spaced(pre_tokenizers.Split(Regex("^.*$"), "isolated")),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    monkeypatch.setattr(chunks, "CHUNK", 100)
+    monkeypatch.setattr(chunks, "CONTEXT", 40)
+    assert len(list(chunks.exact_chunks_of([LONG], tokenizer.encode))) > 50
+    info = packing._pack([LONG, "short"], tokenizer, Path("packed.bin"), "test")
     found = np.fromfile("packed.bin", dtype=np.int32).tolist()
     eos = tokenizer.eos_id
-    assert found == [eos, *tokenizer.encode(text), eos, *tokenizer.encode("short"), eos]
+    assert found == [eos, *tokenizer.encode(LONG), eos, *tokenizer.encode("short"), eos]
     assert info.tokens == len(found)
-    assert info.bytes == len(text) + 5
+    assert info.bytes == len(LONG) + 5
+
+
+def test_document_without_a_seam_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 100)
+    assert [len(c.text) for c in chunks.exact_chunks_of(["x" * 1_000], lambda text: [1])] == [1_000]
+    # Tokens that depend on the whole text have no seam either.
+    assert len(list(chunks.exact_chunks_of([LONG], lambda text: [len(text)]))) == 1

@@ -33,7 +33,7 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
 from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_bpe
 
-PACKING_VERSION = 3
+PACKING_VERSION = 4
 """Version in the cache key; increment it whenever the packed tokens change."""
 SAVE_SECONDS = 5.0
 """Seconds between the progress records from which a killed preparation resumes."""
@@ -233,8 +233,10 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
     with path.open("r+b") as file, bar:
         file.truncate(4 * n_tokens)
         file.seek(0, os.SEEK_END)
-        for batch in batches_of(rest):
-            for ids, chunk in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
+        for batch in batches_of(rest, tokenizer.encode):
+            encodings = tokenizer.encode_batch([chunk.before + chunk.text for chunk in batch])
+            for encoding, chunk in zip(encodings, batch, strict=True):
+                ids = encoding[chunk.tokens_before :]
                 if chunk.ends_document:
                     ids.append(tokenizer.eos_id)
                     n_documents += 1
