@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import chunks, packing
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
 from tnnlm.errors import DataError
@@ -133,6 +134,30 @@ def test_bytes_per_token_counts_utf8(split: str) -> None:
     assert (info.documents, info.tokens, info.bytes) == (len(documents), n_tokens, n_bytes)
     assert info.bytes_per_token == n_bytes / n_tokens
     assert n_bytes > sum(map(len, documents))
+
+
+@pytest.mark.parametrize("limit", [None, 8, 50])
+def test_bytes_per_scored_token_are_those_of_the_targets(limit: int | None) -> None:
+    # The second half of the text has several bytes per character.
+    Path("one.txt").write_text("word " * 300 + "漢字とかな" * 60, encoding="utf-8")
+    corpus = prepared(files=["one.txt"], val_fraction=0.5)
+    rows = corpus.rows("val", 7, limit)
+    targets = [int(token) for row in rows for token in row[1:]]
+    words = [token for token in targets if token != corpus.tokenizer.eos_id]
+    text = b"".join(map(corpus.tokenizer.detokenizer.token_bytes, words))
+    assert bytes_per_scored_token(corpus, rows, "val") == pytest.approx(len(text) / len(targets), rel=1e-12)
+    if limit is not None:
+        assert bytes_per_scored_token(corpus, rows, "val") != pytest.approx(corpus.val.bytes_per_token, 0.1)
+
+
+def test_bytes_per_scored_token_scale_to_the_text_of_a_tokenizer_that_changes_it() -> None:
+    given = json.loads(Path(save_tokenizer()).read_text())
+    given["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    Path("given.json").write_text(json.dumps(given))
+    corpus = prepared(tokenizer="given.json")
+    rows = corpus.rows("val", 1)
+    found = bytes_per_scored_token(corpus, rows, "val") * len(rows)
+    assert found == pytest.approx(corpus.val.bytes, rel=1e-12)
 
 
 def test_tokenizer_learns_from_the_training_split_alone(monkeypatch: pytest.MonkeyPatch) -> None:
