@@ -29,6 +29,7 @@ _FIXED_ON_RESUME = (
     "task",
     "model.",
     "data.mask",
+    "data.protocol",
     "data.listops",
     "data.lra.task",
     "trainer.ema_decay",
