@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+LARGEST = 10**12
+"""Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""
+
 
 def number(
     default: Any,
@@ -16,8 +19,11 @@ def number(
 ) -> Any:
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
-    None and ``word`` are valid as well.
+    None and ``word`` are valid as well. Without ``high``, a field whose default is not a float is an integer
+    of at most ``LARGEST``.
     """
+    if high is None and not isinstance(default, float):
+        high = LARGEST
     return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
 
 
