@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
-from tnnlm.checkpoints.training import read_checkpoint, read_intact
+from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import second_name
@@ -46,6 +48,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     recorded = load_config(path, saved=True)
+    _check_recorded(run, recorded)
     try:
         config = load_config(path, overrides, saved=True)
     except ConfigError:
@@ -66,6 +69,41 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
             raise ConfigError(f"{key}={new.get(key)}: can't be changed on resume", "start a new run")
     keep_text_of_old_run(config, run, overrides)
     return config
+
+
+def _check_recorded(run: Path, recorded: Config) -> None:
+    """Check the config.yaml of a run against its checkpoint, which contains the configuration as well.
+
+    A truncated file is valid YAML, and settings that it lacks would have their defaults.
+
+    Raises:
+        CheckpointError: If config.yaml lacks a setting of the checkpoint, or differs in one that is fixed.
+    """
+    path = run / "config.yaml"
+    saved = next((run / name for name in (LAST, PREVIOUS) if (run / name).is_file()), None)
+    try:
+        stored = _flat(read_checkpoint(saved)[ENTRY]["config"]) if saved else {}
+    except CheckpointError:
+        return  # check_resumable reports it, with an intact checkpoint to resume from
+    text, values = path.read_text(encoding="utf-8"), {key: value for key, value, _ in leaves(recorded)}
+    for key, value in stored.items():
+        if not re.search(rf"\b{re.escape(key.rpartition('.')[2])}\W", text):
+            raise CheckpointError(
+                f"{path}: is truncated, it lacks {key}={value} of {saved}", "restore it, or add the setting"
+            )
+        moved = key in ("name", "runs_dir")
+        if not moved and key.startswith(_FIXED_ON_RESUME) and values.get(key, value) != value:
+            raise CheckpointError(
+                f"{path}: has {key}={values[key]}, but {saved} has {value}", "restore config.yaml"
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their full keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def began(run: Path) -> bool:
@@ -91,6 +129,9 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             intact. Also if the run is complete.
         ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
+    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
+        if (run / name).is_dir():
+            raise CheckpointError(f"{run / name}: is a folder, not a file", "move it to another place")
     if not began(run):
         path = run / "config.yaml"
         settings = ["--config", str(path)] if path.is_file() else []
