@@ -47,7 +47,7 @@ def test_intact_rows_of_a_damaged_metrics_file_are_kept(script: Any, run_here: P
     ("damage", "reason"),
     [
         (lambda text: GARBAGE.decode("latin-1"), "config.yaml"),
-        (lambda text: text[: text.index("trainer:")], "is truncated, it lacks trainer.max_steps=4"),
+        (lambda text: text[: text.index("trainer:")], "is truncated, without conversion.chunk"),
         (lambda text: text.replace("d_model: 32", "d_model: 64"), "has model.d_model=64, but runs/tiny/"),
     ],
     ids=["garbage", "truncated", "changed"],

@@ -24,7 +24,7 @@ from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
-from tnnlm.files import only_process, write_text
+from tnnlm.files import check_parents, only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
@@ -135,6 +135,8 @@ class _Start(NamedTuple):
 def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
+    if run is None:
+        check_parents(Path(config.runs_dir) / config.name)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
@@ -148,7 +150,7 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
-    check_data(folder, data.report)
+    check_data(folder, config, data.report)
     _check_tokenizer(folder, source, tokenizer)
     return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
 

@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def whole_rows(path: Path) -> tuple[list[dict[str, str]], int]:
-    """Return the intact rows of a metrics.csv and the number of damaged ones, without a truncated last row."""
+    """Return the intact rows of a metrics.csv without a cut last one, and the number of damaged rows."""
     rows = _rows(path)
     if rows and not path.read_bytes().endswith(b"\n"):
         rows.pop()
