@@ -38,6 +38,11 @@ class CompanionParams(NamedTuple):
     denominator: Tensor
     """Coefficients a[1] .. a[n], (G, n); each row is shared by E / G consecutive channels."""
 
+    @property
+    def METHOD(self) -> str:
+        """Conversion method that offers the recurrence if a kernel defines it: companion."""
+        return "companion"
+
     def init_state(self, batch_size: int) -> CompanionState:
         """Return the state before the first token: zeros, in the numerator's dtype and on its device."""
         return CompanionState(self.numerator.new_zeros(batch_size, *self.numerator.shape))
