@@ -14,8 +14,10 @@ from tests.support.training_runs import tiny_run
 from tests.support.unchanged import files_under
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.companion import AGREEMENT, companion
+from tnnlm.conversion.window import window
 from tnnlm.deployment.pipeline import convert_checkpoint
 from tnnlm.errors import UserError
+from tnnlm.kernels import RTFConfig, RTFKernel
 from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.training.run import train
 
@@ -31,8 +33,22 @@ def recurrence_of(*poles: complex) -> CompanionParams:
 def test_a_stable_recurrence_is_accepted_unchanged(dtype: torch.dtype) -> None:
     own = recurrence_of(0.999, 0.5, 0.9j, -0.9j).to_dtype(dtype)
     state = torch.random.get_rng_state()
-    assert companion(own) is own
+    kept = companion(own)
+    assert all(torch.equal(a, b) for a, b in zip(kept, own, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["window", "companion"])
+def test_a_recurrence_has_no_tensor_and_no_gradient_of_the_kernel(method: str) -> None:
+    kernel = RTFKernel(RTFConfig(name="rtf", state_size=3), 2, 16)
+    k = kernel(16)
+    params = window(k) if method == "window" else companion(kernel.recurrence())
+    before = [part.clone() for part in params]
+    with torch.no_grad():
+        for tensor in (k.detach(), *kernel.parameters()):
+            tensor += 1
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    assert not any(part.requires_grad for part in params)
 
 
 @pytest.mark.parametrize("radius", [1.0, 1.02])
@@ -44,7 +60,7 @@ def test_a_pole_on_or_outside_the_unit_circle_is_refused(radius: float) -> None:
 
 def test_a_recurrence_whose_state_loses_its_digits_is_refused() -> None:
     own = recurrence_of(*[0.75] * 12)
-    assert companion(own) is own  # Twelve equal poles take eleven digits, and float64 has sixteen.
+    companion(own)  # Twelve equal poles take eleven digits, and float64 has sixteen.
     rounded = own.to_dtype(torch.float32)
     assert rounded.largest_pole() < 1
     with pytest.raises(UserError, match=r"method companion: .* prefill and step disagree by") as caught:

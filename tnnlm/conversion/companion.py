@@ -23,9 +23,10 @@ _OTHERS = "use --method balanced, auto or window"
 
 @torch.no_grad()
 def companion(own: Params | None) -> Params:
-    """Return the recurrence that the kernel defines, if it is stable and its steps agree with its prefill.
+    """Return a copy of the recurrence that the kernel defines, if it is stable and its steps are accurate.
 
-    Both are run in the dtype of ``own`` on the same noise.
+    Steps and prefill are run on the same noise in the dtype of ``own``, whose tensors may be the kernel's
+    own parameters; the copy doesn't change with them and has no gradient.
 
     Raises:
         UserError: If the kernel defines none, it has a pole on or outside the unit circle, or its steps are
@@ -47,7 +48,7 @@ def companion(own: Params | None) -> Params:
             f"disagree by {difference:.1e} of the largest output, and at most {AGREEMENT:g} is accepted",
             _OTHERS,
         )
-    return own
+    return type(own)(*(part.detach().clone() for part in own))
 
 
 def check_kernel(kernel: Kernel, name: str, setting: str) -> None:
