@@ -11,7 +11,7 @@ from tnnlm.ops.ssm import SSMParams
 def window(k: Tensor) -> SSMParams:
     """Return a recurrence with a copy of taps (E, n): exact below lag n, zero from lag n on.
 
-    The copy stays as it is when the kernel is trained further, and has no gradient.
+    The copy stays unchanged when the kernel is trained further, and has no gradient.
 
     Raises:
         ValueError: If the taps are empty or not finite.
