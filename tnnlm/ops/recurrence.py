@@ -21,6 +21,11 @@ _State = TypeVar("_State")
 class Recurrence(Protocol[_State]):
     """Parameters of a recurrent convolution with E channels, which are never modified in place."""
 
+    @property
+    def METHOD(self) -> str:
+        """Conversion method that offers a recurrence of this type if a kernel defines it."""
+        ...
+
     def init_state(self, batch_size: int) -> _State:
         """Return the state before the first token, which is zero."""
         ...

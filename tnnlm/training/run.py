@@ -18,6 +18,7 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
+from tnnlm.conversion.companion import check_training
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
@@ -106,6 +107,7 @@ class _Start(NamedTuple):
 def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
+    check_training(config)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
