@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
-from tnnlm.config.consistency import check_name, settle_task
+from tnnlm.config.consistency import check_name, check_schedule, settle_task
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
@@ -145,7 +145,12 @@ def _config(values: Values) -> Config:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     config: Config = _build(Config, "", values)
     check_settings(config)
-    settle_task(config, lambda key: f" ({values.nodes[key].place})" if key in values.nodes else "")
+
+    def where(key: str) -> str:
+        return f" ({values.nodes[key].place})" if key in values.nodes else ""
+
+    check_schedule(config, where)
+    settle_task(config, where)
     return config
 
 

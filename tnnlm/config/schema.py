@@ -30,6 +30,11 @@ class ModelConfig:
     """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
     """Hidden width of the GLU (null: ``d_model``)."""
+    final_norm: str = choice("simple_rms", "simple_rms", "layer")
+    """Norm before the output layer: simple_rms, which has no parameters, or layer (LayerNorm with scale and
+    bias, as in the published TNN language models)."""
+    embed_scale: bool = False
+    """Whether to multiply the embeddings by sqrt(``d_model``), as in the published TNN language models."""
     dropout: float = number(0.0, low=0, high=0.99)
     """Dropout probability on the embeddings and on both branches of each block."""
     kernel: KernelConfig = field(default_factory=TNOConfig)
@@ -146,14 +151,22 @@ class OptimConfig:
     eps: float = number(1e-8, above=0, high=1)
     """AdamW epsilon, added to the denominator for numerical stability."""
     weight_decay: float = number(0.1, low=0, high=100)
-    """Decoupled weight decay of matrices. Biases are excluded, and so are kernels, because decaying them
-    would shorten the memory."""
+    """Decoupled weight decay of the parameters that ``optim.decayed`` selects."""
+    decayed: str = choice("matrices", "matrices", "all")
+    """Parameters with weight decay: matrices (excluding biases, norms and kernels, because decaying a kernel
+    shortens the memory) or all, as in the published TNN language models."""
     kernel_lr_scale: float = number(1.0, above=0, high=1_000)
     """Learning rate of the kernel parameters as a multiple of ``optim.lr``."""
     schedule: str = choice("cosine", "cosine", "inverse_sqrt", "constant")
     """Learning rate schedule after the warm-up."""
     warmup_steps: int = number(100, low=0)
     """Number of optimizer steps of linear warm-up."""
+    warmup_start_lr: float = number(0.0, low=0, high=100)
+    """Learning rate of the first step of the warm-up, at most ``optim.lr``. 0: ``optim.lr`` divided by
+    ``optim.warmup_steps``, because a step at the learning rate 0 has no effect."""
+    schedule_steps: int | None = number(None, low=1)
+    """Step at which the cosine schedule reaches its end (null: ``trainer.max_steps``). The learning rate is
+    constant afterwards."""
     min_lr_ratio: float = number(0.01, low=0, high=1)
     """Final learning rate of the cosine schedule as a fraction of ``optim.lr``."""
     grad_clip: float = number(1.0, low=0)
