@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from tests.support.imported import write_fairseq, write_tokenizer
 from tests.support.reference import reference
-from tests.support.scripts import Result
+from tests.support.scripts import Result, assert_refused
+from tests.support.training_runs import SETTINGS, write_text
 from tests.support.unchanged import files_under
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.cli import run
@@ -83,3 +85,49 @@ def test_unsuitable_input_is_refused_in_one_line(words: list[str], reason: str, 
     assert refused.err.startswith("error: ")
     assert refused.err.count("\n") == 1, refused.err
     assert files_under(Path.cwd()) == before
+
+
+def training(*words: str) -> list[str]:
+    """Return the settings of a short run on text.txt, without those of the model."""
+    settings = [word for word in SETTINGS if not word.startswith("model.")]
+    return [*settings, "trainer.max_steps=3", "trainer.val_every_n_steps=3", *words]
+
+
+def test_imported_model_trains_on_converts_and_generates(imported: Path, script: Any) -> None:
+    write_text()
+    still = ["optim.lr=1e-12", "optim.weight_decay=0", "model.max_length=48", "name=on"]
+    trained = script("train", *training(*still), "--init-from", "tnn")
+    assert trained.code == 0, trained.err
+    before, after = (load_trained(run) for run in (imported, "runs/on"))
+    assert (after.step, after.config.model.max_length) == (3, 48)
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    for name, tensor in before.model.state_dict().items():
+        torch.testing.assert_close(after.model.state_dict()[name], tensor.float(), rtol=0, atol=1e-9)
+    converted = script("convert", "runs/on", "--method", "window", "--verify")
+    assert converted.code == 0, converted.err
+    written = script("generate", "--model", "runs/on", "--prompt", "abc", "--max-new-tokens", "5")
+    assert written.code == 0, written.err
+
+
+def test_trained_run_starts_another_with_its_tokenizer(run_here: Path, script: Any) -> None:
+    started = script("train", *training("optim.lr=1e-3", "name=next"), "--init-from", str(run_here))
+    assert started.code == 0, started.err
+    before, after = (load_trained(run) for run in (run_here, "runs/next"))
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    moved = after.model.embedding.weight != before.model.embedding.weight
+    assert moved.any()
+    other = training("model.expand=2", "model.kernel.decay=0.9")
+    refused = script("train", *other, "--init-from", str(run_here))
+    found = "model.expand=3, model.kernel.decay=0.95; omit model.expand=2, model.kernel.decay=0.9"
+    assert_refused(refused, found)
+    copied = Path(shutil.copy(run_here / "checkpoints/last.ckpt", "alone.ckpt"))
+    refused = script("train", *training(), "--init-from", str(copied))
+    assert_refused(refused, "alone.ckpt", "data.tokenizer=FILE")
+    write_tokenizer(31, Path("other.json"))
+    refused = script("train", *training("data.tokenizer=other.json"), "--init-from", str(copied))
+    assert_refused(refused, "alone.ckpt", "another tokenizer")
+    assert_refused(script("train", "--resume", "--init-from", "tiny"), "--init-from")
+
+
+def test_imported_run_cannot_be_resumed(imported: Path, script: Any) -> None:
+    assert_refused(script("train", "--resume", str(imported)), str(imported), "--init-from")

@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="File tokenizer.json with the token ids of the model. (default: that of the format, if it has one)",
+        help="File tokenizer.json with the token ids of the model. (default: that of the format, if any)",
     )
     add(
         "--eos-token",

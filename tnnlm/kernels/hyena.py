@@ -67,8 +67,8 @@ class HyenaKernel(Kernel):
         self.frequencies = nn.Parameter(torch.full((config.layers + 1, config.width), config.frequency))
         self.output = nn.Linear(config.width, n_channels, bias=False)
         self.bias = nn.Parameter(torch.randn(n_channels))
-        rates = [math.log(DECAYED) / time for time in (SLOWEST, FASTEST)]
-        self.register_buffer("deltas", torch.linspace(*rates, n_channels))
+        first, last = (math.log(DECAYED) / time for time in (SLOWEST, FASTEST))
+        self.register_buffer("deltas", torch.linspace(first, last, n_channels))
         self.encoding = nn.Parameter(self._encode(self.bias)) if config.train_encoding else None
 
     def forward(self, length: int) -> Tensor:
