@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+_UNCHANGED: Any = object()
+
 
 def number(
     default: Any,
@@ -13,12 +15,17 @@ def number(
     high: float | None = None,
     above: float | None = None,
     word: str | None = None,
+    before: Any = _UNCHANGED,
 ) -> Any:
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
-    None and ``word`` are valid as well.
+    None and ``word`` are valid as well. ``before`` is the value for runs and checkpoints that were saved
+    before the setting existed, if it differs from ``default``.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
+    metadata = {"low": low, "high": high, "above": above, "word": word}
+    if before is not _UNCHANGED:
+        metadata["before"] = before
+    return field(default=default, metadata=metadata)
 
 
 def text(default: str | None, *, empty: bool = False) -> Any:

@@ -333,3 +333,16 @@ def test_a_complete_configuration_selects_its_source(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(config_to_yaml(load_config(None, ["data.source=files", "data.files=a.txt"])))
     assert load_config(path).data.files == ["a.txt"]
+
+
+def test_settings_that_a_saved_run_lacks_have_the_values_of_its_time(tmp_path: Path) -> None:
+    new = load_config(None, ["model.kernel.name=sgconv"])
+    data = config_to_dict(new)
+    assert data["model"]["kernel"].pop("reverse_lag") == 1
+    assert config_from_dict(data).model.kernel.reverse_lag == 0
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(new).replace("    reverse_lag: 1\n", ""), encoding="utf-8")
+    assert "reverse_lag" not in path.read_text(encoding="utf-8")
+    assert load_config(path, saved=True).model.kernel.reverse_lag == 0
+    assert load_config(path).model.kernel.reverse_lag == 1
+    assert config_from_dict(config_to_dict(new)) == new

@@ -132,6 +132,7 @@ def _values(layers: list[Layer]) -> Values:
         # Settings of the file's kernel don't apply to another kernel that the command line selects.
         if meant == name:
             layer.add_kernel(schema)
+        layer.add_former(schema)
     nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
     nodes[f"{KERNEL}.name"] = stored(name, "")
     return Values(schema, nodes)
