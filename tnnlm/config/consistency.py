@@ -82,7 +82,7 @@ def settle_task(config: Config, where: Callable[[str], str]) -> None:
         instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
         place = where("data.source") or where("task")
         raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}{place}", instead)
-    if not labelled:
+    if not labelled and data.tokenizer is None:
         size = config.model.vocab_size
         if size < SMALLEST_TEXT:
             raise ConfigError(

@@ -22,8 +22,8 @@ class ModelConfig:
     n_layers: int = number(4, low=1, high=10_000)
     """Number of blocks."""
     vocab_size: int = number(4096, low=2, high=10_000_000)
-    """Number of embedding entries, at least 257 for text. A tokenizer trained for the run has at most this
-    many tokens."""
+    """Number of embedding entries, at least 257 for text without ``data.tokenizer``. A tokenizer trained for
+    the run has at most this many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
     """Training sequence length in tokens. Decoding is not limited to it."""
     expand: int = number(3, low=1, high=64)

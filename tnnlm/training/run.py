@@ -34,6 +34,7 @@ from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
+from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
@@ -50,6 +51,7 @@ def train(
     *,
     source: Path = LAST,
     job: str | None = None,
+    initial: InitialWeights | None = None,
 ) -> dict[str, Any]:
     """Train, validate and save a run.
 
@@ -60,6 +62,7 @@ def train(
         source: Checkpoint to resume from, LAST or PREVIOUS.
         job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
             may be one that was killed before its first checkpoint; it then starts from scratch.
+        initial: Checkpoint whose weights a new run starts from; its configuration is that of ``config``.
 
     Returns:
         Content of summary.json; empty on ranks other than 0.
@@ -74,11 +77,13 @@ def train(
     keep_large_blocks()
     limit_threads()
     quieten()
-    start = _resolve(config, run, source, job)
+    start = _resolve(config, run, source, job, initial)
     lightning.seed_everything(config.seed, verbose=False)
     last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
     trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
     module, data = LitModel(config), TextDataModule(config)
+    if initial is not None and start.step is None:
+        initial.copy_to(module.model)
     if trainer.global_rank == 0:
         _announce(config, start)
         if start.step is None:
@@ -104,7 +109,9 @@ class _Start(NamedTuple):
     """Checkpoint to resume from; None for a new run."""
 
 
-def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
+def _resolve(
+    config: Config, run: Path | None, source: Path, job: str | None, initial: InitialWeights | None
+) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
     check_training(config)
@@ -118,6 +125,8 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
     data = load_task_data(config)
     tokenizer = data.tokenizer
+    if initial is not None:
+        initial.check_tokenizer(tokenizer)
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
