@@ -6,6 +6,8 @@ from dataclasses import field
 from typing import Any
 
 _UNCHANGED: Any = object()
+LARGEST = 10**12
+"""Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""
 
 
 def number(
@@ -19,9 +21,12 @@ def number(
 ) -> Any:
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
-    None and ``word`` are valid as well. ``before`` is the value for runs and checkpoints that were saved
-    before the setting existed, if it differs from ``default``.
+    None and ``word`` are valid as well. Without ``high``, a field whose default is not a float is an integer
+    of at most ``LARGEST``. ``before`` is the value for runs and checkpoints that were saved before the setting
+    existed, if it differs from ``default``.
     """
+    if high is None and not isinstance(default, float):
+        high = LARGEST
     metadata = {"low": low, "high": high, "above": above, "word": word}
     if before is not _UNCHANGED:
         metadata["before"] = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
-from tnnlm.files import write_text
+from tnnlm.files import only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
@@ -68,8 +69,9 @@ def train(
         Content of summary.json; empty on ranks other than 0.
 
     Raises:
-        UserError: If the input is invalid. Nothing was written. A resumed run is not changed before its
-            first optimizer step has succeeded, so that one that runs out of memory can be resumed as before.
+        UserError: If the input is invalid, or another process trains the run. Nothing was written. A resumed
+            run is not changed before its first optimizer step has succeeded, so that one that runs out of
+            memory can be resumed as before.
         TrainingStopped: If a signal stopped the training. The run was saved.
         TrainingDiverged: If the weights are not finite or too many steps were skipped. The last good
             checkpoint is kept.
@@ -77,10 +79,40 @@ def train(
     keep_large_blocks()
     limit_threads()
     quieten()
-    start = _resolve(config, run, source, job, initial)
+    with ExitStack() as locks:
+        if run is not None:
+            _lock(locks, run)
+        start = _resolve(config, run, source, job, initial)
+        if run is None:
+            _lock(locks, start.folder)
+        return _train(config, run, start, extra_callbacks or [], job, initial)
+
+
+def _lock(locks: ExitStack, run: Path) -> None:
+    """Let no other process train a run until ``locks`` is closed; only rank 0 of the training locks it.
+
+    Raises:
+        CheckpointError: If another process trains the run.
+    """
+    if is_main_process() and run.is_dir():
+        refusal = CheckpointError(
+            f"{run}: is being trained by another process", "wait until it ends, or start a new run"
+        )
+        locks.enter_context(only_process(run.resolve(), refusal))
+
+
+def _train(
+    config: Config,
+    run: Path | None,
+    start: _Start,
+    extra: list[Callback],
+    job: str | None,
+    initial: InitialWeights | None,
+) -> dict[str, Any]:
+    """Train a run whose input is valid."""
     lightning.seed_everything(config.seed, verbose=False)
     last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
+    trainer = _build(config, start, last, extra, new=run is None)
     module, data = LitModel(config), TextDataModule(config)
     if initial is not None and start.step is None:
         initial.copy_to(module.model)
