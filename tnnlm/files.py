@@ -26,6 +26,17 @@ def check_parents(path: Path) -> None:
         raise UserError(f"{path}: {existing} is a file, not a folder", "choose another path")
 
 
+def check_folder(path: Path) -> None:
+    """Check that ``path`` is a folder, or can become one because neither it nor a parent is a file.
+
+    Raises:
+        UserError: If it can't.
+    """
+    check_parents(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, not a folder", "choose another path")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block succeeds.

@@ -26,6 +26,7 @@ from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.data.text import Tally, shown, text_hash
 from tnnlm.errors import DataError
+from tnnlm.files import check_folder
 
 
 def source_fingerprint(config: DataConfig) -> str:
@@ -80,8 +81,14 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
-    return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm.
+
+    Raises:
+        UserError: If it can't be a folder, because it or a parent is a file.
+    """
+    folder = Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    check_folder(folder)
+    return folder
 
 
 def _load_files(config: DataConfig, seed: int) -> Corpus:

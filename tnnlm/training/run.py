@@ -191,7 +191,7 @@ def _announce(config: Config, start: _Start) -> None:
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     for shown in (line, *start.report.lines()):
-        Console().print(shown, markup=False, highlight=False, soft_wrap=True)
+        Console().print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:
