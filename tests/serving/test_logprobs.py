@@ -10,10 +10,13 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from tests.support.servers import Running, run_server
+from tnnlm.detokenizer import Detokenizer
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams, sample
+from tnnlm.serving.logprobs import LogprobsFormat, score_tokens
 from tnnlm.tokenizer import TextTokenizer
 
 MIXED = "na\u00efve \U0001f600 \u00e9\u4e2d"
@@ -99,6 +102,21 @@ def test_the_end_token_has_an_entry(client: httpx2.Client, generator: TextGenera
     for bias in BIASES:
         echoed = complete(client, "ab", logprobs=1, logit_bias=bias, max_tokens=1, echo=True)["choices"][0]
         assert len(echoed["logprobs"]["tokens"]) == len(generator.tokenizer.encode("ab")) + 1
+
+
+@pytest.mark.parametrize("token", range(4))
+def test_ids_of_equal_text_keep_an_entry_each(token: int) -> None:
+    words = {"<0x41>": 0, "A": 1, "<0xE2>": 2, "bytes:\\xe2": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for n in range(5):
+        (score,) = score_tokens(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]), [token], n)
+        found = LogprobsFormat(Detokenizer(tokenizer), False, 0).entries([score])
+        (top,), (word,) = found["top_logprobs"], found["tokens"]
+        assert top[word] == score.logprob
+        assert sorted(top.values()) == sorted({value for _, value in score.top} | {score.logprob})
+        assert word == ("A", "A", "bytes:\\xe2", "bytes:\\xe2")[token]
+    assert sum(key.startswith("token_id:") for key in top) == 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

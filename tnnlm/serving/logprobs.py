@@ -79,12 +79,18 @@ class LogprobsFormat:
         }
 
     def _top(self, score: TokenScore, word: str, first: bool) -> dict[str, float]:
-        """Return the most likely tokens and the token itself; of tokens with equal text, the most likely."""
+        """Return the most likely tokens and the token itself, each id under a key of its own.
+
+        The token itself has the key ``word``, its entry in ``tokens``. Another id with a text that is taken
+        has the key ``token_id:N``.
+        """
         top: dict[str, float] = {}
         for token, value in score.top:
-            top.setdefault(word if token == score.token else self._word(token, first), value)
+            key = word if token == score.token else self._word(token, first)
+            taken = key in top or (key == word and token != score.token)
+            top[f"token_id:{token}" if taken else key] = value
         assert score.logprob is not None
-        top.setdefault(word, score.logprob)
+        top[word] = score.logprob
         return top
 
     def _word(self, token: int, first: bool) -> str:
