@@ -101,7 +101,8 @@ class RequestParser:
 
     def _format(self, tokens: list[int], echo: bool) -> LogprobsFormat:
         started = not echo and self._has_text(tokens)
-        return LogprobsFormat(self.tokenizer.detokenizer, started, len(tokens) if echo else 0)
+        n_prompt = len(tokens) if echo else 0
+        return LogprobsFormat(self.tokenizer.detokenizer, started, n_prompt, self.tokenizer.eos_id)
 
     def _has_text(self, tokens: list[int]) -> bool:
         return not all(self.tokenizer.detokenizer.is_special(token) for token in tokens)
