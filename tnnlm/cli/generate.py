@@ -21,9 +21,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tnnlm.cli.usage import Condition, add_device, check_effective, parser_of
+from tnnlm.cli.usage import Condition, add_device, check_effective, errors_name_options, parser_of
 from tnnlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tnnlm.inference.session import GenerationSession
 
 CONDITIONS = {
     "--prompt": Condition(
@@ -151,24 +155,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "":
         raise UserError("--prompt: is empty", "give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    from tnnlm.checkpoints.locate import outdated
-    from tnnlm.inference.sampling import SamplingParams
-    from tnnlm.inference.session import GenerationSession
-    from tnnlm.inference.state_file import check_state_path
-
-    if args.save_state:
-        check_state_path(args.save_state)
-    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    if warning := outdated(args.model, Path("runs")):
-        print(f"warning: {warning}", file=sys.stderr)
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
-    session = GenerationSession.load(
-        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
-    )
-    if not args.json:
-        print(f"[{session.engine}]", file=sys.stderr)
-    if args.load_state:
-        session.load_state(args.load_state, reseed=args.seed is not None)
+    with errors_name_options(arguments()):
+        session = load_session(args)
     if args.interactive:
         session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
@@ -182,6 +170,35 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.save_state:
         session.save_state(args.save_state)
     return 0
+
+
+def load_session(args: argparse.Namespace) -> GenerationSession:
+    """Check the arguments, load the model, and restore the saved state if one is given.
+
+    Raises:
+        UserError: If an argument is out of range, or the model or the state can't be loaded.
+    """
+    from tnnlm.checkpoints.locate import outdated
+    from tnnlm.inference.generator import check_new_tokens
+    from tnnlm.inference.sampling import SamplingParams
+    from tnnlm.inference.session import GenerationSession
+    from tnnlm.inference.state_file import check_state_path
+
+    if args.save_state:
+        check_state_path(args.save_state)
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    check_new_tokens(args.max_new_tokens)
+    if warning := outdated(args.model, Path("runs")):
+        print(f"warning: {warning}", file=sys.stderr)
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
+    session = GenerationSession.load(
+        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+    )
+    if not args.json:
+        print(f"[{session.engine}]", file=sys.stderr)
+    if args.load_state:
+        session.load_state(args.load_state, reseed=args.seed is not None)
+    return session
 
 
 def read_prompts(path: Path) -> list[str]:
