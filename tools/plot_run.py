@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from tnnlm.errors import CheckpointError, run_script
+from tnnlm.errors import CheckpointError, OneLineParser, run_script
 from tnnlm.files import atomic_file
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.loggers.names import BY_COLUMN, LENGTH, ORDER, Place, columns_at, metrics_at
@@ -32,9 +32,7 @@ _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run: a folder, or a name under --runs-dir.")
     parser.add_argument(
         "--out",

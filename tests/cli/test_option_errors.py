@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import script_module
+from tests.support.scripts import ROOT
 from tnnlm.cli import run
 from tnnlm.cli.convert import arguments
 from tnnlm.cli.usage import errors_name_options
-from tnnlm.errors import CheckpointError, UserError
+from tnnlm.errors import CheckpointError, UserError, run_script
 
 OUT_OF_RANGE = {
     "generate --prompt x --temperature -1": "--temperature -1.0: must be from 0",
@@ -44,6 +46,48 @@ def test_a_value_out_of_range_names_the_option(line: str, capsys: pytest.Capture
     assert err.count("\n") == 1
     assert out == ""
     assert not list(Path().iterdir())
+
+
+NOT_PARSED = {
+    "generate": "--prompt: is missing; give --prompt TEXT, --prompts FILE",
+    "generate --prompt": "--prompt: expected one argument; see ",
+    "generate --prompt --json": "--prompt: expected one argument; see ",
+    "generate --prompt -x": "--prompt: expected one argument; write --prompt=-x for a value with a dash",
+    "generate --prompt '--a\nb'": "--prompt: expected one argument; write --prompt='--a b' for",
+    "generate --prompt x --nonsense": "--nonsense: not an option or argument of this command; see ",
+    "generate --prompt x '--a\nb'": "--a b: not an option",
+    "generate --prompt x --temperature hot": "--temperature: invalid float value: 'hot'; see ",
+    "generate --pro x": "ambiguous option: --pro could match",
+    "train --from nowhere": "--from: invalid choice: 'nowhere'",
+    "train --nonsense": "--nonsense: not an option",
+    "convert --compile runs/demo": "--compile: runs/demo: is not one of float32",
+    "convert a b": "b: not an option or argument",
+    "serve --port http": "--port: invalid int value: 'http'",
+    "prepare-data --nonsense": "--nonsense: not an option",
+}
+
+
+@pytest.mark.parametrize("line", NOT_PARSED)
+def test_a_command_line_that_cannot_be_parsed_is_one_line(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *words = shlex.split(line)
+    assert run(name, words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {NOT_PARSED[line]}")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_every_script_reports_errors_of_its_command_line_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        if "run_script(main)" not in path.read_text(encoding="utf-8"):
+            continue  # a command of tnnlm, or a tool that runs without the package
+        monkeypatch.setattr("sys.argv", [path.name, "--nonsense"])
+        assert run_script(script_module(f"tools/{path.name}").main) == 2, path
+        assert capsys.readouterr().err.count("\n") == 1, path
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments()
     args = parser.parse_args(words)
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
-        parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
+        raise UserError(
+            "--prompt: is missing", "give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive"
+        )
     check_effective(parser, words, args, CONDITIONS)
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tnnlm.errors import UserError, command
+from tnnlm.errors import OneLineParser, UserError, command
 
 _NOT_GIVEN = object()
 _SETTING = re.compile(r"(layer \d+: )?([a-z][a-z_ -]*?)( \S+: .*)", re.DOTALL)
@@ -35,7 +35,7 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
         description: Text of ``--help``; its examples begin with ``tnnlm NAME``.
     """
     called = command(name)
-    return argparse.ArgumentParser(
+    return OneLineParser(
         prog=called,
         description=(description or "").replace(f"tnnlm {name}", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
