@@ -48,7 +48,7 @@ def test_a_value_out_of_range_names_the_option(line: str, capsys: pytest.Capture
     assert not list(Path().iterdir())
 
 
-NOT_PARSED = {
+NOT_USABLE = {
     "generate": "--prompt: is missing; give --prompt TEXT, --prompts FILE",
     "generate --prompt": "--prompt: expected one argument; see ",
     "generate --prompt --json": "--prompt: expected one argument; see ",
@@ -62,19 +62,22 @@ NOT_PARSED = {
     "train --nonsense": "--nonsense: not an option",
     "convert --compile runs/demo": "--compile: runs/demo: is not one of float32",
     "convert a b": "b: not an option or argument",
+    "generate --prompt x --model ''": "--model: is empty; omit it",
+    "convert ''": "RUN: is empty; omit it",
+    "serve --model ''": "--model: is empty",
     "serve --port http": "--port: invalid int value: 'http'",
     "prepare-data --nonsense": "--nonsense: not an option",
 }
 
 
-@pytest.mark.parametrize("line", NOT_PARSED)
-def test_a_command_line_that_cannot_be_parsed_is_one_line(
+@pytest.mark.parametrize("line", NOT_USABLE)
+def test_a_command_line_that_cannot_be_used_is_one_line(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, *words = shlex.split(line)
     assert run(name, words) == 2
     out, err = capsys.readouterr()
-    assert err.startswith(f"error: {NOT_PARSED[line]}")
+    assert err.startswith(f"error: {NOT_USABLE[line]}")
     assert err.count("\n") == 1
     assert out == ""
 

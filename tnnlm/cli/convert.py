@@ -133,6 +133,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
     args = parser.parse_args(words)
+    if args.target == "":
+        raise UserError("RUN: is empty", "omit it for the newest run")
     args.recipe = settings_from_flags(ConversionConfig, FLAGS, args)
     args.compile = () if args.compile is None else args.compile or ("float32",)
     args.export = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]

@@ -1,6 +1,6 @@
 """Generate text with a converted model: parallel prefill, then constant time and memory per token.
 
-Completions go to stdout, the selected engine to stderr.
+Completions go to stdout, the selected engine to stderr, and so does the model if --model is omitted.
 
 Examples:
   tnnlm generate --prompt "def main("                  # the newest converted model
@@ -141,6 +141,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             "--prompt: is missing", "give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive"
         )
     check_effective(parser, words, args, CONDITIONS)
+    if args.model == "":
+        raise UserError("--model: is empty", "omit it for the newest converted model")
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -180,7 +182,7 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     Raises:
         UserError: If an argument is out of range, or the model or the state can't be loaded.
     """
-    from tnnlm.checkpoints.locate import outdated
+    from tnnlm.checkpoints.locate import find_for_decoding, outdated
     from tnnlm.inference.generator import check_new_tokens
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
@@ -190,11 +192,14 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
         check_state_path(args.save_state)
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     check_new_tokens(args.max_new_tokens)
-    if warning := outdated(args.model, Path("runs")):
+    model = str(find_for_decoding(args.model, Path("runs")))
+    if warning := outdated(model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
+    if args.model is None:
+        print(f"model: {model}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     session = GenerationSession.load(
-        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+        model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
     )
     if not args.json:
         print(f"[{session.engine}]", file=sys.stderr)

@@ -192,7 +192,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if not 0 <= value <= most:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be from 0 to {most:,}")
-    for option in ("api_key", "name"):
+    for option in ("api_key", "name", "model"):
         if getattr(args, option) == "":
             raise UserError(f"--{option.replace('_', '-')}: is empty", "give at least one character")
 
