@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from tnnlm.errors import CheckpointError, OneLineParser, run_script
 from tnnlm.files import atomic_file
@@ -53,7 +54,7 @@ def main() -> int:
     runs = [read_run(folder) for folder in folders]
     out = args.out or (folders[0] / "run.png" if len(folders) == 1 else Path("runs.png"))
     plot_runs(runs, out)
-    table = Table("final value", *(run.name for run in runs))
+    table = Table("final value", *(Column(Text(run.name)) for run in runs))
     figures = [final_figures(run) for run in runs]
     for metric in metrics_at(Place.TABLE):
         shown = [of_run[metric.column] for of_run in figures]

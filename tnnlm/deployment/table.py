@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.deployment.perplexity import perplexity_cells
@@ -45,7 +46,7 @@ def show_conversion(done: ConversionResult, console: Console) -> None:
 
 def _layers(report: ModelReport, title: str) -> Table:
     """Return the table of layers: order, tap and l1 error, tail energy, Hankel ratio, largest pole, state."""
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for name in ("layer", "order", "taps", "l1", "tail", "Hankel", "pole", "KiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, layer in enumerate(report.layers):

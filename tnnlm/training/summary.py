@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tnnlm.checkpoints.locate import BEST, CONVERTED
 from tnnlm.data.report import DataReport
@@ -127,7 +128,7 @@ def show_summary(
 
 def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
     """Return a table of the last validation in parallel and in recurrent form."""
-    table = Table(title=f"run {run.name}")
+    table = Table(title=Text(f"run {run.name}"))
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
         table.add_column(column, justify="left" if column == "validation" else "right")
     gap = summary.get("val/ppl_gap")
@@ -140,7 +141,7 @@ def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
 
 def _values(run: Path, summary: dict[str, Any], task: type[ValidationTask]) -> Table:
     """Return a table of the last validation's metrics and of test metrics."""
-    table = Table("validation", "", title=f"run {run.name}")
+    table = Table("validation", "", title=Text(f"run {run.name}"))
     for name in task.columns():
         table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)))
     for metric in metrics_at(Place.SUMMARY):
