@@ -22,8 +22,8 @@ def number(
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
     None and ``word`` are valid as well. Without ``high``, a field whose default is not a float is an integer
-    of at most ``LARGEST``. ``before`` is the value for runs and checkpoints that were saved before the setting
-    existed, if it differs from ``default``.
+    of at most ``LARGEST``. ``before`` is the value for runs and checkpoints that were saved before the
+    setting existed, if it differs from ``default``.
     """
     if high is None and not isinstance(default, float):
         high = LARGEST
