@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, and rename it to ``path`` if the block succeeds.
 
-    The temporary folder has the same parent as ``path`` and must not contain subfolders.
+    The temporary folder has the same parent as ``path``.
 
     Args:
         path: Path of the finished folder.
@@ -84,8 +84,9 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            flush_to_disk(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
         if path.exists() and replace:
             _exchange(temporary, path)
         elif not path.exists():

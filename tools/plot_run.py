@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from tnnlm.errors import CheckpointError, run_script
+from tnnlm.errors import CheckpointError, OneLineParser, run_script
 from tnnlm.files import atomic_file
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.loggers.names import BY_COLUMN, LENGTH, ORDER, Place, columns_at, metrics_at
@@ -32,9 +33,7 @@ _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run: a folder, or a name under --runs-dir.")
     parser.add_argument(
         "--out",
@@ -55,7 +54,7 @@ def main() -> int:
     runs = [read_run(folder) for folder in folders]
     out = args.out or (folders[0] / "run.png" if len(folders) == 1 else Path("runs.png"))
     plot_runs(runs, out)
-    table = Table("final value", *(run.name for run in runs))
+    table = Table("final value", *(Column(Text(run.name)) for run in runs))
     figures = [final_figures(run) for run in runs]
     for metric in metrics_at(Place.TABLE):
         shown = [of_run[metric.column] for of_run in figures]
