@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, relative_error
-from tnnlm.errors import UserError
+from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
+from tnnlm.conversion.source import ToleranceError, relative_error
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
 
@@ -126,7 +126,7 @@ def balanced(
         Parameters in float64.
 
     Raises:
-        UserError: If no order up to ``MAX_ORDER`` meets the tolerance.
+        ToleranceError: If no order up to ``MAX_ORDER`` meets the tolerance.
     """
     tail = k[:, window_taps:]
     modes = None if order is None else order - window_taps
@@ -176,7 +176,7 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
     if order is not None:
         realization = realize(problem.f, order, problem.finite)
         return realization, min(order, realization.start.shape[1])
-    tried, below, reached = 0, 0, 1.0
+    tried, below, reached, best = 0, 0, 1.0, 0
     for limit in (32, MAX_ORDER):
         realization = realize(problem.f, limit, problem.finite)
         largest = realization.start.shape[1]
@@ -184,14 +184,16 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
         while tried < largest:
             tried = min(max(tried + 1, tried * 3 // 2), largest)
             error = _error(problem, realization, tried)
-            reached = min(reached, error)
+            if best == 0 or error < reached:
+                reached, best = error, tried
             if error <= tolerance:
                 return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
-    raise UserError(
+    raise ToleranceError(
         f"tolerance {tolerance:g}: can't be met, the smallest relative error up to order {tried} is "
-        f"{reached:.1e}",
+        f"{reached:.1e}, at order {best}",
         "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
+        reached,
     )
 
 

@@ -16,7 +16,7 @@ from tnnlm.checkpoints.certificate import ConversionReport, ModelReport
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
-from tnnlm.conversion.methods import LayerConversion
+from tnnlm.conversion.source import LayerConversion
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops import recurrence

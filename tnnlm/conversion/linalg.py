@@ -10,18 +10,20 @@ few gigabytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tnnlm.ops.recurrence import Params
 from tnnlm.ops.toeplitz import fft_length
 
 CHANNELS = 256
 """Number of channels that are converted to float64 at once."""
 _SPECTRUM_BYTES = 1 << 25
 """Memory for the spectra that are computed at once, in bytes."""
+_SAFE = (1e-100, 1e100)
+"""Range of the largest tap in which float64 neither overflows nor underflows in sums of squares."""
 _ITERATIONS = 4
 """Number of subspace iterations. A few suffice, because Hankel singular values decay fast."""
 
@@ -36,13 +38,16 @@ def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, k[part].double()
 
 
-def relative_error(k: Tensor, params: Params) -> float:
-    """Return the relative error ||k - k^|| / ||k|| of stored parameters, on the lags of taps k (E, T)."""
-    squares = torch.zeros(2, dtype=torch.float64, device=k.device)
-    for part, block in channel_blocks(k):
-        difference = block - params.channels_of(part).taps(k.shape[1])
-        squares += torch.stack([x.square().sum() for x in (difference, block)])
-    return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+def power_of_two(k: Tensor) -> float:
+    """Return a power of two by which to divide taps, exactly, so that their squares stay in range.
+
+    It is 1 unless the largest tap is outside ``_SAFE``.
+    """
+    low, high = torch.aminmax(k)
+    largest = max(-float(low), float(high))
+    if largest == 0 or not math.isfinite(largest) or _SAFE[0] <= largest <= _SAFE[1]:
+        return 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - 1, -1022)
 
 
 def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
