@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.linalg import channel_blocks, power_of_two
+from tnnlm.conversion.linalg import channel_blocks, power_of_two, row_scales
 from tnnlm.errors import UserError
 from tnnlm.ops.recurrence import Params
 
@@ -61,9 +61,10 @@ def relative_error(k: Tensor, params: Params, length: int = 0, *, each: bool = F
         overflows. It is never NaN.
     """
     length = max(length, k.shape[1])
-    scale = power_of_two(k)
+    common = power_of_two(k)
     squares = []
     for part, block in channel_blocks(k):
+        scale = row_scales(block) if each else common
         whole = torch.nn.functional.pad(block, (0, length - k.shape[1])) / scale
         difference = whole - params.channels_of(part).taps(length) / scale
         squares.append(torch.stack([x.square().sum(1) for x in (difference, whole)]))

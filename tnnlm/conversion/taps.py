@@ -16,6 +16,7 @@ from tnnlm.conversion.convert import REACH
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.methods import check_taps, convert
 from tnnlm.conversion.source import Source
+from tnnlm.conversion.tails import decay_tail
 from tnnlm.errors import UserError, one_line
 from tnnlm.ops.ssm import SSMParams
 
@@ -70,12 +71,21 @@ def convert_taps(
     )
     # Past a horizon that was set below the length of the kernel, nothing is promised.
     covered = tail_energy(taps, lags) <= ROUNDING**2
-    reach = (REACH * lags if finite else taps.shape[1]) if covered else 0
+    reach = max(REACH * lags if finite else 0, taps.shape[1])
     with torch.no_grad():
-        source = Source(taps[:, :lags], _per_channel(decay, taps), None, finite, taps, max(reach, 0))
+        source = Source(
+            taps[:, :lags], _per_channel(decay, taps), None, finite, taps, reach if covered else 0
+        )
         converted = convert(source, recipe)
         assert isinstance(converted.params, SSMParams)  # Other kinds of recurrences come from kernels only.
-        return converted.params, certify(taps, converted, lags)
+        return converted.params, certify(taps, converted, lags, tail=_tail(taps, source), reach=reach)
+
+
+def _tail(taps: Tensor, source: Source) -> Tensor | None:
+    """Return upper bounds of the l1 norm past the given taps, None if nothing is known of those lags."""
+    if source.finite:
+        return taps.new_zeros(len(taps), dtype=torch.float64)
+    return None if source.decay is None else decay_tail(taps, source.decay)
 
 
 def _as_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
