@@ -68,6 +68,7 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
     return None
 
 
+@torch.no_grad()
 def measure(
     model: CausalLM, layers: list[LayerConversion], *, method: str, horizon: int, seconds: float
 ) -> ModelReport:
@@ -83,8 +84,7 @@ def measure(
     length = EXTENT * max(horizon, model.config.max_length)
     reports = []
     for kernel, converted in zip(kernels(model), layers, strict=True):
-        with torch.no_grad():
-            k, own = kernel(length), kernel.recurrence()
+        k, own = kernel(length), kernel.recurrence()
         if bool(torch.isfinite(k).all()):
             # A recurrence that the kernel defines is exact at every lag.
             same = own is not None and _equal(own.to_dtype(k.dtype), converted.params)
