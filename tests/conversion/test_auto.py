@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.models import tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_taps
 from tnnlm.conversion.auto import Attempt, choose
@@ -54,6 +54,18 @@ def test_zeros_at_the_end_of_a_finite_kernel_cost_nothing() -> None:
     params, report = convert_taps(k, method="auto", finite=True)
     assert report.order == 40
     assert torch.equal(params.taps(240), k)
+
+
+def test_sgconv_is_converted_by_its_exact_recurrence_or_a_smaller_one() -> None:
+    model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"](), max_length=128)).eval()
+    _, layers = convert_layers(model, AUTO)
+    for kernel, layer in zip(kernels(model), layers, strict=True):
+        own = kernel.recurrence()
+        assert own is not None
+        with torch.no_grad():
+            assert relative_error(kernel(8 * 128), layer.params) <= AUTO.tolerance
+            assert relative_error(kernel(8 * 128), own) <= 1e-6
+        assert "multirate" in layer.reason
 
 
 def modes(k: Tensor, count: int) -> SSMParams:

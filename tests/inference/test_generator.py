@@ -126,7 +126,7 @@ def test_unusable_prompt_is_refused(writer: TextGenerator, text: str) -> None:
     ],
 )
 def test_invalid_sampling_parameters_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"temperature|top-"):
+    with pytest.raises(UserError, match=r"temperature|top_"):
         SamplingParams(**settings)  # type: ignore[arg-type]
 
 

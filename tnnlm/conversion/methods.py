@@ -9,6 +9,7 @@ from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.auto import Attempt, choose
 from tnnlm.conversion.balanced import balanced
+from tnnlm.conversion.companion import companion
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.linalg import channel_blocks, power_of_two
@@ -16,7 +17,6 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
-from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
@@ -44,8 +44,9 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
     check_recipe(recipe, source.k.shape[1])
     if recipe.method == "auto":
         return choose(source, recipe.tolerance, _attempts(source, recipe))
-    if recipe.method == "companion":
-        params: Params = _companion(source.own).to_dtype(source.k.dtype)
+    params: Params
+    if recipe.method in ("companion", "multirate"):
+        params = _own(source, recipe.method)
     else:
         params = _from_taps(recipe.method, source, recipe, progress=progress)
     return LayerConversion(params, recipe.method, "as requested")
@@ -62,11 +63,28 @@ def _attempts(source: Source, recipe: ConversionConfig) -> list[Attempt]:
 
     found = [attempt("window", short), attempt("etsc", reduced)]
     if source.own is not None:
-        name = "companion" if isinstance(source.own, CompanionParams) else "multirate"
-        found.append(Attempt(name, name, lambda: _companion(source.own).to_dtype(source.k.dtype)))
+        name = source.own.METHOD
+        found.append(Attempt(name, name, lambda: _own(source, name)))
     for poles in ("shared", "channel"):
         found.append(attempt("balanced", reduced, poles, f"balanced with {poles} poles"))
     return found
+
+
+def _own(source: Source, method: str) -> Params:
+    """Return a copy of the recurrence that the kernel defines, in the dtype of the taps.
+
+    Raises:
+        UserError: If it defines none of that method, or one whose steps are inaccurate.
+    """
+    own = source.own
+    if method == "companion":
+        return companion(own).to_dtype(source.k.dtype)
+    if own is None or method != own.METHOD:
+        raise UserError(
+            f"method {method}: the kernel defines no such recurrence", "use --method balanced, auto or window"
+        )
+    copy = type(own)(*(part.detach().clone() for part in own))
+    return copy.to_dtype(source.k.dtype)
 
 
 def _from_taps(
@@ -203,23 +221,3 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
         "raise the tolerance, or use --window-taps",
         reached,
     )
-
-
-def _companion(own: Params | None) -> Params:
-    """Return the recurrence that the kernel defines, if it is stable.
-
-    Raises:
-        UserError: If the kernel defines none, or it has a pole outside the unit circle.
-    """
-    if own is None:
-        raise UserError(
-            "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
-        )
-    radius = own.largest_pole()
-    if radius >= 1:
-        raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle, so the recurrence "
-            "would diverge",
-            "use --method window, or train with model.kernel.constraint=montel",
-        )
-    return own

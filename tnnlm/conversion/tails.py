@@ -60,7 +60,9 @@ def recurrence_tail(params: Params, start: int) -> Tensor:
         return _ssm_tail(params, start)
     if isinstance(params, CompanionParams):
         return _companion_tail(params, start)
-    return params.taps(1).new_zeros(len(params.taps(1)))
+    # Without poles, the taps past as many lags as the state has numbers are zero.
+    bound = params.taps(max(start, params.order() + 1))[:, start:].abs().sum(1)
+    return bound if params.largest_pole() == 0 else torch.full_like(bound, torch.inf)
 
 
 def _ssm_tail(params: SSMParams, start: int) -> Tensor:

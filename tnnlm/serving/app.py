@@ -63,7 +63,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _complete(service, body, request)
 
-    @app.post("/v1/chat/completions", dependencies=[key])
+    @app.post("/v1/chat/completions", dependencies=[key], include_in_schema=False)
     def chat() -> None:
         raise ApiError(404, "this model has no chat template; use /v1/completions")
 
@@ -82,7 +82,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     @app.get("/page.{kind}", include_in_schema=False)
     def page_part(kind: str) -> FileResponse:
         if kind not in ("css", "js"):
-            raise ApiError(404, "not found")
+            raise HTTPException(404)
         return _page_file(f"page.{kind}")
 
     return app

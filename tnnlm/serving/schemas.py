@@ -7,7 +7,8 @@ from typing import Any, cast
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 from tnnlm.serving.settings import LOGPROBS, PROMPTS, STOPS
@@ -130,11 +131,12 @@ class CompletionRequest(BaseModel):
             raise ValueError("not supported, because this model generates left to right; omit it")
         return value
 
-    @model_validator(mode="after")
-    def _no_best_of(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of: not supported unless it equals n; omit it")
-        return self
+    @field_validator("best_of")
+    @classmethod
+    def _no_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value != info.data.get("n", value):  # n is missing if it is invalid
+            raise ValueError("not supported unless it equals n; omit it")
+        return value
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts as a list of strings or a list of lists of token ids."""
@@ -162,8 +164,27 @@ def _printable(text: str) -> str:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Convert an HTTP error of the application or of Starlette to an error response."""
     assert isinstance(error, HTTPException)
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    return error_response(error.status_code, str(error.detail), param, code, error.headers)
+    message, param, code = str(error.detail), None, None
+    if isinstance(error, ApiError):
+        param, code = error.param, error.code
+    elif error.status_code in (404, 405):  # raised by the router
+        message, code = _no_such_route(request, error), "unknown_url"
+    return error_response(error.status_code, message, param, code, error.headers)
+
+
+def _no_such_route(request: Request, error: HTTPException) -> str:
+    """Return the message about a path or a method that no route has, with those that exist."""
+    called = f"{request.method} {request.url.path[:128]}"
+    allowed = (error.headers or {}).get("Allow")
+    if allowed:
+        return f"{called}: this path does not support the method; use {allowed}"
+    known = [
+        f"{method} {route.path}"
+        for route in request.app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for method in sorted(route.methods or ())
+    ]
+    return f"{called}: no such endpoint; use one of {', '.join(known)}"
 
 
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
