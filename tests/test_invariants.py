@@ -1,4 +1,4 @@
-"""Invariants 2 to 4, 6 and 8 of CONTRIBUTING.md on whole models, for every kernel and recurrent form."""
+"""Invariants 2 to 4, 6, 8 and 9 of CONTRIBUTING.md on whole models, for every kernel and recurrent form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.certificates import check_certificate
 from tests.support.converted import measure_model, model_horizon
 from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
@@ -159,6 +160,17 @@ def test_balanced_meets_its_tolerance_on_the_horizon_and_at_8_times_the_training
                 k = kernel(length).double()
             assert (params.taps(length) - k).norm() <= 1.02 * tolerance * k.norm()
         assert params.largest_pole() < 1
+
+
+@every_form
+def test_certificate_bounds_errors_and_poles_of_every_layer(family: str, method: str) -> None:
+    model = trained(family, torch.float32)
+    converted = converted_by(model, method)
+    report = measure_model(model, converted, method=method, horizon=LENGTH)
+    length = 8 * LENGTH
+    for kernel, params, layer in zip(kernels(model), recurrences(converted), report.layers, strict=True):
+        with torch.no_grad():
+            check_certificate(layer, params, kernel(length), LENGTH, length)
 
 
 @every_form

@@ -24,6 +24,7 @@ from tnnlm.conversion.linalg import (
 )
 from tnnlm.conversion.source import LayerConversion
 from tnnlm.conversion.tails import kernel_tail, recurrence_tail
+from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.ops import recurrence
@@ -81,21 +82,37 @@ def measure(
         horizon: Horizon of the conversion in lags.
         seconds: Duration of the conversion in seconds.
     """
-    length = EXTENT * max(horizon, model.config.max_length)
-    reports = []
-    for kernel, converted in zip(kernels(model), layers, strict=True):
-        k, own = kernel(length), kernel.recurrence()
-        if bool(torch.isfinite(k).all()):
-            # A recurrence that the kernel defines is exact at every lag.
-            same = own is not None and _equal(own.to_dtype(k.dtype), converted.params)
-            reports.append(certify(k, converted, horizon, tail=None if same else kernel_tail(kernel, k, own)))
-        else:  # The kernel grows without bound, for example because of poles outside the unit circle.
-            reports.append(replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0))
+    length = model.config.max_length
+    reports = [
+        certify_kernel(kernel, converted, horizon, length)
+        for kernel, converted in zip(kernels(model), layers, strict=True)
+    ]
     report = _sizes(model.config, horizon)
     report.method, report.layers, report.seconds = method, reports, seconds
     report.state_bytes = sum(layer.state_bytes for layer in reports)
     report.warning = horizon_warning(reports, horizon)
     return report
+
+
+@torch.no_grad()
+def certify_kernel(
+    kernel: Kernel, converted: LayerConversion, horizon: int, max_length: int
+) -> ConversionReport:
+    """Compare a recurrence with its kernel over ``EXTENT`` horizons or training lengths, and bound the rest.
+
+    Args:
+        kernel: Trained kernel.
+        converted: Recurrence of the kernel.
+        horizon: Number of lags that the recurrence is meant to match.
+        max_length: Training length in steps.
+    """
+    k, own = kernel(EXTENT * max(horizon, max_length)), kernel.recurrence()
+    if not bool(torch.isfinite(k).all()):
+        # The kernel grows without bound, for example because of poles outside the unit circle.
+        return replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0)
+    # A recurrence that the kernel defines is exact at every lag.
+    same = own is not None and _equal(own.to_dtype(k.dtype), converted.params)
+    return certify(k, converted, horizon, tail=None if same else kernel_tail(kernel, k, own))
 
 
 def _equal(a: Params, b: Params) -> bool:
