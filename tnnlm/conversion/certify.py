@@ -40,8 +40,8 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
 
     They are if the kernel extends past the horizon, or if the recurrence does and the kernel does not.
     """
-    # A companion recurrence is exact at every lag.
-    layers = [layer for layer in layers if layer.method != "companion"]
+    # The recurrences that kernels define are exact at every lag.
+    layers = [layer for layer in layers if layer.method not in ("companion", "multirate")]
     worst = max((layer.tail_energy for layer in layers), default=0.0)
     if worst > ROUNDING**2:
         return (

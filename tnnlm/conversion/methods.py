@@ -17,6 +17,8 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
+from tnnlm.ops.companion import CompanionParams
+from tnnlm.ops.multirate import MultirateParams
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
@@ -37,7 +39,7 @@ class Source(NamedTuple):
     decay: Tensor | None = None
     """Decay per channel, (E,), that ETSC moves into the poles."""
     own: Params | None = None
-    """Exact recurrence that the kernel defines, if any, for ``companion`` and ``auto``."""
+    """Exact recurrence that the kernel defines, if any, for ``companion``, ``multirate`` and ``auto``."""
     finite: bool = False
     """Whether the kernel is zero from lag T on, even if its last taps are large."""
 
@@ -64,6 +66,8 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
     params: Params
     if recipe.method == "companion":
         params = _companion(source.own)
+    elif recipe.method == "multirate":
+        params = _multirate(source.own)
     elif recipe.method == "etsc":
         params = etsc(k, source.decay)
     elif recipe.method == "window":
@@ -136,7 +140,7 @@ def _companion(own: Params | None) -> Params:
     Raises:
         UserError: If the kernel defines none, or it has a pole outside the unit circle.
     """
-    if own is None:
+    if not isinstance(own, CompanionParams):
         raise UserError(
             "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
         )
@@ -150,6 +154,20 @@ def _companion(own: Params | None) -> Params:
     return own
 
 
+def _multirate(own: Params | None) -> Params:
+    """Return the recurrence of a multi-scale kernel.
+
+    Raises:
+        UserError: If the kernel isn't one.
+    """
+    if not isinstance(own, MultirateParams):
+        raise UserError(
+            "method multirate: the kernel defines no such recurrence",
+            "use --method balanced, auto or window",
+        )
+    return own
+
+
 def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
     """Return the conversion with the smallest state within the tolerance; multiply-adds break ties."""
     k = source.k
@@ -158,7 +176,7 @@ def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
         "etsc": etsc(k, source.decay).to_dtype(k.dtype),
     }
     failed = ""
-    if source.own is not None:
+    if isinstance(source.own, CompanionParams):
         try:
             candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
         except UserError as error:
