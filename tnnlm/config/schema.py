@@ -236,11 +236,12 @@ class CheckpointConfig:
 class ConversionConfig:
     """Conversion of kernels to recurrences."""
 
-    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
+    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "multirate", "gradient")
     """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,
     exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
-    recurrence that a kernel such as rtf defines), auto (per layer, whichever of these has the smallest state
-    within the tolerance) or gradient (fitted with Adam, a slow baseline)."""
+    recurrence that a kernel such as rtf defines), multirate (the exact recurrence of sgconv, for few
+    operations per token), auto (per layer, whichever of these has the smallest state within the tolerance)
+    or gradient (fitted with Adam, a slow baseline)."""
     horizon: int | str = number("auto", low=1, high=1 << 20, word="auto")
     """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
     kernel is below float32 rounding, or the training length if it does not decay."""
