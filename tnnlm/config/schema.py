@@ -105,6 +105,10 @@ class DataConfig:
     ``data.hub_split``)."""
     streaming: bool = False
     """Whether to stream the Hub data set instead of downloading it first; requires ``data.max_documents``."""
+    protocol: str = choice("documents", "documents", "fairseq")
+    """Text protocol: documents (whole documents, an end token after each) or fairseq, which published
+    perplexities of WikiText-103 follow: lines without surrounding white space, an end token after each line,
+    blank lines kept, and every token of the validation split scored. For task=causal only."""
     normalize_text: bool = True
     r"""Whether to convert the line ends \r\n and \r to \n and to remove byte order marks (U+FEFF). The report
     at the start of a run counts them. With false, only the mark at the start of a text file is removed."""

@@ -27,6 +27,7 @@ _FIXED_ON_RESUME = (
     "task",
     "model.",
     "data.mask",
+    "data.protocol",
     "data.listops",
     "data.lra.task",
     "trainer.ema_decay",

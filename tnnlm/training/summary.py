@@ -59,6 +59,7 @@ def write_summary(
         "params": params,
         "tokens_seen": tokens_seen,
         "train_seconds": round(train_seconds, 1),
+        "protocol": data.protocol,
         "data": data.to_dict(),
     }
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -142,6 +143,10 @@ def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
     for name, shown in gaps.items():
         values = (_shown(summary.get(column)) for column in (name, f"{name}_recurrent"))
         table.add_row(BY_COLUMN[name].label, *values, shown)
+    if summary.get("protocol") == "fairseq":
+        name = "val/ppl_word"
+        table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)), "", "")
+        table.caption = "protocol: fairseq"
     return table
 
 
