@@ -1,4 +1,4 @@
-"""Blocks of every wiring: causality, agreement of the three forms, padding, and loading of saved models."""
+"""Blocks of every wiring: causality, agreement of forward, prefill and step, padding, and loading."""
 
 from __future__ import annotations
 

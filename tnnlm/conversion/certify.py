@@ -104,7 +104,7 @@ def describe(converted: CausalLM) -> ModelReport:
 def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
     """Return a report that holds only the sizes that follow from the configuration."""
     channels = config.n_layers * config.expand * config.d_model
-    # The short convolutions of Hyena operators have a state in every form.
+    # The short convolutions of Hyena operators have a state too.
     short = 4 * 3 * channels * (SHORT_TAPS - 1) if config.block == "hyena" else 0
     published = 2 * ((config.max_length + 1) // 2)
     return ModelReport(

@@ -22,7 +22,7 @@ SHORT_TAPS = 3
 
 
 class ShortConv(KeepsFloat32):
-    """Causal convolution with a few trained taps and a bias per channel, in all three forms."""
+    """Causal convolution with a few trained taps and a bias per channel, with forward, prefill and step."""
 
     def __init__(self, channels: int, taps: int = SHORT_TAPS) -> None:
         super().__init__()

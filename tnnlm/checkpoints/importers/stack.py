@@ -1,7 +1,7 @@
 """Key map of stacks of residual layers in the repository of S4, which SGConv and RTF were trained in.
 
-A language model is an embedding, LayerNorm and layer in turn, a final LayerNorm and a head that is tied to
-the embedding. A layer is a long convolution, GELU and a linear layer, with a gate after it or without.
+A language model is an embedding, alternately LayerNorms and layers, a final LayerNorm and a head that is
+tied to the embedding. A layer is a long convolution, GELU and a linear layer, with or without a gate.
 """
 
 from __future__ import annotations
