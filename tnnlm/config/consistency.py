@@ -101,6 +101,12 @@ def settle_task(config: Config, where: Callable[[str], str]) -> None:
             + where("model.causal"),
             "omit model.causal, or set task=masked",
         )
+    if config.model.block != "tnn" and config.model.expand != 1:
+        raise ConfigError(
+            f"model.expand={config.model.expand}: must be 1 with model.block={config.model.block}"
+            f"{where('model.block')}",
+            "set model.expand=1",
+        )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):

@@ -26,10 +26,14 @@ class ModelConfig:
     the run has at most this many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
     """Training sequence length in tokens. Decoding is not limited to it."""
+    block: str = choice("tnn", "tnn", "hyena", "s4", "s4_glu")
+    """Wiring of a block: tnn (gated convolution and GLU, norms without parameters), hyena (the Hyena operator
+    of order 2 and an MLP, as in HyenaDNA), s4 (convolution, GELU and a linear layer, without channel mixing)
+    or s4_glu (s4 with a gated linear layer). All but tnn have LayerNorms and need ``expand`` = 1."""
     expand: int = number(3, low=1, high=64)
     """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
-    """Hidden width of the GLU (null: ``d_model``)."""
+    """Hidden width of the GLU or MLP (null: ``d_model``)."""
     final_norm: str = choice("simple_rms", "simple_rms", "layer")
     """Norm before the output layer: simple_rms, which has no parameters, or layer (LayerNorm with scale and
     bias, as in the published TNN language models)."""
