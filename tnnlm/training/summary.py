@@ -67,9 +67,12 @@ def write_summary(
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return the content of summary.json; empty if the file does not exist."""
-    path = run / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the content of summary.json; empty if the file does not exist or is damaged."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def plot_loss(run: Path) -> None:
