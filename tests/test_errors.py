@@ -57,7 +57,9 @@ def test_user_error_has_a_reason_and_a_remedy(capsys: pytest.CaptureFixture[str]
     assert UserError("book.txt: no such file").remedy == ""
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST]
+)
 def test_os_error_that_a_user_can_fix_is_one_line_and_code_2(
     number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ EXACT = {
     "fd_tno": ("etsc", "window"),
     "sgconv": ("etsc", "window"),
     "rtf": ("etsc", "window", "companion"),
+    "hyena": ("etsc", "window"),
 }
 """Methods by family that are exact up to rounding on LENGTH lags."""
 REDUCED = ("balanced", "auto", "gradient")

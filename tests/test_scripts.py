@@ -113,7 +113,7 @@ def test_dry_run_writes_nothing(script: Any) -> None:
     assert plan["config"]["trainer"]["accumulate"] == 3
     assert "d_model: 256" in script("train", "--dry-run").out
     published = script("train", "--config", str(ROOT / "configs/tnn_wt103.yaml"), "--dry-run", "--json")
-    assert json.loads(published.out)["params"] == 48_665_600
+    assert json.loads(published.out)["params"] == 48_666_624
     assert json.loads(published.out)["tokens_per_update"] == 65_536
     assert not list(Path().iterdir())
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+_UNCHANGED: Any = object()
+LARGEST = 10**12
+"""Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""
+
 
 def number(
     default: Any,
@@ -13,12 +17,20 @@ def number(
     high: float | None = None,
     above: float | None = None,
     word: str | None = None,
+    before: Any = _UNCHANGED,
 ) -> Any:
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
-    None and ``word`` are valid as well.
+    None and ``word`` are valid as well. Without ``high``, a field whose default is not a float is an integer
+    of at most ``LARGEST``. ``before`` is the value for runs and checkpoints that were saved before the
+    setting existed, if it differs from ``default``.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "word": word})
+    if high is None and not isinstance(default, float):
+        high = LARGEST
+    metadata = {"low": low, "high": high, "above": above, "word": word}
+    if before is not _UNCHANGED:
+        metadata["before"] = before
+    return field(default=default, metadata=metadata)
 
 
 def text(default: str | None, *, empty: bool = False) -> Any:

@@ -55,11 +55,7 @@ class TextTokenizer:
         Raises:
             DataError: If ``text`` isn't a valid tokenizer.json or has no ``eos_token``.
         """
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from None
-        return cls(tokenizer, eos_token, where)
+        return cls(_parsed(text, where), eos_token, where)
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +81,11 @@ class TextTokenizer:
         """Add a special token, if it is new, to this tokenizer in place, and return the result.
 
         The literal string of the token in a document is still encoded as ordinary text.
+
+        Raises:
+            DataError: If the vocabulary contains it as ordinary text.
         """
+        _check_not_text(self.tokenizer, token, "data.mask_token")
         self.tokenizer.add_special_tokens([token])
         return TextTokenizer(self.tokenizer, self.eos_token)
 
@@ -164,7 +164,11 @@ def train_bpe(
         n_texts: Number of documents, for the progress bar.
         progress: Show a progress bar on stderr.
         mask_token: Mask token for masked language modelling, if any.
+
+    Raises:
+        DataError: If a special token is a word that text may contain.
     """
+    check_trainable(eos_token, mask_token)
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, _PARTS])
@@ -180,6 +184,43 @@ def train_bpe(
     return TextTokenizer(tokenizer, eos_token)
 
 
+def _parsed(text: str, where: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from None
+
+
+def check_trainable(eos_token: str, mask_token: str | None = None) -> None:
+    """Check that a byte-level BPE can't learn a token from text that has the name of a special token.
+
+    It can if the name is a single word (a run of letters, digits, signs or spaces) or a part of one: the
+    word in a document would be encoded as the special token.
+
+    Raises:
+        DataError: If a special token is such a word.
+    """
+    words, letters = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel.alphabet()
+    for setting, token in (("data.eos_token", eos_token), ("data.mask_token", mask_token)):
+        if token is None or not set(token) <= set(letters):
+            continue
+        if len(words.pre_tokenize_str(decoders.ByteLevel().decode([token]))) == 1:
+            raise DataError(
+                f"{setting}={token}: is a word that the text may contain",
+                "set a token with signs around it, such as <|endoftext|>",
+            )
+
+
+def _check_not_text(tokenizer: Tokenizer, token: str, setting: str) -> None:
+    """Check that a token is not an ordinary entry of the vocabulary, which text is encoded as."""
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    if token not in special and tokenizer.model.token_to_id(token) is not None:
+        raise DataError(
+            f"{setting}={token}: is ordinary text in the vocabulary of the given tokenizer",
+            "set one of its special tokens",
+        )
+
+
 def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
     """Load a tokenizer from a tokenizer.json file or from the Hugging Face Hub.
 
@@ -190,12 +231,19 @@ def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
         eos_token: End-of-document token.
 
     Raises:
-        DataError: If the tokenizer doesn't exist, can't be read, or has no ``eos_token``.
+        DataError: If the tokenizer doesn't exist, can't be read, or has no ``eos_token`` besides its
+            ordinary text.
     """
+    tokenizer = _read_tokenizer(name)
+    _check_not_text(tokenizer, eos_token, "data.eos_token")
+    return TextTokenizer(tokenizer, eos_token, name)
+
+
+def _read_tokenizer(name: str) -> Tokenizer:
     path = Path(name)
     if path.is_file():
         try:
-            return TextTokenizer.from_json(path.read_text(encoding="utf-8"), eos_token, name)
+            return _parsed(path.read_text(encoding="utf-8"), name)
         except UnicodeDecodeError:
             raise DataError(f"{name}: not a tokenizer.json: it is not UTF-8 text") from None
     if path.suffix == ".json" or path.exists() or name.count("/") > 1:
@@ -206,10 +254,6 @@ def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
         # Prefer the hub's cache without checking for updates: a compute node may have no network, and
         # the tokenizer of a run must not change.
         cached = try_to_load_from_cache(name, "tokenizer.json")
-        if isinstance(cached, str):
-            return TextTokenizer(Tokenizer.from_file(cached), eos_token, name)
-        return TextTokenizer(Tokenizer.from_pretrained(name), eos_token, name)
-    except DataError:
-        raise
+        return Tokenizer.from_file(cached) if isinstance(cached, str) else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for network and name alike
         raise DataError(f"{name}: no such file, and no hub tokenizer: {str(error).splitlines()[0]}") from None

@@ -60,7 +60,7 @@ def main() -> int:
         shown = [of_run[metric.column] for of_run in figures]
         if set(shown) != {"-"}:  # each task logs different metrics
             table.add_row(metric.label, *shown)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names of runs are no markup
     print(f"plot: {out}")
     return 0
 
@@ -143,9 +143,14 @@ def plot_runs(runs: Sequence[Curves], path: Path) -> None:
     plt.close(figure)
 
 
+def _plain(name: str) -> str:
+    """Return a name in which dollar signs don't enclose formulas."""
+    return name.replace("$", r"\$")
+
+
 def _plot_one(run: Curves, plt: Any) -> Any:
     figure, axes = plt.subplots(4, 2, figsize=(13, 15), layout="constrained")
-    figure.suptitle(run.name, fontsize=14)
+    figure.suptitle(_plain(run.name), fontsize=14)
     (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
     _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
     _line(loss, run, "val/loss", "validation", "o-", color=_VAL, markersize=4)
@@ -195,7 +200,7 @@ def _plot_several(runs: Sequence[Curves], plt: Any) -> Any:
             else:
                 marker = "o-" if key == scored else "-"
                 logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
-                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+                _line(axis, run, logged, _plain(run.name), marker, color=colour, markersize=4, linewidth=1.2)
         title = BY_COLUMN[key].title.capitalize() + (" (mean and range)" if key in (LENGTH, ORDER) else "")
         unit = BY_COLUMN[key].unit or BY_COLUMN[key].title
         if unit == "nats":
@@ -240,7 +245,9 @@ def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
     steps = found[0][0]
     rows = [values for at, values in found if at == steps]  # a layer with non-finite taps has gaps
     columns = list(zip(*rows, strict=True))
-    axis.plot(steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=run.name)
+    axis.plot(
+        steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=_plain(run.name)
+    )
     axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import chunks, packing
-from tnnlm.data.chunks import chunks_of
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.scored_bytes import bytes_per_scored_token
+from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
-from tnnlm.errors import DataError
-from tnnlm.tokenizer import train_bpe
+from tnnlm.errors import DataError, UserError
+from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 EOS = "<|endoftext|>"
 TEXTS = [f"Dokument {i}: naïve 漢字 😀 {EOS} {'x' * i}\n" for i in range(40)]
@@ -81,7 +84,9 @@ def test_stream_decodes_to_the_documents() -> None:
 
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
-    monkeypatch.setattr(packing, "batches_of", lambda texts: ([piece] for piece in chunks_of(texts)))
+    monkeypatch.setattr(
+        packing, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
+    )
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
 
@@ -129,6 +134,30 @@ def test_bytes_per_token_counts_utf8(split: str) -> None:
     assert (info.documents, info.tokens, info.bytes) == (len(documents), n_tokens, n_bytes)
     assert info.bytes_per_token == n_bytes / n_tokens
     assert n_bytes > sum(map(len, documents))
+
+
+@pytest.mark.parametrize("limit", [None, 8, 50])
+def test_bytes_per_scored_token_are_those_of_the_targets(limit: int | None) -> None:
+    # The second half of the text has several bytes per character.
+    Path("one.txt").write_text("word " * 300 + "漢字とかな" * 60, encoding="utf-8")
+    corpus = prepared(files=["one.txt"], val_fraction=0.5)
+    rows = corpus.rows("val", 7, limit)
+    targets = [int(token) for row in rows for token in row[1:]]
+    words = [token for token in targets if token != corpus.tokenizer.eos_id]
+    text = b"".join(map(corpus.tokenizer.detokenizer.token_bytes, words))
+    assert bytes_per_scored_token(corpus, rows, "val") == pytest.approx(len(text) / len(targets), rel=1e-12)
+    if limit is not None:
+        assert bytes_per_scored_token(corpus, rows, "val") != pytest.approx(corpus.val.bytes_per_token, 0.1)
+
+
+def test_bytes_per_scored_token_scale_to_the_text_of_a_tokenizer_that_changes_it() -> None:
+    given = json.loads(Path(save_tokenizer()).read_text())
+    given["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    Path("given.json").write_text(json.dumps(given))
+    corpus = prepared(tokenizer="given.json")
+    rows = corpus.rows("val", 1)
+    found = bytes_per_scored_token(corpus, rows, "val") * len(rows)
+    assert found == pytest.approx(corpus.val.bytes, rel=1e-12)
 
 
 def test_tokenizer_learns_from_the_training_split_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +256,35 @@ def test_cache_key_of_a_given_tokenizer_changes_with_the_end_token() -> None:
         assert tokens_of(corpus, "val")[0] == corpus.tokenizer.eos_id
 
 
+@pytest.mark.parametrize("setting", ["eos_token", "mask_token"])
+@pytest.mark.parametrize("token", ["e", "the", "Ġthe", "###", "é"])
+def test_special_token_that_text_may_contain_is_refused(setting: str, token: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"^data\.{setting}={token}: is a word that the text may contain; set"
+    ):
+        prepared(**{setting: token})
+    assert cached() == []
+
+
+@pytest.mark.parametrize("setting", ["eos_token", "mask_token"])
+def test_special_token_that_is_text_of_the_given_tokenizer_is_refused(setting: str) -> None:
+    save_tokenizer()
+    with pytest.raises(DataError, match=rf"^data\.{setting}=e: is ordinary text in the vocabulary"):
+        prepared(tokenizer="given.json", **{setting: "e"})
+    assert cached() == []
+    # A special token of the vocabulary may be a word.
+    given = json.loads(Path("given.json").read_text())
+    given["added_tokens"].append({**given["added_tokens"][0], "id": 270, "content": "END"})
+    Path("given.json").write_text(json.dumps(given))
+    assert prepared(tokenizer="given.json", **{setting: "END"}, vocab_size=300).tokenizer.size == 271
+
+
+@pytest.mark.parametrize(("task", "token"), [("listops", "[MAX"), ("text", "e")])
+def test_padding_that_is_a_symbol_is_refused(task: str, token: str) -> None:
+    with pytest.raises(DataError, match="is a symbol of the task"):
+        symbol_tokenizer(task, token)
+
+
 def test_given_tokenizer_is_used_and_kept_with_the_tokens() -> None:
     corpus = prepared(tokenizer=save_tokenizer())
     text = (corpus.folder / "tokenizer.json").read_text()
@@ -271,6 +329,13 @@ def test_text_too_small_for_validation_is_an_error() -> None:
     assert cached() == []
 
 
+@pytest.mark.parametrize(("folder", "told"), [("file", "file: is a file"), ("file/a/b", "/file is a file")])
+def test_cache_folder_that_is_a_file_is_refused(folder: str, told: str) -> None:
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=f"{told}, not a folder; choose another path"):
+        prepared(cache_dir=folder)
+
+
 def test_cache_holds_the_corpus_alone() -> None:
     corpus = prepared()
     assert cached() == [corpus.folder.name]
@@ -278,14 +343,46 @@ def test_cache_holds_the_corpus_alone() -> None:
     assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(f"line {n}\n" + "\n    indented {n}\n" * (n % 3) for n in range(400))
-    tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
-    monkeypatch.setattr(chunks, "chunks_of", lambda texts: chunks_of(texts, 100))
-    assert len(list(chunks.chunks_of([text]))) > 50
-    info = packing._pack([text, "short"], tokenizer, Path("packed.bin"), "test")
+def spaced(pre_tokenizer: Any, normalizer: Any = None) -> TextTokenizer:
+    """Return a tokenizer that treats the beginning of a text differently from its middle."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["?", EOS], show_progress=False)
+    tokenizer.train_from_iterator([LONG], trainer)
+    return TextTokenizer(tokenizer, EOS)
+
+
+LONG = "".join(f"line  {n} of it.\n" + "\n\n    indented {n}\n" * (n % 3) for n in range(400))
+BYTES = pre_tokenizers.ByteLevel
+TOKENIZERS: dict[str, Callable[[], TextTokenizer]] = {
+    "byte level": lambda: train_bpe([LONG], 300, EOS, 1, False),
+    "prefix": lambda: spaced(BYTES(add_prefix_space=True)),
+    "metaspace": lambda: spaced(pre_tokenizers.Metaspace()),
+    "metaspace of lines": lambda: spaced(pre_tokenizers.Metaspace(), normalizers.Replace("\n", " ")),
+    "prepended": lambda: spaced(BYTES(add_prefix_space=False), normalizers.Prepend("_")),
+    "stripped": lambda: spaced(pre_tokenizers.Metaspace(), normalizers.Strip()),
+    "lines": lambda: spaced(pre_tokenizers.Split(Regex("^.*$"), "isolated")),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    monkeypatch.setattr(chunks, "CHUNK", 100)
+    monkeypatch.setattr(chunks, "CONTEXT", 40)
+    assert len(list(chunks.exact_chunks_of([LONG], tokenizer.encode))) > 50
+    info = packing._pack([LONG, "short"], tokenizer, Path("packed.bin"), "test")
     found = np.fromfile("packed.bin", dtype=np.int32).tolist()
     eos = tokenizer.eos_id
-    assert found == [eos, *tokenizer.encode(text), eos, *tokenizer.encode("short"), eos]
+    assert found == [eos, *tokenizer.encode(LONG), eos, *tokenizer.encode("short"), eos]
     assert info.tokens == len(found)
-    assert info.bytes == len(text) + 5
+    assert info.bytes == len(LONG) + 5
+
+
+def test_document_without_a_seam_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 100)
+    assert [len(c.text) for c in chunks.exact_chunks_of(["x" * 1_000], lambda text: [1])] == [1_000]
+    # Tokens that depend on the whole text have no seam either.
+    assert len(list(chunks.exact_chunks_of([LONG], lambda text: [len(text)]))) == 1

@@ -368,6 +368,76 @@ def test_hub_reports_what_the_data_set_lacks(changes: dict[str, str]) -> None:
     assert "nope" in message
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_splits_must_differ(streaming: bool) -> None:
+    texts = documents(20)
+    write("corpus/train.jsonl", jsonl(texts[:15]))
+    write("corpus/validation.jsonl", jsonl(texts[15:]))
+    words: dict[str, Any] = {"streaming": streaming, "max_documents": 99}
+    for same in ("train", " train", "train[:100%]", "train[0:]"):
+        message = error_of(source="hub", hub_name="corpus", hub_val_split=same, **words)
+        assert message.startswith(f"data.hub_val_split={same}: is the split to train on; ")
+    assert hub(hub_val_split="validation", **words) == (texts[:15], texts[15:])
+
+
+def test_hub_slices_of_a_split_may_be_held_out() -> None:
+    texts = documents(20)
+    write("corpus/train.jsonl", jsonl(texts))
+    assert hub(hub_split="train[:15]", hub_val_split="train[15:]") == (texts[:15], texts[15:])
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "card", ["../secret.jsonl", "{}/secret.jsonl", "a/../../*.jsonl", "link.jsonl", "up/*.jsonl"]
+)
+def test_hub_folder_must_not_refer_to_files_outside(card: str, streaming: bool) -> None:
+    write("secret.jsonl", jsonl(documents(20)))
+    write("corpus/a/README.md", "")
+    Path("corpus/link.jsonl").symlink_to(Path("secret.jsonl").resolve())
+    Path("corpus/up").symlink_to(Path.cwd())
+    write("corpus/README.md", CARD.format(card.format(Path.cwd())))
+    message = error_of(source="hub", hub_name="corpus", streaming=streaming, max_documents=99)
+    assert message.startswith("corpus: refers to ")
+    assert message.endswith(", outside of the folder; copy the file into the folder")
+    assert not Path("scratch").exists()
+
+
+def test_hub_folder_with_a_directory_outside_is_refused() -> None:
+    write("other/train.jsonl", jsonl(documents(20)))
+    write("corpus/README.md", CARD.replace("data_files", "data_dir").format("../other"))
+    write("corpus/train.jsonl", jsonl(documents(20)))
+    assert "outside of the folder" in error_of(source="hub", hub_name="corpus")
+
+
+def test_hub_folder_may_contain_links_and_snapshots_link_to_their_blobs() -> None:
+    texts = documents(20)
+    write("cache/blobs/0", jsonl(texts))
+    write("cache/snapshots/1/data/other.txt", "")
+    Path("cache/snapshots/1/train.jsonl").symlink_to("../../blobs/0")
+    train, val = hub("cache/snapshots/1")
+    assert sorted(train + val) == sorted(texts)
+
+
+def test_hub_name_of_a_file_type_is_a_folder_and_not_the_working_directory() -> None:
+    write("train.jsonl", jsonl(["outside"] * 20))
+    assert error_of(source="hub", hub_name="json").startswith("data.hub_name=json: is a file type")
+    texts = documents(20)
+    write("json/train.jsonl", jsonl(texts))
+    train, val = hub("json")
+    assert sorted(train + val) == sorted(texts)
+
+
+def test_hub_folder_with_a_script_runs_no_code() -> None:
+    write("corpus/corpus.py", "from pathlib import Path\nPath('ran').touch()\n")
+    write("corpus/train.jsonl", jsonl(documents(20)))
+    assert error_of(source="hub", hub_name="corpus").startswith("corpus: can't be read: ")
+    assert error_of(source="hub", hub_name="corpus/corpus.py").startswith("corpus/corpus.py: can't be read: ")
+    assert not Path("ran").exists()
+
+
 def test_hub_folder_without_data_is_reported() -> None:
     Path("corpus").mkdir()
     assert error_of(source="hub", hub_name="corpus").startswith("corpus: ")

@@ -11,8 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.hf_folders import CLOSE, TEXT, Opened, open_folder, some_tokens, write_folder
-from tnnlm.checkpoints.converted import load_converted
+from tests.support.converted import measure_model
+from tests.support.hf_folders import (
+    CLOSE,
+    HORIZON,
+    TEXT,
+    Opened,
+    lively_model,
+    make_tokenizer,
+    open_folder,
+    own_logits,
+    some_tokens,
+    write_folder,
+)
+from tnnlm.checkpoints.converted import load_converted, save_converted
+from tnnlm.conversion import convert_model
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
@@ -150,3 +163,19 @@ def test_loading_leaves_device_contexts_unchanged(balanced: Opened) -> None:
     command = [sys.executable, "-c", code, str(balanced.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "meta"
+
+
+def test_published_wiring_keeps_its_final_norm_and_scale(tmp_path: Path) -> None:
+    model = lively_model(final_norm="layer", embed_scale=True)
+    assert isinstance(model.norm, torch.nn.LayerNorm)
+    torch.nn.init.normal_(model.norm.weight)
+    torch.nn.init.normal_(model.norm.bias)
+    converted = convert_model(model, method="window", horizon=HORIZON)
+    report = measure_model(model, converted, method="window", horizon=HORIZON)
+    save_converted(tmp_path / "c", converted, make_tokenizer(), report)
+    opened, tokens = open_folder(tmp_path / "c"), some_tokens(2, 9)
+    size = opened.own.tokenizer.size
+    with torch.no_grad():
+        expected = model(tokens)[..., :size]
+        torch.testing.assert_close(opened.model(tokens).logits[..., :size], expected, **CLOSE)
+        torch.testing.assert_close(own_logits(opened, tokens)[..., :size], expected, **CLOSE)

@@ -32,9 +32,10 @@ def test_published_model_has_the_published_parameters() -> None:
     config = load_config(ROOT / "configs" / "tnn_wt103.yaml")
     with torch.device("meta"):
         model = CausalLM(config.model)
-    assert model.n_params == 48_665_600
+    # The paper's count and the final LayerNorm's scale and bias.
+    assert model.n_params == 48_665_600 + 2 * 512
     decays = [b for module in model.modules() if isinstance(module, Kernel) for b in module.buffers()]
-    assert model.n_params + sum(b.numel() for b in decays) == 48_676_352
+    assert model.n_params + sum(b.numel() for b in decays) == 48_676_352 + 2 * 512
 
 
 def test_head_is_tied_to_the_embedding() -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.support.models import tiny_config
+from tnnlm.config.loader import load_config
 from tnnlm.config.schema import OptimConfig
+from tnnlm.errors import ConfigError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.optim import build_optimizer, build_scheduler, lr_factor
 
@@ -36,6 +38,47 @@ def test_lr_factor_inverse_sqrt_is_the_published_schedule() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "constant"])
 def test_lr_factor_without_warm_up_starts_at_the_peak(schedule: str) -> None:
     assert lr_factor(0, OptimConfig(schedule=schedule, warmup_steps=0), 10) == 1.0
+
+
+def test_lr_factor_starts_the_warm_up_at_a_given_rate_as_fairseq_does() -> None:
+    config = OptimConfig(schedule="inverse_sqrt", lr=5e-4, warmup_steps=4000, warmup_start_lr=1e-7)
+    # fairseq: after n updates the rate is 1e-7 + n (5e-4 - 1e-7) / 4000.
+    for step in (0, 1, 2500, 3999):
+        expected = 1e-7 + step * (5e-4 - 1e-7) / 4000
+        assert 5e-4 * lr_factor(step, config, 50_000) == pytest.approx(expected, rel=1e-12)
+    assert lr_factor(4000, config, 50_000) == 1.0
+
+
+def test_lr_factor_cosine_ends_at_schedule_steps() -> None:
+    config = OptimConfig(warmup_steps=10, min_lr_ratio=0.1, schedule_steps=110)
+    assert lr_factor(60, config, 1000) == pytest.approx(0.55)
+    assert lr_factor(110, config, 1000) == lr_factor(999, config, 1000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.warmup_start_lr=0.1"], "optim.warmup_start_lr=0.1: must be at most optim.lr=0.002"),
+        (["optim.schedule=constant", "optim.schedule_steps=9"], "is for optim.schedule=cosine only"),
+        (["optim.schedule_steps=100"], "must be above optim.warmup_steps=100"),
+    ],
+)
+def test_settings_of_the_schedule_that_contradict_each_other_are_refused(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, words)
+
+
+def test_build_optimizer_decays_every_parameter_if_asked() -> None:
+    model = CausalLM(tiny_config(final_norm="layer"))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3, decayed="all", kernel_lr_scale=0.5))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    # The same groups as without: a checkpoint loads into either.
+    other = build_optimizer(model, OptimConfig())
+    sizes = [[len(group["params"]) for group in found.param_groups] for found in (optimizer, other)]
+    assert sizes[0] == sizes[1]
 
 
 def test_build_optimizer_decays_matrices_outside_kernels_only() -> None:

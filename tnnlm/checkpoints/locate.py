@@ -14,6 +14,8 @@ LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = Path("checkpoints") / "previous.ckpt"
 """Previous last.ckpt, kept as a backup."""
 CONVERTED = Path("converted")
+IMPORTED = Path("import.json")
+"""Record of the origin of imported weights; a run that was trained has none."""
 
 
 def find_run(name: str | None, runs_dir: Path) -> Path:

@@ -6,6 +6,8 @@ A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain dat
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,15 @@ class TrainedCheckpoint:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Loaded checkpoint of a model for any task."""
+
+    config: Config
+    tokenizer: TextTokenizer
+    model: CausalLM | MaskedLM | SequenceClassifier
+
+
+@dataclass(frozen=True)
 class TrainedEncoder:
     """Loaded checkpoint of an encoder: a masked language model or a sequence classifier."""
 
@@ -93,7 +104,8 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
             model for another task.
     """
     data = read_checkpoint(path)
-    config, tokenizer, model = _load_model(data, path)
+    loaded = _load_model(data, path)
+    config, tokenizer, model = loaded.config, loaded.tokenizer, loaded.model
     if not isinstance(model, CausalLM):
         raise CheckpointError(
             f"{path}: a model of task={config.task} can't be converted or generate text",
@@ -116,17 +128,25 @@ def load_encoder(path: Path) -> TrainedEncoder:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
             causal language model.
     """
-    config, tokenizer, model = _load_model(read_checkpoint(path), path)
+    loaded = load_any(path)
+    model = loaded.model
     if isinstance(model, CausalLM):
         raise CheckpointError(
             f"{path}: is a causal language model", "load it with tnnlm.checkpoints.training.load_checkpoint"
         )
-    return TrainedEncoder(config, tokenizer, model.eval())
+    return TrainedEncoder(loaded.config, loaded.tokenizer, model.eval())
 
 
-def _load_model(
-    data: dict[str, Any], path: Path
-) -> tuple[Config, TextTokenizer, CausalLM | MaskedLM | SequenceClassifier]:
+def load_any(path: Path) -> Loaded:
+    """Load a checkpoint of a model for any task on the CPU.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, truncated, inconsistent, or not from this package.
+    """
+    return _load_model(read_checkpoint(path), path)
+
+
+def _load_model(data: dict[str, Any], path: Path) -> Loaded:
     entry = data[ENTRY]
     config = config_from_dict(entry["config"], str(path))
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
@@ -139,7 +159,7 @@ def _load_model(
         model = build_model(config)
     load_weights(model, weights, path)
     check_tokenizer(tokenizer, model, path)
-    return config, tokenizer, model
+    return Loaded(config, tokenizer, model)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -158,6 +178,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "use another one") from None
     if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of tnnlm's train.py")
+    return data
+
+
+def read_intact(path: Path) -> dict[str, Any]:
+    """Return the raw dict of a training checkpoint after its checksums are verified, which reads the file.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, corrupt, or not from this package.
+    """
+    data = read_checkpoint(path)
+    try:
+        # torch.load does not verify the checksums of the archive.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError):
+        damaged = path.name
+    if damaged is not None:
+        raise CheckpointError(f"{path}: is corrupt")
     return data
 
 

@@ -31,6 +31,35 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name={text!r}: has {size} bytes, and a folder name can have {_LONGEST_NAME}")
 
 
+def check_schedule(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for settings of the learning rate schedule that contradict each other.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If the warm-up starts above its peak, or ``optim.schedule_steps`` has no effect.
+    """
+    optim = config.optim
+    if optim.warmup_start_lr > optim.lr:
+        raise ConfigError(
+            f"optim.warmup_start_lr={optim.warmup_start_lr:g}: must be at most optim.lr={optim.lr:g}"
+            + where("optim.warmup_start_lr")
+        )
+    if optim.schedule_steps is None:
+        return
+    shown = f"optim.schedule_steps={optim.schedule_steps}"
+    if optim.schedule != "cosine":
+        raise ConfigError(
+            f"{shown}: is for optim.schedule=cosine only{where('optim.schedule_steps')}", "omit it"
+        )
+    if optim.schedule_steps <= optim.warmup_steps:
+        raise ConfigError(
+            f"{shown}: must be above optim.warmup_steps={optim.warmup_steps}{where('optim.schedule_steps')}"
+        )
+
+
 def settle_task(config: Config, where: Callable[[str], str]) -> None:
     """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
 
@@ -53,7 +82,7 @@ def settle_task(config: Config, where: Callable[[str], str]) -> None:
         instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
         place = where("data.source") or where("task")
         raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}{place}", instead)
-    if not labelled:
+    if not labelled and data.tokenizer is None:
         size = config.model.vocab_size
         if size < SMALLEST_TEXT:
             raise ConfigError(

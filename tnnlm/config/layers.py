@@ -17,6 +17,7 @@ from tnnlm.config.values import (
     list_items,
     one_line,
     shown,
+    stored,
     word,
 )
 from tnnlm.config.yaml_files import YamlProblem, read_yaml
@@ -104,6 +105,14 @@ class Layer:
         """
         for group in self.kernels:
             self._collect(group, f"{KERNEL}.", schema)
+
+    def add_former(self, schema: Schema) -> None:
+        """Add settings that didn't exist when a run or checkpoint was saved, with the values of that time."""
+        if all(tree.origin in (Origin.WORD, Origin.FILE) for tree in self.trees):
+            return
+        for key, setting in schema.settings.items():
+            if "before" in setting.metadata and key not in self.nodes:
+                self.nodes[key] = stored(setting.metadata["before"], self.place)
 
     def kernel_settings(self, name: str) -> Iterator[Node]:
         """Yield the nodes of one setting of the kernel, in the order in which they were given."""

@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
-from tnnlm.config.consistency import check_name, settle_task
+from tnnlm.config.consistency import check_name, check_schedule, settle_task
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
@@ -81,7 +81,9 @@ def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> M
     """
     kernel = data["kernel"]
     rest = {key: value for key, value in data.items() if key != "kernel"}
-    config = config_from_dict({"model": rest}, where).model
+    # The vocabulary of a given tokenizer may be smaller than that of one that is trained for text.
+    given = {"tokenizer": "tokenizer.json"}
+    config = config_from_dict({"model": rest, "data": given}, where).model
     config.kernel = KernelConfig(name=str(kernel["name"]), module=kernel.get("module"))
     return config
 
@@ -130,6 +132,7 @@ def _values(layers: list[Layer]) -> Values:
         # Settings of the file's kernel don't apply to another kernel that the command line selects.
         if meant == name:
             layer.add_kernel(schema)
+        layer.add_former(schema)
     nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
     nodes[f"{KERNEL}.name"] = stored(name, "")
     return Values(schema, nodes)
@@ -145,7 +148,12 @@ def _config(values: Values) -> Config:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     config: Config = _build(Config, "", values)
     check_settings(config)
-    settle_task(config, lambda key: f" ({values.nodes[key].place})" if key in values.nodes else "")
+
+    def where(key: str) -> str:
+        return f" ({values.nodes[key].place})" if key in values.nodes else ""
+
+    check_schedule(config, where)
+    settle_task(config, where)
     return config
 
 

@@ -22,14 +22,19 @@ class ModelConfig:
     n_layers: int = number(4, low=1, high=10_000)
     """Number of blocks."""
     vocab_size: int = number(4096, low=2, high=10_000_000)
-    """Number of embedding entries, at least 257 for text. A tokenizer trained for the run has at most this
-    many tokens."""
+    """Number of embedding entries, at least 257 for text without ``data.tokenizer``. A tokenizer trained for
+    the run has at most this many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
     """Training sequence length in tokens. Decoding is not limited to it."""
     expand: int = number(3, low=1, high=64)
     """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
     """Hidden width of the GLU (null: ``d_model``)."""
+    final_norm: str = choice("simple_rms", "simple_rms", "layer")
+    """Norm before the output layer: simple_rms, which has no parameters, or layer (LayerNorm with scale and
+    bias, as in the published TNN language models)."""
+    embed_scale: bool = False
+    """Whether to multiply the embeddings by sqrt(``d_model``), as in the published TNN language models."""
     dropout: float = number(0.0, low=0, high=0.99)
     """Dropout probability on the embeddings and on both branches of each block."""
     kernel: KernelConfig = field(default_factory=TNOConfig)
@@ -56,11 +61,11 @@ class ListOpsConfig:
     """Maximum nesting depth of an expression, where a digit alone has depth 1."""
     max_args: int = number(10, low=2, high=1_000)
     """Maximum number of arguments of an operator, sampled uniformly from 2 upwards."""
-    train_rows: int = number(96_000, low=1)
+    train_rows: int = number(96_000, low=1, high=1_000_000_000)
     """Number of training expressions."""
-    val_rows: int = number(2_000, low=1)
+    val_rows: int = number(2_000, low=1, high=1_000_000_000)
     """Number of validation expressions, all different from the training expressions."""
-    test_rows: int = number(2_000, low=1)
+    test_rows: int = number(2_000, low=1, high=1_000_000_000)
     """Number of test expressions, which are scored when the run ends."""
 
 
@@ -146,14 +151,22 @@ class OptimConfig:
     eps: float = number(1e-8, above=0, high=1)
     """AdamW epsilon, added to the denominator for numerical stability."""
     weight_decay: float = number(0.1, low=0, high=100)
-    """Decoupled weight decay of matrices. Biases are excluded, and so are kernels, because decaying them
-    would shorten the memory."""
+    """Decoupled weight decay of the parameters that ``optim.decayed`` selects."""
+    decayed: str = choice("matrices", "matrices", "all")
+    """Parameters with weight decay: matrices (excluding biases, norms and kernels, because decaying a kernel
+    shortens the memory) or all, as in the published TNN language models."""
     kernel_lr_scale: float = number(1.0, above=0, high=1_000)
     """Learning rate of the kernel parameters as a multiple of ``optim.lr``."""
     schedule: str = choice("cosine", "cosine", "inverse_sqrt", "constant")
     """Learning rate schedule after the warm-up."""
     warmup_steps: int = number(100, low=0)
     """Number of optimizer steps of linear warm-up."""
+    warmup_start_lr: float = number(0.0, low=0, high=100)
+    """Learning rate of the first step of the warm-up, at most ``optim.lr``. 0: ``optim.lr`` divided by
+    ``optim.warmup_steps``, because a step at the learning rate 0 has no effect."""
+    schedule_steps: int | None = number(None, low=1)
+    """Step at which the cosine schedule reaches its end (null: ``trainer.max_steps``). The learning rate is
+    constant afterwards."""
     min_lr_ratio: float = number(0.01, low=0, high=1)
     """Final learning rate of the cosine schedule as a fraction of ``optim.lr``."""
     grad_clip: float = number(1.0, low=0)
@@ -175,7 +188,7 @@ class TrainerConfig:
     32-true."""
     accelerator: str = "auto"
     """Lightning's accelerator; auto selects a CUDA or ROCm GPU if available, else the CPU."""
-    devices: int | str = number("auto", low=1, word="auto")
+    devices: int | str = number("auto", low=1, high=1_024, word="auto")
     """Number of devices per node; auto selects all GPUs, or one CPU process."""
     num_nodes: int = number(1, low=1, high=100_000)
     """Number of nodes (machines)."""

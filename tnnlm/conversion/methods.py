@@ -10,6 +10,7 @@ from torch import Tensor
 from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.balanced import balanced
+from tnnlm.conversion.companion import companion
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.linalg import channel_blocks, relative_error
@@ -63,7 +64,7 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
         return _auto(source, recipe)
     params: Params
     if recipe.method == "companion":
-        params = _companion(source.own)
+        params = companion(source.own)
     elif recipe.method == "etsc":
         params = etsc(k, source.decay)
     elif recipe.method == "window":
@@ -130,26 +131,6 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
     return stored
 
 
-def _companion(own: Params | None) -> Params:
-    """Return the recurrence that the kernel defines, if it is stable.
-
-    Raises:
-        UserError: If the kernel defines none, or it has a pole outside the unit circle.
-    """
-    if own is None:
-        raise UserError(
-            "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
-        )
-    radius = own.largest_pole()
-    if radius >= 1:
-        raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle, so the recurrence "
-            "would diverge",
-            "use --method window, or train with model.kernel.constraint=montel",
-        )
-    return own
-
-
 def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
     """Return the conversion with the smallest state within the tolerance; multiply-adds break ties."""
     k = source.k
@@ -160,7 +141,7 @@ def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
     failed = ""
     if source.own is not None:
         try:
-            candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
+            candidates["companion"] = companion(source.own).to_dtype(k.dtype)
         except UserError as error:
             failed = f"; companion: {error.reason}"
     for poles in ("shared", "channel"):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeAlias
 
 CHUNK = 1 << 18
 """Characters per chunk of a long document; chunks are tokenized in parallel."""
-_BORDER = re.compile(r"\n(?=\S)")
+CONTEXT = 256
+"""Characters on each side of a seam that decide about it, and that are tokenized before the next chunk."""
+TRIES = 64
+"""Number of possible seams that are tried before the rest of a document becomes a single chunk."""
+_LINE = re.compile(r"\n(?=\S)")
+_SEAM = re.compile(r"\n(?=\S)|(?<=\S)(?= \S)")
+
+Encode: TypeAlias = Callable[[str], list[int]]
 
 
 class Chunk(NamedTuple):
@@ -17,29 +25,60 @@ class Chunk(NamedTuple):
 
     text: str
     ends_document: bool
+    before: str = ""
+    """End of the text before this chunk, which is tokenized with it: tokenizers may add a space at the
+    beginning of a text."""
+    tokens_before: int = 0
+    """Number of tokens of ``before``, which belong to the chunk before."""
 
 
-def chunks_of(texts: Iterable[str], characters: int = CHUNK) -> Iterator[Chunk]:
-    """Yield documents, with long ones split into chunks that are tokenized in parallel.
-
-    A chunk ends after a line break that is followed by a non-space character: no token of a byte-level BPE
-    spans such a boundary, so the tokens are the same as without chunks.
-    """
+def chunks_of(texts: Iterable[str]) -> Iterator[Chunk]:
+    """Yield documents, with long ones split into chunks at line breaks before a non-space character."""
     for text in texts:
         start = 0
         while start < len(text):
-            border = _BORDER.search(text, start + characters)
-            stop = border.start() + 1 if border else len(text)
+            border = _LINE.search(text, start + CHUNK)
+            stop = border.end() if border else len(text)
             yield Chunk(text[start:stop], stop == len(text))
             start = stop
 
 
-def batches_of(texts: Iterable[str]) -> Iterator[list[Chunk]]:
-    """Yield batches of chunks of about equal total length, large enough to keep all cores busy."""
+def exact_chunks_of(texts: Iterable[str], encode: Encode) -> Iterator[Chunk]:
+    """Yield documents, with long ones split into chunks that together have the tokens of the whole document.
+
+    A chunk ends between two tokens that are the same with and without the text after it. The tokens of the
+    next one are those after ``tokens_before`` in ``encode(before + text)``. Both rely on tokens depending on
+    no more than ``CONTEXT`` characters before and after them. A document without such a seam is one chunk.
+
+    Args:
+        ``texts``: Documents.
+        encode: Function that returns the tokens of a text.
+    """
+    for text in texts:
+        start, before, known = 0, "", 0
+        while start < len(text):
+            stop, tokens = _seam(text, start + CHUNK, encode)
+            yield Chunk(text[start:stop], stop == len(text), before, known)
+            start, before, known = stop, text[max(0, stop - CONTEXT) : stop], tokens
+
+
+def _seam(text: str, position: int, encode: Encode) -> tuple[int, int]:
+    """Return the first seam from a position on, or the end, and the number of tokens of the text before."""
+    for border in itertools.islice(_SEAM.finditer(text, position), TRIES):
+        stop = border.end()
+        before, after = text[max(0, stop - CONTEXT) : stop], text[stop : stop + CONTEXT]
+        tokens = encode(before)
+        if encode(before + after)[: len(tokens)] == tokens:
+            return stop, len(tokens)
+    return len(text), 0
+
+
+def batches_of(texts: Iterable[str], encode: Encode) -> Iterator[list[Chunk]]:
+    """Yield batches of exact chunks of about equal total length, large enough to keep all cores busy."""
     characters = CHUNK * max(4, os.cpu_count() or 1)
     batch: list[Chunk] = []
     size = 0
-    for chunk in chunks_of(texts):
+    for chunk in exact_chunks_of(texts, encode):
         batch.append(chunk)
         size += len(chunk.text)
         if size >= characters:

@@ -31,9 +31,9 @@ from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.data.text import TextHash
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
-from tnnlm.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_bpe
 
-PACKING_VERSION = 3
+PACKING_VERSION = 4
 """Version in the cache key; increment it whenever the packed tokens change."""
 SAVE_SECONDS = 5.0
 """Seconds between the progress records from which a killed preparation resumes."""
@@ -116,8 +116,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
         resumable: Keep partial results if interrupted, and resume from them the next time.
 
     Raises:
-        DataError: If the text or the tokenizer is unusable, or another process prepares the same data. The
-            cache is then unchanged, apart from partial results if ``resumable``.
+        DataError: If the text, the tokenizer or a special token is unusable, or another process prepares the
+            same data. The cache is then unchanged, apart from partial results if ``resumable``.
     """
     given = load_tokenizer(config.tokenizer, config.eos_token) if config.tokenizer else None
     if given is not None and config.mask_token is not None:
@@ -129,6 +129,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
     if not (folder / "meta.json").is_file():
+        if given is None:
+            check_trainable(config.eos_token, config.mask_token)
         made = _resumable_folder(folder) if resumable else atomic_folder(folder, replace=False)
         with made as temporary:
             _build(config, vocab_size, seed, given, temporary)
@@ -231,8 +233,10 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
     with path.open("r+b") as file, bar:
         file.truncate(4 * n_tokens)
         file.seek(0, os.SEEK_END)
-        for batch in batches_of(rest):
-            for ids, chunk in zip(tokenizer.encode_batch([p.text for p in batch]), batch, strict=True):
+        for batch in batches_of(rest, tokenizer.encode):
+            encodings = tokenizer.encode_batch([chunk.before + chunk.text for chunk in batch])
+            for encoding, chunk in zip(encodings, batch, strict=True):
+                ids = encoding[chunk.tokens_before :]
                 if chunk.ends_document:
                     ids.append(tokenizer.eos_id)
                     n_documents += 1

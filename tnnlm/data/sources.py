@@ -10,9 +10,6 @@ import glob
 import hashlib
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,12 @@ from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
 from tnnlm.data.content import content_hashes, folder_content
 from tnnlm.data.files import check_column, read_documents, source_files
+from tnnlm.data.hub import check_hub, load_rows, readable
 from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.data.text import Tally, shown, text_hash
-from tnnlm.errors import OS_ADVICE, DataError
+from tnnlm.errors import DataError
+from tnnlm.files import check_folder
 
 
 def source_fingerprint(config: DataConfig) -> str:
@@ -41,6 +40,7 @@ def source_fingerprint(config: DataConfig) -> str:
     parts: list[Any] = [config.source, config.text_column, config.max_documents, config.normalize_text]
     if config.source == "hub":
         parts += [config.hub_config, config.hub_split, config.hub_val_split, config.streaming]
+        check_hub(config)
         parts += [_hub_source(config), _local_content(config)]
     else:
         files = source_files(config)
@@ -63,6 +63,7 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
     """
     if config.source != "hub":
         return _load_files(config, seed)
+    check_hub(config)
     rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
     report = DataReport(source=_hub_source(config), revision=_revision(rows), eos_token=config.eos_token)
     train = found.select(rows, column)
@@ -80,8 +81,14 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
-    return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm.
+
+    Raises:
+        UserError: If it can't be a folder, because it or a parent is a file.
+    """
+    folder = Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    check_folder(folder)
+    return folder
 
 
 def _load_files(config: DataConfig, seed: int) -> Corpus:
@@ -147,15 +154,7 @@ def _hub_table(
     config: DataConfig, split: str, seed: int, scratch: Path
 ) -> tuple[datasets.Dataset, str, DocumentIndex]:
     """Return a split of a hub data set on disk, its text column, and the index of its rows with text."""
-    if not config.hub_name:
-        raise DataError(
-            "data.hub_name: is empty", "specify a data set, for example data.hub_name=Salesforce/wikitext"
-        )
-    if config.streaming and config.max_documents is None:
-        raise DataError(
-            "data.streaming=true: a stream of unknown length can't be split", "set data.max_documents"
-        )
-    name, column, limit = config.hub_name, config.text_column, config.max_documents
+    name, column, limit = str(config.hub_name), config.text_column, config.max_documents
     # The library caches a local folder by paths and times, so each content gets a separate cache.
     content = _local_content(config)
     if content is not None and glob.has_magic(name):
@@ -163,17 +162,11 @@ def _hub_table(
             f"data.hub_name={name}: the datasets library takes it as a pattern", "rename it without * ? ["
         )
     cache = cache_folder(config) / "datasets" / (content or "")[:32]
-    rows = _load(
-        name,
-        name=config.hub_config,
-        split=split,
-        streaming=config.streaming,
-        cache_dir=str(cache),
-    )
+    rows = load_rows(config, split, cache)
     if rows.column_names is not None:
         check_column(rows.column_names, column, name)
     normalize, streamed = config.normalize_text, None
-    with _readable(name):
+    with readable(name):
         if config.streaming:
             assert limit is not None
             rows, streamed = materialize_stream(
@@ -193,28 +186,3 @@ def _hub_table(
     if not len(found.chosen):
         raise DataError(f"{name}: contains no text")
     return rows, column, found if streamed is None else found._replace(tally=streamed)
-
-
-def _load(what: str, **options: Any) -> Any:
-    # The library logs each error that it raises a second time, and shows progress bars without a terminal.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    with _readable(what):
-        return datasets.load_dataset(what, **options)
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Convert any error of the datasets library, which raises many types, to a ``DataError``."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
-        cause = cause or error
-        if isinstance(cause, OSError) and cause.errno in OS_ADVICE:
-            raise cause from None
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise DataError(f"{what}: can't be read: {reason}") from None

@@ -11,6 +11,7 @@ from tnnlm.config.schema import Config
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.report import DataReport
+from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.prepare import prepare_sequences, task_name
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.errors import DataError
@@ -64,7 +65,7 @@ class TaskData(NamedTuple):
     report: DataReport
     """Report of the data set."""
     bytes_per_token: float
-    """UTF-8 bytes per token of the validation text; 1 for tasks without text."""
+    """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text."""
     resampled: bool = False
     """Whether training rows are randomised per sample (masking) and indexed by (row, sample)."""
 
@@ -82,8 +83,9 @@ def load_task_data(config: Config) -> TaskData:
 def _open_text(config: Config) -> TaskData:
     """Open the data of a causal model: rows (L + 1,) that hold inputs and targets in one tensor."""
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
-    rows = split_rows(corpus, config)
-    return TaskData(*rows, corpus.tokenizer, corpus.report, corpus.val.bytes_per_token)
+    train, val = split_rows(corpus, config)
+    n_bytes = bytes_per_scored_token(corpus, val, "val")
+    return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes)
 
 
 def _open_masked(config: Config) -> TaskData:
@@ -98,6 +100,7 @@ def _open_masked(config: Config) -> TaskData:
 
 def _open_sequences(config: Config) -> TaskData:
     """Open the data of a classifier: rows are ``LabelledBatch``."""
+    tokenizer = symbol_tokenizer(task_name(config), config.data.eos_token)
     corpus, length = prepare_sequences(config), config.model.max_length
     train = corpus.split("train", length)
     val: Dataset[LabelledBatch] = corpus.split("val", length)
@@ -111,7 +114,6 @@ def _open_sequences(config: Config) -> TaskData:
         raise DataError("data: too few sequences, 0 to validate on", "add sequences")
     if config.data.max_val_tokens is not None:
         val = Subset(val, range(min(rows, config.data.max_val_tokens // length)))
-    tokenizer = symbol_tokenizer(task_name(config), config.data.eos_token)
     return TaskData(train, val, tokenizer, corpus.report, 1.0)
 
 

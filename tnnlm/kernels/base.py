@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tnnlm.errors import ConfigError
+from tnnlm.fields import number
 from tnnlm.ops.recurrence import Params
 from tnnlm.precision import KeepsFloat32
 
@@ -23,9 +24,14 @@ class KernelConfig:
     """Settings common to all kernels; ``name`` selects the schema of the remaining settings."""
 
     name: str = "tno"
-    """Name of the kernel: tno, fd_tno, sgconv, rtf, or a name that ``module`` registers."""
+    """Name of the kernel: tno, fd_tno, sgconv, rtf, hyena, or a name that ``module`` registers."""
     module: str | None = None
     """Python file or module that registers a custom kernel (null: the kernel is part of tnnlm)."""
+    reverse_lag: int = number(1, low=0, high=1, before=0)
+    """Distance at which the first tap of the second kernel of a bidirectional model acts: 1 as in the code of
+    S4 and SGConv, or 0, where lag 0 belongs to the first kernel and this tap is not used. Models trained
+    before this setting existed have 0. Kernels that are defined at negative lags (tno, fd_tno) have no second
+    kernel."""
 
 
 KERNEL_SCHEMAS: dict[str, type[KernelConfig]] = {}
@@ -41,6 +47,9 @@ class Kernel(KeepsFloat32, ABC):
     @abstractmethod
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``); any length, even beyond the training length."""
+
+    def leave_lag_zero(self) -> None:
+        """Remove what acts at lag 0 alone; called for a second kernel, whose first tap is at distance 1."""
 
     def recurrence(self) -> Params | None:
         """Return an exact recurrence of the kernel, or None if the kernel doesn't have one."""

@@ -2,8 +2,8 @@
 
 Sub-kernel i has ``kernel_dim`` parameters per channel and is upsampled by linear interpolation to
 2^max(0, i-1) times that length. Each sub-kernel has 1 / decay of the amplitude of the previous one. The
-concatenation of all sub-kernels is divided by its norm at initialisation. The kernel is zero from lag
-``length`` onwards.
+concatenation of all sub-kernels, which may be longer than ``length``, is divided by its norm at
+initialisation. The kernel is zero from lag ``length`` onwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tnnlm.fields import number
 from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+from tnnlm.ops.multirate import MultirateParams, multirate
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,13 @@ class SGConvKernel(Kernel):
         self.register_buffer("amplitudes", decays ** -torch.arange(scales)[:, None])
         self.register_buffer("initial_norm", torch.ones(n_channels))
         with torch.no_grad():
-            self.initial_norm.copy_(self._unscaled().norm(dim=1))
+            self.initial_norm.copy_(self._concatenated().norm(dim=1))
+
+    def leave_lag_zero(self) -> None:
+        """Remove the skip connection, which a bidirectional model has once."""
+        with torch.no_grad():
+            self.skip.zero_()
+        self.skip.requires_grad_(False)
 
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
@@ -63,11 +70,21 @@ class SGConvKernel(Kernel):
             k = torch.cat((k[:, :1] + self.skip[:, None], k[:, 1:]), dim=1)[:, :length]
             return nn.functional.pad(k, (0, length - k.shape[1]))
 
+    def recurrence(self) -> MultirateParams:
+        """Return a recurrence with the taps of this kernel at every lag, in the parameters' dtype."""
+        factors = self.amplitudes / self.initial_norm
+        knots = self.scales.transpose(1, 2) * factors[:, None]
+        return multirate(knots, self(self.length), self.length)
+
     def _unscaled(self) -> Tensor:
-        """Return the concatenated sub-kernels, (E, length), before normalisation and skip connection."""
+        """Return the taps (E, length) before normalisation and skip connection."""
+        return self._concatenated()[:, : self.length]
+
+    def _concatenated(self) -> Tensor:
+        """Return all lags of the sub-kernels, (E, length or more)."""
         parts = []
         for index, (values, amplitude) in enumerate(zip(self.scales, self.amplitudes, strict=True)):
             width = values.shape[1] << max(0, index - 1)
             upsampled = nn.functional.interpolate(values[None], size=width, mode="linear")[0]
             parts.append(upsampled * amplitude[:, None])
-        return torch.cat(parts, dim=1)[:, : self.length]
+        return torch.cat(parts, dim=1)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.kernels import TwoSidedKernel, build_kernel
-from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentConv, SimpleRMSNorm
+from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentConv, final_norm
 
 
 class Backbone(nn.Module):
@@ -43,7 +43,7 @@ class Backbone(nn.Module):
             )
             for conv in convs or [self._new_conv(d_inner) for _ in range(config.n_layers)]
         )
-        self.norm = SimpleRMSNorm()
+        self.norm = final_norm(config.final_norm, config.d_model)
         self.recompute = False
         """Activation checkpointing: whether to store only the input of each block for the backward pass, at
         the cost of a third more compute."""
@@ -82,4 +82,6 @@ class Backbone(nn.Module):
         return BiConv(TwoSidedKernel(kernel, channels, length))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
+        # The embedding is tied to the head, so that scaling the weights themselves would scale the logits.
+        return self.dropout(x * self.config.d_model**0.5 if self.config.embed_scale else x)

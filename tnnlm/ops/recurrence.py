@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.ops.companion import CompanionParams, CompanionState
+from tnnlm.ops.multirate import MultirateParams, MultirateState
 from tnnlm.ops.ssm import SSMParams, SSMState
 
 _State = TypeVar("_State")
@@ -20,6 +21,11 @@ _State = TypeVar("_State")
 
 class Recurrence(Protocol[_State]):
     """Parameters of a recurrent convolution with E channels, which are never modified in place."""
+
+    @property
+    def METHOD(self) -> str:
+        """Conversion method that offers a recurrence of this type if a kernel defines it."""
+        ...
 
     def init_state(self, batch_size: int) -> _State:
         """Return the state before the first token, which is zero."""
@@ -66,9 +72,13 @@ class Recurrence(Protocol[_State]):
 
 
 Params: TypeAlias = Recurrence[Any]
-State: TypeAlias = SSMState | CompanionState
+State: TypeAlias = SSMState | CompanionState | MultirateState
 
-_RECURRENCES: tuple[type[SSMParams] | type[CompanionParams], ...] = (SSMParams, CompanionParams)
+_RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultirateParams], ...] = (
+    SSMParams,
+    CompanionParams,
+    MultirateParams,
+)
 
 
 def state_bytes(params: Params) -> int:
@@ -81,8 +91,12 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Params:
 
     Raises:
         KeyError: If the fields of no recurrence are complete.
+        ValueError: If the shapes of its tensors are inconsistent.
     """
     for kind in _RECURRENCES:
         if all(name in tensors for name in kind._fields):
-            return kind(*(tensors[name] for name in kind._fields))
+            params = kind(*(tensors[name] for name in kind._fields))
+            if isinstance(params, MultirateParams):
+                params.check()
+            return params
     raise KeyError(f"recurrence among {', '.join(tensors) or 'nothing'}")

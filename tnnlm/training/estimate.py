@@ -99,15 +99,15 @@ def resolve_accelerator(config: Config) -> str:
 def _weights(config: Config, model: Backbone, devices: int) -> int:
     """Return the bytes per device of weights, gradients, Adam moments and averaged weights, all in float32.
 
-    With FSDP every device holds its shard of them. In addition it holds the unsharded embedding and two
-    unsharded blocks (the current one and the prefetched one) with their gradients. With gradient accumulation
-    all gradients stay unsharded until the last micro-batch.
+    With FSDP every device holds its shard of them. In addition it holds unsharded all that is outside of the
+    blocks (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
+    gradient accumulation all gradients stay unsharded until the last micro-batch.
     """
     params = model.n_params
     if config.trainer.strategy != FSDP:
         return 4 * params * (4 if config.trainer.ema_decay is None else 5)
-    embedding = model.embedding.weight.numel()
-    gathered = embedding + 2 * (params - embedding) // config.model.n_layers
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
+    gathered = params - blocks + 2 * blocks // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params
     return 16 * params // devices + 4 * (gathered + waiting)
 

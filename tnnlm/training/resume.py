@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
-from tnnlm.checkpoints.locate import LAST, PREVIOUS
-from tnnlm.checkpoints.training import read_checkpoint
+from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
+from tnnlm.checkpoints.training import read_checkpoint, read_intact
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
@@ -42,9 +40,14 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
 
     Raises:
         ConfigError: If an override changes a setting that is fixed for the lifetime of a run.
-        CheckpointError: If the run was killed before it saved its configuration.
+        CheckpointError: If the run was killed before it saved its configuration, or was imported.
     """
     path = run / "config.yaml"
+    if (run / IMPORTED).is_file():
+        raise CheckpointError(
+            f"{run}: was imported and has no training to resume",
+            f"start a new run from it with: {command('train', '--init-from', run)}",
+        )
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     recorded = load_config(path, saved=True)
@@ -101,7 +104,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             f"start it again with: {command('train', *settings)}",
         )
     try:
-        step = _whole_step(run / source)
+        step = int(read_intact(run / source)["global_step"])
     except CheckpointError as error:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
@@ -136,24 +139,11 @@ def begin_at(run: Path, source: Path, step: int) -> None:
     _trim_samples(run / "samples.txt", step)
 
 
-def _whole_step(path: Path) -> int:
-    step = int(read_checkpoint(path)["global_step"])
-    try:
-        # torch.load does not verify the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError):
-        damaged = path.name
-    if damaged is not None:
-        raise CheckpointError(f"{path}: is corrupt")
-    return step
-
-
 def _advice(run: Path, source: Path) -> str:
     for name, other in SOURCES.items():
         if other != source and (run / other).is_file():
             try:
-                step = _whole_step(run / other)
+                step = int(read_intact(run / other)["global_step"])
             except CheckpointError:
                 continue
             return (

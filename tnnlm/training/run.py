@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from rich.console import Console
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
+from tnnlm.conversion.companion import check_training
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
-from tnnlm.files import write_text
+from tnnlm.files import only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
@@ -33,6 +35,7 @@ from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
+from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
@@ -49,6 +52,7 @@ def train(
     *,
     source: Path = LAST,
     job: str | None = None,
+    initial: InitialWeights | None = None,
 ) -> dict[str, Any]:
     """Train, validate and save a run.
 
@@ -59,13 +63,15 @@ def train(
         source: Checkpoint to resume from, LAST or PREVIOUS.
         job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
             may be one that was killed before its first checkpoint; it then starts from scratch.
+        initial: Checkpoint whose weights a new run starts from; its configuration is that of ``config``.
 
     Returns:
         Content of summary.json; empty on ranks other than 0.
 
     Raises:
-        UserError: If the input is invalid. Nothing was written. A resumed run is not changed before its
-            first optimizer step has succeeded, so that one that runs out of memory can be resumed as before.
+        UserError: If the input is invalid, or another process trains the run. Nothing was written. A resumed
+            run is not changed before its first optimizer step has succeeded, so that one that runs out of
+            memory can be resumed as before.
         TrainingStopped: If a signal stopped the training. The run was saved.
         TrainingDiverged: If the weights are not finite or too many steps were skipped. The last good
             checkpoint is kept.
@@ -73,11 +79,43 @@ def train(
     keep_large_blocks()
     limit_threads()
     quieten()
-    start = _resolve(config, run, source, job)
+    with ExitStack() as locks:
+        if run is not None:
+            _lock(locks, run)
+        start = _resolve(config, run, source, job, initial)
+        if run is None:
+            _lock(locks, start.folder)
+        return _train(config, run, start, extra_callbacks or [], job, initial)
+
+
+def _lock(locks: ExitStack, run: Path) -> None:
+    """Let no other process train a run until ``locks`` is closed; only rank 0 of the training locks it.
+
+    Raises:
+        CheckpointError: If another process trains the run.
+    """
+    if is_main_process() and run.is_dir():
+        refusal = CheckpointError(
+            f"{run}: is being trained by another process", "wait until it ends, or start a new run"
+        )
+        locks.enter_context(only_process(run.resolve(), refusal))
+
+
+def _train(
+    config: Config,
+    run: Path | None,
+    start: _Start,
+    extra: list[Callback],
+    job: str | None,
+    initial: InitialWeights | None,
+) -> dict[str, Any]:
+    """Train a run whose input is valid."""
     lightning.seed_everything(config.seed, verbose=False)
     last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
+    trainer = _build(config, start, last, extra, new=run is None)
     module, data = LitModel(config), TextDataModule(config)
+    if initial is not None and start.step is None:
+        initial.copy_to(module.model)
     if trainer.global_rank == 0:
         _announce(config, start)
         if start.step is None:
@@ -103,9 +141,12 @@ class _Start(NamedTuple):
     """Checkpoint to resume from; None for a new run."""
 
 
-def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
+def _resolve(
+    config: Config, run: Path | None, source: Path, job: str | None, initial: InitialWeights | None
+) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
+    check_training(config)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
@@ -116,6 +157,8 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
     data = load_task_data(config)
     tokenizer = data.tokenizer
+    if initial is not None:
+        initial.check_tokenizer(tokenizer)
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
@@ -148,7 +191,7 @@ def _announce(config: Config, start: _Start) -> None:
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     for shown in (line, *start.report.lines()):
-        Console().print(shown, markup=False, highlight=False, soft_wrap=True)
+        Console().print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from tnnlm.cli import module_of
 from tnnlm.config.flags import field_docs
 from tnnlm.config.schema import Config
 from tnnlm.kernels import KERNEL_SCHEMAS
@@ -47,10 +48,10 @@ def options_table(command: str) -> str:
     """Return the options of a command as a table: option, description.
 
     Args:
-        command: A subcommand of ``tnnlm``, such as ``prepare_data``.
+        command: A subcommand of ``tnnlm``, such as ``prepare-data``.
     """
     lines = ["| option | description |", "|---|---|"]
-    for action in _actions(importlib.import_module(f"tnnlm.cli.{command}").arguments()):
+    for action in _actions(importlib.import_module(module_of(command)).arguments()):
         name = ", ".join(action.option_strings)
         value = action.metavar or ("" if action.nargs == 0 else "|".join(map(str, action.choices or ())))
         value = " ".join(value) if isinstance(value, tuple) else value

@@ -28,4 +28,4 @@ class PlainLines(LocalLogger):
         if lags:
             shown.append(f"effective length {min(lags)} to {max(lags)}")
         line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
