@@ -144,7 +144,7 @@ def test_a_pole_outside_the_unit_circle_is_reported_with_its_layer() -> None:
     converted = convert_model(model, method="window")
     tokens = torch.randint(300, (1, 32))
     torch.testing.assert_close(converted(tokens), model(tokens), rtol=0, atol=1e-4)
-    _, layers = convert_layers(model, ConversionConfig(method="auto"))
+    _, layers = convert_layers(model, ConversionConfig(method="auto", horizon=32))
     assert layers[1].method != "companion"
     assert "companion: the denominator has a pole of modulus 1.05" in layers[1].reason
 
