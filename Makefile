@@ -19,7 +19,7 @@ ifneq ($(word 2,$(FOUND)),supported)
 $(error tnnlm needs Python 3.11 or newer, $(USED) is $(firstword $(FOUND)): $(AGAIN))
 endif
 
-.PHONY: demo test lint
+.PHONY: demo test nightly lint
 
 demo: .venv/installed
 	$(BIN)/python train.py
@@ -28,6 +28,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The certificates of 2,000 random conversions; `make test` runs 200 that are always the same.
+nightly: .venv/installed
+	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

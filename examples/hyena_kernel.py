@@ -4,7 +4,7 @@ The taps are a small network with sine activations on an encoding of the lag, mu
 window with a different rate in each channel. Train, convert and generate with it, without changes to the
 package:
 
-    python train.py model.kernel.name=hyena model.kernel.module=examples/hyena_kernel.py \\
+    python train.py model.kernel.name=hyena_style model.kernel.module=examples/hyena_kernel.py \\
         conversion.method=auto name=hyena
     python convert.py runs/hyena --method auto
     python generate.py --model runs/hyena --prompt "import "
@@ -44,7 +44,7 @@ class HyenaConfig(KernelConfig):
 
 # Step 2: the kernel, which is built as Class(settings, n_channels, max_length). Step 3: the decorator, which
 # registers it.
-@register_kernel("hyena", HyenaConfig)
+@register_kernel("hyena_style", HyenaConfig)
 class HyenaKernel(Kernel):
     """Hyena-style kernel with taps (E, L) for any L, in the parameters' dtype."""
 

@@ -38,6 +38,14 @@ def test_user_error_is_one_line_and_code_2(kind: type[UserError], capsys: pytest
     assert capsys.readouterr() == ("", "error: book.txt: no such file\n")
 
 
+def test_a_name_with_a_line_break_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_raising(UserError("runs/a\nb: no such run", "give another")) == 2
+    assert script_raising(OSError(errno.EACCES, "denied", "runs/a\r\nb")) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: runs/a b: no such run; give another"
+    assert second.startswith("error: runs/a b: permission denied")
+
+
 def test_user_error_has_a_reason_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     error = CheckpointError("last.ckpt: is damaged", "take another one")
     assert (error.reason, error.remedy) == ("last.ckpt: is damaged", "take another one")
@@ -49,7 +57,9 @@ def test_user_error_has_a_reason_and_a_remedy(capsys: pytest.CaptureFixture[str]
     assert UserError("book.txt: no such file").remedy == ""
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST]
+)
 def test_os_error_that_a_user_can_fix_is_one_line_and_code_2(
     number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

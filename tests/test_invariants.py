@@ -1,4 +1,4 @@
-"""Invariants 2 to 4, 6 and 8 of CONTRIBUTING.md on whole models, for every kernel and recurrent form."""
+"""Invariants 2 to 4, 6, 8 and 9 of CONTRIBUTING.md on whole models, for every kernel and recurrent form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.certificates import check_certificate
 from tests.support.converted import measure_model, model_horizon
 from tests.support.models import FAMILIES, run_steps, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
@@ -20,8 +21,9 @@ LENGTH = 40
 EXACT = {
     "tno": ("etsc", "window"),
     "fd_tno": ("etsc", "window"),
-    "sgconv": ("etsc", "window"),
+    "sgconv": ("etsc", "window", "multirate"),
     "rtf": ("etsc", "window", "companion"),
+    "hyena": ("etsc", "window"),
 }
 """Methods by family that are exact up to rounding on LENGTH lags."""
 REDUCED = ("balanced", "auto", "gradient")
@@ -91,7 +93,7 @@ def test_step_prefill_and_forward_agree(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", ["fd_tno", "sgconv", "rtf"])
 def test_forms_of_a_finite_or_rational_kernel_agree_at_8_times_the_training_length(family: str) -> None:
     model = trained(family)
-    method = {"fd_tno": "window", "sgconv": "window", "rtf": "companion"}[family]
+    method = {"fd_tno": "window", "sgconv": "multirate", "rtf": "companion"}[family]
     converted = converted_by(model, method, model_horizon(model))
     tokens = torch.randint(300, (1, 8 * 32))
     torch.testing.assert_close(converted(tokens), model(tokens), rtol=0, atol=1e-9)
@@ -158,6 +160,17 @@ def test_balanced_meets_its_tolerance_on_the_horizon_and_at_8_times_the_training
                 k = kernel(length).double()
             assert (params.taps(length) - k).norm() <= 1.02 * tolerance * k.norm()
         assert params.largest_pole() < 1
+
+
+@every_form
+def test_certificate_bounds_errors_and_poles_of_every_layer(family: str, method: str) -> None:
+    model = trained(family, torch.float32)
+    converted = converted_by(model, method)
+    report = measure_model(model, converted, method=method, horizon=LENGTH)
+    length = 8 * LENGTH
+    for kernel, params, layer in zip(kernels(model), recurrences(converted), report.layers, strict=True):
+        with torch.no_grad():
+            check_certificate(layer, params, kernel(length), LENGTH, length)
 
 
 @every_form

@@ -24,7 +24,7 @@ def test_example_trains_converts_and_generates(script: Any) -> None:
     write_text()
     shutil.copy(EXAMPLE, "hyena_kernel.py")
     words = [word for word in SETTINGS if not word.startswith("model.kernel.")]
-    words += ["model.kernel.name=hyena", "model.kernel.module=hyena_kernel.py", "model.kernel.bands=4"]
+    words += ["model.kernel.name=hyena_style", "model.kernel.module=hyena_kernel.py", "model.kernel.bands=4"]
     trained = script("train", *words, "conversion.method=auto", "name=hyena")
     assert trained.code == 0, trained.err
     converted = script("convert", "runs/hyena", "--method", "auto", "--verify")
@@ -41,7 +41,7 @@ def test_example_trains_converts_and_generates(script: Any) -> None:
 
 def test_example_is_a_causal_kernel_of_any_length() -> None:
     config = load_config(
-        overrides=["model.kernel.name=hyena", f"model.kernel.module={EXAMPLE}", "model.max_length=64"]
+        overrides=["model.kernel.name=hyena_style", f"model.kernel.module={EXAMPLE}", "model.max_length=64"]
     )
     kernel = CausalLM(config.model).blocks[0].mixer.conv.kernel
     torch.testing.assert_close(kernel(40), kernel(200)[:, :40])

@@ -1,4 +1,4 @@
-"""The CI workflow refers to versions, targets and files that exist."""
+"""The CI workflows refer to versions, targets and files that exist."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ WORKFLOW: dict[Any, Any] = yaml.safe_load(TEXT)
 JOBS: dict[str, Any] = WORKFLOW["jobs"]
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
 COMMANDS = [step["run"] for step in STEPS if "run" in step]
+NIGHTLY_TEXT = (ROOT / ".github/workflows/nightly.yml").read_text(encoding="utf-8")
+NIGHTLY: dict[Any, Any] = yaml.safe_load(NIGHTLY_TEXT)
 
 
 def supported_versions() -> list[str]:
@@ -79,3 +81,20 @@ def test_actions_are_pinned_and_no_host_appears() -> None:
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
     assert "://" not in TEXT
     assert WORKFLOW["env"] == {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"}
+
+
+def test_nightly_job_runs_its_target_with_the_oldest_python() -> None:
+    assert set(NIGHTLY[True]) == {"schedule", "workflow_dispatch"}
+    for key in ("permissions", "concurrency", "env"):
+        assert NIGHTLY[key] == WORKFLOW[key]
+    assert "://" not in NIGHTLY_TEXT
+    (job,) = NIGHTLY["jobs"].values()
+    assert 0 < job["timeout-minutes"] <= 60
+    *setup, run = job["steps"]
+    assert setup == JOBS["lint"]["steps"][:-1]
+    assert run == {"run": "make nightly PYTHON=python"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^nightly:.*\n\t(.+)", makefile, re.MULTILINE)
+    assert recipe is not None
+    assert recipe[1].startswith("TNNLM_NIGHTLY=1 ")
+    assert (ROOT / recipe[1].split()[-1]).is_file()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tnnlm.inference.load import load as load
     from tnnlm.inference.sampling import SamplingParams as SamplingParams
     from tnnlm.kernels import FDTNOConfig as FDTNOConfig
+    from tnnlm.kernels import HyenaConfig as HyenaConfig
     from tnnlm.kernels import RTFConfig as RTFConfig
     from tnnlm.kernels import SGConvConfig as SGConvConfig
     from tnnlm.kernels import TNOConfig as TNOConfig
@@ -52,7 +53,7 @@ _HOMES = {
     "tnnlm.inference.generator": ("TextGenerator",),
     "tnnlm.inference.load": ("load",),
     "tnnlm.inference.sampling": ("SamplingParams",),
-    "tnnlm.kernels": ("FDTNOConfig", "RTFConfig", "SGConvConfig", "TNOConfig"),
+    "tnnlm.kernels": ("FDTNOConfig", "HyenaConfig", "RTFConfig", "SGConvConfig", "TNOConfig"),
     "tnnlm.kernels.base": ("Kernel", "KernelConfig", "build_kernel", "register_kernel"),
     "tnnlm.models.causal_lm": ("CausalLM",),
     "tnnlm.modules.long_conv": ("LongConv",),

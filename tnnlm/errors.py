@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
+import re
 import shlex
 import signal
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -48,6 +51,40 @@ class CheckpointError(UserError):
     """Run, checkpoint or converted model that is missing, damaged, or not created by this package."""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Parser of a command line that raises a :class:`UserError` where argparse prints the usage and exits."""
+
+    _words: list[str]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line as argparse does, and note it for the remedies of errors."""
+        self._words = [*(sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise an error for a message of argparse, which begins with the argument or ends with it.
+
+        Raises:
+            UserError: Always.
+        """
+        text = message.removeprefix("argument ")
+        kind, _, unknown = text.partition("unrecognized arguments: ")
+        option = re.fullmatch(r"(--\S+): expected one argument", text)
+        value = self._value_with_dash(option[1]) if option else None
+        if option and value:
+            remedy = f"write {option[1]}={shlex.quote(value)} for a value with a dash in front"
+            raise UserError(text, remedy)
+        if not kind and unknown:
+            text = f"{unknown}: not an option or argument of this command"
+        raise UserError(text, f"see {self.prog} --help")
+
+    def _value_with_dash(self, option: str) -> str | None:
+        """Return the word behind an option if it begins with a dash and is not an option itself."""
+        behind = self._words[self._words.index(option) + 1 :] if option in self._words else []
+        known = bool(behind) and behind[0].partition("=")[0] in self._option_string_actions
+        return behind[0] if behind and behind[0][:1] == "-" and not known else None
+
+
 OS_PROBLEMS = {
     errno.ENOSPC: UserError("the disk is full", "free some space and run the same command again"),
     errno.EDQUOT: UserError("the disk quota is used up", "free some space and run the same command again"),
@@ -57,6 +94,7 @@ OS_PROBLEMS = {
     errno.EFBIG: UserError("the file exceeds the size limit", "raise the limit (ulimit -f)"),
     errno.ENAMETOOLONG: UserError("the file name is too long", "choose a shorter one"),
     errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
+    errno.EEXIST: UserError("exists already and is not a folder", "choose another path"),
     errno.EISDIR: UserError("is a folder", "specify a file"),
     errno.EEXIST: UserError("a file of this name exists", "choose another path"),
 }
@@ -134,7 +172,7 @@ def _exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(str(error))
         return 2
     except BrokenPipeError:
         return 1
@@ -143,11 +181,16 @@ def _exit_code(main: Callable[[], int]) -> int:
         if advice is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{advice}", file=sys.stderr)
+        _report(f"{where}{advice}")
         return 2
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
+
+
+def _report(message: str) -> None:
+    """Print an error in one line, whatever characters the file name or the argument in it contains."""
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
 
 
 @contextmanager

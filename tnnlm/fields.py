@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+_UNCHANGED: Any = object()
 LARGEST = 10**12
 """Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""
-_UNCHANGED: Any = object()
 
 
 def number(

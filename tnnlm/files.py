@@ -26,6 +26,17 @@ def check_parents(path: Path) -> None:
         raise UserError(f"{path}: {existing} is a file, not a folder", "choose another path")
 
 
+def check_folder(path: Path) -> None:
+    """Check that ``path`` is a folder, or can become one because neither it nor a parent is a file.
+
+    Raises:
+        UserError: If it can't.
+    """
+    check_parents(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, not a folder", "choose another path")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block succeeds.
@@ -61,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, and rename it to ``path`` if the block succeeds.
 
-    The temporary folder has the same parent as ``path`` and must not contain subfolders.
+    The temporary folder has the same parent as ``path``.
 
     Args:
         path: Path of the finished folder.
@@ -73,8 +84,9 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            flush_to_disk(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
         if path.exists() and replace:
             _exchange(temporary, path)
         elif not path.exists():

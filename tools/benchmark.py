@@ -58,7 +58,7 @@ from experiments.timing import (
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.inference.engine import ENGINES as LOADED
 from tnnlm.inference.engine import open_engine
@@ -93,9 +93,7 @@ OURS = {
 
 def parse() -> argparse.Namespace:
     """Return the checked arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=(*OURS, "train", "constant", "levels"), help="Kind of measurement.")
     parser.add_argument(
         "model", nargs="?", help="Model of constant: folder, run or checkpoint. (default: newest)"

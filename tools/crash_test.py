@@ -35,7 +35,7 @@ from rich.table import Table
 
 from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.training.loggers.csv import read_metrics
 
@@ -68,9 +68,7 @@ _FIRST_STEP = re.compile(r"step (\d+)/")
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="Settings of the training, as for train.py.")
     add("--kills", type=int, default=50, metavar="N", help="Number of kills. (default: 50)")

@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import write_text
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -251,9 +251,7 @@ def parse() -> argparse.Namespace:
     Raises:
         UserError: If a number is out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("running server").add_argument
     add("--url", help="Address of a running server. (default: start one)")
     key = os.environ.get("TNNLM_API_KEY")

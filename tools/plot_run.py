@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from tnnlm.errors import CheckpointError, run_script
+from tnnlm.errors import CheckpointError, OneLineParser, run_script
 from tnnlm.files import atomic_file
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.loggers.names import BY_COLUMN, LENGTH, ORDER, Place, columns_at, metrics_at
@@ -32,9 +33,7 @@ _TRAIN, _VAL, _OTHER = "#6baed6", "#08519c", "#e6550d"
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run: a folder, or a name under --runs-dir.")
     parser.add_argument(
         "--out",
@@ -55,13 +54,13 @@ def main() -> int:
     runs = [read_run(folder) for folder in folders]
     out = args.out or (folders[0] / "run.png" if len(folders) == 1 else Path("runs.png"))
     plot_runs(runs, out)
-    table = Table("final value", *(run.name for run in runs))
+    table = Table("final value", *(Column(Text(run.name)) for run in runs))
     figures = [final_figures(run) for run in runs]
     for metric in metrics_at(Place.TABLE):
         shown = [of_run[metric.column] for of_run in figures]
         if set(shown) != {"-"}:  # each task logs different metrics
             table.add_row(metric.label, *shown)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names of runs are no markup
     print(f"plot: {out}")
     return 0
 
@@ -144,9 +143,14 @@ def plot_runs(runs: Sequence[Curves], path: Path) -> None:
     plt.close(figure)
 
 
+def _plain(name: str) -> str:
+    """Return a name in which dollar signs don't enclose formulas."""
+    return name.replace("$", r"\$")
+
+
 def _plot_one(run: Curves, plt: Any) -> Any:
     figure, axes = plt.subplots(4, 2, figsize=(13, 15), layout="constrained")
-    figure.suptitle(run.name, fontsize=14)
+    figure.suptitle(_plain(run.name), fontsize=14)
     (loss, ppl), (speed, wait), (norm, rate), (length, order) = axes
     _line(loss, run, "train/loss", "training", color=_TRAIN, linewidth=1)
     _line(loss, run, "val/loss", "validation", "o-", color=_VAL, markersize=4)
@@ -196,7 +200,7 @@ def _plot_several(runs: Sequence[Curves], plt: Any) -> Any:
             else:
                 marker = "o-" if key == scored else "-"
                 logged = "val/ppl_masked" if key == "val/ppl" and key not in run.values else key
-                _line(axis, run, logged, run.name, marker, color=colour, markersize=4, linewidth=1.2)
+                _line(axis, run, logged, _plain(run.name), marker, color=colour, markersize=4, linewidth=1.2)
         title = BY_COLUMN[key].title.capitalize() + (" (mean and range)" if key in (LENGTH, ORDER) else "")
         unit = BY_COLUMN[key].unit or BY_COLUMN[key].title
         if unit == "nats":
@@ -241,7 +245,9 @@ def _range(axis: Any, run: Curves, prefix: str, colour: Any) -> None:
     steps = found[0][0]
     rows = [values for at, values in found if at == steps]  # a layer with non-finite taps has gaps
     columns = list(zip(*rows, strict=True))
-    axis.plot(steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=run.name)
+    axis.plot(
+        steps, [sum(c) / len(c) for c in columns], "o-", color=colour, markersize=4, label=_plain(run.name)
+    )
     axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
 
 

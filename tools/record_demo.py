@@ -23,7 +23,7 @@ import torch
 from documentation.drawings import draw_etsc, draw_reduction, draw_taps
 from documentation.records import RECORDS, ROOT
 from tnnlm.checkpoints.locate import load_trained
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import write_text
 from tnnlm.machine.capabilities import cpu_level, processor
 from tnnlm.models.surgery import kernels
@@ -37,9 +37,7 @@ SAMPLE_LINES = 16
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="Folder of a complete demo run.")
     parser.add_argument("--log", type=Path, required=True, metavar="FILE", help="Output of make demo.")
     parser.add_argument(

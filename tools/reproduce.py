@@ -33,7 +33,7 @@ from experiments.results import reproduce
 from experiments.ski import SKI
 from experiments.stability import STABILITY
 from experiments.synthetic import SYNTHETIC
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one for one in (EXTRAPOLATION, ETSC, families(), SYNTHETIC, BIDIRECTIONAL, STABILITY, SKI)
@@ -46,9 +46,7 @@ def parse() -> argparse.Namespace:
     Raises:
         UserError: If the experiment is unknown, or ``--kernel`` does not apply.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"Experiment: {', '.join(EXPERIMENTS)}.")
     parser.add_argument("--list", action="store_true", help="List the experiments and exit.")
     add = parser.add_argument_group("measurement").add_argument

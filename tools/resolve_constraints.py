@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags, mac_platforms
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = "Programming Language :: Python :: 3."
@@ -194,9 +194,7 @@ def newest(folder: Path, oldest: str, torch: str) -> str:
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = supported_versions()
     add = parser.add_argument
     add("--python", action="append", choices=known, help="Python version; can be repeated. (default: all)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 
 from tests.support.scripts import ROOT, assert_refused
 from tnnlm.config.checks import leaves
+from tnnlm.config.layers import Schema
 from tnnlm.config.loader import config_from_dict, load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.values import kinds_of
 from tnnlm.errors import ConfigError
+from tnnlm.kernels.tno import TNOConfig
 
 CASES = ROOT / "tests" / "cases"
 
@@ -148,6 +152,21 @@ def test_what_is_not_a_decimal_integer_is_refused_with_key_and_place(text: str) 
 def test_a_yaml_file_may_contain_the_radix_prefixes_of_yaml_1_2() -> None:
     assert from_file("seed: 0o10\n", "seed") == 8
     assert from_file("seed: 0xCAFE\n", "seed") == 0xCAFE
+
+
+@pytest.mark.parametrize("text", ["1e30", "1" + 30 * "0", "1e50"])
+def test_an_integer_of_any_size_is_refused_with_its_bound(text: str) -> None:
+    keys = [key for key, setting in Schema.of(TNOConfig).settings.items() if int in kinds_of(setting.hint)]
+    assert {"seed", "trainer.devices", "model.kernel.rpe_dim", "data.max_documents"} <= set(keys)
+    for key in keys:
+        with pytest.raises(
+            ConfigError, match=rf"^{re.escape(key)}=1000.*: must be at most [0-9,]+ \(command line\)$"
+        ):
+            load_config(None, [f"{key}={text}"])
+        with pytest.raises(ConfigError, match=r": must be at most [0-9,]+ \(c\.yaml, line 1\)$"):
+            from_file(
+                "".join(f"{{{part}: " for part in key.split(".")) + text + "}" * len(key.split(".")), key
+            )
 
 
 @pytest.mark.parametrize(

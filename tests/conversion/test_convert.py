@@ -171,3 +171,13 @@ def test_diverged_kernel_is_reported() -> None:
     nn.init.constant_(model.blocks[0].mixer.conv.kernel.rpe.output.bias, math.nan)
     with pytest.raises(UserError, match="not finite"):
         convert_model(model, horizon=8)
+
+
+def test_decays_that_are_trained_are_measured_without_gradients() -> None:
+    model = CausalLM(tiny_config()).eval()
+    for kernel in kernels(model):
+        kernel._buffers.pop("decays")
+        kernel.decays = nn.Parameter(torch.full((kernel.n_channels,), 0.99))
+    converted = convert_model(model, method="etsc", horizon=40)
+    report = measure_model(model, converted, method="etsc", horizon=40)
+    assert all(math.isfinite(layer.l1_error) for layer in report.layers)

@@ -188,6 +188,7 @@ def test_file_of_the_cases_with_a_number_sign_is_read() -> None:
         (b'{"text": ' + b"[" * 100_000, "line 2 is not JSON"),
         (b'{"text": ' + b"9" * 5_000 + b"}", "line 2 is not JSON"),
         (b'{"text": 5}', "line 2: column 'text' is not text but int"),
+        (b'{"text": "a", "n": 1, "text": "b"}', "line 2 has the key 'text' 2 times; keep one of them"),
     ],
 )
 def test_damaged_row_is_named_by_its_line(line: bytes, told: str) -> None:
@@ -197,6 +198,23 @@ def test_damaged_row_is_named_by_its_line(line: bytes, told: str) -> None:
     assert str(caught.value).startswith("a.jsonl: ")
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_any_size_and_doubled_keys_of_other_columns_are_no_text() -> None:
+    numbers = '"n": 1, "n": -123456789012345678901234567890, "x": 1e999, "m": {"text": "a", "text": "b"}'
+    Path("a.jsonl").write_text("".join(f'{{"text": "row {i}", {numbers}}}\n' for i in range(12)))
+    assert sorted(documents(read("a.jsonl"))) == sorted(f"row {i}" for i in range(12))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_parquet_row_that_is_not_utf8_is_named(suffix: str) -> None:
+    texts = pyarrow.array([b"good row"] * 1_500 + [b"caf\xe9", b"good row"])
+    column = pyarrow.StringArray.from_buffers(len(texts), *texts.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), "a.parquet")
+    if suffix:
+        Path(f"a.parquet{suffix}").write_bytes(gzip.compress(Path("a.parquet").read_bytes()))
+    with pytest.raises(DataError, match=rf"^a\.parquet{suffix}: row 1501: is not UTF-8 text \(byte 3\)$"):
+        read(f"a.parquet{suffix}")
 
 
 def test_python_source_is_read_in_the_encoding_that_it_declares() -> None:

@@ -19,7 +19,7 @@ from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
-from tnnlm.errors import DataError
+from tnnlm.errors import DataError, UserError
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
 EOS = "<|endoftext|>"
@@ -327,6 +327,13 @@ def test_text_too_small_for_validation_is_an_error() -> None:
     with pytest.raises(DataError, match="too little text"):
         prepared(files=["one.txt"])
     assert cached() == []
+
+
+@pytest.mark.parametrize(("folder", "told"), [("file", "file: is a file"), ("file/a/b", "/file is a file")])
+def test_cache_folder_that_is_a_file_is_refused(folder: str, told: str) -> None:
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=f"{told}, not a folder; choose another path"):
+        prepared(cache_dir=folder)
 
 
 def test_cache_holds_the_corpus_alone() -> None:

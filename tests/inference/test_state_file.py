@@ -6,18 +6,23 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.support.models import FAMILIES, tiny_config
 from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
+from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams
+from tnnlm.inference.session import GenerationSession
 from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
@@ -28,13 +33,13 @@ HOT = SamplingParams(temperature=1.5)
 
 def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerator:
     torch.manual_seed(0)
-    kernel = FAMILIES["rtf" if method == "companion" else "tno"]()
+    kernel = FAMILIES[{"companion": "rtf", "multirate": "sgconv"}.get(method, "tno")]()
     model = convert_model(CausalLM(tiny_config(kernel=kernel)).eval(), method=method)
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
     return TextGenerator(model, tokenizer, model_fingerprint(model))
 
 
-@pytest.mark.parametrize("method", ["balanced", "window", "companion"])
+@pytest.mark.parametrize("method", ["balanced", "window", "companion", "multirate"])
 def test_continuing_from_a_file_equals_an_unbroken_run(method: str) -> None:
     writer, random = writer_of(method), torch.Generator().manual_seed(3)
     first, pieces = writer.stream(writer.prefill(["the cat"]), 10, HOT, random)
@@ -79,6 +84,77 @@ def test_another_model_or_tokenizer_or_file_is_refused() -> None:
         Path("bad.state").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"bad\.state: is not a saved state"):
             load_state(Path("bad.state"), writer)
+
+
+def changed_file(path: Path, change: str) -> None:
+    """Rewrite a state file with one fault."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+    first = "layers.0.window"
+    if change == "missing":
+        del tensors[first]
+    elif change == "no logits":
+        del tensors["logits"]
+    elif change == "unknown":
+        tensors["layers.99.window"] = torch.zeros(1)
+    elif change == "shape":
+        tensors[first] = torch.zeros(1, 2, 3)
+    elif change == "dtype":
+        tensors[first] = tensors[first].half()
+    elif change == "rows":
+        tensors["logits"] = tensors["logits"][:1]
+    elif change == "integer logits":
+        tensors["logits"] = tensors["logits"].long()
+    elif change == "no lengths":
+        del metadata["lengths"]
+    else:
+        metadata["lengths"] = change
+    save_file(tensors, path, metadata)
+
+
+DAMAGED = {
+    "missing": "layers.0.window is missing",
+    "no logits": "logits is missing",
+    "unknown": "layers.99.window is no part",
+    "shape": "layers.0.window is not of the shape",
+    "dtype": "layers.0.window is not of the shape and dtype",
+    "rows": "logits is not of the shape",
+    "integer logits": "logits is not of a floating-point dtype",
+    **dict.fromkeys(("[]", "{}", "[1.5, 2]", "[true, 2]", "[-1, 2]", "3"), "its lengths are not"),
+    **dict.fromkeys(("no lengths", "[1", "[" * 100_000, "[1, 2, 3]"), ""),
+}
+
+
+def test_a_damaged_state_is_refused_in_one_line() -> None:
+    writer = writer_of("balanced")
+    state = writer.prefill(["the", "cat"])
+    for change, message in DAMAGED.items():
+        save_state(Path("a.state"), writer, state)
+        changed_file(Path("a.state"), change)
+        with pytest.raises(CheckpointError) as caught:
+            load_state(Path("a.state"), writer)
+        assert str(caught.value).startswith(f"a.state: is damaged ({message}"), change[:12]
+        assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_another_recurrence_is_refused_without_fingerprints() -> None:
+    writer, other = writer_of("balanced"), writer_of("window")
+    writer.fingerprint = other.fingerprint = ""
+    save_state(Path("a.state"), writer, writer.prefill(["the"]))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_state(Path("a.state"), other)
+
+
+@pytest.mark.parametrize("random", [torch.zeros(16, dtype=torch.uint8), torch.zeros(5056)])
+def test_random_numbers_of_another_device_need_a_seed(random: torch.Tensor) -> None:
+    writer = writer_of("balanced")
+    info = EngineInfo(name="eager", device="cpu", dtype="float32", linear="plain")
+    session = GenerationSession(writer, HOT, 2, 0, info)
+    save_state(Path("a.state"), writer, writer.prefill(["the"]), SimpleNamespace(get_state=lambda: random))
+    with pytest.raises(CheckpointError, match=r"a\.state: its random number generator .*; give --seed"):
+        session.load_state(Path("a.state"), reseed=False)
+    session.load_state(Path("a.state"), reseed=True)
 
 
 def test_fingerprint_follows_every_weight() -> None:

@@ -160,7 +160,35 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
 def test_bad_requests_say_what_is_wrong(client: openai.OpenAI, change: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         complete(client, **change)
-    assert caught.value.param in (*change, "min_p", "top_k", None)
+    assert caught.value.param in (*change.get("extra_body", change),)
+
+
+NOT_IGNORED = {
+    '{"prompt": "a", "max_tokens": 1, "prompt": "b"}': ("prompt", "prompt: is given twice; omit"),
+    '{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}': ("5", "5: is given twice"),
+    '{"prompt": "a", "stream": true, "stream_options": {"x": 1, "x": 1}}': ("x", "x: is given twice"),
+    '{"prompt": "a", "logit_bias": {"05": 1}}': ("logit_bias", "'05' is not a token id"),
+    '{"prompt": "a", "stream_options": {}}': ("stream_options", "stream_options: only applies to stream"),
+    '{"prompt": "a", "repetition_penalty": true}': ("repetition_penalty", "no such parameter"),
+    '{"prompt": "a", "ignore_eos": 0}': ("ignore_eos", "no such parameter"),
+    '{"prompt": "a", "min_tokens": false}': ("min_tokens", "no such parameter"),
+    '{"prompt": "a", "min_p": NaN}': ("min_p", "no such parameter"),
+    '{"prompt": "a", "logit_bias": {"5": Infinity}}': ("logit_bias", "finite number"),
+    '{"prompt": "a", "n": true}': ("n", "valid integer"),
+    '{"prompt": "a", "max_tokens": 1.0}': ("max_tokens", "valid integer"),
+    '{"prompt": "a", "seed": ' + "9" * 5000 + "}": (None, "the body is not valid JSON"),
+    '{"prompt": ' + "[" * 90_000: (None, "the body is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("body", NOT_IGNORED, ids=lambda body: body[:60])
+def test_nothing_in_a_body_is_ignored(server: Running, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx2.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == NOT_IGNORED[body][0]
+    assert NOT_IGNORED[body][1] in error["message"]
 
 
 INTEGERS = ("max_tokens", "top_k", "n", "best_of", "seed", "logprobs")
@@ -227,6 +255,34 @@ def test_other_refusals(client: openai.OpenAI, server: Running) -> None:
     assert httpx2.post(url, content=b"x" * 400_000).status_code == 413
     assert httpx2.get(url).status_code == 405
     assert httpx2.get(f"{server.url}/nowhere").json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/v1/embeddings", 404, "POST /v1/embeddings: no such endpoint; use one of GET /v1/models, "),
+        ("GET", "/nowhere", 404, "GET /nowhere: no such endpoint; use one of GET /v1/models, "),
+        ("GET", "/page.py", 404, "GET /page.py: no such endpoint"),
+        ("DELETE", "/v1/" + "a%0A" * 900, 404, "DELETE /v1/a"),
+        ("GET", "/v1/completions", 405, "this path does not support the method; use POST"),
+        ("PUT", "/v1/models", 405, "this path does not support the method; use GET"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_unknown_paths_and_methods(
+    server: Running, method: str, path: str, status: int, message: str
+) -> None:
+    response = httpx2.request(method, f"{server.url}{path}")
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert {*error} == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (None, "unknown_url")
+    assert message in error["message"]
+    assert len(error["message"]) < 500
+    assert error["message"].isprintable()
+    if status == 404:
+        assert "POST /v1/completions" in error["message"]
+        assert "chat" not in error["message"], "the chat endpoint only refuses"
 
 
 def test_key(generator: TextGenerator) -> None:

@@ -10,10 +10,16 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from tests.support.servers import Running, run_server
+from tnnlm.detokenizer import Detokenizer
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams, sample
+from tnnlm.serving.logprobs import LogprobsFormat, TokenScore, score_tokens
+from tnnlm.serving.requests import RequestParser
+from tnnlm.serving.schemas import CompletionRequest
+from tnnlm.serving.settings import Settings
 from tnnlm.tokenizer import TextTokenizer
 
 MIXED = "na\u00efve \U0001f600 \u00e9\u4e2d"
@@ -99,6 +105,42 @@ def test_the_end_token_has_an_entry(client: httpx2.Client, generator: TextGenera
     for bias in BIASES:
         echoed = complete(client, "ab", logprobs=1, logit_bias=bias, max_tokens=1, echo=True)["choices"][0]
         assert len(echoed["logprobs"]["tokens"]) == len(generator.tokenizer.encode("ab")) + 1
+
+
+@pytest.mark.parametrize("token", range(4))
+def test_ids_of_equal_text_keep_an_entry_each(token: int) -> None:
+    words = {"<0x41>": 0, "A": 1, "<0xE2>": 2, "bytes:\\xe2": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for n in range(5):
+        (score,) = score_tokens(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]), [token], n)
+        found = LogprobsFormat(Detokenizer(tokenizer), False, 0, None).entries([score])
+        (top,), (word,) = found["top_logprobs"], found["tokens"]
+        assert top[word] == score.logprob
+        assert sorted(top.values()) == sorted({value for _, value in score.top} | {score.logprob})
+        assert word == ("A", "A", "bytes:\\xe2", "bytes:\\xe2")[token]
+    assert sum(key.startswith("token_id:") for key in top) == 2
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.BPEDecoder()], ids=["bytes", "window"])
+def test_the_end_token_is_behind_a_character_that_it_cuts(decoder: Any, echo: bool) -> None:
+    names = {"bytes": ["a", "\u00f0", "\u0141"], "window": ["a", "\ufffd"]}
+    words = [END, *names["bytes" if isinstance(decoder, decoders.ByteLevel) else "window"]]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    tokenizer.decoder = decoder
+    wrapped = TextTokenizer(tokenizer, END)
+    parsed = RequestParser(wrapped, Settings(name="tiny")).parse(
+        CompletionRequest(prompt=[0, 1], echo=echo, logprobs=0)
+    )
+    (sequence,) = parsed.response.sequences
+    drawn = [1, *range(2, len(words)), wrapped.eos_id]
+    text = parsed.prompts[0].echo + "".join(map(sequence.text.push, drawn)) + sequence.text.finish()
+    assert text.endswith("a\ufffd")
+    scored = [TokenScore(token, 0.0, ()) for token in (parsed.prompts[0].tokens if echo else []) + drawn]
+    offsets = parsed.response._formats[0].entries(scored)["text_offset"]
+    assert offsets[-1] == len(text)
+    assert offsets[-2] == len(text) - 1
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

@@ -71,8 +71,8 @@ def test_a_stop_has_a_timeout(folder: Path) -> None:
     [
         (("--model", "nowhere"), "nowhere: no such run"),
         (("--port", "70000"), "--port 70000"),
-        (("--max-batch", "0"), "max_batch 0"),
-        (("--cache-mb", "-1"), "cache_bytes -1"),
+        (("--max-batch", "0"), "--max-batch 0: must be from 1 to"),
+        (("--cache-mb", "-1"), "--cache-mb -1: must be from 0 to"),
         (("--dtype", "int3"), "int3"),
         (("--api-key", ""), "--api-key: is empty"),
         (("--name", ""), "--name: is empty"),

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from tests.support.scripts import ROOT
-from tnnlm.cli import COMMANDS
+from tnnlm.cli import COMMANDS, module_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
 
@@ -30,8 +30,8 @@ def commands_of(text: str) -> list[str]:
 @cache
 def script_module(name: str) -> ModuleType:
     """Import a script such as ``tools/plot_run.py``; for a subcommand, import its module in ``tnnlm.cli``."""
-    if Path(name).stem.replace("_", "-") in COMMANDS:
-        return importlib.import_module(f"tnnlm.cli.{Path(name).stem}")
+    if (command := Path(name).stem.replace("_", "-")) in COMMANDS:
+        return importlib.import_module(module_of(command))
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     assert spec is not None
     assert spec.loader is not None

@@ -8,7 +8,7 @@ from tests.support.models import tiny_config
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.converted import save_converted
 from tnnlm.conversion import auto_horizon, convert_model, measure
-from tnnlm.conversion.methods import LayerConversion
+from tnnlm.conversion.source import LayerConversion
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.tokenizer import TextTokenizer

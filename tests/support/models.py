@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tnnlm.config.schema import ModelConfig
-from tnnlm.kernels import FDTNOConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
+from tnnlm.kernels import FDTNOConfig, HyenaConfig, KernelConfig, RTFConfig, SGConvConfig, TNOConfig
 from tnnlm.models.causal_lm import CausalLM, ModelState
 
 FAMILIES: dict[str, Callable[[], KernelConfig]] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Callable[[], KernelConfig]] = {
     "fd_tno": lambda: FDTNOConfig(name="fd_tno", rpe_dim=8, rpe_layers=2),
     "sgconv": lambda: SGConvConfig(name="sgconv", kernel_dim=4, decay_max=3.0),
     "rtf": lambda: RTFConfig(name="rtf", state_size=6, denominators=3, constraint="montel"),
+    "hyena": lambda: HyenaConfig(name="hyena", width=8, layers=1, bands=2, frequency=2.0),
 }
 """Settings of a small kernel, by family."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,19 @@ class ConversionReport:
     relative_tap_error: float
     """Relative l2 error of the taps, ||k - k^|| / ||k||, over all channels and the lags below the horizon."""
     l1_error: float
-    """Relative l1 error of the taps, ||k - k^||_1 / ||k||_1, of the worst channel, also past the horizon.
+    """Relative l1 error of the taps, ||k - k^||_1 / ||k||_1, of the worst channel, over all lags.
 
-    The absolute l1 error bounds |y - y^| for |x| <= 1.
+    The absolute l1 error bounds |y - y^| for |x| <= 1. It is measured over eight horizons or training
+    lengths, and bounded past them by the decay of kernel and recurrence; infinity if the recurrence doesn't
+    decay. A channel whose kernel is zero is compared with the largest channel. For kernels without a known
+    decay it is the error at the measured lags.
     """
     tail_energy: float
     """Fraction of the kernel's energy at lags from the horizon onwards, of the worst channel."""
     hankel_ratio: float | None
     """Hankel norm of k - k^ divided by its lower bound for this order, a Hankel singular value: 1 is optimal.
 
+    Smaller ratios are impossible, and one that is measured within rounding counts as 1.
     None if the bound is at rounding level, for large orders (ETSC, window), and for poles per channel, which
     don't share one recurrence.
     """
@@ -73,5 +80,19 @@ class ModelReport:
     """Perplexities of the parallel and the recurrent form, by sequence length in tokens."""
     protocol: str = "documents"
     """``data.protocol`` of the perplexities: where end tokens are, and which tokens are scored."""
+    ppl_tokens: dict[str, int] = field(default_factory=dict)
+    """Number of validation tokens that the perplexities are measured on, by sequence length in tokens."""
     not_measured: dict[str, str] = field(default_factory=dict)
     """Reasons why perplexities couldn't be measured on this machine, by engine or sequence length."""
+
+    def to_json(self) -> str:
+        """Return the certificate as JSON, in which numbers that are not finite are null."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ def save_converted(
     texts = {
         "config.json": json.dumps(config, indent=2),
         "tokenizer.json": tokenizer.to_json(),
-        "conversion.json": json.dumps(asdict(report), indent=2),
+        "conversion.json": report.to_json(),
         **hf_files(model, tokenizer),
     }
     with atomic_folder(folder) as temporary:
@@ -96,7 +95,7 @@ def save_converted(
 
 def save_report(folder: Path, report: ModelReport) -> None:
     """Update conversion.json of a converted model with later measurements, atomically."""
-    write_text(folder / "conversion.json", json.dumps(asdict(report), indent=2))
+    write_text(folder / "conversion.json", report.to_json())
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -255,6 +254,8 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
         return recurrence.from_tensors(own)
     except KeyError as error:
         raise CheckpointError(f"{folder}: model.safetensors has no {error}", "convert again") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: is damaged (layer {index}, {error})", "convert again") from None
 
 
 def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:

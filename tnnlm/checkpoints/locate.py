@@ -14,6 +14,8 @@ LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = Path("checkpoints") / "previous.ckpt"
 """Previous last.ckpt, kept as a backup."""
 CONVERTED = Path("converted")
+IMPORTED = Path("import.json")
+"""Record of the origin of imported weights; a run that was trained has none."""
 
 
 def find_run(name: str | None, runs_dir: Path) -> Path:
@@ -86,11 +88,17 @@ def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, Convert
     Raises:
         CheckpointError: If nothing is found, or the model isn't converted.
     """
-    folder = _find_converted(target, runs_dir)
-    if folder is not None:
-        return folder, load_converted(folder)
-    path = find_checkpoint(target, runs_dir)
-    return path, from_attached(load_checkpoint(path))
+    path = find_for_decoding(target, runs_dir)
+    return path, load_converted(path) if path.is_dir() else from_attached(load_checkpoint(path))
+
+
+def find_for_decoding(target: str | None, runs_dir: Path) -> Path:
+    """Return the path that :func:`load_for_decoding` loads: a converted folder, or a checkpoint.
+
+    Raises:
+        CheckpointError: If nothing is found.
+    """
+    return _find_converted(target, runs_dir) or find_checkpoint(target, runs_dir)
 
 
 def outdated(target: str | None, runs_dir: Path) -> str | None:

@@ -65,6 +65,15 @@ class TrainedCheckpoint:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Loaded checkpoint of a model for any task."""
+
+    config: Config
+    tokenizer: TextTokenizer
+    model: CausalLM | MaskedLM | SequenceClassifier
+
+
+@dataclass(frozen=True)
 class TrainedEncoder:
     """Loaded checkpoint of an encoder: a masked language model or a sequence classifier."""
 
@@ -95,7 +104,8 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
             model for another task.
     """
     data = read_checkpoint(path)
-    config, tokenizer, model = _load_model(data, path)
+    loaded = _load_model(data, path)
+    config, tokenizer, model = loaded.config, loaded.tokenizer, loaded.model
     if not isinstance(model, CausalLM):
         raise CheckpointError(
             f"{path}: a model of task={config.task} can't be converted or generate text",
@@ -118,17 +128,25 @@ def load_encoder(path: Path) -> TrainedEncoder:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
             causal language model.
     """
-    config, tokenizer, model = _load_model(read_checkpoint(path), path)
+    loaded = load_any(path)
+    model = loaded.model
     if isinstance(model, CausalLM):
         raise CheckpointError(
             f"{path}: is a causal language model", "load it with tnnlm.checkpoints.training.load_checkpoint"
         )
-    return TrainedEncoder(config, tokenizer, model.eval())
+    return TrainedEncoder(loaded.config, loaded.tokenizer, model.eval())
 
 
-def _load_model(
-    data: dict[str, Any], path: Path
-) -> tuple[Config, TextTokenizer, CausalLM | MaskedLM | SequenceClassifier]:
+def load_any(path: Path) -> Loaded:
+    """Load a checkpoint of a model for any task on the CPU.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, truncated, inconsistent, or not from this package.
+    """
+    return _load_model(read_checkpoint(path), path)
+
+
+def _load_model(data: dict[str, Any], path: Path) -> Loaded:
     entry = data[ENTRY]
     config = config_from_dict(entry["config"], str(path))
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
@@ -141,7 +159,7 @@ def _load_model(
         model = build_model(config)
     load_weights(model, weights, path)
     check_tokenizer(tokenizer, model, path)
-    return config, tokenizer, model
+    return Loaded(config, tokenizer, model)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

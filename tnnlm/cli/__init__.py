@@ -20,9 +20,12 @@ COMMANDS = {
     "convert": "convert a trained checkpoint into a recurrence",
     "generate": "generate text with a converted model",
     "serve": "serve a converted model with an OpenAI-compatible API",
+    "import": "import a checkpoint of another implementation as a run",
     "prepare-data": "download and tokenize the data of a run before training",
 }
 """Subcommands: name -> summary for ``tnnlm --help``."""
+_MODULES = {"import": "import_weights"}
+"""Modules of the subcommands whose names are keywords of Python."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -51,10 +54,15 @@ def run(name: str, words: Sequence[str] | None = None) -> int:
     return run_script(lambda: int(_module(name).main(words)))
 
 
+def module_of(name: str) -> str:
+    """Return the full name of the module of a subcommand."""
+    return f"{__name__}.{_MODULES.get(name, name.replace('-', '_'))}"
+
+
 def _module(name: str) -> ModuleType:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command", f"choose one of {', '.join(COMMANDS)}")
-    return import_module(f"{__name__}.{name.replace('-', '_')}")
+    return import_module(module_of(name))
 
 
 def _overview() -> str:

@@ -8,6 +8,7 @@ Methods (--method):
   etsc       the published algorithm, exact on the horizon
   window     a sliding window of the last inputs
   companion  the exact recurrence of a kernel that defines one, such as rtf
+  multirate  the exact recurrence of sgconv, with few operations per token
   auto       per layer, the smallest of these that meets the tolerance
   gradient   poles and residues fitted by Adam, a slow baseline
 
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import is_converted
-from tnnlm.cli.usage import Condition, check_effective, given_options, parser_of
+from tnnlm.cli.usage import Condition, check_effective, errors_name_options, given_options, parser_of
 from tnnlm.config.flags import add_flags, settings_from_flags
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
@@ -133,6 +134,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
     args = parser.parse_args(words)
+    if args.target == "":
+        raise UserError("RUN: is empty", "omit it for the newest run")
     args.recipe = settings_from_flags(ConversionConfig, FLAGS, args)
     args.compile = () if args.compile is None else args.compile or ("float32",)
     args.export = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]
@@ -175,15 +178,16 @@ def main(words: Sequence[str] | None = None) -> int:
         for step, reason in failures.items():
             print(f"error: {step}: {reason}", file=sys.stderr)
         return 1 if failures else 0
-    done = convert_checkpoint(
-        args.target,
-        args.recipe,
-        out=args.out,
-        force=args.force,
-        verify=args.verify,
-        compiled=args.compile,
-        exported=args.export,
-        license=args.license,
-    )
+    with errors_name_options(arguments()):
+        done = convert_checkpoint(
+            args.target,
+            args.recipe,
+            out=args.out,
+            force=args.force,
+            verify=args.verify,
+            compiled=args.compile,
+            exported=args.export,
+            license=args.license,
+        )
     show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) and not done.failures else 1

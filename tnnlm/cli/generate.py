@@ -1,6 +1,6 @@
 """Generate text with a converted model: parallel prefill, then constant time and memory per token.
 
-Completions go to stdout, the selected engine to stderr.
+Completions go to stdout, the selected engine to stderr, and so does the model if --model is omitted.
 
 Examples:
   tnnlm generate --prompt "def main("                  # the newest converted model
@@ -21,9 +21,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tnnlm.cli.usage import Condition, add_device, check_effective, parser_of
+from tnnlm.cli.usage import Condition, add_device, check_effective, errors_name_options, parser_of
 from tnnlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tnnlm.inference.session import GenerationSession
 
 CONDITIONS = {
     "--prompt": Condition(
@@ -133,8 +137,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments()
     args = parser.parse_args(words)
     if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
-        parser.error("give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive")
+        raise UserError(
+            "--prompt: is missing", "give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive"
+        )
     check_effective(parser, words, args, CONDITIONS)
+    if args.model == "":
+        raise UserError("--model: is empty", "omit it for the newest converted model")
     if not 1 <= args.num_samples <= 10_000:
         raise UserError(f"--num-samples {args.num_samples}: must be from 1 to 10,000")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -151,24 +159,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if prompt == "":
         raise UserError("--prompt: is empty", "give at least one character")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    from tnnlm.checkpoints.locate import outdated
-    from tnnlm.inference.sampling import SamplingParams
-    from tnnlm.inference.session import GenerationSession
-    from tnnlm.inference.state_file import check_state_path
-
-    if args.save_state:
-        check_state_path(args.save_state)
-    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    if warning := outdated(args.model, Path("runs")):
-        print(f"warning: {warning}", file=sys.stderr)
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
-    session = GenerationSession.load(
-        args.model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
-    )
-    if not args.json:
-        print(f"[{session.engine}]", file=sys.stderr)
-    if args.load_state:
-        session.load_state(args.load_state, reseed=args.seed is not None)
+    with errors_name_options(arguments()):
+        session = load_session(args)
     if args.interactive:
         session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
@@ -184,6 +176,38 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def load_session(args: argparse.Namespace) -> GenerationSession:
+    """Check the arguments, load the model, and restore the saved state if one is given.
+
+    Raises:
+        UserError: If an argument is out of range, or the model or the state can't be loaded.
+    """
+    from tnnlm.checkpoints.locate import find_for_decoding, outdated
+    from tnnlm.inference.generator import check_new_tokens
+    from tnnlm.inference.sampling import SamplingParams
+    from tnnlm.inference.session import GenerationSession
+    from tnnlm.inference.state_file import check_state_path
+
+    if args.save_state:
+        check_state_path(args.save_state)
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    check_new_tokens(args.max_new_tokens)
+    model = str(find_for_decoding(args.model, Path("runs")))
+    if warning := outdated(model, Path("runs")):
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.model is None:
+        print(f"model: {model}", file=sys.stderr)
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
+    session = GenerationSession.load(
+        model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+    )
+    if not args.json:
+        print(f"[{session.engine}]", file=sys.stderr)
+    if args.load_state:
+        session.load_state(args.load_state, reseed=args.seed is not None)
+    return session
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the lines of a file that are not empty.
 
@@ -191,7 +215,8 @@ def read_prompts(path: Path) -> list[str]:
         UserError: If the file cannot be read as text or has no such line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also split at characters such as U+2028, which may be part of a prompt.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: is not a text file with one prompt per line") from None
     prompts = [line for line in lines if line.strip()]

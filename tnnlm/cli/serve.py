@@ -24,10 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tnnlm.cli.usage import add_device, parser_of
+from tnnlm.cli.usage import add_device, errors_name_options, parser_of
 from tnnlm.errors import UserError
 
 GRACE = 30
+RANGES = {"port": 65_535, "cache_mb": 1 << 20, "grace": 86_400}
+"""Largest value of the options whose smallest value is 0 and that are not limits of the application."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -134,11 +136,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port {args.port}: must be from 0 to 65535")
-    for option in ("api_key", "name"):
-        if getattr(args, option) == "":
-            raise UserError(f"--{option.replace('_', '-')}: is empty", "give at least one character")
+    check_ranges(args)
     try:
         import uvicorn
 
@@ -146,14 +144,15 @@ def main(words: Sequence[str] | None = None) -> int:
         from tnnlm.serving.settings import Limits, Settings
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name}: is not installed", "run: pip install 'tnnlm[serve]'") from None
-    limits = Limits(
-        max_batch=args.max_batch,
-        max_queue=args.max_queue,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_tokens=args.max_tokens,
-        timeout=args.timeout,
-        cache_bytes=args.cache_mb << 20 if args.cache_mb >= 0 else -1,
-    )
+    with errors_name_options(arguments()):
+        limits = Limits(
+            max_batch=args.max_batch,
+            max_queue=args.max_queue,
+            max_prompt_tokens=args.max_prompt_tokens,
+            max_tokens=args.max_tokens,
+            timeout=args.timeout,
+            cache_bytes=args.cache_mb << 20,
+        )
     listener = listen(args.host, args.port)
     api_key = args.api_key or os.environ.get("TNNLM_API_KEY") or None
     # The thread that loads the model also runs it.
@@ -181,6 +180,21 @@ def main(words: Sequence[str] | None = None) -> int:
         print("no API key: anyone who reaches this address can use it; set TNNLM_API_KEY", file=sys.stderr)
     serve(uvicorn, app, listener, args.grace)
     return 0
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Check the options that are not limits of the application.
+
+    Raises:
+        UserError: If a number is out of range, or a text is empty.
+    """
+    for option, most in RANGES.items():
+        value = getattr(args, option)
+        if not 0 <= value <= most:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be from 0 to {most:,}")
+    for option in ("api_key", "name", "model"):
+        if getattr(args, option) == "":
+            raise UserError(f"--{option.replace('_', '-')}: is empty", "give at least one character")
 
 
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:

@@ -9,6 +9,7 @@ Examples:
   tnnlm train --config tnn_wt103 --dry-run              # settings, parameters, memory
   tnnlm train --resume                                  # resume the newest run
   tnnlm train --resume book trainer.max_steps=20000     # extend a finished run
+  tnnlm train --init-from demo data.source=files data.files=book.txt    # new run, from its weights
   tnnlm train --job nightly --config rtf_demo           # start it, or resume it
 """
 
@@ -21,12 +22,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from tnnlm.cli.usage import Condition, add_settings, check_effective, parser_of
+from tnnlm.cli.usage import Condition, add_settings, check_effective, given_options, parser_of
 from tnnlm.config.loader import config_to_yaml, load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import collect_failure
+
+if TYPE_CHECKING:
+    from tnnlm.training.initial import InitialWeights
 
 CONDITIONS = {
     "--config": Condition(
@@ -39,6 +44,11 @@ CONDITIONS = {
     ),
     "--job": Condition(
         lambda args: args.resume is None, "selects the run by itself", "omit --resume or --job"
+    ),
+    "--init-from": Condition(
+        lambda args: args.resume is None and not args.find_lr,
+        "sets the weights of a new run",
+        "omit --resume and --find-lr, or omit it",
     ),
     "--json": Condition(
         lambda args: args.dry_run, "formats the output of --dry-run", "add --dry-run, or omit it"
@@ -80,6 +90,13 @@ def arguments() -> argparse.ArgumentParser:
         help="Resume the run that this job started, or start one; on SIGUSR1, the signal before the time "
         "limit, save it and requeue the SLURM job. (default without NAME: the SLURM job ID)",
     )
+    add = parser.add_argument_group("new runs").add_argument
+    add(
+        "--init-from",
+        metavar="RUN|CKPT",
+        help="Start a new run from the weights and tokenizer of a run or checkpoint, with a new optimizer. "
+        "Without --config, its model settings are taken as well.",
+    )
     add = parser.add_argument_group("before training").add_argument
     add("--dry-run", action="store_true", help="Print settings, parameters and estimated memory, and exit.")
     add("--json", action="store_true", help="Print the output of --dry-run as JSON.")
@@ -98,6 +115,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             args.overrides.insert(0, getattr(args, option))
             setattr(args, option, "")
     check_effective(parser, words, args, CONDITIONS)
+    args.own_model = "--config" in given_options(parser, words)
     return args
 
 
@@ -105,10 +123,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
     if args.dry_run:
-        show(choose(args)[0], args.json)
+        show(choose(args).config, args.json)
         return 0
     if args.find_lr:
-        search(choose(args)[0])
+        search(choose(args).config)
         return 0
     from tnnlm.training.callbacks.checkpoint import TrainingDiverged, TrainingStopped
     from tnnlm.training.resume import SOURCES, is_complete
@@ -117,11 +135,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
     try:
         with time_limit_noticed():
-            config, run, job = choose(args)
+            config, run, job, initial = choose(args)
             if job is not None and run is not None and is_complete(config, run):
                 print(f"{run}: is complete; nothing to do")
                 return 0
-            train(config, run, source=SOURCES[args.source], job=job)
+            train(config, run, source=SOURCES[args.source], job=job, initial=initial)
     except TrainingStopped as stopped:
         # Only the main process reports and requeues; on an exit code other than 0 of another process,
         # Lightning would terminate all of them.
@@ -134,24 +152,48 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choose(args: argparse.Namespace) -> tuple[Config, Path | None, str | None]:
-    """Return the settings, the run to resume (None for a new one) and the name of its job, if any."""
+class Choice(NamedTuple):
+    """Run that the arguments select."""
+
+    config: Config
+    """Settings of the run."""
+    run: Path | None
+    """Run to resume; None for a new one."""
+    job: str | None
+    """Name of its job, if any."""
+    initial: InitialWeights | None = None
+    """Checkpoint whose weights a new run starts from."""
+
+
+def choose(args: argparse.Namespace) -> Choice:
+    """Return the run that the arguments select."""
     if args.resume is not None:
         from tnnlm.checkpoints.locate import find_run
         from tnnlm.training.resume import resumed_config
 
         run = find_run(args.resume or None, Path("runs"))
-        return resumed_config(run, args.overrides), run, None
-    config = load_config(find_config(args.config), args.overrides)
+        return Choice(resumed_config(run, args.overrides), run, None)
+    config, initial = new_config(args)
     if args.job is None:
-        return config, None, None
+        return Choice(config, None, None, initial)
     from tnnlm.training.slurm import find_job, job_name
 
     job = job_name(args.job)
     found = find_job(job, config)
     if found is not None:
         config.name = found.name
-    return config, found, job
+    return Choice(config, found, job, initial)
+
+
+def new_config(args: argparse.Namespace) -> tuple[Config, InitialWeights | None]:
+    """Return the settings of a new run, and the checkpoint that ``--init-from`` selects."""
+    path = find_config(args.config)
+    if args.init_from is None:
+        return load_config(path, args.overrides), None
+    from tnnlm.training.initial import InitialWeights
+
+    initial = InitialWeights(args.init_from)
+    return initial.config(path, args.overrides, own_model=args.own_model), initial
 
 
 def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:

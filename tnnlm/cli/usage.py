@@ -1,15 +1,19 @@
-"""Argument parsers of the commands: their usage lines, options that several commands share, and the check
-that every option on the command line has an effect."""
+"""Argument parsers of the commands: their usage lines, options that several commands share, the check that
+every option on the command line has an effect, and errors that name the options as typed."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tnnlm.errors import UserError, command
+from tnnlm.errors import OneLineParser, UserError, command
 
 _NOT_GIVEN = object()
+_SETTING = re.compile(r"(layer \d+: )?([a-z][a-z_ -]*?)( \S+: .*)", re.DOTALL)
+"""Reason of an error about the value of a setting: ``top_k -2: ...``, or ``layer 0: order 9: ...``."""
 
 
 class Condition(NamedTuple):
@@ -31,7 +35,7 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
         description: Text of ``--help``; its examples begin with ``tnnlm NAME``.
     """
     called = command(name)
-    return argparse.ArgumentParser(
+    return OneLineParser(
         prog=called,
         description=(description or "").replace(f"tnnlm {name}", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,3 +105,22 @@ def check_effective(
     for option in given_options(parser, words):
         if option in conditions and not conditions[option].holds(args):
             raise UserError(f"{option}: {conditions[option].otherwise}", conditions[option].remedy)
+
+
+@contextmanager
+def errors_name_options(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Name options as typed in errors of the library about the values of settings.
+
+    ``top_k -2: must be 0 or more`` becomes ``--top-k -2: must be 0 or more`` if ``parser`` has this option.
+
+    Raises:
+        UserError: The error of the body, with the option in place of the setting.
+    """
+    try:
+        yield
+    except UserError as error:
+        found = _SETTING.fullmatch(error.reason)
+        option = "--" + re.sub("[_ ]", "-", found[2]) if found else ""
+        if found is None or option not in parser._option_string_actions:
+            raise
+        raise type(error)(f"{found[1] or ''}{option}{found[3]}", error.remedy) from None

@@ -101,13 +101,19 @@ def settle_task(config: Config, where: Callable[[str], str]) -> None:
             + where("model.causal"),
             "omit model.causal, or set task=masked",
         )
+    if config.model.block != "tnn" and config.model.expand != 1:
+        raise ConfigError(
+            f"model.expand={config.model.expand}: must be 1 with model.block={config.model.block}"
+            f"{where('model.block')}",
+            "set model.expand=1",
+        )
     data = config.data
     labelled = data.source in LABELLED
     if labelled != (config.task == "classify"):
         instead = "set task=classify" if labelled else f"set data.source={' or '.join(LABELLED)}"
         place = where("data.source") or where("task")
         raise ConfigError(f"data.source={data.source}: can't be used with task={config.task}{place}", instead)
-    if not labelled:
+    if not labelled and data.tokenizer is None:
         size = config.model.vocab_size
         if size < SMALLEST_TEXT:
             raise ConfigError(

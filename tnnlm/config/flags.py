@@ -61,7 +61,7 @@ def settings_from_flags(schema: Callable[..., _T], names: Mapping[str, str], arg
         ConfigError: If a value is out of bounds; the message begins with the option.
     """
     settings = schema(**{name: getattr(args, name) for name in names})
-    check_settings(settings, lambda name, value: f"--{names.get(name, name)} {value}")
+    check_settings(settings, lambda name, value: f"--{names.get(name, name)} {one_line(value)}")
     return settings
 
 

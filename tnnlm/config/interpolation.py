@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from tnnlm.config.layers import Schema
 from tnnlm.config.values import Node, Origin, is_list, read_value, shown
 from tnnlm.errors import ConfigError
 
+_ENV = "oc.env:"
 _REFERENCE = re.compile(r"\\\$\{|\$\{([^{}]*)\}")
 
 
@@ -34,19 +34,30 @@ def interpolated(text: str, lookup: Callable[[str], str | None]) -> str:
         name = match[1]
         if name is None:
             return "${"
-        value = _variable(match[0]) if name.startswith("oc.env:") else lookup(name)
+        value = _variable(name[len(_ENV) :]) if name.startswith(_ENV) else lookup(name)
         return match[0] if value is None else value
 
     return _REFERENCE.sub(replaced, text)
 
 
-def _variable(reference: str) -> str | None:
-    """Return the value that OmegaConf gives ``${oc.env:NAME}`` or ``${oc.env:NAME,default}``, or None."""
+def _variable(arguments: str) -> str | None:
+    """Return the variable of ``NAME`` or ``NAME,default``, or None if it isn't set and there is no default.
+
+    The default is the text as typed: OmegaConf's own syntax would make ``1e3`` to ``1000.0``.
+    """
+    name, comma, default = arguments.partition(",")
     try:
-        value = OmegaConf.create({"value": reference}).value
-    except OmegaConfBaseException:
+        return str(oc.env(_literal(name), *[_literal(default)] * bool(comma)))
+    except (KeyError, ValueError):  # not set, or no name of a variable
         return None
-    return None if value is None else str(value)
+
+
+def _literal(text: str) -> str:
+    """Return an argument without blanks and quotes around it, and with commas for escaped ones."""
+    text = text.strip()
+    if len(text) > 1 and text[0] in "'\"" and text[0] == text[-1]:
+        return text[1:-1]
+    return text.replace(r"\,", ",")
 
 
 def escaped(text: str) -> str:

@@ -81,7 +81,9 @@ def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> M
     """
     kernel = data["kernel"]
     rest = {key: value for key, value in data.items() if key != "kernel"}
-    config = config_from_dict({"model": rest}, where).model
+    # The vocabulary of a given tokenizer may be smaller than that of one that is trained for text.
+    given = {"tokenizer": "tokenizer.json"}
+    config = config_from_dict({"model": rest, "data": given}, where).model
     config.kernel = KernelConfig(name=str(kernel["name"]), module=kernel.get("module"))
     return config
 

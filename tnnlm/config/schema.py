@@ -22,14 +22,18 @@ class ModelConfig:
     n_layers: int = number(4, low=1, high=10_000)
     """Number of blocks."""
     vocab_size: int = number(4096, low=2, high=10_000_000)
-    """Number of embedding entries, at least 257 for text. A tokenizer trained for the run has at most this
-    many tokens."""
+    """Number of embedding entries, at least 257 for text without ``data.tokenizer``. A tokenizer trained for
+    the run has at most this many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
     """Training sequence length in tokens. Decoding is not limited to it."""
+    block: str = choice("tnn", "tnn", "hyena", "s4", "s4_glu")
+    """Wiring of a block: tnn (gated convolution and GLU, norms without parameters), hyena (the Hyena operator
+    of order 2 and an MLP, as in HyenaDNA), s4 (convolution, GELU and a linear layer, without channel mixing)
+    or s4_glu (s4 with a gated linear layer). All but tnn have LayerNorms and need ``expand`` = 1."""
     expand: int = number(3, low=1, high=64)
     """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
-    """Hidden width of the GLU (null: ``d_model``)."""
+    """Hidden width of the GLU or MLP (null: ``d_model``)."""
     final_norm: str = choice("simple_rms", "simple_rms", "layer")
     """Norm before the output layer: simple_rms, which has no parameters, or layer (LayerNorm with scale and
     bias, as in the published TNN language models)."""
@@ -240,11 +244,12 @@ class CheckpointConfig:
 class ConversionConfig:
     """Conversion of kernels to recurrences."""
 
-    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
+    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "multirate", "gradient")
     """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,
     exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
-    recurrence that a kernel such as rtf defines), auto (per layer, whichever of these has the smallest state
-    within the tolerance) or gradient (fitted with Adam, a slow baseline)."""
+    recurrence that a kernel such as rtf defines), multirate (the exact recurrence of sgconv, for few
+    operations per token), auto (per layer, whichever of these has the smallest state within the tolerance)
+    or gradient (fitted with Adam, a slow baseline)."""
     horizon: int | str = number("auto", low=1, high=1 << 20, word="auto")
     """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
     kernel is below float32 rounding, or the training length if it does not decay."""

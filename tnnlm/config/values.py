@@ -144,7 +144,7 @@ def read_int(text: str, *, radix: bool = False) -> int:
     if radix and re.fullmatch(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", digits):
         return int(digits, 0)
     number = _decimal(digits, "an integer")
-    if number.adjusted() > 40:  # before the digits are written out: 1e999999999 would fill the memory
+    if number.adjusted() > _DIGITS:  # before the digits are written out: 1e999999999 would fill the memory
         raise ValueError("is too large")
     if number.as_tuple().exponent < -400 or number != number.to_integral_value():  # type: ignore[operator]
         raise ValueError("expected an integer")
@@ -209,6 +209,8 @@ def one_line(value: object) -> str:
     return short if short.isprintable() else ascii(short)
 
 
+_DIGITS = 80
+"""Maximum number of digits of an integer, far above any bound of a setting."""
 _ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(,|\Z)""")
 _READERS: dict[type, Callable[[str], Any]] = {bool: read_bool, int: read_int, float: read_float}
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, relative_error
-from tnnlm.errors import UserError
+from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, row_scales
+from tnnlm.conversion.source import ToleranceError, relative_error
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
 
@@ -93,11 +93,13 @@ def realize(f: Tensor, max_order: int, finite: bool = False) -> Realization:
     largest = max_order if decayed else max(1, min(max_order, columns // 2))
     sigma, v = hankel_svd(f, largest, columns)
     before, after = v[:, :-1], v[:, 1:]
-    if decayed:
+    if decayed or columns == 1:
         matrix = after.transpose(1, 2) @ before
     else:
         matrix = torch.linalg.lstsq(before, after).solution.transpose(1, 2)
-    return Realization(matrix, v[:, 0], sigma)
+    # Singular vectors of taps that are all zero are arbitrary, and their A may not be diagonalisable.
+    alive = (f != 0).flatten(1).any(1)
+    return Realization(matrix * alive[:, None, None], v[:, 0] * alive[:, None], sigma)
 
 
 def balanced(
@@ -126,7 +128,7 @@ def balanced(
         Parameters in float64.
 
     Raises:
-        UserError: If no order up to ``MAX_ORDER`` meets the tolerance.
+        ToleranceError: If no order up to ``MAX_ORDER`` meets the tolerance.
     """
     tail = k[:, window_taps:]
     modes = None if order is None else order - window_taps
@@ -143,10 +145,12 @@ def balanced(
             balanced(k[chosen], tolerance=tolerance, poles=poles, window_taps=window_taps, finite=finite)
         width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
         fits = []
-        for whole in k.split(width):
-            f = whole[:, None, window_taps:].double()
-            problem = Problem(f, f.flatten(1).norm(dim=1), whole.double().norm(dim=1), finite)
-            fits.append((f, *_fit(problem, modes, tolerance)))
+        for block in k.split(width):
+            scales = row_scales(block)
+            whole = block.double() / scales
+            f = whole[:, None, window_taps:]
+            problem = Problem(f, f.flatten(1).norm(dim=1), whole.norm(dim=1), finite)
+            fits.append((f * scales.unsqueeze(2), *_fit(problem, modes, tolerance)))
         n = max(found for _, _, found in fits)
         params = _per_channel([(f, realization) for f, realization, _ in fits], n)
     if not window_taps:
@@ -176,7 +180,7 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
     if order is not None:
         realization = realize(problem.f, order, problem.finite)
         return realization, min(order, realization.start.shape[1])
-    tried, below, reached = 0, 0, 1.0
+    tried, below, reached, best = 0, 0, 1.0, 0
     for limit in (32, MAX_ORDER):
         realization = realize(problem.f, limit, problem.finite)
         largest = realization.start.shape[1]
@@ -184,14 +188,16 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
         while tried < largest:
             tried = min(max(tried + 1, tried * 3 // 2), largest)
             error = _error(problem, realization, tried)
-            reached = min(reached, error)
+            if best == 0 or error < reached:
+                reached, best = error, tried
             if error <= tolerance:
                 return realization, _bisect(problem, realization, tolerance, below, tried)
             below = tried
-    raise UserError(
+    raise ToleranceError(
         f"tolerance {tolerance:g}: can't be met, the smallest relative error up to order {tried} is "
-        f"{reached:.1e}",
+        f"{reached:.1e}, at order {best}",
         "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
+        reached,
     )
 
 
@@ -222,7 +228,7 @@ def _shared(realization: Realization, order: int, k: Tensor) -> SSMParams:
     basis, upper = torch.linalg.qr(states)
     residues = k.new_empty(k.shape[0], 2, lam.shape[1], dtype=torch.float64)
     for part, block in channel_blocks(k):
-        weights = torch.linalg.solve_triangular(upper, (block @ basis).T, upper=True).T
+        weights = _solve_upper(upper, (block @ basis).T).T
         residues[part] = torch.view_as_real(weights.to(modal.dtype) @ modal[0]).transpose(1, 2)
     poles = torch.view_as_real(lam[0]).T.contiguous()
     return SSMParams(residues.new_zeros(k.shape[0], 0), poles, residues)
@@ -233,7 +239,7 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
     for f, realization in fits:
         lam, modal = _modal(realization, order)
         basis, upper = torch.linalg.qr(realization.states(order, f.shape[2]))
-        weights = torch.linalg.solve_triangular(upper, (f @ basis).transpose(1, 2), upper=True)
+        weights = _solve_upper(upper, (f @ basis).transpose(1, 2))
         c = (weights.transpose(1, 2).to(modal.dtype) @ modal).squeeze(1)
         poles.append(torch.view_as_real(lam).transpose(1, 2))
         residues.append(torch.view_as_real(c).transpose(1, 2))
@@ -244,6 +250,15 @@ def _per_channel(fits: list[tuple[Tensor, Realization]], order: int) -> SSMParam
         for parts in (poles, residues)
     ]
     return SSMParams(padded[1].new_zeros(len(padded[1]), 0), *padded)
+
+
+def _solve_upper(upper: Tensor, right: Tensor) -> Tensor:
+    """Solve upper triangular systems; singular ones, of dependent states, by least squares."""
+    diagonal = upper.diagonal(dim1=-2, dim2=-1).abs()
+    eps = torch.finfo(upper.dtype).eps
+    if bool((diagonal.amin(-1) > eps * diagonal.amax(-1)).all()):
+        return torch.linalg.solve_triangular(upper, right, upper=True)
+    return torch.linalg.pinv(upper) @ right
 
 
 def _after_window(k: Tensor, poles: Tensor, width: int, smallest_gain: float) -> SSMParams:

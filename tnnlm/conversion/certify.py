@@ -6,6 +6,7 @@ No recurrence of order N has a Hankel-norm error below the (N+1)-st Hankel singu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,16 +16,24 @@ from torch import Tensor
 from tnnlm.checkpoints.certificate import ConversionReport, ModelReport
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
-from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd
-from tnnlm.conversion.methods import LayerConversion
+from tnnlm.conversion.linalg import (
+    channel_blocks,
+    compress,
+    hankel_singular_values,
+    power_of_two,
+)
+from tnnlm.conversion.source import LayerConversion
+from tnnlm.conversion.tails import kernel_tail, recurrence_tail
+from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
+from tnnlm.modules.hyena import SHORT_TAPS
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
-EXTENT = 4
-"""Errors are measured up to this multiple of the horizon."""
+EXTENT = 8
+"""Errors are measured up to this multiple of the horizon or of the training length, whichever is longer."""
 LARGEST_RATIO_ORDER = 256
 """No Hankel ratio is computed from this order on, because the singular value would be rounding error."""
 KV_CONTEXT = 2048
@@ -32,6 +41,9 @@ KV_CONTEXT = 2048
 USELESS_L1 = 0.5
 """Relative l1 error above which a recurrence is wrong past its horizon. Conversions that meet their tolerance
 stay far below it."""
+RATIO_SLACK = 0.02
+"""Largest amount by which a measured Hankel ratio may be below 1, which then counts as 1: the norm of the
+error is that of most of its linear combinations and, for long horizons, of a random subspace."""
 _RANK = 128
 
 
@@ -40,8 +52,8 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
 
     They are if the kernel extends past the horizon, or if the recurrence does and the kernel does not.
     """
-    # A companion recurrence is exact at every lag.
-    layers = [layer for layer in layers if layer.method != "companion"]
+    # A recurrence that the kernel defines is exact at every lag.
+    layers = [layer for layer in layers if layer.method not in ("companion", "multirate")]
     worst = max((layer.tail_energy for layer in layers), default=0.0)
     if worst > ROUNDING**2:
         return (
@@ -50,14 +62,15 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
         )
     beyond = max((layer.l1_error for layer in layers), default=0.0)
     if beyond > USELESS_L1:
+        bound = f"by {beyond:.1f} times the largest possible output" if beyond < math.inf else "without bound"
         return (
             "this recurrence is not negligible past the horizon, where the kernel is: from position "
-            f"{horizon} on outputs may be off by {beyond:.1f} times the largest possible output; "
-            "use --method auto or window"
+            f"{horizon} on outputs may be off {bound}; use --method auto or window"
         )
     return None
 
 
+@torch.no_grad()
 def measure(
     model: CausalLM, layers: list[LayerConversion], *, method: str, horizon: int, seconds: float
 ) -> ModelReport:
@@ -70,19 +83,41 @@ def measure(
         horizon: Horizon of the conversion in lags.
         seconds: Duration of the conversion in seconds.
     """
-    reports = []
-    for kernel, converted in zip(kernels(model), layers, strict=True):
-        with torch.no_grad():
-            k = kernel(EXTENT * horizon)
-        if bool(torch.isfinite(k).all()):
-            reports.append(certify(k, converted, horizon))
-        else:  # The kernel grows without bound, for example because of poles outside the unit circle.
-            reports.append(replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0))
+    length = model.config.max_length
+    reports = [
+        certify_kernel(kernel, converted, horizon, length)
+        for kernel, converted in zip(kernels(model), layers, strict=True)
+    ]
     report = _sizes(model.config, horizon)
     report.method, report.layers, report.seconds = method, reports, seconds
-    report.state_bytes = sum(layer.state_bytes for layer in reports)
+    report.state_bytes += sum(layer.state_bytes for layer in reports)
     report.warning = horizon_warning(reports, horizon)
     return report
+
+
+@torch.no_grad()
+def certify_kernel(
+    kernel: Kernel, converted: LayerConversion, horizon: int, max_length: int
+) -> ConversionReport:
+    """Compare a recurrence with its kernel over ``EXTENT`` horizons or training lengths, and bound the rest.
+
+    Args:
+        kernel: Trained kernel.
+        converted: Recurrence of the kernel.
+        horizon: Number of lags that the recurrence is meant to match.
+        max_length: Training length in steps.
+    """
+    k, own = kernel(EXTENT * max(horizon, max_length)), kernel.recurrence()
+    if not bool(torch.isfinite(k).all()):
+        # The kernel grows without bound, for example because of poles outside the unit circle.
+        return replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0)
+    # A recurrence that the kernel defines is exact at every lag.
+    same = own is not None and _equal(own.to_dtype(k.dtype), converted.params)
+    return certify(k, converted, horizon, tail=None if same else kernel_tail(kernel, k, own))
+
+
+def _equal(a: Params, b: Params) -> bool:
+    return type(a) is type(b) and all(map(torch.equal, a, b))
 
 
 def describe(converted: CausalLM) -> ModelReport:
@@ -92,7 +127,7 @@ def describe(converted: CausalLM) -> ModelReport:
     """
     length = converted.config.max_length
     report = _sizes(converted.config, length)
-    report.state_bytes = sum(recurrence.state_bytes(params) for params in recurrences(converted))
+    report.state_bytes += sum(recurrence.state_bytes(params) for params in recurrences(converted))
     report.warning = (
         "errors were not measured, because the model was converted before it was saved: past the training "
         f"length of {length} tokens, outputs may differ from the trained model's"
@@ -103,70 +138,99 @@ def describe(converted: CausalLM) -> ModelReport:
 def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
     """Return a report that holds only the sizes that follow from the configuration."""
     channels = config.n_layers * config.expand * config.d_model
+    # The short convolutions of Hyena operators have a state too.
+    short = 4 * 3 * channels * (SHORT_TAPS - 1) if config.block == "hyena" else 0
     published = 2 * ((config.max_length + 1) // 2)
     return ModelReport(
         method="unknown",
         horizon=horizon,
         layers=[],
-        state_bytes=0,
-        etsc_state_bytes=4 * channels * published,
-        window_state_bytes=4 * channels * (horizon - 1),
+        state_bytes=short,
+        etsc_state_bytes=4 * channels * published + short,
+        window_state_bytes=4 * channels * (horizon - 1) + short,
         kv_cache_bytes=4 * 2 * config.n_layers * config.d_model * KV_CONTEXT,
         seconds=0.0,
     )
 
 
-def certify(k: Tensor, converted: LayerConversion, horizon: int) -> ConversionReport:
+def certify(
+    k: Tensor, converted: LayerConversion, horizon: int, *, tail: Tensor | None = None, reach: int = 0
+) -> ConversionReport:
     """Compare the effective taps of a recurrence with the true ones.
 
     Args:
         k: True taps (E, T), T >= horizon. Errors are measured at all T lags.
         converted: Recurrence to certify.
         horizon: Number of lags that the recurrence is meant to match.
+        tail: Upper bounds (E,) of the l1 norm of the kernel past the last measured lag, zero if it is finite.
+            None if they are unknown; the l1 error then counts the measured lags only.
+        reach: Number of lags to measure, with zeros from lag T on; T if it is smaller.
     """
-    params = converted.params
-    tiny = torch.finfo(torch.float64).tiny
+    params, reach = converted.params, max(reach, k.shape[1])
+    scale = power_of_two(k)
     # Only the Hankel ratio needs the errors of all channels at once: 16,384 x 16,384 take a gigabyte.
-    error = torch.empty_like(k[:, : 2 * horizon]) if _has_ratio(params, k.shape[1]) else None
-    squares, l1_error, tail = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0, 0.0
+    known = min(k.shape[1], 2 * horizon)
+    error = torch.empty_like(k[:, :known]) if _has_ratio(params, known) else None
+    squares, tail_share = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0
+    l1 = torch.zeros(2, len(k), dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
-        difference = block - params.channels_of(part).taps(k.shape[1])
+        whole = torch.nn.functional.pad(block, (0, reach - k.shape[1])) / scale
+        difference = whole - params.channels_of(part).taps(reach) / scale
         if error is not None:
-            error[part] = difference[:, : 2 * horizon]
-        squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, block)])
-        l1 = difference.abs().sum(1) / block.abs().sum(1).clamp(min=tiny)
-        l1_error = max(l1_error, float(l1.max()))
-        tail = max(tail, tail_energy(block, horizon))
+            error[part] = difference[:, :known]
+        squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, whole)])
+        l1[:, part] = torch.stack([x.abs().sum(1) for x in (difference, whole)])
+        tail_share = max(tail_share, tail_energy(block, horizon))
+    if tail is not None:
+        l1[0] += (tail + recurrence_tail(params, reach)) / scale
     return ConversionReport(
         method=converted.method,
         reason=converted.reason,
         order=params.order(),
-        relative_tap_error=float((squares[0] / squares[1].clamp(min=tiny)).sqrt()),
-        l1_error=l1_error,
-        tail_energy=tail,
-        hankel_ratio=None if error is None else _hankel_ratio(k[:, : 2 * horizon], error, params),
+        relative_tap_error=float(_quotient(squares[0], squares[1]).sqrt()),
+        l1_error=float(_quotient(l1[0], l1[1].where(l1[1] > 0, l1[1].amax())).amax()),
+        tail_energy=tail_share,
+        hankel_ratio=None if error is None else _hankel_ratio(k[:, :known] / scale, error, params),
         largest_pole=params.largest_pole(),
         state_bytes=recurrence.state_bytes(params),
     )
 
 
+def _quotient(error: Tensor, size: Tensor) -> Tensor:
+    """Return error / size: 0 where the error is 0, infinity where only the size is or where it overflowed."""
+    found = torch.where(error == 0, 0.0, error / size)
+    return found.where(torch.isfinite(found), torch.full_like(found, torch.inf))
+
+
 def _has_ratio(params: Params, lags: int) -> bool:
-    if not isinstance(params, SSMParams):
+    if not isinstance(params, SSMParams) or params.poles.dim() != 2:
         return False
-    return params.poles.dim() == 2 and 0 < params.order() < min(LARGEST_RATIO_ORDER, lags // 2)
+    # With as many states as columns of the Hankel matrix, the bound is zero.
+    return 0 < params.order() < min(LARGEST_RATIO_ORDER, (lags + 1) // 2)
 
 
 def _hankel_ratio(k: Tensor, error: Tensor, params: Params) -> float | None:
+    """Return the Hankel norm of the error over its lower bound, None if rounding errors dominate either.
+
+    Raises:
+        ArithmeticError: If the measured ratio is below 1 by more than ``RATIO_SLACK``, which is impossible.
+    """
     # Only the part of the Hankel matrix that the taps determine, so that nothing is assumed past the last
     # tap. The bound holds for it too: no matrix of rank N comes closer than its (N+1)-st singular value.
-    columns = (k.shape[1] + 1) // 2
-    sigma = hankel_svd(compress(k, _RANK).unsqueeze(0), params.order() + 1, columns)[0][0]
+    columns, order = (k.shape[1] + 1) // 2, params.order()
+    sigma = hankel_singular_values(compress(k, _RANK), order + 1, columns)
     leading = compress(error, _RANK, drop=1e-3)
     # Float32 rounding of taps or residues is spread over all channels. A few linear combinations don't
     # capture it, and its singular values say nothing about the kernel.
     total = sum(float(block.square().sum()) for _, block in channel_blocks(error))
-    if float(sigma[-1]) < 10 * ROUNDING * float(sigma[0]) or float(leading.square().sum()) < 0.8 * total:
+    captured = float(leading.square().sum())
+    bound, rounding = float(sigma[-1]), 10 * ROUNDING * float(sigma[0])
+    if not math.isfinite(total) or bound <= rounding or captured < 0.8 * total:
         return None
     # The Hankel norm of the error is its gain from past inputs to future outputs.
-    norm = hankel_svd(leading.unsqueeze(0), 1, columns)[0]
-    return float(norm.max()) / float(sigma[-1])
+    ratio = float(hankel_singular_values(leading, 1, columns)[0]) / bound
+    if ratio < 1 - RATIO_SLACK:
+        if captured < 0.99 * total:
+            return None
+        raise ArithmeticError(f"Hankel ratio {ratio:.4f} of order {order}: below its lower bound of 1")
+    return max(ratio, 1.0)

@@ -13,36 +13,56 @@ from torch import nn
 
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.horizon import MAX_HORIZON, ROUNDING, auto_horizon, tail_energy
-from tnnlm.conversion.methods import LayerConversion, Source, convert
+from tnnlm.conversion.methods import convert
 from tnnlm.conversion.progress import Progress, silent
+from tnnlm.conversion.source import LayerConversion, Source
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.surgery import M, attach, kernels
 from tnnlm.modules import LongConv
 
+REACH = 8
+"""Number of training lengths up to which a conversion with a tolerance has to keep it."""
 _FIRST_LENGTH = 512
 """Lags at which the search for a horizon starts if the training length is unknown."""
 
 
 def convert_kernel(
-    kernel: Kernel, recipe: ConversionConfig, horizon: int, progress: Progress = silent
+    kernel: Kernel,
+    recipe: ConversionConfig,
+    horizon: int,
+    progress: Progress = silent,
+    max_length: int | None = None,
 ) -> LayerConversion:
     """Return the recurrence that matches ``kernel`` at lags below ``horizon``.
 
     The taps are bit-identical to those that training uses. The algebra on them is in float64; the
     parameters are stored in the dtype of the taps (at least float32), poles in float64.
 
+    Methods with a tolerance keep it on the horizon, and also on ``REACH`` training lengths if the horizon
+    covers the kernel. If ``recipe.horizon`` is ``auto``, method ``auto`` keeps it there for every kernel.
+
+    Args:
+        kernel: Kernel to convert.
+        recipe: Method, order, tolerance and further settings of the conversion.
+        horizon: Horizon in lags.
+        progress: Progress bar for long loops.
+        max_length: Training length in steps; None takes the horizon.
+
     Raises:
-        UserError: If the taps are not finite, or the settings don't fit them.
+        UserError: If the taps are not finite, the settings don't fit them, or the tolerance can't be met.
     """
     with torch.no_grad():
         k = kernel(2 * horizon)
         finite = tail_energy(k, horizon) <= ROUNDING**2
+        promised = finite or (recipe.method == "auto" and recipe.horizon == "auto")
+        reach = max(2 * horizon, REACH * (max_length or horizon))
+        longer = kernel(reach) if promised and recipe.method in ("auto", "balanced") else None
         own = kernel.recurrence()
         if own is not None:  # Its tensors may be trainable parameters of the kernel.
             own = type(own)(*(tensor.detach() for tensor in own))
-        source = Source(k[:, :horizon], kernel.decay, own, finite)
+        source = Source(k[:, :horizon], kernel.decay, own, finite, longer, 0 if longer is None else reach)
         return convert(source, recipe, progress)
 
 
@@ -83,7 +103,7 @@ def convert_kernels(
     layers = []
     for index, kernel in enumerate(progress(found, f"converting layers ({recipe.method})")):
         try:
-            layers.append(convert_kernel(kernel, recipe, n, progress))
+            layers.append(convert_kernel(kernel, recipe, n, progress, max_length))
         except UserError as error:
             raise UserError(f"layer {index}: {error.reason}", error.remedy) from None
     return n, layers

@@ -35,17 +35,16 @@ def gradient(
     """
     k, modes = k.detach().double(), (order + 1) // 2
     channels, length = k.shape
-    norm = k.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    size = k.norm()
+    norm = size.where(size > 0, torch.ones_like(size))
     generator = torch.Generator(k.device).manual_seed(0)
     # Memory lengths, in lags, are spaced logarithmically from 1 to a quarter of the taps; angles are spaced
-    # evenly over the first octant.
+    # evenly over the upper half of the circle, from the constant to the alternating mode.
     memory = torch.logspace(0, math.log10(max(length / 4, 2)), modes, dtype=torch.float64, device=k.device)
     damping = (1 / memory).log().requires_grad_()
-    angle = (
-        torch.arange(modes, dtype=torch.float64, device=k.device) * math.pi / (4 * modes)
-    ).requires_grad_()
+    angle = torch.linspace(0, math.pi, modes, dtype=torch.float64, device=k.device).requires_grad_()
     residues = torch.randn(channels, 2, modes, dtype=torch.float64, device=k.device, generator=generator)
-    residues = (residues * norm / k.numel() ** 0.5 / modes).requires_grad_()
+    residues = (residues * size / k.numel() ** 0.5 / modes).requires_grad_()
     optimizer = torch.optim.Adam((damping, angle, residues), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     lags = torch.arange(length, dtype=torch.float64, device=k.device)

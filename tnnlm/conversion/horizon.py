@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tnnlm.conversion.linalg import row_scales
 from tnnlm.kernels import Kernel
 
 MAX_HORIZON = 16_384
@@ -16,7 +17,7 @@ ROUNDING = torch.finfo(torch.float32).eps
 
 def tail_energy(k: Tensor, horizon: int) -> float:
     """Return the largest share of a channel's energy at lags from ``horizon`` on, for taps k (E, L)."""
-    energy = k.double().square()
+    energy = (k.double() / row_scales(k)).square()
     total = energy.sum(1)
     tail = energy[:, horizon:].sum(1)
     return float((tail / total.clamp(min=torch.finfo(torch.float64).tiny)).max())
@@ -30,18 +31,21 @@ def auto_horizon(kernel: Kernel, start: int) -> int | None:
         start: Largest horizon of the first attempt in lags, usually the training length.
 
     Returns:
-        Horizon in lags, or None if the kernel has not decayed after ``MAX_HORIZON`` lags.
+        Horizon in lags, or None if the kernel has not decayed after ``MAX_HORIZON`` lags, or ``start`` lags
+        if those are more.
     """
     length = max(2 * start, 2)
+    longest = max(length, 2 * MAX_HORIZON)
     while True:
         with torch.no_grad():
-            energy = kernel(length).double().square()
+            k = kernel(length)
+        energy = (k.double() / row_scales(k)).square()
         remaining = energy.flip(1).cumsum(1).flip(1)
         needed = (remaining > ROUNDING**2 * remaining[:, :1]).sum(1)
         horizon = max(1, int(needed.max()))
         # If the kernel has not decayed in the first half, it may extend past the evaluated length.
         if horizon <= length // 2 and bool(torch.isfinite(remaining[:, 0]).all()):
             return horizon
-        if length >= 2 * MAX_HORIZON:
+        if length >= longest:
             return None
-        length *= 2
+        length = min(2 * length, longest)

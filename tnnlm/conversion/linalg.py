@@ -10,18 +10,22 @@ few gigabytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tnnlm.ops.recurrence import Params
 from tnnlm.ops.toeplitz import fft_length
 
 CHANNELS = 256
 """Number of channels that are converted to float64 at once."""
 _SPECTRUM_BYTES = 1 << 25
 """Memory for the spectra that are computed at once, in bytes."""
+_SAFE = (1e-100, 1e100)
+"""Range of the largest tap in which float64 neither overflows nor underflows in sums of squares."""
+_DENSE = 256
+"""Number of columns up to which all singular values of a Hankel matrix are computed."""
 _ITERATIONS = 4
 """Number of subspace iterations. A few suffice, because Hankel singular values decay fast."""
 
@@ -36,13 +40,25 @@ def channel_blocks(k: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, k[part].double()
 
 
-def relative_error(k: Tensor, params: Params) -> float:
-    """Return the relative error ||k - k^|| / ||k|| of stored parameters, on the lags of taps k (E, T)."""
-    squares = torch.zeros(2, dtype=torch.float64, device=k.device)
-    for part, block in channel_blocks(k):
-        difference = block - params.channels_of(part).taps(k.shape[1])
-        squares += torch.stack([x.square().sum() for x in (difference, block)])
-    return float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+def power_of_two(k: Tensor) -> float:
+    """Return a power of two by which to divide taps, exactly, so that their squares stay in range.
+
+    It is 1 unless the largest tap is outside ``_SAFE``.
+    """
+    low, high = torch.aminmax(k)
+    largest = max(-float(low), float(high))
+    if largest == 0 or not math.isfinite(largest) or _SAFE[0] <= largest <= _SAFE[1]:
+        return 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - 1, -1022)
+
+
+def row_scales(k: Tensor) -> Tensor:
+    """Return a power of two per channel, (E, 1) in float64, at most the largest tap of that channel; 1 if it
+    is zero or not finite."""
+    peak = k.abs().amax(1, keepdim=True).double()
+    exponent = torch.frexp(peak).exponent - 1
+    scales = torch.ldexp(torch.ones_like(peak), exponent)
+    return scales.where((peak > 0) & torch.isfinite(peak), torch.ones_like(peak))
 
 
 def compress(k: Tensor, rank: int, drop: float = 1e-6) -> Tensor:
@@ -103,13 +119,18 @@ def gram_product(f: Tensor, x: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).transpose(1, 2)
 
 
-def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
+def hankel_svd(
+    f: Tensor, rank: int, columns: int | None = None, iterations: int = _ITERATIONS
+) -> tuple[Tensor, Tensor]:
     """Return leading Hankel singular values (G, q) and right singular vectors (G, W, q) of taps f (G, R, T).
+
+    Singular values are never overestimated, up to rounding.
 
     Args:
         f: Taps in float64.
         rank: Number of singular values to return, q = min(rank, W).
         columns: Number of columns W of the Hankel matrix; None takes T.
+        iterations: Number of subspace iterations.
     """
     groups, _, length = f.shape
     width = columns or length
@@ -117,9 +138,22 @@ def hankel_svd(f: Tensor, rank: int, columns: int | None = None) -> tuple[Tensor
     sampled = min(rank + 16, width)
     generator = torch.Generator(f.device).manual_seed(0)
     x = torch.randn(groups, width, sampled, dtype=torch.float64, device=f.device, generator=generator)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         x = torch.linalg.qr(gram_product(f, x))[0]
     small = x.transpose(1, 2) @ gram_product(f, x)
     energy, rotation = torch.linalg.eigh((small + small.transpose(1, 2)) / 2)
     sigma = energy.clamp(min=0).sqrt().flip(1)[:, :kept]
     return sigma, (x @ rotation.flip(2))[..., :kept]
+
+
+def hankel_singular_values(f: Tensor, count: int, columns: int) -> Tensor:
+    """Return the leading ``count`` Hankel singular values of taps f (R, T), largest first.
+
+    Up to ``_DENSE`` columns they are those of the whole matrix, else of a random subspace, which
+    underestimates them slightly.
+    """
+    if columns > _DENSE:
+        return hankel_svd(f.unsqueeze(0), count, columns, 2 * _ITERATIONS)[0][0]
+    whole = torch.eye(columns, dtype=torch.float64, device=f.device).unsqueeze(0)
+    gram = gram_product(f.unsqueeze(0), whole)[0]
+    return torch.linalg.eigvalsh((gram + gram.T) / 2).clamp(min=0).sqrt().flip(0)[:count]

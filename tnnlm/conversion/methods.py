@@ -1,45 +1,28 @@
-"""Conversion of taps to a recurrence by any method, and the choice among them for method ``auto``."""
+"""Conversion of taps to a recurrence by any method."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
+from tnnlm.conversion.auto import Attempt, choose
 from tnnlm.conversion.balanced import balanced
+from tnnlm.conversion.companion import companion
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
-from tnnlm.conversion.linalg import channel_blocks, relative_error
+from tnnlm.conversion.linalg import channel_blocks, power_of_two
 from tnnlm.conversion.progress import Progress, silent
+from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
-from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
-
-class LayerConversion(NamedTuple):
-    """Recurrence of one layer, with the method that produced it and the reason for this method."""
-
-    params: Params
-    method: str
-    reason: str
-
-
-class Source(NamedTuple):
-    """Convolution to convert: its taps, and properties of its kernel."""
-
-    k: Tensor
-    """Taps (E, T), float32 or float64, all of which the recurrence is meant to match."""
-    decay: Tensor | None = None
-    """Decay per channel, (E,), that ETSC moves into the poles."""
-    own: Params | None = None
-    """Exact recurrence that the kernel defines, if any, for ``companion`` and ``auto``."""
-    finite: bool = False
-    """Whether the kernel is zero from lag T on, even if its last taps are large."""
+_MARGINS = (1.0, 0.5, 0.25)
+"""Shares of the tolerance that ``balanced`` tries until the stored parameters meet the tolerance itself:
+rounding them to float32 adds an error, and so do lags past the horizon."""
 
 
 def convert(source: Source, recipe: ConversionConfig, progress: Progress = silent) -> LayerConversion:
@@ -56,25 +39,109 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
     Raises:
         UserError: If taps or settings are unusable, or the tolerance can't be met.
     """
-    k = source.k
-    check_taps(k)
-    check_recipe(recipe, k.shape[1])
+    check_taps(source.k)
+    check_decay(source)
+    check_recipe(recipe, source.k.shape[1])
     if recipe.method == "auto":
-        return _auto(source, recipe)
+        return choose(source, recipe.tolerance, _attempts(source, recipe))
     params: Params
-    if recipe.method == "companion":
-        params = _companion(source.own)
-    elif recipe.method == "etsc":
-        params = etsc(k, source.decay)
-    elif recipe.method == "window":
-        params = window(k)
-    elif recipe.method == "balanced":
-        params = _balanced(source, recipe, recipe.poles)
+    if recipe.method in ("companion", "multirate"):
+        params = _own(source, recipe.method)
     else:
-        params = gradient(
-            k, order=recipe.order or 16, steps=recipe.gradient_steps, lr=recipe.gradient_lr, progress=progress
+        params = _from_taps(recipe.method, source, recipe, progress=progress)
+    return LayerConversion(params, recipe.method, "as requested")
+
+
+def _attempts(source: Source, recipe: ConversionConfig) -> list[Attempt]:
+    """Return the conversions that ``auto`` tries, on taps without the zeros at the end of a finite kernel."""
+    nonzero = int((source.k != 0).any(0).nonzero().amax()) + 1 if bool(source.k.any()) else 1
+    short = source._replace(k=source.k[:, : max(nonzero, recipe.window_taps + 1)])
+    reduced = short if source.finite else source
+
+    def attempt(method: str, taps: Source, poles: str = "shared", label: str = "") -> Attempt:
+        return Attempt(method, label or method, lambda: _from_taps(method, taps, recipe, poles=poles))
+
+    found = [attempt("window", short), attempt("etsc", reduced)]
+    if source.own is not None:
+        name = source.own.METHOD
+        found.append(Attempt(name, name, lambda: _own(source, name)))
+    for poles in ("shared", "channel"):
+        found.append(attempt("balanced", reduced, poles, f"balanced with {poles} poles"))
+    return found
+
+
+def _own(source: Source, method: str) -> Params:
+    """Return a copy of the recurrence that the kernel defines, in the dtype of the taps.
+
+    Raises:
+        UserError: If it defines none of that method, or one whose steps are inaccurate.
+    """
+    own = source.own
+    if method == "companion":
+        return companion(own).to_dtype(source.k.dtype)
+    if own is None or method != own.METHOD:
+        raise UserError(
+            f"method {method}: the kernel defines no such recurrence", "use --method balanced, auto or window"
         )
-    return LayerConversion(params.to_dtype(k.dtype), recipe.method, "as requested")
+    copy = type(own)(*(part.detach().clone() for part in own))
+    return copy.to_dtype(source.k.dtype)
+
+
+def _from_taps(
+    method: str,
+    source: Source,
+    recipe: ConversionConfig,
+    *,
+    poles: str | None = None,
+    progress: Progress = silent,
+) -> SSMParams:
+    """Return the recurrence that a method computes from taps, in the dtype in which it is stored.
+
+    Taps far from 1 are divided by a power of two and the recurrence is multiplied by it, both exactly, so
+    that no intermediate square overflows or underflows.
+
+    Raises:
+        UserError: If the taps or the parameters are outside the range of their dtype, or ``balanced`` can't
+            meet the tolerance.
+    """
+    whole, dtype = source, source.k.dtype
+    scale = power_of_two(source.k)
+    if scale != 1:
+        longer = None if source.longer is None else source.longer / scale
+        source = source._replace(k=source.k / scale, longer=longer)
+    try:
+        params = _solve(method, source, recipe, poles or recipe.poles, progress)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise UserError(
+            f"method {method}: the decomposition of these taps failed, because their state matrix has no "
+            "complete set of eigenvectors",
+            "use --method window or auto",
+        ) from None
+    params = params._replace(window=params.window * scale, residues=params.residues * scale).to_dtype(dtype)
+    kept = str(dtype).removeprefix("torch.")
+    if not all(bool(torch.isfinite(part).all()) for part in params):
+        raise UserError(f"method {method}: the parameters exceed the range of {kept}", "scale the taps down")
+    largest = float(whole.k.abs().amax())
+    if method != "window" and 0 < largest < torch.finfo(dtype).tiny / torch.finfo(dtype).eps:
+        raise UserError(
+            f"method {method}: the largest tap, {largest:.1e}, is too small for parameters in {kept}",
+            "scale the taps up, or use --method window",
+        )
+    return params
+
+
+def _solve(
+    method: str, source: Source, recipe: ConversionConfig, poles: str, progress: Progress
+) -> SSMParams:
+    if method == "etsc":
+        return etsc(source.k, source.decay)
+    if method == "window":
+        return window(source.k)
+    if method == "balanced":
+        return _balanced(source, recipe, poles)
+    order = recipe.order or 16
+    steps, lr = recipe.gradient_steps, recipe.gradient_lr
+    return gradient(source.k, order=order, steps=steps, lr=lr, progress=progress)
 
 
 def check_taps(k: Tensor) -> None:
@@ -87,6 +154,21 @@ def check_taps(k: Tensor) -> None:
         raise UserError(f"taps of shape {tuple(k.shape)}: expected (channels, lags), at least one of each")
     if not all(bool(torch.isfinite(block).all()) for _, block in channel_blocks(k)):
         raise UserError("the taps are not finite, because the training diverged", "use an earlier checkpoint")
+
+
+def check_decay(source: Source) -> None:
+    """Check the decays of a convolution, if it has any.
+
+    Raises:
+        UserError: If there isn't one per channel, or one is not above 0 and at most 1.
+    """
+    decay, channels = source.decay, len(source.k)
+    if decay is None:
+        return
+    if decay.shape != (channels,):
+        raise UserError(f"decay of shape {tuple(decay.shape)}: expected one value per channel, {channels}")
+    if decay.is_complex() or not bool(((decay > 0) & (decay <= 1)).all()):
+        raise UserError("decay: must be above 0 and at most 1")
 
 
 def check_recipe(recipe: ConversionConfig, lags: int) -> None:
@@ -107,73 +189,35 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
 
 
 def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams:
-    """Convert by ``balanced``, and check the tolerance again after rounding to the dtype of the taps."""
-    k = source.k
-    params = balanced(
-        k,
-        order=recipe.order,
-        tolerance=recipe.tolerance,
-        poles=poles,
-        window_taps=recipe.window_taps,
-        finite=source.finite,
-    )
-    stored = params.to_dtype(k.dtype)
-    if recipe.order is None:
-        reached = relative_error(k, stored)
-        if reached > recipe.tolerance * (1 + 1e-3):
-            kept = str(k.dtype).removeprefix("torch.")
-            raise UserError(
-                f"tolerance {recipe.tolerance:g}: can't be met, order {stored.order()} stored in {kept} has "
-                f"a relative error of {reached:.1e}",
-                "raise the tolerance, or use --window-taps",
-            )
-    return stored
-
-
-def _companion(own: Params | None) -> Params:
-    """Return the recurrence that the kernel defines, if it is stable.
+    """Convert by ``balanced`` with an error that meets the tolerance as stored, in the dtype of the taps.
 
     Raises:
-        UserError: If the kernel defines none, or it has a pole outside the unit circle.
+        ToleranceError: If it can't; the message states the smallest error with its order.
     """
-    if own is None:
-        raise UserError(
-            "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
-        )
-    radius = own.largest_pole()
-    if radius >= 1:
-        raise UserError(
-            f"the denominator has a pole of modulus {radius:.5f}, outside the unit circle, so the recurrence "
-            "would diverge",
-            "use --method window, or train with model.kernel.constraint=montel",
-        )
-    return own
-
-
-def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
-    """Return the conversion with the smallest state within the tolerance; multiply-adds break ties."""
-    k = source.k
-    candidates: dict[str, Params] = {
-        "window": window(k).to_dtype(k.dtype),
-        "etsc": etsc(k, source.decay).to_dtype(k.dtype),
-    }
-    failed = ""
-    if source.own is not None:
+    k, tolerance, each = source.k, recipe.tolerance, poles == "channel"
+    tried: list[tuple[float, int, int]] = []
+    for share in _MARGINS:
         try:
-            candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
-        except UserError as error:
-            failed = f"; companion: {error.reason}"
-    for poles in ("shared", "channel"):
-        try:
-            candidates["balanced"] = _balanced(source, recipe, poles)
+            params = balanced(
+                k,
+                order=recipe.order,
+                tolerance=tolerance * share,
+                poles=poles,
+                window_taps=recipe.window_taps,
+                finite=source.finite,
+            ).to_dtype(k.dtype)
+        except ToleranceError:
+            if not tried:
+                raise
             break
-        except UserError as error:
-            failed += f"; balanced with {poles} poles: {error.reason}"
-    cost = {name: (recurrence.state_bytes(p), p.multiply_adds()) for name, p in candidates.items()}
-    best = min(cost, key=lambda name: cost[name])
-    table = ", ".join(
-        f"{name} {size / 1024:,.0f} KiB" for name, (size, _) in sorted(cost.items(), key=lambda i: i[1])
-    )
-    return LayerConversion(
-        candidates[best], best, f"smallest state at tolerance {recipe.tolerance:g}: {table}{failed}"
+        reached, lags = largest_error(source, params, each=each)
+        if recipe.order is not None or reached <= tolerance:
+            return params
+        tried.append((reached, params.order(), lags))
+    reached, order, lags = min(tried)
+    raise ToleranceError(
+        f"tolerance {tolerance:g}: can't be met, order {order} stored in "
+        f"{str(k.dtype).removeprefix('torch.')} has a relative error of {reached:.1e} over {lags} lags",
+        "raise the tolerance, or use --window-taps",
+        reached,
     )

@@ -12,8 +12,12 @@ from torch import Tensor
 from tnnlm.checkpoints.certificate import ConversionReport
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.certify import certify
-from tnnlm.conversion.methods import Source, check_taps, convert
-from tnnlm.errors import UserError
+from tnnlm.conversion.convert import REACH
+from tnnlm.conversion.horizon import ROUNDING, tail_energy
+from tnnlm.conversion.methods import check_taps, convert
+from tnnlm.conversion.source import Source
+from tnnlm.conversion.tails import decay_tail
+from tnnlm.errors import UserError, one_line
 from tnnlm.ops.ssm import SSMParams
 
 
@@ -55,11 +59,7 @@ def convert_taps(
         UserError: If the taps are empty, complex or not finite, the order is outside 1 .. horizon, the
             tolerance can't be met, or a decay is outside (0, 1].
     """
-    taps = k if isinstance(k, Tensor) else torch.from_numpy(np.asarray(k))
-    if not taps.is_floating_point():
-        taps = taps.to(torch.float64) if not taps.is_complex() else taps
-    if taps.is_complex():
-        raise UserError("taps: must be real, not complex", "pass their real part")
+    taps = _as_tensor(k, "taps")
     taps = taps.unsqueeze(0) if taps.dim() == 1 else taps
     taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
     check_taps(taps)
@@ -69,17 +69,55 @@ def convert_taps(
     recipe = ConversionConfig(
         method=method, tolerance=tolerance, order=order, poles=poles, window_taps=window_taps, **options
     )
+    # Past a horizon that was set below the length of the kernel, nothing is promised.
+    covered = tail_energy(taps, lags) <= ROUNDING**2
+    reach = max(REACH * lags if finite else 0, taps.shape[1])
     with torch.no_grad():
-        converted = convert(Source(taps[:, :lags], _per_channel(decay, taps), finite=finite), recipe)
+        source = Source(
+            taps[:, :lags], _per_channel(decay, taps), None, finite, taps, reach if covered else 0
+        )
+        converted = convert(source, recipe)
         assert isinstance(converted.params, SSMParams)  # Other kinds of recurrences come from kernels only.
-        return converted.params, certify(taps, converted, lags)
+        return converted.params, certify(taps, converted, lags, tail=_tail(taps, source), reach=reach)
+
+
+def _tail(taps: Tensor, source: Source) -> Tensor | None:
+    """Return upper bounds of the l1 norm past the given taps, None if nothing is known of those lags."""
+    if source.finite:
+        return taps.new_zeros(len(taps), dtype=torch.float64)
+    return None if source.decay is None else decay_tail(taps, source.decay)
+
+
+def _as_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
+    """Return real numbers as a tensor without gradients, floats in their precision and others in float64.
+
+    Raises:
+        UserError: If they are no real numbers, or rows differ in length.
+    """
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            tensor = tensor.double()
+    else:
+        try:
+            array = np.asarray(values)
+            if not np.iscomplexobj(array):
+                # Torch has no wider floats, no foreign byte order and no negative strides.
+                narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+                with np.errstate(over="ignore"):
+                    array = np.array(
+                        array, array.dtype.newbyteorder("=") if narrow else np.float64, order="C"
+                    )
+            tensor = torch.from_numpy(array)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: not an array of numbers ({one_line(error)})") from None
+    if tensor.is_complex():
+        raise UserError(f"{name}: must be real, not complex", "pass their real part")
+    return tensor
 
 
 def _per_channel(decay: float | Tensor | ArrayLike | None, k: Tensor) -> Tensor | None:
     if decay is None:
         return None
-    rate = decay if isinstance(decay, Tensor) else torch.from_numpy(np.asarray(decay, dtype=np.float64))
-    rate = rate.to(device=k.device, dtype=torch.float64).expand(k.shape[0])
-    if not bool(((rate > 0) & (rate <= 1)).all()):
-        raise UserError("decay: must be above 0 and at most 1")
-    return rate
+    rate = _as_tensor(decay, "decay").to(device=k.device, dtype=torch.float64)
+    return rate.expand(k.shape[0]) if rate.numel() == 1 and rate.dim() <= 1 else rate

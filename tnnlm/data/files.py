@@ -35,12 +35,26 @@ def source_files(config: DataConfig) -> list[Path]:
     """Return the sorted paths of the corpus' files; empty for data sets of the hub.
 
     Raises:
-        DataError: If a pattern matches nothing or a file has an unknown type.
+        DataError: If a pattern matches nothing, a file has an unknown type, or a column is selected where no
+            file has any.
     """
-    if config.source == "stdlib":
-        return _library_files()
     if config.source == "hub":
         return []
+    files = _library_files() if config.source == "stdlib" else _given_files(config)
+    if config.text_column != DataConfig.text_column and not any(map(is_table, files)):
+        raise DataError(
+            f"data.text_column={config.text_column}: text files have no columns",
+            "omit it, or specify .jsonl or .parquet files",
+        )
+    return files
+
+
+def is_table(path: Path) -> bool:
+    """Return whether the documents of a file are its rows."""
+    return _suffix(path) in TABLE_SUFFIXES
+
+
+def _given_files(config: DataConfig) -> list[Path]:
     if not config.files:
         raise DataError("data.files: is empty", "specify text files, for example data.files=book.txt")
     files = []
@@ -156,7 +170,7 @@ def _json_cells(path: Path, column: str) -> Iterator[str | None]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = _json_object(line, f"{path}: can't be read: line {number}")
+            row = _json_object(line, column, f"{path}: can't be read: line {number}")
             if column not in keys:
                 keys.update(dict.fromkeys(row))
             yield text_of(row.get(column), column, f"{path}: line {number}")
@@ -164,9 +178,16 @@ def _json_cells(path: Path, column: str) -> Iterator[str | None]:
         check_column(list(keys), column, str(path))
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def _json_object(line: bytes, column: str, where: str) -> dict[str, Any]:
+    columns: list[str] = []
+
+    def collected(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # The outermost object is the last one that is complete.
+        columns[:] = [name for name, _ in pairs]
+        return dict(pairs)
+
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=collected)
         # JSON can escape half of a surrogate pair alone, which no encoding of text has.
         if b"\\ud" in line or b"\\uD" in line:
             json.dumps(row, ensure_ascii=False).encode()
@@ -178,6 +199,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where} is not a JSON object", 'write one object per line, such as {"text": "..."}')
+    if columns.count(column) > 1:
+        raise DataError(f"{where} has the key {column!r} {columns.count(column)} times", "keep one of them")
     return row
 
 
@@ -191,9 +214,11 @@ def _parquet_cells(path: Path, column: str) -> Iterator[str | None]:
             table = pyarrow.parquet.ParquetFile(data)
             check_column(table.schema_arrow.names, column, str(path))
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for cell in batch.column(column).to_pylist():
+                for cell in batch.column(column):
                     number += 1
-                    yield text_of(cell, column, f"{path}: row {number}")
+                    yield text_of(cell.as_py(), column, f"{path}: row {number}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: row {number}: is not UTF-8 text (byte {error.start})") from None
         except (pyarrow.ArrowException, KeyError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # from the disk, where pyarrow's own have no number

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
 from tnnlm.data.content import content_hashes, folder_content
-from tnnlm.data.files import check_column, read_documents, source_files
+from tnnlm.data.files import check_column, is_table, read_documents, source_files
 from tnnlm.data.hub import check_hub, load_rows, readable
 from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
-from tnnlm.data.text import Tally, shown, text_hash
+from tnnlm.data.text import Tally, count, text_hash
 from tnnlm.errors import DataError
+from tnnlm.files import check_folder
 
 
 def source_fingerprint(config: DataConfig) -> str:
@@ -81,8 +82,14 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm."""
-    return Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm.
+
+    Raises:
+        UserError: If it can't be a folder, because it or a parent is a file.
+    """
+    folder = Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    check_folder(folder)
+    return folder
 
 
 def _load_files(config: DataConfig, seed: int) -> Corpus:
@@ -100,10 +107,7 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
             without_text.append(path.name)
     if not any(map(str.strip, texts)):
         where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
-        dropped = (
-            f" ({shown((f'{kind} rows', n) for kind, n in tally.dropped.items())})" if tally.dropped else ""
-        )
-        raise DataError(f"{where}: contains no text{dropped}")
+        raise DataError(f"{where}: contains no text ({_without_text(files, tally)})")
     report = DataReport(
         source=config.source, files=len(files), without_text=without_text, eos_token=config.eos_token
     )
@@ -115,6 +119,15 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
 def _without_blank(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     """Return the hashes of documents that aren't blank lines, which are alike in every text."""
     return hashes[hashes != b""]
+
+
+def _without_text(files: list[Path], tally: Tally) -> str:
+    """Return why files contain no text: no bytes, or only null and blank rows or documents."""
+    if not any(path.stat().st_size for path in files):
+        return "it is empty" if len(files) == 1 else "they are empty"
+    unit = "row" if any(map(is_table, files)) else "document"
+    counts = [count(number, f"{kind} {unit}") for kind, number in tally.dropped.items()]
+    return ", ".join(counts) or f"no {unit}s"
 
 
 def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:

@@ -27,6 +27,7 @@ from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
+from tnnlm.conversion.companion import check_kernel
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.packing import prepare
 from tnnlm.data.report import read_report
@@ -41,7 +42,7 @@ from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.surgery import attach
+from tnnlm.models.surgery import attach, kernels
 
 STEPS = 128
 """Number of tokens that ``--verify`` decodes one at a time."""
@@ -104,6 +105,8 @@ def convert_checkpoint(
     if folder.is_symlink():
         folder = folder.resolve()  # Replace the target of the link, not the link.
     source = load_checkpoint(path)
+    if recipe.method == "companion":
+        check_kernel(kernels(source.model)[0], source.config.model.kernel.name, "--method companion")
     with _only_writer(folder):
         started = time.perf_counter()
         horizon, layers = convert_layers(source.model, recipe, _bar)
@@ -220,6 +223,8 @@ def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perpl
     found = None
     failures: dict[str, str] = {}
     with collect_failure(failures, "perplexities"):
+        if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
+            raise DataError("the training data of imported weights is not known")
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         trained_on = read_report(source.path.parent.parent)
         changed = trained_on is not None and trained_on.change(corpus.report) is not None

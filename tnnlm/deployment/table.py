@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.deployment.perplexity import perplexity_cells
@@ -40,12 +41,13 @@ def show_conversion(done: ConversionResult, console: Console) -> None:
     lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
     lines.append(f"wrote {done.folder}/; next: {command('generate', '--model', done.folder)} --prompt TEXT")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _layers(report: ModelReport, title: str) -> Table:
     """Return the table of layers: order, tap and l1 error, tail energy, Hankel ratio, largest pole, state."""
-    table = Table(title=title)
+    # A Text, because a path may contain what rich reads as markup.
+    table = Table(title=Text(title, style="table.title"))
     for name in ("layer", "order", "taps", "l1", "tail", "Hankel", "pole", "KiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, layer in enumerate(report.layers):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
+from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.models.vocabulary import mask_missing
@@ -177,17 +178,9 @@ class TextGenerator:
         ``state`` is continued and has one row per prompt; by default it is the empty state.
 
         Raises:
-            UserError: If a prompt is empty or not valid Unicode.
+            UserError: If a prompt is empty or not valid Unicode, or has no tokens.
         """
-        rows = []
-        for text in texts:
-            try:
-                rows.append(self.tokenizer.encode(text))
-            except (TypeError, UnicodeEncodeError):
-                raise UserError("prompt: is not valid UTF-8") from None
-            if not rows[-1]:
-                raise UserError("prompt: is empty", "give at least one character")
-        return self.prefill_tokens(rows, state)
+        return self.prefill_tokens([encode_prompt(self.tokenizer, text) for text in texts], state)
 
     @torch.inference_mode()
     def prefill_tokens(

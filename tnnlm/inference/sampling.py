@@ -29,9 +29,9 @@ class SamplingParams:
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
             raise UserError(f"temperature {self.temperature}: must be from 0 (greedy) to 100")
         if self.top_k < -1:
-            raise UserError(f"top-k {self.top_k}: must be 0 (off) or more")
+            raise UserError(f"top_k {self.top_k}: must be 0 (off) or more")
         if not 0 <= self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: must be from 0 (greedy) to 1 (off)")
+            raise UserError(f"top_p {self.top_p}: must be from 0 (greedy) to 1 (off)")
 
     @property
     def greedy(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tnnlm.errors import UserError
+from tnnlm.errors import CheckpointError, UserError
 from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
 from tnnlm.inference.load import load_engine
@@ -67,11 +67,18 @@ class GenerationSession:
         """Continue from a saved state, and from its random number generator unless ``reseed``.
 
         Raises:
-            CheckpointError: If the file is missing or corrupt, or belongs to another model or tokenizer.
+            CheckpointError: If the file is missing or corrupt, or belongs to another model or tokenizer;
+                without ``reseed`` also if it was saved on another kind of device.
         """
         self.state, random = load_state(path, self.generator)
-        if random is not None and not reseed:
+        if random is None or reseed:
+            return
+        try:
             self.random.set_state(random)
+        except (RuntimeError, TypeError):  # another size on a GPU than on the CPU, or damaged
+            raise CheckpointError(
+                f"{path}: its random number generator is not one of {self.generator.device}", "give --seed"
+            ) from None
 
     def save_state(self, path: Path) -> None:
         """Save the state after the last token.

@@ -99,12 +99,52 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
                 f"{path}: was saved with another {part}", "load it with the one that it was saved with"
             )
     random = tensors.pop("random", None)
-    lengths = tuple(json.loads(metadata["lengths"]))
-    empty = generator.model.init_state(len(lengths))
+    try:
+        lengths = _lengths(metadata.get("lengths", ""))
+        state = _state(tensors, lengths, generator)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error})", "save it again") from None
+    return SavedState(state, random)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Return the numbers of tokens of the sequences.
+
+    Raises:
+        ValueError: If the text is no JSON list of such numbers, at least one.
+    """
+    lengths = json.loads(text)
+    if not lengths or not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths):
+        raise ValueError("its lengths are not numbers of tokens")
+    return tuple(lengths)
+
+
+def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: TextGenerator) -> GenerationState:
+    """Return the state from its tensors.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown, or not of the shape and dtype of the model.
+    """
+    single = generator.model.init_state(1)
+    expected = {
+        f"layers.{index}.{name}": part
+        for index, layer in enumerate(single.layers)
+        for name, part in layer._asdict().items()
+    }
+    for name in sorted({*expected, "logits"} ^ {*tensors}):
+        raise ValueError(f"{name} is {'no part of the state' if name in tensors else 'missing'}")
+    for name, part in expected.items():
+        shape = (len(lengths), *part.shape[1:])
+        if tensors[name].shape != shape or tensors[name].dtype != part.dtype:
+            raise ValueError(f"{name} is not of the shape and dtype of the model")
+    logits = tensors["logits"]
+    if logits.dim() != 2 or len(logits) != len(lengths) or logits.shape[1] < generator.tokenizer.size:
+        raise ValueError("logits is not of the shape of the model")
+    if not logits.is_floating_point():
+        raise ValueError("logits is not of a floating-point dtype")
     device = generator.device
     layers = tuple(
         type(layer)(*(tensors[f"layers.{index}.{name}"].to(device) for name in layer._fields))
-        for index, layer in enumerate(empty.layers)
+        for index, layer in enumerate(single.layers)
     )
-    state = GenerationState(type(empty)(layers), tensors["logits"].to(device), lengths, 0.0)
-    return SavedState(state, random)
+    return GenerationState(type(single)(layers), logits.to(device), lengths, 0.0)

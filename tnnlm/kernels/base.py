@@ -24,7 +24,7 @@ class KernelConfig:
     """Settings common to all kernels; ``name`` selects the schema of the remaining settings."""
 
     name: str = "tno"
-    """Name of the kernel: tno, fd_tno, sgconv, rtf, or a name that ``module`` registers."""
+    """Name of the kernel: tno, fd_tno, sgconv, rtf, hyena, or a name that ``module`` registers."""
     module: str | None = None
     """Python file or module that registers a custom kernel (null: the kernel is part of tnnlm)."""
     reverse_lag: int = number(1, low=0, high=1, before=0)

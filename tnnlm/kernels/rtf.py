@@ -7,6 +7,9 @@ Sampling the spectrum at L points aliases the infinite impulse response h: the t
 k[i] = sum over j of h[i + j L]. For i < L they equal the taps of another numerator over the same
 denominator, the row vector c = b (I - A^L)^-1 in companion form (section 3.3). Here c is computed from the
 taps: the product of 1 + a and their power series has only n terms.
+
+At an odd L the authors' code samples L + 1 points. Its weights give the same taps here with a training length
+of L + 1, and other ones with L.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tnnlm.fields import number
 from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+from tnnlm.ops.multirate import MultirateParams, multirate
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,12 @@ class SGConvKernel(Kernel):
             k = self._unscaled() / self.initial_norm[:, None]
             k = torch.cat((k[:, :1] + self.skip[:, None], k[:, 1:]), dim=1)[:, :length]
             return nn.functional.pad(k, (0, length - k.shape[1]))
+
+    def recurrence(self) -> MultirateParams:
+        """Return a recurrence with the taps of this kernel at every lag, in the parameters' dtype."""
+        factors = self.amplitudes / self.initial_norm
+        knots = self.scales.transpose(1, 2) * factors[:, None]
+        return multirate(knots, self(self.length), self.length)
 
     def _unscaled(self) -> Tensor:
         """Return the taps (E, length) before normalisation and skip connection."""

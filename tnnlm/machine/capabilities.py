@@ -8,7 +8,6 @@ tnnlm.machine.capabilities`` prints the results.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.machine.cpp_compiler import check_cpp_compiler
 from tnnlm.machine.threads import limit_threads
 
@@ -206,7 +205,7 @@ PROBES = {
 
 def main() -> int:
     """Print the table of capabilities, as JSON with ``--json``."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m tnnlm.machine.capabilities",
         description="Show which operators work on this CPU and build of PyTorch, by running each one once. "
         f"{WITHOUT}='NAME ...' disables capabilities, in this command and in all scripts.",

@@ -6,13 +6,14 @@ NamedTuple. Modules, conversion and checkpoints use recurrences through this pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from tnnlm.ops.companion import CompanionParams, CompanionState
+from tnnlm.ops.multirate import MultirateParams, MultirateState, MultirateWithinTurn
 from tnnlm.ops.ssm import SSMParams, SSMState
 
 _State = TypeVar("_State")
@@ -20,6 +21,11 @@ _State = TypeVar("_State")
 
 class Recurrence(Protocol[_State]):
     """Parameters of a recurrent convolution with E channels, which are never modified in place."""
+
+    @property
+    def METHOD(self) -> str:
+        """Conversion method that offers a recurrence of this type if a kernel defines it."""
+        ...
 
     def init_state(self, batch_size: int) -> _State:
         """Return the state before the first token, which is zero."""
@@ -66,9 +72,13 @@ class Recurrence(Protocol[_State]):
 
 
 Params: TypeAlias = Recurrence[Any]
-State: TypeAlias = SSMState | CompanionState
+State: TypeAlias = SSMState | CompanionState | MultirateState
 
-_RECURRENCES: tuple[type[SSMParams] | type[CompanionParams], ...] = (SSMParams, CompanionParams)
+_RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultirateParams], ...] = (
+    SSMParams,
+    CompanionParams,
+    MultirateParams,
+)
 
 
 def state_bytes(params: Params) -> int:
@@ -76,13 +86,48 @@ def state_bytes(params: Params) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in params.init_state(1))
 
 
+def ends_turn(layers: Sequence[Params], states: Sequence[Any]) -> bool:
+    """Return whether the next step does work in any layer that is due once in several tokens.
+
+    It reads a number from the device of the states for each layer that has such work.
+    """
+    pairs = zip(layers, states, strict=True)
+    return any(isinstance(params, MultirateParams) and params.ends_turn(state) for params, state in pairs)
+
+
+def within_turn(params: Params) -> Params:
+    """Return the recurrence without the work that is due once in several tokens.
+
+    Its steps equal those of ``params`` unless :func:`ends_turn`, and have no branches.
+    """
+    return MultirateWithinTurn(*params) if isinstance(params, MultirateParams) else params
+
+
+def without_branches(params: Params) -> Params:
+    """Return a recurrence with the same taps whose steps all do the same work: a window for ``multirate``."""
+    if not isinstance(params, MultirateParams):
+        return params
+    k = params.taps(params.length())
+    empty = k.new_zeros(2, 0)
+    return SSMParams(k, empty, empty.expand(len(k), 2, 0).contiguous()).to_dtype(params.near.dtype)
+
+
+def changed_parts(kind: type[State]) -> tuple[str, ...]:
+    """Return the fields of a state that a step :func:`within_turn` changes."""
+    return MultirateWithinTurn.CHANGED if issubclass(kind, MultirateState) else kind._fields
+
+
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params:
     """Return the recurrence whose fields are keys of ``tensors``; other keys are ignored.
 
     Raises:
         KeyError: If the fields of no recurrence are complete.
+        ValueError: If the shapes of its tensors are inconsistent.
     """
     for kind in _RECURRENCES:
         if all(name in tensors for name in kind._fields):
-            return kind(*(tensors[name] for name in kind._fields))
+            params = kind(*(tensors[name] for name in kind._fields))
+            if isinstance(params, MultirateParams):
+                params.check()
+            return params
     raise KeyError(f"recurrence among {', '.join(tensors) or 'nothing'}")

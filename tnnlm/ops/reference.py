@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.ops.companion import CompanionParams
+from tnnlm.ops.multirate import MultirateParams
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
@@ -28,9 +29,14 @@ def toeplitz_two_sided_dense(x: Tensor, k: Tensor) -> Tensor:
 
 
 def recurrence_loop(params: Params, x: Tensor) -> Tensor:
-    """Return the outputs of the recurrence for x (B, L, E), computed in float64 by a loop over tokens."""
+    """Return the outputs of the recurrence for x (B, L, E), computed in float64.
+
+    They are computed by a loop over tokens, and those of a multi-scale kernel by matrices of its taps.
+    """
     if isinstance(params, CompanionParams):
         return _companion_loop(params, x)
+    if isinstance(params, MultirateParams):
+        return toeplitz_dense(x.double(), params.taps(x.shape[1]))
     assert isinstance(params, SSMParams)
     return _modes_loop(params, x)
 

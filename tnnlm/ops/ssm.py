@@ -48,6 +48,11 @@ class SSMParams(NamedTuple):
     residues: Tensor
     """Residues c as planes, (E, 2, N)."""
 
+    @property
+    def METHOD(self) -> str:
+        """Conversion method that offers the recurrence if a kernel defines it: companion."""
+        return "companion"
+
     def init_state(self, batch_size: int) -> SSMState:
         """Return the state before the first token: zeros, in the residues' dtype and on their device."""
         channels, _, modes = self.residues.shape

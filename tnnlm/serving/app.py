@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.json_body import StrictRoute
 from tnnlm.serving.middleware import CountAnswers, HeadAsGet, WholeBody
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
@@ -42,6 +43,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     service = Service(generator, settings, executor)
     # FastAPI's documentation pages are disabled because they load scripts from a CDN.
     app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
+    app.router.route_class = StrictRoute
     app.state.service = service
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
@@ -63,7 +65,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _complete(service, body, request)
 
-    @app.post("/v1/chat/completions", dependencies=[key])
+    @app.post("/v1/chat/completions", dependencies=[key], include_in_schema=False)
     def chat() -> None:
         raise ApiError(404, "this model has no chat template; use /v1/completions")
 
@@ -82,7 +84,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     @app.get("/page.{kind}", include_in_schema=False)
     def page_part(kind: str) -> FileResponse:
         if kind not in ("css", "js"):
-            raise ApiError(404, "not found")
+            raise HTTPException(404)
         return _page_file(f"page.{kind}")
 
     return app

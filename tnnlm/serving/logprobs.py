@@ -42,28 +42,34 @@ class LogprobsFormat:
     """Format of the ``logprobs`` of one choice, whose tokens are given in order, possibly in several parts.
 
     ``text_offset`` counts characters of the text of the choice, which from there on begins with the text of
-    the token. Tokens that are bytes of the same character have the offset of the character. The end token and
-    the tokens that a stop string cuts off have offsets at the end of the text or behind it.
+    the token. Tokens that are bytes of the same character have the offset of the character. The end token has
+    the offset of the end of the text, which contains U+FFFD for a character that it leaves incomplete. Tokens
+    that a stop string cuts off have offsets at the end of the text or behind it.
     """
 
-    def __init__(self, detokenizer: Detokenizer, started: bool, n_prompt: int) -> None:
+    def __init__(self, detokenizer: Detokenizer, started: bool, n_prompt: int, end: int | None) -> None:
         """Begin a choice.
 
         Args:
             detokenizer: Detokenizer of the tokenizer.
             started: Whether tokens that are not in the text precede it.
             n_prompt: Number of tokens of an echoed prompt, whose special tokens are part of the text.
+            end: Id of the token that ends the text behind the prompt.
         """
         self._detokenizer = detokenizer
         self._stream = TextStream(detokenizer, started)
         self._n_prompt = n_prompt
+        self._end = end
 
     def entries(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """Return the ``logprobs`` of the next tokens."""
         words, offsets, tops = [], [], []
         for score in scores:
             first = self._stream.first
-            piece = self._stream.push(score.token, show_special=self._n_prompt > 0)
+            in_prompt = self._n_prompt > 0
+            if score.token == self._end and not in_prompt:
+                self._stream.finish()
+            piece = self._stream.push(score.token, show_special=in_prompt)
             self._n_prompt -= 1
             word = self._word(score.token, first)
             if piece and not self._detokenizer.exact and not self._detokenizer.is_special(score.token):
@@ -79,12 +85,18 @@ class LogprobsFormat:
         }
 
     def _top(self, score: TokenScore, word: str, first: bool) -> dict[str, float]:
-        """Return the most likely tokens and the token itself; of tokens with equal text, the most likely."""
+        """Return the most likely tokens and the token itself, with a separate key for each id.
+
+        The token itself has the key ``word``, its entry in ``tokens``. Another id with a text that is taken
+        has the key ``token_id:N``.
+        """
         top: dict[str, float] = {}
         for token, value in score.top:
-            top.setdefault(word if token == score.token else self._word(token, first), value)
+            key = word if token == score.token else self._word(token, first)
+            taken = key in top or (key == word and token != score.token)
+            top[f"token_id:{token}" if taken else key] = value
         assert score.logprob is not None
-        top.setdefault(word, score.logprob)
+        top[word] = score.logprob
         return top
 
     def _word(self, token: int, first: bool) -> str:

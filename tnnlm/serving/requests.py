@@ -6,6 +6,8 @@ import time
 from typing import NamedTuple
 
 from tnnlm.detokenizer import TextStream
+from tnnlm.errors import UserError
+from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.serving.logprobs import LogprobsFormat
 from tnnlm.serving.responses import CompletionResponse
@@ -101,7 +103,8 @@ class RequestParser:
 
     def _format(self, tokens: list[int], echo: bool) -> LogprobsFormat:
         started = not echo and self._has_text(tokens)
-        return LogprobsFormat(self.tokenizer.detokenizer, started, len(tokens) if echo else 0)
+        n_prompt = len(tokens) if echo else 0
+        return LogprobsFormat(self.tokenizer.detokenizer, started, n_prompt, self.tokenizer.eos_id)
 
     def _has_text(self, tokens: list[int]) -> bool:
         return not all(self.tokenizer.detokenizer.is_special(token) for token in tokens)
@@ -109,9 +112,9 @@ class RequestParser:
     def _tokens(self, prompt: str | list[int], parse_special: bool) -> list[int]:
         if isinstance(prompt, str):
             try:
-                tokens = self.tokenizer.encode(prompt, parse_special)
-            except (TypeError, UnicodeEncodeError):
-                raise ApiError(400, "prompt: is not valid Unicode", "prompt") from None
+                tokens = encode_prompt(self.tokenizer, prompt, parse_special)
+            except UserError as error:
+                raise ApiError(400, str(error), "prompt") from None
         else:
             tokens = prompt
             if not all(0 <= token < self.tokenizer.size for token in tokens):
@@ -123,7 +126,7 @@ class RequestParser:
                     400, f"prompt: the vocabulary has no token with the id {min(unknown)}", "prompt"
                 )
         if not tokens:
-            raise ApiError(400, "prompt: is empty; give at least one character", "prompt")
+            raise ApiError(400, "prompt: is empty; give at least one token id", "prompt")
         if len(tokens) > self.limits.max_prompt_tokens:
             limit = f"shorten it to at most {self.limits.max_prompt_tokens:,}"
             raise ApiError(
@@ -135,6 +138,7 @@ class RequestParser:
         bias = {}
         for key, value in given.items():
             known = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size
+            known = known and key == str(int(key))  # 05 and 5 would be one id with two values
             if not known or int(key) in self._missing:
                 raise ApiError(400, f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
             if not -100 <= value <= 100:

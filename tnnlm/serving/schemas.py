@@ -7,7 +7,8 @@ from typing import Any, cast
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 from tnnlm.serving.settings import LOGPROBS, PROMPTS, STOPS
@@ -46,7 +47,10 @@ def _without_defaults(data: Any) -> Any:
 
 
 def _changes_nothing(key: str, value: Any) -> bool:
-    return key in _NEUTRAL and isinstance(value, int | float) and value == _NEUTRAL[key]
+    if key not in _NEUTRAL or not isinstance(value, int | float):
+        return False
+    # True equals 1 in Python, but is no number in JSON.
+    return value == _NEUTRAL[key] and isinstance(value, bool) == isinstance(_NEUTRAL[key], bool)
 
 
 def _are_ids(value: Any) -> bool:
@@ -98,6 +102,13 @@ class CompletionRequest(BaseModel):
 
     _unset = model_validator(mode="before")(_without_defaults)
 
+    @field_validator("stream_options")
+    @classmethod
+    def _only_if_streamed(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if not info.data.get("stream", True):  # stream is missing if it is invalid
+            raise ValueError("only applies to stream=true; omit it")
+        return value
+
     @field_validator("prompt", mode="before")
     @classmethod
     def _known_prompt(cls, value: Any) -> Any:
@@ -130,11 +141,12 @@ class CompletionRequest(BaseModel):
             raise ValueError("not supported, because this model generates left to right; omit it")
         return value
 
-    @model_validator(mode="after")
-    def _no_best_of(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of: not supported unless it equals n; omit it")
-        return self
+    @field_validator("best_of")
+    @classmethod
+    def _no_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value != info.data.get("n", value):  # n is missing if it is invalid
+            raise ValueError("not supported unless it equals n; omit it")
+        return value
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts as a list of strings or a list of lists of token ids."""
@@ -162,16 +174,33 @@ def _printable(text: str) -> str:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Convert an HTTP error of the application or of Starlette to an error response."""
     assert isinstance(error, HTTPException)
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    return error_response(error.status_code, str(error.detail), param, code, error.headers)
+    message, param, code = str(error.detail), None, None
+    if isinstance(error, ApiError):
+        param, code = error.param, error.code
+    elif error.status_code in (404, 405):  # raised by the router
+        message, code = _no_such_route(request, error), "unknown_url"
+    return error_response(error.status_code, message, param, code, error.headers)
+
+
+def _no_such_route(request: Request, error: HTTPException) -> str:
+    """Return the message about a path or a method that no route has, with those that exist."""
+    called = f"{request.method} {request.url.path[:128]}"
+    allowed = (error.headers or {}).get("Allow")
+    if allowed:
+        return f"{called}: this path does not support the method; use {allowed}"
+    known = [
+        f"{method} {route.path}"
+        for route in request.app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for method in sorted(route.methods or ())
+    ]
+    return f"{called}: no such endpoint; use one of {', '.join(known)}"
 
 
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     """Convert a validation error to an error response that reports the first problem in one line."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return error_response(400, "the body is not valid JSON")
     where = [str(part)[:64] for part in first["loc"][1:]]
     name = where[0] if where else None
     message = first["msg"]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tnnlm.checkpoints.locate import LAST, PREVIOUS
+from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
@@ -45,9 +45,14 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
 
     Raises:
         ConfigError: If an override changes a setting that is fixed for the lifetime of a run.
-        CheckpointError: If the run was killed before it saved its configuration.
+        CheckpointError: If the run was killed before it saved its configuration, or was imported.
     """
     path = run / "config.yaml"
+    if (run / IMPORTED).is_file():
+        raise CheckpointError(
+            f"{run}: was imported and has no training to resume",
+            f"start a new run from it with: {command('train', '--init-from', run)}",
+        )
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     recorded = load_config(path, saved=True)

@@ -20,6 +20,7 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
+from tnnlm.conversion.companion import check_training
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
@@ -35,6 +36,7 @@ from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
+from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_resumable
@@ -52,6 +54,7 @@ def train(
     *,
     source: Path = LAST,
     job: str | None = None,
+    initial: InitialWeights | None = None,
 ) -> dict[str, Any]:
     """Train, validate and save a run.
 
@@ -62,6 +65,7 @@ def train(
         source: Checkpoint to resume from, LAST or PREVIOUS.
         job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
             may be one that was killed before its first checkpoint; it then starts from scratch.
+        initial: Checkpoint whose weights a new run starts from; its configuration is that of ``config``.
 
     Returns:
         Content of summary.json; empty on ranks other than 0.
@@ -80,10 +84,10 @@ def train(
     with ExitStack() as locks:
         if run is not None:
             _lock(locks, run)
-        start = _resolve(config, run, source, job)
+        start = _resolve(config, run, source, job, initial)
         if run is None:
             _lock(locks, start.folder)
-        return _train(config, run, start, extra_callbacks or [], job)
+        return _train(config, run, start, extra_callbacks or [], job, initial)
 
 
 def _lock(locks: ExitStack, run: Path) -> None:
@@ -100,13 +104,20 @@ def _lock(locks: ExitStack, run: Path) -> None:
 
 
 def _train(
-    config: Config, run: Path | None, start: _Start, extra: list[Callback], job: str | None
+    config: Config,
+    run: Path | None,
+    start: _Start,
+    extra: list[Callback],
+    job: str | None,
+    initial: InitialWeights | None,
 ) -> dict[str, Any]:
     """Train a run whose input is valid."""
     lightning.seed_everything(config.seed, verbose=False)
     last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
     trainer = _build(config, start, last, extra, new=run is None)
     module, data = LitModel(config), TextDataModule(config)
+    if initial is not None and start.step is None:
+        initial.copy_to(module.model)
     if trainer.global_rank == 0:
         _announce(config, start)
         if start.step is None:
@@ -132,9 +143,12 @@ class _Start(NamedTuple):
     """Checkpoint to resume from; None for a new run."""
 
 
-def _resolve(config: Config, run: Path | None, source: Path, job: str | None) -> _Start:
+def _resolve(
+    config: Config, run: Path | None, source: Path, job: str | None, initial: InitialWeights | None
+) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
+    check_training(config)
     if run is None:
         check_parents(Path(config.runs_dir) / config.name)
     step = None
@@ -147,6 +161,8 @@ def _resolve(config: Config, run: Path | None, source: Path, job: str | None) ->
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
     data = load_task_data(config)
     tokenizer = data.tokenizer
+    if initial is not None:
+        initial.check_tokenizer(tokenizer)
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)

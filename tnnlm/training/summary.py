@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tnnlm.checkpoints.locate import BEST, CONVERTED
 from tnnlm.data.report import DataReport
@@ -100,7 +101,8 @@ def plot_loss(run: Path) -> None:
         label = "validation, recurrent"
         axis.plot(list(recurrent), losses, "x", color="#e6550d", markersize=9, label=label)
     unit = "sequence" if curve("val/accuracy") else "token"
-    axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}", title=run.name)
+    axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}")
+    axis.set_title(run.name, parse_math=False)
     axis.grid(alpha=0.3)
     if train or val:
         axis.legend()
@@ -126,12 +128,17 @@ def show_summary(
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
     ]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _title(run: Path) -> Text:
+    """Return the title of a table, in which no part of the name is markup."""
+    return Text(f"run {run.name}", style="table.title")
 
 
 def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
     """Return a table of the last validation in parallel and in recurrent form."""
-    table = Table(title=f"run {run.name}")
+    table = Table(title=_title(run))
     for column in ("validation", "parallel (FFT)", "recurrent", "relative gap"):
         table.add_column(column, justify="left" if column == "validation" else "right")
     gap = summary.get("val/ppl_gap")
@@ -148,7 +155,7 @@ def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
 
 def _values(run: Path, summary: dict[str, Any], task: type[ValidationTask]) -> Table:
     """Return a table of the last validation's metrics and of test metrics."""
-    table = Table("validation", "", title=f"run {run.name}")
+    table = Table("validation", "", title=_title(run))
     for name in task.columns():
         table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)))
     for metric in metrics_at(Place.SUMMARY):

@@ -23,7 +23,7 @@ from experiments.training import score, spread, train_family
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import balanced, convert_model, etsc, gradient, window
 from tnnlm.conversion.etsc import roots_of_unity
-from tnnlm.conversion.linalg import relative_error
+from tnnlm.conversion.source import relative_error
 from tnnlm.errors import UserError
 from tnnlm.evaluation import ppl_gap
 from tnnlm.kernels import TNOConfig, TNOKernel

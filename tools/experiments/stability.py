@@ -21,8 +21,7 @@ from experiments.taps import make_taps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import certify, convert_model
 from tnnlm.conversion.certify import EXTENT, horizon_warning
-from tnnlm.conversion.linalg import relative_error
-from tnnlm.conversion.methods import LayerConversion
+from tnnlm.conversion.source import LayerConversion, relative_error
 from tnnlm.conversion.taps import convert_taps
 from tnnlm.errors import UserError
 from tnnlm.kernels import TNOConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from experiments.frame import Record
 from tnnlm.config.schema import ConversionConfig, ModelConfig
 from tnnlm.conversion import convert_kernels
-from tnnlm.conversion.methods import LayerConversion
+from tnnlm.conversion.source import LayerConversion
 from tnnlm.errors import UserError
 from tnnlm.kernels import KernelConfig, RTFConfig, SGConvConfig, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM

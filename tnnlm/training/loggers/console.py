@@ -11,7 +11,7 @@ from tnnlm.training.loggers.names import LENGTH, Place, columns_at
 
 def show_line(text: str) -> None:
     """Print a line to stdout without markup and without wrapping it."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class PlainLines(LocalLogger):
@@ -33,4 +33,4 @@ class PlainLines(LocalLogger):
         if lags:
             shown.append(f"effective length {min(lags)} to {max(lags)}")
         line = f"step {step}/{self.max_steps}  " + "  ".join(shown)
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,97 @@
+"""Weights of a checkpoint of another implementation, read without running code that it may carry.
+
+A pickled file may contain tensors, plain data and ``argparse.Namespace``, in which fairseq stores its
+options; any other class or function that it names is refused by its name and not called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tnnlm.errors import CheckpointError
+
+CONTAINERS = ("model", "state_dict", "module")
+"""Keys under which training frameworks store the weights: fairseq, Lightning and DeepSpeed."""
+_GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
+"""Name of the class or function that torch.load refused, in its error message."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a file by key, on the CPU.
+
+    Args:
+        path: File of ``torch.save`` or of safetensors, recognised by the suffix ``.safetensors``.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, carries code, or holds no weights; or if a weight
+            is not finite.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    weights = _weights_in(data)
+    if not weights:
+        raise CheckpointError(
+            f"{path}: holds no weights", f"give a file of weights by name, or with them under {CONTAINERS[0]}"
+        )
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {key} is not finite", "use another checkpoint")
+    return weights
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is not a safetensors file, or truncated ({error})") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        if zipfile.is_zipfile(path):
+            _check_sums(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the version of the pickle, which fails below if not read
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises many types for damaged and foreign files
+        found = _GLOBAL.search(str(error)) if isinstance(error, UnpicklingError) else None
+        if found is None:
+            reason = f"{path}: is not a checkpoint, or truncated or damaged"
+            raise CheckpointError(reason, "use another one") from None
+        raise CheckpointError(
+            f"{path}: contains {found[1]}, which is neither a tensor nor plain data and was not loaded",
+            "save the weights alone, as safetensors, where the checkpoint is trusted",
+        ) from None
+
+
+def _check_sums(path: Path) -> None:
+    """Raise an error if a member of the archive is damaged, because torch.load verifies no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
+
+
+def _weights_in(data: Any) -> dict[str, Tensor]:
+    """Return the tensors of the innermost container of a checkpoint, by key."""
+    if not isinstance(data, Mapping):
+        return {}
+    for name in CONTAINERS:
+        if isinstance(data.get(name), Mapping):
+            return _weights_in(data[name])
+    return {key: t for key, t in data.items() if isinstance(key, str) and isinstance(t, Tensor)}

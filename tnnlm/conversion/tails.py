@@ -1,0 +1,99 @@
+"""Upper bounds of the l1 norm of kernels and recurrences past the lags at which they were evaluated.
+
+All bounds are geometric: |k[i]| <= M r^i for i >= R gives sum |k[i]| <= M r^R / (1 - r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnnlm.kernels import Kernel
+from tnnlm.ops.companion import CompanionParams
+from tnnlm.ops.recurrence import Params
+from tnnlm.ops.ssm import SSMParams
+
+_UNDAMPED = 1 - 1e-12
+"""Modulus from which a pole counts as being on the unit circle, because rounding may have moved it inside."""
+_RADII = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Positions of the circles, between the largest pole and the unit circle, on which H is bounded."""
+_POINTS = 16
+"""Number of points of a circle per coefficient of a transfer function."""
+
+
+def kernel_tail(kernel: Kernel, k: Tensor, own: Params | None) -> Tensor | None:
+    """Return upper bounds (E,) of the l1 norm of a kernel past its taps k (E, R); None if nothing bounds it.
+
+    A kernel whose second half of taps is zero is finite, or has underflowed.
+    """
+    if not bool(k[:, k.shape[1] // 2 :].any()):
+        return k.new_zeros(len(k), dtype=torch.float64)
+    decay = kernel.decay
+    if decay is not None:
+        return decay_tail(k, decay)
+    if own is not None and bool(torch.isfinite(bound := recurrence_tail(own, k.shape[1])).all()):
+        return bound
+    return None
+
+
+def decay_tail(k: Tensor, decay: Tensor) -> Tensor | None:
+    """Return upper bounds (E,) past taps k (E, R) = decay^i t[i], given that t doesn't grow.
+
+    None if a decay is 1.
+    """
+    rate = decay.double()
+    if bool((rate >= 1).any()):
+        return None
+    lags = torch.arange(k.shape[1], dtype=torch.float64, device=k.device)
+    envelope = rate[:, None] ** lags
+    usable = envelope > torch.finfo(torch.float64).tiny
+    largest = torch.where(usable, k.double().abs() / envelope.where(usable, torch.ones_like(envelope)), 0.0)
+    return largest.amax(1) * rate ** k.shape[1] / (1 - rate)
+
+
+def recurrence_tail(params: Params, start: int) -> Tensor:
+    """Return upper bounds (E,) of the l1 norm of a recurrence at lags from ``start`` on.
+
+    They are infinite for a pole on or outside the unit circle.
+    """
+    if isinstance(params, SSMParams):
+        return _ssm_tail(params, start)
+    if isinstance(params, CompanionParams):
+        return _companion_tail(params, start)
+    # Without poles, the taps past as many lags as the state has numbers are zero.
+    bound = params.taps(max(start, params.order() + 1))[:, start:].abs().sum(1)
+    return bound if params.largest_pole() == 0 else torch.full_like(bound, torch.inf)
+
+
+def _ssm_tail(params: SSMParams, start: int) -> Tensor:
+    """Bound modes by their moduli: |Re c lam^i| <= |c| |lam|^i."""
+    weight = torch.hypot(*params.residues.double().unbind(1))  # squares of large residues would overflow
+    radius = torch.hypot(*params.poles.double().unbind(-2)).expand(weight.shape)
+    undamped = radius >= _UNDAMPED
+    inside = radius.where(~undamped, torch.zeros_like(radius))
+    bound = torch.where(undamped, torch.inf, inside**start / (1 - inside))
+    modes = torch.where(weight == 0, 0.0, weight * bound).sum(1)
+    return modes + params.window[:, start:].double().abs().sum(1)
+
+
+def _companion_tail(params: CompanionParams, start: int) -> Tensor:
+    """Bound taps by Cauchy's estimate |h[i]| <= max over |z| = r of |H(z)| r^i.
+
+    The maximum is taken over ``_POINTS`` samples per coefficient and doubled; the smallest bound over the
+    radii r between the largest pole and 1 is kept.
+    """
+    radius, n = params.largest_pole(), params.order()
+    best = torch.full_like(params.direct, torch.inf, dtype=torch.float64)
+    if radius >= _UNDAMPED:
+        return best
+    exponents = torch.arange(1, n + 1, dtype=torch.float64, device=best.device)
+    denominator = params.channels_of(slice(None)).denominator.double()
+    for position in _RADII:
+        r = max(radius + position * (1 - radius), 0.5)
+        scaled = [part.double() * r**-exponents for part in (params.numerator, denominator)]
+        above, below = (
+            torch.fft.rfft(torch.nn.functional.pad(s, (1, 0)), n=_POINTS * (n + 1)) for s in scaled
+        )
+        largest = 2 * (above.abs() / (1 + below).abs()).amax(1)
+        best = torch.fmin(best, largest * r**start / (1 - r))
+    return best

@@ -1,0 +1,96 @@
+"""Hyena kernel (arXiv 2302.10866, section 3.3): an MLP with sine activations on the lag, times a window.
+
+    k[i] = mlp(z[i]) (exp(-t[i] |delta|) + shift)        t[i] = i / (L - 1)
+    z[i] = t[i], cos(f w[i]), -sin(f w[i])               w[i] = 2 pi i / L, with the frequencies f
+
+A bias is added to the tap at lag 0. The time t is defined up to the length L, where the MLP was trained; the
+kernel is finite, with taps that are zero from lag L onwards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.errors import ConfigError
+from tnnlm.fields import number
+from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+
+LOWEST_FREQUENCY = 1e-4
+"""Frequency of the first band, in periods per length of the kernel."""
+FASTEST, SLOWEST = 0.3, 1.5
+"""Times t after which the window of the last and of the first channel has decayed to ``DECAYED``."""
+DECAYED = 0.01
+"""Value of the window, without its shift, that defines its rate."""
+
+
+@dataclass(kw_only=True)
+class HyenaConfig(KernelConfig):
+    """Settings of the Hyena kernel: a network on the lag, multiplied by an exponential window."""
+
+    width: int = number(64, low=1, high=65_536)
+    """Width of the network."""
+    layers: int = number(2, low=0, high=1_000)
+    """Number of hidden layers of the network."""
+    bands: int = number(1, low=1, high=1_000)
+    """Number of sine and cosine pairs in the encoding of the lag."""
+    frequency: float = number(10.0, above=0, high=1e4)
+    """Initial frequency of the sine activations, which are trained."""
+    shift: float = number(0.05, low=0, high=1)
+    """Constant added to the window; above 0 the kernel doesn't decay to zero within its length."""
+    length: int | None = number(None, low=2, high=1 << 24)
+    """Length of the kernel in lags; later taps are zero (null: the training length)."""
+    train_encoding: bool = False
+    """Whether the encoding of the lags is a parameter, of ``length`` rows, that is trained."""
+
+
+@register_kernel("hyena", HyenaConfig)
+class HyenaKernel(Kernel):
+    """Implicit kernel with one output of the network per channel and a bias at lag 0."""
+
+    deltas: Tensor
+
+    def __init__(self, config: HyenaConfig, n_channels: int, max_length: int) -> None:
+        super().__init__()
+        self.n_channels = n_channels
+        self.length = config.length or max_length
+        if self.length < 2:
+            raise ConfigError(f"model.kernel.length={self.length}: must be at least 2", "set it to 2 or more")
+        self.bands = config.bands
+        self.shift = config.shift
+        widths = [1 + 2 * config.bands, *[config.width] * (config.layers + 1)]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.frequencies = nn.Parameter(torch.full((config.layers + 1, config.width), config.frequency))
+        self.output = nn.Linear(config.width, n_channels, bias=False)
+        self.bias = nn.Parameter(torch.randn(n_channels))
+        first, last = (math.log(DECAYED) / time for time in (SLOWEST, FASTEST))
+        self.register_buffer("deltas", torch.linspace(first, last, n_channels))
+        self.encoding = nn.Parameter(self._encode(self.bias)) if config.train_encoding else None
+
+    def forward(self, length: int) -> Tensor:
+        """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
+        with torch.autocast(self.bias.device.type, enabled=False):
+            known = min(length, self.length)
+            h = (self._encode(self.bias) if self.encoding is None else self.encoding)[:known]
+            time = self._lags(self.bias)[:known, None] / (self.length - 1)
+            for layer, frequencies in zip(self.hidden, self.frequencies, strict=True):
+                h = torch.sin(frequencies * layer(h))
+            window = torch.exp(-time * self.deltas.to(h.dtype).abs()) + self.shift
+            k = (self.output(h) * window).T
+            k = torch.cat((k[:, :1] + self.bias[:, None], k[:, 1:]), dim=1)
+            return nn.functional.pad(k, (0, length - known))
+
+    def _lags(self, like: Tensor) -> Tensor:
+        """Return the lags 0 .. L - 1, (L,); under bf16-true the default dtype can't represent them."""
+        return torch.arange(self.length, device=like.device, dtype=like.dtype)
+
+    def _encode(self, like: Tensor) -> Tensor:
+        """Return the encoding z of all lags, (L, 1 + 2 bands), in the dtype and on the device of ``like``."""
+        lags = self._lags(like)[:, None]
+        bands = torch.linspace(LOWEST_FREQUENCY, self.bands - 1, self.bands).to(like)
+        phases = lags * (2 * math.pi / self.length) * bands
+        return torch.cat((lags / (self.length - 1), phases.cos(), -phases.sin()), dim=1)
