@@ -153,7 +153,8 @@ def test_a_model_with_dead_kernels_converts(family: str) -> None:
             if name in ("rpe.output.weight", "rpe.output.bias", "skip", "numerator", "direct"):
                 parameter[0] = 0
     for method in ("balanced", "auto", "etsc", "window"):
-        tolerance = {"tolerance": 0.5} if family == "sgconv" else {}
+        # Kernels that end abruptly have no small balanced recurrence.
+        tolerance = {"tolerance": 0.5} if family in ("sgconv", "hyena") else {}
         converted = convert_model(model, method=method, **tolerance)
         report = measure_model(model, converted, method=method, horizon=64)
         for layer in report.layers:
