@@ -250,7 +250,7 @@ def test_another_kernel_on_the_command_line_drops_the_settings_of_the_first() ->
 def test_kernel_that_is_unknown_lists_the_known_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^model\.kernel\.name=foo: unknown kernel \(command line\); choose one of fd_tno, hyena, rtf, ",
+        match=r"^model\.kernel\.name=foo: unknown kernel \(command line\); choose one of fd_tno, hyena, ",
     ):
         load_config(overrides=["model.kernel.name=foo"])
 
