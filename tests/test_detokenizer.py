@@ -146,6 +146,16 @@ def test_special_tokens_are_shown_on_request() -> None:
     assert [stream.push(tokenizer.eos_id), stream.push(the), stream.start] == ["", " the", len(EOS) + 3]
 
 
+def test_a_shown_special_token_is_behind_the_tokens_that_are_held() -> None:
+    tokenizer = tokenizer_with(decoders.Replace(Regex("_+"), " "), ["\ufffd", "b", "c"])
+    ids = [tokenizer.id_of(name) for name in ("b", "\ufffd", EOS, "c")]
+    stream = TextStream(tokenizer.detokenizer)
+    text = "".join(stream.push(token, show_special=True) for token in ids[:3])
+    assert stream.start == len(text) - len(EOS)
+    text += stream.push(ids[3]) + stream.finish()
+    assert text.replace(" ", "") == f"b\ufffd{EOS}c"
+
+
 def test_a_tokenizer_can_be_pickled(tokenizer: TextTokenizer) -> None:
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.decode([*range(9)]) == tokenizer.decode([*range(9)])

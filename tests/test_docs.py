@@ -35,6 +35,7 @@ from tests.support.commands import (
     script_call,
     script_module,
 )
+from tests.support.imported import write_fairseq, write_tokenizer
 from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
@@ -155,11 +156,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_texts() -> None:
-    """Write files of every kind that the pages train on."""
+    """Write files of every kind that the pages train on or import."""
     import datasets
 
     text = write_text().read_text(encoding="utf-8")
     write_text(Path("book.txt"))
+    write_fairseq(Path("checkpoint_best.pt"))
+    write_tokenizer(31, Path("letters.json"))
     Path("lines.txt").write_text("The first\nA second line\n")
     Path("texts/more").mkdir(parents=True)
     pieces = [text[i : i + 4000] for i in range(0, len(text), 4000)]
@@ -223,7 +226,8 @@ def run_line(line: str) -> int:
         ).returncode
     assert words[0] == "python", f"{line}: neither run nor marked by one of {', '.join(sorted(MARKS))}"
     if words[1] == "-m":
-        return run_main(importlib.import_module(words[2]), words[2:])
+        name = "tnnlm.cli" if words[2] == "tnnlm" else words[2]
+        return run_main(importlib.import_module(name), words[2:])
     return run_python(words[1], tiny(words[1], words[2:]), piped)
 
 

@@ -28,7 +28,7 @@ AVX512 = torch.cpu._is_avx512_supported()
 """Whether the real machine has AVX-512."""
 on_every_machine = pytest.mark.parametrize("machine", MACHINES, indirect=True)
 LAST_RESORT = {"float32": "plain", "bfloat16": "widened in tiles", "int8": "widened in tiles"}
-METHODS = {"balanced": "tno", "etsc": "tno", "window": "sgconv", "companion": "rtf"}
+METHODS = {"balanced": "tno", "etsc": "tno", "window": "sgconv", "companion": "rtf", "multirate": "sgconv"}
 
 
 def rounded(weight: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -41,7 +41,10 @@ def test_train_convert_generate(script: Any) -> None:
     assert converted.out.count(": ok") == 3
     report = json.loads(Path("runs/demo/converted/conversion.json").read_text())
     sizes = {"state_bytes", "etsc_state_bytes", "window_state_bytes", "kv_cache_bytes"}
-    assert set(report) == {"method", "horizon", "layers", "seconds", "warning", "ppl", "not_measured"} | sizes
+    assert (
+        set(report)
+        == {"method", "horizon", "layers", "seconds", "warning", "ppl", "ppl_tokens", "not_measured"} | sizes
+    )
     dtypes = {"bfloat16 weights", "int8 weights"}
     assert set(report["ppl"]) == {"parallel", "recurrent", "etsc 32", "window 32"} | dtypes
     assert all(set(values) == {"32", "256"} for values in report["ppl"].values())

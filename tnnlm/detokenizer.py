@@ -141,11 +141,12 @@ class TextStream:
         if special and not show_special:
             return ""
         if self._of.exact or special:
+            held = self._release()
             data = self._of.token_bytes(token, self._first)
             # A character that this token doesn't complete becomes U+FFFD in front of it.
             pending = bytes(self._utf8.getstate()[0])
-            self.start += bool(pending and data and not _is_prefix(pending + data[:1]))
-            text = self._utf8.decode(data)
+            self.start += len(held) + bool(pending and data and not _is_prefix(pending + data[:1]))
+            text = held + self._utf8.decode(data)
         else:
             text = self._slide(token)
         self._first = self._first and special
@@ -154,11 +155,17 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the remaining text; bytes of an incomplete character become U+FFFD."""
-        text = self._utf8.decode(b"", final=True)
-        if self._n_held:
-            text = self._of.decode_window(self._window)[len(self._decoded) :]
-            self._n_held = 0
+        text = self._release() + self._utf8.decode(b"", final=True)
         self.length += len(text)
+        return text
+
+    def _release(self) -> str:
+        """Return the text of the tokens that are held, although it may end in an incomplete character."""
+        if not self._n_held:
+            return ""
+        decoded = self._of.decode_window(self._window)
+        text = decoded[len(self._decoded) :]
+        self._decoded, self._n_held = decoded, 0
         return text
 
     def _slide(self, token: int) -> str:

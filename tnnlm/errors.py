@@ -96,6 +96,7 @@ OS_PROBLEMS = {
     errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
     errno.EEXIST: UserError("exists already and is not a folder", "choose another path"),
     errno.EISDIR: UserError("is a folder", "specify a file"),
+    errno.EEXIST: UserError("a file of this name exists", "choose another path"),
 }
 """Operating-system errors that a user can fix, by ``errno``."""
 OS_ADVICE = {number: str(problem) for number, problem in OS_PROBLEMS.items()}

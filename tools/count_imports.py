@@ -57,7 +57,9 @@ RULES = {
     "config": Allowed("errors fields kernels", "omegaconf yaml"),
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
-    "checkpoints": Allowed("errors files tokenizer ops modules config models", "torch safetensors"),
+    "checkpoints": Allowed(
+        "errors files tokenizer ops modules config models", "torch safetensors tokenizers"
+    ),
     "data": Allowed(
         "errors files tokenizer config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",

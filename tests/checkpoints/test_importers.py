@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import os
 import pickle
 import threading
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.support.imported import tnn_weights, write_fairseq, write_tokenizer
+from tests.support.imported import (
+    hyenadna_weights,
+    stack_weights,
+    tnn_weights,
+    write_fairseq,
+    write_tokenizer,
+)
+from tests.support.models import run_steps
 from tests.support.reference import reference
 from tnnlm.checkpoints.importers.formats import Imported, import_checkpoint
 from tnnlm.checkpoints.importers.run import write_run
 from tnnlm.checkpoints.importers.source import read_weights
+from tnnlm.checkpoints.importers.stripedhyena import modal_recurrence
 from tnnlm.checkpoints.importers.vocabulary import load_tokenizer
 from tnnlm.checkpoints.locate import load_trained
-from tnnlm.errors import CheckpointError, UserError
+from tnnlm.conversion import convert_model
+from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.models.causal_lm import CausalLM
 
 
@@ -52,6 +63,177 @@ def test_fairseq_checkpoint_is_read_and_its_settings_are_those_of_the_authors() 
     assert (model.vocab_size, model.d_model, model.n_layers, model.expand) == (31, 8, 2, 3)
     assert (model.final_norm, model.embed_scale, model.max_length) == ("layer", True, 77)
     assert imported.config.model.kernel.decay == pytest.approx(0.99)  # type: ignore[attr-defined]
+
+
+def dense(x: Tensor, k: Tensor) -> Tensor:
+    """Return the causal convolution of x (B, L, E) with taps k (E, L), by sums over the lags."""
+    length = x.shape[1]
+    parts = [nn.functional.pad(x, (0, 0, lag, 0))[:, :length] * k[:, lag] for lag in range(k.shape[1])]
+    return torch.stack(parts).sum(0)
+
+
+def hyenadna(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Return the logits of HyenaDNA, from the formulas of arXiv 2302.10866 and 2306.15794."""
+
+    def of(name: str) -> Tensor:
+        return weights[f"model.backbone.{name}"]
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ of(f"{name}.weight").T + of(f"{name}.bias")
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * of(f"{name}.weight") + of(f"{name}.bias")
+
+    length = tokens.shape[1]
+    x = of("embeddings.word_embeddings.weight")[tokens]
+    for index in range(2):
+        layer, filters = f"layers.{index}", f"layers.{index}.mixer.filter_fn"
+        u = linear(f"{layer}.mixer.in_proj", norm(f"{layer}.norm1", x))
+        u = dense(u, of(f"{layer}.mixer.short_filter.weight")[:, 0].flip(1))
+        x0, x1, v = (u + of(f"{layer}.mixer.short_filter.bias")).chunk(3, dim=-1)
+        h = of(f"{filters}.pos_emb.z")[0, :length]
+        for module in (0, 2, 4):
+            frequency = of(f"{filters}.implicit_filter.{module + 1}.freq")
+            h = torch.sin(frequency * linear(f"{filters}.implicit_filter.{module}", h))
+        times = of(f"{filters}.pos_emb.t")[0, :length]
+        window = torch.exp(-times * of(f"{filters}.modulation.deltas")[0].abs()) + 0.05
+        k = (h @ of(f"{filters}.implicit_filter.6.weight").T * window).T
+        y = dense(v * x1, k) + of(f"{filters}.bias") * v * x1
+        x = x + linear(f"{layer}.mixer.out_proj", x0 * y)
+        a = linear(f"{layer}.mlp.fc1", norm(f"{layer}.norm2", x))
+        gelu = 0.5 * a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        x = x + linear(f"{layer}.mlp.fc2", gelu)
+    return norm("ln_f", x) @ of("embeddings.word_embeddings.weight").T
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
+def test_hyenadna_tiny_has_the_logits_of_its_formulas(dtype: torch.dtype, atol: float) -> None:
+    weights = {name: tensor.to(dtype).double() for name, tensor in hyenadna_weights().items()}
+    torch.save({"state_dict": {name: t.to(dtype) for name, t in weights.items()}}, "weights.ckpt")
+    imported = import_checkpoint(Path("weights.ckpt"))
+    assert (imported.format, imported.config.model.max_length) == ("hyenadna", 1026)
+    tokens = torch.randint(7, 12, (1, 50))
+    logits, expected = model_of(imported)(tokens).double(), hyenadna(weights, tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=atol * float(expected.abs().max()))
+
+
+def test_hyenadna_converts_and_decodes_with_its_tokenizer() -> None:
+    weights = hyenadna_weights(8, length=40, width=6)
+    torch.save({"state_dict": weights}, "weights.ckpt")
+    model = model_of(import_checkpoint(Path("weights.ckpt")))
+    tokens = torch.randint(7, 12, (2, 40))
+    converted = convert_model(model, method="window")
+    stepped, _ = run_steps(converted, tokens, converted.init_state(2))
+    torch.testing.assert_close(stepped, hyenadna(weights, tokens), rtol=0, atol=1e-10)
+    tokenizer = load_tokenizer("hyenadna", None, None)
+    assert tokenizer.encode("ACGTNacgt") == [7, 8, 9, 10, 11, 6, 6, 6, 6]
+    assert (tokenizer.decode([7, 8, 9, 10, 11]), tokenizer.eos_id, tokenizer.size) == ("ACGTN", 1, 12)
+
+
+def test_hyena_operators_of_another_order_are_refused() -> None:
+    weights = hyenadna_weights(8, length=40, width=6)
+    weights["model.backbone.layers.0.mixer.in_proj.weight"] = torch.ones(32, 8)
+    torch.save(weights, "order3.pt")
+    with pytest.raises(CheckpointError, match="order 3, and order 2 is supported"):
+        import_checkpoint(Path("order3.pt"))
+
+
+def stack(weights: dict[str, Tensor], k: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logits of a stack of layers in the repository of S4 with the taps k (E, L)."""
+    norm = partial(nn.functional.layer_norm, normalized_shape=(len(k),))
+    x = weights["encoder.0.weight"][tokens]
+    for index in range(2):
+        layer = f"model.layers.{index}."
+        u = norm(x, weight=weights[f"{layer}norm.norm.weight"], bias=weights[f"{layer}norm.norm.bias"])
+        y = nn.functional.gelu(dense(u, k)) @ weights[f"{layer}layer.output_linear.0.weight"].T
+        y = y + weights[f"{layer}layer.output_linear.0.bias"]
+        x = x + (nn.functional.glu(y) if y.shape[-1] > len(k) else y)
+    x = norm(x, weight=weights["model.norm.norm.weight"], bias=weights["model.norm.norm.bias"])
+    return x @ weights["encoder.0.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "gated"),
+    [
+        ("sgconv_pow2", "window", False),
+        ("rtf", "companion", True),
+        ("rtf_shared", "companion", False),
+        ("rtf_odd_length", "companion", True),
+    ],
+)
+def test_stacks_have_the_logits_of_the_authors_kernels_and_decode(
+    case: str, method: str, gated: bool
+) -> None:
+    tensors, metadata = reference(case)
+    overrides: list[str] = []
+    if case == "sgconv_pow2":
+        inner, k = "", tensors["kernel"][0].clone()
+        conv = {name.removeprefix("weights."): t for name, t in tensors.items() if "weights" in name}
+        k[:, 0] += conv["D"][0]
+    else:
+        inner, k = "layer.", tensors["kernel"]
+        conv = {name: tensors[name] for name in ("ab", "h_0")}
+        length = int(metadata["trunc_len"])
+        overrides = [f"model.max_length={length + length % 2}"]
+    weights = stack_weights({f"{inner}{name}": t for name, t in conv.items()}, len(k), gated=gated)
+    torch.save({"state_dict": weights}, "stack.ckpt")
+    imported = import_checkpoint(Path("stack.ckpt"), overrides=overrides)
+    assert imported.format == case.partition("_")[0]
+    tokens = torch.randint(31, (2, k.shape[1]))
+    expected = stack(weights, k, tokens)
+    model = model_of(imported)
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-11)
+    single = CausalLM(imported.config.model)
+    single.load_state_dict(imported.weights)
+    error = (single.eval()(tokens).double() - expected).abs().max() / expected.abs().max()
+    assert error < 2e-6  # float32
+    converted = convert_model(model, method=method, horizon=k.shape[1])
+    stepped, _ = run_steps(converted, tokens, converted.init_state(2))
+    torch.testing.assert_close(stepped, expected, rtol=0, atol=1e-8)
+
+
+def test_modal_filter_of_stripedhyena_is_a_recurrence() -> None:
+    tensors, _ = reference("stripedhyena_modal")
+    params = modal_recurrence(tensors["poles"], tensors["residues"], tensors["D"])
+    taps = tensors["h"].clone()
+    taps[:, 0] += tensors["D"]
+    torch.testing.assert_close(params.taps(64), taps, rtol=0, atol=1e-13)
+    prefilled, _ = params.prefill(tensors["x"], params.init_state(1))
+    torch.testing.assert_close(prefilled, tensors["y"], rtol=0, atol=1e-12)
+    state, outputs = params.init_state(1), []
+    for x in tensors["x"].unbind(1):
+        y, state = params.step(x, state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs, dim=1), tensors["y"], rtol=0, atol=1e-12)
+    shared = modal_recurrence(tensors["poles"][:1], tensors["residues"][:1], tensors["D"])
+    torch.testing.assert_close(shared.taps(9)[2, 1:], tensors["h"][0, 1:9], rtol=0, atol=1e-13)
+    with pytest.raises(CheckpointError, match="4 systems"):
+        modal_recurrence(tensors["poles"], tensors["residues"], tensors["D"][:3])
+    with pytest.raises(CheckpointError, match="must be"):
+        modal_recurrence(tensors["poles"][:, :2], tensors["residues"], tensors["D"])
+
+
+def test_whole_stripedhyena_is_refused_with_the_way_for_its_filters() -> None:
+    tensors, _ = reference("stripedhyena_modal")
+    save_file({"blocks.0.filter.poles": tensors["poles"]}, "striped.safetensors")
+    with pytest.raises(CheckpointError, match="modal_recurrence"):
+        import_checkpoint(Path("striped.safetensors"))
+
+
+def test_length_that_the_weights_do_not_show_is_required() -> None:
+    tensors, _ = reference("rtf")
+    torch.save(stack_weights({"ab": tensors["ab"], "h_0": tensors["h_0"]}, 6, gated=False), "rtf.pt")
+    with pytest.raises(ConfigError, match=r"model\.max_length: is not in the weights of rtf\.pt"):
+        import_checkpoint(Path("rtf.pt"))
+
+
+@pytest.mark.parametrize("key", ["(layers.0.token_mixer.toep.x", f"layers.{9 * 10**20}.token_mixer.toep.x"])
+def test_hostile_keys_are_refused(key: str) -> None:
+    save_file({key: torch.ones(2), **tnn_weights("")}, "keys.safetensors")
+    with pytest.raises(CheckpointError, match="keys"):
+        import_checkpoint(Path("keys.safetensors"))
 
 
 class Call:

@@ -79,6 +79,7 @@ USED = {
     "etsc": set(),
     "window": set(),
     "companion": set(),
+    "multirate": set(),
 }
 VALUES = {
     "--tolerance": "1e-3",

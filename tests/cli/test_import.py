@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.imported import write_fairseq, write_tokenizer
+from tests.support.imported import hyenadna_weights, write_fairseq, write_tokenizer
 from tests.support.reference import reference
 from tests.support.scripts import Result, assert_refused
 from tests.support.training_runs import SETTINGS, write_text
@@ -56,6 +56,21 @@ def test_imported_model_converts_and_generates(imported: Path, script: Any) -> N
     written = script("generate", "--model", str(imported), "--prompt", "abc", "--max-new-tokens", "5")
     assert written.code == 0, written.err
     assert "abc" in written.out
+
+
+def test_imported_hyenadna_converts_generates_and_trains_on(import_: Any, script: Any) -> None:
+    torch.save({"state_dict": hyenadna_weights(8, length=48, width=6)}, "dna.ckpt")
+    done = import_("dna.ckpt", "--output", "runs/dna")
+    assert done.code == 0, done.err
+    converted = script("convert", "runs/dna", "--method", "window", "--verify", "--export")
+    assert converted.code == 0, converted.err
+    words = ["--model", "runs/dna", "--prompt", "ACGTACGT", "--max-new-tokens", "5", "--temperature", "0"]
+    written = script("generate", *words)
+    assert written.code == 0, written.err
+    Path("text.txt").write_text("\n\n".join("ACGTNCCA" * (index + 9) for index in range(60)))
+    trained = script("train", *training("name=on", "conversion.method=window"), "--init-from", "runs/dna")
+    assert trained.code == 0, trained.err
+    assert load_trained("runs/on").config.model.block == "hyena"
 
 
 @pytest.mark.parametrize(

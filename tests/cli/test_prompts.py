@@ -62,6 +62,11 @@ def test_a_prompt_may_begin_with_a_dash() -> None:
     assert generate.parse(["--prompt", "- item"]).prompt == "- item"
 
 
+def test_only_line_ends_separate_prompts() -> None:
+    Path("lines.txt").write_bytes("\ufeffa\u2028b\r\n \nc\x0cd\n".encode())
+    assert generate.read_prompts(Path("lines.txt")) == ["a\u2028b", "c\x0cd"]
+
+
 def test_the_model_is_named_if_none_is_given(script: Any) -> None:
     words = ("--prompt", "The [red]first[/red]", "--max-new-tokens", "1", "--temperature", "0")
     first = write_folder(Path("runs/first/converted"), "tno", "balanced")

@@ -89,6 +89,15 @@ def test_unknown_key_is_reported_in_full_with_the_nearest_one(word: str, key: st
     assert str(caught.value).endswith(f"did you mean {nearest}?")
 
 
+@pytest.mark.parametrize(
+    "key", ["kernel_len", "dataset", "steps", "length", "kernel_lr", "model.kernel_size"]
+)
+def test_unknown_key_suggests_near_misses_only(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=[f"{key}=1"])
+    assert str(caught.value) == f"{key}: unknown key (command line)"
+
+
 def test_unknown_key_in_yaml_names_the_file() -> None:
     path = write("model:\n  1: 2\n")
     with pytest.raises(ConfigError, match=r"model\.1: unknown key \(config\.yaml, line 2\)"):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from documentation.reference import settings_table
 from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import Config
+from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.training.estimate import guessed_share
 from tnnlm.training.throughput import flops_per_token
 
@@ -89,3 +90,12 @@ def test_paper_figures_follow_from_the_stated_formula() -> None:
         assert float(dollars) == pytest.approx(total * price, abs=1)
     for stated in ("312 TFLOP/s (A100) and 989 (H100)", "30 % and 25 %", "1.50 and 2.50 dollars"):
         assert stated in DOCS
+
+
+def test_settings_page_states_the_values_that_are_used_without_a_file() -> None:
+    demo = load_config(ROOT / "configs/demo.yaml")
+    assert f"| `optim.lr` | number | `{OptimConfig().lr:g}` (demo: `{demo.optim.lr:g}`) |" in settings_table(
+        "optim"
+    )
+    assert "`data.batch_size` | integer | `8` |" in settings_table("data")
+    assert "demo" not in settings_table("kernel.rtf")

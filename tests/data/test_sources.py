@@ -104,6 +104,14 @@ def test_text_column_is_read(suffix: str) -> None:
     assert sorted(train + val) == sorted(texts)
 
 
+def test_text_column_is_refused_without_a_table() -> None:
+    message = error_of(write("a.txt", LINES), text_column="body")
+    assert message.startswith("data.text_column=body: text files have no columns; omit it")
+    write("b.jsonl", jsonl(documents(12), "body"))
+    train, val = read("a.txt", "b.jsonl", text_column="body")
+    assert len(train + val) == 13
+
+
 @pytest.mark.parametrize("n", [12, 14], ids=["same size", "another size"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz", "corpus/train.jsonl"])
 def test_table_that_changed_is_read_again(name: str, n: int) -> None:
@@ -194,10 +202,11 @@ def test_no_files_at_all_names_the_setting() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("empty.txt", b"", "contains no text"),
-        ("blank.txt", b" \n\n", "contains no text"),
+        ("empty.txt", b"", "contains no text (it is empty)"),
+        ("blank.txt", b" \n\n", "contains no text (1 blank document)"),
         ("empty.txt.gz", gzip.compress(b""), "contains no text"),
-        ("blank.jsonl", b'{"text": ""}\n', "contains no text"),
+        ("blank.jsonl", b'{"text": ""}\n', "contains no text (1 blank row)"),
+        ("void.jsonl", b"\n\n", "contains no text (no rows)"),
         ("zero.txt", b"text\0text", "is not text"),
         ("zero.py", b"text\0text", "is not text"),
         ("utf16.txt", LINES.encode("utf-16"), "is not text"),

@@ -14,10 +14,13 @@ import yaml
 from tests.support.converted import measure_model
 from tests.support.models import tiny_config
 from tests.support.training_runs import SETTINGS, write_text
-from tnnlm.config.schema import Config, DataConfig
+from tnnlm.checkpoints.training import load_checkpoint
+from tnnlm.config.schema import Config, ConversionConfig, DataConfig
 from tnnlm.conversion import convert_model
 from tnnlm.conversion.certify import horizon_warning
 from tnnlm.deployment.model_card import model_card
+from tnnlm.deployment.perplexity import LENGTHS
+from tnnlm.deployment.pipeline import convert_checkpoint
 from tnnlm.models.causal_lm import CausalLM
 
 
@@ -27,11 +30,11 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(head)
 
 
-def make_card(name: str = "mine", license: str | None = None, **data: Any) -> str:
+def make_card(name: str = "mine", license: str | None = None, step: int = 7, **data: Any) -> str:
     model = CausalLM(tiny_config()).eval()
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
     config = Config(name=name, model=model.config, data=DataConfig(**data))
-    return model_card(config, 7, model, report, license=license)
+    return model_card(config, step, model, report, license=license)
 
 
 def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
@@ -54,12 +57,46 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     assert f"{report['state_bytes']:,} bytes" in card
     assert f"{report['horizon']:,} lags" in card
     assert "Not measured" not in card
+    val_tokens = json.loads(Path("runs/tiny/data.json").read_text())["splits"]["val"]["tokens"]
+    assert {*report["ppl_tokens"]} == {*report["ppl"]["parallel"]}
+    for length, n_tokens in report["ppl_tokens"].items():
+        assert n_tokens == min((val_tokens - 1) // int(length), limit_of(report, length)) * int(length)
+        assert f"{n_tokens:,} tokens at a context of {int(length):,}" in card
     # Without its training text, perplexity can't be measured, and the card reports that.
     Path("text.txt").write_text("another text " * 2000)
     assert script("convert", "tiny", "--out", "later").code == 0
     later = Path("later/README.md").read_text()
     assert "Not measured (the data of this run has changed)." in later
     assert "| recurrent" not in later
+
+
+def limit_of(report: dict[str, Any], length: str) -> int:
+    """Return the largest number of rows of this length that perplexity is measured on."""
+    multiple = int(length) // min(map(int, report["ppl_tokens"]))
+    return max(1, LENGTHS[multiple] // int(length))
+
+
+def test_card_of_a_run_that_validates_on_a_part_says_so() -> None:
+    assert (
+        "% of the data was held out for validation. At most the first 5,000 tokens of it are used.\n"
+        in make_card(max_val_tokens=5000)
+    )
+    assert "At most the first" not in make_card()
+
+
+def test_card_of_imported_weights_claims_no_data(run_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = make_card(step=0, source="hub", hub_name="someone/texts")
+    assert "The weights were imported. The data that they were trained on is not known." in card
+    assert "datasets" not in front_matter(card)
+    for claim in ("held out", "someone", "trained on the same data", "optimizer steps | 0"):
+        assert claim not in card
+    source = replace(load_checkpoint(run_here / "checkpoints/last.ckpt"), step=0)
+    monkeypatch.setattr("tnnlm.deployment.pipeline.load_checkpoint", lambda _: source)
+    recipe = ConversionConfig(method="window")
+    done = convert_checkpoint(str(run_here), recipe, out=Path("out"), force=False, verify=False)
+    assert done.note == "the training data of imported weights is not known"
+    assert f"Not measured ({done.note})." in Path("out/README.md").read_text(encoding="utf-8")
+    assert done.report.ppl == {"parallel": {}, "recurrent": {}}
 
 
 def test_card_states_the_source_of_the_data() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.support.models import tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.inference.cuda_graph import GraphedModel, cuda_graph
 from tnnlm.models.causal_lm import CausalLM
@@ -21,19 +21,21 @@ def again(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def converted() -> CausalLM:
+def converted(family: str) -> CausalLM:
     torch.manual_seed(0)
-    return convert_model(CausalLM(tiny_config()).eval(), method="etsc")
+    model = CausalLM(tiny_config(kernel=FAMILIES[family]())).eval()
+    return convert_model(model, method="multirate" if family == "sgconv" else "etsc")
 
 
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
 )
+@pytest.mark.parametrize("family", ["tno", "sgconv"])
 @torch.inference_mode()
-def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str) -> None:
+def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, family: str) -> None:
     RECORDED.clear()
-    plain = converted().to(device)
+    plain = converted(family).to(device)
     graphed = GraphedModel(plain, cuda_graph if device == "cuda" else again)
     prompt = torch.randint(300, (3, 9), device=device)
     _, state = graphed.prefill(prompt, graphed.init_state(3))

@@ -138,6 +138,20 @@ def test_onnx_step_gives_logits_states_and_greedy_tokens_of_the_model(exported: 
         np.testing.assert_allclose(part, reference.numpy(), rtol=0, atol=LIMIT)
 
 
+def test_exported_multirate_step_gives_the_logits_of_the_model(tmp_path: Path) -> None:
+    trained = CausalLM(tiny_config(kernel=FAMILIES["sgconv"](), d_model=32, n_layers=1)).eval()
+    model = convert_model(trained, method="multirate")
+    export_torch(whole(model), tmp_path)
+    interface = json.loads((tmp_path / "export/interface.json").read_text())
+    step = torch.export.load(tmp_path / "export/step.pt2").module()
+    state, expected_state = [*empty_state(interface, 3).values()], model.init_state(3)
+    with torch.inference_mode():
+        for tokens in torch.randint(300, (STEPS, 3)):
+            logits, *state = step(tokens, *state)
+            expected, expected_state = model.step(tokens, expected_state)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def test_interface_lists_what_decoding_needs(exported: Exported) -> None:
     model, folder = exported
     for form, functions in (("export", {"step", "prefill"}), ("onnx", {"step"})):

@@ -32,10 +32,10 @@ def writer(model: CausalLM) -> TextGenerator:
     return TextGenerator(convert_model(model), tokenizer)
 
 
-@pytest.fixture(params=["balanced", "window", "companion"])
+@pytest.fixture(params=["balanced", "window", "companion", "multirate"])
 def exact(request: pytest.FixtureRequest) -> TextGenerator:
     """Return generators in float64 for every recurrent form, so that results agree to 1e-9."""
-    kernel = FAMILIES["rtf" if request.param == "companion" else "tno"]()
+    kernel = FAMILIES[{"companion": "rtf", "multirate": "sgconv"}.get(request.param, "tno")]()
     model = CausalLM(tiny_config(kernel=kernel)).double().eval()
     tokenizer = train_bpe(["the cat sat on the mat"], 300, "<|endoftext|>", 1, False)
     return TextGenerator(convert_model(model, method=request.param), tokenizer)

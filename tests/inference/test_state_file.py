@@ -33,13 +33,13 @@ HOT = SamplingParams(temperature=1.5)
 
 def writer_of(method: str, text: str = "the cat sat on the mat") -> TextGenerator:
     torch.manual_seed(0)
-    kernel = FAMILIES["rtf" if method == "companion" else "tno"]()
+    kernel = FAMILIES[{"companion": "rtf", "multirate": "sgconv"}.get(method, "tno")]()
     model = convert_model(CausalLM(tiny_config(kernel=kernel)).eval(), method=method)
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, False)
     return TextGenerator(model, tokenizer, model_fingerprint(model))
 
 
-@pytest.mark.parametrize("method", ["balanced", "window", "companion"])
+@pytest.mark.parametrize("method", ["balanced", "window", "companion", "multirate"])
 def test_continuing_from_a_file_equals_an_unbroken_run(method: str) -> None:
     writer, random = writer_of(method), torch.Generator().manual_seed(3)
     first, pieces = writer.stream(writer.prefill(["the cat"]), 10, HOT, random)

@@ -34,7 +34,8 @@ def decode(model, rows, prompt=20):
         state = model.step(tokens[:, 0], state)[1]
 
 with torch.inference_mode():
-    for method, family in (("balanced", "tno"), ("window", "sgconv"), ("companion", "rtf")):
+    forms = {"balanced": "tno", "window": "sgconv", "companion": "rtf", "multirate": "sgconv"}
+    for method, family in forms.items():
         decode(converted(method, family), 2)
         for dtype in ("float32", "bfloat16", "int8"):
             model = optimize_for_decoding(converted(method, family), dtype)

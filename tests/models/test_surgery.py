@@ -52,7 +52,10 @@ class Stack(nn.Module):
         return x, after
 
 
-@pytest.mark.parametrize(("family", "method"), [("tno", "etsc"), ("sgconv", "window"), ("rtf", "companion")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("tno", "etsc"), ("sgconv", "window"), ("rtf", "companion"), ("sgconv", "multirate")],
+)
 @torch.no_grad()
 def test_converted_modules_of_a_users_model_match_its_parallel_form(family: str, method: str) -> None:
     model = Stack(family).double()

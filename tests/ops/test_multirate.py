@@ -175,7 +175,7 @@ def test_from_tensors_refuses_shapes_of_no_kernel() -> None:
             recurrence.from_tensors({**good, name: part})
 
 
-def test_stored_dtype_is_at_least_float32_and_the_turn_an_integer() -> None:
+def test_stored_dtype_is_at_least_float32() -> None:
     params = params_of(61, 4).to_dtype(torch.bfloat16)
     assert all(part.dtype == torch.float32 for part in params)
-    assert params.init_state(1).turn.dtype == torch.int64
+    assert all(part.dtype == torch.float32 for part in params.init_state(1))

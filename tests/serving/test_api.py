@@ -163,6 +163,34 @@ def test_bad_requests_say_what_is_wrong(client: openai.OpenAI, change: dict[str,
     assert caught.value.param in (*change.get("extra_body", change),)
 
 
+NOT_IGNORED = {
+    '{"prompt": "a", "max_tokens": 1, "prompt": "b"}': ("prompt", "prompt: is given twice; omit"),
+    '{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}': ("5", "5: is given twice"),
+    '{"prompt": "a", "stream": true, "stream_options": {"x": 1, "x": 1}}': ("x", "x: is given twice"),
+    '{"prompt": "a", "logit_bias": {"05": 1}}': ("logit_bias", "'05' is not a token id"),
+    '{"prompt": "a", "stream_options": {}}': ("stream_options", "stream_options: only applies to stream"),
+    '{"prompt": "a", "repetition_penalty": true}': ("repetition_penalty", "no such parameter"),
+    '{"prompt": "a", "ignore_eos": 0}': ("ignore_eos", "no such parameter"),
+    '{"prompt": "a", "min_tokens": false}': ("min_tokens", "no such parameter"),
+    '{"prompt": "a", "min_p": NaN}': ("min_p", "no such parameter"),
+    '{"prompt": "a", "logit_bias": {"5": Infinity}}': ("logit_bias", "finite number"),
+    '{"prompt": "a", "n": true}': ("n", "valid integer"),
+    '{"prompt": "a", "max_tokens": 1.0}': ("max_tokens", "valid integer"),
+    '{"prompt": "a", "seed": ' + "9" * 5000 + "}": (None, "the body is not valid JSON"),
+    '{"prompt": ' + "[" * 90_000: (None, "the body is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("body", NOT_IGNORED, ids=lambda body: body[:60])
+def test_nothing_in_a_body_is_ignored(server: Running, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx2.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == NOT_IGNORED[body][0]
+    assert NOT_IGNORED[body][1] in error["message"]
+
+
 INTEGERS = ("max_tokens", "top_k", "n", "best_of", "seed", "logprobs")
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 

@@ -33,6 +33,7 @@ FORMS = {
     "tno-etsc": ("tno", "etsc"),
     "sgconv-window": ("sgconv", "window"),
     "rtf-companion": ("rtf", "companion"),
+    "sgconv-multirate": ("sgconv", "multirate"),
 }
 HORIZON = 40
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}

@@ -16,7 +16,7 @@ from tnnlm.inference.row_linear import RowLinear
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
 
-METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf"}
+METHODS = {"balanced": "tno", "window": "sgconv", "companion": "rtf", "multirate": "sgconv"}
 
 
 def converted(method: str = "balanced") -> CausalLM:

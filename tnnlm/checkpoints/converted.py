@@ -254,6 +254,8 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
         return recurrence.from_tensors(own)
     except KeyError as error:
         raise CheckpointError(f"{folder}: model.safetensors has no {error}", "convert again") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: is damaged (layer {index}, {error})", "convert again") from None
 
 
 def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:

@@ -8,6 +8,7 @@ Methods (--method):
   etsc       the published algorithm, exact on the horizon
   window     a sliding window of the last inputs
   companion  the exact recurrence of a kernel that defines one, such as rtf
+  multirate  the exact recurrence of sgconv, with few operations per token
   auto       per layer, the smallest of these that meets the tolerance
   gradient   poles and residues fitted by Adam, a slow baseline
 

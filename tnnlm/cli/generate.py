@@ -215,7 +215,8 @@ def read_prompts(path: Path) -> list[str]:
         UserError: If the file cannot be read as text or has no such line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also split at characters such as U+2028, which may be part of a prompt.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: is not a text file with one prompt per line") from None
     prompts = [line for line in lines if line.strip()]

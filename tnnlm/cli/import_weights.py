@@ -5,12 +5,17 @@ new run from it with train --init-from.
 
 Formats (--format):
   tnn           Toeplitz neural network, of fairseq or tnn-pytorch
+  sgconv, rtf   SGConv or RTF in the layers of the repository of S4
+  hyenadna      HyenaDNA, whose tokenizer is known
+  stripedhyena  refused: only its filters are recurrences, see docs/how-to/import.md
   auto          recognised by the keys of the weights (default)
 
 Settings that the weights don't show are key=value pairs, such as model.max_length=512.
 
 Examples:
   tnnlm import checkpoint_best.pt --tokenizer tokenizer.json --output runs/tnn
+  tnnlm import hyenadna-tiny-1k.ckpt --output runs/dna
+  tnnlm import rtf.ckpt --tokenizer gpt2.json --output runs/rtf model.max_length=1024
   tnnlm import tnn.safetensors --tokenizer gpt2.json --output runs/tnn model.max_length=1024
 """
 

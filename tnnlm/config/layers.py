@@ -27,6 +27,8 @@ from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 KERNEL = "model.kernel"
 """Group whose settings depend on ``model.kernel.name``."""
 COMMAND_LINE = "command line"
+_MISSPELT = 2
+"""Maximum difference in length between a key and the one that it is probably a misspelling of."""
 
 
 class Setting(NamedTuple):
@@ -199,7 +201,9 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     group, _, leaf = key.rpartition(".")
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
-    for candidates, cutoff in ((leaves, 1.0), (siblings, 0.7), (leaves, 0.75)):
-        if near := difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff):
+    for candidates, cutoff in ((leaves, 1.0), (siblings, 0.7), (leaves, 0.77)):
+        # A part of a longer name is another name: data.dataset is no misspelling of data.
+        similar = [name for name in candidates if abs(len(name) - len(leaf)) <= _MISSPELT]
+        if near := difflib.get_close_matches(leaf, similar, n=1, cutoff=cutoff):
             return candidates[near[0]]
     return ""

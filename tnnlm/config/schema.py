@@ -26,10 +26,14 @@ class ModelConfig:
     the run has at most this many tokens."""
     max_length: int = number(512, low=1, high=1 << 24)
     """Training sequence length in tokens. Decoding is not limited to it."""
+    block: str = choice("tnn", "tnn", "hyena", "s4", "s4_glu")
+    """Wiring of a block: tnn (gated convolution and GLU, norms without parameters), hyena (the Hyena operator
+    of order 2 and an MLP, as in HyenaDNA), s4 (convolution, GELU and a linear layer, without channel mixing)
+    or s4_glu (s4 with a gated linear layer). All but tnn have LayerNorms and need ``expand`` = 1."""
     expand: int = number(3, low=1, high=64)
     """Width of the mixer as a multiple of ``d_model``; 3 as in the TNN paper."""
     glu_dim: int | None = number(None, low=1, high=1_000_000)
-    """Hidden width of the GLU (null: ``d_model``)."""
+    """Hidden width of the GLU or MLP (null: ``d_model``)."""
     final_norm: str = choice("simple_rms", "simple_rms", "layer")
     """Norm before the output layer: simple_rms, which has no parameters, or layer (LayerNorm with scale and
     bias, as in the published TNN language models)."""
@@ -105,6 +109,10 @@ class DataConfig:
     ``data.hub_split``)."""
     streaming: bool = False
     """Whether to stream the Hub data set instead of downloading it first; requires ``data.max_documents``."""
+    protocol: str = choice("documents", "documents", "fairseq")
+    """Text protocol: documents (whole documents, an end token after each) or fairseq, which published
+    perplexities of WikiText-103 follow: lines without surrounding white space, an end token after each line,
+    blank lines kept, and every token of the validation split scored. For task=causal only."""
     normalize_text: bool = True
     r"""Whether to convert the line ends \r\n and \r to \n and to remove byte order marks (U+FEFF). The report
     at the start of a run counts them. With false, only the mark at the start of a text file is removed."""
@@ -236,11 +244,12 @@ class CheckpointConfig:
 class ConversionConfig:
     """Conversion of kernels to recurrences."""
 
-    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "gradient")
+    method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "multirate", "gradient")
     """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,
     exact below the horizon), window (direct convolution over the most recent inputs), companion (the exact
-    recurrence that a kernel such as rtf defines), auto (per layer, whichever of these has the smallest state
-    within the tolerance) or gradient (fitted with Adam, a slow baseline)."""
+    recurrence that a kernel such as rtf defines), multirate (the exact recurrence of sgconv, for few
+    operations per token), auto (per layer, whichever of these has the smallest state within the tolerance)
+    or gradient (fitted with Adam, a slow baseline)."""
     horizon: int | str = number("auto", low=1, high=1 << 20, word="auto")
     """Number of lags that the recurrence must reproduce; auto: the lags until the remaining energy of the
     kernel is below float32 rounding, or the training length if it does not decay."""

@@ -27,6 +27,7 @@ from tnnlm.conversion.tails import kernel_tail, recurrence_tail
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
+from tnnlm.modules.hyena import SHORT_TAPS
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
@@ -89,7 +90,7 @@ def measure(
     ]
     report = _sizes(model.config, horizon)
     report.method, report.layers, report.seconds = method, reports, seconds
-    report.state_bytes = sum(layer.state_bytes for layer in reports)
+    report.state_bytes += sum(layer.state_bytes for layer in reports)
     report.warning = horizon_warning(reports, horizon)
     return report
 
@@ -126,7 +127,7 @@ def describe(converted: CausalLM) -> ModelReport:
     """
     length = converted.config.max_length
     report = _sizes(converted.config, length)
-    report.state_bytes = sum(recurrence.state_bytes(params) for params in recurrences(converted))
+    report.state_bytes += sum(recurrence.state_bytes(params) for params in recurrences(converted))
     report.warning = (
         "errors were not measured, because the model was converted before it was saved: past the training "
         f"length of {length} tokens, outputs may differ from the trained model's"
@@ -137,14 +138,16 @@ def describe(converted: CausalLM) -> ModelReport:
 def _sizes(config: ModelConfig, horizon: int) -> ModelReport:
     """Return a report that holds only the sizes that follow from the configuration."""
     channels = config.n_layers * config.expand * config.d_model
+    # The short convolutions of Hyena operators have a state too.
+    short = 4 * 3 * channels * (SHORT_TAPS - 1) if config.block == "hyena" else 0
     published = 2 * ((config.max_length + 1) // 2)
     return ModelReport(
         method="unknown",
         horizon=horizon,
         layers=[],
-        state_bytes=0,
-        etsc_state_bytes=4 * channels * published,
-        window_state_bytes=4 * channels * (horizon - 1),
+        state_bytes=short,
+        etsc_state_bytes=4 * channels * published + short,
+        window_state_bytes=4 * channels * (horizon - 1) + short,
         kv_cache_bytes=4 * 2 * config.n_layers * config.d_model * KV_CONTEXT,
         seconds=0.0,
     )

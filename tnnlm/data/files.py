@@ -35,12 +35,26 @@ def source_files(config: DataConfig) -> list[Path]:
     """Return the sorted paths of the corpus' files; empty for data sets of the hub.
 
     Raises:
-        DataError: If a pattern matches nothing or a file has an unknown type.
+        DataError: If a pattern matches nothing, a file has an unknown type, or a column is selected where no
+            file has any.
     """
-    if config.source == "stdlib":
-        return _library_files()
     if config.source == "hub":
         return []
+    files = _library_files() if config.source == "stdlib" else _given_files(config)
+    if config.text_column != DataConfig.text_column and not any(map(is_table, files)):
+        raise DataError(
+            f"data.text_column={config.text_column}: text files have no columns",
+            "omit it, or specify .jsonl or .parquet files",
+        )
+    return files
+
+
+def is_table(path: Path) -> bool:
+    """Return whether the documents of a file are its rows."""
+    return _suffix(path) in TABLE_SUFFIXES
+
+
+def _given_files(config: DataConfig) -> list[Path]:
     if not config.files:
         raise DataError("data.files: is empty", "specify text files, for example data.files=book.txt")
     files = []
@@ -77,7 +91,7 @@ def read_documents(path: Path, config: DataConfig, tally: Tally) -> Iterator[str
     else:
         cells = (_json_cells if suffix == ".jsonl" else _parquet_cells)(path, config.text_column)
     for cell in cells:
-        text = tally.keep(cell, normalize)
+        text = tally.keep(cell, normalize, blank=config.protocol == "fairseq" and suffix in TABLE_SUFFIXES)
         if text is not None:
             yield text
 

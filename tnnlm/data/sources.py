@@ -16,15 +16,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
 from tnnlm.data.content import content_hashes, folder_content
-from tnnlm.data.files import check_column, read_documents, source_files
+from tnnlm.data.files import check_column, is_table, read_documents, source_files
 from tnnlm.data.hub import check_hub, load_rows, readable
 from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
-from tnnlm.data.text import Tally, shown, text_hash
+from tnnlm.data.text import Tally, count, text_hash
 from tnnlm.errors import DataError
 from tnnlm.files import check_folder
 
@@ -69,8 +70,8 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
     train = found.select(rows, column)
     if config.hub_val_split:
         held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
-        hashes = np.concatenate([found.hashes, val.hashes])
-        shared = int(np.isin(val.hashes, found.hashes).sum())
+        hashes = _without_blank(np.concatenate([found.hashes, val.hashes]))
+        shared = int(np.isin(_without_blank(val.hashes), found.hashes).sum())
         report = _with_counts(report, found.tally + val.tally, hashes, shared=shared)
         return Corpus(train, val.select(held_out, val_column), report)
     report = _with_counts(report, found.tally, found.hashes)
@@ -104,18 +105,29 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
             break
         if len(texts) == before:
             without_text.append(path.name)
-    if not texts:
+    if not any(map(str.strip, texts)):
         where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
-        dropped = (
-            f" ({shown((f'{kind} rows', n) for kind, n in tally.dropped.items())})" if tally.dropped else ""
-        )
-        raise DataError(f"{where}: contains no text{dropped}")
+        raise DataError(f"{where}: contains no text ({_without_text(files, tally)})")
     report = DataReport(
         source=config.source, files=len(files), without_text=without_text, eos_token=config.eos_token
     )
-    hashes = np.array([text_hash(seed, text) for text in texts], "S16")
-    report = _with_counts(report, tally, hashes)
+    hashes = np.array([text_hash(seed, text) if text.strip() else b"" for text in texts], "S16")
+    report = _with_counts(report, tally, _without_blank(hashes))
     return replace(split_texts(texts, hashes, config.val_fraction), report=report)
+
+
+def _without_blank(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    """Return the hashes of documents that aren't blank lines, which are alike in every text."""
+    return hashes[hashes != b""]
+
+
+def _without_text(files: list[Path], tally: Tally) -> str:
+    """Return why files contain no text: no bytes, or only null and blank rows or documents."""
+    if not any(path.stat().st_size for path in files):
+        return "it is empty" if len(files) == 1 else "they are empty"
+    unit = "row" if any(map(is_table, files)) else "document"
+    counts = [count(number, f"{kind} {unit}") for kind, number in tally.dropped.items()]
+    return ", ".join(counts) or f"no {unit}s"
 
 
 def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:
@@ -170,7 +182,14 @@ def _hub_table(
         if config.streaming:
             assert limit is not None
             rows, streamed = materialize_stream(
-                rows, column, name, limit=limit, folder=scratch, name=split, normalize=normalize
+                rows,
+                column,
+                name,
+                limit=limit,
+                folder=scratch,
+                name=split,
+                normalize=normalize,
+                blank=config.protocol == "fairseq",
             )
             column, normalize = TEXT, False
         found = index_documents(
@@ -182,7 +201,8 @@ def _hub_table(
             kept=scratch / f"{split}.survey.npz",
             normalize=normalize,
             content=content or "",
+            blank=config.protocol == "fairseq",
         )
-    if not len(found.chosen):
+    if not len(_without_blank(found.hashes)):
         raise DataError(f"{name}: contains no text")
     return rows, column, found if streamed is None else found._replace(tally=streamed)

@@ -31,7 +31,7 @@ def model_card(
 
     Args:
         config: Configuration of the run.
-        step: Number of optimizer steps of the checkpoint.
+        step: Number of optimizer steps of the checkpoint; 0 for imported weights.
         trained: Trained model, in its parallel form.
         report: Report of the conversion, with perplexities if they were measured.
         note: Reason why perplexities were not measured.
@@ -43,7 +43,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["tnnlm", _line(config.model.kernel.name), "long-convolution", "recurrent"],
-        datasets=_public_data(config.data),
+        datasets=_public_data(config.data) if step else None,
     )
     # The card is Markdown, so HTML is not escaped; the filters `line` and `code` keep values on one line.
     environment = Environment(
@@ -65,15 +65,20 @@ def model_card(
             f"{sizes.expand * sizes.d_model}",
             "vocabulary": f"{sizes.vocab_size:,}",
             "training length": f"{sizes.max_length:,} tokens",
-            "optimizer steps": f"{step:,}",
+            "optimizer steps": f"{step:,}" if step else "not known",
             "state per sequence": f"{report.state_bytes:,} bytes, at any length",
         },
+        imported=not step,
         data=config.data,
         data_names=_data_names(config.data),
         tokenizer=Path(config.data.tokenizer).name if config.data.tokenizer else None,
         vocab_size=sizes.vocab_size,
         report=report,
         lengths=[f"{int(length):,} tokens" for length in report.ppl.get("parallel", {})],
+        measured_on=[
+            f"{n_tokens:,} tokens at a context of {int(length):,}"
+            for length, n_tokens in report.ppl_tokens.items()
+        ],
         perplexities=perplexity_cells(report),
         note=note or "no validation data was available",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],

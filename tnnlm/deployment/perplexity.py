@@ -33,8 +33,12 @@ class Perplexities(NamedTuple):
 
     ppl: dict[str, dict[str, float]]
     """Perplexity by variant, then by length in tokens."""
+    ppl_tokens: dict[str, int]
+    """Number of tokens that they are measured on, by length in tokens."""
     not_measured: dict[str, str]
     """Variants that could not be measured on this machine, with the reason."""
+    protocol: str
+    """Text protocol of the validation split, ``data.protocol``."""
 
 
 def measure_perplexities(
@@ -54,6 +58,7 @@ def measure_perplexities(
     not_measured: dict[str, str] = {}
     variants = _variants(model, converted, not_measured)
     ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *variants)}
+    ppl_tokens: dict[str, int] = {}
     for multiple, limit in LENGTHS.items():
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length, config.data.max_val_tokens)
@@ -74,8 +79,9 @@ def measure_perplexities(
                     del variants[name]
         for name in ("parallel", *variants):
             ppl[name][str(length)] = add(scores[name]).ppl
+        ppl_tokens[str(length)] = add(scores["parallel"]).tokens
     measured = {name: values for name, values in ppl.items() if name not in not_measured}
-    return Perplexities(measured, not_measured)
+    return Perplexities(measured, ppl_tokens, not_measured, corpus.report.protocol)
 
 
 def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:

@@ -223,6 +223,8 @@ def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perpl
     found = None
     failures: dict[str, str] = {}
     with collect_failure(failures, "perplexities"):
+        if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
+            raise DataError("the training data of imported weights is not known")
         corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
         trained_on = read_report(source.path.parent.parent)
         changed = trained_on is not None and trained_on.change(corpus.report) is not None

@@ -28,10 +28,15 @@ from tnnlm.inference.row_linear import row_linear
 from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import recurrences, within_turns
+from tnnlm.ops import recurrence
 
 
 class _Step(nn.Module):
-    """Wrapper of ``step`` that takes and returns the state as a flat list of tensors, as export requires."""
+    """Wrapper of ``step`` that takes the state as a flat list of tensors, as export requires.
+
+    It returns the parts that a step changes, without the work that is due once in several tokens.
+    """
 
     def __init__(self, model: CausalLM, structure: TreeSpec) -> None:
         super().__init__()
@@ -39,12 +44,19 @@ class _Step(nn.Module):
         self.structure = structure
 
     def forward(self, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        logits, state = self.model.step(tokens, tree_unflatten(list(parts), self.structure))
-        return (logits, *(part.contiguous() for part in tree_flatten(state)[0]))
+        with within_turns(self.model):
+            logits, state = self.model.step(tokens, tree_unflatten(list(parts), self.structure))
+        changed = (
+            getattr(layer, name) for layer in state.layers for name in recurrence.changed_parts(type(layer))
+        )
+        return (logits, *(part.contiguous() for part in changed))
 
 
 class CompiledModel:
-    """Model that runs single-row steps in the compiled package; ``model`` runs batches and prompts."""
+    """Model that runs single-row steps in the compiled package.
+
+    ``model`` runs batches, prompts, and steps with work that is due once in several tokens.
+    """
 
     def __init__(self, model: CausalLM, run: Callable[..., Any]) -> None:
         self.model = model
@@ -52,20 +64,28 @@ class CompiledModel:
         self.init_state = model.init_state
         self.prefill = model.prefill
         self._run = run
-        self._state_types = [type(layer) for layer in model.init_state(1).layers]
+        self._recurrences = recurrences(model)
+        self._changed = [recurrence.changed_parts(type(layer)) for layer in model.init_state(1).layers]
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
-        if tokens.shape[0] != 1 or active is not None:
+        if (
+            tokens.shape[0] != 1
+            or active is not None
+            or recurrence.ends_turn(self._recurrences, state.layers)
+        ):
             return self.model.step(tokens, state, active)
         # The package assumes contiguous inputs. The state is flattened by hand, because pytrees take a tenth
         # of a millisecond per token.
         outputs = iter(self._run(tokens, *(part.contiguous() for layer in state.layers for part in layer)))
         logits = next(outputs)
-        layers = tuple(kind(*(next(outputs) for _ in kind._fields)) for kind in self._state_types)
-        return logits, ModelState(layers)
+        layers = (
+            layer._replace(**{name: next(outputs) for name in names})
+            for layer, names in zip(state.layers, self._changed, strict=True)
+        )
+        return logits, ModelState(tuple(layers))
 
 
 def package_path(folder: Path, dtype: str) -> Path:

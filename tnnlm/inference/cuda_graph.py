@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import recurrences, within_turns
+from tnnlm.ops.recurrence import ends_turn
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Function that captures a function without arguments and returns one that replays it on the same tensors."""
@@ -43,7 +45,10 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
 
 
 class GraphedModel:
-    """Model that replays captured steps; ``model`` runs prompts, and steps with ``active``."""
+    """Model that replays captured steps.
+
+    ``model`` runs prompts, steps with ``active``, and those with work that is due once in several tokens.
+    """
 
     def __init__(self, model: CausalLM, record: Recorder = cuda_graph) -> None:
         """Capture the step of a single row.
@@ -60,6 +65,7 @@ class GraphedModel:
         self.init_state = model.init_state
         self.prefill = model.prefill
         self._record = record
+        self._recurrences = recurrences(model)
         self._structure = tree_flatten(model.init_state(1))[1]
         self._seen: Counter[int] = Counter()
         self._steps: dict[int, _Recording] = {}
@@ -72,7 +78,7 @@ class GraphedModel:
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
         rows = tokens.shape[0]
-        if active is not None:
+        if active is not None or ends_turn(self._recurrences, state.layers):
             return self.model.step(tokens, state, active)
         if rows not in self._steps:
             self._seen[rows] += 1
@@ -87,7 +93,8 @@ class GraphedModel:
         inputs = [tokens, *tree_flatten(self.model.init_state(rows))[0]]
 
         def run(tokens: Tensor, *parts: Tensor) -> list[Tensor]:
-            logits, state = self.model.step(tokens, tree_unflatten(list(parts), self._structure))
+            with within_turns(self.model):
+                logits, state = self.model.step(tokens, tree_unflatten(list(parts), self._structure))
             return [logits, *tree_flatten(state)[0]]
 
         return _Recording(run, inputs, self._record)

@@ -27,6 +27,7 @@ from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.files import atomic_folder, write_text
 from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import use_windows
 from tnnlm.ops.toeplitz import fft_convolution
 
 FORMAT = 1
@@ -107,8 +108,14 @@ def check_onnx() -> None:
 
 
 def _frozen(converted: ConvertedModel) -> ConvertedModel:
-    """Return a copy that doesn't require gradients, so that the loaded program doesn't compute them."""
-    return converted._replace(model=copy.deepcopy(converted.model).eval().requires_grad_(False))
+    """Return a copy that doesn't require gradients, so that the loaded program doesn't compute them.
+
+    Its steps have no branches: ``multirate`` becomes a window, because an exported step would otherwise do
+    the work of a whole turn for every token.
+    """
+    model = copy.deepcopy(converted.model).eval().requires_grad_(False)
+    use_windows(model)
+    return converted._replace(model=model)
 
 
 class _Flat(nn.Module):

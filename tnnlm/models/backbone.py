@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.kernels import TwoSidedKernel, build_kernel
-from tnnlm.modules import GLU, BiConv, Block, GatedMixer, LongConv, RecurrentConv, final_norm
+from tnnlm.modules import BiConv, Block, LongConv, RecurrentConv, build_block, final_norm
 
 
 class Backbone(nn.Module):
@@ -36,10 +36,8 @@ class Backbone(nn.Module):
         self.causal = self.causal_by_default if config.causal is None else config.causal
         """Whether a position depends on earlier positions only."""
         self.blocks = nn.ModuleList(
-            Block(
-                GatedMixer(config.d_model, d_inner, conv),
-                GLU(config.d_model, config.glu_dim or config.d_model),
-                config.dropout,
+            build_block(
+                config.block, config.d_model, d_inner, config.glu_dim or config.d_model, conv, config.dropout
             )
             for conv in convs or [self._new_conv(d_inner) for _ in range(config.n_layers)]
         )

@@ -7,6 +7,7 @@ projections, so that decoding can't drift from training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ LOGITS = 4096
 
 
 class ModelState(NamedTuple):
-    """Decoding state of the model, which has a fixed size: one convolution state per layer."""
+    """Decoding state of the model, which has a fixed size."""
 
     layers: tuple[State, ...]
+    """States of the convolutions of all layers, in order: one per layer, two with the block ``hyena``."""
 
     def select(self, rows: Tensor) -> ModelState:
         """Return the states of the batch rows with the given indices (R,); an index may be repeated."""
@@ -90,7 +92,7 @@ class CausalLM(Backbone):
         Raises:
             CheckpointError: If the model is not converted.
         """
-        return ModelState(tuple(block.mixer.conv.init_state(batch_size) for block in self.layers))
+        return ModelState(tuple(state for block in self.layers for state in block.init_state(batch_size)))
 
     def prefill(
         self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
@@ -121,11 +123,11 @@ class CausalLM(Backbone):
             Hidden states (B, L, D) for :meth:`logits`, and the state after the last token of each row.
         """
         x = self._embed(tokens)
-        states = []
-        for block, layer in zip(self.layers, state.layers, strict=True):
-            x, layer = block.prefill(x, layer, lengths)
-            states.append(layer)
-        return x, ModelState(tuple(states))
+        before, after = iter(state.layers), list[State]()
+        for block in self.layers:
+            x, states = block.prefill(x, tuple(islice(before, block.mixer.n_states)), lengths)
+            after.extend(states)
+        return x, ModelState(tuple(after))
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (..., V) of the hidden states (..., D) of :meth:`read` or :meth:`advance`."""
@@ -153,11 +155,11 @@ class CausalLM(Backbone):
             Hidden states (B, D) for :meth:`logits`, and the next state.
         """
         x = self._embed(tokens)
-        states = []
-        for block, layer in zip(self.layers, state.layers, strict=True):
-            x, layer = block.step(x, layer, active)
-            states.append(layer)
-        return x, ModelState(tuple(states))
+        before, after = iter(state.layers), list[State]()
+        for block in self.layers:
+            x, states = block.step(x, tuple(islice(before, block.mixer.n_states)), active)
+            after.extend(states)
+        return x, ModelState(tuple(after))
 
     def _nll(self, features: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self._head(features).float(), targets, reduction="sum")

@@ -13,7 +13,7 @@ from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import BiConv, LongConv, RecurrentConv
-from tnnlm.ops.recurrence import Params
+from tnnlm.ops.recurrence import Params, within_turn, without_branches
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +44,7 @@ def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
 
 @contextmanager
 def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterator[CausalLM]:
-    """Replace the long convolutions of ``model`` by the given recurrences within a ``with`` block.
+    """Replace the convolutions of ``model`` by the given recurrences within a ``with`` block.
 
     The weights are not copied: they may be large, or sharded over several devices.
     """
@@ -56,6 +56,24 @@ def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterat
     finally:
         for block, original in zip(model.layers, originals, strict=True):
             block.mixer.conv = original
+
+
+@contextmanager
+def within_turns(model: CausalLM) -> Iterator[None]:
+    """Omit the work that is due once in several tokens within a ``with`` block.
+
+    Steps of a converted model then have no branches. They are right unless
+    :func:`tnnlm.ops.recurrence.ends_turn`.
+    """
+    convs = [RecurrentConv(within_turn(params)) for params in recurrences(model)]
+    with in_recurrent_form(model, convs):
+        yield
+
+
+def use_windows(model: CausalLM) -> None:
+    """Replace recurrences whose steps have branches by windows with the same taps, in place."""
+    for block, params in zip(model.layers, recurrences(model), strict=True):
+        block.mixer.conv = RecurrentConv(without_branches(params))
 
 
 def kernels(model: nn.Module) -> list[Kernel]:

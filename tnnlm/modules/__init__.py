@@ -1,10 +1,27 @@
 """Modules on (B, L, D) with ``forward``; the recurrent modules also have ``prefill`` and ``step``."""
 
-from tnnlm.modules.block import Block
+from tnnlm.modules.block import Block, build_block
 from tnnlm.modules.glu import GLU
+from tnnlm.modules.hyena import HyenaMixer, ShortConv
 from tnnlm.modules.long_conv import BiConv, LongConv
 from tnnlm.modules.mixer import GatedMixer
+from tnnlm.modules.mlp import MLP
 from tnnlm.modules.norm import SimpleRMSNorm, final_norm
 from tnnlm.modules.recurrent_conv import RecurrentConv
+from tnnlm.modules.s4 import S4Mixer
 
-__all__ = ["GLU", "BiConv", "Block", "GatedMixer", "LongConv", "RecurrentConv", "SimpleRMSNorm", "final_norm"]
+__all__ = [
+    "GLU",
+    "MLP",
+    "BiConv",
+    "Block",
+    "GatedMixer",
+    "HyenaMixer",
+    "LongConv",
+    "RecurrentConv",
+    "S4Mixer",
+    "ShortConv",
+    "SimpleRMSNorm",
+    "build_block",
+    "final_norm",
+]

@@ -17,6 +17,8 @@ class GatedMixer(nn.Module):
     same modules in both. With a ``BiConv`` the mixer is bidirectional.
     """
 
+    n_states = 1
+    """Number of states of the mixer."""
     conv: LongConv | BiConv | RecurrentConv
 
     def __init__(self, d_model: int, d_inner: int, conv: LongConv | BiConv | RecurrentConv) -> None:
@@ -38,17 +40,25 @@ class GatedMixer(nn.Module):
         out: Tensor = self.out_proj(y.flatten(1).T)
         return out.unflatten(0, x.shape[:2])
 
-    def prefill(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+    def init_state(self, batch_size: int) -> tuple[State, ...]:
+        """Return the state before the first token."""
+        return (self.conv.init_state(batch_size),)
+
+    def prefill(
+        self, x: Tensor, states: tuple[State, ...], lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
         """Process the tokens of x (B, L, D) in parallel and return outputs and the next state."""
         gate, value = self._project(x)
-        y, state = self.conv.prefill(value, state, lengths)
-        return self.out_proj(gate * y), state
+        y, state = self.conv.prefill(value, states[0], lengths)
+        return self.out_proj(gate * y), (state,)
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, x: Tensor, states: tuple[State, ...], active: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
         """Process one token x (B, D) and return outputs and the next state."""
         gate, value = self._project(x)
-        y, state = self.conv.step(value, state, active)
-        return self.out_proj(gate * y), state
+        y, state = self.conv.step(value, states[0], active)
+        return self.out_proj(gate * y), (state,)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return torch.nn.functional.silu(self.in_proj(x)).chunk(2, dim=-1)

@@ -105,7 +105,7 @@ def far_outputs(scales: Scales, past: Tensor) -> Tensor:
     if not scales.knots:
         return y
     width = channels
-    if past.device.type == "cpu" and not torch.compiler.is_compiling():
+    if past.device.type == "cpu":
         width = max(16, _TILE_BYTES // (batch * stored * past.element_size()))
     if width >= channels:
         return y + _hat_outputs(scales, past)
@@ -123,11 +123,8 @@ def _hat_outputs(scales: Scales, past: Tensor) -> Tensor:
     origin = stored + before
     """Index of the hat at lag 0 of the first output."""
 
-    def at(sums: Tensor, lag: int) -> Tensor:
-        return sums[:, origin - lag : origin - lag + count]
-
     for lag, factor in scales.edges(0):
-        y.addcmul_(at(x, lag - 1) - at(x, lag), factor / 2)
+        y.addcmul_(_at(x, origin - lag + 1, count) - _at(x, origin - lag, count), factor / 2)
     # Hats times 2 r, so that they are plain sums.
     hats = x[:, 1:] + x[:, :-1]
     for r in _widths(largest):
@@ -138,12 +135,17 @@ def _hat_outputs(scales: Scales, past: Tensor) -> Tensor:
             hats = hats[:, half:] + hats[:, :-half]
             origin -= half
         for lag, factor in scales.edges(r):
-            y.addcmul_(at(hats, lag - r) - at(hats, lag + r), factor / (4 * r))
+            rise, fall = (_at(hats, origin - lag + shift, count) for shift in (r, -r))
+            y.addcmul_(rise - fall, factor / (4 * r))
         for lag, stretch, values in zip(scales.lags, scales.stretches, scales.knots, strict=True):
             if stretch == r:
                 for j, value in enumerate(values):
-                    y.addcmul_(at(hats, lag + r // 2 + j * r), value / (2 * r))
+                    y.addcmul_(_at(hats, origin - lag - r // 2 - j * r, count), value / (2 * r))
     return y
+
+
+def _at(rows: Tensor, first: int, count: int) -> Tensor:
+    return rows[:, first : first + count]
 
 
 def far_cost(scales: Scales, count: int) -> int:

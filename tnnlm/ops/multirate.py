@@ -38,7 +38,8 @@ class MultirateState(NamedTuple):
     ahead: Tensor
     """Contributions of ``past`` at lags from P on to the outputs of the current turn, (B, P, E)."""
     turn: Tensor
-    """Number of tokens of the current turn that were processed, from 0 to P - 1, (B,), int64."""
+    """Number of processed tokens of the current turn, from 0 to P - 1, (B,). It has the dtype of the other
+    tensors, which represents it exactly, so that all tensors of a state have one dtype."""
 
 
 class MultirateParams(NamedTuple):
@@ -78,13 +79,13 @@ class MultirateParams(NamedTuple):
     def init_state(self, batch_size: int) -> MultirateState:
         """Return the state before the first token: zeros, in the taps' dtype and on their device."""
         latest, channels = self.near.shape
-        stored = self._scales().length - 1 if self._has_far() else 0
+        stored = self.length() - 1 if self._has_far() else 0
         new = self.near.new_zeros
         return MultirateState(
             new(batch_size, latest, channels),
             new(batch_size, stored, channels),
             new(batch_size, latest if stored else 0, channels),
-            new(batch_size, dtype=torch.long),
+            new(batch_size),
         )
 
     def step(
@@ -112,8 +113,7 @@ class MultirateParams(NamedTuple):
         recent = torch.cat((u.unsqueeze(1), state.recent[:, :-1]), dim=1)
         y = (recent * self.near).sum(1)
         if self._has_far():
-            index = state.turn[:, None, None].expand(-1, 1, u.shape[1])
-            y = y + state.ahead.gather(1, index).squeeze(1)
+            y = y + _rows(state.ahead, state.turn.long(), 1).squeeze(1)
         turn = (state.turn + 1) % len(self.near)
         if active is not None:
             recent = torch.where(active[:, None, None], recent, state.recent)
@@ -134,20 +134,21 @@ class MultirateParams(NamedTuple):
         u = x.to(state.recent.dtype)
         latest, stored = len(self.near), state.past.shape[1]
         # The inputs before x: the last P, preceded by those of ``past`` that are older.
-        older = _rows(state.past, state.turn, max(stored - latest, 0))
+        done = state.turn.long()
+        older = _rows(state.past, done, max(stored - latest, 0))
         inputs = torch.cat((older, state.recent.flip(1), u), dim=1)
         before = inputs.shape[1] - u.shape[1]
-        y = convolve(inputs, self.taps(self._scales().length).to(u.dtype))[:, before:]
-        counts = torch.full_like(state.turn, u.shape[1]) if lengths is None else lengths.to(state.turn)
-        turn = (state.turn + counts) % latest
+        y = convolve(inputs, self.taps(self.length()).to(u.dtype))[:, before:]
+        counts = torch.full_like(done, u.shape[1]) if lengths is None else lengths.to(done)
+        turn = (done + counts) % latest
         recent = _rows(inputs, before + counts - latest, latest).flip(1)
         past, ahead = state.past, state.ahead
         if stored:
-            begun = state.turn + counts >= latest
+            begun = done + counts >= latest
             moved = _rows(inputs, (counts - turn).clamp(min=0), stored)
             past = torch.where(begun[:, None, None], moved, past)
             ahead = torch.where(begun[:, None, None], far_outputs(self._scales(), past), ahead)
-        return y.to(x.dtype), MultirateState(recent, past, ahead, turn)
+        return y.to(x.dtype), MultirateState(recent, past, ahead, turn.to(u.dtype))
 
     def taps(self, length: int) -> Tensor:
         """Return the effective taps, which are zero from the length of the kernel on, in float64.
@@ -179,6 +180,10 @@ class MultirateParams(NamedTuple):
         """Return the state size in real numbers per channel."""
         return sum(part.shape[1] for part in self.init_state(1)[:3])
 
+    def length(self) -> int:
+        """Return the length of the kernel in lags; later taps are zero."""
+        return self._scales().length
+
     def largest_pole(self) -> float:
         """Return 0: the kernel is finite."""
         return 0.0
@@ -199,29 +204,31 @@ class MultirateParams(NamedTuple):
 
     def _begin_turn(self, ended: Tensor, state: MultirateState) -> tuple[Tensor, Tensor]:
         """Return ``past`` and ``ahead`` for the next turn in the rows where ``ended`` (B,) is True."""
-
-        def begin(recent: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-            past = torch.cat((past, recent.flip(1)), dim=1)[:, -past.shape[1] :]
-            return past, far_outputs(self._scales(), past)
-
-        _, past, ahead = state[:3]
-        if torch.compiler.is_compiling():
-            row = ended[:, None, None]
-
-            def some(recent: Tensor, past: Tensor, ahead: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-                new = begin(recent, past)
-                return torch.where(row, new[0], past), torch.where(row, new[1], ahead)
-
-            def none(recent: Tensor, past: Tensor, ahead: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-                return past.clone(), ahead.clone()
-
-            both: tuple[Tensor, Tensor] = torch.cond(ended.any(), some, none, (*state[:3], row))
-            return both
+        recent, past, ahead, _ = state
         rows = ended.nonzero().squeeze(1)
-        if len(rows) in (0, len(ended)):
-            return begin(*state[:2]) if len(rows) else (past, ahead)
-        new_past, new_ahead = begin(state.recent[rows], past[rows])
-        return past.index_copy(0, rows, new_past), ahead.index_copy(0, rows, new_ahead)
+        if not len(rows):
+            return past, ahead
+        if len(rows) < len(ended):
+            recent, past = recent[rows], past[rows]
+        past = torch.cat((past, recent.flip(1)), dim=1)[:, -past.shape[1] :]
+        ahead = far_outputs(self._scales(), past)
+        if len(rows) < len(ended):
+            return state.past.index_copy(0, rows, past), state.ahead.index_copy(0, rows, ahead)
+        return past, ahead
+
+
+class MultirateWithinTurn(MultirateParams):
+    """Recurrence whose steps don't begin a turn, for programs without branches."""
+
+    __slots__ = ()
+    CHANGED = ("recent", "turn")
+    """Fields of the state that a step changes."""
+
+    def step(
+        self, x: Tensor, state: MultirateState, active: Tensor | None = None
+    ) -> tuple[Tensor, MultirateState]:
+        """Process one token that doesn't end a turn; see :meth:`MultirateParams.step_within_turn`."""
+        return self.step_within_turn(x, state, active)
 
 
 def multirate(knots: Tensor, near: Tensor, length: int) -> MultirateParams:

@@ -6,14 +6,14 @@ NamedTuple. Modules, conversion and checkpoints use recurrences through this pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from tnnlm.ops.companion import CompanionParams, CompanionState
-from tnnlm.ops.multirate import MultirateParams, MultirateState
+from tnnlm.ops.multirate import MultirateParams, MultirateState, MultirateWithinTurn
 from tnnlm.ops.ssm import SSMParams, SSMState
 
 _State = TypeVar("_State")
@@ -84,6 +84,37 @@ _RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultiratePara
 def state_bytes(params: Params) -> int:
     """Return the size of the state in bytes per sequence."""
     return sum(tensor.numel() * tensor.element_size() for tensor in params.init_state(1))
+
+
+def ends_turn(layers: Sequence[Params], states: Sequence[Any]) -> bool:
+    """Return whether the next step does work in any layer that is due once in several tokens.
+
+    It reads a number from the device of the states for each layer that has such work.
+    """
+    pairs = zip(layers, states, strict=True)
+    return any(isinstance(params, MultirateParams) and params.ends_turn(state) for params, state in pairs)
+
+
+def within_turn(params: Params) -> Params:
+    """Return the recurrence without the work that is due once in several tokens.
+
+    Its steps equal those of ``params`` unless :func:`ends_turn`, and have no branches.
+    """
+    return MultirateWithinTurn(*params) if isinstance(params, MultirateParams) else params
+
+
+def without_branches(params: Params) -> Params:
+    """Return a recurrence with the same taps whose steps all do the same work: a window for ``multirate``."""
+    if not isinstance(params, MultirateParams):
+        return params
+    k = params.taps(params.length())
+    empty = k.new_zeros(2, 0)
+    return SSMParams(k, empty, empty.expand(len(k), 2, 0).contiguous()).to_dtype(params.near.dtype)
+
+
+def changed_parts(kind: type[State]) -> tuple[str, ...]:
+    """Return the fields of a state that a step :func:`within_turn` changes."""
+    return MultirateWithinTurn.CHANGED if issubclass(kind, MultirateState) else kind._fields
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params:

@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.json_body import StrictRoute
 from tnnlm.serving.middleware import CountAnswers, HeadAsGet, WholeBody
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
@@ -42,6 +43,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     service = Service(generator, settings, executor)
     # FastAPI's documentation pages are disabled because they load scripts from a CDN.
     app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
+    app.router.route_class = StrictRoute
     app.state.service = service
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)

@@ -138,6 +138,7 @@ class RequestParser:
         bias = {}
         for key, value in given.items():
             known = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.tokenizer.size
+            known = known and key == str(int(key))  # 05 and 5 would be one id with two values
             if not known or int(key) in self._missing:
                 raise ApiError(400, f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
             if not -100 <= value <= 100:

@@ -47,7 +47,10 @@ def _without_defaults(data: Any) -> Any:
 
 
 def _changes_nothing(key: str, value: Any) -> bool:
-    return key in _NEUTRAL and isinstance(value, int | float) and value == _NEUTRAL[key]
+    if key not in _NEUTRAL or not isinstance(value, int | float):
+        return False
+    # True equals 1 in Python, but is no number in JSON.
+    return value == _NEUTRAL[key] and isinstance(value, bool) == isinstance(_NEUTRAL[key], bool)
 
 
 def _are_ids(value: Any) -> bool:
@@ -98,6 +101,13 @@ class CompletionRequest(BaseModel):
     setting of the server. An extension of the OpenAI API."""
 
     _unset = model_validator(mode="before")(_without_defaults)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_if_streamed(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if not info.data.get("stream", True):  # stream is missing if it is invalid
+            raise ValueError("only applies to stream=true; omit it")
+        return value
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -191,8 +201,6 @@ async def on_invalid_request(request: Request, error: Exception) -> JSONResponse
     """Convert a validation error to an error response that reports the first problem in one line."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return error_response(400, "the body is not valid JSON")
     where = [str(part)[:64] for part in first["loc"][1:]]
     name = where[0] if where else None
     message = first["msg"]

@@ -105,7 +105,7 @@ def _architecture(config: Config) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it is written on the command line."""
+    """Return a value as text for the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else escaped(str(value))

@@ -17,14 +17,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.checkpoints.locate import LAST
+from tnnlm.checkpoints.training import ENTRY, read_checkpoint
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.conversion.companion import check_training
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
-from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
-from tnnlm.files import only_process, write_text
+from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
+from tnnlm.files import check_parents, only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
@@ -37,6 +38,7 @@ from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
+from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
@@ -147,6 +149,8 @@ def _resolve(
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
     check_training(config)
+    if run is None:
+        check_parents(Path(config.runs_dir) / config.name)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
@@ -162,8 +166,8 @@ def _resolve(
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
-    check_data(folder, data.report)
-    _check_tokenizer(folder, tokenizer)
+    check_data(folder, config, data.report)
+    _check_tokenizer(folder, source, tokenizer)
     return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
 
 
@@ -191,7 +195,7 @@ def _announce(config: Config, start: _Start) -> None:
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     for shown in (line, *start.report.lines()):
-        Console().print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        show_line(shown)
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:
@@ -208,8 +212,10 @@ def _continue_run(config: Config, start: _Start) -> None:
     """Change the folder of a resumed run: its checkpoint, its samples and its configuration."""
     assert start.step is not None
     assert start.checkpoint is not None
+    assert start.tokenizer is not None
     begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
     write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())  # it may be damaged
     write_report(start.folder, start.report)  # a run of an earlier version has none
 
 
@@ -229,7 +235,11 @@ def _summarise(
         train_seconds=last.train_seconds,
         tested=tested,
     )
-    plot_loss(folder)
+    failures: dict[str, str] = {}
+    with collect_failure(failures, "loss.png"):
+        plot_loss(folder)
+    for name, reason in failures.items():
+        show_line(f"warning: {folder / name}: {reason}")
     show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console())
     return summary
 
@@ -264,9 +274,9 @@ def _fit(
         ) from None
 
 
-def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
-    path = folder / "tokenizer.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
+def _check_tokenizer(folder: Path, source: Path, tokenizer: TextTokenizer) -> None:
+    """Compare the tokenizer with that of the checkpoint, from which a damaged tokenizer.json is restored."""
+    if read_checkpoint(folder / source)[ENTRY]["tokenizer"] != tokenizer.to_json():
         raise CheckpointError(
             f"{folder}: its data or tokenizer has changed", "restore the original data, or start a new run"
         )

@@ -82,7 +82,13 @@ def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) 
     Position networks, norms and gates are not counted.
     """
     inner, hidden = config.expand * config.d_model, config.glu_dim or config.d_model
-    layer = config.d_model * (3 * inner + 3 * hidden)
+    projections = {
+        "tnn": 3 * inner + 3 * hidden,
+        "hyena": 4 * inner + 2 * hidden,
+        "s4": inner,
+        "s4_glu": 2 * inner,
+    }
+    layer = config.d_model * projections[config.block]
     n = fft_length(2 * config.max_length)
     transforms = (4 + 4 / n_rows) * 2.5 * n * math.log2(n) + 3 * 6 * (n // 2)
     convolution = inner * transforms / config.max_length

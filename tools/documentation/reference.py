@@ -13,13 +13,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tnnlm.cli import module_of
 from tnnlm.config.flags import field_docs
+from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.shipped import find_config
 from tnnlm.kernels import KERNEL_SCHEMAS
 from tnnlm.training.loggers.names import METRICS, Place
+
+STANDARD = "demo"
+"""Name of the configuration that commands use without ``--config``."""
 
 
 def settings_table(prefix: str = "") -> str:
     """Return the settings of a group as a table: name, type, default, description.
+
+    The value of the configuration that commands use without ``--config`` follows where it differs.
 
     Args:
         prefix: A group such as ``optim`` or ``data.listops``, ``kernel.NAME`` for the settings of a kernel,
@@ -34,8 +41,11 @@ def settings_table(prefix: str = "") -> str:
     else:
         schema, shown = _schema_of(prefix), f"{prefix}." if prefix else ""
     hints, documented = get_type_hints(schema), field_docs(schema)
+    used: Any = load_config(find_config(STANDARD))
+    for part in filter(None, shown.split(".")):
+        used = getattr(used, part)
     rows = [
-        f"| `{shown}{item.name}` | {_type(hints[item.name], item)} | {_default(item)} "
+        f"| `{shown}{item.name}` | {_type(hints[item.name], item)} | {_default(item, used)} "
         f"| {_cell(documented.get(item.name, ''))} |"
         for item in fields(schema)
         # A group has a separate table, and the name of a kernel is in the heading above the table.
@@ -87,8 +97,14 @@ def _value(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
-def _default(item: Field[Any]) -> str:
-    value = _value(item)
+def _default(item: Field[Any], used: Any) -> str:
+    """Return the default of a field, and its value in the group ``used`` if it is another one."""
+    default = _literal(_value(item))
+    value = _literal(getattr(used, item.name, _value(item)))  # the group may be that of another kernel
+    return default if value == default else f"{default} ({STANDARD}: {value})"
+
+
+def _literal(value: Any) -> str:
     if value is None:
         return "`null`"
     if isinstance(value, bool):

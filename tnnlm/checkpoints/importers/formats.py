@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tnnlm.checkpoints.importers import tnn
+from tnnlm.checkpoints.importers import hyenadna, rtf, sgconv, stripedhyena, tnn
 from tnnlm.checkpoints.importers.keys import Keys, Plan, translate
 from tnnlm.checkpoints.importers.source import read_weights
 from tnnlm.config.schema import Config
@@ -31,6 +31,10 @@ class Format(NamedTuple):
 
 FORMATS = {
     "tnn": Format("TNN", tnn.MARK, tnn.plan),
+    "sgconv": Format("SGConv", sgconv.MARK, sgconv.plan),
+    "rtf": Format("RTF", rtf.MARK, rtf.plan),
+    "hyenadna": Format("HyenaDNA", hyenadna.MARK, hyenadna.plan),
+    "stripedhyena": Format("StripedHyena", stripedhyena.MARK, stripedhyena.plan),
 }
 """Supported formats by the name that ``--format`` takes."""
 

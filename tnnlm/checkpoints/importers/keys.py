@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.errors import CheckpointError
+from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.models.causal_lm import CausalLM
 
 SHOWN = 4
@@ -46,6 +46,8 @@ class Plan:
     """Keys of tensors that must equal another one, with the key of that."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of keys without an effect on the outputs."""
+    required: dict[str, str] = field(default_factory=dict)
+    """Settings that the weights don't show and that have no default, with what to set them to."""
 
     def linear(self, own: str, *theirs: str) -> None:
         """Add the rules of a linear layer with a bias; several of theirs are the parts of one of ours."""
@@ -79,7 +81,9 @@ class Keys:
     def count(self, pattern: str) -> int:
         """Return one more than the largest index that the group of ``pattern`` matches in any key."""
         found = (re.match(pattern, key) for key in self.weights)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        # Every layer has weights, so that an index past the number of keys is not one of a whole model.
+        indices = (int(match[1][:9]) for match in found if match)
+        return 1 + max((index for index in indices if index < len(self.weights)), default=-1)
 
     def prefix(self, pattern: str) -> str:
         """Return what precedes ``pattern`` in the first key that contains it; empty if none does."""
@@ -101,27 +105,30 @@ def translate(
 
     Raises:
         CheckpointError: If keys are missing, unexpected or of another shape; the message lists them.
-        ConfigError: If an override is invalid.
+        ConfigError: If an override is invalid, or a setting that the weights don't show is not given.
     """
+    for key, what in plan.required.items():
+        if not any(word.startswith(f"{key}=") for word in overrides):
+            raise ConfigError(f"{key}: is not in the weights of {path}", f"set it to {what}")
+    used = {key for rule in plan.rules.values() for key in rule.keys}
+    ignored = "|".join(plan.ignored)
+    unexpected = [key for key in weights if key not in used | {*plan.tied} and not re.fullmatch(ignored, key)]
+    missing = sorted(used - {*weights})
+    if missing:
+        raise _incomplete(path, title, lacks=missing, unexpected=unexpected)
     words = [f"{key}={_word(value)}" for key, value in plan.settings.items()]
     config = load_config(None, [*words, "data.source=files", "data.tokenizer=tokenizer.json", *overrides])
     with torch.device("meta"):
         expected = CausalLM(config.model).state_dict()
-    missing = sorted({key for name in expected for key in plan.rules[name].keys if key not in weights})
-    used = {key for rule in plan.rules.values() for key in rule.keys} | {*plan.tied}
-    unexpected = [
-        key for key in weights if key not in used and not any(re.fullmatch(p, key) for p in plan.ignored)
-    ]
-    made = {name: _made(plan.rules[name], weights) for name in expected} if not missing else {}
+    made = {name: _made(plan.rules[name], weights) for name in expected if name in plan.rules}
     wrong = [
-        f"{plan.rules[name].keys[0]} ({list(made[name].shape)} instead of {list(tensor.shape)})"
-        for name, tensor in expected.items()
-        if name in made and made[name].shape != tensor.shape
+        f"{plan.rules[name].keys[0]} ({list(made[name].shape)} instead of {list(expected[name].shape)})"
+        for name in made
+        if made[name].shape != expected[name].shape
     ]
-    found = {"it lacks": missing, "it has the unexpected": unexpected, "of another shape are": wrong}
-    if any(found.values()):
-        listed = ", ".join(f"{what} {_listed(keys)}" for what, keys in found.items() if keys)
-        raise CheckpointError(f"{path}: is not a whole {title} checkpoint: {listed}")
+    more = [name for name in expected if name not in made]
+    if wrong or unexpected or more:
+        raise _incomplete(path, title, lacks=more, unexpected=unexpected, wrong=wrong)
     _check_tied(plan.tied, weights, path)
     return config, made
 
@@ -140,6 +147,20 @@ def _check_tied(tied: Mapping[str, str], weights: Mapping[str, Tensor], path: Pa
     for key, other in tied.items():
         if key in weights and not torch.equal(weights[key], weights[other]):
             raise CheckpointError(f"{path}: {key} differs from {other}, and only tied heads are supported")
+
+
+def _incomplete(
+    path: Path,
+    title: str,
+    *,
+    lacks: Sequence[str],
+    unexpected: Sequence[str],
+    wrong: Sequence[str] = (),
+) -> CheckpointError:
+    """Return the error for a checkpoint with missing or unexpected keys, or tensors of another shape."""
+    found = {"it lacks": lacks, "it has the unexpected": unexpected, "of another shape are": wrong}
+    listed = ", ".join(f"{what} {_listed(keys)}" for what, keys in found.items() if keys)
+    return CheckpointError(f"{path}: is not a whole {title} checkpoint: {listed}")
 
 
 def _listed(keys: Sequence[str]) -> str:

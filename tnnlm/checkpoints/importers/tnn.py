@@ -6,6 +6,8 @@ layers without ``layer_norm`` has neither.
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from tnnlm.checkpoints.importers.keys import Keys, Plan, Rule
@@ -27,8 +29,8 @@ def plan(keys: Keys) -> Plan:
     rpe_dim, _ = keys.shape(f"{first}.token_mixer.toep.rpe.pos_proj.weight", 2)
     channels, _ = keys.shape(f"{first}.token_mixer.u_proj.weight", 2)
     glu_dim, _ = keys.shape(f"{first}.feature_mixer.l1.weight", 2)
-    n_layers = keys.count(rf"{prefix}layers\.(\d+)\.")
-    rpe_layers = keys.count(rf"{prefix}layers\.\d+\.token_mixer\.toep\.rpe\.layers\.(\d+)\.")
+    n_layers = keys.count(rf"{re.escape(prefix)}layers\.(\d+)\.")
+    rpe_layers = keys.count(rf"{re.escape(prefix)}layers\.\d+\.token_mixer\.toep\.rpe\.layers\.(\d+)\.")
     gamma = keys.weights.get(f"{first}.token_mixer.toep.gamma")
     published = f"{prefix}layer_norm.weight" in keys.weights or prefix == "decoder."
     made = Plan(

@@ -1,14 +1,20 @@
-"""Tokenizers of imported models: the user's file."""
+"""Tokenizers of imported models: the user's file, or the letters of DNA for HyenaDNA."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tnnlm.errors import DataError
 from tnnlm.tokenizer import TextTokenizer
 
 EOS_TOKEN = "<|endoftext|>"
 """Default of ``--eos-token``."""
+DNA_EOS_TOKEN = "[SEP]"
+"""End token of HyenaDNA."""
+DNA = ("[CLS]", DNA_EOS_TOKEN, "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN")
+"""Vocabulary of HyenaDNA (arXiv 2306.15794), index = token id."""
 
 
 def load_tokenizer(format: str, path: Path | None, eos_token: str | None) -> TextTokenizer:
@@ -23,6 +29,8 @@ def load_tokenizer(format: str, path: Path | None, eos_token: str | None) -> Tex
         DataError: If no tokenizer is given and the format has none, or the file is not a tokenizer.json, or
             the tokenizer lacks the token.
     """
+    if path is None and format == "hyenadna":
+        return TextTokenizer(_letters(), eos_token or DNA_EOS_TOKEN)
     if path is None:
         raise DataError(f"--format {format}: the checkpoint has no tokenizer", "give one with --tokenizer")
     if not path.is_file():
@@ -37,3 +45,12 @@ def load_tokenizer(format: str, path: Path | None, eos_token: str | None) -> Tex
         if "has no token" in error.reason:
             raise DataError(error.reason, "name its end token with --eos-token") from None
         raise
+
+
+def _letters() -> Tokenizer:
+    """Return the tokenizer of HyenaDNA: one token per letter, and [UNK] for all but the letters of DNA."""
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(DNA)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([token for token in DNA if len(token) > 1])
+    return tokenizer

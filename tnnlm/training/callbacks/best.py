@@ -8,12 +8,12 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rich.console import Console
 
 from tnnlm.checkpoints.locate import BEST
 from tnnlm.checkpoints.training import ENTRY, read_intact
 from tnnlm.errors import CheckpointError
 from tnnlm.training.batches import own_data
+from tnnlm.training.loggers.console import show_line
 from tnnlm.training.tasks import ValidationTask
 
 _MEASURED_ON = "measured_on"
@@ -78,7 +78,7 @@ class BestCheckpoint(ModelCheckpoint):
             data = checkpoint[ENTRY]["config"]["data"]
             step = int(checkpoint["global_step"])
         except (CheckpointError, KeyError, TypeError, ValueError):
-            _show(f"warning: {path}: is corrupt; the next validation replaces it")
+            show_line(f"warning: {path}: is corrupt; the next validation replaces it")
             return None
         # Steps after the one to resume from are repeated, and their rows in metrics.csv are deleted.
         if step > trainer.global_step:
@@ -90,7 +90,7 @@ class BestCheckpoint(ModelCheckpoint):
         if _MEASURED_ON in state:
             same = state[_MEASURED_ON] == self._measured_on
         if not same:
-            _show(f"warning: {path}: was validated on other rows; the next validation replaces it")
+            show_line(f"warning: {path}: was validated on other rows; the next validation replaces it")
         return score if same else None
 
 
@@ -100,7 +100,3 @@ def _validation_rows(trainer: lightning.Trainer) -> list[Any]:
     assert data is not None
     split = data.opened.report.splits.get("val")
     return ["" if split is None else split.sha256, len(data.opened.val)]
-
-
-def _show(line: str) -> None:
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)
