@@ -17,9 +17,10 @@ from tnnlm.conversion import (
     convert_model,
     measure,
 )
+from tnnlm.conversion.horizon import MAX_HORIZON
 from tnnlm.conversion.verify import check_gap, check_layers, check_steps
 from tnnlm.errors import UserError
-from tnnlm.kernels import Kernel, TNOConfig
+from tnnlm.kernels import Kernel, TNOConfig, build_kernel
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.modules import RecurrentConv
@@ -105,6 +106,18 @@ def test_auto_horizon_is_the_smallest_with_rounding_left(decay: float) -> None:
     left = [float((energy[:, n:].sum(1) / energy.sum(1)).max()) for n in (horizon - 1, horizon)]
     rounding = torch.finfo(torch.float32).eps ** 2
     assert left[1] <= rounding < left[0]
+
+
+@pytest.mark.parametrize(("lags", "found"), [(12_000, True), (20_000, False)])
+def test_auto_horizon_never_exceeds_its_maximum(lags: int, found: bool) -> None:
+    rounding = torch.finfo(torch.float32).eps
+    kernel = build_kernel(TNOConfig(decay=rounding ** (1 / lags), rpe_dim=2, rpe_layers=0), 1, 64)
+    nn.init.zeros_(kernel.rpe.output.weight)
+    nn.init.ones_(kernel.rpe.output.bias)
+    for start in (64, 1000):  # 1000 doubles to 32,000 and 64,000, past twice the maximum
+        horizon = auto_horizon(kernel, start)
+        assert (horizon is not None) == found
+        assert horizon is None or horizon <= MAX_HORIZON
 
 
 def test_horizon_of_a_kernel_without_decay_is_the_training_length() -> None:

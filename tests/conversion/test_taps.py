@@ -237,3 +237,11 @@ def test_gradient_fits_but_worse_than_the_closed_form() -> None:
     assert fitted.relative_tap_error < 0.5
     assert reduced.relative_tap_error < fitted.relative_tap_error
     assert fitted.largest_pole < 1
+
+
+@pytest.mark.parametrize("order", [1, 2, 7, 8])
+def test_gradient_starts_from_the_whole_half_circle(order: int) -> None:
+    params, _ = convert_taps(damped_cosines()[:2, :50], method="gradient", order=order, gradient_steps=1)
+    angle = torch.atan2(params.poles[1], params.poles[0])
+    expected = torch.linspace(0, math.pi, (order + 1) // 2, dtype=torch.float64)
+    torch.testing.assert_close(angle, expected, rtol=0, atol=1e-6)
