@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from tests.support.models import FAMILIES, tiny_config
+from tnnlm.conversion import convert_model
+from tnnlm.errors import UserError
 from tnnlm.kernels import SGConvConfig, SGConvKernel
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import recurrences
 
 
 def kernel_of(max_length: int = 100, **settings: object) -> SGConvKernel:
@@ -71,3 +76,18 @@ def test_kernel_may_be_shorter_or_longer_than_the_sequence(length: int) -> None:
 def test_any_number_of_parameters_builds(kernel_dim: int) -> None:
     assert torch.isfinite(kernel_of(100, kernel_dim=kernel_dim)(100)).all()
     assert kernel_of(100, length=30)(100)[:, 30:].abs().sum() == 0
+
+
+def test_other_kernels_have_no_multirate_form_and_sgconv_has_no_companion_form() -> None:
+    for family, method in (("tno", "multirate"), ("rtf", "multirate"), ("sgconv", "companion")):
+        model = CausalLM(tiny_config(kernel=FAMILIES[family]()))
+        with pytest.raises(UserError, match=f"layer 0: method {method}: .* defines no .*recurrence"):
+            convert_model(model, method=method)
+
+
+def test_multirate_form_ignores_the_horizon() -> None:
+    model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"]()))
+    for horizon in (5, 100):
+        (params, _) = recurrences(convert_model(model, method="multirate", horizon=horizon))
+        with torch.no_grad():
+            torch.testing.assert_close(params.taps(64).float(), model.layers[0].mixer.conv.kernel(64))

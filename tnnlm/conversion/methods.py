@@ -17,7 +17,6 @@ from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
-from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.multirate import MultirateParams
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
@@ -140,7 +139,7 @@ def _companion(own: Params | None) -> Params:
     Raises:
         UserError: If the kernel defines none, or it has a pole outside the unit circle.
     """
-    if not isinstance(own, CompanionParams):
+    if own is None or isinstance(own, MultirateParams):
         raise UserError(
             "method companion: this kernel defines no recurrence", "use --method balanced, auto or window"
         )
@@ -176,7 +175,7 @@ def _auto(source: Source, recipe: ConversionConfig) -> LayerConversion:
         "etsc": etsc(k, source.decay).to_dtype(k.dtype),
     }
     failed = ""
-    if isinstance(source.own, CompanionParams):
+    if source.own is not None and not isinstance(source.own, MultirateParams):
         try:
             candidates["companion"] = _companion(source.own).to_dtype(k.dtype)
         except UserError as error:
