@@ -1,7 +1,7 @@
 """Benchmark of SGConv's two exact recurrences: multirate steps against a window of all inputs.
 
 ``multirate`` does part of its work once in a turn of many tokens, so its time is the mean over whole turns,
-and the longest step is given too. One thread, one row, random weights.
+and the longest step is given too. All times are CPU times of one thread, for one row and random weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 
 from benchmarks.subjects import SHAPE
-from experiments.timing import clock
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
 from tnnlm.inference.aot import compile_step
@@ -43,14 +43,21 @@ Row = dict[str, str]
 
 
 def seconds(steps: dict[str, Step], turn: int, rounds: int) -> dict[str, list[list[float]]]:
-    """Return the seconds of every step by name, in rounds: a turn of ``multirate``, and 4 others."""
+    """Return the CPU seconds of every step by name, in rounds: a turn of ``multirate``, and 4 others."""
     took: dict[str, list[list[float]]] = {name: [] for name in steps}
     for measured in range(rounds + 1):
         for name, step in steps.items():
-            part = [clock(step) for _ in range(turn if name == "multirate" else 4)]
+            part = [cpu_seconds(step) for _ in range(turn if name == "multirate" else 4)]
             if measured:  # the first round is a warm-up
                 took[name].append(part)
     return took
+
+
+def cpu_seconds(step: Step) -> float:
+    """Return the CPU seconds of a call, which other processes on the machine hardly affect."""
+    started = time.process_time()
+    step()
+    return time.process_time() - started
 
 
 def decoder(step: Callable[[Any, Any], tuple[Any, Any]], x: torch.Tensor, state: Any) -> Step:
