@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.converted import HORIZON, measure_model, write_converted
-from tests.support.models import tiny_config
+from tests.support.models import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
 from tnnlm.checkpoints.training import (
@@ -124,6 +125,18 @@ def test_damaged_converted_model_is_reported(tokenizer: TextTokenizer, file: str
     else:
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="out"):
+        load_converted(Path("out"))
+
+
+def test_converted_model_with_shapes_of_no_kernel_is_reported(tokenizer: TextTokenizer) -> None:
+    model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"]()))
+    converted = convert_model(model, method="multirate")
+    report = measure_model(model, converted, method="multirate", horizon=32)
+    save_converted(Path("out"), converted, tokenizer, report)
+    tensors = load_file("out/model.safetensors")
+    tensors["blocks.1.mixer.conv.near"] = tensors["blocks.1.mixer.conv.near"][1:].clone()
+    save_file(tensors, "out/model.safetensors")
+    with pytest.raises(UserError, match=r"out: is damaged \(layer 1, shapes near \(15, "):
         load_converted(Path("out"))
 
 

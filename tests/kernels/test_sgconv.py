@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from tests.support.models import FAMILIES, tiny_config
 from tests.support.reference import reference
+from tnnlm.conversion import convert_model
+from tnnlm.errors import UserError
 from tnnlm.kernels import SGConvConfig, SGConvKernel, TwoSidedKernel
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import recurrences
 from tnnlm.modules import BiConv, LongConv
 
 
@@ -129,3 +134,18 @@ def load_published(kernel: SGConvKernel, tensors: Mapping[str, Tensor], directio
         kernel.initial_norm.copy_(own)
         if direction == 0:
             kernel.skip.copy_(tensors["weights.D"][0])
+
+
+def test_other_kernels_have_no_multirate_form_and_sgconv_has_no_companion_form() -> None:
+    for family, method in (("tno", "multirate"), ("rtf", "multirate"), ("sgconv", "companion")):
+        model = CausalLM(tiny_config(kernel=FAMILIES[family]()))
+        with pytest.raises(UserError, match=f"layer 0: method {method}: .* defines no .*recurrence"):
+            convert_model(model, method=method)
+
+
+def test_multirate_form_ignores_the_horizon() -> None:
+    model = CausalLM(tiny_config(kernel=FAMILIES["sgconv"]()))
+    for horizon in (5, 100):
+        (params, _) = recurrences(convert_model(model, method="multirate", horizon=horizon))
+        with torch.no_grad():
+            torch.testing.assert_close(params.taps(64).float(), model.layers[0].mixer.conv.kernel(64))
