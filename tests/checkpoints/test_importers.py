@@ -308,6 +308,35 @@ def test_weights_that_are_not_finite_and_untied_heads_are_refused() -> None:
     assert "only tied heads" in damaged(lambda weights: weights.update(head))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.ones(1).expand(10**6, 10**6), "larger shape than its storage"),
+        (torch.ones(2, device="meta"), "not a dense tensor"),
+        (torch.ones(2, 2).to_sparse(), "not a dense tensor"),
+        (torch.ones(2, dtype=torch.complex64), "not a dense tensor"),
+        (torch.ones(0, 8), "none of size 0"),
+        (torch.ones(8), "2 axes"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(tensor: Tensor, reason: str) -> None:
+    torch.save({"model": {**tnn_weights(), "decoder.embed_tokens.weight": tensor}}, "odd.pt")
+    with pytest.raises(CheckpointError, match=reason):
+        import_checkpoint(Path("odd.pt"))
+
+
+def test_container_that_contains_itself_and_keys_of_two_lines_are_refused() -> None:
+    data: dict[str, Any] = {"step": 1}
+    data["model"] = data
+    torch.save(data, "cycle.pt")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_weights(Path("cycle.pt"))
+    torch.save({"a\nb": torch.ones(2)}, "lines.pt")
+    with pytest.raises(CheckpointError, match="not printable") as refused:
+        read_weights(Path("lines.pt"))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_truncated_files_are_refused(name: str, share: float) -> None:

@@ -67,14 +67,15 @@ class Keys:
         """Return the shape of a tensor.
 
         Raises:
-            CheckpointError: If it is missing or has another number of axes.
+            CheckpointError: If it is missing, has another number of axes, or is empty.
         """
         if key not in self.weights:
             raise CheckpointError(f"{self.path}: is not a whole {self.title} checkpoint: it lacks {key}")
         found = tuple(self.weights[key].shape)
-        if len(found) != axes:
+        if len(found) != axes or 0 in found:
             raise CheckpointError(
-                f"{self.path}: {key} has the shape {list(found)}, but {self.title} has {axes} axes there"
+                f"{self.path}: {key} has the shape {list(found)}, but {self.title} has {axes} axes there, "
+                "none of size 0"
             )
         return found
 

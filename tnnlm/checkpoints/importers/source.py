@@ -24,6 +24,8 @@ from tnnlm.errors import CheckpointError
 
 CONTAINERS = ("model", "state_dict", "module")
 """Keys under which training frameworks store the weights: fairseq, Lightning and DeepSpeed."""
+NESTED = 3
+"""Maximum number of containers around the weights; a container may contain itself."""
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 """Name of the class or function that torch.load refused, in its error message."""
 
@@ -47,8 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: holds no weights", f"give a file of weights by name, or with them under {CONTAINERS[0]}"
         )
     for key, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {key} is not finite", "use another checkpoint")
+        _check_tensor(key, tensor, path)
     return weights
 
 
@@ -87,11 +88,26 @@ def _check_sums(path: Path) -> None:
         raise zipfile.BadZipFile(damaged)
 
 
+def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
+    """Raise an error for a tensor that can't be a weight, or whose key would not fit in a message."""
+    if not key.isprintable():
+        raise CheckpointError(f"{path}: the key {key!r} is not printable", "use another checkpoint")
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not dense or tensor.is_complex():
+        raise CheckpointError(f"{path}: {key} is not a dense tensor of real numbers")
+    # A tensor may claim any shape by strides of zero, and then need more memory than the machine has.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: {key} has a larger shape than its storage", "use another checkpoint")
+    if not torch.isfinite(tensor.float()).all():
+        raise CheckpointError(f"{path}: {key} is not finite", "use another checkpoint")
+
+
 def _weights_in(data: Any) -> dict[str, Tensor]:
     """Return the tensors of the innermost container of a checkpoint, by key."""
+    for _ in range(NESTED):
+        inner = next((data[name] for name in CONTAINERS if isinstance(data, Mapping) and name in data), None)
+        if isinstance(inner, Mapping):
+            data = inner
     if not isinstance(data, Mapping):
         return {}
-    for name in CONTAINERS:
-        if isinstance(data.get(name), Mapping):
-            return _weights_in(data[name])
     return {key: t for key, t in data.items() if isinstance(key, str) and isinstance(t, Tensor)}

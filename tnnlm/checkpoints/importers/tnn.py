@@ -45,7 +45,7 @@ def plan(keys: Keys) -> Plan:
             "model.kernel.name": "tno",
             "model.kernel.rpe_dim": rpe_dim,
             "model.kernel.rpe_layers": rpe_layers,
-            "model.kernel.decay": 1.0 if gamma is None else float(gamma.flatten()[0]),
+            "model.kernel.decay": 1.0 if gamma is None else float(gamma.flatten()[:1].sum()),
         },
         {"embedding.weight": Rule((embedding,))},
         {f"{prefix}output_projection.weight": embedding},
