@@ -20,6 +20,8 @@ def test_find_lr_suggests_plots_and_leaves_no_run(script: Any) -> None:
     result = script("train", *SETTINGS, "--find-lr", "trainer.accumulate=2", "optim.kernel_lr_scale=0.5")
     assert result.code == 0, result.err
     assert "suggested: optim.lr=" in result.out
+    # There is no progress bar, because stderr is no terminal.
+    assert result.err.splitlines() == [f"learning-rate finder: step {step}/100" for step in (25, 50, 75, 100)]
     assert sorted(str(p) for p in Path("runs").rglob("*")) == ["runs/demo-lr_find.png"]
     assert Path("runs/demo-lr_find.png").read_bytes().startswith(b"\x89PNG")
 

@@ -138,7 +138,7 @@ def test_a_run_is_never_overwritten() -> None:
     for _ in range(3):
         train(tiny_run("trainer.max_steps=2", "trainer.sample_tokens=0"))
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2", "demo-3"]
-    assert all(len(read_metrics(run / "metrics.csv")) == 1 for run in Path("runs").iterdir())
+    assert all(len(read_metrics(run / "metrics.csv")) == 2 for run in Path("runs").iterdir())
 
 
 def test_the_last_step_is_always_validated() -> None:
@@ -197,7 +197,7 @@ def test_a_moved_run_resumes_under_its_old_and_its_new_name() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("trainer.accelerator=cuda", "accelerator"),
+        ("trainer.accelerator=cuda", "^trainer.accelerator=cuda: PyTorch finds no GPU; set"),
         ("trainer.max_steps=3", "trainer.max_steps=3: .* is at step 4 already; set it to 4 or more"),
         ("trainer.wandb=x", "wandb"),
         ("data.files=other.txt", "its data has changed"),

@@ -98,7 +98,11 @@ def arguments() -> argparse.ArgumentParser:
         "Without --config, its model settings are taken as well.",
     )
     add = parser.add_argument_group("before training").add_argument
-    add("--dry-run", action="store_true", help="Print settings, parameters and estimated memory, and exit.")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="Print settings, parameters and estimated memory, and exit; reads no data.",
+    )
     add("--json", action="store_true", help="Print the output of --dry-run as JSON.")
     add("--find-lr", action="store_true", help="Run the learning rate finder for 100 steps, and exit.")
     return parser
@@ -238,6 +242,8 @@ def show(config: Config, as_json: bool) -> None:
     print(config_to_yaml(config))
     print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
     print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
-    print(
-        f"estimated memory: {plan.memory_bytes / 2**30:.2f} GiB per device ({plan.devices}), {plan.precision}"
-    )
+    size = f"{plan.memory_bytes / 2**20:,.0f} MiB"
+    if plan.memory_bytes >= 2**30:
+        size = f"{plan.memory_bytes / 2**30:,.2f} GiB"
+    print(f"estimated memory: {size} per device ({plan.devices}), {plan.precision}")
+    print("data: not read by --dry-run")

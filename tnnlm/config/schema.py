@@ -190,7 +190,7 @@ class TrainerConfig:
     val_every_n_steps: int = number(500, low=1)
     """Number of optimizer steps between validations. The last step is always validated."""
     log_every_n_steps: int = number(20, low=1)
-    """Number of optimizer steps between rows of metrics.csv."""
+    """Number of optimizer steps between rows of metrics.csv. The last step is always logged."""
     precision: str = choice("auto", "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
     """Lightning's precision plugin; auto selects bf16-mixed on hardware that computes in bfloat16, else
     32-true."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tnnlm.config.schema import Config
+from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import LOGITS
@@ -84,6 +85,22 @@ def resolve_devices(config: Config) -> int:
         return int(config.trainer.devices)
     on_gpu = resolve_accelerator(config) != "cpu" and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu else 1
+
+
+def check_accelerator(config: Config) -> None:
+    """Check that this machine has the GPUs that ``trainer.accelerator`` and ``trainer.devices`` request.
+
+    Raises:
+        ConfigError: If there is no GPU, or fewer than requested.
+    """
+    name, devices = config.trainer.accelerator, config.trainer.devices
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not found:
+        raise ConfigError("trainer.accelerator=cuda: PyTorch finds no GPU", "set trainer.accelerator=auto")
+    if name in ("cuda", "auto") and found and devices != "auto" and int(devices) > found:
+        raise ConfigError(
+            f"trainer.devices={devices}: PyTorch finds {found} GPUs", f"set it to {found} or less, or to auto"
+        )
 
 
 def resolve_accelerator(config: Config) -> str:

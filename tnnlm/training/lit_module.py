@@ -174,7 +174,8 @@ class LitModel(lightning.LightningModule):
         if own:
             self._step_losses.append(self.step_loss())
         self._losses = []
-        if not own or step % self.config.trainer.log_every_n_steps:
+        last = step == self.trainer.max_steps  # also logged, as a short run would have no row otherwise
+        if not own or (step % self.config.trainer.log_every_n_steps and not last):
             return
         values = {
             # Ranks have batches of equal size, so the mean of their means is the mean of the global batch.

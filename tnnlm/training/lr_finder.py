@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.tuner.tuning import Tuner
+from rich.console import Console
 
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
@@ -25,13 +28,15 @@ from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
-from tnnlm.training.estimate import estimate_run
+from tnnlm.training.estimate import check_accelerator, estimate_run
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
 from tnnlm.training.run import quieten
 from tnnlm.training.trainer import step_options
 
 STEPS = 100
+_SHOWN = 25
+"""Number of steps between lines that report the progress."""
 LOWEST, HIGHEST = 1e-6, 1.0
 _DIVERGED = 4.0
 """The search stops when the loss exceeds this multiple of the best loss."""
@@ -83,8 +88,20 @@ class _Probe(LitModel):
         optimizer.register_step_pre_hook(scale)
         return optimizer
 
+    def on_train_start(self) -> None:
+        """Disable the progress bar of the finder, which has no option for it, where stderr is no terminal."""
+        super().on_train_start()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, _LRCallback) and not sys.stderr.isatty():
+                callback.progress_bar_refresh_rate = 0
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the losses of all batches, and skip logging."""
+        """Keep the losses of all batches; instead of logging, print the progress where there is no bar."""
+        ends_step = (batch_idx + 1) % self.config.trainer.accumulate == 0
+        if ends_step and self.global_step % _SHOWN == 0 and not sys.stderr.isatty():
+            Console(stderr=True).print(
+                f"learning-rate finder: step {self.global_step}/{STEPS}", highlight=False, soft_wrap=True
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the losses when the finder restores the initial weights at its end."""
@@ -102,6 +119,7 @@ def find_lr(config: Config) -> FoundRate:
     Raises:
         UserError: If the input is invalid or the loss never decreases.
     """
+    check_accelerator(config)
     config = copy.deepcopy(config)
     keep_large_blocks()
     limit_threads()

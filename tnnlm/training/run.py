@@ -34,7 +34,7 @@ from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
-from tnnlm.training.estimate import estimate_run
+from tnnlm.training.estimate import check_accelerator, estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
@@ -147,6 +147,7 @@ def _resolve(
     config: Config, run: Path | None, source: Path, job: str | None, initial: InitialWeights | None
 ) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
+    check_accelerator(config)
     strategy = choose_strategy(config)
     check_training(config)
     if run is None:
@@ -196,6 +197,12 @@ def _announce(config: Config, start: _Start) -> None:
     )
     for shown in (line, *start.report.lines()):
         show_line(shown)
+    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
+    if warmup > steps:
+        show_line(
+            f"warning: optim.warmup_steps={warmup:,} is above trainer.max_steps={steps:,}; the learning rate "
+            f"only reaches {steps / warmup:.0%} of optim.lr"
+        )
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:

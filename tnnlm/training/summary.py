@@ -29,7 +29,7 @@ def write_summary(
     train_seconds: float,
     tested: dict[str, float],
 ) -> dict[str, Any]:
-    """Write summary.json from the last validation in metrics.csv and the values given by the trainer.
+    """Write summary.json from the last values in metrics.csv and those given by the trainer.
 
     Args:
         run: Folder of the run.
@@ -44,7 +44,7 @@ def write_summary(
     Returns:
         Content of summary.json.
     """
-    kept = [name for name in task.columns() if name != "val/loss" or not task.converts]
+    kept = ["train/loss", *(name for name in task.columns() if name != "val/loss" or not task.converts)]
     rows = read_metrics(run / "metrics.csv")
     summary: dict[str, Any] = {}
     for row in rows:
@@ -120,7 +120,8 @@ def show_summary(
     again = ["--force"] if (run / CONVERTED).exists() else []  # converted before the run was resumed
     lines = [
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
-        f"{summary['train_seconds']:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else ""),
+        f"{summary['train_seconds']:.0f} s with validation"
+        + (f", {speed:,.0f} tokens/s without it (median)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
         f"next: {command('convert', run, *again)} && "
         f"{command('generate', '--model', run, '--prompt', prompt)}"

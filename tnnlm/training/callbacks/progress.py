@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -15,14 +16,28 @@ from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.names import METRICS
 
 
+def fitting(metrics: Mapping[str, float], room: int) -> str:
+    """Return the metrics of the progress bar that fit into ``room`` characters, losses first."""
+    named = [metric for metric in METRICS if metric.short and metric.column in metrics]
+    named.sort(key=lambda metric: metric.unit == "tokens/s" or metric.short == "norm")
+    kept: list[str] = []
+    for metric in named:
+        value = float(metrics[metric.column])
+        text = f"{metric.short} {f'{value:,.0f}' if 1e4 <= value < 1e9 else f'{value:.4g}'}"
+        if len("  ".join([*kept, text])) <= room:
+            kept.append(text)
+    return "  ".join(kept)
+
+
 class TrainingBar(ProgressBar):
     """Progress bar that counts optimizer steps; Lightning's counts batches of an epoch."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
+        self._bar = 40 if console.width > 110 else 8
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(self._bar),
             MofNCompleteColumn(),
             Elapsed(),
             TextColumn("left"),
@@ -42,9 +57,9 @@ class TrainingBar(ProgressBar):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Advance to the current optimizer step and show the latest metrics."""
-        metrics = trainer.progress_bar_metrics
-        named = [metric for metric in METRICS if metric.short and metric.column in metrics]
-        shown = "  ".join(f"{metric.short} {metrics[metric.column]:.4g}" for metric in named)
+        columns = f"validating  {trainer.max_steps}/{trainer.max_steps} 0:00:00 left 0:00:00 "
+        room = self.bar.console.width - self._bar - len(columns)
+        shown = fitting(trainer.progress_bar_metrics, room)
         self.bar.update(self._training, completed=trainer.global_step, shown=shown)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -1,0 +1,86 @@
+"""Output of a run: progress in 80 columns, warnings, and a closing line with clearly defined figures."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import TaskID
+
+from tests.support.scripts import assert_refused
+from tests.support.training_runs import SETTINGS, tiny_run
+from tnnlm.training.callbacks.progress import TrainingBar
+from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.run import train
+
+METRICS = {
+    "train/loss": 10.12,
+    "train/tokens_per_second": 123456.7,
+    "train/grad_norm": 1.5,
+    "val/bpb": 5.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, "loss 10.12  val bpb 5.1"),
+        (160, "loss 10.12  val bpb 5.1  tokens/s 123,457  norm 1.5"),
+    ],
+)
+def test_the_progress_bar_fits_the_terminal(width: int, shown: str) -> None:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = TrainingBar(console)
+    trainer: Any = SimpleNamespace(progress_bar_metrics=METRICS, global_step=1234, max_steps=2000)
+    bar.bar.reset(TaskID(0), total=2000)
+    bar.bar.update(TaskID(1), visible=True, total=10)
+    bar.on_train_batch_end(trainer, SimpleNamespace())  # type: ignore[arg-type]
+    with console.capture() as captured:
+        console.print(bar.bar)
+    first, second = (line.rstrip() for line in captured.get().splitlines())
+    assert first.endswith(f" {shown}")
+    assert len(first) <= width
+    assert second.startswith("validating")
+
+
+def test_a_run_shorter_than_the_logging_interval_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_run("trainer.max_steps=2", "trainer.log_every_n_steps=50", "trainer.sample_tokens=0"))
+    (row,) = (row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["train/loss"])
+    assert row["step"] == "2"
+    assert json.loads(Path("runs/demo/summary.json").read_text())["train/loss"] == float(row["train/loss"])
+    out = capsys.readouterr().out
+    assert (
+        "warning: optim.warmup_steps=100 is above trainer.max_steps=2; the learning rate only reaches 2% of "
+        "optim.lr\n" in out
+    )
+    assert " s with validation, " in out
+    assert " tokens/s without it (median)\n" in out
+
+
+def test_a_warm_up_within_the_run_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_run("trainer.max_steps=2", "optim.warmup_steps=2", "trainer.sample_tokens=0"))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_dry_run_states_the_memory_of_a_small_model_and_that_it_reads_no_data(script: Any) -> None:
+    done = script("train", *SETTINGS, "--dry-run")
+    assert done.code == 0
+    memory, data = done.out.splitlines()[-2:]
+    assert memory.startswith("estimated memory: ")
+    assert " MiB per device (1), " in memory
+    assert int(memory.split()[2]) > 0
+    assert data == "data: not read by --dry-run"
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("words", [(), ("--find-lr",)])
+def test_a_missing_gpu_is_reported_before_the_data_is_read(script: Any, words: tuple[str, ...]) -> None:
+    done = script("train", *SETTINGS, *words, "trainer.accelerator=cuda")  # there is no text.txt
+    assert_refused(done, "trainer.accelerator=cuda: PyTorch finds no GPU; set trainer.accelerator=auto")
