@@ -25,13 +25,13 @@ def bytes_per_scored_token(corpus: PackedCorpus, rows: PackedRows, split: str) -
         rows: Rows of the split, from its first token on.
         split: Name of the split, "train" or "val".
     """
-    info = corpus.report.splits[split]
-    scored = rows.tokens[1 : len(rows) * rows.length + 1]
-    whole = corpus.rows(split, rows.length).tokens
-    counts = [_occurrences(tokens, corpus.tokenizer.size) for tokens in (scored, whole)]
-    sizes = _sizes(corpus.tokenizer, np.flatnonzero(counts[1]))
-    of_rows, of_split = (int(count[list(sizes)] @ [*sizes.values()]) for count in counts)
-    return info.bytes * of_rows / of_split / len(scored) if of_split else info.bytes_per_token
+    info, end = corpus.report.splits[split], len(rows) * rows.length + 1
+    whole, size = corpus.rows(split, rows.length).tokens, corpus.tokenizer.size
+    scored = _occurrences(whole[1:end], size)
+    total = scored + _occurrences(whole[:1], size) + _occurrences(whole[end:], size)
+    sizes = _sizes(corpus.tokenizer, np.flatnonzero(total))
+    of_rows, of_split = (int(counts[list(sizes)] @ [*sizes.values()]) for counts in (scored, total))
+    return info.bytes * of_rows / of_split / (end - 1) if of_split else info.bytes_per_token
 
 
 def _occurrences(tokens: NDArray[np.int32], size: int) -> NDArray[np.int64]:
