@@ -195,16 +195,16 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     model = str(find_for_decoding(args.model, Path("runs")))
     if warning := outdated(model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
-    if args.model is None:
-        print(f"model: {model}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     session = GenerationSession.load(
         model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
     )
-    if not args.json:
-        print(f"[{session.engine}]", file=sys.stderr)
     if args.load_state:
         session.load_state(args.load_state, reseed=args.seed is not None)
+    if args.model is None:
+        print(f"model: {model}", file=sys.stderr)
+    if not args.json:
+        print(f"[{session.engine}]", file=sys.stderr)
     return session
 
 
