@@ -47,7 +47,9 @@ def test_old_checkpoint_converts_to_the_same_perplexities(old_run: Path, script:
     assert done.code == 0, done.out + done.err
     found = json.loads((old_run / "converted/conversion.json").read_text(encoding="utf-8"))["ppl"]
     for form, expected in PPL_CONVERTED.items():
-        assert found[form]["32"] == pytest.approx(expected, rel=1e-5), form
+        # Processors that multiply in bfloat16 round differently from those that compute in float32.
+        rounding = 1e-3 if form == "bfloat16 weights" else 1e-5
+        assert found[form]["32"] == pytest.approx(expected, rel=rounding), form
 
 
 def test_old_converted_model_continues_from_its_old_state(script: Any) -> None:

@@ -33,7 +33,7 @@ from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.data.packing import prepare
-from tnnlm.errors import run_script
+from tnnlm.errors import OneLineParser, run_script
 from tnnlm.evaluation import add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.files import write_text
 from tnnlm.models.causal_lm import CausalLM
@@ -84,9 +84,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN | CKPT", help="Runs or checkpoints to convert and to check.")
     add("--method", default="auto", help="Conversion method. (default: auto)")

@@ -81,16 +81,18 @@ def test_steps_that_differ_from_prefill_are_refused(error: float) -> None:
         companion(Wrong(*recurrence_of(0.9, 0.5)))
 
 
-@pytest.mark.parametrize("family", ["tno", "sgconv"])
+@pytest.mark.parametrize(
+    ("family", "method"), [("tno", "companion"), ("sgconv", "companion"), ("rtf", "multirate")]
+)
 def test_training_for_a_recurrence_that_the_kernel_lacks_is_refused(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tiny_run()
     config.model.kernel = FAMILIES[family]()
-    config.conversion.method = "companion"
+    config.conversion.method = method
     before = files_under(tmp_path)
-    reason = f"conversion.method=companion: the kernel {family} defines no such recurrence"
+    reason = f"conversion.method={method}: the kernel {family} defines no such recurrence"
     with pytest.raises(UserError, match=reason):
         train(config)
     assert files_under(tmp_path) == before
@@ -104,8 +106,7 @@ def test_convert_names_the_kernel_that_defines_no_recurrence(
     train(config)
     run = tmp_path / "runs" / config.name
     before = files_under(run)
-    with pytest.raises(UserError, match="--method companion: the kernel tno defines no such recurrence"):
-        convert_checkpoint(
-            str(run), ConversionConfig(method="companion"), out=None, force=False, verify=False
-        )
+    for method in ("companion", "multirate"):
+        with pytest.raises(UserError, match=f"--method {method}: the kernel tno defines no such recurrence"):
+            convert_checkpoint(str(run), ConversionConfig(method=method), out=None, force=False, verify=False)
     assert files_under(run) == before

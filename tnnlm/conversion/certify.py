@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ConversionReport, ModelReport
 from tnnlm.config.schema import ModelConfig
+from tnnlm.conversion.companion import OWN_METHODS
 from tnnlm.conversion.horizon import ROUNDING, tail_energy
 from tnnlm.conversion.linalg import (
     channel_blocks,
@@ -53,7 +54,7 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
     They are if the kernel extends past the horizon, or if the recurrence does and the kernel does not.
     """
     # A recurrence that the kernel defines is exact at every lag.
-    layers = [layer for layer in layers if layer.method not in ("companion", "multirate")]
+    layers = [layer for layer in layers if layer.method not in OWN_METHODS]
     worst = max((layer.tail_energy for layer in layers), default=0.0)
     if worst > ROUNDING**2:
         return (

@@ -18,7 +18,10 @@ AGREEMENT = 1e-3
 """Largest accepted difference between the outputs of steps and of prefill, relative to the largest output of
 the channel. In float32, stable recurrences with separate poles stay below 1e-5."""
 _TOKENS = 200
-_OTHERS = "use --method balanced, auto or window"
+OWN_METHODS = ("companion", "multirate")
+"""Methods that use a recurrence which the kernel defines."""
+OTHERS = "use --method balanced, auto or window"
+"""Remedy if a kernel defines no such recurrence."""
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def companion(own: Params | None) -> Params:
             inaccurate.
     """
     if own is None or own.METHOD != "companion":
-        raise UserError("method companion: the kernel defines no such recurrence", _OTHERS)
+        raise UserError("method companion: the kernel defines no such recurrence", OTHERS)
     radius = own.largest_pole()
     if radius >= 1:
         raise UserError(
@@ -46,40 +49,41 @@ def companion(own: Params | None) -> Params:
         raise UserError(
             f"method companion: the poles lie too close together for the state's precision, prefill and step "
             f"disagree by {difference:.1e} of the largest output, and at most {AGREEMENT:g} is accepted",
-            _OTHERS,
+            OTHERS,
         )
     return type(own)(*(part.detach().clone() for part in own))
 
 
-def check_kernel(kernel: Kernel, name: str, setting: str) -> None:
-    """Check that a kernel defines a companion recurrence.
+def check_kernel(kernel: Kernel, name: str, method: str, setting: str) -> None:
+    """Check that a kernel defines the recurrence that a method of ``OWN_METHODS`` uses.
 
     Args:
         kernel: Kernel, trained or not.
         name: Name under which it is registered.
-        setting: Setting or option, with its value, that asks for the recurrence.
+        method: Conversion method.
+        setting: Setting or option, with its value, that asks for the method.
 
     Raises:
         UserError: If the kernel defines none.
     """
     with torch.no_grad():
         own = kernel.recurrence()
-    if own is None or own.METHOD != "companion":
-        raise UserError(f"{setting}: the kernel {name} defines no such recurrence", _OTHERS)
+    if own is None or method != own.METHOD:
+        raise UserError(f"{setting}: the kernel {name} defines no such recurrence", OTHERS)
 
 
 def check_training(config: Config) -> None:
-    """Check, before a training, that checkpoints can be converted if ``conversion.method`` is companion.
+    """Check, before a training, that ``conversion.method`` suits the kernel if it is one of ``OWN_METHODS``.
 
     Raises:
         UserError: If the kernel defines no such recurrence, or can't be built.
     """
-    if config.task != "causal" or config.conversion.method != "companion":
+    method, model = config.conversion.method, config.model
+    if config.task != "causal" or method not in OWN_METHODS:
         return
-    model = config.model
     with torch.random.fork_rng(devices=[]):
         kernel = build_kernel(model.kernel, model.expand * model.d_model, model.max_length)
-    check_kernel(kernel, model.kernel.name, "conversion.method=companion")
+    check_kernel(kernel, model.kernel.name, method, f"conversion.method={method}")
 
 
 def _disagreement(own: Params) -> float:

@@ -9,7 +9,7 @@ from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.auto import Attempt, choose
 from tnnlm.conversion.balanced import balanced
-from tnnlm.conversion.companion import companion
+from tnnlm.conversion.companion import OTHERS, OWN_METHODS, companion
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.linalg import channel_blocks, power_of_two
@@ -45,7 +45,7 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
     if recipe.method == "auto":
         return choose(source, recipe.tolerance, _attempts(source, recipe))
     params: Params
-    if recipe.method in ("companion", "multirate"):
+    if recipe.method in OWN_METHODS:
         params = _own(source, recipe.method)
     else:
         params = _from_taps(recipe.method, source, recipe, progress=progress)
@@ -80,9 +80,7 @@ def _own(source: Source, method: str) -> Params:
     if method == "companion":
         return companion(own).to_dtype(source.k.dtype)
     if own is None or method != own.METHOD:
-        raise UserError(
-            f"method {method}: the kernel defines no such recurrence", "use --method balanced, auto or window"
-        )
+        raise UserError(f"method {method}: the kernel defines no such recurrence", OTHERS)
     copy = type(own)(*(part.detach().clone() for part in own))
     return copy.to_dtype(source.k.dtype)
 

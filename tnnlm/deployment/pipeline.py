@@ -27,7 +27,7 @@ from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
-from tnnlm.conversion.companion import check_kernel
+from tnnlm.conversion.companion import OWN_METHODS, check_kernel
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.packing import prepare
 from tnnlm.data.report import read_report
@@ -105,8 +105,9 @@ def convert_checkpoint(
     if folder.is_symlink():
         folder = folder.resolve()  # Replace the target of the link, not the link.
     source = load_checkpoint(path)
-    if recipe.method == "companion":
-        check_kernel(kernels(source.model)[0], source.config.model.kernel.name, "--method companion")
+    if recipe.method in OWN_METHODS:
+        name = source.config.model.kernel.name
+        check_kernel(kernels(source.model)[0], name, recipe.method, f"--method {recipe.method}")
     with _only_writer(folder):
         started = time.perf_counter()
         horizon, layers = convert_layers(source.model, recipe, _bar)
