@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -159,10 +160,15 @@ def test_report_warns_of_a_recurrence_past_a_finite_kernel() -> None:
     told = {}
     for method in ("etsc", "window"):
         horizon, layers = convert_layers(model, ConversionConfig(method=method))
-        told[method] = measure(model, layers, method=method, horizon=horizon, seconds=0.0).warning
+        report = measure(model, layers, method=method, horizon=horizon, seconds=0.0)
+        told[method] = report.warning
+        # JSON has no infinity.
+        stored = json.loads(report.to_json())["layers"][0]["l1_error"]
+        assert stored == (None if method == "etsc" else 0.0)
     assert told["window"] is None
     assert told["etsc"] is not None
     assert "this recurrence is not negligible past the horizon" in told["etsc"]
+    assert "without bound" in told["etsc"]
 
 
 def test_verify_notices_a_damaged_recurrence() -> None:
