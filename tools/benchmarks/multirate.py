@@ -157,7 +157,8 @@ def main() -> int:
         "commit": commit.stdout.strip(),
         "tables": {
             "costs": [cost for cost, _ in measured],
-            "times": [r for _, rows in measured for r in rows],
+            "times": [line for _, lines in measured for line in lines],
+            "hankel": singular_values(),
         },
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
