@@ -30,7 +30,6 @@ def old_run() -> Path:
     return Path("runs/old")
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was copied to another folder
 def test_old_run_resumes_to_the_same_perplexity(old_run: Path, script: Any) -> None:
     resumed = script("train", "--resume", "runs/old", "trainer.max_steps=12")
     assert resumed.code == 0, resumed.err

@@ -58,6 +58,7 @@ OS_PROBLEMS = {
     errno.ENAMETOOLONG: UserError("the file name is too long", "choose a shorter one"),
     errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
     errno.EISDIR: UserError("is a folder", "specify a file"),
+    errno.EEXIST: UserError("a file of this name exists", "choose another path"),
 }
 """Operating-system errors that a user can fix, by ``errno``."""
 OS_ADVICE = {number: str(problem) for number, problem in OS_PROBLEMS.items()}

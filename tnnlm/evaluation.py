@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnnlm.models.batches import LabelledBatch, MaskedBatch
+from tnnlm.models.batches import PADDING, LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM
 
@@ -79,11 +79,11 @@ def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> N
 
     Args:
         model: Causal language model.
-        rows: Token ids (B, L + 1).
+        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
         counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        return _score(model(rows[:, :-1])[:counted], rows[:counted, 1:])
+        return _score(model(rows[:, :-1].clamp(min=0))[:counted], rows[:counted, 1:])
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
 
     Args:
         converted: Causal language model in recurrent form.
-        rows: Token ids (B, L + 1).
+        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
         chunk: Tokens per prefill; the state is carried from chunk to chunk.
         counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
@@ -101,7 +101,7 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
         state = converted.init_state(rows.shape[0])
         for start in range(0, rows.shape[1] - 1, chunk):
             part = rows[:, start : start + chunk + 1]
-            logits, state = converted.prefill(part[:, :-1], state)
+            logits, state = converted.prefill(part[:, :-1].clamp(min=0), state)
             parts.append(_score(logits[:counted], part[:counted, 1:]))
     return add(parts)
 
@@ -147,5 +147,6 @@ def _score(logits: Tensor, targets: Tensor) -> NLL:
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
         targets.flatten(),
         reduction="none",
+        ignore_index=PADDING,
     )
-    return NLL(float(losses.double().sum()), targets.numel())
+    return NLL(float(losses.double().sum()), int((targets != PADDING).sum()))

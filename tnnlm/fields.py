@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+LARGEST = 10**12
+"""Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""
 _UNCHANGED: Any = object()
 
 
@@ -19,9 +21,12 @@ def number(
 ) -> Any:
     """Return a field with bounds: ``low`` <= value <= ``high`` and value > ``above``.
 
-    None and ``word`` are valid as well. ``before`` is the value for runs and checkpoints that were saved
-    before the setting existed, if it differs from ``default``.
+    None and ``word`` are valid as well. Without ``high``, a field whose default is not a float is an integer
+    of at most ``LARGEST``. ``before`` is the value for runs and checkpoints that were saved before the
+    setting existed, if it differs from ``default``.
     """
+    if high is None and not isinstance(default, float):
+        high = LARGEST
     metadata = {"low": low, "high": high, "above": above, "word": word}
     if before is not _UNCHANGED:
         metadata["before"] = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from tnnlm.config import schema as config_module
+from tnnlm.config.checks import leaves
 from tnnlm.config.flags import field_docs
 from tnnlm.config.loader import (
     config_from_dict,
@@ -346,3 +348,20 @@ def test_settings_that_a_saved_run_lacks_have_the_values_of_its_time(tmp_path: P
     assert load_config(path, saved=True).model.kernel.reverse_lag == 0
     assert load_config(path).model.kernel.reverse_lag == 1
     assert config_from_dict(config_to_dict(new)) == new
+
+
+def integers() -> list[str]:
+    """Return the names of all settings that are integers."""
+    return [
+        name
+        for name, value, metadata in leaves(Config())
+        if "low" in metadata and not any(isinstance(part, float) for part in (value, metadata["high"]))
+    ]
+
+
+@pytest.mark.parametrize("value", ["1e30", str(2**63)])
+def test_every_integer_has_an_upper_bound(value: str) -> None:
+    assert {"trainer.max_steps", "optim.warmup_steps", "data.max_val_tokens"} <= set(integers())
+    for name in integers():
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)}=[0-9]+: must be at most [0-9,]+ \("):
+            load_config(None, [f"{name}={value}"])

@@ -85,7 +85,7 @@ def test_cells_are_different_and_their_models_of_equal_size(size: str) -> None:
     if size == "paper":
         assert config.data.listops.max_length == listops.PAPER_LENGTH
         assert (config.model.max_length, config.data.batch_size) == (2000, 128)
-        assert config.trainer.max_steps == 50_000
+        assert (config.trainer.max_steps, config.optim.schedule_steps) == (30_000, 50_000)
 
 
 def test_counts_are_all_that_the_bag_sees() -> None:

@@ -13,11 +13,11 @@ from tnnlm.errors import UserError
 
 
 def files_under(folder: Path) -> dict[str, str]:
-    """Return the hash of every file under a folder, by path."""
+    """Return the hash of every file under a folder, by path; lock files are no files of a run."""
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
+        if path.is_file() and not path.is_symlink() and path.suffix != ".lock"
     }
 
 

@@ -71,5 +71,7 @@ class ModelReport:
     """Warning about outputs past the horizon, if they differ noticeably."""
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
     """Perplexities of the parallel and the recurrent form, by sequence length in tokens."""
+    protocol: str = "documents"
+    """``data.protocol`` of the perplexities: where end tokens are, and which tokens are scored."""
     not_measured: dict[str, str] = field(default_factory=dict)
     """Reasons why perplexities couldn't be measured on this machine, by engine or sequence length."""

@@ -6,6 +6,8 @@ A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain dat
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +178,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "use another one") from None
     if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of tnnlm's train.py")
+    return data
+
+
+def read_intact(path: Path) -> dict[str, Any]:
+    """Return the raw dict of a training checkpoint after its checksums are verified, which reads the file.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, corrupt, or not from this package.
+    """
+    data = read_checkpoint(path)
+    try:
+        # torch.load does not verify the checksums of the archive.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError):
+        damaged = path.name
+    if damaged is not None:
+        raise CheckpointError(f"{path}: is corrupt")
     return data
 
 

@@ -28,6 +28,7 @@ from tnnlm.cli.usage import Condition, add_settings, check_effective, given_opti
 from tnnlm.config.loader import config_to_yaml, load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
+from tnnlm.errors import collect_failure
 
 if TYPE_CHECKING:
     from tnnlm.training.initial import InitialWeights
@@ -217,10 +218,13 @@ def search(config: Config) -> None:
 
     found = find_lr(config)
     path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
-    plot_rates(found, path)
     print(f"suggested: optim.lr={found.suggestion:.1e}")
     print(f"the loss falls fastest at {found.steepest:.1e} and is lowest at {found.lowest:.1e}")
-    print(f"plot: {path}; a rate found in 100 steps is a starting point, not an optimum")
+    print("a rate found in 100 steps is a starting point, not an optimum")
+    failures: dict[str, str] = {}
+    with collect_failure(failures, str(path)):
+        plot_rates(found, path)
+    print("".join(f"warning: {place}: {reason}" for place, reason in failures.items()) or f"plot: {path}")
 
 
 def show(config: Config, as_json: bool) -> None:

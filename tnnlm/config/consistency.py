@@ -60,6 +60,31 @@ def check_schedule(config: Config, where: Callable[[str], str]) -> None:
         )
 
 
+def check_protocol(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error if ``data.protocol`` doesn't fit the task or the source.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If fairseq's protocol is set for another task, or for a hub data set without a
+            validation split: its rows are lines, and holding out single lines would cut the text apart.
+    """
+    data = config.data
+    if data.protocol != "fairseq":
+        return
+    if config.task != "causal":
+        raise ConfigError(
+            f"data.protocol=fairseq: is for task=causal only, not task={config.task}{where('data.protocol')}"
+        )
+    if data.source == "hub" and data.hub_val_split is None:
+        raise ConfigError(
+            f"data.protocol=fairseq: can't hold out lines of a hub data set{where('data.protocol')}",
+            "set data.hub_val_split",
+        )
+
+
 def settle_task(config: Config, where: Callable[[str], str]) -> None:
     """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
 

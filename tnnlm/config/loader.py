@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
-from tnnlm.config.consistency import check_name, check_schedule, settle_task
+from tnnlm.config.consistency import check_name, check_protocol, check_schedule, settle_task
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
@@ -153,6 +153,7 @@ def _config(values: Values) -> Config:
         return f" ({values.nodes[key].place})" if key in values.nodes else ""
 
     check_schedule(config, where)
+    check_protocol(config, where)
     settle_task(config, where)
     return config
 

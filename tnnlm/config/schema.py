@@ -65,11 +65,11 @@ class ListOpsConfig:
     """Maximum nesting depth of an expression, where a digit alone has depth 1."""
     max_args: int = number(10, low=2, high=1_000)
     """Maximum number of arguments of an operator, sampled uniformly from 2 upwards."""
-    train_rows: int = number(96_000, low=1)
+    train_rows: int = number(96_000, low=1, high=1_000_000_000)
     """Number of training expressions."""
-    val_rows: int = number(2_000, low=1)
+    val_rows: int = number(2_000, low=1, high=1_000_000_000)
     """Number of validation expressions, all different from the training expressions."""
-    test_rows: int = number(2_000, low=1)
+    test_rows: int = number(2_000, low=1, high=1_000_000_000)
     """Number of test expressions, which are scored when the run ends."""
 
 
@@ -109,6 +109,10 @@ class DataConfig:
     ``data.hub_split``)."""
     streaming: bool = False
     """Whether to stream the Hub data set instead of downloading it first; requires ``data.max_documents``."""
+    protocol: str = choice("documents", "documents", "fairseq")
+    """Text protocol: documents (whole documents, an end token after each) or fairseq, which published
+    perplexities of WikiText-103 follow: lines without surrounding white space, an end token after each line,
+    blank lines kept, and every token of the validation split scored. For task=causal only."""
     normalize_text: bool = True
     r"""Whether to convert the line ends \r\n and \r to \n and to remove byte order marks (U+FEFF). The report
     at the start of a run counts them. With false, only the mark at the start of a text file is removed."""
@@ -192,7 +196,7 @@ class TrainerConfig:
     32-true."""
     accelerator: str = "auto"
     """Lightning's accelerator; auto selects a CUDA or ROCm GPU if available, else the CPU."""
-    devices: int | str = number("auto", low=1, word="auto")
+    devices: int | str = number("auto", low=1, high=1_024, word="auto")
     """Number of devices per node; auto selects all GPUs, or one CPU process."""
     num_nodes: int = number(1, low=1, high=100_000)
     """Number of nodes (machines)."""

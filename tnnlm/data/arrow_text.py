@@ -97,6 +97,7 @@ def index_documents(
     kept: Path,
     normalize: bool,
     content: str = "",
+    blank: bool = False,
 ) -> DocumentIndex:
     """Index the first ``limit`` rows that contain text, in one pass.
 
@@ -110,6 +111,7 @@ def index_documents(
         normalize: Normalise the documents.
         content: Hash of the files that the table was read from, if they are local: the table's own
             fingerprint follows from their paths and times.
+        blank: Keep rows of white space, which are blank lines of the text; their hash is zero.
 
     Raises:
         DataError: If a row isn't a string, or ``kept`` is the index of another table.
@@ -128,11 +130,11 @@ def index_documents(
     tally = Tally()
     cells = Documents(rows, column, np.arange(len(rows)), 0, normalize=False)
     for index, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc")):
-        text = tally.keep(text_of(cell, column, f"{where}: row {index + 1}"), normalize)
+        text = tally.keep(text_of(cell, column, f"{where}: row {index + 1}"), normalize, blank)
         if text is not None:
             chosen.append(index)
             lengths.append(len(text))
-            hashes.append(text_hash(seed, text))
+            hashes.append(text_hash(seed, text) if text.strip() else b"")
             if len(chosen) == limit:
                 break
     arrays: dict[str, Any] = {
@@ -154,6 +156,7 @@ def materialize_stream(
     folder: Path,
     name: str,
     normalize: bool,
+    blank: bool = False,
 ) -> tuple[datasets.Dataset, Tally]:
     """Write the first ``limit`` documents of a stream to Arrow files in ``folder``, and open them as a table.
 
@@ -167,6 +170,7 @@ def materialize_stream(
         folder: Folder of the Arrow files and the saved state.
         name: Prefix of the file names, usually the split.
         normalize: Normalise the documents.
+        blank: Keep rows of white space, which are blank lines of the text.
 
     Returns:
         The table and the counts of the rows that were read.
@@ -188,7 +192,7 @@ def materialize_stream(
             texts: list[str] = []
             size = 0
             while size < CHARACTERS and tally.documents < limit and (row := next(source, None)) is not None:
-                text = tally.keep(text_of(row.get(column), column, where), normalize)
+                text = tally.keep(text_of(row.get(column), column, where), normalize, blank)
                 if text is not None:
                     texts.append(text)
                     size += len(text)

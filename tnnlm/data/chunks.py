@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
+from tnnlm.data.text import lines_of
+
 CHUNK = 1 << 18
 """Characters per chunk of a long document; chunks are tokenized in parallel."""
 CONTEXT = 256
@@ -30,6 +32,13 @@ class Chunk(NamedTuple):
     beginning of a text."""
     tokens_before: int = 0
     """Number of tokens of ``before``, which belong to the chunk before."""
+    ends_line: bool = False
+    """Whether a line ends here that an end token follows, as with the protocol ``fairseq``."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether an end token follows."""
+        return self.ends_document or self.ends_line
 
 
 def chunks_of(texts: Iterable[str]) -> Iterator[Chunk]:
@@ -73,12 +82,32 @@ def _seam(text: str, position: int, encode: Encode) -> tuple[int, int]:
     return len(text), 0
 
 
+def line_chunks_of(texts: Iterable[str], encode: Encode) -> Iterator[Chunk]:
+    """Yield the lines of documents without surrounding white space, blank ones included, in exact chunks."""
+    for text in texts:
+        lines = lines_of(text)
+        for index, line in enumerate(lines):
+            last = index == len(lines) - 1
+            for chunk in exact_chunks_of([line], encode) if line else (Chunk("", True),):
+                ends = chunk.ends_document
+                yield chunk._replace(ends_line=ends, ends_document=ends and last)
+
+
 def batches_of(texts: Iterable[str], encode: Encode) -> Iterator[list[Chunk]]:
-    """Yield batches of exact chunks of about equal total length, large enough to keep all cores busy."""
+    """Yield batches of exact chunks of documents, large enough to keep all cores busy."""
+    yield from _batches(exact_chunks_of(texts, encode))
+
+
+def line_batches_of(texts: Iterable[str], encode: Encode) -> Iterator[list[Chunk]]:
+    """Yield batches of exact chunks of lines, large enough to keep all cores busy."""
+    yield from _batches(line_chunks_of(texts, encode))
+
+
+def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     characters = CHUNK * max(4, os.cpu_count() or 1)
     batch: list[Chunk] = []
     size = 0
-    for chunk in exact_chunks_of(texts, encode):
+    for chunk in chunks:
         batch.append(chunk)
         size += len(chunk.text)
         if size >= characters:

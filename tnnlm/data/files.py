@@ -77,7 +77,7 @@ def read_documents(path: Path, config: DataConfig, tally: Tally) -> Iterator[str
     else:
         cells = (_json_cells if suffix == ".jsonl" else _parquet_cells)(path, config.text_column)
     for cell in cells:
-        text = tally.keep(cell, normalize)
+        text = tally.keep(cell, normalize, blank=config.protocol == "fairseq" and suffix in TABLE_SUFFIXES)
         if text is not None:
             yield text
 

@@ -1,7 +1,8 @@
 """Tokenized documents packed into memory-mapped int32 files, cached by a hash of source, split and tokenizer.
 
-A split is one stream of tokens: eos, document, eos, document, eos ... A row of the data set is a window of
-this stream and may span several documents; the eos tokens between them don't reset the convolution.
+A split is one stream of tokens: eos, document, eos, document, eos ... With the protocol ``fairseq`` it is
+eos, line, eos, line, eos ... A row of the data set is a window of this stream and may span several documents;
+the eos tokens between them don't reset the convolution.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from numpy.typing import NDArray
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import Documents, remove_scratch
-from tnnlm.data.chunks import CountedText, batches_of, chunks_of
+from tnnlm.data.chunks import CountedText, batches_of, chunks_of, line_batches_of
 from tnnlm.data.progress import at_terminal, progress, reported
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
-from tnnlm.data.text import TextHash
+from tnnlm.data.text import TextHash, words_in
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
+from tnnlm.models.batches import PADDING
 from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_bpe
 
 PACKING_VERSION = 4
@@ -60,6 +62,8 @@ class PackedCorpus:
     def rows(self, split: str, length: int, max_tokens: int | None = None) -> PackedRows:
         """Return the rows of a split, memory-mapped.
 
+        The validation rows of the protocol ``fairseq`` have every token of the split: the last one is padded.
+
         Args:
             split: Name of the split, "train" or "val".
             length: Number of input tokens per row; each row also has the target of its last token.
@@ -72,38 +76,43 @@ class PackedCorpus:
         n_tokens = self.report.splits[split].tokens
         if not path.is_file() or path.stat().st_size != 4 * n_tokens:
             raise DataError(f"{path}: is missing or damaged", "delete its folder to tokenize the text again")
-        return _mapped_rows(path, n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1), length)
+        used = n_tokens if max_tokens is None else min(n_tokens, max_tokens + 1)
+        return _mapped_rows(path, used, length, split == "val" and self.report.protocol == "fairseq")
 
 
 class PackedRows(torch.utils.data.Dataset[torch.Tensor]):
     """Map-style data set of token rows (L + 1,): row i is tokens i L to i L + L, inclusive.
 
-    The first L tokens are the inputs, and the last L tokens the targets.
+    The first L tokens are the inputs, and the last L tokens the targets. Tokens after the last whole row are
+    skipped, or if ``complete`` are a row that ends in ``PADDING``.
     """
 
-    def __init__(self, tokens: NDArray[np.int32], length: int) -> None:
+    def __init__(self, tokens: NDArray[np.int32], length: int, complete: bool = False) -> None:
         self.tokens = tokens
         self.length = length
+        self.complete = complete
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.length)
+        rest = self.length - 1 if self.complete else 0
+        return max(0, (len(self.tokens) - 1 + rest) // self.length)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)  # required to end ``for row in rows``
         start = index * self.length
-        return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+        row = torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+        return torch.nn.functional.pad(row, (0, self.length + 1 - len(row)), value=PADDING)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a memory-mapped file by its name, so that spawned loader workers map it again."""
         if isinstance(self.tokens, np.memmap):
-            return _mapped_rows, (self.tokens.filename, len(self.tokens), self.length)
-        return PackedRows, (self.tokens, self.length)
+            return _mapped_rows, (self.tokens.filename, len(self.tokens), self.length, self.complete)
+        return PackedRows, (self.tokens, self.length, self.complete)
 
 
-def _mapped_rows(path: Path, n_tokens: int, length: int) -> PackedRows:
+def _mapped_rows(path: Path, n_tokens: int, length: int, complete: bool) -> PackedRows:
     """Return the rows of the first ``n_tokens`` tokens of a file, memory-mapped."""
-    return PackedRows(np.memmap(path, dtype=np.int32, mode="r", shape=(n_tokens,)), length)
+    return PackedRows(np.memmap(path, dtype=np.int32, mode="r", shape=(n_tokens,)), length, complete)
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = False) -> PackedCorpus:
@@ -147,6 +156,7 @@ def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | 
         config.eos_token,
         tokenizer,
         *([] if config.mask_token is None else [config.mask_token]),
+        *([] if config.protocol == "documents" else [config.protocol]),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -197,11 +207,12 @@ def _tokenize(
         raise DataError("data: too little text to hold out a validation split", "add text")
     tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
     splits = {
-        split: _pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}")
+        split: _pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}", config.protocol)
         for split, texts in (("train", corpus.train), ("val", corpus.val))
     }
     write_text(folder / "tokenizer.json", tokenizer.to_json())
-    write_text(folder / "meta.json", json.dumps(replace(corpus.report, splits=splits).to_dict()))
+    report = replace(corpus.report, splits=splits, protocol=config.protocol)
+    write_text(folder / "meta.json", json.dumps(report.to_dict()))
 
 
 def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Path) -> TextTokenizer:
@@ -216,14 +227,20 @@ def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Pa
     return tokenizer
 
 
-def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str) -> SplitInfo:
+def _pack(
+    texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str, protocol: str = "documents"
+) -> SplitInfo:
     """Tokenize documents into a file, resuming from and regularly saving a progress record."""
     done = _packed_before(path)
     if done is None:
         path.write_bytes(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
         done = SplitInfo(documents=0, tokens=1, bytes=0)
     text_hash = TextHash(done.sha256)
-    n_documents, n_tokens, n_bytes = done.documents, done.tokens, done.bytes
+    n_documents, n_tokens, n_bytes, n_words = done.documents, done.tokens, done.bytes, done.words
+
+    def so_far() -> SplitInfo:
+        return SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value, n_words)
+
     rest = texts[n_documents:]
     size = texts.size if isinstance(texts, Documents) else sum(map(len, rest))
     bar = progress(total=size, desc=title, unit="char")
@@ -233,24 +250,26 @@ def _pack(texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str
     with path.open("r+b") as file, bar:
         file.truncate(4 * n_tokens)
         file.seek(0, os.SEEK_END)
-        for batch in batches_of(rest, tokenizer.encode):
+        for batch in (batches_of if protocol == "documents" else line_batches_of)(rest, tokenizer.encode):
             encodings = tokenizer.encode_batch([chunk.before + chunk.text for chunk in batch])
             for encoding, chunk in zip(encodings, batch, strict=True):
                 ids = encoding[chunk.tokens_before :]
-                if chunk.ends_document:
+                if chunk.ends:
                     ids.append(tokenizer.eos_id)
-                    n_documents += 1
+                n_documents += chunk.ends_document
                 file.write(np.array(ids, dtype=np.int32).tobytes())
                 n_tokens += len(ids)
-                encoded = chunk.text.encode("utf-8", "surrogatepass")
+                n_words += words_in(chunk.text, chunk.ends)
+                # The end token of a line stands for its line end.
+                encoded = (chunk.text + "\n" * chunk.ends_line).encode("utf-8", "surrogatepass")
                 text_hash.add(encoded, chunk.ends_document)
                 n_bytes += len(encoded)
             bar.update(sum(len(chunk.text) for chunk in batch))
             if batch[-1].ends_document and time.monotonic() - noted >= SAVE_SECONDS:
                 noted = time.monotonic()
-                _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value))
-        _note(path, file, SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value))
-    return SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value)
+                _note(path, file, so_far())
+        _note(path, file, so_far())
+    return so_far()
 
 
 def _journal(path: Path) -> Path:

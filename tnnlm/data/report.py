@@ -25,6 +25,13 @@ class SplitInfo:
     bytes: int
     sha256: str = ""
     """Hash of the documents in their order."""
+    words: int = 0
+    """Number of words, separated by white space, and of line ends; 0 in data of a version without it."""
+
+    @property
+    def tokens_per_word(self) -> float | None:
+        """Predicted tokens per word, or None if the words are unknown; the first token is not predicted."""
+        return (self.tokens - 1) / self.words if self.words else None
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,6 +65,8 @@ class DataReport:
     without_text: list[str] = field(default_factory=list)
     """Names of files that contain no document."""
     eos_token: str = ""
+    protocol: str = "documents"
+    """``data.protocol``: where end tokens are, and which tokens are scored."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +102,8 @@ class DataReport:
             f"{name}: {count(info.documents, self.unit)}, {count(info.tokens, 'token')}"
             for name, info in self.splits.items()
         )
+        if self.protocol == "fairseq":
+            yield "protocol fairseq: an end token per line, every validation token is scored"
         if self.without_text:
             yield f"warning: {', '.join(self.without_text)}: contains no text, skipped"
         if self.shared:
@@ -118,6 +129,8 @@ class DataReport:
                 else f"{sizes[1]} instead of {sizes[0]}"
             )
             return f"the {name} split has {was}"
+        if now.protocol != self.protocol:
+            return f"data.protocol is {now.protocol} instead of {self.protocol}"
         if now.eos_token != self.eos_token:
             return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
         return None

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
@@ -68,8 +69,8 @@ def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
     train = found.select(rows, column)
     if config.hub_val_split:
         held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
-        hashes = np.concatenate([found.hashes, val.hashes])
-        shared = int(np.isin(val.hashes, found.hashes).sum())
+        hashes = _without_blank(np.concatenate([found.hashes, val.hashes]))
+        shared = int(np.isin(_without_blank(val.hashes), found.hashes).sum())
         report = _with_counts(report, found.tally + val.tally, hashes, shared=shared)
         return Corpus(train, val.select(held_out, val_column), report)
     report = _with_counts(report, found.tally, found.hashes)
@@ -97,7 +98,7 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
             break
         if len(texts) == before:
             without_text.append(path.name)
-    if not texts:
+    if not any(map(str.strip, texts)):
         where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
         dropped = (
             f" ({shown((f'{kind} rows', n) for kind, n in tally.dropped.items())})" if tally.dropped else ""
@@ -106,9 +107,14 @@ def _load_files(config: DataConfig, seed: int) -> Corpus:
     report = DataReport(
         source=config.source, files=len(files), without_text=without_text, eos_token=config.eos_token
     )
-    hashes = np.array([text_hash(seed, text) for text in texts], "S16")
-    report = _with_counts(report, tally, hashes)
+    hashes = np.array([text_hash(seed, text) if text.strip() else b"" for text in texts], "S16")
+    report = _with_counts(report, tally, _without_blank(hashes))
     return replace(split_texts(texts, hashes, config.val_fraction), report=report)
+
+
+def _without_blank(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    """Return the hashes of documents that aren't blank lines, which are alike in every text."""
+    return hashes[hashes != b""]
 
 
 def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:
@@ -163,7 +169,14 @@ def _hub_table(
         if config.streaming:
             assert limit is not None
             rows, streamed = materialize_stream(
-                rows, column, name, limit=limit, folder=scratch, name=split, normalize=normalize
+                rows,
+                column,
+                name,
+                limit=limit,
+                folder=scratch,
+                name=split,
+                normalize=normalize,
+                blank=config.protocol == "fairseq",
             )
             column, normalize = TEXT, False
         found = index_documents(
@@ -175,7 +188,8 @@ def _hub_table(
             kept=scratch / f"{split}.survey.npz",
             normalize=normalize,
             content=content or "",
+            blank=config.protocol == "fairseq",
         )
-    if not len(found.chosen):
+    if not len(_without_blank(found.hashes)):
         raise DataError(f"{name}: contains no text")
     return rows, column, found if streamed is None else found._replace(tally=streamed)

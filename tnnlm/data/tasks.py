@@ -66,6 +66,8 @@ class TaskData(NamedTuple):
     """Report of the data set."""
     bytes_per_token: float
     """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text."""
+    tokens_per_word: float | None = None
+    """Tokens per word of the text that is validated on, for perplexity per word; None if it is unknown."""
     resampled: bool = False
     """Whether training rows are randomised per sample (masking) and indexed by (row, sample)."""
 
@@ -85,7 +87,8 @@ def _open_text(config: Config) -> TaskData:
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
     train, val = split_rows(corpus, config)
     n_bytes = bytes_per_scored_token(corpus, val, "val")
-    return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes)
+    per_word = corpus.val.tokens_per_word
+    return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes, per_word)
 
 
 def _open_masked(config: Config) -> TaskData:

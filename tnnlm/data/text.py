@@ -51,13 +51,16 @@ class Tally:
             self.encodings + other.encodings,
         )
 
-    def keep(self, text: str | None, normalize: bool) -> str | None:
-        """Count a document and return its text, normalised if requested, or None if it has no text."""
+    def keep(self, text: str | None, normalize: bool, blank: bool = False) -> str | None:
+        """Count a document and return its text, normalised if requested, or None if it has no text.
+
+        With ``blank``, a document of white space is kept: it is an empty line of the text.
+        """
         if text is None:
             self.dropped[NULL] += 1
             return None
         changed = normalized(text) if normalize else text
-        if not changed.strip():
+        if not blank and not changed.strip():
             self.dropped[BLANK] += 1
             return None
         if changed is not text:
@@ -73,6 +76,21 @@ def normalized(text: str) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.replace(MARK, "") if MARK in text else text
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without surrounding white space; a text without line end is one line."""
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def words_in(text: str, ends: bool) -> int:
+    """Return the number of words, separated by white space, and of line ends, as in WikiText's perplexities.
+
+    Args:
+        text: Text, or a part of one that is cut between words.
+        ends: Whether the text ends here; an end without a line end counts as one.
+    """
+    return len(text.split()) + text.count("\n") + (ends and not text.endswith("\n"))
 
 
 def text_of(cell: Any, column: str, where: str) -> str | None:

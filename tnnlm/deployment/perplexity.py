@@ -35,6 +35,8 @@ class Perplexities(NamedTuple):
     """Perplexity by variant, then by length in tokens."""
     not_measured: dict[str, str]
     """Variants that could not be measured on this machine, with the reason."""
+    protocol: str
+    """Text protocol of the validation split, ``data.protocol``."""
 
 
 def measure_perplexities(
@@ -75,7 +77,7 @@ def measure_perplexities(
         for name in ("parallel", *variants):
             ppl[name][str(length)] = add(scores[name]).ppl
     measured = {name: values for name, values in ppl.items() if name not in not_measured}
-    return Perplexities(measured, not_measured)
+    return Perplexities(measured, not_measured, corpus.report.protocol)
 
 
 def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:

@@ -54,7 +54,8 @@ def _layers(report: ModelReport, title: str) -> Table:
 
 
 def _perplexities(report: ModelReport) -> Table:
-    table = Table(title="perplexity (gap to parallel)")
+    protocol = "" if report.protocol == "documents" else f", protocol {report.protocol}"
+    table = Table(title=f"perplexity (gap to parallel){protocol}")
     table.add_column("variant")
     for length in report.ppl["parallel"]:
         table.add_column(f"{length} tokens", justify="right")

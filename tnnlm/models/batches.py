@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PADDING = -1
+"""Token id at the end of a row of a causal model that is shorter than the others; it is not scored."""
+
 
 class MaskedBatch(NamedTuple):
     """Batch for masked language modelling, with M tokens to predict in each row."""

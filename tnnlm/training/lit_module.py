@@ -225,7 +225,8 @@ class LitModel(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the task's metrics and the memory of the kernels."""
         data = own_data(self.trainer)
-        values = self.task.results(None if data is None else data.opened.bytes_per_token) | self._memory
+        sizes = (None,) if data is None else (data.opened.bytes_per_token, data.opened.tokens_per_word)
+        values = self.task.results(*sizes) | self._memory
         if data is not None:
             self._write(values, self.task.shown())
             return

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
+from typing import Any
 
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
-from tnnlm.checkpoints.training import read_checkpoint
+from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import second_name
@@ -29,10 +29,13 @@ _FIXED_ON_RESUME = (
     "task",
     "model.",
     "data.mask",
+    "data.protocol",
     "data.listops",
     "data.lra.task",
     "trainer.ema_decay",
 )
+_RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
+"""Entries of a checkpoint that a run resumes from."""
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:
@@ -53,13 +56,14 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
     recorded = load_config(path, saved=True)
+    _check_recorded(run, recorded)
     try:
         config = load_config(path, overrides, saved=True)
     except ConfigError:
-        for word in overrides:  # a change that does not fit the other settings of the run either
-            if word.startswith(_FIXED_ON_RESUME):
-                raise ConfigError(f"{word}: can't be changed on resume", "start a new run") from None
-        raise
+        word = _unfitting_change(path, overrides, recorded)
+        if word is None:
+            raise
+        raise ConfigError(f"{word}: can't be changed on resume", "start a new run") from None
     name, folder = recorded.name, recorded.runs_dir
     for found in (recorded, config):
         # A run whose folder was moved or renamed may be given its new name and place, and its recorded ones.
@@ -75,6 +79,65 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     return config
 
 
+def _unfitting_change(path: Path, overrides: list[str], recorded: Config) -> str | None:
+    """Return the override of a fixed setting that doesn't fit the other settings of the run, or None.
+
+    Raises:
+        ConfigError: If the other overrides are invalid by themselves.
+    """
+    known = {key for key, _, _ in leaves(recorded)}
+    known |= {key[:end] for key in known for end, letter in enumerate(key) if letter == "."}
+
+    def fixed(word: str) -> bool:
+        key = word.partition("=")[0].strip()
+        return key in known and f"{key}.".startswith(_FIXED_ON_RESUME)
+
+    accepted = [word for word in overrides if not fixed(word)]
+    load_config(path, accepted, saved=True)
+    for word in filter(fixed, overrides):
+        accepted.append(word)
+        try:
+            load_config(path, accepted, saved=True)
+        except ConfigError:
+            return word
+    return None
+
+
+def _check_recorded(run: Path, recorded: Config) -> None:
+    """Check the config.yaml of a run against its checkpoint, which contains the configuration as well.
+
+    A truncated file is valid YAML, and settings that it lacks would have their defaults.
+
+    Raises:
+        CheckpointError: If config.yaml lacks the last setting, or differs in a setting that is fixed.
+    """
+    path = run / "config.yaml"
+    saved = next((run / name for name in (LAST, PREVIOUS) if (run / name).is_file()), None)
+    try:
+        stored = _flat(read_checkpoint(saved)[ENTRY]["config"]) if saved else {}
+    except CheckpointError:
+        return  # check_resumable reports it, with an intact checkpoint to resume from
+    if not stored:
+        return
+    last = list(stored)[-1]
+    if not re.search(rf"\b{last.rpartition('.')[2]}\W", path.read_text(encoding="utf-8")):
+        raise CheckpointError(f"{path}: is truncated, without {last}", "restore it, or start a new run")
+    values = {key: value for key, value, _ in leaves(recorded) if key not in ("name", "runs_dir")}
+    for key, value in values.items():
+        if key.startswith(_FIXED_ON_RESUME) and stored.get(key, value) != value:
+            raise CheckpointError(
+                f"{path}: has {key}={value}, but {saved} has {stored[key]}", "restore config.yaml"
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their full keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def began(run: Path) -> bool:
     """Return whether a run has saved a checkpoint; unsharded runs save the first one at step 0."""
     return any((run / name).is_file() for name in (LAST, PREVIOUS))
@@ -85,6 +148,8 @@ def is_complete(config: Config, run: Path) -> bool:
     if not (run / LAST).is_file():
         return False
     checkpoint = read_checkpoint(run / LAST)
+    if "TextDataModule" not in checkpoint:  # another trainer saved it
+        return False
     tokens = checkpoint["TextDataModule"]["samples_seen"] * config.model.max_length
     at_end = int(checkpoint["global_step"]) >= config.trainer.max_steps
     return at_end and read_summary(run).get("tokens_seen") == tokens
@@ -98,6 +163,9 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             intact. Also if the run is complete.
         ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
+    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
+        if (run / name).is_dir():
+            raise CheckpointError(f"{run / name}: is a folder, not a file", "move it to another place")
     if not began(run):
         path = run / "config.yaml"
         settings = ["--config", str(path)] if path.is_file() else []
@@ -106,7 +174,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             f"start it again with: {command('train', *settings)}",
         )
     try:
-        step = _whole_step(run / source)
+        step = _step(run / source)
     except CheckpointError as error:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
@@ -141,24 +209,24 @@ def begin_at(run: Path, source: Path, step: int) -> None:
     _trim_samples(run / "samples.txt", step)
 
 
-def _whole_step(path: Path) -> int:
-    step = int(read_checkpoint(path)["global_step"])
-    try:
-        # torch.load does not verify the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError):
-        damaged = path.name
-    if damaged is not None:
-        raise CheckpointError(f"{path}: is corrupt")
-    return step
+def _step(path: Path) -> int:
+    """Return the step of an intact checkpoint that a run can be resumed from.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing or corrupt, or if another trainer saved it.
+    """
+    checkpoint = read_intact(path)
+    for entry in _RESUMED:
+        if entry not in checkpoint:
+            raise CheckpointError(f"{path}: was not saved by train.py, it lacks {entry}")
+    return int(checkpoint["global_step"])
 
 
 def _advice(run: Path, source: Path) -> str:
     for name, other in SOURCES.items():
         if other != source and (run / other).is_file():
             try:
-                step = _whole_step(run / other)
+                step = _step(run / other)
             except CheckpointError:
                 continue
             return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.checkpoints.locate import LAST
+from tnnlm.checkpoints.training import ENTRY, read_checkpoint
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
-from tnnlm.errors import OS_PROBLEMS, CheckpointError, command
-from tnnlm.files import write_text
+from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
+from tnnlm.files import check_parents, only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
@@ -35,6 +37,7 @@ from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
+from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
@@ -67,8 +70,9 @@ def train(
         Content of summary.json; empty on ranks other than 0.
 
     Raises:
-        UserError: If the input is invalid. Nothing was written. A resumed run is not changed before its
-            first optimizer step has succeeded, so that one that runs out of memory can be resumed as before.
+        UserError: If the input is invalid, or another process trains the run. Nothing was written. A resumed
+            run is not changed before its first optimizer step has succeeded, so that one that runs out of
+            memory can be resumed as before.
         TrainingStopped: If a signal stopped the training. The run was saved.
         TrainingDiverged: If the weights are not finite or too many steps were skipped. The last good
             checkpoint is kept.
@@ -76,10 +80,40 @@ def train(
     keep_large_blocks()
     limit_threads()
     quieten()
-    start = _resolve(config, run, source, job, initial)
+    with ExitStack() as locks:
+        if run is not None:
+            _lock(locks, run)
+        start = _resolve(config, run, source, job, initial)
+        if run is None:
+            _lock(locks, start.folder)
+        return _train(config, run, start, extra_callbacks or [], job, initial)
+
+
+def _lock(locks: ExitStack, run: Path) -> None:
+    """Let no other process train a run until ``locks`` is closed; only rank 0 of the training locks it.
+
+    Raises:
+        CheckpointError: If another process trains the run.
+    """
+    if is_main_process() and run.is_dir():
+        refusal = CheckpointError(
+            f"{run}: is being trained by another process", "wait until it ends, or start a new run"
+        )
+        locks.enter_context(only_process(run.resolve(), refusal))
+
+
+def _train(
+    config: Config,
+    run: Path | None,
+    start: _Start,
+    extra: list[Callback],
+    job: str | None,
+    initial: InitialWeights | None,
+) -> dict[str, Any]:
+    """Train a run whose input is valid."""
     lightning.seed_everything(config.seed, verbose=False)
     last = CheckpointLast(start.folder / LAST, config.checkpoint.every_n_steps)
-    trainer = _build(config, start, last, extra_callbacks or [], new=run is None)
+    trainer = _build(config, start, last, extra, new=run is None)
     module, data = LitModel(config), TextDataModule(config)
     if initial is not None and start.step is None:
         initial.copy_to(module.model)
@@ -113,6 +147,8 @@ def _resolve(
 ) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     strategy = choose_strategy(config)
+    if run is None:
+        check_parents(Path(config.runs_dir) / config.name)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source)
@@ -128,8 +164,8 @@ def _resolve(
     folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
-    check_data(folder, data.report)
-    _check_tokenizer(folder, tokenizer)
+    check_data(folder, config, data.report)
+    _check_tokenizer(folder, source, tokenizer)
     return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
 
 
@@ -157,7 +193,7 @@ def _announce(config: Config, start: _Start) -> None:
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     for shown in (line, *start.report.lines()):
-        Console().print(shown, markup=False, highlight=False, soft_wrap=True)
+        show_line(shown)
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:
@@ -174,8 +210,10 @@ def _continue_run(config: Config, start: _Start) -> None:
     """Change the folder of a resumed run: its checkpoint, its samples and its configuration."""
     assert start.step is not None
     assert start.checkpoint is not None
+    assert start.tokenizer is not None
     begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
     write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())  # it may be damaged
     write_report(start.folder, start.report)  # a run of an earlier version has none
 
 
@@ -195,7 +233,11 @@ def _summarise(
         train_seconds=last.train_seconds,
         tested=tested,
     )
-    plot_loss(folder)
+    failures: dict[str, str] = {}
+    with collect_failure(failures, "loss.png"):
+        plot_loss(folder)
+    for name, reason in failures.items():
+        show_line(f"warning: {folder / name}: {reason}")
     show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console())
     return summary
 
@@ -230,9 +272,9 @@ def _fit(
         ) from None
 
 
-def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
-    path = folder / "tokenizer.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != tokenizer.to_json():
+def _check_tokenizer(folder: Path, source: Path, tokenizer: TextTokenizer) -> None:
+    """Compare the tokenizer with that of the checkpoint, from which a damaged tokenizer.json is restored."""
+    if read_checkpoint(folder / source)[ENTRY]["tokenizer"] != tokenizer.to_json():
         raise CheckpointError(
             f"{folder}: its data or tokenizer has changed", "restore the original data, or start a new run"
         )

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
-from tnnlm.errors import ConfigError, UserError
+from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.files import write_text
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
 
@@ -65,9 +65,16 @@ def find_job(job: str, config: Config) -> Path | None:
 
     Raises:
         ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
+        CheckpointError: If the record of any run is damaged.
     """
     for path in sorted(Path(config.runs_dir).glob(f"*/{JOB}")):
-        if json.loads(path.read_text(encoding="utf-8")).get("job") != job:
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8")).get("job")
+        except (ValueError, AttributeError):
+            raise CheckpointError(
+                f"{path}: is damaged", f'restore it, or remove it if its run is not of job "{job}"'
+            ) from None
+        if recorded != job:
             continue
         run = path.parent
         if (run / "config.yaml").is_file():

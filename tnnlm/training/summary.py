@@ -58,6 +58,7 @@ def write_summary(
         "params": params,
         "tokens_seen": tokens_seen,
         "train_seconds": round(train_seconds, 1),
+        "protocol": data.protocol,
         "data": data.to_dict(),
     }
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -65,9 +66,12 @@ def write_summary(
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return the content of summary.json; empty if the file does not exist."""
-    path = run / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the content of summary.json; empty if the file does not exist or is damaged."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def plot_loss(run: Path) -> None:
@@ -135,6 +139,10 @@ def _parallel_and_recurrent(run: Path, summary: dict[str, Any]) -> Table:
     for name, shown in gaps.items():
         values = (_shown(summary.get(column)) for column in (name, f"{name}_recurrent"))
         table.add_row(BY_COLUMN[name].label, *values, shown)
+    if summary.get("protocol") == "fairseq":
+        name = "val/ppl_word"
+        table.add_row(BY_COLUMN[name].label, _shown(summary.get(name)), "", "")
+        table.caption = "protocol: fairseq"
     return table
 
 

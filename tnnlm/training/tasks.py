@@ -108,11 +108,14 @@ class ValidationTask(nn.Module, ABC):
         """Score the first ``counted`` rows of a batch, or all rows if it is None."""
 
     @abstractmethod
-    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+    def results(
+        self, bytes_per_token: float | None, tokens_per_word: float | None = None
+    ) -> dict[str, float]:
         """Return the values of :meth:`columns` over all batches of all ranks, and reset the metrics.
 
         Args:
             bytes_per_token: Bytes per token of the validation data; None omits bits per byte.
+            tokens_per_word: Tokens per word of the validation data; None omits the perplexity per word.
         """
 
 
@@ -159,7 +162,9 @@ class CausalTask(ValidationTask):
         with unsharded(model), in_recurrent_form(model, self.recurrences):
             yield model
 
-    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+    def results(
+        self, bytes_per_token: float | None, tokens_per_word: float | None = None
+    ) -> dict[str, float]:
         """Reduce over all ranks, then exponentiate once."""
         parallel = self.nll_parallel.take()
         values = {"val/loss": parallel, "val/ppl": perplexity(parallel)}
@@ -171,6 +176,8 @@ class CausalTask(ValidationTask):
             if bytes_per_token is not None:
                 values["val/bpb_recurrent"] = bits_per_byte(recurrent, bytes_per_token)
             values["val/ppl_gap"] = ppl_gap(values["val/ppl"], values["val/ppl_recurrent"])
+        if tokens_per_word is not None:
+            values["val/ppl_word"] = perplexity(parallel * tokens_per_word)
         return values
 
 
@@ -188,7 +195,9 @@ class MaskedTask(ValidationTask):
         """Score the masked tokens of a batch."""
         self.nll.add(*masked_nll(model, batch, counted))
 
-    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+    def results(
+        self, bytes_per_token: float | None, tokens_per_word: float | None = None
+    ) -> dict[str, float]:
         """Reduce over all ranks, then exponentiate once."""
         nll = self.nll.take()
         return {"val/loss": nll, "val/ppl_masked": perplexity(nll)}
@@ -212,7 +221,9 @@ class ClassifyTask(ValidationTask):
         self.nll.add(scores.total, scores.rows)
         self.correct.add(scores.correct, scores.rows)
 
-    def results(self, bytes_per_token: float | None) -> dict[str, float]:
+    def results(
+        self, bytes_per_token: float | None, tokens_per_word: float | None = None
+    ) -> dict[str, float]:
         """Reduce over all ranks."""
         return {"val/loss": self.nll.take(), "val/accuracy": self.correct.take()}
 

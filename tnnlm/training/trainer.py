@@ -8,14 +8,14 @@ from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
-from tnnlm.checkpoints.locate import BEST
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
+from tnnlm.training.callbacks.best import BestCheckpoint
 from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, AttachRecurrences
 from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.progress import TrainingBar
@@ -105,15 +105,6 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
     settings = config.trainer
     task, average = VALIDATION_TASKS[config.task], averaging(config)
     samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
-    best = ModelCheckpoint(
-        dirpath=folder / BEST.parent,
-        filename=BEST.stem,
-        monitor=task.monitor,
-        mode=task.mode,
-        enable_version_counter=False,
-        # A run is one epoch, and its end is too late to save the best model.
-        save_on_train_epoch_end=False,
-    )
     return [
         *([TrainingBar(Console())] if at_terminal else []),
         ValidationSchedule(settings.val_every_n_steps),
@@ -121,5 +112,5 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
         AttachRecurrences(config, *average),
         *([samples] if task.converts else []),
         *given,
-        best,
+        BestCheckpoint(folder, task),
     ]

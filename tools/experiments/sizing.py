@@ -163,11 +163,12 @@ def n_params(model: nn.Module) -> int:
 
 
 def text_words(data: Files) -> list[str]:
-    """Return the settings ``key=value`` that select the given files or globs; none without files."""
+    """Return the settings ``key=value`` that select the given files or globs, in rows of whole documents."""
+    protocol = "data.protocol=documents"
     if not data:
-        return []
+        return [protocol]
     # The empty list drops the files of the experiment, which a repeated setting would be added to.
-    return ["data.source=files", "data.files=[]", *(f"data.files={path}" for path in data)]
+    return [protocol, "data.source=files", "data.files=[]", *(f"data.files={path}" for path in data)]
 
 
 def _model(name: str, config: ModelConfig) -> nn.Module:

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from tnnlm.errors import one_line
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of
+from tnnlm.training.loggers.console import show_line
 from tnnlm.training.tasks import CausalTask
 
 
@@ -44,8 +46,11 @@ class SampleWriter(Callback):
         for _ in chunks:
             pass
         text, step = f"{self.prompt}{record.text}", trainer.global_step
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
+        except OSError as error:  # a sample is no reason to stop the training
+            show_line(f"warning: {self.path}: {one_line(error)}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # TensorBoard renders Markdown, which would drop line breaks and indentation outside of code.

@@ -1,4 +1,4 @@
-"""Metrics as plain log lines, for output that is not a terminal."""
+"""Lines on the console, such as the metrics of each logged step where the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from rich.console import Console
 
 from tnnlm.training.loggers import LocalLogger
 from tnnlm.training.loggers.names import LENGTH, Place, columns_at
+
+
+def show_line(text: str) -> None:
+    """Print a line to stdout without markup and without wrapping it."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class PlainLines(LocalLogger):

@@ -79,6 +79,7 @@ METRICS = (
     Metric("val/ppl_gap", "relative gap", "", Place.CAUSAL | Place.LINE),
     Metric(LENGTH, "effective length", "lags", Place.LAYERS | Place.TABLE),
     Metric(ORDER, "Hankel order", "", Place.LAYERS | Place.TABLE),
+    Metric("val/ppl_word", "perplexity per word", "", Place.CAUSAL),
     Metric("val/accuracy_best", "best validation accuracy", "", Place.SUMMARY),
     Metric("test/accuracy", "test accuracy of the best checkpoint", "", Place.SUMMARY),
     Metric("test/majority", "majority-class accuracy on the test split", "", Place.SUMMARY),
@@ -103,5 +104,10 @@ def columns_at(place: Place) -> tuple[str, ...]:
 
 def csv_columns(task: Place, n_layers: int) -> tuple[str, ...]:
     """Return the column names of metrics.csv, in order."""
-    layers = (f"{name}/{layer}" for name in columns_at(Place.LAYERS) for layer in range(n_layers))
-    return (*columns_at(Place.CSV), *columns_at(task), *layers)
+    columns: list[str] = []
+    for metric in METRICS:
+        if metric.shown & Place.LAYERS:
+            columns += (f"{metric.column}/{layer}" for layer in range(n_layers))
+        elif metric.shown & (Place.CSV | task):
+            columns.append(metric.column)
+    return tuple(columns)

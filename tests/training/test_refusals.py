@@ -1,0 +1,61 @@
+"""A refused start or resume blames the setting that is wrong, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.scripts import assert_refused
+from tests.support.training_runs import SETTINGS, write_text
+
+
+@pytest.mark.parametrize(
+    ("words", "blamed"),
+    [
+        # The first setting is fixed, but unchanged: the second one is wrong.
+        (("seed=0", "trainer.max_steps=none"), "trainer.max_steps=none: expected an integer"),
+        (("model.d_model=32", "optim.lr=-1"), "optim.lr=-1.0: must be above 0"),
+        (("task=causal", "data.source=listops"), "data.source=listops: can't be used with task=causal"),
+        (("model.widht=3",), "model.widht: "),
+        (("data.maskx=1", "trainer.max_steps=9"), "data.maskx: "),
+        # The fixed setting doesn't fit the other ones.
+        (("trainer.max_steps=9", "task=classify"), "task=classify: can't be changed on resume"),
+        (("seed=x",), "seed=x: can't be changed on resume"),
+    ],
+)
+def test_resume_blames_the_setting_that_is_wrong(
+    script: Any, run_here: Path, words: tuple[str, ...], blamed: str
+) -> None:
+    assert_refused(script("train", "--resume", "tiny", *words), f"error: {blamed}")
+
+
+def test_a_setting_that_changes_the_data_is_reported(script: Any, run_here: Path) -> None:
+    words = ("data.val_fraction=0.2", "data.batch_size=2", "trainer.max_steps=9")
+    done = script("train", "--resume", "tiny", *words)
+    assert_refused(done, "its data has changed", "or omit data.val_fraction=0.2, or start a new run")
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(script: Any, run_here: Path) -> None:
+    last = run_here / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["TextDataModule"]
+    torch.save(checkpoint, last)
+    done = script("train", "--resume", "tiny", "trainer.max_steps=9")
+    assert_refused(done, f"{last}: was not saved by train.py, it lacks TextDataModule")
+
+
+def test_a_file_in_the_place_of_a_folder_is_reported(script: Any) -> None:
+    write_text()
+    Path("file").touch()
+    for folder in ("file", "file/deeper"):
+        done = script("train", *SETTINGS, f"runs_dir={folder}")
+        assert_refused(done, f"error: {folder}/demo: ", "file is a file, not a folder; choose another path")
+    Path("runs").mkdir()
+    Path("runs/demo").touch()
+    assert_refused(script("train", "--resume", "demo"), "demo: no such run")
+    done = script("train", *SETTINGS, "trainer.max_steps=1", "trainer.sample_tokens=0")
+    assert done.code == 0, done.err
+    assert Path("runs/demo-2/summary.json").is_file()
