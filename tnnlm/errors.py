@@ -94,7 +94,6 @@ OS_PROBLEMS = {
     errno.EFBIG: UserError("the file exceeds the size limit", "raise the limit (ulimit -f)"),
     errno.ENAMETOOLONG: UserError("the file name is too long", "choose a shorter one"),
     errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
-    errno.EEXIST: UserError("exists already and is not a folder", "choose another path"),
     errno.EISDIR: UserError("is a folder", "specify a file"),
     errno.EEXIST: UserError("a file of this name exists", "choose another path"),
 }
