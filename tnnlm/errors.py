@@ -141,7 +141,9 @@ def command(name: str, *words: str | Path) -> str:
     """
     called = f"tnnlm {name}"
     script, checkout = f"{name.replace('-', '_')}.py", Path(__file__).parents[1]
-    if Path(sys.argv[0]).stem not in ("tnnlm", "__main__") and (checkout / "pyproject.toml").is_file():
+    program = Path(sys.argv[0])
+    installed = program.stem == "tnnlm" or program == Path(__file__).with_name("__main__.py")
+    if not installed and (checkout / "pyproject.toml").is_file():
         places = (folder for folder in ("", "tools/") if (checkout / folder / script).is_file())
         called = next((f"python {folder}{script}" for folder in places), called)
     return " ".join([called, *(shlex.quote(str(word)) for word in words)])
