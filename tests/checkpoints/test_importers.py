@@ -45,7 +45,7 @@ def model_of(imported: Imported) -> CausalLM:
     return model
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("prefix", ["decoder.", "", "model.decoder."])
 def test_tnn_has_the_logits_of_the_authors(prefix: str, dtype: torch.dtype, atol: float) -> None:
     tensors, _ = reference("tnn_lm_fairseq_wiring")
@@ -54,7 +54,8 @@ def test_tnn_has_the_logits_of_the_authors(prefix: str, dtype: torch.dtype, atol
     assert imported.format == "tnn"
     logits = model_of(imported)(tensors["tokens"].long())
     assert logits.dtype == dtype
-    torch.testing.assert_close(logits.double(), tensors["logits"], rtol=0, atol=atol)
+    largest = float(tensors["logits"].abs().max())
+    torch.testing.assert_close(logits.double(), tensors["logits"], rtol=0, atol=atol * largest)
 
 
 def test_fairseq_checkpoint_is_read_and_its_settings_are_those_of_the_authors() -> None:
