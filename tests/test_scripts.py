@@ -43,7 +43,17 @@ def test_train_convert_generate(script: Any) -> None:
     sizes = {"state_bytes", "etsc_state_bytes", "window_state_bytes", "kv_cache_bytes"}
     assert (
         set(report)
-        == {"method", "horizon", "layers", "seconds", "warning", "ppl", "ppl_tokens", "protocol", "not_measured"}
+        == {
+            "method",
+            "horizon",
+            "layers",
+            "seconds",
+            "warning",
+            "ppl",
+            "ppl_tokens",
+            "protocol",
+            "not_measured",
+        }
         | sizes
     )
     dtypes = {"bfloat16 weights", "int8 weights"}

@@ -146,7 +146,7 @@ def main() -> int:
     with torch.inference_mode():
         measured = [measure(length, engines, 3 if args.quick else 9) for length in LENGTHS]
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True, cwd=ROOT
     )
     record = {
         "command": "python -m benchmarks.multirate" + (" --quick" if args.quick else ""),
