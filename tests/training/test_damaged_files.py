@@ -34,13 +34,13 @@ def test_intact_rows_of_a_damaged_metrics_file_are_kept(script: Any, run_here: P
     first = intact.splitlines(keepends=True)[1]
     damaged = intact + b"3,\xff\x00\n" + first.replace(b"4,", b"x,", 1) + b'"' * 200_000 + b"\n5,1.2"
     path.write_bytes(damaged)
-    assert len(read_metrics(path)) == 1
+    assert len(read_metrics(path)) == 2
     done = script("train", "--resume", "tiny", "trainer.max_steps=5", "trainer.log_every_n_steps=1")
     assert done.code == 0, done.err
     assert f"warning: {path}: 3 damaged rows were removed" in done.out
     assert (run_here / "metrics.damaged.csv").read_bytes() == damaged
     assert path.read_bytes().startswith(intact)
-    assert [row["step"] for row in read_metrics(path)] == ["4", "5", "5"]
+    assert [row["step"] for row in read_metrics(path)] == ["4", "4", "5", "5"]
 
 
 @pytest.mark.parametrize(
