@@ -166,7 +166,9 @@ def in_order(ranks: list[dict[str, Any]]) -> list[int]:
     return [row for batch in batches for part in batch for row in part]
 
 
-def check_run(run: Path, weights: Any, plan: list[int], length: int) -> None:
+def check_run(
+    run: Path, weights: Any, plan: list[int], length: int, logged: tuple[str, ...] = ("4", "7")
+) -> None:
     """Check weights, tokens seen, validations and the logged steps of a finished run."""
     saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     for name, value in weights.items():
@@ -175,7 +177,7 @@ def check_run(run: Path, weights: Any, plan: list[int], length: int) -> None:
     assert json.loads((run / "summary.json").read_text())["tokens_seen"] == sum(plan) * length
     rows = read_metrics(run / "metrics.csv")
     assert [row["step"] for row in rows if row["val/loss"]] == ["3", "6", "7"]
-    assert [row["step"] for row in rows if row["train/loss"]] == ["4", "7"]
+    assert tuple(row["step"] for row in rows if row["train/loss"]) == logged
 
 
 def loss_of(run: Path) -> float:
@@ -257,7 +259,8 @@ def test_resuming_on_one_device_after_two_goes_on_with_the_next_rows() -> None:
         row for batches in zip(*(rank["rows"] for rank in ranks), strict=True) for b in batches for row in b
     ]
     assert before + second.rows == rows
-    check_run(run, weights, plan, config.model.max_length)
+    # The first part was complete, so its last step was logged too.
+    check_run(run, weights, plan, config.model.max_length, logged=("3", "4", "7"))
 
 
 def test_a_trainer_of_the_users_own_counts_by_its_own_accumulation() -> None:
