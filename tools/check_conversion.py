@@ -106,7 +106,10 @@ def check_run(checkpoint: Path, recipe: ConversionConfig) -> dict[str, Any]:
     report = measure(model, layers, method=recipe.method, horizon=horizon, seconds=0.0)
     rows = []
     for kernel, layer, stated in tqdm(
-        list(zip(kernels(model), layers, report.layers, strict=True)), desc="impulse responses", leave=False
+        list(zip(kernels(model), layers, report.layers, strict=True)),
+        desc="impulse responses",
+        leave=False,
+        disable=None,
     ):
         with torch.no_grad():
             k = kernel(EXTENT * max(horizon, length)).double()
@@ -192,7 +195,7 @@ def _gaps(source: TrainedCheckpoint, converted: CausalLM) -> Iterator[tuple[int,
         rows = corpus.rows("val", length)
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, TOKENS // length))).round().long()
         parallel, recurrent = [], []
-        for index in tqdm(chosen.tolist(), desc=f"perplexity at {length}", leave=False):
+        for index in tqdm(chosen.tolist(), desc=f"perplexity at {length}", leave=False, disable=None):
             tokens = rows[index][None]
             parallel.append(parallel_nll(source.model, tokens))
             recurrent.append(recurrent_nll(converted, tokens, config.conversion.chunk))
