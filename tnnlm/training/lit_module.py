@@ -99,7 +99,10 @@ class LitModel(lightning.LightningModule):
         """
         gradient_clip_val = gradient_clip_val or self.config.optim.grad_clip
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:  # SkipBadSteps removed them, and the norm of no tensors would be on the CPU
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
