@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
-
 from tests.support.pretend.launch import pretended
 from tnnlm.training.loggers.csv import read_metrics
 
@@ -19,7 +17,6 @@ def test_one_gpu_mixes_no_devices() -> None:
     assert report["launches"]["mm"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="validation sums are on the CPU")
 def test_collectives_of_several_gpus_take_tensors_of_the_gpu() -> None:
     pretended("ddp", *STEPS)
 

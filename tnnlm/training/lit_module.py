@@ -234,7 +234,7 @@ class LitModel(lightning.LightningModule):
             return
         for name, value in values.items():
             shown = name in self.task.shown()
-            self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=shown, sync_dist=True)
+            self.log(name, self._on_device(value), prog_bar=shown, sync_dist=True)
 
     def on_validation_end(self) -> None:
         """Restart the timers, which exclude validation."""
@@ -250,8 +250,14 @@ class LitModel(lightning.LightningModule):
             logger.log_metrics(values, self.global_step)
         for name in shown:
             # Values are equal on all ranks already; sync_dist only avoids a warning of Lightning.
-            value = torch.tensor(values[name], dtype=torch.float64)
+            value = self._on_device(values[name])
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
+
+    def _on_device(self, value: float) -> Tensor:
+        """Return a value as a tensor that ranks can reduce: NCCL only takes tensors on GPUs."""
+        # Apple's GPU has no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.tensor(value, dtype=dtype, device=self.device)
 
 
 def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:
