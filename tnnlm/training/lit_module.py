@@ -113,6 +113,8 @@ class LitModel(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Start the timers, and with ``TextDataModule`` a new pass over the rest of the data."""
         self._last_log, self._tokens, self._step = self.global_step, 0, self.global_step
+        # Checkpoints are loaded before the model is moved to its device.
+        self._step_losses = [loss.to(self.device) for loss in self._step_losses]
         if own_data(self.trainer) is not None:
             restart_epoch(self.trainer)
         elif self.config.task == "causal":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from tests.support.pretend import cuda, ranks
 from tests.support.pretend.tensors import LEDGER
 from tests.support.training_runs import tiny_run
+from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
 GPU = ("trainer.accelerator=gpu", "trainer.devices=1", "model.max_length=16", "data.max_val_tokens=200")
@@ -47,6 +49,17 @@ def overflow(*words: str) -> dict[str, Any]:
     return {}
 
 
+def resumed(*words: str) -> dict[str, Any]:
+    """Train half of the steps on one GPU, and the other half as a resumed run."""
+    with cuda.pretended_cuda():
+        config = tiny_run(*GPU, *words)
+        steps, config.trainer.max_steps = config.trainer.max_steps, config.trainer.max_steps // 2
+        train(config, extra_callbacks=[Observe()])
+        run = Path(config.runs_dir, config.name)
+        train(resumed_config(run, [f"trainer.max_steps={steps}"]), run, extra_callbacks=[Observe()])
+    return {}
+
+
 def ddp(*words: str) -> dict[str, Any]:
     """Train as one of two ranks."""
     with cuda.pretended_cuda(2), ranks.two_ranks():
@@ -56,4 +69,4 @@ def ddp(*words: str) -> dict[str, Any]:
     return {"collectives": [[*what, n] for what, n in ranks.COLLECTIVES.items()]}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, ddp)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp)}
