@@ -88,8 +88,14 @@ def is_complete(config: Config, run: Path) -> bool:
     return at_end and read_summary(run).get("tokens_seen") == tokens
 
 
-def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
+def check_resumable(config: Config, run: Path, source: Path = LAST, *, verify: bool = True) -> int:
     """Return the step of the checkpoint that ``run`` resumes from.
+
+    Args:
+        config: The full configuration.
+        run: Folder of the run.
+        source: Checkpoint to resume from, relative to ``run``.
+        verify: Whether to verify the checksums, which reads the whole file; one rank is enough.
 
     Raises:
         CheckpointError: If the checkpoint is missing or corrupt; the message suggests another one that is
@@ -104,7 +110,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             f"start it again with: {command('train', *settings)}",
         )
     try:
-        step = int(read_intact(run / source)["global_step"])
+        step = int((read_intact if verify else read_checkpoint)(run / source)["global_step"])
     except CheckpointError as error:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):

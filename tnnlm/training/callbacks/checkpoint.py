@@ -88,6 +88,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if path.name == LAST.name and path.exists():
                 second_name(path, path.with_name(PREVIOUS.name))
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Load a checkpoint, whose tensors are memory-mapped on a machine with a GPU.
+
+        Every rank loads the file, and ranks on one machine then share the page cache instead of holding a
+        copy each. Without a GPU the tensors are read, because an optimizer on the CPU keeps the tensors that
+        it loads.
+        """
+        mapped = torch.cuda.is_available()
+        return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mapped)
+
 
 def second_name(path: Path, name: Path) -> None:
     """Hard-link ``path`` to ``name``, replacing an existing file; ``path`` exists at every moment.
