@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
-from tnnlm.inference.cuda_graph import GraphedModel, cuda_graph
+from tnnlm.inference.cuda_graph import GraphedModel, GraphRecorder
 from tnnlm.models.causal_lm import CausalLM
 
 RECORDED: list[int] = []
@@ -23,7 +27,7 @@ def again(run: Callable[[], None]) -> Callable[[], None]:
 
 def converted(family: str) -> CausalLM:
     torch.manual_seed(0)
-    model = CausalLM(tiny_config(kernel=FAMILIES[family]())).eval()
+    model = CausalLM(tiny_config(kernel=FAMILIES[family]())).double().eval()
     return convert_model(model, method="multirate" if family == "sgconv" else "etsc")
 
 
@@ -36,7 +40,7 @@ def converted(family: str) -> CausalLM:
 def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, family: str) -> None:
     RECORDED.clear()
     plain = converted(family).to(device)
-    graphed = GraphedModel(plain, cuda_graph if device == "cuda" else again)
+    graphed = GraphedModel(plain, None if device == "cuda" else again)
     prompt = torch.randint(300, (3, 9), device=device)
     _, state = graphed.prefill(prompt, graphed.init_state(3))
     kept = [part.clone() for layer in state.layers for part in layer]
@@ -46,7 +50,7 @@ def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, fam
         tokens = torch.full((3,), token, device=device)
         logits, current = graphed.step(tokens, current)
         reference, expected = plain.step(tokens, expected)
-        torch.testing.assert_close(logits, reference, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, reference, rtol=0, atol=1e-10)
     assert len(RECORDED) == (2 if device == "cpu" else 0), "one row at once, three after a few steps"
     for part, before in zip((p for layer in state.layers for p in layer), kept, strict=True):
         assert torch.equal(part, before)
@@ -56,9 +60,70 @@ def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, fam
         graphed.step(torch.tensor([5], device=device), one)[0],
         plain.step(torch.tensor([5], device=device), one)[0],
         rtol=0,
-        atol=1e-5,
+        atol=1e-10,
     )
     active = torch.tensor([True, False, True], device=device)
     _, paused = graphed.step(torch.tensor([1, 2, 3], device=device), state, active)
     assert torch.equal(paused.layers[0][1][1], state.layers[0][1][1])
     assert first.shape == (3, 300)
+
+
+@torch.inference_mode()
+def test_few_graphs_serve_all_sizes_and_the_least_recently_used_is_freed() -> None:
+    RECORDED.clear()
+    plain = converted("tno")
+    graphed = GraphedModel(plain, again)
+    single = weakref.ref(graphed._steps[1])
+    state, expected = plain.init_state(32), plain.init_state(32)
+    for rows in (32, 31, 9, 5, 3, 2):
+        keep = torch.arange(rows)
+        state, expected = state.select(keep), expected.select(keep)
+        for step in range(4):
+            tokens = (torch.arange(rows) + step) % 300
+            logits, state = graphed.step(tokens, state)
+            reference, expected = plain.step(tokens, expected)
+            torch.testing.assert_close(logits, reference, rtol=0, atol=1e-10)
+    assert len(RECORDED) == 6, "for 1, 32, 16, 8, 4 and 2 rows"
+    assert list(graphed._steps) == [16, 8, 4, 2]
+    assert single() is None
+    many = plain.init_state(257)
+    for _ in range(5):
+        graphed.step(torch.zeros(257, dtype=torch.long), many)
+    assert len(RECORDED) == 6
+
+
+def test_graphs_are_captured_and_replayed_on_their_own_gpu_in_one_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, seen, pools = [0], [], []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    @contextmanager
+    def note(*_: Any, pool: Any = None) -> Iterator[None]:
+        seen.append(current[-1])
+        pools.append(pool)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: seen.append(current[-1]))
+    fakes = {
+        "device": on,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": note,
+        "graph": note,
+        "graph_pool_handle": object,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: seen.append(current[-1])),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    record = GraphRecorder(torch.device("cuda:1"))
+    for _ in range(2):
+        record(lambda: seen.append(current[-1]))()
+    assert set(seen) == {1}
+    assert pools[1] is not None
+    assert pools[1] is pools[3]

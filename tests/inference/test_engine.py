@@ -201,3 +201,8 @@ def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
     refused = script("generate", "--prompt", "The ", "--dtype", "int4")
     assert refused.code == 2
     assert "int4" in refused.err
+
+
+def test_int8_is_refused_on_a_gpu_where_it_is_slow() -> None:
+    with pytest.raises(UserError, match=r"--dtype int8: .* on cuda; use --dtype bfloat16"):
+        choose_linear(torch.device("cuda:1"), "int8")

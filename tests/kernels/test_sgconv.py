@@ -15,6 +15,7 @@ from tests.support.reference import reference
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
 from tnnlm.kernels import SGConvConfig, SGConvKernel, TwoSidedKernel
+from tnnlm.kernels.sgconv import _stretched
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import recurrences
 from tnnlm.modules import BiConv, LongConv
@@ -134,6 +135,19 @@ def load_published(kernel: SGConvKernel, tensors: Mapping[str, Tensor], directio
         kernel.initial_norm.copy_(own)
         if direction == 0:
             kernel.skip.copy_(tensors["weights.D"][0])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 64])
+def test_stretched_values_are_those_of_interpolate_and_so_are_gradients(factor: int) -> None:
+    for count in (1, 2, 7):
+        values = torch.randn(3, count, dtype=torch.float64, requires_grad=True)
+        expected = interpolate(values[None], size=count * factor, mode="linear")[0]
+        torch.testing.assert_close(_stretched(values, factor), expected, rtol=0, atol=1e-15)
+        weight = torch.randn_like(expected)
+        gradients = [
+            torch.autograd.grad((y * weight).sum(), values)[0] for y in (_stretched(values, factor), expected)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-14, atol=1e-14)
 
 
 def test_other_kernels_have_no_multirate_form_and_sgconv_has_no_companion_form() -> None:

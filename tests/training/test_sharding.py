@@ -14,6 +14,7 @@ from tests.support.training_runs import write_text
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.training.estimate import estimate_run
+from tnnlm.training.fsdp import shard_dimension
 from tnnlm.training.loggers.csv import read_metrics
 
 # 4 rows per step on any number of ranks, and 17 validation rows, which no number of ranks divides.
@@ -137,9 +138,17 @@ def test_resume_works_with_another_strategy_and_number_of_ranks() -> None:
             torch.testing.assert_close(values[key], moments[1][index][key], rtol=1e-3, atol=1e-6)
 
 
+def test_a_short_first_dimension_is_not_sharded() -> None:
+    for shape, dim in (((7, 64, 16), 1), ((8, 64, 16), None), ((7, 3), None), ((7,), None)):
+        found = shard_dimension(torch.nn.Parameter(torch.empty(shape)), ranks=8)
+        assert (None if found is None else found.dim) == dim
+
+
 @pytest.mark.parametrize(("kernel", "method"), [("rtf", "companion"), ("sgconv", "window")])
 def test_other_kernels_are_sharded_and_converted(script: Any, kernel: str, method: str) -> None:
     kind = (f"model.kernel.name={kernel}", f"conversion.method={method}")
+    if kernel == "sgconv":
+        kind += ("model.kernel.kernel_dim=8",)  # three scales, which two ranks don't divide
     for name, (strategy, ranks) in {"one": ("auto", 1), "two": ("fsdp", 2)}.items():
         run_ranks(ranks, *words(strategy, ranks), *kind, "trainer.max_steps=5", f"name={kernel}_{name}")
     assert_same_model(f"{kernel}_one", f"{kernel}_two")

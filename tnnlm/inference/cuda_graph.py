@@ -1,14 +1,16 @@
-"""Decoding step as a CUDA graph, captured once per batch size and replayed with a single launch.
+"""Decoding step as a CUDA graph, captured once per size of the batch and replayed with a single launch.
 
 A step of a small model runs hundreds of GPU kernels that take microseconds each, so launch overhead
 dominates. Input and output states are copied, so callers may fork and keep them as with the eager model.
+Batches are padded to a power of two, so that few graphs serve every size; their kernels share one pool of
+memory, and the least recently used graph is freed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,25 +25,46 @@ Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 _WARM_UP = 3
 """Eager runs before the capture."""
 _WORTH_IT = 4
-"""Number of steps of one batch size before its graph is captured; batch sizes change whenever rows finish."""
+"""Number of steps of one size before its graph is captured; batch sizes change whenever rows finish."""
+_KEPT = 4
+"""Number of graphs that are kept, each with inputs and outputs of its own."""
+_MOST_ROWS = 256
+"""Largest batch that is captured; kernels of larger ones take longer than their launches."""
 
 
-def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture ``run`` as a CUDA graph on the current device and return its replay function.
+class GraphRecorder:
+    """Recorder of CUDA graphs on one GPU, which need not be the current one."""
 
-    Raises:
-        RuntimeError: If ``run`` contains an operation that can't be captured.
-    """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Capture ``run`` as a CUDA graph and return its replay function.
+
+        Raises:
+            RuntimeError: If ``run`` contains an operation that can't be captured.
+        """
+        # Streams, captures and replays use the current device, which is cuda:0 unless it is set.
+        with torch.cuda.device(self.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP):
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            # Graphs may share memory because outputs are copied before the next replay.
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay
 
 
 class GraphedModel:
@@ -50,12 +73,12 @@ class GraphedModel:
     ``model`` runs prompts, steps with ``active``, and those with work that is due once in several tokens.
     """
 
-    def __init__(self, model: CausalLM, record: Recorder = cuda_graph) -> None:
+    def __init__(self, model: CausalLM, record: Recorder | None = None) -> None:
         """Capture the step of a single row.
 
         Args:
             model: Converted model with packed linear layers.
-            record: Function that captures a step.
+            record: Function that captures a step; None captures CUDA graphs on the model's GPU.
 
         Raises:
             RuntimeError: If the step can't be captured.
@@ -64,11 +87,11 @@ class GraphedModel:
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
-        self._record = record
+        self._record = record or GraphRecorder(model.embedding.weight.device)
         self._recurrences = recurrences(model)
         self._structure = tree_flatten(model.init_state(1))[1]
         self._seen: Counter[int] = Counter()
-        self._steps: dict[int, _Recording] = {}
+        self._steps: OrderedDict[int, _Recording] = OrderedDict()
         with torch.inference_mode():
             self._steps[1] = self._recording(1)
 
@@ -77,14 +100,18 @@ class GraphedModel:
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
-        rows = tokens.shape[0]
-        if active is not None or ends_turn(self._recurrences, state.layers):
+        rows = 1 << (tokens.shape[0] - 1).bit_length()
+        if active is not None or rows > _MOST_ROWS or ends_turn(self._recurrences, state.layers):
             return self.model.step(tokens, state, active)
         if rows not in self._steps:
             self._seen[rows] += 1
             if self._seen[rows] < _WORTH_IT:
                 return self.model.step(tokens, state)
+            if len(self._steps) >= _KEPT:
+                freed, _ = self._steps.popitem(last=False)
+                del self._seen[freed]
             self._steps[rows] = self._recording(rows)
+        self._steps.move_to_end(rows)
         logits, *parts = self._steps[rows]([tokens, *tree_flatten(state)[0]])
         return logits, tree_unflatten(parts, self._structure)
 
@@ -101,18 +128,20 @@ class GraphedModel:
 
 
 class _Recording:
-    """Captured function on static tensors; a call copies inputs in and outputs out."""
+    """Captured function on static tensors; a call copies inputs in and outputs out, for its first rows."""
 
     def __init__(self, run: Callable[..., list[Tensor]], inputs: list[Tensor], record: Recorder) -> None:
         self._inputs = inputs
-        self._outputs: list[Tensor] = []
+        self._outputs = outputs = list[Tensor]()
 
-        def fixed() -> None:
-            self._outputs[:] = run(*inputs)
+        def fixed() -> None:  # without a reference to this object, which would delay freeing the graph
+            outputs[:] = run(*inputs)
 
         self._replay = record(fixed)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        torch._foreach_copy_(self._inputs, inputs)
+        rows = len(inputs[0])
+        # The rows beyond keep the inputs of an earlier call, and no row depends on another.
+        torch._foreach_copy_([static[:rows] for static in self._inputs], inputs)
         self._replay()
-        return [output.clone() for output in self._outputs]
+        return [output[:rows].clone() for output in self._outputs]

@@ -145,7 +145,7 @@ class Int8Linear(WidenedLinear):
         self._scale = self.scale.bfloat16()
         # The operator doesn't handle remainders: with other sizes it reads out of bounds.
         self._whole = weight.shape[0] % INT8_BLOCK == 0 and weight.shape[1] % INT8_BLOCK == 0
-        self._half = weight.device.type != "cpu" or bool(capability("bfloat16_arithmetic"))
+        self._half = bool(capability("bfloat16_arithmetic"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""

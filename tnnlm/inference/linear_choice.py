@@ -1,6 +1,7 @@
 """Selection of the fastest linear layer for a dtype of weights on a device.
 
-On a CPU the selection depends on its capabilities (:mod:`tnnlm.machine.capabilities`). All layers for a dtype
+On a CPU the selection depends on its capabilities (:mod:`tnnlm.machine.capabilities`); a GPU runs plain
+products in float32 or bfloat16. All layers for a dtype
 round the weights identically; oneDNN in bfloat16 and the int8 operator also round a layer's inputs to
 bfloat16.
 """
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import (
     DTYPES,
-    INT8_BLOCK,
     HalfLinear,
     InferenceLinear,
     Int8Linear,
@@ -60,18 +60,12 @@ def choose_linear(device: torch.device, dtype: str) -> Choice:
 
 
 def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
-    if dtype != "int8":
-        return Choice("plain", partial(cast_linear, dtype=getattr(torch, dtype)))
-    try:
-        Int8Linear(torch.zeros(INT8_BLOCK, INT8_BLOCK, device=device), None)(
-            torch.zeros(1, INT8_BLOCK, device=device)
-        )
-    except RuntimeError as error:
+    if dtype == "int8":
+        # PyTorch's int8 operator runs on GPUs too, but many times slower than a product in bfloat16.
         raise UserError(
-            f"dtype int8: is not supported on {device} ({str(error).splitlines()[0]})",
-            "use float32 or bfloat16",
-        ) from None
-    return Choice("int8", Int8Linear)
+            f"--dtype int8: PyTorch has no fast operator for it on {device.type}", "use --dtype bfloat16"
+        )
+    return Choice("plain", partial(cast_linear, dtype=getattr(torch, dtype)))
 
 
 _ON_CPU = {

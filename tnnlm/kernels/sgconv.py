@@ -84,7 +84,22 @@ class SGConvKernel(Kernel):
         """Return all lags of the sub-kernels, (E, length or more)."""
         parts = []
         for index, (values, amplitude) in enumerate(zip(self.scales, self.amplitudes, strict=True)):
-            width = values.shape[1] << max(0, index - 1)
-            upsampled = nn.functional.interpolate(values[None], size=width, mode="linear")[0]
-            parts.append(upsampled * amplitude[:, None])
+            parts.append(_stretched(values * amplitude[:, None], 1 << max(0, index - 1)))
         return torch.cat(parts, dim=1)
+
+
+def _stretched(values: Tensor, factor: int) -> Tensor:
+    """Return values (E, K) interpolated linearly to ``factor`` times as many, which is a power of two.
+
+    The result is that of ``interpolate(mode="linear")``, whose gradient on a GPU sums in no fixed order.
+    Value q is in the middle of outputs q * factor to (q + 1) * factor - 1, and each of these is a combination
+    of the value and its two neighbours: a product with the same matrix (3, ``factor``) for every q.
+    """
+    if factor == 1:
+        return values
+    # Distance from value q in units of the distance of two values, exact in float32.
+    offset = (torch.arange(factor, device=values.device, dtype=values.dtype) + 0.5) / factor - 0.5
+    matrix = torch.stack((-offset, 1 - offset.abs(), offset)).clamp(min=0)
+    before = torch.cat((values[:, :1], values[:, :-1]), dim=1)
+    after = torch.cat((values[:, 1:], values[:, -1:]), dim=1)
+    return (torch.stack((before, values, after), dim=2) @ matrix).flatten(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
@@ -63,13 +64,26 @@ def shard(model: Backbone, mesh: DeviceMesh) -> None:
     autocast rounds them as on one device, so kernels and both validation perplexities equal those of one
     device.
     """
+    placement = partial(shard_dimension, ranks=mesh.size())
     for block in model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     for module in (model, *model.layers) if isinstance(model, CausalLM) else ():
         # Recurrent validation calls prefill, which needs gathered weights just as forward does.
         register_fsdp_forward_method(module, "prefill")
     register_fsdp_forward_method(model, "loss")
+
+
+def shard_dimension(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Return the dimension to shard; None is the first, which FSDP2 pads to a multiple of ``ranks``.
+
+    A short first dimension, such as the scales of an SGConv kernel, would leave most ranks with padding.
+    FSDP2 shards other dimensions only evenly.
+    """
+    if parameter.shape[0] % ranks == 0:
+        return None
+    even = [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
+    return Shard(max(even, key=lambda dim: parameter.shape[dim])) if even else None
 
 
 def is_sharded(model: nn.Module) -> bool:

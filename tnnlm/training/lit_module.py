@@ -99,7 +99,10 @@ class LitModel(lightning.LightningModule):
         """
         gradient_clip_val = gradient_clip_val or self.config.optim.grad_clip
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:  # SkipBadSteps removed them, and the norm of no tensors would be on the CPU
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
@@ -110,6 +113,8 @@ class LitModel(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Start the timers, and with ``TextDataModule`` a new pass over the rest of the data."""
         self._last_log, self._tokens, self._step = self.global_step, 0, self.global_step
+        # Checkpoints are loaded before the model is moved to its device.
+        self._step_losses = [loss.to(self.device) for loss in self._step_losses]
         if own_data(self.trainer) is not None:
             restart_epoch(self.trainer)
         elif self.config.task == "causal":
@@ -233,7 +238,7 @@ class LitModel(lightning.LightningModule):
             return
         for name, value in values.items():
             shown = name in self.task.shown()
-            self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=shown, sync_dist=True)
+            self.log(name, self._on_device(value), prog_bar=shown, sync_dist=True)
 
     def on_validation_end(self) -> None:
         """Restart the timers, which exclude validation."""
@@ -249,8 +254,14 @@ class LitModel(lightning.LightningModule):
             logger.log_metrics(values, self.global_step)
         for name in shown:
             # Values are equal on all ranks already; sync_dist only avoids a warning of Lightning.
-            value = torch.tensor(values[name], dtype=torch.float64)
+            value = self._on_device(values[name])
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))
+
+    def _on_device(self, value: float) -> Tensor:
+        """Return a value as a tensor that ranks can reduce: NCCL only takes tensors on GPUs."""
+        # Apple's GPU has no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.tensor(value, dtype=dtype, device=self.device)
 
 
 def tokenizer_of(trainer: lightning.Trainer) -> TextTokenizer:

@@ -155,8 +155,14 @@ def is_complete(config: Config, run: Path) -> bool:
     return at_end and read_summary(run).get("tokens_seen") == tokens
 
 
-def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
+def check_resumable(config: Config, run: Path, source: Path = LAST, *, verify: bool = True) -> int:
     """Return the step of the checkpoint that ``run`` resumes from.
+
+    Args:
+        config: The full configuration.
+        run: Folder of the run.
+        source: Checkpoint to resume from, relative to ``run``.
+        verify: Whether to verify the checksums, which reads the whole file; one rank is enough.
 
     Raises:
         CheckpointError: If the checkpoint is missing or corrupt; the message suggests another one that is
@@ -174,7 +180,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST) -> int:
             f"start it again with: {command('train', *settings)}",
         )
     try:
-        step = _step(run / source)
+        step = _step(run / source, verify)
     except CheckpointError as error:
         raise CheckpointError(error.reason, _advice(run, source)) from None
     if source == LAST and is_complete(config, run):
@@ -209,13 +215,13 @@ def begin_at(run: Path, source: Path, step: int) -> None:
     _trim_samples(run / "samples.txt", step)
 
 
-def _step(path: Path) -> int:
-    """Return the step of an intact checkpoint that a run can be resumed from.
+def _step(path: Path, verify: bool = True) -> int:
+    """Return the step of a checkpoint that a run can be resumed from; ``verify`` reads its whole file.
 
     Raises:
         CheckpointError: If the checkpoint is missing or corrupt, or if another trainer saved it.
     """
-    checkpoint = read_intact(path)
+    checkpoint = (read_intact if verify else read_checkpoint)(path)
     for entry in _RESUMED:
         if entry not in checkpoint:
             raise CheckpointError(f"{path}: was not saved by train.py, it lacks {entry}")

@@ -154,7 +154,7 @@ def _resolve(
         check_parents(Path(config.runs_dir) / config.name)
     step = None
     if run is not None and (job is None or began(run)):
-        step = check_resumable(config, run, source)
+        step = check_resumable(config, run, source, verify=is_main_process())
     if not is_main_process():
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
         # prepares the data; the other ranks load it from the cache after Lightning's barrier.

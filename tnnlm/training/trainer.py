@@ -66,10 +66,18 @@ def build_trainer(
         callbacks=_callbacks(config, folder, callbacks, at_terminal),
     )
     try:
-        return lightning.Trainer(**options)
+        trainer = lightning.Trainer(**options)
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         chosen = f"trainer.accelerator={settings.accelerator} trainer.strategy={settings.strategy}"
         raise ConfigError(f"{chosen}: {str(error).splitlines()[0]}") from None
+    # At every batch Lightning broadcasts whether rank 0 received SIGTERM, and waits for the GPU to answer.
+    # CheckpointLast handles this signal, and agrees on a stop among the host processes.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def step_options(config: Config) -> dict[str, Any]:

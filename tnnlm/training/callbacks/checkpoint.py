@@ -23,6 +23,7 @@ from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
+from tnnlm.training.agreement import HostAgreement
 from tnnlm.training.callbacks.ema import AveragedWeights
 from tnnlm.training.fsdp import gather_kernels, is_sharded
 from tnnlm.training.lit_module import LitModel, tokenizer_of
@@ -86,6 +87,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # previous.ckpt may be needed until the new checkpoint is on the disk.
             if path.name == LAST.name and path.exists():
                 second_name(path, path.with_name(PREVIOUS.name))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Load a checkpoint, whose tensors are memory-mapped on a machine with a GPU.
+
+        Every rank loads the file, and ranks on one machine then share the page cache instead of holding a
+        copy each. Without a GPU the tensors are read, because an optimizer on the CPU keeps the tensors that
+        it loads.
+        """
+        mapped = torch.cuda.is_available()
+        return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mapped)
 
 
 def second_name(path: Path, name: Path) -> None:
@@ -158,6 +171,7 @@ class CheckpointLast(Callback):
         """Step of the last checkpoint; None before the first one."""
         self._started = time.perf_counter()
         self._received: set[int] = set()
+        self._agreement = HostAgreement()
         self._step = 0
         self._at_border = True
         self._handlers: dict[int, Any] = {}
@@ -210,7 +224,7 @@ class CheckpointLast(Callback):
         """
         if not self._at_border:
             return
-        stop = trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+        stop = self._agreement.any(trainer.strategy, bool(self._received))
         new = self._step not in (0, self.saved_step)
         if new and (stop or self._step % self.every_n_steps == 0):
             self._save(trainer, pl_module)

@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
 
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
@@ -29,7 +28,7 @@ class AveragedWeights(WeightAveraging):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         # Buffers (decays, norms) are constants that must stay exact.
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(use_buffers=False)
         self._swapped = False
 
     def averaged(self, module: lightning.LightningModule) -> lightning.LightningModule:
@@ -44,6 +43,17 @@ class AveragedWeights(WeightAveraging):
         """Create the average on the training device; the model itself is still on the CPU here."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # The host reads the count after every step, and would wait for a GPU that holds it.
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Update the average after an optimizer step, without waiting for the device."""
+        if trainer.global_step > self._latest_update_step:
+            self._update(pl_module)
+            self._latest_update_step = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -61,14 +71,25 @@ class AveragedWeights(WeightAveraging):
         super()._swap_models(pl_module)
         self._swapped = not self._swapped
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
+    @torch.no_grad()
+    def _update(self, pl_module: lightning.LightningModule) -> None:
         """Update average += (1 - d) (weights - average), where d = min(``decay``, (1 + n) / (10 + n)).
 
         With the full decay from the start, the random initialisation would dominate the average for the first
-        1 / (1 - decay) steps.
+        1 / (1 - decay) steps. The first update, n = 0, copies the weights. ``AveragedModel`` is not asked to
+        update itself, because it moves n to the device of the weights and back.
         """
-        n = int(n_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+        average = self._average_model
+        assert average is not None
+        n = int(average.n_averaged)
+        averaged, current = tuple(average.module.parameters()), tuple(pl_module.parameters())
+        if n == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+        for kept, buffer in zip(average.module.buffers(), pl_module.buffers(), strict=True):
+            kept.copy_(buffer)
+        average.n_averaged += 1
 
 
 def averaging(config: Config) -> list[AveragedWeights]:

@@ -1,0 +1,51 @@
+"""Training on a pretended GPU: devices, collectives and host synchronisations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tests.support.pretend.launch import pretended
+from tnnlm.training.loggers.csv import read_metrics
+
+STEPS = (
+    "trainer.max_steps=10",
+    "trainer.val_every_n_steps=10",
+    "trainer.log_every_n_steps=9",
+    "checkpoint.every_n_steps=100",
+)
+
+
+EVERYTHING = ("trainer.ema_decay=0.9", "trainer.spike_factor=5", "trainer.accumulate=2")
+
+
+def steps_that_wait(report: dict[str, Any]) -> set[tuple[int, str, str]]:
+    """Return the synchronisations after the first step and before the first row of the log."""
+    return {(step, kind, place) for step, kind, place, _ in report["syncs"] if 1 <= step < 9}
+
+
+def test_one_gpu_mixes_no_devices_and_waits_for_it_only_to_log() -> None:
+    report = pretended("one_gpu", *STEPS, *EVERYTHING, "trainer.precision=bf16-mixed")
+    assert report["summary"]["val/ppl"] > 1
+    assert report["launches"]["mm"] > 0
+    assert steps_that_wait(report) == set()
+    assert any(step == 9 for step, *_ in report["syncs"]), "step 9 is logged"
+
+
+def test_a_run_resumes_between_two_rows_of_the_log() -> None:
+    pretended("resumed", *STEPS, *EVERYTHING)
+    assert read_metrics(Path("runs/demo/metrics.csv"))[-1]["step"] == "10"
+
+
+def test_collectives_of_several_gpus_take_tensors_of_the_gpu() -> None:
+    report = pretended("ddp", *STEPS, *EVERYTHING)
+    assert {name for name, *_ in report["collectives"]} >= {"all_reduce", "all_gather"}
+    assert steps_that_wait(report) == set()
+
+
+def test_float16_continues_after_an_overflow() -> None:
+    pretended("overflow", *STEPS, "trainer.precision=16-mixed")
+    row = next(row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["train/loss"])
+    assert float(row["train/skipped"]) == 1
+    assert math.isfinite(float(row["train/grad_norm"]))  # the mean of the steps that were not skipped

@@ -1,0 +1,72 @@
+"""Scenarios on a pretended GPU, which return what they observed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from tests.support.pretend import cuda, ranks
+from tests.support.pretend.tensors import LEDGER
+from tests.support.training_runs import tiny_run
+from tnnlm.training.resume import resumed_config
+from tnnlm.training.run import train
+
+GPU = ("trainer.accelerator=gpu", "trainer.devices=1", "model.max_length=16", "data.max_val_tokens=200")
+
+
+class Observe(Callback):
+    """Callback that tells the ledger the optimizer step."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let the ledger ask the trainer."""
+        LEDGER.step = lambda: trainer.global_step
+
+
+class Overflow(Observe):
+    """Callback that makes the gradients of one step overflow, as float16 does."""
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Make one gradient infinite in the second step."""
+        if trainer.global_step == 1:
+            gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
+            gradient.view(-1)[0] = float("inf")
+
+
+def one_gpu(*words: str) -> dict[str, Any]:
+    """Train on one GPU."""
+    with cuda.pretended_cuda():
+        summary = train(tiny_run(*GPU, *words), extra_callbacks=[Observe()])
+    return {"summary": summary}
+
+
+def overflow(*words: str) -> dict[str, Any]:
+    """Train on one GPU with a step whose gradients overflow."""
+    with cuda.pretended_cuda():
+        train(tiny_run(*GPU, *words), extra_callbacks=[Overflow()])
+    return {}
+
+
+def resumed(*words: str) -> dict[str, Any]:
+    """Train half of the steps on one GPU, and the other half as a resumed run."""
+    with cuda.pretended_cuda():
+        config = tiny_run(*GPU, *words)
+        steps, config.trainer.max_steps = config.trainer.max_steps, config.trainer.max_steps // 2
+        train(config, extra_callbacks=[Observe()])
+        run = Path(config.runs_dir, config.name)
+        train(resumed_config(run, [f"trainer.max_steps={steps}"]), run, extra_callbacks=[Observe()])
+    return {}
+
+
+def ddp(*words: str) -> dict[str, Any]:
+    """Train as one of two ranks."""
+    with cuda.pretended_cuda(2), ranks.two_ranks():
+        train(
+            tiny_run(*GPU, "trainer.strategy=ddp", "trainer.devices=2", *words), extra_callbacks=[Observe()]
+        )
+    return {"collectives": [[*what, n] for what, n in ranks.COLLECTIVES.items()]}
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp)}
