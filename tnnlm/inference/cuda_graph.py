@@ -27,7 +27,7 @@ _WARM_UP = 3
 _WORTH_IT = 4
 """Number of steps of one size before its graph is captured; batch sizes change whenever rows finish."""
 _KEPT = 4
-"""Number of graphs that are kept, each with inputs and outputs of its own."""
+"""Number of graphs that are kept, each with separate inputs and outputs."""
 _MOST_ROWS = 256
 """Largest batch that is captured; kernels of larger ones take longer than their launches."""
 
