@@ -134,7 +134,9 @@ class LitModel(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy in nats per predicted token (classify: per sequence)."""
         batch = self._checked(batch, batch_idx)
-        loss: Tensor = self.model.loss(own_tokens(batch, self.group) if self.group.size > 1 else batch)
+        if self.group.size > 1:
+            batch = own_tokens(batch, self.group)
+        loss: Tensor = self.model.loss(batch)
         self._losses.append(loss.detach())
         self._tokens += tokens_in(batch)
         return loss
