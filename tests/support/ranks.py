@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,24 @@ class Watch(Callback):
 
 def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
     """Train on ``n`` processes, started as by torchrun, and return the records of each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.ranks"])
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
         own_kernel = any(word.startswith("model.kernel.name=") for word in words)
         changes = [w for w in SETTINGS if not (own_kernel and w.startswith("model.kernel."))] + changes
     port = str(free_port())
-    processes = [
-        context.Process(target=_rank, args=(rank, n, port, os.getcwd(), dict(os.environ), changes, resume))
-        for rank in range(n)
-    ]
+    codes = run_processes(
+        _rank, [(rank, n, port, os.getcwd(), dict(os.environ), changes, resume) for rank in range(n)]
+    )
+    logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
+    assert codes == [0] * n, f"{codes}\n{logs}"
+    return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def run_processes(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[int | None]:
+    """Call ``target`` in one process for each tuple of arguments, and return their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.ranks"])
+    processes = [context.Process(target=target, args=given) for given in arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server imports its preload
         for process in processes:
@@ -78,9 +86,7 @@ def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, 
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # ends processes that still wait for one that failed
-    logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
-    assert codes == [0] * n, f"{codes}\n{logs}"
-    return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+    return codes
 
 
 def free_port() -> int:

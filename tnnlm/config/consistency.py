@@ -85,6 +85,39 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         )
 
 
+def check_context(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for settings that ``trainer.context_parallel`` doesn't support.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If sequences are split over devices and the task, the model or the strategy doesn't
+            support it. Bidirectional models are not split, and neither are the short convolutions of Hyena,
+            which need the tokens before a shard.
+    """
+    model, trainer, size = config.model, config.trainer, config.trainer.context_parallel
+    if size == 1:
+        return
+    shown, place = f"trainer.context_parallel={size}", where("trainer.context_parallel")
+    unsupported = {
+        f"task={config.task}": config.task != "causal",
+        f"model.block={model.block}": model.block == "hyena",
+        f"trainer.strategy={trainer.strategy}": trainer.strategy not in ("auto", "ddp"),
+        "trainer.compile=true": trainer.compile,
+    }
+    for setting, found in unsupported.items():
+        if found:
+            raise ConfigError(f"{shown}: not supported with {setting}{place}", "set it to 1")
+    if model.max_length % size:
+        raise ConfigError(f"{shown}: must divide model.max_length={model.max_length}{place}")
+    if model.expand * model.d_model < size:
+        raise ConfigError(
+            f"{shown}: must be at most the number of channels, {model.expand * model.d_model}{place}"
+        )
+
+
 def settle_task(config: Config, where: Callable[[str], str]) -> None:
     """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
 

@@ -203,6 +203,11 @@ class TrainerConfig:
     strategy: str = "auto"
     """Lightning's distributed strategy. auto and ddp replicate the model on every device; fsdp shards
     parameters, gradients and optimizer states."""
+    context_parallel: int = number(1, low=1, high=1_024)
+    """Number of devices that share each sequence, for sequences too long for one device (1: none are shared).
+    A device holds the activations of its part of the tokens; around each convolution, the devices exchange
+    parts of the sequence for parts of the channels. Must divide the number of devices and
+    ``model.max_length``. For task=causal with strategy auto or ddp only."""
     accumulate: int = number(1, low=1, high=1_000_000)
     """Number of batches to accumulate gradients over before each optimizer step."""
     skip_nonfinite: bool = True

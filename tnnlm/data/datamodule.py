@@ -53,42 +53,43 @@ class TextDataModule(lightning.LightningDataModule):
         trainer = self._trainer()
         last = trainer.max_steps if trainer.max_steps > 0 else self.config.trainer.max_steps
         left = max(0, last - trainer.global_step)
+        rank, ranks = self._place()
         sampler = GlobalOrderSampler(
             len(self.opened.train),
             batch_size=self.config.data.batch_size,
             n_batches=left * trainer.accumulate_grad_batches,
             seed=self.config.seed,
             start=lambda: self.samples_at(trainer.global_step),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=rank,
+            world_size=ranks,
             resampled=self.opened.resampled,
         )
         return self._loader(self.opened.train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's validation loader: every ``world_size``-th row.
+        """Return this rank's validation loader: with N readers, every N-th row.
 
         If the rows don't divide evenly, row 0 pads the last batch and :meth:`val_counted` excludes it. All
         ranks thus run the same number of batches; with sharded weights a rank with fewer would block the
         others.
         """
-        trainer = self._trainer()
-        rows, ranks, size = len(self.opened.val), trainer.world_size, self.config.data.batch_size
-        places = range(trainer.global_rank, math.ceil(rows / ranks) * ranks, ranks)
+        rank, ranks = self._place()
+        rows, size = len(self.opened.val), self.config.data.batch_size
+        places = range(rank, math.ceil(rows / ranks) * ranks, ranks)
         mine = [row if row < rows else 0 for row in places]
         return self._loader(self.opened.val, [mine[i : i + size] for i in range(0, len(mine), size)])
 
     def val_counted(self, batch_idx: int) -> int:
         """Return the number of leading rows of this rank's validation batch that are not padding."""
-        trainer = self._trainer()
-        mine = len(range(trainer.global_rank, len(self.opened.val), trainer.world_size))
+        rank, ranks = self._place()
+        mine = len(range(rank, len(self.opened.val), ranks))
         size = self.config.data.batch_size
         return min(size, max(0, mine - batch_idx * size))
 
     def samples_at(self, global_step: int) -> int:
         """Return the number of samples consumed by all ranks up to optimizer step ``global_step``."""
-        trainer = self._trainer()
-        per_step = self.config.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        _, ranks = self._place()
+        per_step = self.config.data.batch_size * self._trainer().accumulate_grad_batches * ranks
         return self.samples_seen + (global_step - self._step_at_load) * per_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +105,14 @@ class TextDataModule(lightning.LightningDataModule):
         """
         self.samples_seen = state_dict["samples_seen"]
         self._step_at_load = state_dict["step"]
+
+    def _place(self) -> tuple[int, int]:
+        """Return the number of this reader, and the number of readers.
+
+        The ranks of a context group (``trainer.context_parallel``) are one reader: each reads the same rows.
+        """
+        trainer, size = self._trainer(), self.config.trainer.context_parallel
+        return trainer.global_rank // size, trainer.world_size // size
 
     def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
         workers = self.config.data.num_workers

@@ -48,6 +48,14 @@ class Kernel(KeepsFloat32, ABC):
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``); any length, even beyond the training length."""
 
+    def channel_taps(self, length: int, channels: slice) -> Tensor:
+        """Return the first ``length`` taps of some channels, (E', ``length``).
+
+        Kernels that can compute them without the other channels override this, which saves memory where a
+        process convolves only its own channels.
+        """
+        return self(length)[channels]
+
     def leave_lag_zero(self) -> None:
         """Remove what acts at lag 0 alone; called for a second kernel, whose first tap is at distance 1."""
 

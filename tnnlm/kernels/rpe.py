@@ -30,9 +30,13 @@ class RelativePositionEncoder(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.output = nn.Linear(width, n_channels)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """Return the values at positions (L, 1) as (E, L), contiguous along L for the FFT."""
-        return torch.addmm(self.output.bias[:, None], self.output.weight, self.features(positions).T)
+    def forward(self, positions: Tensor, channels: slice = slice(None)) -> Tensor:
+        """Return the values at positions (L, 1) as (E, L), contiguous along L for the FFT.
+
+        ``channels`` selects the channels to compute.
+        """
+        weight, bias = self.output.weight[channels], self.output.bias[channels]
+        return torch.addmm(bias[:, None], weight, self.features(positions).T)
 
     def features(self, positions: Tensor) -> Tensor:
         """Return the input features of the last layer, (L, r), for positions (L, 1)."""

@@ -51,9 +51,16 @@ class TNOKernel(LagKernel):
         They have the parameters' dtype (at least float32). Lags may be negative: the same network serves both
         signs.
         """
+        return self._between(start, stop, slice(None))
+
+    def channel_taps(self, length: int, channels: slice) -> Tensor:
+        """Return the first ``length`` taps of some channels, (E', ``length``), without the other channels."""
+        return self._between(0, length, channels)
+
+    def _between(self, start: int, stop: int, channels: slice) -> Tensor:
         weight = self.rpe.input.weight
         with torch.autocast(weight.device.type, enabled=False):
             # Under bf16-true the default dtype is bf16, which rounds 4,096 lags to 769 values.
             lags = torch.arange(start, stop, device=weight.device, dtype=weight.dtype)
-            envelope = self.decays.to(weight.dtype)[:, None] ** lags.abs()
-            return self.rpe(lags[:, None]) * envelope
+            envelope = self.decays[channels].to(weight.dtype)[:, None] ** lags.abs()
+            return self.rpe(lags[:, None], channels) * envelope

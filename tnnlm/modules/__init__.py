@@ -1,6 +1,7 @@
 """Modules on (B, L, D) with ``forward``; the recurrent modules also have ``prefill`` and ``step``."""
 
 from tnnlm.modules.block import Block, build_block
+from tnnlm.modules.context_conv import ContextConv
 from tnnlm.modules.glu import GLU
 from tnnlm.modules.hyena import HyenaMixer, ShortConv
 from tnnlm.modules.long_conv import BiConv, LongConv
@@ -15,6 +16,7 @@ __all__ = [
     "MLP",
     "BiConv",
     "Block",
+    "ContextConv",
     "GatedMixer",
     "HyenaMixer",
     "LongConv",

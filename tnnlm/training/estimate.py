@@ -40,13 +40,19 @@ class RunEstimate:
 
 
 def estimate_run(config: Config) -> RunEstimate:
-    """Estimate a run from its configuration; the model is built on the meta device."""
+    """Estimate a run from its configuration; the model is built on the meta device.
+
+    Raises:
+        ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
+    """
     with torch.device("meta"):
         model = build_model(config)
+    check_devices(config)
     precision = resolve_precision(config)
     devices = resolve_devices(config) * config.trainer.num_nodes
     per_update = tokens_per_update(config, devices)
     read = config.data.batch_size * config.model.max_length * (2 if config.model.pair else 1)
+    read //= config.trainer.context_parallel
     return RunEstimate(
         params=model.n_params,
         buffers=sum(b.numel() for b in model.buffers()),
@@ -60,7 +66,8 @@ def estimate_run(config: Config) -> RunEstimate:
 
 def tokens_per_update(config: Config, devices: int) -> int:
     """Return the number of tokens in one optimizer step on all devices."""
-    return config.data.batch_size * config.model.max_length * config.trainer.accumulate * devices
+    readers = devices // config.trainer.context_parallel
+    return config.data.batch_size * config.model.max_length * config.trainer.accumulate * readers
 
 
 def guessed_share(config: Config) -> float:
@@ -100,6 +107,20 @@ def check_accelerator(config: Config) -> None:
     if name in ("cuda", "auto") and found and devices != "auto" and int(devices) > found:
         raise ConfigError(
             f"trainer.devices={devices}: PyTorch finds {found} GPUs", f"set it to {found} or less, or to auto"
+        )
+
+
+def check_devices(config: Config) -> None:
+    """Check that the devices of all nodes can be divided into groups that share sequences.
+
+    Raises:
+        ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
+    """
+    devices, size = resolve_devices(config) * config.trainer.num_nodes, config.trainer.context_parallel
+    if devices % size:
+        raise ConfigError(
+            f"trainer.context_parallel={size}: must divide the number of devices, {devices}",
+            "set trainer.devices and trainer.num_nodes, or trainer.context_parallel=1",
         )
 
 

@@ -20,8 +20,10 @@ from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
 from tnnlm.config.schema import Config
 from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
+from tnnlm.ops.context import ContextGroup
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.batches import checked_batch, own_data, restart_epoch, schedule_steps, tokens_in
+from tnnlm.training.context_parallel import join_group, own_tokens, split_convolutions
 from tnnlm.training.estimate import tokens_per_update
 from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, renumber_optimizer_state, shard
 from tnnlm.training.optim import build_optimizer, build_scheduler
@@ -53,6 +55,8 @@ class LitModel(lightning.LightningModule):
         self.model = build_model(config)
         self.task = VALIDATION_TASKS[config.task](config)
         self.watch = Throughput(config)
+        self.group = ContextGroup()
+        """Ranks that share sequences with this one (``trainer.context_parallel``)."""
         self._last_log = 0
         self._step = 0
         self._losses: list[Tensor] = []
@@ -66,7 +70,7 @@ class LitModel(lightning.LightningModule):
         """Number of tokens that this rank has processed since the last log."""
 
     def configure_model(self) -> None:
-        """Compile and shard the model in place, so that checkpoint keys do not change."""
+        """Compile, shard or split the model in place, so that checkpoint keys do not change."""
         self.model.recompute = self.config.trainer.recompute
         if self.config.trainer.compile:
             self.model.compile_blocks()
@@ -75,6 +79,9 @@ class LitModel(lightning.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
+        if self.group.size != self.config.trainer.context_parallel:
+            self.group = self.task.group = join_group(self.trainer, self.config)
+            split_convolutions(self.model, self.group)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its learning-rate schedule, stepped once per optimizer step."""
@@ -132,6 +139,8 @@ class LitModel(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy in nats per predicted token (classify: per sequence)."""
         batch = self._checked(batch, batch_idx)
+        if self.group.size > 1:
+            batch = own_tokens(batch, self.group)
         loss: Tensor = self.model.loss(batch)
         self._losses.append(loss.detach())
         self._tokens += tokens_in(batch)

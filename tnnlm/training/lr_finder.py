@@ -124,7 +124,8 @@ def find_lr(config: Config) -> FoundRate:
     keep_large_blocks()
     limit_threads()
     devices = estimate_run(config).devices
-    config.trainer.accumulate *= devices
+    config.trainer.accumulate *= devices // config.trainer.context_parallel
+    config.trainer.context_parallel = 1
     config.trainer.max_steps = STEPS
     config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = "auto", 1, 1
     lightning.seed_everything(config.seed, verbose=False)

@@ -34,7 +34,7 @@ from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
-from tnnlm.training.estimate import check_accelerator, estimate_run
+from tnnlm.training.estimate import check_accelerator, check_devices, estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
@@ -148,6 +148,7 @@ def _resolve(
 ) -> _Start:
     """Validate all input before the folder of the run is created or changed."""
     check_accelerator(config)
+    check_devices(config)
     strategy = choose_strategy(config)
     check_training(config)
     if run is None:

@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 from tnnlm.config.schema import Config
 from tnnlm.conversion import convert_kernels
 from tnnlm.evaluation import (
+    NLL,
     bits_per_byte,
     class_scores,
     masked_nll,
@@ -34,6 +35,8 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
+from tnnlm.ops.context import ContextGroup
+from tnnlm.training.context_parallel import own_rows, own_tokens
 from tnnlm.training.fsdp import unsharded
 from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
@@ -81,6 +84,8 @@ class ValidationTask(nn.Module, ABC):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.group = ContextGroup()
+        """Ranks that share sequences with this one; all of them validate the same batches."""
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
@@ -146,12 +151,19 @@ class CausalTask(ValidationTask):
             self.recurrences = []
 
     def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
-        """Score the same rows in parallel form (FFT) and in recurrent form."""
-        self.nll_parallel.add(*parallel_nll(model, batch, counted))
+        """Score the same rows in parallel form (FFT) and in recurrent form.
+
+        A context group shares the tokens of each row in parallel form, and the rows in recurrent form, whose
+        state passes from token to token.
+        """
+        self.nll_parallel.add(*parallel_nll(model, own_tokens(batch, self.group), counted))
+        rows, counted = own_rows(batch, counted, self.group)
         if self.recurrences:
             chunk = self.config.conversion.chunk
             with in_recurrent_form(model, self.recurrences):
-                self.nll_recurrent.add(*recurrent_nll(model, batch, chunk, counted))
+                # A group of more ranks than rows leaves some without a row.
+                nll = recurrent_nll(model, rows, chunk, counted) if len(rows) else NLL(0.0, 0)
+            self.nll_recurrent.add(*nll)
 
     @contextmanager
     def recurrent_form(self, model: CausalLM) -> Iterator[CausalLM]:
