@@ -18,6 +18,7 @@ NOT_FOR_DECODING = sorted(
     - {name for part in ("inference", "checkpoints", "config", "files", "tokenizer", "ops")
        for name in RULES[part].libraries.split()}
     - {"tqdm"}  # torch itself imports it if it is installed
+    | {"triton"}  # only for steps on a GPU
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ RULES = {
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
     "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
-    "ops": Allowed("machine precision", "torch numpy"),
+    "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
     "config": Allowed("errors fields kernels", "omegaconf yaml"),

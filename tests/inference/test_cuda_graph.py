@@ -14,7 +14,9 @@ import torch
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.inference.cuda_graph import GraphedModel, GraphRecorder
-from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import fused_steps
+from tnnlm.modules.fused import FusedMixer
 
 RECORDED: list[int] = []
 
@@ -127,3 +129,25 @@ def test_graphs_are_captured_and_replayed_on_their_own_gpu_in_one_pool(
     assert set(seen) == {1}
     assert pools[1] is not None
     assert pools[1] is pools[3]
+
+
+@pytest.mark.parametrize("family", ["tno", "sgconv"])
+@torch.inference_mode()
+def test_a_fused_step_is_the_step_in_place_and_only_within_the_block(family: str) -> None:
+    model = converted(family)
+    tokens, state = torch.tensor([1, 2, 3]), model.init_state(3)
+    _, state = model.prefill(torch.randint(300, (3, 9)), state)
+    modules = dict(model.named_modules())
+    own = ModelState(tuple(type(layer)(*(part.clone() for part in layer)) for layer in state.layers))
+    active = torch.tensor([True, False, True])
+    expected, after = model.step(tokens, state, active)
+    with fused_steps(model):
+        assert isinstance(model.layers[0].mixer, FusedMixer) == (family == "tno")
+        logits, stepped = model.step(tokens, own, active)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    for left, right in zip(stepped.layers, after.layers, strict=True):
+        for a, b in zip(left, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    if family == "tno":
+        assert stepped.layers[0][1] is own.layers[0][1], "updated in place"
+    assert dict(model.named_modules()) == modules

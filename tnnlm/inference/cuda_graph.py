@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.models.surgery import recurrences, within_turns
+from tnnlm.models.surgery import fused_steps, recurrences, within_turns
 from tnnlm.ops.recurrence import ends_turn
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
@@ -73,12 +74,13 @@ class GraphedModel:
     ``model`` runs prompts, steps with ``active``, and those with work that is due once in several tokens.
     """
 
-    def __init__(self, model: CausalLM, record: Recorder | None = None) -> None:
+    def __init__(self, model: CausalLM, record: Recorder | None = None, fused: bool = True) -> None:
         """Capture the step of a single row.
 
         Args:
             model: Converted model with packed linear layers.
             record: Function that captures a step; None captures CUDA graphs on the model's GPU.
+            fused: Whether captured steps use the operators of :mod:`tnnlm.ops.fused`.
 
         Raises:
             RuntimeError: If the step can't be captured.
@@ -88,6 +90,7 @@ class GraphedModel:
         self.init_state = model.init_state
         self.prefill = model.prefill
         self._record = record or GraphRecorder(model.embedding.weight.device)
+        self._fused = fused
         self._recurrences = recurrences(model)
         self._structure = tree_flatten(model.init_state(1))[1]
         self._seen: Counter[int] = Counter()
@@ -120,7 +123,8 @@ class GraphedModel:
         inputs = [tokens, *tree_flatten(self.model.init_state(rows))[0]]
 
         def run(tokens: Tensor, *parts: Tensor) -> list[Tensor]:
-            with within_turns(self.model):
+            fused = fused_steps(self.model) if self._fused else nullcontext()
+            with within_turns(self.model), fused:
                 logits, state = self.model.step(tokens, tree_unflatten(list(parts), self._structure))
             return [logits, *tree_flatten(state)[0]]
 

@@ -24,6 +24,7 @@ from tnnlm.inference.linear import DTYPES, cast_linear, replace_linears
 from tnnlm.inference.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.ops.fused import why_not_fused
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")
 """Engines that can be selected; ``auto`` is the fastest available."""
@@ -103,6 +104,8 @@ def open_engine(
         try:
             runs = _faster(model, folder, where, dtype, engine, converted.fingerprint)
             name, reasons = "graph" if isinstance(runs, GraphedModel) else "compiled", []
+            if missing := why_not_fused(where):
+                reasons.append(f"no fused operators: {missing}")
         except UserError as error:
             if engine != "auto":
                 raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
@@ -137,7 +140,7 @@ def _faster(
     if engine == "compiled":
         raise UserError("needs a CPU")
     try:
-        return GraphedModel(model)
+        return GraphedModel(model, fused=not why_not_fused(where))
     except (RuntimeError, AssertionError) as error:  # raised by torch where CUDA graphs are not supported
         raise UserError(f"the CUDA graph can't be captured ({str(error).splitlines()[0][:80]})") from None
 

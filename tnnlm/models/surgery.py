@@ -13,6 +13,7 @@ from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import BiConv, LongConv, RecurrentConv
+from tnnlm.modules.fused import fused_parts
 from tnnlm.ops.recurrence import Params, within_turn, without_branches
 
 M = TypeVar("M", bound=nn.Module)
@@ -68,6 +69,24 @@ def within_turns(model: CausalLM) -> Iterator[None]:
     convs = [RecurrentConv(within_turn(params)) for params in recurrences(model)]
     with in_recurrent_form(model, convs):
         yield
+
+
+@contextmanager
+def fused_steps(model: CausalLM) -> Iterator[None]:
+    """Replace modules by those with fused operations within a ``with`` block.
+
+    Steps then modify the state that they are given, and need a few launches per layer instead of dozens.
+    """
+    originals = []
+    try:
+        for block in model.layers:
+            for name, part in fused_parts(block).items():
+                originals.append((block, name, getattr(block, name)))
+                setattr(block, name, part)
+        yield
+    finally:
+        for block, name, original in originals:
+            setattr(block, name, original)
 
 
 def use_windows(model: CausalLM) -> None:
