@@ -65,7 +65,7 @@ def test_a_recurrence_whose_state_loses_its_digits_is_refused() -> None:
     assert rounded.largest_pole() < 1
     with pytest.raises(UserError, match=r"method companion: .* prefill and step disagree by") as caught:
         companion(rounded)
-    assert caught.value.remedy == "use --method balanced, auto or window"
+    assert caught.value.remedy == "use --method auto or window"
 
 
 @pytest.mark.parametrize("error", [2 * AGREEMENT, float("nan")])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, row_scales
-from tnnlm.conversion.source import ToleranceError, relative_error
+from tnnlm.conversion.source import CLOSER, ToleranceError, relative_error
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
 
@@ -196,7 +196,7 @@ def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realiza
     raise ToleranceError(
         f"tolerance {tolerance:g}: can't be met, the smallest relative error up to order {tried} is "
         f"{reached:.1e}, at order {best}",
-        "raise the tolerance, or use --method window, --window-taps, --poles channel or --method auto",
+        CLOSER,
         reached,
     )
 

@@ -20,7 +20,7 @@ the channel. In float32, stable recurrences with separate poles stay below 1e-5.
 _TOKENS = 200
 OWN_METHODS = ("companion", "multirate")
 """Methods that use a recurrence which the kernel defines."""
-OTHERS = "use --method balanced, auto or window"
+OTHERS = "use --method auto or window"
 """Remedy if a kernel defines no such recurrence."""
 
 
@@ -42,7 +42,7 @@ def companion(own: Params | None) -> Params:
         raise UserError(
             f"the denominator has a pole of modulus {radius:.5f}, on or outside the unit circle, so the "
             "recurrence would not decay",
-            "use --method window, or train with model.kernel.constraint=montel",
+            "use --method auto or window, or train with model.kernel.constraint=montel",
         )
     difference = _disagreement(own)
     if not difference <= AGREEMENT:  # NaN disagrees.

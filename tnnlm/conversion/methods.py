@@ -14,7 +14,7 @@ from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.linalg import channel_blocks, power_of_two
 from tnnlm.conversion.progress import Progress, silent
-from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
+from tnnlm.conversion.source import CLOSER, LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
 from tnnlm.ops.recurrence import Params
@@ -113,7 +113,7 @@ def _from_taps(
         raise UserError(
             f"method {method}: the decomposition of these taps failed, because their state matrix has no "
             "complete set of eigenvectors",
-            "use --method window or auto",
+            "use --method auto or window",
         ) from None
     params = params._replace(window=params.window * scale, residues=params.residues * scale).to_dtype(dtype)
     kept = str(dtype).removeprefix("torch.")
@@ -193,29 +193,42 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
         ToleranceError: If it can't; the message states the smallest error with its order.
     """
     k, tolerance, each = source.k, recipe.tolerance, poles == "channel"
+
+    def stored(order: int | None, tolerance: float) -> tuple[SSMParams, float, int]:
+        params = balanced(
+            k,
+            order=order,
+            tolerance=tolerance,
+            poles=poles,
+            window_taps=recipe.window_taps,
+            finite=source.finite,
+        ).to_dtype(k.dtype)
+        return params, *largest_error(source, params, each=each)
+
     tried: list[tuple[float, int, int]] = []
     for share in _MARGINS:
         try:
-            params = balanced(
-                k,
-                order=recipe.order,
-                tolerance=tolerance * share,
-                poles=poles,
-                window_taps=recipe.window_taps,
-                finite=source.finite,
-            ).to_dtype(k.dtype)
+            params, reached, lags = stored(recipe.order, tolerance * share)
         except ToleranceError:
             if not tried:
                 raise
             break
-        reached, lags = largest_error(source, params, each=each)
         if recipe.order is not None or reached <= tolerance:
             return params
         tried.append((reached, params.order(), lags))
+    # Rounding can ruin a large order, whose residues cancel each other, so smaller ones are measured too.
+    order = min(tried)[1]
+    while order > recipe.window_taps + 1:
+        order = max(order // 2, recipe.window_taps + 1)
+        params, reached, lags = stored(order, tolerance)
+        best = min(tried)[0]
+        tried.append((reached, params.order(), lags))
+        if best <= reached and best < 1:
+            break
     reached, order, lags = min(tried)
     raise ToleranceError(
         f"tolerance {tolerance:g}: can't be met, order {order} stored in "
         f"{str(k.dtype).removeprefix('torch.')} has a relative error of {reached:.1e} over {lags} lags",
-        "raise the tolerance, or use --window-taps",
+        CLOSER,
         reached,
     )

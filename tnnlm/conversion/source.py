@@ -39,6 +39,10 @@ class Source(NamedTuple):
     hold on T lags only, because the horizon was set below the length of the kernel."""
 
 
+CLOSER = "raise the tolerance, or use --method auto or window, --window-taps or --poles channel"
+"""Remedy if ``balanced`` can't meet a tolerance; the methods that suit every kernel are named first."""
+
+
 class ToleranceError(UserError):
     """Tolerance that a method can't meet; ``reached`` is the smallest relative error it reached."""
 
