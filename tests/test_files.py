@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from tnnlm.files import atomic_file, atomic_folder, write_text
+from tnnlm.errors import OS_PROBLEMS, UserError
+from tnnlm.files import atomic_file, atomic_folder, check_folder, check_parents, only_process, write_text
 
 
 def fill_file(temporary: Path) -> None:
@@ -151,3 +154,37 @@ def test_write_text_that_fails_leaves_the_old_text(tmp_path: Path) -> None:
         write_text(path, "a lone surrogate is not UTF-8: \ud800")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+VIRTUAL = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a virtual file system")
+
+
+@VIRTUAL
+@pytest.mark.parametrize("check", [check_parents, check_folder])
+def test_folder_that_nobody_can_create_is_refused(check: Callable[[Path], None]) -> None:
+    with pytest.raises(UserError, match=r"^/proc/x/y: nothing can be created in /proc; choose another path$"):
+        check(Path("/proc/x/y"))
+
+
+@VIRTUAL
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y"])
+def test_unwritable_place_is_no_bug_of_the_package(place: str) -> None:
+    path = Path(place)
+    for opened in (atomic_folder(path), only_process(path, UserError("is in use"))):
+        with pytest.raises(UserError, match="nothing can be created"), opened:
+            pass
+    with pytest.raises(UserError, match="nothing can be created"):
+        write_text(Path("/proc/x/y"), "")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_unwritable_parent_is_refused(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(UserError) as refused:
+        check_folder(tmp_path / "a" / "b")
+    expected = OS_PROBLEMS[number]
+    assert str(refused.value) == f"{tmp_path}/a/b: {expected.reason} ({tmp_path}); {expected.remedy}"
+    check_folder(tmp_path)  # data that was prepared before may be on a read-only disk

@@ -12,28 +12,57 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tnnlm.errors import UserError
+from tnnlm.errors import OS_PROBLEMS, UserError
 
 
 def check_parents(path: Path) -> None:
-    """Check that no parent of ``path`` is a file.
+    """Check that ``path`` can be created: its nearest existing parent is a folder that can be written to.
 
     Raises:
-        UserError: If the nearest existing parent is a file; the message contains its path.
+        UserError: If it can't; the message contains that parent.
     """
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise UserError(f"{path}: {existing} is a file, not a folder", "choose another path")
+    try:
+        # Permissions don't tell: root may write anywhere, but not to a read-only or a virtual file system.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _not_created(path, error, existing) from None
+
+
+def _not_created(path: Path, error: OSError, folder: Path) -> UserError:
+    """Return the error for a path that can't be created in ``folder``."""
+    known = OS_PROBLEMS.get(error.errno or 0)
+    if known is None:
+        return UserError(f"{path}: nothing can be created in {folder}", "choose another path")
+    return UserError(f"{path}: {known.reason} ({folder})", known.remedy)
+
+
+def make_parents(path: Path) -> None:
+    """Create the folder of ``path`` with its parents, as far as they don't exist.
+
+    Raises:
+        UserError: If the file system doesn't have folders that users create, such as ``/proc``.
+        OSError: If it can't for another reason, which :data:`OS_PROBLEMS` describes.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in OS_PROBLEMS:
+            raise
+        raise _not_created(path, error, path.parent) from None
 
 
 def check_folder(path: Path) -> None:
-    """Check that ``path`` is a folder, or can become one because neither it nor a parent is a file.
+    """Check that ``path`` is a folder, which may be read-only, or that it can be created.
 
     Raises:
-        UserError: If it can't.
+        UserError: If it is a file or can't be created.
     """
-    check_parents(path)
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        check_parents(path)
+    elif not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder", "choose another path")
 
 
@@ -46,7 +75,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the disk is full or the folder isn't writable; ``path`` is then unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -78,8 +107,12 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         path: Path of the finished folder.
         replace: Replace ``path`` if it exists when the block ends. If false, the existing folder is kept and
             the new one is discarded, which lets several processes build the same folder.
+
+    Raises:
+        UserError: If nothing can be created in the folder of ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(path)
+    check_parents(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
@@ -118,8 +151,12 @@ def only_process(path: Path, refusal: UserError) -> Iterator[None]:
     Args:
         path: File or folder to lock; it need not exist.
         refusal: Error to raise if another process holds the lock.
+
+    Raises:
+        UserError: If another process holds the lock, or the folder of ``path`` can't be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(path)
+    check_parents(path)
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file)
     try:

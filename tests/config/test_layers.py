@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tnnlm.config.loader import load_config
+from tnnlm.config.shipped import find_config
 from tnnlm.errors import ConfigError
 
 
@@ -57,3 +60,26 @@ def test_a_setting_of_another_kernel_is_reported_with_its_kernel() -> None:
         ConfigError, match=r"decay: unknown key .*; it is a setting of model\.kernel\.name=tno$"
     ):
         load_config(None, ["model.kernel.name=rtf", "model.kernel.decay=1"])
+
+
+def test_interpolation_in_the_place_of_a_key_is_named_whole() -> None:
+    with pytest.raises(ConfigError, match=r"^\$\{oc\.env:HOME\}: is no key \(command line\); use "):
+        load_config(None, ["${oc.env:HOME}=3"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("demo.yaml", "no such file, and not a shipped configuration; did you mean demo?"),
+        ("rtf_demmo", "no such file, and not a shipped configuration; did you mean rtf_demo?"),
+        ("runs", "is a folder, and not a shipped configuration; choose one of "),
+    ],
+)
+def test_configuration_that_is_no_file_is_refused(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        find_config(name)
+    assert str(caught.value).startswith(f"--config {name}: {expected}")

@@ -59,3 +59,27 @@ def test_a_file_in_the_place_of_a_folder_is_reported(script: Any) -> None:
     done = script("train", *SETTINGS, "trainer.max_steps=1", "trainer.sample_tokens=0")
     assert done.code == 0, done.err
     assert Path("runs/demo-2/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "blamed"),
+    [
+        (("trainer.accelerator=foo",), "trainer.accelerator=foo: expected one of auto, cpu, "),
+        (("trainer.strategy=foo",), "trainer.strategy=foo: expected one of auto, ddp, "),
+        (
+            ("task=classify", "data.source=listops", "model.n_classes=10", "model.pair=true"),
+            "model.pair=true: listops needs pair=false",
+        ),
+    ],
+)
+def test_dry_run_refuses_what_the_run_refuses(script: Any, words: tuple[str, ...], blamed: str) -> None:
+    for option in (("--dry-run",), ()):
+        assert_refused(script("train", *option, *words), f"error: {blamed}")
+    assert not Path("runs").exists()
+
+
+def test_steps_that_will_be_repeated_are_announced(script: Any, run_here: Path) -> None:
+    words = ("trainer.max_steps=9", "trainer.sample_tokens=0")
+    done = script("train", "--resume", "tiny", "--from", "previous", *words)
+    assert done.code == 0, done.err
+    assert "previous.ckpt is of step 0; steps 1 to " in done.out

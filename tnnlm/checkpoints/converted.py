@@ -129,7 +129,7 @@ def check_out_folder(folder: Path, force: bool) -> None:
 
     Raises:
         CheckpointError: If ``folder`` must not be written.
-        UserError: If a parent of ``folder`` is a file.
+        UserError: If ``folder`` can't be created, for example because a parent is a file.
     """
     if not folder.exists():
         if folder.is_symlink():

@@ -233,8 +233,13 @@ def search(config: Config) -> None:
 
 def show(config: Config, as_json: bool) -> None:
     """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
-    from tnnlm.training.estimate import estimate_run
+    from tnnlm.training.estimate import check_names, estimate_run
 
+    check_names(config)
+    if config.task == "classify":
+        from tnnlm.data.sequences.prepare import check_sequence_model
+
+        check_sequence_model(config)
     plan = estimate_run(config)
     if as_json:
         print(json.dumps({"config": asdict(config), **asdict(plan)}, indent=2))

@@ -156,6 +156,8 @@ def word_tree(text: str) -> Node:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{one_line(text)}: expected key=value, for example optim.lr=1e-3")
+    if "${" in key:
+        raise ConfigError(f"{one_line(key)}: is no key ({COMMAND_LINE})", "use interpolations in values only")
     node = word(value, COMMAND_LINE)
     for name in reversed(key.split(".")):
         node = Node({name: node}, COMMAND_LINE, Origin.WORD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from tnnlm.errors import ConfigError
@@ -28,12 +29,17 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: If the name is neither a path nor a shipped configuration.
     """
-    path = Path(name)
-    if path.suffix in _SUFFIXES or path.exists():
+    path, names = Path(name), shipped_names()
+    if path.is_file():
         return path
-    if name in shipped_names():
+    if name in names:
         return shipped_folder() / f"{name}.yaml"
+    known = path.with_suffix("").as_posix() if path.suffix in _SUFFIXES else name
+    near = difflib.get_close_matches(known, names, n=1, cutoff=0.75)
+    if path.suffix in _SUFFIXES and not near and not path.exists():
+        return path  # whose reader reports that it is missing
+    what = "is a folder" if path.is_dir() else "no such file"
     raise ConfigError(
-        f"--config {name}: no such file, and not a shipped configuration",
-        f"choose one of {', '.join(shipped_names())}",
+        f"--config {name}: {what}, and not a shipped configuration",
+        f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}",
     )

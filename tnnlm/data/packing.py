@@ -172,7 +172,6 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
 def _resumable_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to ``path`` if the block succeeds, and kept if it fails."""
     part = path.with_name(f"{path.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     refusal = DataError(f"{part}: another process prepares the same data", "wait until it finishes")
     with only_process(part, refusal):
         part.mkdir(exist_ok=True)

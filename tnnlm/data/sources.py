@@ -85,7 +85,7 @@ def cache_folder(config: DataConfig) -> Path:
     """Return the cache folder of prepared data: ``data.cache_dir``, $TNNLM_CACHE, or ~/.cache/tnnlm.
 
     Raises:
-        UserError: If it can't be a folder, because it or a parent is a file.
+        UserError: If it is a file, or doesn't exist and can't be created.
     """
     folder = Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
     check_folder(folder)

@@ -35,7 +35,7 @@ def check_state_path(path: Path) -> None:
 
     Raises:
         CheckpointError: If it is a folder.
-        UserError: If one of its parents is a file.
+        UserError: If it can't be created, for example because a parent is a file.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder", "give the name of a file")

@@ -94,12 +94,31 @@ def resolve_devices(config: Config) -> int:
     return torch.cuda.device_count() if on_gpu else 1
 
 
+def check_names(config: Config) -> None:
+    """Check that Lightning has a ``trainer.accelerator`` and a ``trainer.strategy`` of the given names.
+
+    Raises:
+        ConfigError: If it doesn't; the message lists the names.
+    """
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    for key, given, names in (
+        ("accelerator", config.trainer.accelerator, ["gpu", *AcceleratorRegistry.available_accelerators()]),
+        ("strategy", config.trainer.strategy, StrategyRegistry.available_strategies()),
+    ):
+        valid = ["auto", *sorted(names)]
+        if given not in valid:
+            raise ConfigError(f"trainer.{key}={given}: expected one of {', '.join(valid)}")
+
+
 def check_accelerator(config: Config) -> None:
     """Check that this machine has the GPUs that ``trainer.accelerator`` and ``trainer.devices`` request.
 
     Raises:
-        ConfigError: If there is no GPU, or fewer than requested.
+        ConfigError: If a name is unknown, or there is no GPU, or fewer than requested.
     """
+    check_names(config)
     name, devices = config.trainer.accelerator, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not found:

@@ -215,6 +215,24 @@ def begin_at(run: Path, source: Path, step: int) -> None:
     _trim_samples(run / "samples.txt", step)
 
 
+def repeated_steps(run: Path, checkpoint: Path | None, step: int) -> list[str]:
+    """Return a warning if a run resumes from an earlier checkpoint than last.ckpt; otherwise nothing.
+
+    Args:
+        run: Folder of the run.
+        checkpoint: Checkpoint to resume from; None for a new run.
+        step: Optimizer step of ``checkpoint``.
+    """
+    if checkpoint is None or checkpoint == run / LAST:
+        return []
+    try:
+        end = int(read_checkpoint(run / LAST)["global_step"])
+    except (CheckpointError, KeyError):  # last.ckpt is damaged, and how far it came is unknown
+        return []
+    repeated = f"steps {step + 1:,} to {end:,} will be repeated"
+    return [f"warning: {checkpoint} is of step {step:,}; {repeated}"] if end > step else []
+
+
 def _step(path: Path, verify: bool = True) -> int:
     """Return the step of a checkpoint that a run can be resumed from; ``verify`` reads its whole file.
 

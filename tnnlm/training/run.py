@@ -39,7 +39,7 @@ from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
-from tnnlm.training.resume import began, begin_at, check_resumable
+from tnnlm.training.resume import began, begin_at, check_resumable, repeated_steps
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
@@ -196,7 +196,8 @@ def _announce(config: Config, start: _Start) -> None:
         f"{start.folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
-    for shown in (line, *start.report.lines()):
+    repeated = repeated_steps(start.folder, start.checkpoint, start.step or 0)
+    for shown in (line, *repeated, *start.report.lines()):
         show_line(shown)
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps:

@@ -24,7 +24,7 @@ def check_absent(folder: Path) -> None:
 
     Raises:
         CheckpointError: If it exists: a run is never overwritten.
-        UserError: If a parent of it is a file.
+        UserError: If it can't be created, for example because a parent is a file.
     """
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(f"{folder}: already exists", "choose another --output")

@@ -37,12 +37,11 @@ def task_name(config: Config) -> str:
     return "listops" if config.data.source == "listops" else config.data.lra.task
 
 
-def check_sequences(config: Config) -> None:
-    """Check that the settings are consistent and that the source files exist, without reading them.
+def check_sequence_model(config: Config) -> None:
+    """Check that the model fits the classification task, without looking for its files.
 
     Raises:
-        ConfigError: If the model doesn't fit the task, or ``data.lra.folder`` isn't set.
-        DataError: If a file is missing.
+        ConfigError: If it doesn't.
     """
     name, model = task_name(config), config.model
     task = SEQUENCE_TASKS[name]
@@ -55,6 +54,18 @@ def check_sequences(config: Config) -> None:
             f"model.vocab_size={model.vocab_size}: {name} needs {task.n_symbols} symbols and a padding token",
             f"set it to {task.n_symbols + 1} or more",
         )
+
+
+def check_sequences(config: Config) -> None:
+    """Check that the settings are consistent and that the source files exist, without reading them.
+
+    Raises:
+        ConfigError: If the model doesn't fit the task, or ``data.lra.folder`` isn't set.
+        DataError: If a file is missing.
+    """
+    check_sequence_model(config)
+    name, model = task_name(config), config.model
+    task = SEQUENCE_TASKS[name]
     if config.data.source == "lra":
         if config.data.lra.folder is None:
             raise ConfigError(
