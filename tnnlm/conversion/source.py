@@ -39,6 +39,23 @@ class Source(NamedTuple):
     hold on T lags only, because the horizon was set below the length of the kernel."""
 
 
+SAMPLE = 8
+"""Number of channels that are tried first where all of them may take minutes."""
+
+
+def sampled(source: Source) -> Source:
+    """Return ``SAMPLE`` channels, or all if there are fewer, from the first to the last in equal distances.
+
+    The recurrence that the kernel defines is left out.
+    """
+    channels = len(source.k)
+    if channels <= SAMPLE:
+        return source._replace(own=None)
+    chosen = torch.linspace(0, channels - 1, SAMPLE, device=source.k.device).round().long()
+    decay, longer = (None if part is None else part[chosen] for part in (source.decay, source.longer))
+    return source._replace(k=source.k[chosen], decay=decay, longer=longer, own=None)
+
+
 class ToleranceError(UserError):
     """Tolerance that a method can't meet; ``reached`` is the smallest relative error it reached."""
 

@@ -98,7 +98,7 @@ def _companion_tail(params: CompanionParams, start: int) -> Tensor:
 
 
 def _energy(c: Tensor, a: Tensor) -> Tensor:
-    """Return the sums (E,) of squared taps of c(z) / (1 + a(z)), c and a (E, n); infinity if a pole is outside.
+    """Return the sums (E,) of squared taps of c(z) / (1 + a(z)), c and a (E, n); infinite if unstable.
 
     The recursion over the degree is that of Astrom, Jury and Agniel (1970), whose terms are never negative.
     """
