@@ -84,6 +84,23 @@ def test_multiply_adds_decide_between_nearly_equal_states_only() -> None:
     assert far.reason.startswith("smallest state")
 
 
+def test_poles_per_channel_are_chosen_where_they_are_cheaper_than_shared_ones() -> None:
+    r = torch.linspace(0.5, 0.95, 12, dtype=torch.float64)
+    k = (r[:, None] ** torch.arange(400)).float()
+    params, report = convert_taps(k, method="auto")
+    assert (report.method, report.order) == ("balanced", 1)
+    assert params.multiply_adds() == 12 * 6
+    assert report.relative_tap_error <= 1e-6
+
+
+def test_a_sample_decides_whether_a_second_form_of_a_method_is_tried() -> None:
+    k = torch.zeros(3, 40, dtype=torch.float64)
+    first = Attempt("balanced", "shared", lambda: modes(k, 4))
+    for count, made in ((4, 4), (3, 2)):
+        second = Attempt("balanced", "channel", lambda: modes(k, 2), lambda n=count: modes(k[:1], n))
+        assert choose(Source(k), 1e-3, [first, second]).params.residues.shape[2] == made
+
+
 def test_a_kernel_longer_than_the_horizon_is_refused_unless_the_horizon_was_set() -> None:
     model = CausalLM(tiny_config(kernel=TNOConfig(decay=1.0, rpe_dim=8, rpe_layers=1))).eval()
     with pytest.raises(UserError, match=r"layer 0: method auto: .* comes closest with a relative error"):

@@ -19,11 +19,14 @@ class Attempt(NamedTuple):
     """Conversion to try."""
 
     method: str
-    """Method, of which only the first attempt that meets the tolerance counts."""
+    """Method, of which the cheapest attempt that meets the tolerance counts."""
     label: str
     """Method with its variant, for messages."""
     run: Callable[[], Params]
     """Function that returns the recurrence, or raises a ``UserError``."""
+    sample: Callable[[], Params] | None = None
+    """Function that converts a few channels only, in little time. If an earlier attempt of the method has met
+    the tolerance, this one is made only if the sample takes a smaller state per channel."""
 
 
 def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> LayerConversion:
@@ -44,7 +47,8 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     missed: dict[str, float] = {}
     passed_over: list[str] = []
     for attempt in attempts:
-        if attempt.method in met:
+        known = met.get(attempt.method)
+        if known is not None and not _promising(attempt, known):
             continue
         try:
             params = attempt.run()
@@ -55,7 +59,8 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
             continue
         reached, lags = largest_error(source, params)
         if reached <= tolerance:
-            met[attempt.method] = params
+            forms = {"known": params if known is None else known, "new": params}
+            met[attempt.method] = forms[_cheapest(forms)[0]]
         else:
             missed[attempt.label] = reached
             passed_over.append(f"{attempt.label}: has a relative error of {reached:.1e} over {lags} lags")
@@ -73,6 +78,18 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     )
     reason = f"{decided} at tolerance {tolerance:g}: {table}"
     return LayerConversion(met[best], best, "; ".join([reason, *passed_over]))
+
+
+def _promising(attempt: Attempt, known: Params) -> bool:
+    """Return whether a sample of an attempt takes a smaller state per channel than a known recurrence."""
+    if attempt.sample is None:
+        return False
+    try:
+        few = attempt.sample()
+    except UserError:
+        return False
+    sizes = (recurrence.state_bytes(params) / len(params.taps(1)) for params in (few, known))
+    return next(sizes) < next(sizes)
 
 
 def _cheapest(met: dict[str, Params]) -> tuple[str, str]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.conversion.linalg import channel_blocks, compress, hankel_svd, row_scales
-from tnnlm.conversion.source import CLOSER, ToleranceError, relative_error
+from tnnlm.conversion.source import CLOSER, SAMPLE, ToleranceError, relative_error
 from tnnlm.ops.powers import pole_powers
 from tnnlm.ops.ssm import SSMParams
 
@@ -36,8 +36,6 @@ _STATE_BYTES = 1 << 28
 _SMALLEST_GAINS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Smallest singular values of the modes after the window, relative to the largest, in the order of trial.
 Modes with smaller ones are dropped, because they get large residues, which cancel each other in float32."""
-_SAMPLE = 8
-"""Number of channels that are tried first with per-channel poles."""
 LARGEST_POLE = 1 - 1e-7
 """Largest modulus of a pole. It is below 1 so that rounding errors in the state decay."""
 
@@ -139,9 +137,9 @@ def balanced(
         realization, n = _fit(problem, modes, tolerance)
         params = _shared(realization, n, tail)
     else:
-        if order is None and len(k) > _SAMPLE:
+        if order is None and len(k) > SAMPLE:
             # If the tolerance can't be met, a few channels show it at once; all of them take minutes.
-            chosen = torch.linspace(0, len(k) - 1, _SAMPLE, device=k.device).round().long()
+            chosen = torch.linspace(0, len(k) - 1, SAMPLE, device=k.device).round().long()
             balanced(k[chosen], tolerance=tolerance, poles=poles, window_taps=window_taps, finite=finite)
         width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
         fits = []

@@ -34,7 +34,8 @@ from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 
 EXTENT = 8
-"""Errors are measured up to this multiple of the horizon or of the training length, whichever is longer."""
+"""Errors are measured up to this multiple of the horizon or of the training length, whichever is longer, and
+at least up to the end of a finite kernel."""
 LARGEST_RATIO_ORDER = 256
 """No Hankel ratio is computed from this order on, because the singular value would be rounding error."""
 KV_CONTEXT = 2048
@@ -108,10 +109,12 @@ def certify_kernel(
         horizon: Number of lags that the recurrence is meant to match.
         max_length: Training length in steps.
     """
-    k, own = kernel(EXTENT * max(horizon, max_length)), kernel.recurrence()
+    own = kernel.recurrence()
+    k = kernel(max(EXTENT * max(horizon, max_length), kernel.support or 0))
     if not bool(torch.isfinite(k).all()):
         # The kernel grows without bound, for example because of poles outside the unit circle.
-        return replace(certify(k[:, :horizon], converted, horizon), tail_energy=1.0)
+        found = certify(k[:, :horizon], converted, horizon)
+        return replace(found, tail_energy=1.0, l1_error=math.inf)
     # A recurrence that the kernel defines is exact at every lag.
     same = own is not None and _equal(own.to_dtype(k.dtype), converted.params)
     return certify(k, converted, horizon, tail=None if same else kernel_tail(kernel, k, own))

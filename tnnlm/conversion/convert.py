@@ -54,7 +54,7 @@ def convert_kernel(
         UserError: If the taps are not finite, the settings don't fit them, or the tolerance can't be met.
     """
     with torch.no_grad():
-        k = kernel(2 * horizon)
+        k = kernel(max(2 * horizon, kernel.support or 0))
         finite = tail_energy(k, horizon) <= ROUNDING**2
         promised = finite or (recipe.method == "auto" and recipe.horizon == "auto")
         reach = max(2 * horizon, REACH * (max_length or horizon))

@@ -36,16 +36,25 @@ def auto_horizon(kernel: Kernel, start: int) -> int | None:
     """
     length = max(2 * start, 2)
     longest = max(length, 2 * MAX_HORIZON)
+    if kernel.support is not None:
+        # A finite kernel may have zeros in the middle, so that taps before its end say nothing about it.
+        horizon = _needed(kernel, kernel.support)[0]
+        return horizon if horizon <= longest // 2 else None
     while True:
-        with torch.no_grad():
-            k = kernel(length)
-        energy = (k.double() / row_scales(k)).square()
-        remaining = energy.flip(1).cumsum(1).flip(1)
-        needed = (remaining > ROUNDING**2 * remaining[:, :1]).sum(1)
-        horizon = max(1, int(needed.max()))
+        horizon, finite = _needed(kernel, length)
         # If the kernel has not decayed in the first half, it may extend past the evaluated length.
-        if horizon <= length // 2 and bool(torch.isfinite(remaining[:, 0]).all()):
+        if horizon <= length // 2 and finite:
             return horizon
         if length >= longest:
             return None
         length = min(2 * length, longest)
+
+
+@torch.no_grad()
+def _needed(kernel: Kernel, length: int) -> tuple[int, bool]:
+    """Return the smallest horizon among the first ``length`` lags, and whether their taps are finite."""
+    k = kernel(length)
+    energy = (k.double() / row_scales(k)).square()
+    remaining = energy.flip(1).cumsum(1).flip(1)
+    needed = (remaining > ROUNDING**2 * remaining[:, :1]).sum(1)
+    return max(1, int(needed.max())), bool(torch.isfinite(remaining[:, 0]).all())

@@ -14,7 +14,14 @@ from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
 from tnnlm.conversion.linalg import channel_blocks, power_of_two
 from tnnlm.conversion.progress import Progress, silent
-from tnnlm.conversion.source import CLOSER, LayerConversion, Source, ToleranceError, largest_error
+from tnnlm.conversion.source import (
+    CLOSER,
+    LayerConversion,
+    Source,
+    ToleranceError,
+    largest_error,
+    sampled,
+)
 from tnnlm.conversion.window import window
 from tnnlm.errors import UserError
 from tnnlm.ops.recurrence import Params
@@ -65,8 +72,10 @@ def _attempts(source: Source, recipe: ConversionConfig) -> list[Attempt]:
     if source.own is not None:
         name = source.own.METHOD
         found.append(Attempt(name, name, lambda: _own(source, name)))
+    few = sampled(reduced)
     for poles in ("shared", "channel"):
-        found.append(attempt("balanced", reduced, poles, f"balanced with {poles} poles"))
+        made = attempt("balanced", reduced, poles, f"balanced with {poles} poles")
+        found.append(made._replace(sample=attempt("balanced", few, poles).run))
     return found
 
 

@@ -40,7 +40,22 @@ class Source(NamedTuple):
 
 
 CLOSER = "raise the tolerance, or use --method auto or window, --window-taps or --poles channel"
-"""Remedy if ``balanced`` can't meet a tolerance; the methods that suit every kernel are named first."""
+"""Remedy if ``balanced`` can't meet a tolerance, with the methods that suit every kernel first."""
+SAMPLE = 8
+"""Number of channels that are tried first where all of them may take minutes."""
+
+
+def sampled(source: Source) -> Source:
+    """Return ``SAMPLE`` channels, or all if there are fewer, from the first to the last in equal distances.
+
+    The recurrence that the kernel defines is left out.
+    """
+    channels = len(source.k)
+    if channels <= SAMPLE:
+        return source._replace(own=None)
+    chosen = torch.linspace(0, channels - 1, SAMPLE, device=source.k.device).round().long()
+    decay, longer = (None if part is None else part[chosen] for part in (source.decay, source.longer))
+    return source._replace(k=source.k[chosen], decay=decay, longer=longer, own=None)
 
 
 class ToleranceError(UserError):

@@ -64,6 +64,11 @@ class Kernel(KeepsFloat32, ABC):
         return None
 
     @property
+    def support(self) -> int | None:
+        """Number of lags from which on every tap is zero by definition; None if the kernel never ends."""
+        return None
+
+    @property
     def decay(self) -> Tensor | None:
         """Decay of each channel, (E,), or None.
 

@@ -71,6 +71,11 @@ class HyenaKernel(Kernel):
         self.register_buffer("deltas", torch.linspace(first, last, n_channels))
         self.encoding = nn.Parameter(self._encode(self.bias)) if config.train_encoding else None
 
+    @property
+    def support(self) -> int:
+        """Length of the kernel, from which on its taps are zero."""
+        return self.length
+
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
         with torch.autocast(self.bias.device.type, enabled=False):

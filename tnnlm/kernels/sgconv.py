@@ -63,6 +63,11 @@ class SGConvKernel(Kernel):
             self.skip.zero_()
         self.skip.requires_grad_(False)
 
+    @property
+    def support(self) -> int:
+        """Length of the kernel, from which on its taps are zero."""
+        return self.length
+
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
         with torch.autocast(self.skip.device.type, enabled=False):
