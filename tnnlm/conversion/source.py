@@ -48,7 +48,7 @@ SAMPLE = 8
 def sampled(source: Source) -> Source:
     """Return ``SAMPLE`` channels, or all if there are fewer, from the first to the last in equal distances.
 
-    The recurrence that the kernel defines is left out.
+    The recurrence that the kernel defines is omitted.
     """
     channels = len(source.k)
     if channels <= SAMPLE:

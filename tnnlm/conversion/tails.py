@@ -78,7 +78,9 @@ def _ssm_tail(params: SSMParams, start: int) -> Tensor:
 
 
 def _companion_tail(params: CompanionParams, start: int) -> Tensor:
-    """Bound taps by a weighted energy: by Cauchy and Schwarz, for every r below 1,
+    """Bound taps by a weighted energy.
+
+    By the inequality of Cauchy and Schwarz, for every r below 1,
 
     sum_{i >= R} |h[i]| <= r^R sqrt(sum_i (h[i] / r^i)^2 / (1 - r^2)).
 

@@ -52,7 +52,7 @@ class Kernel(KeepsFloat32, ABC):
         """Return the first ``length`` taps of some channels, (E', ``length``).
 
         Kernels that can compute them without the other channels override this, which saves memory where a
-        process convolves only its own channels.
+        process convolves a part of the channels only.
         """
         return self(length)[channels]
 
