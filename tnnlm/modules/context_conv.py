@@ -13,8 +13,8 @@ from tnnlm.ops.toeplitz import toeplitz
 class ContextConv(LongConv):
     """:class:`LongConv` on a shard of the sequence, with the same weights and state-dict names.
 
-    Each process convolves all tokens of a share of the channels, so that the FFT stays whole. Gradients of the
-    kernel are those of this share; their sum over the group is that of the whole convolution.
+    Each process convolves all tokens of a share of the channels, so that the FFT stays whole. Gradients of
+    the kernel are those of this share; their sum over the group is that of the whole convolution.
     """
 
     def __init__(self, kernel: Kernel, group: ContextGroup) -> None:
