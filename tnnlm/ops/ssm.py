@@ -150,8 +150,8 @@ class SSMParams(NamedTuple):
     def tap_rounding(self, length: int) -> Tensor:
         """Return bounds (E, ``length``) of the rounding errors of :meth:`taps`.
 
-        Terms that cancel each other leave errors of the size of the terms. A sum of N terms has an error of at most
-        2 N roundings of the sum of their moduli, and powers of up to 3 for each product that they take.
+        Terms that cancel each other leave errors of the size of the terms. A sum of N terms has an error of
+        at most 2 N roundings of the sum of their moduli. Powers have up to 3 for each product that they take.
         """
         moduli = torch.hypot(*self.poles.double().unbind(-2)), torch.hypot(*self.residues.double().unbind(-2))
         poles, residues = (torch.stack((x, torch.zeros_like(x)), dim=-2) for x in moduli)
