@@ -23,7 +23,7 @@ from tnnlm.conversion.linalg import (
     hankel_singular_values,
     power_of_two,
 )
-from tnnlm.conversion.source import LayerConversion, difference
+from tnnlm.conversion.source import LayerConversion
 from tnnlm.conversion.tails import kernel_tail, recurrence_tail
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
@@ -179,12 +179,11 @@ def certify(
     l1 = torch.zeros(2, len(k), dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
         whole = torch.nn.functional.pad(block, (0, reach - k.shape[1])) / scale
-        own = params.channels_of(part)
-        missed = difference(whole, own, scale)
+        difference = whole - params.channels_of(part).taps(reach) / scale
         if error is not None:
-            error[part] = whole[:, :known] - own.taps(known) / scale
-        squares += torch.stack([x[:, :horizon].square().sum() for x in (missed, whole)])
-        l1[:, part] = torch.stack([x.abs().sum(1) for x in (missed, whole)])
+            error[part] = difference[:, :known]
+        squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, whole)])
+        l1[:, part] = torch.stack([x.abs().sum(1) for x in (difference, whole)])
         tail_share = max(tail_share, tail_energy(block, horizon))
     if tail is not None:
         l1[0] += (tail + recurrence_tail(params, reach)) / scale

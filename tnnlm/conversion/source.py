@@ -11,7 +11,6 @@ from torch import Tensor
 from tnnlm.conversion.linalg import channel_blocks, power_of_two, row_scales
 from tnnlm.errors import UserError
 from tnnlm.ops.recurrence import Params
-from tnnlm.ops.ssm import SSMParams
 
 
 class LayerConversion(NamedTuple):
@@ -59,24 +58,6 @@ def sampled(source: Source) -> Source:
     return source._replace(k=source.k[chosen], decay=decay, longer=longer, own=None)
 
 
-def difference(whole: Tensor, params: Params, scale: Tensor | float) -> Tensor:
-    """Return upper bounds (E, L) of the differences between taps and those of a recurrence, over ``scale``.
-
-    Rounding errors of the evaluation are added for parameters in float64: ETSC with a small decay has terms
-    that cancel. For parameters in float32 they are far below the rounding of the parameters.
-
-    Args:
-        whole: Taps (E, L) divided by ``scale``.
-        params: Recurrence of the same channels.
-        scale: Number, or numbers (E, 1), that both are divided by.
-    """
-    length = whole.shape[1]
-    missed = (whole - params.taps(length) / scale).abs()
-    if isinstance(params, SSMParams) and params.residues.dtype == torch.float64 and params.residues.shape[2]:
-        missed += params.tap_rounding(length) / scale
-    return missed
-
-
 class ToleranceError(UserError):
     """Tolerance that a method can't meet; ``reached`` is the smallest relative error it reached."""
 
@@ -104,8 +85,8 @@ def relative_error(k: Tensor, params: Params, length: int = 0, *, each: bool = F
     for part, block in channel_blocks(k):
         scale = row_scales(block) if each else common
         whole = torch.nn.functional.pad(block, (0, length - k.shape[1])) / scale
-        differences = difference(whole, params.channels_of(part), scale)
-        squares.append(torch.stack([x.square().sum(1) for x in (differences, whole)]))
+        difference = whole - params.channels_of(part).taps(length) / scale
+        squares.append(torch.stack([x.square().sum(1) for x in (difference, whole)]))
     missed, energy = torch.cat(squares, dim=1)
     if not each:
         missed, energy = missed.sum(), energy.sum()

@@ -147,18 +147,6 @@ class SSMParams(NamedTuple):
         k[:, :width] += self.window[:, :width].double()
         return k
 
-    def tap_rounding(self, length: int) -> Tensor:
-        """Return bounds (E, ``length``) of the rounding errors of :meth:`taps`.
-
-        Terms that cancel each other leave errors of the size of the terms. A sum of N terms has an error of
-        at most 2 N roundings of the sum of their moduli. Powers have up to 3 for each product that they take.
-        """
-        moduli = torch.hypot(*self.poles.double().unbind(-2)), torch.hypot(*self.residues.double().unbind(-2))
-        poles, residues = (torch.stack((x, torch.zeros_like(x)), dim=-2) for x in moduli)
-        terms = 2 * residues.shape[2] + 3 * max(length, 1).bit_length()
-        sizes = SSMParams(self.window.double().abs(), poles, residues).taps(length)
-        return sizes * (terms * torch.finfo(torch.float64).eps / 2)
-
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one step: per channel, six for each mode and one per window tap."""
         channels, _, modes = self.residues.shape
