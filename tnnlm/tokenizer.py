@@ -221,7 +221,7 @@ def _check_not_text(tokenizer: Tokenizer, token: str, setting: str) -> None:
         )
 
 
-def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
+def load_tokenizer(name: str, eos_token: str, setting: str = "data.eos_token") -> TextTokenizer:
     """Load a tokenizer from a tokenizer.json file or from the Hugging Face Hub.
 
     Hub tokenizers are downloaded once and then loaded from the hub's cache.
@@ -229,14 +229,31 @@ def load_tokenizer(name: str, eos_token: str) -> TextTokenizer:
     Args:
         name: Path of a tokenizer.json, or name of a repository on the hub.
         eos_token: End-of-document token.
+        setting: Setting or option that gives it, for errors.
 
     Raises:
         DataError: If the tokenizer doesn't exist, can't be read, or has no ``eos_token`` besides its
             ordinary text.
     """
-    tokenizer = _read_tokenizer(name)
-    _check_not_text(tokenizer, eos_token, "data.eos_token")
-    return TextTokenizer(tokenizer, eos_token, name)
+    return ended(_read_tokenizer(name), eos_token, name, setting)
+
+
+def ended(tokenizer: Tokenizer, eos_token: str, where: str, setting: str) -> TextTokenizer:
+    """Return a given tokenizer with its end-of-document token.
+
+    Args:
+        tokenizer: Tokenizer, which is changed in place.
+        eos_token: End-of-document token.
+        where: Place that error messages start with, usually the path.
+        setting: Setting or option that gives the token, for errors.
+
+    Raises:
+        DataError: If the tokenizer has no ``eos_token`` besides its ordinary text.
+    """
+    _check_not_text(tokenizer, eos_token, setting)
+    if tokenizer.token_to_id(eos_token) is None:
+        raise DataError(f"{where}: has no token {eos_token!r}", f"name its end token with {setting}")
+    return TextTokenizer(tokenizer, eos_token, where)
 
 
 def _read_tokenizer(name: str) -> Tokenizer:

@@ -63,6 +63,9 @@ def test_fairseq_checkpoint_is_read_and_its_settings_are_those_of_the_authors() 
     model = imported.config.model
     assert (model.vocab_size, model.d_model, model.n_layers, model.expand) == (31, 8, 2, 3)
     assert (model.final_norm, model.embed_scale, model.max_length) == ("layer", True, 77)
+    frozen = sum(tensor.numel() for name, tensor in imported.weights.items() if name.endswith(".decays"))
+    assert imported.n_params == sum(tensor.numel() for tensor in imported.weights.values()) - frozen
+    assert frozen > 0
     assert imported.config.model.kernel.decay == pytest.approx(0.99)  # type: ignore[attr-defined]
 
 
@@ -300,6 +303,30 @@ def test_missing_unexpected_and_misshapen_keys_are_listed() -> None:
     assert "unexpected" in message
     part = "decoder.layers.0.feature_mixer.l2.bias"
     assert "layers.0.feature_mixer.l1.bias" in damaged(lambda weights: weights.update({part: torch.ones(3)}))
+
+
+def test_all_missing_keys_are_counted_beside_other_problems() -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        for name in ("embed_tokens.weight", "layers.0.token_mixer.u_proj.weight", "layer_norm.weight"):
+            del weights[f"decoder.{name}"]
+        for name in [name for name in weights if "layers.1.feature_mixer" in name]:
+            del weights[name]
+        weights["decoder.extra"] = torch.ones(2)
+
+    message = damaged(change)
+    assert "it lacks decoder.embed_tokens.weight, decoder.layer_norm.weight, " in message
+    assert " and 4 more, it has the unexpected decoder.extra" in message
+
+
+def test_entries_that_are_no_floating_point_tensors_are_refused() -> None:
+    bias = "decoder.layers.1.token_mixer.o.bias"
+    integers = torch.ones(8, dtype=torch.int64)
+    assert f"not of floating point are {bias} (int64)" in damaged(
+        lambda weights: weights.update({bias: integers})
+    )
+    torch.save({"model": {**tnn_weights(), bias: [0.0] * 8}}, "list.pt")
+    with pytest.raises(CheckpointError, match=rf"it lacks {bias} \(is not a tensor\)"):
+        import_checkpoint(Path("list.pt"))
 
 
 def test_weights_that_are_not_finite_and_untied_heads_are_refused() -> None:

@@ -85,13 +85,22 @@ def test_imported_hyenadna_converts_generates_and_trains_on(import_: Any, script
         (["checkpoint_best.pt", *GIVEN, "a", "--eos-token", "</s>"], "name its end token with --eos-token"),
         (["text.txt", *GIVEN, "a"], "is not a checkpoint"),
         (["checkpoint_best.pt", *GIVEN, "a", "model.nothing=3"], "model.nothing: unknown key"),
-        (["checkpoint_best.pt", *GIVEN, "a", "model.glu_dim=9"], "[16, 8] instead of [18, 8]"),
+        (["checkpoint_best.pt", *GIVEN, "a", "model.glu_dim=9"], ": follows from the weights (8); omit it"),
+        (["checkpoint_best.pt", *GIVEN, "a", "name=foo"], "name=foo: is not a setting of the model"),
+        (["checkpoint_best.pt", *GIVEN, ""], "--output: is empty"),
+        (["checkpoint_best.pt", "--output", "a", "--tokenizer", ""], "--tokenizer: is empty"),
+        (["", *GIVEN, "a"], "SOURCE: is empty"),
+        (["checkpoint_best.pt", *GIVEN, "a", "--eos-token", "b"], "--eos-token=b: is ordinary text"),
+        (["checkpoint_best.pt", *GIVEN, "a", "--eos-token", ""], "has no token ''"),
+        (["dna.ckpt", "--output", "a", "--eos-token", "A"], "--eos-token=A: is ordinary text"),
+        (["dna.ckpt", "--output", "a", "--eos-token", "nope"], "name its end token with --eos-token"),
     ],
 )
 def test_unsuitable_input_is_refused_in_one_line(words: list[str], reason: str, import_: Any) -> None:
     write_fairseq()
     write_tokenizer(31)
     write_tokenizer(40, Path("large.json"))
+    torch.save(hyenadna_weights(8, length=40, width=6), "dna.ckpt")
     Path("text.txt").write_text("text")
     before = files_under(Path.cwd())
     refused = import_(*words)

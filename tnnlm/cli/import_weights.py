@@ -36,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = parser_of("import", __doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="Checkpoint: a file of torch.save, or .safetensors.")
+    add("source", type=_path, metavar="SOURCE", help="Checkpoint: a file of torch.save, or .safetensors.")
     add(
         "overrides",
         nargs="*",
@@ -49,10 +49,10 @@ def arguments() -> argparse.ArgumentParser:
         default=AUTO,
         help="Format of the checkpoint; auto recognises it by the keys. (default: auto)",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="Folder of the run, which must not exist.")
+    add("--output", type=_path, required=True, metavar="DIR", help="Folder of the run, which must not exist.")
     add(
         "--tokenizer",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="File tokenizer.json with the token ids of the model. (default: that of the format, if any)",
     )
@@ -62,6 +62,13 @@ def arguments() -> argparse.ArgumentParser:
         help="End-of-document token of the tokenizer. (default: that of the format, or <|endoftext|>)",
     )
     return parser
+
+
+def _path(word: str) -> Path:
+    """Return the path that a word is; an empty one would mean the current folder."""
+    if word == "":
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(word)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,8 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(imported.format, args.tokenizer, args.eos_token)
     write_run(args.output, args.source, imported, tokenizer)
     model = imported.config.model
-    parameters = sum(tensor.numel() for tensor in imported.weights.values())
     sizes = f"{model.n_layers} layers of width {model.d_model}"
-    print(f"{args.output}: {imported.format}, {parameters:,} weights, {sizes}")
+    print(f"{args.output}: {imported.format}, {imported.n_params:,} parameters, {sizes}")
     print(f"convert it with: {command('convert', args.output)}")
     return 0

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tnnlm.checkpoints.importers import hyenadna, rtf, sgconv, stripedhyena, tnn
-from tnnlm.checkpoints.importers.keys import Keys, Plan, translate
+from tnnlm.checkpoints.importers.keys import Keys, Plan, check_overrides, translate
 from tnnlm.checkpoints.importers.source import read_weights
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError
+from tnnlm.models.causal_lm import CausalLM
 
 AUTO = "auto"
 
@@ -49,6 +51,12 @@ class Imported(NamedTuple):
     weights: dict[str, Tensor]
     """Tensors by their names in the model."""
 
+    @property
+    def n_params(self) -> int:
+        """Number of trainable parameters, as a training run counts them: without frozen decays."""
+        with torch.device("meta"):
+            return CausalLM(self.config.model).n_params
+
 
 def import_checkpoint(path: Path, format: str = AUTO, overrides: Sequence[str] = ()) -> Imported:
     """Read and translate a checkpoint of another implementation.
@@ -62,10 +70,12 @@ def import_checkpoint(path: Path, format: str = AUTO, overrides: Sequence[str] =
         CheckpointError: If the file is damaged, carries code, or its keys or shapes don't fit the format.
         ConfigError: If an override is invalid.
     """
-    weights = read_weights(path)
-    name = recognise(weights, path) if format == AUTO else format
+    check_overrides(overrides)
+    source = read_weights(path)
+    name = recognise(source.weights, path) if format == AUTO else format
     title, _, plan = FORMATS[name]
-    config, made = translate(plan(Keys(weights, path, title)), weights, path, title, overrides)
+    keys = Keys(source, title)
+    config, made = translate(plan(keys), keys, overrides)
     return Imported(name, config, made)
 
 

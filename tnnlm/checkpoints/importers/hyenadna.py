@@ -25,7 +25,7 @@ def plan(keys: Keys) -> Plan:
     vocab_size, d_model = keys.shape(embedding, 2)
     first = f"{prefix}backbone.layers.0"
     channels, _ = keys.shape(f"{first}.mixer.in_proj.weight", 2)
-    if channels != 3 * d_model:
+    if channels != 3 * d_model and not keys.missing:
         raise CheckpointError(
             f"{keys.path}: has Hyena operators of order {channels // d_model - 1}, and order 2 is supported"
         )
@@ -60,6 +60,7 @@ def plan(keys: Keys) -> Plan:
         {"embedding.weight": Rule((embedding,))},
         {f"{prefix}lm_head.weight": embedding, "lm_head.weight": embedding},
         (r".*\.pos_emb\.t",),
+        ("model.max_length",),
     )
     made.linear("norm", f"{prefix}backbone.ln_f")
     for index in range(n_layers):

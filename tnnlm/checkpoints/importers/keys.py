@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tnnlm.checkpoints.importers.source import Source
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.models.causal_lm import CausalLM
 
-SHOWN = 4
+SHOWN = 5
 """Number of keys that an error message lists."""
 
 
@@ -46,6 +47,8 @@ class Plan:
     """Keys of tensors that must equal another one, with the key of that."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of keys without an effect on the outputs."""
+    free: tuple[str, ...] = ()
+    """Settings with a default from the weights, which an override may replace."""
     required: dict[str, str] = field(default_factory=dict)
     """Settings that the weights don't show and that have no default, with what to set them to."""
 
@@ -56,21 +59,23 @@ class Plan:
 
 
 class Keys:
-    """Tensors of a checkpoint, for questions about sizes that raise an error if a key is missing."""
+    """Tensors of a checkpoint, for questions about sizes; it notes the keys that they lack."""
 
-    def __init__(self, weights: Mapping[str, Tensor], path: Path, title: str) -> None:
-        self.weights = weights
-        self.path = path
+    def __init__(self, source: Source, title: str) -> None:
+        self.path, self.weights, self._others = source
         self.title = title
+        self.missing: set[str] = set()
+        """Requested keys that are missing."""
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """Return the shape of a tensor.
+        """Return the shape of a tensor; that of a missing one, which is noted, has the size 1 on each axis.
 
         Raises:
-            CheckpointError: If it is missing, has another number of axes, or is empty.
+            CheckpointError: If it has another number of axes, or is empty.
         """
         if key not in self.weights:
-            raise CheckpointError(f"{self.path}: is not a whole {self.title} checkpoint: it lacks {key}")
+            self.missing.add(key)
+            return (1,) * axes
         found = tuple(self.weights[key].shape)
         if len(found) != axes or 0 in found:
             raise CheckpointError(
@@ -78,6 +83,10 @@ class Keys:
                 "none of size 0"
             )
         return found
+
+    def named(self, key: str) -> str:
+        """Return a missing key for a message, marked if its value is not a tensor."""
+        return f"{key} (is not a tensor)" if key in self._others else key
 
     def count(self, pattern: str) -> int:
         """Return one more than the largest index that the group of ``pattern`` matches in any key."""
@@ -92,46 +101,78 @@ class Keys:
         return next((match[1] for match in found if match), "")
 
 
-def translate(
-    plan: Plan, weights: Mapping[str, Tensor], path: Path, title: str, overrides: Sequence[str]
-) -> tuple[Config, dict[str, Tensor]]:
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Check that overrides set the model alone: the run has no data, and nothing is trained.
+
+    Raises:
+        ConfigError: If one sets something else.
+    """
+    for word in overrides:
+        if "=" in word and not word.startswith("model."):
+            raise ConfigError(f"{word}: is not a setting of the model (model.*)", "omit it")
+
+
+def translate(plan: Plan, keys: Keys, overrides: Sequence[str]) -> tuple[Config, dict[str, Tensor]]:
     """Return the configuration and the tensors of the model that a checkpoint holds.
 
     Args:
         plan: Settings and key map.
-        weights: Tensors of the checkpoint.
-        path: Path of the checkpoint, for errors.
-        title: Name of the format, for errors.
+        keys: Tensors of the checkpoint.
         overrides: Settings ``key=value`` that the weights don't determine.
 
     Raises:
-        CheckpointError: If keys are missing, unexpected or of another shape; the message lists them.
-        ConfigError: If an override is invalid, or a setting that the weights don't show is not given.
+        CheckpointError: If keys are missing, unexpected or of another shape or type; the message lists them.
+        ConfigError: If an override is invalid or the weights show its setting, or a setting that they don't
+            show is not given.
     """
-    for key, what in plan.required.items():
-        if not any(word.startswith(f"{key}=") for word in overrides):
-            raise ConfigError(f"{key}: is not in the weights of {path}", f"set it to {what}")
+    _check_settings(plan, keys.path, overrides)
+    weights = keys.weights
     used = {key for rule in plan.rules.values() for key in rule.keys}
+    missing = (used | keys.missing) - {*weights}
     ignored = "|".join(plan.ignored)
-    unexpected = [key for key in weights if key not in used | {*plan.tied} and not re.fullmatch(ignored, key)]
-    missing = sorted(used - {*weights})
-    if missing:
-        raise _incomplete(path, title, lacks=missing, unexpected=unexpected)
+    problems = {
+        "it lacks": [keys.named(key) for key in sorted(missing)],
+        "it has the unexpected": [
+            key for key in weights if key not in used | {*plan.tied} and not re.fullmatch(ignored, key)
+        ],
+        "not of floating point are": [
+            f"{key} ({str(weights[key].dtype).removeprefix('torch.')})"
+            for key in sorted((used | {*plan.tied}) & {*weights})
+            if not weights[key].is_floating_point()
+        ],
+    }
+    if keys.missing:  # The sizes of the model are not known.
+        raise _incomplete(keys, problems)
     words = [f"{key}={_word(value)}" for key, value in plan.settings.items()]
     config = load_config(None, [*words, "data.source=files", "data.tokenizer=tokenizer.json", *overrides])
     with torch.device("meta"):
         expected = CausalLM(config.model).state_dict()
-    made = {name: _made(plan.rules[name], weights) for name in expected if name in plan.rules}
-    wrong = [
+    whole = {
+        name for name in expected if name in plan.rules and not missing.intersection(plan.rules[name].keys)
+    }
+    made = {name: _made(plan.rules[name], weights) for name in expected if name in whole}
+    problems["it lacks"] += [name for name in expected if name not in plan.rules]
+    problems["of another shape are"] = [
         f"{plan.rules[name].keys[0]} ({list(made[name].shape)} instead of {list(expected[name].shape)})"
         for name in made
         if made[name].shape != expected[name].shape
     ]
-    more = [name for name in expected if name not in made]
-    if wrong or unexpected or more:
-        raise _incomplete(path, title, lacks=more, unexpected=unexpected, wrong=wrong)
-    _check_tied(plan.tied, weights, path)
+    if any(problems.values()):
+        raise _incomplete(keys, problems)
+    _check_tied(plan.tied, weights, keys.path)
     return config, made
+
+
+def _check_settings(plan: Plan, path: Path, overrides: Sequence[str]) -> None:
+    """Check that overrides give the settings that the weights don't show, and no other value for the rest."""
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    for key, value in given.items():
+        shown = _word(plan.settings.get(key, value))
+        if value != shown and key not in plan.free:
+            raise ConfigError(f"{key}={value}: follows from the weights ({shown})", "omit it")
+    for key, what in plan.required.items():
+        if key not in given:
+            raise ConfigError(f"{key}: is not in the weights of {path}", f"set it to {what}")
 
 
 def _made(rule: Rule, weights: Mapping[str, Tensor]) -> Tensor:
@@ -150,18 +191,10 @@ def _check_tied(tied: Mapping[str, str], weights: Mapping[str, Tensor], path: Pa
             raise CheckpointError(f"{path}: {key} differs from {other}, and only tied heads are supported")
 
 
-def _incomplete(
-    path: Path,
-    title: str,
-    *,
-    lacks: Sequence[str],
-    unexpected: Sequence[str],
-    wrong: Sequence[str] = (),
-) -> CheckpointError:
-    """Return the error for a checkpoint with missing or unexpected keys, or tensors of another shape."""
-    found = {"it lacks": lacks, "it has the unexpected": unexpected, "of another shape are": wrong}
-    listed = ", ".join(f"{what} {_listed(keys)}" for what, keys in found.items() if keys)
-    return CheckpointError(f"{path}: is not a whole {title} checkpoint: {listed}")
+def _incomplete(keys: Keys, problems: Mapping[str, Sequence[str]]) -> CheckpointError:
+    """Return the error for a checkpoint with missing or unexpected keys, or tensors of another kind."""
+    listed = ", ".join(f"{what} {_listed(found)}" for what, found in problems.items() if found)
+    return CheckpointError(f"{keys.path}: is not a whole {keys.title} checkpoint: {listed}")
 
 
 def _listed(keys: Sequence[str]) -> str:

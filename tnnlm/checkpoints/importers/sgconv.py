@@ -34,6 +34,7 @@ def plan(keys: Keys) -> Plan:
         "model.kernel.length": kernel_dim << (scales - 1),
     }
     made.ignored = (r".*\.kernel_norm_initialized",)
+    made.free = ("model.kernel.length",)
 
     def powers(multiplier: Tensor) -> Tensor:
         """Return the amplitudes of the sub-kernels, (scales, E), of which the last is 1."""

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +30,17 @@ _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 """Name of the class or function that torch.load refused, in its error message."""
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+class Source(NamedTuple):
+    """Contents of a file of weights."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    """Tensors by key, on the CPU."""
+    others: frozenset[str] = frozenset()
+    """Keys of the same container whose values are not tensors."""
+
+
+def read_weights(path: Path) -> Source:
     """Return the weights of a file by key, on the CPU.
 
     Args:
@@ -43,14 +53,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    weights = _weights_in(data)
+    found = _weights_in(data)
+    weights = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(
             f"{path}: holds no weights", f"give a file of weights by name, or with them under {CONTAINERS[0]}"
         )
     for key, tensor in weights.items():
         _check_tensor(key, tensor, path)
-    return weights
+    return Source(path, weights, frozenset(found) - {*weights})
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -102,12 +113,12 @@ def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
         raise CheckpointError(f"{path}: {key} is not finite", "use another checkpoint")
 
 
-def _weights_in(data: Any) -> dict[str, Tensor]:
-    """Return the tensors of the innermost container of a checkpoint, by key."""
+def _weights_in(data: Any) -> dict[str, Any]:
+    """Return the contents of the innermost container of a checkpoint, by key."""
     for _ in range(NESTED):
         inner = next((data[name] for name in CONTAINERS if isinstance(data, Mapping) and name in data), None)
         if isinstance(inner, Mapping):
             data = inner
     if not isinstance(data, Mapping):
         return {}
-    return {key: t for key, t in data.items() if isinstance(key, str) and isinstance(t, Tensor)}
+    return {key: value for key, value in data.items() if isinstance(key, str)}

@@ -50,6 +50,7 @@ def plan(keys: Keys) -> Plan:
         {"embedding.weight": Rule((embedding,))},
         {f"{prefix}output_projection.weight": embedding},
         (r".*\.version", r".*embed_positions\._float_tensor", r".*_norm\.scale"),
+        ("model.embed_scale",),
     )
     if published:
         for part in ("weight", "bias"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tnnlm.errors import DataError
-from tnnlm.tokenizer import TextTokenizer
+from tnnlm.tokenizer import TextTokenizer, ended
+from tnnlm.tokenizer import load_tokenizer as read_tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
 """Default of ``--eos-token``."""
@@ -27,24 +28,17 @@ def load_tokenizer(format: str, path: Path | None, eos_token: str | None) -> Tex
 
     Raises:
         DataError: If no tokenizer is given and the format has none, or the file is not a tokenizer.json, or
-            the tokenizer lacks the token.
+            the tokenizer lacks the token or has it as ordinary text only.
     """
     if path is None and format == "hyenadna":
-        return TextTokenizer(_letters(), eos_token or DNA_EOS_TOKEN)
+        token = DNA_EOS_TOKEN if eos_token is None else eos_token
+        return ended(_letters(), token, f"--format {format}", "--eos-token")
     if path is None:
         raise DataError(f"--format {format}: the checkpoint has no tokenizer", "give one with --tokenizer")
     if not path.is_file():
         raise DataError(f"{path}: no such file", "give a tokenizer.json with --tokenizer")
-    token = eos_token or EOS_TOKEN
-    try:
-        text = path.read_text(encoding="utf-8")
-        return TextTokenizer.from_json(text, token, str(path))
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a tokenizer.json: is not UTF-8 text") from None
-    except DataError as error:
-        if "has no token" in error.reason:
-            raise DataError(error.reason, "name its end token with --eos-token") from None
-        raise
+    token = EOS_TOKEN if eos_token is None else eos_token
+    return read_tokenizer(str(path), token, "--eos-token")
 
 
 def _letters() -> Tokenizer:
