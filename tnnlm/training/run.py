@@ -29,17 +29,18 @@ from tnnlm.files import check_parents, only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.announce import announce
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
 from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
-from tnnlm.training.estimate import check_accelerator, check_devices, estimate_run
+from tnnlm.training.estimate import check_accelerator, check_devices
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
-from tnnlm.training.resume import began, begin_at, check_resumable, repeated_steps
+from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
@@ -119,7 +120,7 @@ def _train(
     if initial is not None and start.step is None:
         initial.copy_to(module.model)
     if trainer.global_rank == 0:
-        _announce(config, start)
+        announce(config, start.folder, start.report, start.checkpoint, start.step)
         if start.step is None:
             _record(config, start, job)
     _fit(trainer, module, data, start.checkpoint, last)
@@ -186,25 +187,6 @@ def _build(
         if new and is_main_process():
             shutil.rmtree(start.folder)
         raise
-
-
-def _announce(config: Config, start: _Start) -> None:
-    """Print the sizes of the run and its data."""
-    plan = estimate_run(config)
-    resumed = "" if start.step is None else f", continuing at step {start.step}"
-    line = (
-        f"{start.folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
-        f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
-    )
-    repeated = repeated_steps(start.folder, start.checkpoint, start.step or 0)
-    for shown in (line, *repeated, *start.report.lines()):
-        show_line(shown)
-    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
-    if warmup > steps:
-        show_line(
-            f"warning: optim.warmup_steps={warmup:,} is above trainer.max_steps={steps:,}; the learning rate "
-            f"only reaches {steps / warmup:.0%} of optim.lr"
-        )
 
 
 def _record(config: Config, start: _Start, job: str | None) -> None:
