@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import TaskID
 
+from tests.support.models import FAMILIES
 from tests.support.scripts import assert_refused
 from tests.support.training_runs import SETTINGS, tiny_run
 from tnnlm.training.callbacks.progress import TrainingBar
@@ -61,6 +62,22 @@ def test_a_run_shorter_than_the_logging_interval_is_logged(capsys: pytest.Captur
     )
     assert " s with validation, " in out
     assert " tokens/s without it (median)\n" in out
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "warned"),
+    [("tno", "etsc", False), ("sgconv", "etsc", True), ("sgconv", "window", False)],
+)
+def test_a_recurrence_that_ends_with_the_horizon_is_reported(
+    family: str, method: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run("trainer.max_steps=1", "trainer.sample_tokens=0", f"conversion.method={method}")
+    config.model.kernel = FAMILIES[family]()
+    train(config)
+    out = capsys.readouterr().out
+    assert ("is exact below its horizon only, because the kernel sgconv has no decay" in out) is warned
+    hint = "next: python convert.py runs/demo"
+    assert f"{hint} && " in out if family == "tno" else f"{hint} --method auto && " in out
 
 
 def test_a_warm_up_within_the_run_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:

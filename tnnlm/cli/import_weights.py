@@ -86,5 +86,6 @@ def main(words: Sequence[str] | None = None) -> int:
     model = imported.config.model
     sizes = f"{model.n_layers} layers of width {model.d_model}"
     print(f"{args.output}: {imported.format}, {imported.n_params:,} parameters, {sizes}")
-    print(f"convert it with: {command('convert', args.output)}")
+    recipe = [] if imported.all_decay else ["--method", "auto"]
+    print(f"convert it with: {command('convert', args.output, *recipe)}")
     return 0

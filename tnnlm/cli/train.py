@@ -233,9 +233,11 @@ def search(config: Config) -> None:
 
 def show(config: Config, as_json: bool) -> None:
     """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
+    from tnnlm.conversion.companion import check_training
     from tnnlm.training.estimate import check_names, estimate_run
 
     check_names(config)
+    check_training(config)
     if config.task == "classify":
         from tnnlm.data.sequences.prepare import check_sequence_model
 

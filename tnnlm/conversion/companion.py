@@ -54,7 +54,7 @@ def companion(own: Params | None) -> Params:
     return type(own)(*(part.detach().clone() for part in own))
 
 
-def check_kernel(kernel: Kernel, name: str, method: str, setting: str) -> None:
+def check_kernel(kernel: Kernel, name: str, method: str, setting: str, remedy: str = OTHERS) -> None:
     """Check that a kernel defines the recurrence that a method of ``OWN_METHODS`` uses.
 
     Args:
@@ -62,6 +62,7 @@ def check_kernel(kernel: Kernel, name: str, method: str, setting: str) -> None:
         name: Name under which it is registered.
         method: Conversion method.
         setting: Setting or option, with its value, that asks for the method.
+        remedy: Remedy in the error message.
 
     Raises:
         UserError: If the kernel defines none.
@@ -69,7 +70,7 @@ def check_kernel(kernel: Kernel, name: str, method: str, setting: str) -> None:
     with torch.no_grad():
         own = kernel.recurrence()
     if own is None or method != own.METHOD:
-        raise UserError(f"{setting}: the kernel {name} defines no such recurrence", OTHERS)
+        raise UserError(f"{setting}: the kernel {name} defines no such recurrence", remedy)
 
 
 def check_training(config: Config) -> None:
@@ -83,7 +84,8 @@ def check_training(config: Config) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         kernel = build_kernel(model.kernel, model.expand * model.d_model, model.max_length)
-    check_kernel(kernel, model.kernel.name, method, f"conversion.method={method}")
+    remedy = "use conversion.method=auto or window"
+    check_kernel(kernel, model.kernel.name, method, f"conversion.method={method}", remedy)
 
 
 def _disagreement(own: Params) -> float:

@@ -43,6 +43,14 @@ def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
     return converted.eval().requires_grad_(False)
 
 
+def all_decay(model: nn.Module) -> bool:
+    """Return whether every kernel of a model in its parallel form states a decay.
+
+    Kernels that don't may end abruptly, as those of finite length do, and have no small balanced recurrence.
+    """
+    return all(kernel.decay is not None for kernel in kernels(model))
+
+
 @contextmanager
 def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterator[CausalLM]:
     """Replace the convolutions of ``model`` by the given recurrences within a ``with`` block.

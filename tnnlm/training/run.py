@@ -28,6 +28,7 @@ from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
 from tnnlm.files import check_parents, only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
+from tnnlm.models.surgery import all_decay
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.announce import announce
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
@@ -120,7 +121,7 @@ def _train(
     if initial is not None and start.step is None:
         initial.copy_to(module.model)
     if trainer.global_rank == 0:
-        announce(config, start.folder, start.report, start.checkpoint, start.step)
+        announce(config, module.model, start.folder, start.report, start.checkpoint, start.step)
         if start.step is None:
             _record(config, start, job)
     _fit(trainer, module, data, start.checkpoint, last)
@@ -231,7 +232,8 @@ def _summarise(
         plot_loss(folder)
     for name, reason in failures.items():
         show_line(f"warning: {folder / name}: {reason}")
-    show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console())
+    recipe = [] if not task.converts or all_decay(module.model) else ["--method", "auto"]
+    show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console(), recipe)
     return summary
 
 

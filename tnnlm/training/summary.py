@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,23 @@ def plot_loss(run: Path) -> None:
 
 
 def show_summary(
-    run: Path, summary: dict[str, Any], task: type[ValidationTask], prompt: str, console: Console
+    run: Path,
+    summary: dict[str, Any],
+    task: type[ValidationTask],
+    prompt: str,
+    console: Console,
+    recipe: Sequence[str] = (),
 ) -> None:
-    """Print the table of metrics, the paths of the outputs and the next command."""
+    """Print the table of metrics, the paths of the outputs and the next command.
+
+    Args:
+        run: Folder of the run.
+        summary: Content of summary.json.
+        task: Task of the run.
+        prompt: Prompt of the command that generates text.
+        console: Console to print to.
+        recipe: Options of the conversion that suit the kernel.
+    """
     console.print(_parallel_and_recurrent(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
@@ -123,7 +138,7 @@ def show_summary(
         f"{summary['train_seconds']:.0f} s with validation"
         + (f", {speed:,.0f} tokens/s without it (median)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
-        f"next: {command('convert', run, *again)} && "
+        f"next: {command('convert', run, *recipe, *again)} && "
         f"{command('generate', '--model', run, '--prompt', prompt)}"
         if task.converts
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",

@@ -16,6 +16,7 @@ from tnnlm.checkpoints.importers.source import read_weights
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import all_decay
 
 AUTO = "auto"
 
@@ -54,8 +55,16 @@ class Imported(NamedTuple):
     @property
     def n_params(self) -> int:
         """Number of trainable parameters, as a training run counts them: without frozen decays."""
+        return self._empty_model().n_params
+
+    @property
+    def all_decay(self) -> bool:
+        """Whether every kernel states a decay; see :func:`tnnlm.models.surgery.all_decay`."""
+        return all_decay(self._empty_model())
+
+    def _empty_model(self) -> CausalLM:
         with torch.device("meta"):
-            return CausalLM(self.config.model).n_params
+            return CausalLM(self.config.model)
 
 
 def import_checkpoint(path: Path, format: str = AUTO, overrides: Sequence[str] = ()) -> Imported:
