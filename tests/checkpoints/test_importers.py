@@ -434,3 +434,22 @@ def test_run_records_the_origin_of_its_weights() -> None:
     write_run(Path("runs/tnn"), source, import_checkpoint(source), tokenizer)
     record = json.loads(Path("runs/tnn/import.json").read_text())
     assert (record["format"], record["source"], len(record["sha256"])) == ("tnn", source.name, 64)
+
+
+def test_weights_of_8_bits_are_imported_in_float32() -> None:
+    weights = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tnn_weights().items()}
+    weights["decoder.output_projection.weight"] = weights["decoder.embed_tokens.weight"].clone()
+    save_file(weights, "tnn.safetensors")
+    imported = import_checkpoint(Path("tnn.safetensors"))
+    expected = weights["decoder.embed_tokens.weight"].float()
+    torch.testing.assert_close(imported.weights["embedding.weight"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("decay", [1.5, 0.0, -0.5])
+def test_a_decay_of_any_channel_and_layer_that_is_out_of_range_is_refused(decay: float) -> None:
+    weights = tnn_weights()
+    key = "decoder.layers.1.token_mixer.toep.gamma"
+    weights[key].flatten()[-1] = decay
+    save_file(weights, "tnn.safetensors")
+    with pytest.raises(CheckpointError, match=f"{key} has decays that are not above 0 and at most 1"):
+        import_checkpoint(Path("tnn.safetensors"))

@@ -11,6 +11,7 @@ import re
 from torch import Tensor
 
 from tnnlm.checkpoints.importers.keys import Keys, Plan, Rule
+from tnnlm.errors import CheckpointError
 
 MARK = r"layers\.\d+\.token_mixer\.toep\."
 """Key that only this format has, after a prefix."""
@@ -20,7 +21,7 @@ def plan(keys: Keys) -> Plan:
     """Return the settings and the key map of a checkpoint.
 
     Raises:
-        CheckpointError: If a key that determines a size is missing.
+        CheckpointError: If a key that determines a size is missing, or a decay is not above 0 and at most 1.
     """
     prefix = keys.prefix(r"layers\.\d+\.token_mixer\.")
     embedding = f"{prefix}embed_tokens.weight"
@@ -31,6 +32,10 @@ def plan(keys: Keys) -> Plan:
     glu_dim, _ = keys.shape(f"{first}.feature_mixer.l1.weight", 2)
     n_layers = keys.count(rf"{re.escape(prefix)}layers\.(\d+)\.")
     rpe_layers = keys.count(rf"{re.escape(prefix)}layers\.\d+\.token_mixer\.toep\.rpe\.layers\.(\d+)\.")
+    for key, tensor in keys.weights.items():
+        values = tensor.float()  # types of 8 bits have no comparisons
+        if key.endswith(".toep.gamma") and not bool(((values > 0) & (values <= 1)).all() and values.numel()):
+            raise CheckpointError(f"{keys.path}: {key} has decays that are not above 0 and at most 1")
     gamma = keys.weights.get(f"{first}.token_mixer.toep.gamma")
     published = f"{prefix}layer_norm.weight" in keys.weights or prefix == "decoder."
     made = Plan(
@@ -45,7 +50,7 @@ def plan(keys: Keys) -> Plan:
             "model.kernel.name": "tno",
             "model.kernel.rpe_dim": rpe_dim,
             "model.kernel.rpe_layers": rpe_layers,
-            "model.kernel.decay": 1.0 if gamma is None else float(gamma.flatten()[:1].sum()),
+            "model.kernel.decay": 1.0 if gamma is None else float(gamma.flatten()[0]),
         },
         {"embedding.weight": Rule((embedding,))},
         {f"{prefix}output_projection.weight": embedding},
