@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config, DataConfig
@@ -45,16 +45,7 @@ def model_card(
         tags=["tnnlm", _line(config.model.kernel.name), "long-convolution", "recurrent"],
         datasets=_public_data(config.data) if step else None,
     )
-    # The card is Markdown, so HTML is not escaped; the filters `line` and `code` keep values on one line.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"line": _line, "code": _code}
-    return environment.get_template(TEMPLATE.name).render(
+    return _template().render(
         metadata=metadata.to_yaml(),
         license=license,
         name=config.name,
@@ -83,6 +74,19 @@ def model_card(
         note=note or "no validation data was available",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],
     )
+
+
+def _template() -> Template:
+    # The card is Markdown, so HTML is not escaped; the filters `line` and `code` keep values on one line.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"line": _line, "code": _code}
+    return environment.get_template(TEMPLATE.name)
 
 
 def _line(text: str) -> str:
