@@ -105,6 +105,7 @@ def plot_loss(run: Path) -> None:
     axis.set(xlabel="optimizer step", ylabel=f"nats per {unit}")
     axis.set_title(run.name, parse_math=False)
     axis.grid(alpha=0.3)
+    axis.margins(y=0.15)  # The annotation is below the last point, which is the lowest in most runs.
     if train or val:
         axis.legend()
     with atomic_file(run / "loss.png") as temporary:
