@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import threading
 from argparse import Namespace
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tests.support.imported import (
 )
 from tests.support.models import run_steps
 from tests.support.reference import reference
+from tests.support.scripts import ROOT
 from tnnlm.checkpoints.importers.formats import Imported, import_checkpoint
 from tnnlm.checkpoints.importers.run import write_run
 from tnnlm.checkpoints.importers.source import read_weights
@@ -453,3 +455,26 @@ def test_a_decay_of_any_channel_and_layer_that_is_out_of_range_is_refused(decay:
     save_file(weights, "tnn.safetensors")
     with pytest.raises(CheckpointError, match=f"{key} has decays that are not above 0 and at most 1"):
         import_checkpoint(Path("tnn.safetensors"))
+
+
+def test_documented_keys_are_those_of_the_formats() -> None:
+    page = (ROOT / "docs/how-to/import.md").read_text(encoding="utf-8")
+    section = page.partition("## Keys and shapes\n")[2].partition("## Tokenizer")[0]
+    names = re.findall(r"`(\w[\w.]*(?:\.\*)?)`", section)
+    pattern = {
+        name: re.escape(name)
+        .replace(r"\.\*", r"\.(weight|bias)")
+        .replace(r"\.N\.", r"\.\d+\.")
+        .replace(r"\.M", r"\.\d+")
+        for name in names
+        if "." in name.removesuffix(".*") or name.endswith(".*")
+    }
+    keys = {*tnn_weights(""), *hyenadna_weights()}
+    weights, (rtf, _) = reference("sgconv_pow2")[0], reference("rtf")
+    sgconv = {name.removeprefix("weights."): t for name, t in weights.items() if name.startswith("weights.")}
+    keys |= {*stack_weights(sgconv, 5, gated=True)}
+    keys |= {*stack_weights({f"layer.{name}": rtf[name] for name in ("ab", "h_0")}, 6, gated=True)}
+    shown = {key: [name for name in pattern if re.fullmatch(f"(.*\\.)?{pattern[name]}", key)] for key in keys}
+    assert {name for found in shown.values() for name in found} == set(pattern)
+    tied_or_ignored = r"(.*\.)?(lm_head\.weight|decoder\.0\..*|kernel_norm_initialized|pos_emb\.t)"
+    assert all(found or re.fullmatch(tied_or_ignored, key) for key, found in shown.items())
