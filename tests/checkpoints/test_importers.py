@@ -405,6 +405,25 @@ def test_files_without_known_weights_are_refused() -> None:
             import_checkpoint(Path(name))
 
 
+def test_two_threads_read_options_at_once() -> None:
+    source = write_fairseq()
+    errors: list[str] = []
+
+    def read() -> None:
+        try:
+            for _ in range(50):
+                read_weights(source)
+        except UserError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
 def test_two_imports_to_one_folder_have_one_winner() -> None:
     source = write_fairseq()
     tokenizer = load_tokenizer("tnn", write_tokenizer(31), None)

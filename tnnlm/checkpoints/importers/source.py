@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ NESTED = 3
 """Maximum number of containers around the weights; a container may contain itself."""
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 """Name of the class or function that torch.load refused, in its error message."""
+_ALLOWING = threading.Lock()
+"""Held while argparse.Namespace may be read: the list of permitted classes belongs to the process, so a thread
+that leaves would withdraw the permission from one that still reads."""
 
 
 class Source(NamedTuple):
@@ -75,7 +79,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             _check_sums(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with _ALLOWING, torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the version of the pickle, which fails below if not read
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
