@@ -51,6 +51,7 @@ RULES = {
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
     "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
+    "coverage": Allowed("tokenizer", "tokenizers"),
     "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
@@ -61,12 +62,12 @@ RULES = {
         "errors files tokenizer ops modules config models", "torch safetensors tokenizers"
     ),
     "data": Allowed(
-        "errors files tokenizer config models",
+        "errors files tokenizer coverage config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
-        "errors files machine tokenizer ops models checkpoints", "torch safetensors onnxscript"
+        "errors files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
     ),
     "training": Allowed(
         "errors files machine tokenizer ops kernels modules config models evaluation checkpoints data "

@@ -28,6 +28,7 @@ from tnnlm.data.arrow_text import Documents, remove_scratch
 from tnnlm.data.chunks import CountedText, batches_of, chunks_of, line_batches_of
 from tnnlm.data.progress import at_terminal, progress, reported
 from tnnlm.data.report import DataReport, SplitInfo
+from tnnlm.data.sampled_coverage import sampled_coverage
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.data.text import TextHash, words_in
 from tnnlm.errors import DataError
@@ -211,6 +212,9 @@ def _tokenize(
     }
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     report = replace(corpus.report, splits=splits, protocol=config.protocol)
+    if given is not None:  # A trained one is byte-level: it reproduces every text.
+        found = sampled_coverage(tokenizer, (corpus.train, corpus.val), config.protocol)
+        report = replace(report, checked=found.characters, unknown=found.unknown, changed=found.changed)
     write_text(folder / "meta.json", json.dumps(report.to_dict()))
 
 

@@ -14,6 +14,9 @@ from tnnlm.files import write_text
 
 REPORT = "data.json"
 """Name of the report in the folder of a run."""
+LOSSY = 1e-3
+"""Largest share of characters that a tokenizer may lose for which bits per byte are still reported: single
+characters that it normalises hardly change them."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,21 @@ class DataReport:
     """Validation or test documents that equal a training document, which only published splits contain."""
     without_text: list[str] = field(default_factory=list)
     """Names of files that contain no document."""
+    checked: int = 0
+    """Sampled characters that the tokenizer was checked with; 0 for one that was trained on this data."""
+    unknown: int = 0
+    """Sampled characters that the tokenizer replaces by its unknown token, or drops."""
+    changed: int = 0
+    """Other sampled characters that differ in the decoded tokens, such as capitals and line ends."""
     eos_token: str = ""
     protocol: str = "documents"
     """``data.protocol``: where end tokens are, and which tokens are scored."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the tokens don't tell the text, so that bits per byte would be those of another text."""
+        return self.unknown + self.changed > LOSSY * self.checked
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -106,6 +120,12 @@ class DataReport:
             yield "protocol fairseq: an end token per line, every validation token is scored"
         if self.without_text:
             yield f"warning: {', '.join(self.without_text)}: contains no text, skipped"
+        if self.unknown or self.changed:
+            consequence = "; val/bpb is not reported, because the tokens don't tell the text"
+            yield (
+                f"warning: of {self.checked:,} sampled characters, {self.unknown:,} are unknown to the "
+                f"tokenizer and {self.changed:,} others changed by it{consequence if self.lossy else ''}"
+            )
         if self.shared:
             yield f"warning: {count(self.shared, self.unit)} of other splits equal training {self.unit}s"
 

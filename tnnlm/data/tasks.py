@@ -64,8 +64,9 @@ class TaskData(NamedTuple):
     tokenizer: TextTokenizer
     report: DataReport
     """Report of the data set."""
-    bytes_per_token: float
-    """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text."""
+    bytes_per_token: float | None
+    """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text. None if the tokens
+    don't tell the text, see :attr:`~tnnlm.data.report.DataReport.lossy`."""
     tokens_per_word: float | None = None
     """Tokens per word of the text that is validated on, for perplexity per word; None if it is unknown."""
     resampled: bool = False
@@ -86,7 +87,7 @@ def _open_text(config: Config) -> TaskData:
     """Open the data of a causal model: rows (L + 1,) that hold inputs and targets in one tensor."""
     corpus = prepare(config.data, config.model.vocab_size, config.seed)
     train, val = split_rows(corpus, config)
-    n_bytes = bytes_per_scored_token(corpus, val, "val")
+    n_bytes = None if corpus.report.lossy else bytes_per_scored_token(corpus, val, "val")
     per_word = corpus.val.tokens_per_word
     return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes, per_word)
 

@@ -243,7 +243,7 @@ class LitModel(lightning.LightningModule):
         sizes = (None,) if data is None else (data.opened.bytes_per_token, data.opened.tokens_per_word)
         values = self.task.results(*sizes) | self._memory
         if data is not None:
-            self._write(values, self.task.shown())
+            self._write(values, tuple(name for name in self.task.shown() if name in values))
             return
         for name, value in values.items():
             shown = name in self.task.shown()

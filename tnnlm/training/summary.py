@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,19 @@ def plot_loss(run: Path) -> None:
         return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
 
     train, val = curve("train/loss"), curve("val/loss")
-    bits, recurrent = curve("val/bpb"), curve("val/bpb_recurrent")
+    bits, recurrent = curve("val/bpb"), curve("val/ppl_recurrent")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     if train:
         axis.plot(list(train), list(train.values()), color="#9ecae1", linewidth=1, label="training")
     if val:
-        label = "validation, parallel" if bits else "validation"
+        label = "validation, parallel" if recurrent else "validation"
         axis.plot(list(val), list(val.values()), "o-", color="#08519c", label=label)
         step, loss = list(val.items())[-1]
         reached = f"{bits[step]:.3f} bits per byte" if bits else f"{loss:.3f}"
         axis.annotate(reached, (step, loss), xytext=(4, -22), textcoords="offset points", ha="right")
     if recurrent:
-        losses = [val[step] * value / bits[step] for step, value in recurrent.items()]
+        losses = [math.log(value) for value in recurrent.values()]
         label = "validation, recurrent"
         axis.plot(list(recurrent), losses, "x", color="#e6550d", markersize=9, label=label)
     unit = "sequence" if curve("val/accuracy") else "token"
