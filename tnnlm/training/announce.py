@@ -7,8 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from tnnlm.config.schema import Config
+from tnnlm.conversion.companion import OWN_METHODS
+from tnnlm.conversion.horizon import auto_horizon
 from tnnlm.data.report import DataReport
-from tnnlm.models.surgery import all_decay
+from tnnlm.models.surgery import all_decay, kernels
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import repeated_steps
@@ -47,9 +49,27 @@ def announce(
             f"warning: optim.warmup_steps={warmup:,} is above trainer.max_steps={steps:,}; the learning rate "
             f"only reaches {steps / warmup:.0%} of optim.lr"
         )
+    if (short := _short_horizon(config, model)) is not None:
+        show_line(short)
     if config.task == "causal" and config.conversion.method == "etsc" and not all_decay(model):
         show_line(
             "warning: the recurrence in checkpoints (conversion.method=etsc) is exact below its horizon "
             f"only, because the kernel {config.model.kernel.name} has no decay; conversion.method=auto keeps "
             "its tolerance on longer texts"
         )
+
+
+def _short_horizon(config: Config, model: nn.Module) -> str | None:
+    """Return a warning if ``conversion.horizon`` omits lags of the initial kernels, else None."""
+    horizon, length = config.conversion.horizon, config.model.max_length
+    # A recurrence that the kernel defines is exact at every lag.
+    if config.task != "causal" or horizon == "auto" or config.conversion.method in OWN_METHODS:
+        return None
+    needed = max(auto_horizon(kernel, length) or length for kernel in kernels(model))
+    if int(horizon) >= needed:
+        return None
+    return (
+        f"warning: conversion.horizon={horizon} is below the {needed:,} lags that auto selects for the "
+        f"initial kernels: the recurrence in checkpoints differs from position {horizon} on; "
+        "set conversion.horizon=auto"
+    )
