@@ -12,13 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 from rich.progress import TaskID
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.models import FAMILIES
 from tests.support.scripts import assert_refused
 from tests.support.training_runs import SETTINGS, tiny_run
+from tnnlm.config.loader import load_config
+from tnnlm.models.batches import PADDING
+from tnnlm.tokenizer import train_bpe
 from tnnlm.training.callbacks.progress import TrainingBar
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
+from tnnlm.training.suggested_prompt import suggested_prompt
 
 METRICS = {
     "train/loss": 10.12,
@@ -78,6 +83,39 @@ def test_a_recurrence_that_ends_with_the_horizon_is_reported(
     assert ("is exact below its horizon only, because the kernel sgconv has no decay" in out) is warned
     hint = "next: python convert.py runs/demo"
     assert f"{hint} && " in out if family == "tno" else f"{hint} --method auto && " in out
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "prompt"),
+    [
+        ("ACGT" * 15, (), "ACGTACGTACGTACGTACGTACGT"),
+        ("Ein  erster\nSatz und mehr. ", (), "Ein erster Satz"),
+        ("Ein erster Satz und mehr. ", ("trainer.sample_prompt='Es war '",), "Es war "),
+        ("\x00\x01 ", (), "The"),
+    ],
+)
+def test_the_suggested_prompt_suits_the_data(text: str, settings: tuple[str, ...], prompt: str) -> None:
+    words = [word for word in SETTINGS if not word.startswith("trainer.sample_prompt")]
+    config = load_config(None, [*words, *settings])
+    tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, progress=False)
+    row = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text), PADDING])
+    data: Any = SimpleNamespace(tokenizer=tokenizer, val=[row])
+    assert suggested_prompt(config, data) == prompt
+    config.data.source, config.trainer.sample_prompt = "stdlib", ""
+    assert suggested_prompt(config, data) == "The"
+
+
+def test_a_sample_prompt_that_the_tokenizer_cannot_encode_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, **{letter: i for i, letter in enumerate("ACGT", 1)}}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save("dna.json")
+    Path("text.txt").write_text("ACGT" * 1_500)
+    train(tiny_run("trainer.max_steps=2", "data.tokenizer=dna.json", "data.eos_token=<eos>"))
+    assert capsys.readouterr().out.count("warning: trainer.sample_prompt: ") == 1
+    assert "--- step 2\n" in Path("runs/demo/samples.txt").read_text()
 
 
 def test_a_warm_up_within_the_run_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:

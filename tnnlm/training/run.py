@@ -43,6 +43,7 @@ from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_resumable
 from tnnlm.training.slurm import record_job
+from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.test_split import final_scores
@@ -233,7 +234,8 @@ def _summarise(
     for name, reason in failures.items():
         show_line(f"warning: {folder / name}: {reason}")
     recipe = [] if not task.converts or all_decay(module.model) else ["--method", "auto"]
-    show_summary(folder, summary, task, config.trainer.sample_prompt or "The", Console(), recipe)
+    prompt = suggested_prompt(config, data.opened) if task.converts else ""
+    show_summary(folder, summary, task, prompt, Console(), recipe)
     return summary
 
 

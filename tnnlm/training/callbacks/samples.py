@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from tnnlm.errors import one_line
-from tnnlm.inference.generator import TextGenerator
+from tnnlm.errors import UserError, one_line
+from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.lit_module import LitModel, tokenizer_of
@@ -38,10 +38,19 @@ class SampleWriter(Callback):
             if trainer.is_global_zero:
                 self._write(trainer, TextGenerator(model, tokenizer_of(trainer)))
 
+    def _prompted(self, writer: TextGenerator) -> GenerationState:
+        """Return the state after the prompt, or after an end token if there is none or it has no tokens."""
+        try:
+            if self.prompt:
+                return writer.prefill([self.prompt])
+        except UserError as error:  # the tokenizer of other data may not know the default prompt
+            show_line(f"warning: trainer.sample_prompt: {error.reason}; samples begin without it")
+            self.prompt = ""
+        return writer.prefill_tokens([[writer.tokenizer.eos_id]])
+
     def _write(self, trainer: lightning.Trainer, writer: TextGenerator) -> None:
-        tokenizer = writer.tokenizer
         generator = torch.Generator(writer.device).manual_seed(trainer.global_step)
-        state = writer.prefill([self.prompt]) if self.prompt else writer.prefill_tokens([[tokenizer.eos_id]])
+        state = self._prompted(writer)
         record, chunks = writer.stream(state, self.n_tokens, SamplingParams(), generator)
         for _ in chunks:
             pass
