@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from tests.support.models import FAMILIES, tiny_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_taps
 from tnnlm.conversion.auto import Attempt, choose
+from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.methods import convert
 from tnnlm.conversion.source import Source, ToleranceError, relative_error
 from tnnlm.conversion.window import window
@@ -43,10 +46,14 @@ def test_own_recurrence_is_measured_like_any_other() -> None:
 
 
 def test_what_misses_at_8_lengths_is_passed_over_and_named() -> None:
-    _, report = convert_taps(ROUGH, method="auto", finite=True)
-    assert report.method == "window"
-    assert "etsc: has a relative error of" in report.reason
-    assert "over 320 lags" in report.reason
+    attempts = [
+        Attempt("etsc", "etsc", lambda _: etsc(ROUGH)),
+        Attempt("window", "window", lambda _: window(ROUGH)),
+    ]
+    found = choose(Source(ROUGH, finite=True, reach=320), 1e-3, attempts)
+    assert found.method == "window"
+    assert "etsc: has a relative error of" in found.reason
+    assert "over 320 lags" in found.reason
 
 
 def test_zeros_at_the_end_of_a_finite_kernel_cost_nothing() -> None:
@@ -74,12 +81,12 @@ def modes(k: Tensor, count: int) -> SSMParams:
 
 def test_multiply_adds_decide_between_nearly_equal_states_only() -> None:
     k = torch.zeros(3, 40, dtype=torch.float64)
-    windowed = Attempt("window", "window", lambda: window(k))
+    windowed = Attempt("window", "window", lambda _: window(k))
     # 39 numbers of window take 40 multiply-adds; 32 and 10 numbers of modes take 96 and 30.
-    near = choose(Source(k), 1e-3, [Attempt("balanced", "balanced", lambda: modes(k, 16)), windowed])
+    near = choose(Source(k), 1e-3, [Attempt("balanced", "balanced", lambda _: modes(k, 16)), windowed])
     assert near.method == "window"
     assert near.reason.startswith("fewest multiply-adds")
-    far = choose(Source(k), 1e-3, [Attempt("balanced", "balanced", lambda: modes(k, 15)), windowed])
+    far = choose(Source(k), 1e-3, [Attempt("balanced", "balanced", lambda _: modes(k, 15)), windowed])
     assert far.method == "balanced"
     assert far.reason.startswith("smallest state")
 
@@ -95,10 +102,42 @@ def test_poles_per_channel_are_chosen_where_they_are_cheaper_than_shared_ones() 
 
 def test_a_sample_decides_whether_a_second_form_of_a_method_is_tried() -> None:
     k = torch.zeros(3, 40, dtype=torch.float64)
-    first = Attempt("balanced", "shared", lambda: modes(k, 4))
+    first = Attempt("balanced", "shared", lambda _: modes(k, 4))
     for count, made in ((4, 4), (3, 2)):
-        second = Attempt("balanced", "channel", lambda: modes(k, 2), lambda n=count: modes(k[:1], n))
+        second = Attempt("balanced", "channel", lambda _: modes(k, 2), lambda _, n=count: modes(k[:1], n))
         assert choose(Source(k), 1e-3, [first, second]).params.residues.shape[2] == made
+
+
+def test_what_costs_more_than_a_known_recurrence_is_neither_computed_nor_measured() -> None:
+    k = torch.zeros(3, 40, dtype=torch.float64)
+    limits: list[int | None] = []
+
+    def costly(limit: int | None) -> SSMParams:
+        limits.append(limit)
+        return modes(k, 20).to_dtype(torch.float64)._replace(residues=k.new_full((3, 2, 20), math.nan))
+
+    attempts = [
+        Attempt("dear", "dear", costly),
+        Attempt("own", "own", lambda _: modes(k, 8)),
+        Attempt("balanced", "balanced", costly),
+    ]
+    found = choose(Source(k), 1e-3, attempts)
+    assert found.method == "own"
+    # 16 numbers and 48 multiply-adds: orders of 13 to 15 are nearly as large, and take fewer of those.
+    assert limits == [None, 15]
+    assert "dear: has a relative error of inf" in found.reason
+    assert "balanced: costs more" in found.reason
+
+
+def test_the_limit_of_the_order_does_not_change_the_choice() -> None:
+    own = rational(30)
+    angles = torch.linspace(0.2, 3, 30, dtype=torch.float64)
+    own = own._replace(denominator=torch.stack((-1.8 * angles.cos(), 0.81 + 0 * angles), dim=1))
+    k = own.taps(300).float()
+    source = Source(k, own=own.to_dtype(torch.float32), finite=True)
+    assert convert(source, AUTO).method == "companion"
+    assert "can't be met, the smallest relative error up to order 1 " in convert(source, AUTO).reason
+    assert convert(source._replace(own=None), AUTO).params.order() == 3
 
 
 def test_a_kernel_longer_than_the_horizon_is_refused_unless_the_horizon_was_set() -> None:

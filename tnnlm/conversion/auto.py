@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.errors import UserError
@@ -15,30 +18,45 @@ NEAR = 1.25
 the fewest multiply-adds is chosen."""
 
 
+class Cost(NamedTuple):
+    """Cost of a recurrence, by which those that meet the tolerance are compared."""
+
+    state: float
+    """Size of the state in bytes per sequence."""
+    multiply_adds: float
+    """Multiply-adds of one step."""
+
+
 class Attempt(NamedTuple):
-    """Conversion to try."""
+    """Conversion to try.
+
+    The argument of its functions is the largest order that can still be chosen, given the recurrences that
+    are known to meet the tolerance; None without such a limit.
+    """
 
     method: str
     """Method, of which the cheapest attempt that meets the tolerance counts."""
     label: str
     """Method with its variant, for messages."""
-    run: Callable[[], Params]
+    run: Callable[[int | None], Params]
     """Function that returns the recurrence, or raises a ``UserError``."""
-    sample: Callable[[], Params] | None = None
+    sample: Callable[[int | None], Params] | None = None
     """Function that converts a few channels only, in little time. If an earlier attempt of the method has met
-    the tolerance, this one is made only if the sample takes a smaller state per channel."""
+    the tolerance, this one is made only if the sample is cheaper per channel than all that have met it."""
+    window: int = 0
+    """Number of window taps that its order includes."""
 
 
 def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> LayerConversion:
     """Return the recurrence with the smallest state among those that meet the tolerance.
 
-    Every recurrence is measured as it will be stored, on the horizon and, if ``source.reach`` is set, on that
-    many lags. Multiply-adds decide between states that are nearly equal.
+    Every recurrence that can be chosen is measured as it will be stored, on the horizon and, if
+    ``source.reach`` is set, on that many lags. Multiply-adds decide between states that are nearly equal.
 
     Args:
         source: Convolution to convert.
         tolerance: Largest relative error of the taps.
-        attempts: Conversions to try, in this order.
+        attempts: Conversions to try, in this order; cheap ones first limit the orders of later ones.
 
     Raises:
         UserError: If none meets the tolerance; the message states which came closest.
@@ -47,20 +65,24 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     missed: dict[str, float] = {}
     passed_over: list[str] = []
     for attempt in attempts:
-        known = met.get(attempt.method)
-        if known is not None and not _promising(attempt, known):
+        costs = {name: _cost(params) for name, params in met.items()}
+        limit = _largest_order(costs, source.k, attempt.window)
+        if attempt.method in met and not _promising(attempt, limit, costs, len(source.k)):
             continue
         try:
-            params = attempt.run()
+            params = attempt.run(limit)
         except UserError as error:
             passed_over.append(f"{attempt.label}: {error.reason}")
             if isinstance(error, ToleranceError):
                 missed[attempt.label] = error.reached
             continue
+        cost = _cost(params)
+        if not _wins(cost, costs):
+            passed_over.append(f"{attempt.label}: costs more, with {_kib(cost)}")
+            continue
         reached, lags = largest_error(source, params)
         if reached <= tolerance:
-            forms = {"known": params if known is None else known, "new": params}
-            met[attempt.method] = forms[_cheapest(forms)[0]]
+            met[attempt.method] = params
         else:
             missed[attempt.label] = reached
             passed_over.append(f"{attempt.label}: has a relative error of {reached:.1e} over {lags} lags")
@@ -71,33 +93,67 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
             f"relative error of {missed[closest]:.1e}",
             "raise the tolerance, or set the horizon, to which the tolerance is then limited",
         )
-    best, decided = _cheapest(met)
+    costs = {name: _cost(params) for name, params in met.items()}
+    best, decided = _cheapest(costs)
     table = ", ".join(
-        f"{name} {recurrence.state_bytes(params) / 1024:,.0f} KiB"
-        for name, params in sorted(met.items(), key=lambda item: recurrence.state_bytes(item[1]))
+        f"{name} {_kib(cost)}" for name, cost in sorted(costs.items(), key=lambda item: item[1])
     )
     reason = f"{decided} at tolerance {tolerance:g}: {table}"
     return LayerConversion(met[best], best, "; ".join([reason, *passed_over]))
 
 
-def _promising(attempt: Attempt, known: Params) -> bool:
-    """Return whether a sample of an attempt takes a smaller state per channel than a known recurrence."""
+def _cost(params: Params) -> Cost:
+    return Cost(recurrence.state_bytes(params), params.multiply_adds())
+
+
+def _kib(cost: Cost) -> str:
+    return f"{cost.state / 1024:,.0f} KiB"
+
+
+def _promising(attempt: Attempt, limit: int | None, costs: dict[str, Cost], channels: int) -> bool:
+    """Return whether an attempt, as its sample has it, is cheaper than the known recurrences."""
     if attempt.sample is None:
         return False
     try:
-        few = attempt.sample()
+        few = attempt.sample(limit)
     except UserError:
         return False
-    sizes = (recurrence.state_bytes(params) / len(params.taps(1)) for params in (few, known))
-    return next(sizes) < next(sizes)
+    share = channels / len(few.taps(1))
+    return _wins(Cost(*(share * number for number in _cost(few))), costs)
 
 
-def _cheapest(met: dict[str, Params]) -> tuple[str, str]:
+def _largest_order(costs: dict[str, Cost], k: Tensor, window: int) -> int | None:
+    """Return the largest order, at least 1, at which modes after a window can be chosen; None if any can.
+
+    Args:
+        costs: Recurrences that meet the tolerance.
+        k: Taps (E, T).
+        window: Number of window taps that the order includes.
+    """
+    if not costs:
+        return None
+
+    def too_large(order: int) -> bool:
+        # A pair of poles counts 2 in the order, takes two numbers of state and 6 multiply-adds.
+        state, work = order - min(window, 1), 3 * (order - window) + window
+        return not _wins(Cost(len(k) * k.element_size() * state, len(k) * work), costs)
+
+    return max(1, window + bisect_left(range(window + 1, k.shape[1] + 1), True, key=too_large))
+
+
+def _wins(cost: Cost, costs: dict[str, Cost]) -> bool:
+    """Return whether a further recurrence of this cost would be chosen, were it to meet the tolerance.
+
+    If it would not, neither would one that costs more.
+    """
+    return _cheapest({**costs, "": cost})[0] == ""
+
+
+def _cheapest(costs: dict[str, Cost]) -> tuple[str, str]:
     """Return the name of the cheapest recurrence, and what decided: the state or the multiply-adds."""
-    size = {name: recurrence.state_bytes(params) for name, params in met.items()}
-    smallest = min(size.values())
-    near = [name for name in met if size[name] <= NEAR * smallest]
-    best = min(near, key=lambda name: (met[name].multiply_adds(), size[name]))
-    if size[best] == smallest:
+    smallest = min(cost.state for cost in costs.values())
+    near = [name for name, cost in costs.items() if cost.state <= NEAR * smallest]
+    best = min(near, key=lambda name: (costs[name].multiply_adds, costs[name].state))
+    if costs[best].state == smallest:
         return best, "smallest state"
     return best, f"fewest multiply-adds among states up to {NEAR:g} times the smallest"

@@ -108,6 +108,7 @@ def balanced(
     poles: str = "shared",
     window_taps: int = 0,
     finite: bool = False,
+    max_order: int | None = None,
 ) -> SSMParams:
     """Reduce taps to a recurrence of small order.
 
@@ -121,36 +122,46 @@ def balanced(
             channel, for kernels whose channels have no structure in common.
         window_taps: Number P < T of first lags that a window of the last inputs reproduces exactly.
         finite: Whether the taps are zero from lag T on, even if the last ones are not small.
+        max_order: Largest order to try, window taps included; None takes ``MAX_ORDER`` after the window.
 
     Returns:
         Parameters in float64.
 
     Raises:
-        ToleranceError: If no order up to ``MAX_ORDER`` meets the tolerance.
+        ToleranceError: If no order up to the largest one meets the tolerance.
     """
     tail = k[:, window_taps:]
     modes = None if order is None else order - window_taps
+    most = MAX_ORDER if max_order is None else max(1, min(max_order - window_taps, MAX_ORDER))
     if poles == "shared":
         # All channels together are one problem, so the norms are over all channels.
         norms = [torch.stack([block.norm() for _, block in channel_blocks(x)]).norm() for x in (tail, k)]
         problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None], finite)
-        realization, n = _fit(problem, modes, tolerance)
+        realization, n = _fit(problem, modes, tolerance, most)
         params = _shared(realization, n, tail)
     else:
         if order is None and len(k) > SAMPLE:
             # If the tolerance can't be met, a few channels show it at once; all of them take minutes.
             chosen = torch.linspace(0, len(k) - 1, SAMPLE, device=k.device).round().long()
-            balanced(k[chosen], tolerance=tolerance, poles=poles, window_taps=window_taps, finite=finite)
+            balanced(
+                k[chosen],
+                tolerance=tolerance,
+                poles=poles,
+                window_taps=window_taps,
+                finite=finite,
+                max_order=max_order,
+            )
         width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
-        fits = []
+        fits, n = [], 1
         for block in k.split(width):
             scales = row_scales(block)
             whole = block.double() / scales
             f = whole[:, None, window_taps:]
             problem = Problem(f, f.flatten(1).norm(dim=1), whole.norm(dim=1), finite)
-            fits.append((f * scales.unsqueeze(2), *_fit(problem, modes, tolerance)))
-        n = max(found for _, _, found in fits)
-        params = _per_channel([(f, realization) for f, realization, _ in fits], n)
+            # All channels get the largest order of a block, so that no block needs a smaller one.
+            realization, n = _fit(problem, modes, tolerance, most, n)
+            fits.append((f * scales.unsqueeze(2), realization))
+        params = _per_channel(fits, n)
     if not window_taps:
         return params
     for gain in _SMALLEST_GAINS:
@@ -173,18 +184,24 @@ class Problem(NamedTuple):
     """Whether the taps are zero from lag T on."""
 
 
-def _fit(problem: Problem, order: int | None, tolerance: float) -> tuple[Realization, int]:
-    """Return a realization and the order to use: ``order``, or the smallest that meets ``tolerance``."""
+def _fit(
+    problem: Problem, order: int | None, tolerance: float, most: int, least: int = 1
+) -> tuple[Realization, int]:
+    """Return a realization and the order to use: ``order``, or the smallest that meets ``tolerance``.
+
+    Orders below ``least`` and above ``most`` are not tried to meet it.
+    """
     if order is not None:
         realization = realize(problem.f, order, problem.finite)
         return realization, min(order, realization.start.shape[1])
-    tried, below, reached, best = 0, 0, 1.0, 0
-    for limit in (32, MAX_ORDER):
+    below = tried = least - 1
+    reached, best = 1.0, 0
+    for limit in sorted({max(least, min(32, most)), most}):
         realization = realize(problem.f, limit, problem.finite)
         largest = realization.start.shape[1]
         # From small orders upwards, because states beyond the rank of the taps are noise and fit worse.
-        while tried < largest:
-            tried = min(max(tried + 1, tried * 3 // 2), largest)
+        while tried < largest or best == 0:
+            tried = min(max(tried + 1, tried * 3 // 2 if tried >= least else 0), largest)
             error = _error(problem, realization, tried)
             if best == 0 or error < reached:
                 reached, best = error, tried

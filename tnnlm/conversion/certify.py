@@ -178,8 +178,8 @@ def certify(
     squares, tail_share = torch.zeros(2, dtype=torch.float64, device=k.device), 0.0
     l1 = torch.zeros(2, len(k), dtype=torch.float64, device=k.device)
     for part, block in channel_blocks(k):
-        whole = torch.nn.functional.pad(block, (0, reach - k.shape[1])) / scale
-        difference = whole - params.channels_of(part).taps(reach) / scale
+        whole = torch.nn.functional.pad(block, (0, reach - k.shape[1]))
+        difference, whole = params.channels_of(part).difference(whole) / scale, whole / scale
         if error is not None:
             error[part] = difference[:, :known]
         squares += torch.stack([x[:, :horizon].square().sum() for x in (difference, whole)])

@@ -53,7 +53,7 @@ def etsc(k: Tensor, decay: Tensor | None = None) -> SSMParams:
         if k.dtype == torch.float64:
             # Rounding errors of the poles grow with the lag. One step of iterative refinement fits the
             # residues to the rounded poles. In float32, rounding of the residues is larger than that.
-            rest = block - params.channels_of(part).taps(n)
+            rest = params.channels_of(part).difference(block)
             params.residues[part] += _residues(rest, rate[part], weight)
     return params
 

@@ -66,16 +66,20 @@ def _attempts(source: Source, recipe: ConversionConfig) -> list[Attempt]:
     reduced = short if source.finite else source
 
     def attempt(method: str, taps: Source, poles: str = "shared", label: str = "") -> Attempt:
-        return Attempt(method, label or method, lambda: _from_taps(method, taps, recipe, poles=poles))
+        def run(limit: int | None) -> Params:
+            return _from_taps(method, taps, recipe, poles=poles, limit=limit)
+
+        return Attempt(method, label or method, run)
 
     found = [attempt("window", short), attempt("etsc", reduced)]
     if source.own is not None:
         name = source.own.METHOD
-        found.append(Attempt(name, name, lambda: _own(source, name)))
+        found.append(Attempt(name, name, lambda _: _own(source, name)))
     few = sampled(reduced)
     for poles in ("shared", "channel"):
         made = attempt("balanced", reduced, poles, f"balanced with {poles} poles")
-        found.append(made._replace(sample=attempt("balanced", few, poles).run))
+        sample = attempt("balanced", few, poles).run
+        found.append(made._replace(sample=sample, window=recipe.window_taps))
     return found
 
 
@@ -100,6 +104,7 @@ def _from_taps(
     recipe: ConversionConfig,
     *,
     poles: str | None = None,
+    limit: int | None = None,
     progress: Progress = silent,
 ) -> SSMParams:
     """Return the recurrence that a method computes from taps, in the dtype in which it is stored.
@@ -117,7 +122,10 @@ def _from_taps(
         longer = None if source.longer is None else source.longer / scale
         source = source._replace(k=source.k / scale, longer=longer)
     try:
-        params = _solve(method, source, recipe, poles or recipe.poles, progress)
+        if method == "balanced":
+            params = _balanced(source, recipe, poles or recipe.poles, limit)
+        else:
+            params = _solve(method, source, recipe, progress)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise UserError(
             f"method {method}: the decomposition of these taps failed, because their state matrix has no "
@@ -137,15 +145,11 @@ def _from_taps(
     return params
 
 
-def _solve(
-    method: str, source: Source, recipe: ConversionConfig, poles: str, progress: Progress
-) -> SSMParams:
+def _solve(method: str, source: Source, recipe: ConversionConfig, progress: Progress) -> SSMParams:
     if method == "etsc":
         return etsc(source.k, source.decay)
     if method == "window":
         return window(source.k)
-    if method == "balanced":
-        return _balanced(source, recipe, poles)
     order = recipe.order or 16
     steps, lr = recipe.gradient_steps, recipe.gradient_lr
     return gradient(source.k, order=order, steps=steps, lr=lr, progress=progress)
@@ -195,8 +199,10 @@ def check_recipe(recipe: ConversionConfig, lags: int) -> None:
         )
 
 
-def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams:
+def _balanced(source: Source, recipe: ConversionConfig, poles: str, limit: int | None = None) -> SSMParams:
     """Convert by ``balanced`` with an error that meets the tolerance as stored, in the dtype of the taps.
+
+    Orders above ``limit`` are not tried, unless the recipe sets one.
 
     Raises:
         ToleranceError: If it can't; the message states the smallest error with its order.
@@ -211,6 +217,7 @@ def _balanced(source: Source, recipe: ConversionConfig, poles: str) -> SSMParams
             poles=poles,
             window_taps=recipe.window_taps,
             finite=source.finite,
+            max_order=limit,
         ).to_dtype(k.dtype)
         return params, *largest_error(source, params, each=each)
 

@@ -84,9 +84,9 @@ def relative_error(k: Tensor, params: Params, length: int = 0, *, each: bool = F
     squares = []
     for part, block in channel_blocks(k):
         scale = row_scales(block) if each else common
-        whole = torch.nn.functional.pad(block, (0, length - k.shape[1])) / scale
-        difference = whole - params.channels_of(part).taps(length) / scale
-        squares.append(torch.stack([x.square().sum(1) for x in (difference, whole)]))
+        whole = torch.nn.functional.pad(block, (0, length - k.shape[1]))
+        difference = params.channels_of(part).difference(whole)
+        squares.append(torch.stack([(x / scale).square().sum(1) for x in (difference, whole)]))
     missed, energy = torch.cat(squares, dim=1)
     if not each:
         missed, energy = missed.sum(), energy.sum()

@@ -17,8 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tnnlm.ops.division import divide, pole_radius
+from tnnlm.ops.double_double import Double, two_product, two_sum
 from tnnlm.ops.toeplitz import toeplitz
 from tnnlm.precision import working_dtype
+
+EXACT_ORDER = 64
+"""Largest order at which differences from given taps are exact; the time is proportional to the order."""
 
 
 class CompanionState(NamedTuple):
@@ -93,6 +97,29 @@ class CompanionParams(NamedTuple):
         """
         series = rational_series(self.numerator, self.denominator, max(1, length - 1))
         return torch.cat((self.direct.double()[:, None], series[:, : length - 1]), dim=1)
+
+    def difference(self, k: Tensor) -> Tensor:
+        """Return taps k (E, L) less the effective taps, in float64.
+
+        In float64 and up to an order of ``EXACT_ORDER``, what is divided by 1 + a is (1 + a) k - c, which is
+        small, and not c, of which the rounding errors would be as large as the difference.
+        """
+        k = k.double()
+        if self.numerator.dtype != torch.float64 or self.order() > EXACT_ORDER or k.shape[1] == 1:
+            return k - self.taps(k.shape[1])
+        c, a = self.numerator, _per_channel(self)
+        # Products of larger numbers would overflow.
+        largest = torch.maximum(k.abs().amax(), c.abs().amax())
+        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+        series = k[:, 1:] / scale
+        length = series.shape[1]
+        below = pad(c[:, :length] / scale, (0, max(0, length - c.shape[1])))
+        rest = Double(*two_sum(series, -below))
+        for lag in range(1, min(self.order() + 1, length)):
+            earlier = pad(series[:, :-lag], (lag, 0))
+            rest = rest.plus(Double(*two_product(a[:, lag - 1 : lag], earlier)))
+        missed = divide((rest.high + rest.low).unsqueeze(1), a).squeeze(1) * scale
+        return torch.cat(((k[:, 0] - self.direct)[:, None], missed), dim=1)
 
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one step: per channel, two for each state number and one for lag 0."""

@@ -170,6 +170,10 @@ class MultirateParams(NamedTuple):
         k[scales.tail_lag :] += self.tail
         return nn.functional.pad(k[:length].T, (0, max(0, length - scales.length)))
 
+    def difference(self, k: Tensor) -> Tensor:
+        """Return taps k (E, L) less the effective taps, in float64."""
+        return k.double() - self.taps(k.shape[1])
+
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one step, the mean over the tokens of a turn."""
         latest, channels = self.near.shape

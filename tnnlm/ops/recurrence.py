@@ -46,6 +46,10 @@ class Recurrence(Protocol[_State]):
         """Return the effective taps, (E, ``length``), in float64."""
         ...
 
+    def difference(self, k: Tensor) -> Tensor:
+        """Return taps k (E, L) less the effective taps, in float64."""
+        ...
+
     def multiply_adds(self) -> int:
         """Return the number of multiply-adds of one step."""
         ...

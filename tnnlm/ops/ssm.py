@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tnnlm.ops.powers import mode_taps, power_table
+from tnnlm.ops.mode_sums import mode_sums
 from tnnlm.ops.ssm_blocks import convolve, prefill_modes
 from tnnlm.precision import working_dtype
-
-_POWERS_BYTES = 1 << 25
-"""Size in bytes of the powers of the poles that ``taps`` keeps in memory at a time."""
 
 
 class SSMState(NamedTuple):
@@ -122,30 +119,19 @@ class SSMParams(NamedTuple):
     def taps(self, length: int) -> Tensor:
         """Return the effective taps k^[i] = h[i] + Re sum_m c[m] lam[m]^i, (E, ``length``), in float64.
 
-        Conversion errors are measured on these taps. They are computed from the stored parameters, so that
-        the rounding of those is included, and with powers in the widest float type of the CPU, so that the
-        rounding of powers is not.
+        They are computed from the stored parameters, so that the rounding of those is included, and with
+        powers of more digits than float64 has, so that the rounding of powers is not.
         """
-        channels = self.window.shape[0]
-        target = min(length, max(64, _POWERS_BYTES // (16 * self.poles[..., 0, :].numel() + 1)))
-        squares = [torch.complex(*self.poles.double().cpu().unbind(-2)).numpy().astype(np.clongdouble)]
-        while 1 << (len(squares) - 1) < target:
-            squares.append(squares[-1] * squares[-1])
-        block, turn = 1 << (len(squares) - 1), squares[-1]
-        powers = power_table(_as_tensors(squares[:-1] or squares, self.poles.device), block)
-        residues = torch.complex(*self.residues.double().unbind(-2))
-        k = powers.new_empty(channels, length)
-        # Taps are computed in blocks, with the residues multiplied by lam^block for each, so that only one
-        # block of powers is in memory.
-        c, turned = residues, np.ones_like(turn)
-        for start in range(0, length, block):
-            stop = min(start + block, length)
-            k[:, start:stop] = mode_taps(torch.stack((c.real, c.imag), dim=-2), powers[..., : stop - start])
-            turned = turned * turn
-            c = residues * _as_tensors([turned], residues.device)[0]
-        width = min(length, self.window.shape[1])
-        k[:, :width] += self.window[:, :width].double()
-        return k
+        coarse, fine = mode_sums(self.poles, self.residues, length)
+        return coarse + fine + self._padded_window(length)
+
+    def difference(self, k: Tensor) -> Tensor:
+        """Return k - k^ for taps k (E, L), in float64, rounded at the end only if the residues are float64.
+
+        Conversion errors are measured so, because the taps of an exact conversion differ by rounding only.
+        """
+        sums = mode_sums(self.poles, self.residues, k.shape[1])
+        return sums.taken_from(k.double(), self._padded_window(k.shape[1]))
 
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one step: per channel, six for each mode and one per window tap."""
@@ -169,6 +155,9 @@ class SSMParams(NamedTuple):
         """Return the recurrence restricted to a slice of the channels."""
         poles = self.poles if self.poles.dim() == 2 else self.poles[part]
         return SSMParams(self.window[part], poles, self.residues[part])
+
+    def _padded_window(self, length: int) -> Tensor:
+        return pad(self.window[:, :length].double(), (0, max(0, length - self.window.shape[1])))
 
     def to_dtype(self, dtype: torch.dtype) -> SSMParams:
         """Return the recurrence with its tensors cast to ``dtype``, at least float32; poles stay float64."""
@@ -195,7 +184,3 @@ def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tup
     # cancel.
     y = (after_re * c_re).addcmul_(after_im, c_im, value=-1).sum(-1)
     return y, after_re, after_im
-
-
-def _as_tensors(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    return [torch.from_numpy(array.astype(np.complex128)).to(device) for array in arrays]
