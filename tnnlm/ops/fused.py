@@ -8,7 +8,6 @@ the reference of the kernels.
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from torch.nn.functional import silu
 
 from tnnlm.ops.norm import simple_rms_norm
 from tnnlm.ops.ssm import SSMParams, SSMState
+from tnnlm.ops.triton_probe import why_no_triton
 from tnnlm.precision import working_dtype
-
-_OLDEST = (8, 0)
-"""Lowest compute capability that the kernels are compiled and tested for: A100."""
 
 
 @torch.library.custom_op("tnnlm::gated_step", mutates_args=("real", "imag"))
@@ -104,21 +101,8 @@ def _silu_gate_on_gpu(projected: Tensor) -> Tensor:
 
 @cache
 def why_not_fused(device: torch.device) -> str:
-    """Return why the kernels don't run on a GPU; empty if they do, and on other devices.
-
-    Triton compiles a kernel at its first launch, for which it needs a C compiler.
-    """
-    if device.type != "cuda":
-        return ""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < _OLDEST:
-        return "compute capability below 8.0"
-    try:
-        _run_all(device)
-    except Exception as error:  # Triton raises errors of the compiler, the driver and the operating system
-        return f"Triton: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
-    return ""
+    """Return why the kernels don't run on a GPU; empty if they do, and on other devices."""
+    return why_no_triton(device, _run_all) if device.type == "cuda" else ""
 
 
 def _run_all(device: torch.device) -> None:

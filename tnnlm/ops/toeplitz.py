@@ -1,8 +1,8 @@
 """Toeplitz products of each channel by FFT (arXiv 2305.04749, equation 1), log-linear in the length.
 
 They are causal, y[t] = sum_{i=0..t} k[i] x[t-i], or bidirectional, y[t] = sum_s k[t-s] x[s]. FFT layouts are
-local to this module. The reference implementations are ``toeplitz_dense`` and ``toeplitz_two_sided_dense``
-of :mod:`tnnlm.ops.reference`.
+local to this module and to the backends of :mod:`tnnlm.ops.conv_backends`. The reference implementations are
+``toeplitz_dense`` and ``toeplitz_two_sided_dense`` of :mod:`tnnlm.ops.reference`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnnlm.ops import cudnn_conv
+from tnnlm.ops.conv_backends import training_backend
+from tnnlm.ops.row_windows import row_conv
 from tnnlm.precision import working_dtype
 
 CACHE_BYTES = 1 << 21
@@ -54,7 +57,13 @@ def toeplitz(x: Tensor, k: Tensor) -> Tensor:
     _check_shapes(x, k)
     length = x.shape[1]
     k = k[:, :length]
-    y = _circular_conv(x.permute(2, 0, 1), k, fft_length(length + k.shape[1] - 1))[0]
+    match _backend(x, k, causal=True):
+        case "cudnn":
+            return cudnn_conv.causal_conv(x, k)
+        case "windows":
+            y = row_conv(x.permute(2, 0, 1), k, _windows_length(length))[0]
+        case _:
+            y = _circular_conv(x.permute(2, 0, 1), k, fft_length(length + k.shape[1] - 1))[0]
     return y.permute(1, 2, 0)
 
 
@@ -79,12 +88,28 @@ def toeplitz_two_sided(x: Tensor, k: Tensor) -> Tensor:
     if k.shape[1] % 2 == 0:
         raise ValueError(f"k has {k.shape[1]} taps: expected an odd number, for lags -(K-1) .. K-1")
     side = min(x.shape[1], (k.shape[1] + 1) // 2)
-    n = fft_length(x.shape[1] + side - 1)
+    windows = _backend(x, k, causal=False) == "windows"
+    n = _windows_length(x.shape[1]) if windows else fft_length(x.shape[1] + side - 1)
     centre = k.shape[1] // 2
     past, future = k[:, centre : centre + side], k[:, centre - side + 1 : centre]
     circle = torch.cat((past, k.new_zeros(len(k), n - 2 * side + 1), future), dim=1)
-    y = _circular_conv(x.permute(2, 0, 1), circle, n)[0]
+    y = (row_conv if windows else _circular_conv)(x.permute(2, 0, 1), circle, n)[0]
     return y.permute(1, 2, 0)
+
+
+def _backend(x: Tensor, k: Tensor, causal: bool) -> str:
+    """Return the backend of a product; only products with gradients have a choice.
+
+    Others keep the rows of a batch, which may belong to different requests, apart from each other.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or k.requires_grad):
+        return training_backend(x.device, causal)
+    return "tiles"
+
+
+def _windows_length(length: int) -> int:
+    """Return the size of the transforms of ``row_conv``: rows are aligned to complex numbers."""
+    return 2 * fft_length(length)
 
 
 def _check_shapes(x: Tensor, k: Tensor) -> None:
@@ -122,15 +147,14 @@ def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tenso
     return y.to(x.dtype), x_spectrum, k_spectrum
 
 
-@torch.library.custom_op("tnnlm::circular_conv", mutates_args=())
-def _circular_conv(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def convolve(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve x (E, B, L) and k (E, K) circularly over n points, both padded with zeros.
 
-    It is a custom op because autograd of rfft and irfft runs complex-to-complex transforms in the backward
-    pass and keeps four more buffers, and because torch.compile breaks its graph at complex numbers. Each pass
-    takes two transforms of the batch; the gradient of the taps is summed over the batch before its inverse
-    transform. Channels are processed in tiles, so that on a CPU transform, product and inverse transform stay
-    in the cache.
+    It is the custom op ``tnnlm::circular_conv``, because autograd of rfft and irfft runs complex-to-complex
+    transforms in the backward pass and keeps four more buffers, and because torch.compile breaks its graph at
+    complex numbers. Each pass takes two transforms of the batch; the gradient of the taps is summed over
+    the batch before its inverse transform. Channels are processed in tiles, so that on a CPU transform,
+    product and inverse transform stay in the cache.
 
     Returns:
         The first L outputs, and the spectra of x and k for the backward pass.
@@ -145,8 +169,7 @@ def _circular_conv(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor
     return y, x_spectrum, k_spectrum
 
 
-@torch.library.custom_op("tnnlm::circular_conv_backward", mutates_args=())
-def _circular_conv_backward(
+def convolve_backward(
     grad: Tensor, x_spectrum: Tensor, k_spectrum: Tensor, n: int, taps: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the inputs, shaped as ``grad`` (E, B, L), and of the first ``taps`` taps."""
@@ -158,6 +181,12 @@ def _circular_conv_backward(
         spectrum *= k_spectrum[tile, None].conj()
         x_grad[tile] = _inverse(spectrum, n)[..., : grad.shape[2]]
     return x_grad, torch.fft.irfft(k_sum, n=n)[:, :taps].contiguous()
+
+
+_circular_conv = torch.library.custom_op("tnnlm::circular_conv", mutates_args=())(convolve)
+_circular_conv_backward = torch.library.custom_op("tnnlm::circular_conv_backward", mutates_args=())(
+    convolve_backward
+)
 
 
 def _inverse(spectrum: Tensor, n: int) -> Tensor:
@@ -190,6 +219,8 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Te
     ctx.k_dtype, ctx.taps = k.dtype, k.shape[1]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Or the backward pass would fill gradients of the spectra with zeros.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
