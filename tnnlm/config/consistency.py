@@ -118,6 +118,25 @@ def check_context(config: Config, where: Callable[[str], str]) -> None:
         )
 
 
+def check_sharding(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for a setting of sharded models if the strategy doesn't shard.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If ``trainer.shard_size`` is set without strategy=hsdp.
+    """
+    trainer = config.trainer
+    if trainer.shard_size != "auto" and trainer.strategy != "hsdp":
+        raise ConfigError(
+            f"trainer.shard_size={trainer.shard_size}: is for trainer.strategy=hsdp only"
+            f"{where('trainer.shard_size')}",
+            "omit it",
+        )
+
+
 def settle_task(config: Config, where: Callable[[str], str]) -> None:
     """Raise an error for settings that the task doesn't have, and set defaults that depend on the task.
 

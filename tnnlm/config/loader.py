@@ -18,7 +18,14 @@ from types import NoneType
 from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
-from tnnlm.config.consistency import check_context, check_name, check_protocol, check_schedule, settle_task
+from tnnlm.config.consistency import (
+    check_context,
+    check_name,
+    check_protocol,
+    check_schedule,
+    check_sharding,
+    settle_task,
+)
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
@@ -155,6 +162,7 @@ def _config(values: Values) -> Config:
     check_schedule(config, where)
     check_protocol(config, where)
     check_context(config, where)
+    check_sharding(config, where)
     settle_task(config, where)
     return config
 

@@ -202,7 +202,11 @@ class TrainerConfig:
     """Number of nodes (machines)."""
     strategy: str = "auto"
     """Lightning's distributed strategy. auto and ddp replicate the model on every device; fsdp shards
-    parameters, gradients and optimizer states."""
+    parameters, gradients and optimizer states over all devices; hsdp (hybrid sharding) shards them over
+    groups of ``trainer.shard_size`` devices and replicates them between the groups."""
+    shard_size: int | str = number("auto", low=1, high=1_048_576, word="auto")
+    """Number of consecutive devices that share one copy of the model, for strategy=hsdp only; auto: the
+    devices of one node, so that weights are gathered within a node. Must divide the number of devices."""
     context_parallel: int = number(1, low=1, high=1_024)
     """Number of devices that share each sequence, for sequences too long for one device (1: none are shared).
     A device holds the activations of its part of the tokens; around each convolution, the devices exchange

@@ -14,7 +14,11 @@ from tnnlm.models.causal_lm import LOGITS
 from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
-"""Strategy that shards parameters, gradients and optimizer states across devices."""
+"""Strategy that shards parameters, gradients and optimizer states across all devices."""
+HSDP = "hsdp"
+"""Strategy that shards them across groups of devices and replicates them between the groups."""
+SHARDING = (FSDP, HSDP)
+"""Strategies that shard the model."""
 
 _BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true": 8}
 
@@ -58,7 +62,7 @@ def estimate_run(config: Config) -> RunEstimate:
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,
         total_tokens=per_update * config.trainer.max_steps,
-        memory_bytes=_weights(config, model, devices) + _activations(config, read, _BYTES[precision]),
+        memory_bytes=_weights(config, model) + _activations(config, read, _BYTES[precision]),
         precision=precision,
         devices=devices,
     )
@@ -94,6 +98,25 @@ def resolve_devices(config: Config) -> int:
     return torch.cuda.device_count() if on_gpu else 1
 
 
+def resolve_shard_size(config: Config) -> int:
+    """Return the number of devices that share one copy of a sharded model.
+
+    Raises:
+        ConfigError: If it doesn't divide the number of devices.
+    """
+    per_node = resolve_devices(config)
+    devices = per_node * config.trainer.num_nodes
+    if config.trainer.strategy != HSDP:
+        return devices
+    size = per_node if config.trainer.shard_size == "auto" else int(config.trainer.shard_size)
+    if devices % size:
+        raise ConfigError(
+            f"trainer.shard_size={size}: must divide the number of devices, {devices}",
+            "set trainer.devices and trainer.num_nodes, or trainer.shard_size=auto",
+        )
+    return size
+
+
 def check_names(config: Config) -> None:
     """Check that Lightning has a ``trainer.accelerator`` and a ``trainer.strategy`` of the given names.
 
@@ -105,7 +128,7 @@ def check_names(config: Config) -> None:
 
     for key, given, names in (
         ("accelerator", config.trainer.accelerator, ["gpu", *AcceleratorRegistry.available_accelerators()]),
-        ("strategy", config.trainer.strategy, StrategyRegistry.available_strategies()),
+        ("strategy", config.trainer.strategy, [HSDP, *StrategyRegistry.available_strategies()]),
     ):
         valid = ["auto", *sorted(names)]
         if given not in valid:
@@ -130,10 +153,11 @@ def check_accelerator(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Check that the devices of all nodes can be divided into groups that share sequences.
+    """Check that the devices of all nodes can be divided into groups that share sequences or weights.
 
     Raises:
-        ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
+        ConfigError: If ``trainer.context_parallel`` or ``trainer.shard_size`` doesn't divide the number of
+            devices.
     """
     devices, size = resolve_devices(config) * config.trainer.num_nodes, config.trainer.context_parallel
     if devices % size:
@@ -141,6 +165,7 @@ def check_devices(config: Config) -> None:
             f"trainer.context_parallel={size}: must divide the number of devices, {devices}",
             "set trainer.devices and trainer.num_nodes, or trainer.context_parallel=1",
         )
+    resolve_shard_size(config)
 
 
 def resolve_accelerator(config: Config) -> str:
@@ -153,20 +178,20 @@ def resolve_accelerator(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _weights(config: Config, model: Backbone, devices: int) -> int:
+def _weights(config: Config, model: Backbone) -> int:
     """Return the bytes per device of weights, gradients, Adam moments and averaged weights, all in float32.
 
-    With FSDP every device holds its shard of them. In addition it holds unsharded all that is outside of the
+    Every device of a sharded model holds its shard. In addition it holds unsharded all that is outside of the
     blocks (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
     gradient accumulation all gradients stay unsharded until the last micro-batch.
     """
     params = model.n_params
-    if config.trainer.strategy != FSDP:
+    if config.trainer.strategy not in SHARDING:
         return 4 * params * (4 if config.trainer.ema_decay is None else 5)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
     gathered = params - blocks + 2 * blocks // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params
-    return 16 * params // devices + 4 * (gathered + waiting)
+    return 16 * params // resolve_shard_size(config) + 4 * (gathered + waiting)
 
 
 def _activations(config: Config, rows: int, width: int) -> int:

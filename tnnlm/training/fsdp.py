@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2) under Lightning's ModelParallelStrategy.
+"""Sharded data parallelism: torch's ``fully_shard`` (FSDP2, HSDP) under Lightning's ModelParallelStrategy.
 
 Parameters are gathered where they are needed unsharded: those of the kernels for conversion, all of them to
 generate a sample. Call every function except ``choose_strategy`` and ``gradient_sync`` on all ranks, because
@@ -26,37 +26,47 @@ from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
-from tnnlm.training.estimate import FSDP, resolve_devices, resolve_precision
+from tnnlm.training.estimate import SHARDING, resolve_devices, resolve_precision, resolve_shard_size
+from tnnlm.training.sharded_strategy import ShardedStrategy
 
 
 def choose_strategy(config: Config) -> str | Strategy:
     """Return the Lightning strategy for ``trainer.strategy``.
 
-    ``fsdp`` selects FSDP2 through ModelParallelStrategy; other names are passed to Lightning unchanged.
+    ``fsdp`` and ``hsdp`` select FSDP2 through ModelParallelStrategy; other names are passed to Lightning
+    unchanged.
 
     Raises:
-        ConfigError: If FSDP does not support ``trainer.precision``.
+        ConfigError: If FSDP does not support ``trainer.precision``, or ``trainer.shard_size`` doesn't divide
+            the number of devices.
     """
-    if config.trainer.strategy != FSDP:
-        return config.trainer.strategy
+    strategy = config.trainer.strategy
+    if strategy not in SHARDING:
+        return strategy
     precision = resolve_precision(config)
     if precision not in ("32-true", "bf16-mixed"):
         # bf16-true keeps kernels in float32 next to bfloat16 projections, but FSDP2 gathers a block as one
         # buffer of one dtype. Lightning rejects the other two precisions.
         raise ConfigError(
-            f"trainer.precision={precision}: not supported by trainer.strategy=fsdp",
+            f"trainer.precision={precision}: not supported by trainer.strategy={strategy}",
             "use trainer.precision=bf16-mixed or 32-true, or trainer.strategy=ddp",
         )
-    return ModelParallelStrategy(
-        data_parallel_size=resolve_devices(config) * config.trainer.num_nodes,
-        tensor_parallel_size=1,
-        # A single file of unsharded tensors can be loaded by convert.py and by any number of ranks.
-        save_distributed_checkpoint=False,
-    )
+    devices = resolve_devices(config) * config.trainer.num_nodes
+    return ShardedStrategy(devices, resolve_shard_size(config))
+
+
+def parameter_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
+    """Return the mesh over which a strategy shards parameters; call it on all ranks."""
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.parameter_mesh()
+    return strategy.device_mesh["data_parallel"]
 
 
 def shard(model: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block and the embedding over ``mesh``, in place; parameter names do not change.
+
+    On a mesh of two dimensions, the shards of the second are replicated over the first (HSDP, arXiv
+    2304.11277, section 3.2.2).
 
     A block is gathered for its forward and backward pass and resharded afterwards. Kernels are sharded with
     their block: otherwise their gradients would need a separate reduction, and gradient clipping a norm over
@@ -64,7 +74,7 @@ def shard(model: Backbone, mesh: DeviceMesh) -> None:
     autocast rounds them as on one device, so kernels and both validation perplexities equal those of one
     device.
     """
-    placement = partial(shard_dimension, ranks=mesh.size())
+    placement = partial(shard_dimension, ranks=mesh.shape[-1])
     for block in model.layers:
         fully_shard(block, mesh=mesh, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)

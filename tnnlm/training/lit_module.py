@@ -25,7 +25,14 @@ from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.batches import checked_batch, own_data, restart_epoch, schedule_steps, tokens_in
 from tnnlm.training.context_parallel import join_group, own_tokens, split_convolutions
 from tnnlm.training.estimate import tokens_per_update
-from tnnlm.training.fsdp import gather_kernels, gradient_sync, is_sharded, renumber_optimizer_state, shard
+from tnnlm.training.fsdp import (
+    gather_kernels,
+    gradient_sync,
+    is_sharded,
+    parameter_mesh,
+    renumber_optimizer_state,
+    shard,
+)
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.throughput import DataWait, Throughput, memory_values
@@ -77,8 +84,7 @@ class LitModel(lightning.LightningModule):
         if self._trainer is None:  # load_from_checkpoint calls this without a trainer
             return
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
-            assert self.device_mesh is not None
-            shard(self.model, self.device_mesh["data_parallel"])
+            shard(self.model, parameter_mesh(self.trainer.strategy))
         if self.group.size != self.config.trainer.context_parallel:
             self.group = self.task.group = join_group(self.trainer, self.config)
             split_convolutions(self.model, self.group)

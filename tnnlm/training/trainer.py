@@ -21,7 +21,7 @@ from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.progress import TrainingBar
 from tnnlm.training.callbacks.samples import SampleWriter
 from tnnlm.training.callbacks.validation import ValidationSchedule
-from tnnlm.training.estimate import FSDP, resolve_accelerator, resolve_devices, resolve_precision
+from tnnlm.training.estimate import SHARDING, resolve_accelerator, resolve_devices, resolve_precision
 from tnnlm.training.loggers.console import PlainLines
 from tnnlm.training.loggers.csv import MetricsCSV
 from tnnlm.training.loggers.wandb import wandb_logger
@@ -56,7 +56,7 @@ def build_trainer(
         num_nodes=settings.num_nodes,
         strategy=strategy,
         # FSDP2 can't train on tensors that were gathered in inference mode during validation.
-        inference_mode=settings.strategy != FSDP,
+        inference_mode=settings.strategy not in SHARDING,
         log_every_n_steps=1,  # LitModel applies trainer.log_every_n_steps
         enable_progress_bar=at_terminal,
         default_root_dir=folder,

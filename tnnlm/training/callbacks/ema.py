@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
-from tnnlm.training.estimate import resolve_precision
+from tnnlm.training.estimate import SHARDING, resolve_precision
 
 
 class AveragedWeights(WeightAveraging):
@@ -104,6 +104,6 @@ def averaging(config: Config) -> list[AveragedWeights]:
     where = f"trainer.ema_decay={settings.ema_decay:g}"
     if resolve_precision(config) in ("bf16-true", "64-true"):
         raise ConfigError(f"{where}: requires float32 weights", "use trainer.precision=bf16-mixed or 32-true")
-    if any(name in settings.strategy for name in ("fsdp", "model_parallel", "deepspeed")):
+    if any(name in settings.strategy for name in (*SHARDING, "model_parallel", "deepspeed")):
         raise ConfigError(f"{where}: not supported for sharded weights", "use trainer.strategy=ddp")
     return [AveragedWeights(settings.ema_decay)]
