@@ -126,8 +126,13 @@ def test_a_warm_up_within_the_run_is_not_reported(capsys: pytest.CaptureFixture[
 def test_dry_run_states_the_memory_of_a_small_model_and_that_it_reads_no_data(script: Any) -> None:
     done = script("train", *SETTINGS, "--dry-run")
     assert done.code == 0
-    memory, data = done.out.splitlines()[-2:]
+    memory, state, step, validation, attached, data = done.out.splitlines()[-6:]
     assert memory.startswith("estimated memory: ")
+    assert state.startswith("  weights, gradients and moments: ")
+    assert step.startswith("  at most in an optimizer step: ")
+    assert validation.startswith("  at most in a validation: ")
+    assert "conversion.method=etsc, horizon " in attached
+    assert attached.endswith("conversion.method=auto selects the smallest within conversion.tolerance")
     assert " MiB per device (1), " in memory
     assert int(memory.split()[2]) > 0
     assert data == "data: not read by --dry-run"

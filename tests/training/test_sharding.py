@@ -16,6 +16,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.fsdp import shard_dimension
 from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.memory import estimate_memory
 
 # 4 rows per step on any number of ranks, and 17 validation rows, which no number of ranks divides.
 COMMON = (
@@ -185,15 +186,14 @@ def test_precisions_that_can_not_be_sharded_are_refused(script: Any, precision: 
 
 
 def test_dry_run_counts_the_share_of_a_device() -> None:
-    sizes = [
-        estimate_run(
-            load_config(None, ["trainer.accelerator=cpu", f"trainer.strategy={name}", f"trainer.devices={n}"])
-        )
+    configs = [
+        load_config(None, ["trainer.accelerator=cpu", f"trainer.strategy={name}", f"trainer.devices={n}"])
         for name, n in (("ddp", 8), ("fsdp", 8), ("fsdp", 64))
     ]
-    memory = [plan.memory_bytes for plan in sizes]
+    memory = [estimate_memory(config).peak for config in configs]
+    params = estimate_run(configs[0]).params
     assert memory[0] > memory[1] > memory[2]
-    assert memory[1] - memory[2] == 16 * sizes[0].params // 8 - 16 * sizes[0].params // 64
+    assert memory[1] - memory[2] == 16 * params // 8 - 16 * params // 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

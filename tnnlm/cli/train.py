@@ -234,7 +234,9 @@ def search(config: Config) -> None:
 def show(config: Config, as_json: bool) -> None:
     """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
     from tnnlm.conversion.companion import check_training
+    from tnnlm.training.announce import in_units, memory_lines
     from tnnlm.training.estimate import check_names, estimate_run
+    from tnnlm.training.memory import estimate_memory
 
     check_names(config)
     check_training(config)
@@ -242,15 +244,16 @@ def show(config: Config, as_json: bool) -> None:
         from tnnlm.data.sequences.prepare import check_sequence_model
 
         check_sequence_model(config)
-    plan = estimate_run(config)
+    plan, memory = estimate_run(config), estimate_memory(config)
     if as_json:
-        print(json.dumps({"config": asdict(config), **asdict(plan)}, indent=2))
+        parts = {name: getattr(memory, name) for name in ("state", "buckets", "step", "validation")}
+        attached = memory.attached and memory.attached.nbytes(config.model.n_layers)
+        sizes = {**asdict(plan), "memory_bytes": memory.peak, "memory": {**parts, "attached": attached or 0}}
+        print(json.dumps({"config": asdict(config), **sizes}, indent=2))
         return
     print(config_to_yaml(config))
     print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
     print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
-    size = f"{plan.memory_bytes / 2**20:,.0f} MiB"
-    if plan.memory_bytes >= 2**30:
-        size = f"{plan.memory_bytes / 2**30:,.2f} GiB"
-    print(f"estimated memory: {size} per device ({plan.devices}), {plan.precision}")
+    print(f"estimated memory: {in_units(memory.peak)} per device ({plan.devices}), {plan.precision}")
+    print(*memory_lines(config, memory), sep="\n")
     print("data: not read by --dry-run")

@@ -31,6 +31,7 @@ from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sampled_coverage import sampled_coverage
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.data.text import TextHash, words_in
+from tnnlm.data.waiting import META, busy, prepare_once, unfinished
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
 from tnnlm.models.batches import PADDING
@@ -126,8 +127,10 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
         resumable: Keep partial results if interrupted, and resume from them the next time.
 
     Raises:
-        DataError: If the text, the tokenizer or a special token is unusable, or another process prepares the
-            same data. The cache is then unchanged, apart from partial results if ``resumable``.
+        DataError: If the text, the tokenizer or a special token is unusable, or, if ``resumable``, another
+            process prepares the same data; otherwise it is waited for, see
+            :func:`~tnnlm.data.waiting.prepare_once`. The cache is then unchanged, apart from partial results
+            if ``resumable``.
     """
     given = load_tokenizer(config.tokenizer, config.eos_token) if config.tokenizer else None
     if given is not None and config.mask_token is not None:
@@ -138,12 +141,14 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
             f"set model.vocab_size={given.size} or more",
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
-    if not (folder / "meta.json").is_file():
+    if not (folder / META).is_file():
         if given is None:
             check_trainable(config.eos_token, config.mask_token)
-        made = _resumable_folder(folder) if resumable else atomic_folder(folder, replace=False)
-        with made as temporary:
-            _build(config, vocab_size, seed, given, temporary)
+        if resumable:
+            with _resumable_folder(folder) as part:
+                _build(config, vocab_size, seed, given, part)
+        else:
+            prepare_once(folder, lambda: _build_whole(config, vocab_size, seed, given, folder))
     return _open(folder, config.eos_token)
 
 
@@ -172,9 +177,8 @@ def _open(folder: Path, eos_token: str) -> PackedCorpus:
 @contextmanager
 def _resumable_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to ``path`` if the block succeeds, and kept if it fails."""
-    part = path.with_name(f"{path.name}.part")
-    refusal = DataError(f"{part}: another process prepares the same data", "wait until it finishes")
-    with only_process(part, refusal):
+    part = unfinished(path)
+    with only_process(part, busy(path)):
         part.mkdir(exist_ok=True)
         try:
             yield part
@@ -184,10 +188,18 @@ def _resumable_folder(path: Path) -> Iterator[Path]:
             raise
         for done in part.iterdir():
             flush_to_disk(done)
-        if path.exists():  # created concurrently by a training run
+        if path.exists():  # created by a process that does not see the lock, on some network file systems
             shutil.rmtree(part)
         else:
             os.replace(part, path)
+
+
+def _build_whole(
+    config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path
+) -> None:
+    """Build the corpus from the start; nothing is left if that fails."""
+    with atomic_folder(folder, replace=False) as temporary:
+        _build(config, vocab_size, seed, given, temporary)
 
 
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:

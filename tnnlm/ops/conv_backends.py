@@ -52,8 +52,8 @@ def training_backend(device: torch.device, causal: bool) -> str:
     return "tiles" if why_no_windows(device) else "windows"
 
 
-# torch.compile calls the function instead of tracing the check. torch.compiler.assume_constant_result sets the
-# same attribute, but imports the whole compiler.
+# torch.compile calls the function instead of tracing the check. torch.compiler.assume_constant_result sets
+# the same attribute, but imports the whole compiler.
 training_backend.__dict__["_dynamo_marked_constant"] = True
 
 

@@ -231,16 +231,21 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
 _circular_conv.register_autograd(_gradients, setup_context=_keep)
 
 
+def tile_width(channels: int, batch: int, n: int, device_type: str) -> int:
+    """Return the number of channels per tile of a convolution over n points, for inputs (E, B, L)."""
+    if device_type != "cpu":
+        return channels
+    return min(channels, max(4, CACHE_BYTES // (8 * batch * (n // 2 + 1))))
+
+
 def _tiles(x: Tensor, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the channels of x (E, B, L), each with its inputs as ``dtype``, zero-padded to ``n``.
 
     The inputs are in a buffer that the next tile overwrites.
     """
     channels, batch, length = x.shape
-    width = channels
-    if x.device.type == "cpu":
-        width = max(4, CACHE_BYTES // (8 * batch * (n // 2 + 1)))
-    buffer = x.new_zeros(min(width, channels), batch, n, dtype=dtype)
+    width = tile_width(channels, batch, n, x.device.type)
+    buffer = x.new_zeros(width, batch, n, dtype=dtype)
     for start in range(0, channels, width):
         tile = slice(start, min(start + width, channels))
         padded = buffer[: tile.stop - start]

@@ -1,4 +1,4 @@
-"""Lines at the start of a run: its sizes, its data, and warnings about settings that don't fit together."""
+"""Lines before a run: its sizes, memory and data, and warnings about settings that don't fit together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from tnnlm.data.report import DataReport
 from tnnlm.models.surgery import all_decay, kernels
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.console import show_line
+from tnnlm.training.memory import Attached, RunMemory, attached_recurrences
 from tnnlm.training.resume import repeated_steps
+
+LARGE = 1 << 30
+"""Size in bytes from which on a run announces the recurrences that it attaches to its checkpoints."""
 
 
 def announce(
@@ -43,6 +47,10 @@ def announce(
     repeated = repeated_steps(folder, source, step or 0)
     for shown in (line, *repeated, *report.lines()):
         show_line(shown)
+    if config.task == "causal":
+        attached = attached_recurrences(config)
+        if attached.nbytes(config.model.n_layers) >= LARGE:
+            show_line(attached_line(config, attached))
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps:
         show_line(
@@ -73,3 +81,32 @@ def _short_horizon(config: Config, model: nn.Module) -> str | None:
         f"initial kernels: the recurrence in checkpoints differs from position {horizon} on; "
         "set conversion.horizon=auto"
     )
+
+
+def memory_lines(config: Config, memory: RunMemory) -> list[str]:
+    """Return the parts of the estimated memory of a run, a line each."""
+    buckets = f", {in_units(memory.buckets)} of it buckets of DDP" if memory.buckets else ""
+    lines = [
+        f"  weights, gradients and moments: {in_units(memory.state)}{buckets}",
+        f"  at most in an optimizer step: {in_units(memory.step)}",
+        f"  at most in a validation: {in_units(memory.validation)}",
+    ]
+    return lines if memory.attached is None else [*lines, attached_line(config, memory.attached)]
+
+
+def attached_line(config: Config, attached: Attached) -> str:
+    """Return the line on the recurrences that a run attaches, with a smaller choice if there may be one."""
+    recipe = config.conversion
+    size = in_units(attached.nbytes(config.model.n_layers))
+    line = (
+        f"each checkpoint and validation holds recurrences of {size} (conversion.method={recipe.method}, "
+        f"horizon {attached.horizon:,})"
+    )
+    if recipe.method in ("etsc", "window"):
+        return f"{line}; conversion.method=auto selects the smallest within conversion.tolerance"
+    return line
+
+
+def in_units(size: int) -> str:
+    """Return a number of bytes in MiB, or in GiB from 1 GiB on."""
+    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

@@ -1,4 +1,4 @@
-"""Estimates of a run's size before it starts: parameters, tokens, memory, precision and devices."""
+"""Estimates of a run's size before it starts: parameters, tokens, precision and devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
-from tnnlm.models.causal_lm import LOGITS
 from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
@@ -19,8 +18,6 @@ HSDP = "hsdp"
 """Strategy that shards them across groups of devices and replicates them between the groups."""
 SHARDING = (FSDP, HSDP)
 """Strategies that shard the model."""
-
-_BYTES = {"bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "32-true": 4, "64-true": 8}
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,6 @@ class RunEstimate:
     """Tokens per optimizer step on all devices."""
     total_tokens: int
     """Tokens in ``trainer.max_steps`` optimizer steps."""
-    memory_bytes: int
-    """Estimated peak memory per device in bytes: weights, gradients, Adam moments, activations and logits."""
     precision: str
     """Precision in Lightning's terms, with ``auto`` resolved."""
     devices: int
@@ -55,14 +50,11 @@ def estimate_run(config: Config) -> RunEstimate:
     precision = resolve_precision(config)
     devices = resolve_devices(config) * config.trainer.num_nodes
     per_update = tokens_per_update(config, devices)
-    read = config.data.batch_size * config.model.max_length * (2 if config.model.pair else 1)
-    read //= config.trainer.context_parallel
     return RunEstimate(
         params=model.n_params,
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,
         total_tokens=per_update * config.trainer.max_steps,
-        memory_bytes=_weights(config, model) + _activations(config, read, _BYTES[precision]),
         precision=precision,
         devices=devices,
     )
@@ -178,35 +170,15 @@ def resolve_accelerator(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _weights(config: Config, model: Backbone) -> int:
-    """Return the bytes per device of weights, gradients, Adam moments and averaged weights, all in float32.
+def sharded_bytes(config: Config, model: Backbone) -> int:
+    """Return the bytes per device of weights, gradients and Adam moments of a sharded model, all in float32.
 
-    Every device of a sharded model holds its shard. In addition it holds unsharded all that is outside of the
-    blocks (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
+    Every device holds its shard of them. In addition it holds unsharded all that is outside of the blocks
+    (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
     gradient accumulation all gradients stay unsharded until the last micro-batch.
     """
     params = model.n_params
-    if config.trainer.strategy not in SHARDING:
-        return 4 * params * (4 if config.trainer.ema_decay is None else 5)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
     gathered = params - blocks + 2 * blocks // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params
     return 16 * params // resolve_shard_size(config) + 4 * (gathered + waiting)
-
-
-def _activations(config: Config, rows: int, width: int) -> int:
-    """Return the bytes of the activations that the backward pass needs, for ``rows`` tokens.
-
-    Counted per token and layer, as autograd saves them: the mixer's two projections before and after SiLU,
-    the gated output and the convolution's output (6 E in the compute dtype of ``width`` bytes), the
-    convolution's spectrum of twice the length in complex64 (8 E bytes), the GLU (5 G in the compute dtype)
-    and the residual stream with norms (6 D in float32).
-    """
-    model = config.model
-    inner = model.expand * model.d_model
-    hidden = model.glu_dim or model.d_model
-    layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
-    logits = round(guessed_share(config) * model.vocab_size) * (width + 8)
-    if config.trainer.recompute:
-        return rows * (model.n_layers * 4 * model.d_model + layer) + min(rows, LOGITS) * logits
-    return rows * (model.n_layers * layer + logits)

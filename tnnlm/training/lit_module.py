@@ -137,7 +137,11 @@ class LitModel(lightning.LightningModule):
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout by (seed, step, micro-batch, rank), so that a resumed run gets the same masks."""
+        """Seed dropout by (seed, step, micro-batch, rank), so that a resumed run gets the same masks.
+
+        Recurrences are freed, because the checkpoint of the last step has been saved by now.
+        """
+        self.task.release()
         micro = batch_idx % self.trainer.accumulate_grad_batches
         gradient_sync(self.model, micro == self.trainer.accumulate_grad_batches - 1)
         torch.manual_seed(hash((self.config.seed, self.global_step, micro, self.global_rank)) % 2**63)

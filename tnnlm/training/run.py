@@ -159,12 +159,12 @@ def _resolve(
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source, verify=is_main_process())
+    # Every rank waits here until the data is prepared, because the ranks meet later, within a timeout.
+    data = load_task_data(config)
     if not is_main_process():
-        # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
-        # prepares the data; the other ranks load it from the cache after Lightning's barrier.
+        # Rank 0 chooses the folder, which is broadcast to the callbacks that write files.
         folder = run or Path(config.runs_dir)
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
-    data = load_task_data(config)
     tokenizer = data.tokenizer
     if initial is not None:
         initial.check_tokenizer(tokenizer)

@@ -1,4 +1,4 @@
-"""Lightning strategy for sharded models: fully sharded (FSDP2), or hybrid sharded on a two-dimensional mesh."""
+"""Lightning strategy for models that are sharded over all devices (FSDP2) or over groups of them (HSDP)."""
 
 from __future__ import annotations
 

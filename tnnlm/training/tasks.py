@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from tnnlm.config.schema import Config
-from tnnlm.conversion import convert_kernels
 from tnnlm.evaluation import (
     NLL,
     bits_per_byte,
@@ -37,6 +36,7 @@ from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.context import ContextGroup
 from tnnlm.training.context_parallel import own_rows, own_tokens
+from tnnlm.training.conversions import SharedConversion
 from tnnlm.training.fsdp import unsharded
 from tnnlm.training.loggers.names import Place, columns_at, metrics_at
 
@@ -108,6 +108,9 @@ class ValidationTask(nn.Module, ABC):
     def agree(self, strategy: Strategy) -> None:
         """Make all ranks validate the same way, after ``begin``."""
 
+    def release(self) -> None:
+        """Free what only validations, samples and checkpoints need; called before training continues."""
+
     @abstractmethod
     def validate(self, model: Any, batch: Any, counted: int | None) -> None:
         """Score the first ``counted`` rows of a batch, or all rows if it is None."""
@@ -135,6 +138,8 @@ class CausalTask(ValidationTask):
         super().__init__(config)
         self.recurrences: list[RecurrentConv] = []
         """Converted kernels of this validation, in a plain list so that they are not submodules."""
+        self.conversion = SharedConversion(config)
+        """Conversion of the current weights, which the checkpoints of the same step store."""
         self.nll_parallel = WeightedMean()
         self.nll_recurrent = WeightedMean()
 
@@ -142,13 +147,17 @@ class CausalTask(ValidationTask):
         """Convert the kernels to recurrences."""
         self.recurrences = []
         causal = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
-        _, layers = convert_kernels(causal, self.config.model.max_length, self.config.conversion)
-        self.recurrences = [RecurrentConv(converted.params) for converted in layers]
+        self.recurrences = [RecurrentConv(params) for params in self.conversion.of(causal).layers]
 
     def agree(self, strategy: Strategy) -> None:
         """Skip the recurrent form on all ranks if one rank failed to convert, to avoid a deadlock."""
         if not strategy.reduce_boolean_decision(bool(self.recurrences)):
             self.recurrences = []
+
+    def release(self) -> None:
+        """Free the recurrences, which would otherwise occupy the device until the next validation."""
+        self.recurrences = []
+        self.conversion.release()
 
     def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
         """Score the same rows in parallel form (FFT) and in recurrent form.

@@ -30,8 +30,8 @@ NESTED = 3
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 """Name of the class or function that torch.load refused, in its error message."""
 _ALLOWING = threading.Lock()
-"""Held while argparse.Namespace may be read: the list of permitted classes belongs to the process, so a thread
-that leaves would withdraw the permission from one that still reads."""
+"""Held while argparse.Namespace may be read: the list of permitted classes belongs to the process, so a
+thread that leaves would withdraw the permission from one that still reads."""
 
 
 class Source(NamedTuple):

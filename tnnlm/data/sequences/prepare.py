@@ -24,6 +24,7 @@ from tnnlm.data.sequences.rows import (
     write_corpus,
 )
 from tnnlm.data.sources import cache_folder
+from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
 
@@ -100,12 +101,15 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
     check_sequences(config)
     files = _files(config)
     folder = cache_folder(config.data) / _key(config, files)
-    if not (folder / "meta.json").is_file():
-        dropped: Counter[str] = Counter()
-        report = DataReport(source=config.data.source, unit="sequence", files=len(files), dropped=dropped)
-        with atomic_folder(folder, replace=False) as temporary:
-            write_corpus(temporary, task_name(config), _source(config, dropped), report)
+    prepare_once(folder, lambda: _build(config, len(files), folder))
     return read_corpus(folder)
+
+
+def _build(config: Config, n_files: int, folder: Path) -> None:
+    dropped: Counter[str] = Counter()
+    report = DataReport(source=config.data.source, unit="sequence", files=n_files, dropped=dropped)
+    with atomic_folder(folder, replace=False) as temporary:
+        write_corpus(temporary, task_name(config), _source(config, dropped), report)
 
 
 def _source(config: Config, dropped: Counter[str]) -> Iterator[tuple[str, Iterable[Example]]]:

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.training import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
 from tnnlm.config.schema import Config
-from tnnlm.conversion import convert_kernels
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
 from tnnlm.kernels import Kernel
@@ -27,6 +26,7 @@ from tnnlm.training.agreement import HostAgreement
 from tnnlm.training.callbacks.ema import AveragedWeights
 from tnnlm.training.fsdp import gather_kernels, is_sharded
 from tnnlm.training.lit_module import LitModel, tokenizer_of
+from tnnlm.training.tasks import CausalTask
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
 """Signal that a cluster sends some time before it ends a job; None on Windows, which lacks it."""
@@ -124,7 +124,8 @@ class AttachRecurrences(Callback):
     Kernels are only added for tasks whose models have a recurrent form. With weight averaging the averaged
     kernels are converted, because the checkpoint's weights are the averaged ones. The callback runs on every
     rank before the file is written, so it must not write files. All ranks gather sharded kernels, then rank 0
-    converts them. If the conversion fails, the checkpoint is saved without it, with a warning.
+    converts them, unless the validation of the same step has done so. If the conversion fails, the checkpoint
+    is saved without it, with a warning.
     """
 
     def __init__(self, config: Config, average: AveragedWeights | None = None) -> None:
@@ -137,18 +138,21 @@ class AttachRecurrences(Callback):
         """Add the entry to the checkpoint."""
         saved = self.average.averaged(pl_module) if self.average else pl_module
         assert isinstance(saved, LitModel)
-        ssm = self._recurrence(trainer, saved) if saved.task.converts else None
+        assert isinstance(pl_module, LitModel)
+        task = pl_module.task  # the averaged module's own task takes no part in validations
+        ssm = self._recurrence(trainer, saved, task) if isinstance(task, CausalTask) else None
         if trainer.is_global_zero:
             checkpoint[ENTRY] = checkpoint_entry(self.config, tokenizer_of(trainer), ssm)
 
-    def _recurrence(self, trainer: lightning.Trainer, saved: LitModel) -> AttachedSSM | None:
-        recipe = self.config.conversion
+    def _recurrence(
+        self, trainer: lightning.Trainer, saved: LitModel, task: CausalTask
+    ) -> AttachedSSM | None:
         found = [kernel for kernel in gather_kernels(saved.model) if isinstance(kernel, Kernel)]
         if not trainer.is_global_zero:
             return None
         try:
-            horizon, layers = convert_kernels(found, self.config.model.max_length, recipe)
-            return attached_ssm([layer.params for layer in layers], recipe.method, horizon)
+            converted = task.conversion.of(found)
+            return attached_ssm(converted.layers, self.config.conversion.method, converted.horizon)
         except Exception as error:  # no failure here may cost the checkpoint
             warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
             return None

@@ -1,0 +1,131 @@
+"""The memory on paper is close to the live tensors that torch's memory tracker counts in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.scripts import ROOT
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
+from tnnlm.conversion.convert import convert_layers
+from tnnlm.evaluation import parallel_nll, recurrent_nll
+from tnnlm.models.factory import build_model
+from tnnlm.models.surgery import in_recurrent_form
+from tnnlm.modules import RecurrentConv
+from tnnlm.training.memory import attached_recurrences, estimate_memory
+from tnnlm.training.optim import build_optimizer
+
+
+def tracked_step(config: Config) -> int:
+    """Return the peak of live bytes in a step of the whole model, as torch's memory tracker counts them."""
+    mixed = config.trainer.precision == "bf16-mixed"
+    with FakeTensorMode():
+        model = build_model(config)
+        model.recompute = config.trainer.recompute
+        optimizer = build_optimizer(model, config.optim)
+        rows = torch.zeros(config.data.batch_size, config.model.max_length + 1, dtype=torch.long)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # creates the moments
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, rows, *(p.grad for p in model.parameters()))
+        with tracker:
+            # Lightning frees the gradients of the step before only after the forward pass.
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+                loss = model.loss(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            optimizer.step()
+    return peak_of(tracker)
+
+
+def tracked_validation(config: Config) -> int:
+    """Return the peak of live bytes in the validation of a batch in both forms, after a training step."""
+    _, found = convert_layers(build_model(config), config.conversion)
+    with FakeTensorMode() as fake:
+        model = build_model(config)
+        moments = torch.empty(3 * model.n_params)  # as many gradients as moments of each kind
+        convs = [RecurrentConv(type(layer.params)(*map(fake.from_tensor, layer.params))) for layer in found]
+        rows = torch.zeros(config.data.batch_size, config.model.max_length + 1, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model, moments, *convs, rows)
+        with tracker, Readable():
+            BothForms(model, convs)(rows, config.conversion.chunk)
+    return peak_of(tracker)
+
+
+class BothForms(nn.Module):
+    """Validation as a single module, because the tracker runs the outermost module once only."""
+
+    def __init__(self, model: Any, convs: list[RecurrentConv]) -> None:
+        super().__init__()
+        self.model, self.convs = model, convs
+
+    def forward(self, rows: torch.Tensor, chunk: int) -> None:
+        """Score the rows in both forms."""
+        parallel_nll(self.model, rows)
+        with in_recurrent_form(self.model, self.convs):
+            recurrent_nll(self.model, rows, chunk)
+
+
+class Readable(TorchDispatchMode):
+    """Mode that gives every number that Python reads the value 1, because fake tensors have none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, or return 1."""
+        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+def peak_of(tracker: MemTracker) -> int:
+    """Return the peak of all live bytes on the CPU."""
+    snapshot: Any = tracker.get_tracker_snapshot("peak")
+    return int(snapshot[torch.device("cpu")]["Total"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("demo", ["trainer.precision=32-true"]),
+        ("sgconv_wt103", ["trainer.precision=bf16-mixed"]),
+        ("rtf_wt103", ["trainer.precision=32-true", "trainer.recompute=true"]),
+        ("tnn_125m_fineweb", ["trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate=1"]),
+    ],
+    ids=["demo", "sgconv 48.8M bf16", "rtf 48.1M recomputed", "tno 125M bf16"],
+)
+def test_step_takes_the_memory_on_paper(name: str, words: list[str]) -> None:
+    config = load_config(ROOT / f"configs/{name}.yaml", ["trainer.accelerator=cpu", *words])
+    assert estimate_memory(config).step == pytest.approx(tracked_step(config), rel=0.1)
+
+
+def test_validation_takes_the_memory_on_paper() -> None:
+    words = ["trainer.accelerator=cpu", "model.kernel.rpe_layers=1", "model.vocab_size=300"]
+    for more in (["conversion.method=etsc"], ["conversion.method=window", "model.kernel.decay=0.9"]):
+        config = load_config(None, [*words, *more])
+        assert estimate_memory(config).validation == pytest.approx(tracked_validation(config), rel=0.1)
+
+
+def test_several_devices_hold_the_buckets_of_ddp() -> None:
+    words = ["trainer.accelerator=cpu", "model.kernel.rpe_layers=0"]
+    one, two = (estimate_memory(load_config(None, [*words, f"trainer.devices={n}"])) for n in (1, 2))
+    assert one.buckets == 0
+    assert two.buckets == 4 * build_model(load_config(None, words)).n_params
+    assert two.step - one.step == two.buckets
+
+
+def test_attached_recurrences_have_the_size_of_converted_ones() -> None:
+    words = ["trainer.accelerator=cpu", "model.d_model=32", "model.max_length=64", "model.n_layers=2"]
+    for more in (["model.kernel.decay=0.9"], ["conversion.method=window"], ["model.kernel.name=rtf"]):
+        config = load_config(None, [*words, *more])
+        horizon, layers = convert_layers(build_model(config), config.conversion)
+        attached = attached_recurrences(config)
+        assert attached.horizon == pytest.approx(horizon, rel=0.1)
+        size = sum(part.nbytes for layer in layers for part in layer.params)
+        assert attached.nbytes(2) == pytest.approx(size, rel=0.1)

@@ -1,0 +1,74 @@
+"""Preparation of a folder of the cache by one process, for which all others wait.
+
+Ranks that are started together wait here, on the data, before they meet: the meeting of a process group has a
+timeout, and a preparation may take hours. With one cache per node, one rank per node prepares.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from tnnlm.data.progress import reported
+from tnnlm.errors import DataError
+from tnnlm.files import only_process
+
+POLL_SECONDS = 0.5
+"""Seconds between two looks at a folder that another process prepares."""
+META = "meta.json"
+"""File that a prepared folder of the cache contains."""
+
+
+def unfinished(folder: Path) -> Path:
+    """Return the path of partial results of ``folder``, whose lock the process that prepares it holds."""
+    return folder.with_name(f"{folder.name}.part")
+
+
+def busy(folder: Path) -> DataError:
+    """Return the error for a folder that another process prepares."""
+    return DataError(
+        f"{unfinished(folder)}: another process prepares the same data", "wait until it finishes"
+    )
+
+
+def prepare_once(folder: Path, build: Callable[[], None]) -> None:
+    """Call ``build`` unless ``folder`` is prepared; while another process prepares it, wait.
+
+    Args:
+        folder: Folder of the cache, which contains ``META`` if and only if it is complete.
+        build: Function that creates the folder.
+
+    Raises:
+        DataError: On a rank other than 0 if the process that it waited for ended without the data. Rank 0
+            then calls ``build`` itself, so that it reports the reason.
+    """
+    waited = False
+    with ExitStack() as lines:
+        while not (folder / META).is_file():
+            with ExitStack() as lock:
+                refusal = busy(folder)
+                try:
+                    lock.enter_context(only_process(unfinished(folder), refusal))
+                except DataError as error:
+                    if error is not refusal:
+                        raise
+                    if not waited:
+                        print(f"{folder}: waiting for another process to prepare it", file=sys.stderr)
+                        lines.enter_context(reported(lambda: f"{folder}: waiting for another process"))
+                    waited = True
+                    time.sleep(POLL_SECONDS)
+                    continue
+                if (folder / META).is_file():
+                    return
+                if waited and rank_zero_only.rank != 0:
+                    raise DataError(
+                        f"{folder}: the process that prepared this data has failed",
+                        "correct what it reports, and start again",
+                    )
+                build()
+                return

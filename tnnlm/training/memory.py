@@ -1,0 +1,274 @@
+"""Peak memory of a run on paper: one optimizer step and one validation over fake tensors.
+
+Both run the code of the training itself, so that no tensor has to be counted by hand. They take a model of
+one layer and a model of two, because each peak is an affine function of the number of layers if the parts of
+a backward pass (head, first block, last block, embedding) are measured separately. Fake tensors are on the
+CPU, so that an estimate is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from tnnlm.config.schema import Config
+from tnnlm.conversion import auto_horizon, convert_kernel
+from tnnlm.evaluation import class_scores, masked_nll, parallel_nll, recurrent_nll
+from tnnlm.kernels import build_kernel
+from tnnlm.models.backbone import Backbone
+from tnnlm.models.batches import LabelledBatch, MaskedBatch
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.factory import build_model
+from tnnlm.models.surgery import in_recurrent_form
+from tnnlm.modules import RecurrentConv
+from tnnlm.ops.recurrence import Params
+from tnnlm.ops.ssm import SSMParams
+from tnnlm.ops.toeplitz import tile_width
+from tnnlm.training.estimate import (
+    SHARDING,
+    resolve_accelerator,
+    resolve_devices,
+    resolve_precision,
+    sharded_bytes,
+)
+from tnnlm.training.live_bytes import LiveBytes, counted
+from tnnlm.training.optim import build_optimizer
+
+ASSUMED_MODES = 64
+"""Modes per layer of a recurrence whose number of modes follows from the trained weights."""
+WORK_BUFFERS = 5
+"""Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
+product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
+_SAMPLED = 13
+"""Channels of a kernel that are converted to find the size of its recurrence."""
+_CHOSEN_BY_WEIGHTS = ("auto", "balanced", "gradient")
+"""Methods whose recurrences have a size that follows from the weights."""
+
+
+class Attached(NamedTuple):
+    """Recurrences that a run attaches to its checkpoints."""
+
+    horizon: int
+    """Number of lags that they reproduce, at the initial weights."""
+    layer: Params
+    """Parameters of the recurrence of one layer, without values: tensors on the meta device."""
+
+    def nbytes(self, layers: int) -> int:
+        """Return the size of the recurrences of ``layers`` layers, in bytes."""
+        return layers * sum(part.nbytes for part in self.layer)
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Peak memory per device of a run, in bytes."""
+
+    state: int
+    """Weights, buffers, gradients and Adam moments, averaged weights, and the buckets of DDP."""
+    buckets: int
+    """Part of ``state``: the buffers through which DDP reduces the gradients."""
+    step: int
+    """Peak of an optimizer step, ``state`` included."""
+    validation: int
+    """Peak of a validation, ``state`` and attached recurrences included."""
+    attached: Attached | None
+    """Recurrences that a validation holds and a checkpoint stores; None for tasks without recurrences."""
+
+    @property
+    def peak(self) -> int:
+        """Larger one of the two peaks."""
+        return max(self.step, self.validation)
+
+
+def estimate_memory(config: Config) -> RunMemory:
+    """Estimate the peak memory of a run per device, without training and without data.
+
+    Assumptions: ``WORK_BUFFERS`` per FFT convolution; ``ASSUMED_MODES`` modes where the weights decide the
+    size of a recurrence; blocks are not compiled, which would save activations. With FSDP the activations are
+    those of one device, and the state is computed by
+    :func:`~tnnlm.training.estimate.sharded_bytes`.
+    """
+    attached = attached_recurrences(config) if config.task == "causal" else None
+    layers = config.model.n_layers
+    one, two = (_peaks(config, n, attached) for n in (1, 2))
+    peaks = {name: low + (two[name] - low) * (layers - 1) for name, low in one.items()}
+    state, buckets = peaks.pop("state"), peaks.pop("buckets")
+    validation = max(peaks.pop(name, 0) for name in ("parallel", "recurrent"))
+    step = max(peaks.values())
+    if config.trainer.strategy in SHARDING:
+        with torch.device("meta"):
+            sharded = sharded_bytes(config, build_model(config))
+        step, validation, state = step - state + sharded, validation - state + sharded, sharded
+    return RunMemory(state=state, buckets=buckets, step=step, validation=validation, attached=attached)
+
+
+def attached_recurrences(config: Config) -> Attached:
+    """Return the recurrences that a run of task causal attaches, from a conversion of a few channels.
+
+    The number of modes of a method that finds it by the weights is ``ASSUMED_MODES``, or half of
+    ``conversion.order``.
+
+    Raises:
+        UserError: If the kernel can't be converted.
+    """
+    model, recipe = config.model, copy.copy(config.conversion)
+    channels = model.expand * model.d_model
+    sample = min(channels, _SAMPLED)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        kernel = build_kernel(model.kernel, sample, model.max_length)
+    if recipe.horizon == "auto":
+        recipe.horizon = auto_horizon(kernel, model.max_length) or model.max_length
+    horizon = int(recipe.horizon)
+    if recipe.method in _CHOSEN_BY_WEIGHTS:
+        modes = ASSUMED_MODES if recipe.order is None else (recipe.order + 1) // 2
+        poles = (channels, 2, modes) if recipe.poles == "channel" else (2, modes)
+        layer: Params = SSMParams(
+            torch.empty(channels, recipe.window_taps, device="meta"),
+            torch.empty(poles, dtype=torch.float64, device="meta"),
+            torch.empty(channels, 2, modes, device="meta"),
+        )
+        return Attached(horizon, layer)
+    found = convert_kernel(kernel, recipe, horizon, max_length=model.max_length).params
+    return Attached(horizon, type(found)(*(_widened(part, sample, channels) for part in found)))
+
+
+def _widened(part: Tensor, sample: int, channels: int) -> Tensor:
+    """Return a tensor without values, with ``channels`` entries in place of ``sample`` along axis 0."""
+    per_channel = part.dim() > 0 and part.shape[0] == sample
+    shape = (channels, *part.shape[1:]) if per_channel else part.shape
+    return torch.empty(shape, dtype=part.dtype, device="meta")
+
+
+def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, int]:
+    """Return the bytes of the state and the peak of each phase, for a model of ``layers`` layers."""
+    config = copy.deepcopy(config)
+    config.model.n_layers = layers
+    device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
+    plugin = _precision(config)
+    with counted(partial(_work, device)) as live:
+        model: Any = plugin.convert_module(build_model(config))
+        model.recompute = config.trainer.recompute
+        optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
+        held, buckets = _state(config, model, optimizer)
+        batch = _batch(config)
+        state = live.now
+        _step(config, model, optimizer, partial(model.loss, batch), plugin.forward_context, live)
+        _validate(config, model.eval(), batch, attached, live)
+        del held
+    live.peaks.pop("build")  # creating the moments by a step, which training does before it holds activations
+    return {"last": live.peaks["first"], **live.peaks, "state": state, "buckets": buckets}
+
+
+def _state(config: Config, model: Backbone, optimizer: Optimizer) -> tuple[list[Tensor], int]:
+    """Create gradients, moments, averages and buckets; return the last two, and the bytes of buckets."""
+    held = []
+    if config.trainer.ema_decay is not None:
+        held += [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    several = resolve_devices(config) * config.trainer.num_nodes > 1
+    strategy = config.trainer.strategy
+    reduced = strategy.startswith("ddp") or (strategy == "auto" and several)
+    buckets = [torch.empty_like(parameter) for parameter in trained] if reduced else []
+    return [*held, *buckets], sum(bucket.nbytes for bucket in buckets)
+
+
+def _step(
+    config: Config,
+    model: Backbone,
+    optimizer: Optimizer,
+    loss: Callable[[], Tensor],
+    context: Callable[[], AbstractContextManager[None]],
+    live: LiveBytes,
+) -> None:
+    """Run the last micro-batch of an optimizer step in the order of Lightning, phase by phase."""
+
+    def mark(phase: str, tensor: Tensor) -> None:
+        def enter(gradient: Tensor) -> None:
+            live.phase = phase
+
+        if tensor.requires_grad:  # not in the validation
+            tensor.register_hook(enter)
+
+    # The backward pass reaches the last block first.
+    for block, phase in zip(reversed(model.layers), ("first", "last"), strict=False):
+        block.register_forward_hook(lambda _, __, out, phase=phase: mark(phase, out))
+    model.layers[0].register_forward_pre_hook(lambda _, given: mark("embedding", given[0]))
+    live.phase = "forward"
+    with context():
+        value = loss()
+    # The gradients of the step before are freed after the forward pass; those of earlier micro-batches stay.
+    if config.trainer.accumulate == 1:
+        optimizer.zero_grad()
+    live.phase = "head"
+    value.backward()
+    live.phase = "step"
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    clip_grads_with_norm_(parameters, config.optim.grad_clip or 1.0, norm)
+    optimizer.step()
+
+
+def _validate(config: Config, model: Any, batch: Any, attached: Attached | None, live: LiveBytes) -> None:
+    """Score a batch as the validation of the task does."""
+    live.phase = "parallel"
+    if isinstance(batch, MaskedBatch):
+        masked_nll(model, batch)
+    elif isinstance(batch, LabelledBatch):
+        class_scores(model, batch)
+    else:
+        assert isinstance(model, CausalLM)
+        assert attached is not None
+        parts = [[torch.empty(p.shape, dtype=p.dtype) for p in attached.layer] for _ in model.layers]
+        convs = [RecurrentConv(type(attached.layer)(*layer)) for layer in parts]
+        parallel_nll(model, batch)
+        live.phase, chunk = "recurrent", config.conversion.chunk
+        with in_recurrent_form(model, convs):
+            # From the second chunk on, every chunk takes the same memory.
+            recurrent_nll(model, batch[:, : 2 * chunk + 1], chunk)
+
+
+def _batch(config: Config) -> Any:
+    """Return a batch of the task, of this device's share of the tokens."""
+    rows, model = config.data.batch_size, config.model
+    length = model.max_length // config.trainer.context_parallel
+    if config.task == "causal":
+        return torch.zeros(rows, length + 1, dtype=torch.long)
+    if config.task == "masked":
+        places = torch.zeros(rows, round(config.data.mask_fraction * length), dtype=torch.long)
+        return MaskedBatch(torch.zeros(rows, length, dtype=torch.long), places, places.clone())
+    shape = (rows, 2) if model.pair else (rows,)
+    tokens, lengths = torch.zeros(*shape, length, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    return LabelledBatch(tokens, lengths, torch.zeros(rows, dtype=torch.long))
+
+
+def _precision(config: Config) -> Precision:
+    """Return Lightning's plugin for the precision of the run."""
+    name: Any = resolve_precision(config)
+    if name.endswith("-mixed"):
+        return MixedPrecision(name, "cpu")
+    if name == "64-true":
+        return DoublePrecision()
+    return HalfPrecision(name) if name in ("bf16-true", "16-true") else Precision()
+
+
+def _work(device: str, operator: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes that a convolution by FFT holds while it runs; 0 for other operators."""
+    ops = torch.ops.tnnlm
+    place = {ops.circular_conv.default: 2, ops.circular_conv_backward.default: 3}.get(operator)
+    if place is None:
+        return 0
+    (channels, batch, _), n, taps = args[0].shape, args[place], args[place - 1]
+    width = 8 if taps.dtype in (torch.float64, torch.complex128) else 4
+    return WORK_BUFFERS * tile_width(channels, batch, n, device) * batch * n * width
