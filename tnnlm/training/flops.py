@@ -1,4 +1,4 @@
-"""Floating-point operations of training, computed from a configuration. Needs neither Lightning nor a model."""
+"""Floating-point operations of training, computed from a configuration, without Lightning or a model."""
 
 from __future__ import annotations
 

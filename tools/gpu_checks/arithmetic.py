@@ -9,6 +9,7 @@ import torch
 from gpu_checks.decoding import BATCHES, step_bytes
 from gpu_checks.report import Texts
 from gpu_checks.shapes import DEMO, LARGE, MEDIUM, SMALL
+from gpu_checks.training import least_traffic
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.flops import flops_per_token
 
@@ -24,8 +25,6 @@ class Card(NamedTuple):
 
 
 CARDS = (Card("H100 SXM", 989e12, 3.35e12), Card("H200", 989e12, 4.8e12))
-_SHARES = (1.0, 0.25)
-"""Shares of the rate of products for which the training speed is stated."""
 
 
 def arithmetic_record(command: str, date: str, commit: str) -> dict[str, Any]:
@@ -52,8 +51,12 @@ def _training() -> list[Texts]:
             "GFLOP per token": f"{flops / 1e9:.3f}",
             "estimated GiB": f"{plan.memory_bytes / 2**30:.1f}",
         }
-        for share in _SHARES:
-            row[f"tokens/s at {share:.0%} of the products"] = f"{share * CARDS[0].flops / flops:,.0f}"
+        tokens = shape.batch_size * shape.model.max_length
+        row["tokens/s, products alone"] = f"{CARDS[0].flops / flops:,.0f}"
+        for card in CARDS:
+            row[f"{card.name}: tokens/s, memory alone"] = (
+                f"{tokens * card.bandwidth / least_traffic(plan):,.0f}"
+            )
         rows.append(row)
     return rows
 

@@ -26,7 +26,7 @@ from tnnlm.errors import one_line
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
 from tnnlm.ops.toeplitz import fft_convolution, fft_length
-from tnnlm.training.estimate import estimate_run
+from tnnlm.training.estimate import RunEstimate, estimate_run
 from tnnlm.training.flops import flops_per_token
 from tnnlm.training.optim import build_optimizer
 
@@ -110,9 +110,12 @@ def _variant(shape: Shape, name: str, setting: Setting) -> Row:
         model.compile_blocks()
     flops = flops_per_token(shape.model, shape.batch_size)
     row = _measured(step, shape, name, model, flops, setting)
-    # A lower bound: every saved activation is written and read at least once.
-    traffic = 2 * (plan.memory_bytes - 16 * plan.params) + _OPTIMIZER_BYTES * plan.params
-    return row | {"bytes_per_second": traffic / row["seconds_per_step"]}
+    return row | {"bytes_per_second": least_traffic(plan) / row["seconds_per_step"]}
+
+
+def least_traffic(plan: RunEstimate) -> int:
+    """Return bytes that a training step moves at least: saved activations out and in, and the optimizer's."""
+    return 2 * (plan.memory_bytes - 16 * plan.params) + _OPTIMIZER_BYTES * plan.params
 
 
 class _StandardConv(LongConv):
