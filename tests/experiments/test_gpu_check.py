@@ -308,6 +308,8 @@ def test_shares_are_relative_to_the_rates_of_the_card() -> None:
 
 def test_arithmetic_states_bounds_for_every_shape() -> None:
     found = arithmetic_record(*ABOUT)["tables"]
+    committed = json.loads((ROOT / "docs/records/gpu_arithmetic.json").read_text(encoding="utf-8"))
+    assert found == committed["tables"], "python tools/gpu_check.py --arithmetic computes the record again"
     assert [row["model"] for row in found["training"]] == ["demo", "48.7M", "125M", "1.3B"]
     assert [row["batch"] for row in found["decoding"]] == ["1", "64", "256"] * 2
     # 1.31e9 weights of two bytes, without the embedding's second use, at 3.35e12 bytes/s.
