@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from documentation.plans import memory_table
 from documentation.records import PROVENANCE, RECORDS, figure
 from documentation.regions import BLOCK, FIGURE, absolute_links, pages, render, without_regions
 from record_demo import SAMPLE_LINES, texts_of
@@ -104,6 +106,15 @@ def test_output_of_the_demo_is_taken_from_its_log() -> None:
     assert texts["generate"].split() == ["word"] * SAMPLE_LINES
     with pytest.raises(UserError, match="complete make demo"):
         texts_of(".venv/bin/python train.py\nstep 1/4\n")
+
+
+def test_memory_of_a_plan_is_that_of_a_dry_run(script: Any) -> None:
+    table = memory_table("tnn_125m_fineweb", "data.batch_size=2").splitlines()
+    assert table[0].startswith("`tnn_125m_fineweb`, `data.batch_size=2`: 125,758,464 parameters")
+    words = ("data.batch_size=2", "trainer.strategy=fsdp", "trainer.devices=8", "trainer.num_nodes=8")
+    plan = json.loads(script("train", "--config", "tnn_125m_fineweb", "--dry-run", "--json", *words).out)
+    row = next(line for line in table if line.startswith("| fsdp |"))
+    assert row.split(" | ") == ["| fsdp", "-", row.split(" | ")[2], f"{plan['memory_bytes'] / 2**30:.1f} |"]
 
 
 def test_links_of_the_readme_can_be_absolute() -> None:

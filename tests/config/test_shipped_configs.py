@@ -13,7 +13,7 @@ from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.training.estimate import guessed_share
-from tnnlm.training.throughput import flops_per_token
+from tnnlm.training.flops import flops_per_token
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 DOCS = (ROOT / "docs/reference/configurations.md").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import fused_steps
 from tnnlm.modules.fused import FusedMixer
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RECORDED: list[int] = []
 
 
@@ -35,7 +36,7 @@ def converted(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+    ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, NEEDS_GPU))],
 )
 @pytest.mark.parametrize("family", ["tno", "sgconv"])
 @torch.inference_mode()

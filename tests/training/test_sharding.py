@@ -196,6 +196,7 @@ def test_dry_run_counts_the_share_of_a_device() -> None:
     assert memory[1] - memory[2] == 16 * params // 8 - 16 * params // 64
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fsdp_on_gpus(script: Any) -> None:
     n = torch.cuda.device_count()

@@ -18,9 +18,10 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import balanced
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.training.flops import flops_per_token
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
-from tnnlm.training.throughput import LARGEST_ORDER, flops_per_token, kernel_memory
+from tnnlm.training.throughput import LARGEST_ORDER, kernel_memory
 
 
 def modes(radii: list[float], channels: int = 5, length: int = 512) -> torch.Tensor:

@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
-from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.config.schema import Config
 from tnnlm.conversion.linalg import compress, hankel_svd
 from tnnlm.kernels import Kernel, TwoSidedKernel
 from tnnlm.machine.resident import resident_peak
-from tnnlm.ops.toeplitz import fft_length
 from tnnlm.training.estimate import guessed_share
+from tnnlm.training.flops import flops_per_token
 from tnnlm.training.loggers.names import LENGTH, ORDER
 
 ENERGY = 0.99
@@ -71,29 +71,6 @@ def memory_values(
         if found is not None:
             values |= {f"{LENGTH}/{index}": found.length, f"{ORDER}/{index}": found.order}
     return values
-
-
-def flops_per_token(config: ModelConfig, n_rows: int = 1, guessed: float = 1.0) -> float:
-    """Return the floating-point operations per token of a training step, forward and backward.
-
-    Matrix products, including the head, count 6 per weight (Kaplan et al. 2020). FFT convolutions count
-    2.5 n log2 n per transform: two forward and two backward for every row, and four for the taps, shared by
-    ``n_rows`` rows of a batch. The head is counted for ``guessed``, the share of tokens with logits.
-    Position networks, norms and gates are not counted.
-    """
-    inner, hidden = config.expand * config.d_model, config.glu_dim or config.d_model
-    projections = {
-        "tnn": 3 * inner + 3 * hidden,
-        "hyena": 4 * inner + 2 * hidden,
-        "s4": inner,
-        "s4_glu": 2 * inner,
-    }
-    layer = config.d_model * projections[config.block]
-    n = fft_length(2 * config.max_length)
-    transforms = (4 + 4 / n_rows) * 2.5 * n * math.log2(n) + 3 * 6 * (n // 2)
-    convolution = inner * transforms / config.max_length
-    head = guessed * config.d_model * config.vocab_size
-    return 6 * (config.n_layers * layer + head) + config.n_layers * convolution
 
 
 def peak_memory(device: torch.device) -> float:

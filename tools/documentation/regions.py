@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.report import memory_table
 from benchmarks.report import table as benchmark_table
+from documentation.plans import memory_table as plan_table
 from documentation.records import RECORDS, ROOT, figure, record
 from documentation.reference import metrics_table, options_table, settings_table
 from experiments.report import table
@@ -148,5 +149,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "settings": settings_table,
     "options": options_table,
     "metrics": metrics_table,
+    "dry-run": plan_table,
 }
 """Kinds of blocks, by name."""

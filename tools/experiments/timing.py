@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 Run = Callable[[], Any]
 Case = TypeVar("Case", bound=Hashable)
@@ -157,6 +156,8 @@ def time_steps(
         (interquartile range over the median), ``state_bytes`` per sequence, ``bandwidth_share``: traffic of
         weights and state as a fraction of the read bandwidth.
     """
+    from tqdm import tqdm  # not at the top: tools/gpu_check.py runs where only torch is installed
+
     bandwidths: list[float] = []
     rows: list[tuple[dict[str, Any], Subject]] = []
     for batch, context in cases:
@@ -187,6 +188,8 @@ def time_prefill(
     subjects: Sequence[Subject], lengths: Sequence[int], vocabulary: int, effort: Effort
 ) -> list[dict[str, Any]]:
     """Time the prefill of every subject at every prompt length, per token; rows as in :func:`time_steps`."""
+    from tqdm import tqdm
+
     rows = []
     for length in tqdm(lengths, desc="prompts", leave=False, disable=None):
         prompt = random_tokens(1, length, vocabulary)

@@ -1,0 +1,1 @@
+"""Parts of tools/gpu_check.py: measurements on one GPU, each in a separate process, and their report."""
