@@ -10,8 +10,8 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
-from tnnlm.models.causal_lm import LOGITS
 from tnnlm.models.factory import build_model
+from tnnlm.ops.cross_entropy import MOST_ON_GPU
 
 FSDP = "fsdp"
 """Strategy that shards parameters, gradients and optimizer states across devices."""
@@ -175,13 +175,14 @@ def _activations(config: Config, rows: int, width: int) -> int:
     Counted per token and layer, as autograd saves them: the mixer's two projections before and after SiLU,
     the gated output and the convolution's output (6 E in the compute dtype of ``width`` bytes), the
     convolution's spectrum of twice the length in complex64 (8 E bytes), the GLU (5 G in the compute dtype)
-    and the residual stream with norms (6 D in float32).
+    and the residual stream with norms (6 D in float32). In addition the logits that are kept at once.
     """
     model = config.model
     inner = model.expand * model.d_model
     hidden = model.glu_dim or model.d_model
     layer = 6 * inner * width + 8 * inner + 5 * hidden * width + 6 * model.d_model * 4
-    logits = round(guessed_share(config) * model.vocab_size) * (width + 8)
+    scored = round(guessed_share(config) * rows)
+    head = min(scored * model.vocab_size, MOST_ON_GPU) * (width + 8)
     if config.trainer.recompute:
-        return rows * (model.n_layers * 4 * model.d_model + layer) + min(rows, LOGITS) * logits
-    return rows * (model.n_layers * layer + logits)
+        return rows * (model.n_layers * 4 * model.d_model + layer) + head
+    return rows * model.n_layers * layer + head
