@@ -71,7 +71,7 @@ def run_server(
     executor: Executor | None = None,
     **limits: float,
 ) -> Iterator[Running]:
-    """Serve the model on a free port; ``executor`` runs the model, otherwise a thread of its own."""
+    """Serve the model on a free port; ``executor`` runs the model, or a new thread."""
     most = Limits(**limits)  # type: ignore[arg-type]
     settings = Settings(name="tiny", parameters=1, api_key=key, parse_special=parse_special, limits=most)
     app = create_app(generator, settings, executor)

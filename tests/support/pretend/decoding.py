@@ -110,7 +110,7 @@ def _fresh_syncs() -> Iterator[Counter[str]]:
 
 
 def _serve(run: Path) -> dict[str, Any]:
-    """Return the texts of one greedy and three sampled completions of the server, and its syncs per token."""
+    """Return one greedy and three sampled completions of the server, and its synchronisations per token."""
     with ThreadPoolExecutor(1, initializer=in_this_thread().__enter__) as thread:
         generator = thread.submit(lambda: _open(run, "packed", "float32").generator).result()
         with run_server(generator, executor=thread) as server:
