@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -64,12 +65,16 @@ def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
 
 @contextmanager
 def run_server(
-    generator: TextGenerator, key: str | None = None, parse_special: bool = False, **limits: float
+    generator: TextGenerator,
+    key: str | None = None,
+    parse_special: bool = False,
+    executor: Executor | None = None,
+    **limits: float,
 ) -> Iterator[Running]:
-    """Serve the model in a thread, on a free port."""
+    """Serve the model on a free port; ``executor`` runs the model, or a new thread."""
     most = Limits(**limits)  # type: ignore[arg-type]
     settings = Settings(name="tiny", parameters=1, api_key=key, parse_special=parse_special, limits=most)
-    app = create_app(generator, settings)
+    app = create_app(generator, settings, executor)
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

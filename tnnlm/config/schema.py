@@ -226,8 +226,8 @@ class TrainerConfig:
     """Whether to compile the blocks with torch.compile; about a tenth faster on a CPU, after half a minute of
     compilation."""
     recompute: bool = False
-    """Activation checkpointing: store only the input of each block for the backward pass and compute logits
-    in chunks. Saves memory on long sequences for a third more compute."""
+    """Activation checkpointing: store only the input of each block for the backward pass. Saves memory on
+    long sequences for a third more compute."""
     ema_decay: float | None = number(None, above=0, high=0.999999)
     """Decay per step of an exponential moving average of the weights, which is then validated, saved and
     converted instead of the weights (null: no averaging)."""

@@ -148,4 +148,7 @@ class _Recording:
         # The rows beyond keep the inputs of an earlier call, and no row depends on another.
         torch._foreach_copy_([static[:rows] for static in self._inputs], inputs)
         self._replay()
-        return [output[:rows].clone() for output in self._outputs]
+        outputs = [output[:rows] for output in self._outputs]
+        copies = [torch.empty_like(output) for output in outputs]
+        torch._foreach_copy_(copies, outputs)
+        return copies

@@ -257,17 +257,19 @@ class TextGenerator:
         started = time.perf_counter()
         for _ in range(max_new_tokens):
             tokens = sample(self.token_logits(current.logits), sampling, generator)
-            kept = [i for i, token in enumerate(tokens.tolist()) if token != self.tokenizer.eos_id]
+            chosen = tokens.tolist()
+            kept = [i for i, token in enumerate(chosen) if token != self.tokenizer.eos_id]
             if len(kept) < len(rows):
                 for i in {*range(len(rows))} - {*kept}:
                     records[rows[i]].state = current.select([i])
                 tokens = tokens[torch.tensor(kept, dtype=torch.long, device=tokens.device)]
                 current, rows = current.select(kept), [rows[i] for i in kept]
+                chosen = [chosen[i] for i in kept]
             if not rows:
                 break
             logits, model_state = self.model.step(tokens, current.model_state)
             current = GenerationState(model_state, logits, tuple(n + 1 for n in current.lengths), 0.0)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token in zip(rows, chosen, strict=True):
                 records[row].tokens.append(token)
                 records[row].seconds = time.perf_counter() - started
         for i, row in enumerate(rows):

@@ -12,16 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import ConfigError
 from tnnlm.models.backbone import Backbone
 from tnnlm.modules import LongConv, RecurrentConv
+from tnnlm.ops.cross_entropy import linear_cross_entropy
 from tnnlm.ops.recurrence import State
-
-LOGITS = 4096
-"""Number of tokens per chunk of logits with activation checkpointing."""
 
 
 class ModelState(NamedTuple):
@@ -79,12 +76,7 @@ class CausalLM(Backbone):
     def loss(self, rows: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
         features, targets = self.features(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
-        if not self.recompute:
-            return nn.functional.cross_entropy(self._head(features).float(), targets)
-        # The logits of all tokens would be the largest tensor in training.
-        chunks = zip(features.split(LOGITS), targets.split(LOGITS), strict=True)
-        total = sum(checkpoint(self._nll, *chunk, use_reentrant=False) for chunk in chunks)
-        return total / len(targets)
+        return linear_cross_entropy(features, self.embedding.weight, targets)
 
     def init_state(self, batch_size: int) -> ModelState:
         """Return the state before the first token.
@@ -160,9 +152,6 @@ class CausalLM(Backbone):
             x, states = block.step(x, tuple(islice(before, block.mixer.n_states)), active)
             after.extend(states)
         return x, ModelState(tuple(after))
-
-    def _nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self._head(features).float(), targets, reduction="sum")
 
     def _head(self, x: Tensor) -> Tensor:
         if self.head is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tnnlm.config.schema import ModelConfig
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
+from tnnlm.ops.cross_entropy import linear_cross_entropy
 
 
 class MaskedLM(Backbone):
@@ -24,15 +25,16 @@ class MaskedLM(Backbone):
         Tokens where ``mask`` (B, L) is False are padding; see
         :meth:`tnnlm.models.backbone.Backbone.features`.
         """
-        x = self.features(tokens, mask)
-        if positions is not None:
-            x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
-        return nn.functional.linear(x, self.embedding.weight)
+        return nn.functional.linear(self._hidden(tokens, positions, mask), self.embedding.weight)
 
     def loss(self, batch: MaskedBatch) -> Tensor:
         """Return the mean cross-entropy in nats per predicted token."""
-        logits = self(batch.tokens, batch.positions)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+        x = self._hidden(batch.tokens, batch.positions)
+        return linear_cross_entropy(x.flatten(0, 1), self.embedding.weight, batch.targets.flatten())
+
+    def _hidden(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        x = self.features(tokens, mask)
+        return x if positions is None else x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class SequenceClassifier(Backbone):

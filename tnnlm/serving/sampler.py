@@ -79,20 +79,18 @@ def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
             if row.added is not None:
                 own += row.added.to(own.device)
     best = logits.max(-1)  # the maximum of a row with a NaN is NaN
-    finite = best.values.isfinite().tolist()
-    tokens: list[int] = best.indices.tolist()
-    drawn = [i for i, row in enumerate(rows) if finite[i] and not row.sampling.greedy]
+    # Read at once, because the host waits for a GPU at each reading.
+    tokens: list[int] = best.indices.where(best.values.isfinite(), NO_TOKEN).tolist()
+    drawn = [i for i, row in enumerate(rows) if tokens[i] != NO_TOKEN and not row.sampling.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
         temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
         scaled = tempered(logits[drawn], temperatures.to(logits.device))
         for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
             tokens[i] = token
-    for i, row in enumerate(rows):
-        if finite[i]:
-            row.took(tokens[i])
-        else:
-            tokens[i] = NO_TOKEN
+    for token, row in zip(tokens, rows, strict=True):
+        if token != NO_TOKEN:
+            row.took(token)
     return tokens
 
 

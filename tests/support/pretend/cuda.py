@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+from tests.support.pretend import graphs
 from tests.support.pretend.tensors import LEDGER, OnCall, OnDispatch, PretendTensor
 
 SEEDS: list[int] = []
@@ -82,6 +83,7 @@ def pretended_cuda(devices: int = 1) -> Iterator[None]:
         "manual_seed_all": lambda seed: SEEDS.__setitem__(slice(None), [seed]),
         "get_rng_state_all": lambda: [torch.tensor([*SEEDS, 0][:1]).view(torch.uint8)],
         "set_rng_state_all": lambda states: None,
+        **graphs.REPLACED,
     }
     with contextlib.ExitStack() as patches:
         for name, value in replaced.items():
@@ -92,8 +94,14 @@ def pretended_cuda(devices: int = 1) -> Iterator[None]:
             ("torch.Generator", lambda device="cpu": real_generator("cpu")),
         ):
             patches.enter_context(mock.patch(target, value))
-        patches.enter_context(OnDispatch())
-        patches.enter_context(OnCall())
+        patches.enter_context(in_this_thread())
+        yield
+
+
+@contextlib.contextmanager
+def in_this_thread() -> Iterator[None]:
+    """Intercept the operators of one thread; the other replacements apply to all threads."""
+    with OnDispatch(), OnCall():
         yield
 
 

@@ -64,5 +64,5 @@ def pretended(scenario: str, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.support.pretend.worker", device_guard(), report, scenario, *words]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     return json.loads(report.read_text())

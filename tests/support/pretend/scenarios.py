@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from tests.support.pretend import cuda, ranks
+from tests.support.pretend import cuda, decoding, ranks
 from tests.support.pretend.tensors import LEDGER
 from tests.support.training_runs import tiny_run
 from tnnlm.training.resume import resumed_config
@@ -69,4 +69,14 @@ def ddp(*words: str) -> dict[str, Any]:
     return {"collectives": [[*what, n] for what, n in ranks.COLLECTIVES.items()]}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp)}
+def decoded(*words: str) -> dict[str, Any]:
+    """Train, convert, generate by every engine and serve on one GPU."""
+    config = tiny_run(*GPU, *words)
+    with cuda.pretended_cuda():
+        summary = train(config, extra_callbacks=[Observe()])
+        LEDGER.step = lambda: -1
+        return {"summary": summary, **decoding.decode_run(Path(config.runs_dir, config.name))}
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded)}
+"""Scenarios by name."""

@@ -39,9 +39,17 @@ class Ledger:
         self.launches: Counter[str] = Counter()
         self.step: Callable[[], int] = lambda: -1
         """Returns the number of optimizer steps done."""
+        self.captured: list[tuple[Any, Any, Any, Any]] | None = None
+        """Operators of the CUDA graph that is being captured, as (operator, args, kwargs, results)."""
 
     def sync(self, kind: str) -> None:
-        """Count a host synchronisation of the calling code."""
+        """Count a host synchronisation of the calling code.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured; the message is that of CUDA.
+        """
+        if self.captured is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kind} at {place()}")
         self.syncs[self.step(), kind, place()] += 1
 
 
@@ -131,19 +139,22 @@ def execute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
-    _count(func, args, kwargs, ours, on_gpu)
+    launched = _count(func, args, kwargs, ours, on_gpu)
     inner = {id(x.inner): x for x in ours}
-    out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    args_in, kwargs_in = tree_map(_unwrap, args), tree_map(_unwrap, kwargs)
+    out = func(*args_in, **kwargs_in)
+    if launched and LEDGER.captured is not None:
+        LEDGER.captured.append((func, args_in, kwargs_in, out))
     if not on_gpu or name in TO_HOST:
         return out
     out = tree_map(lambda x: inner.get(id(x), PretendTensor(x)) if type(x) is Tensor else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 
-def _count(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], on_gpu: bool) -> None:
-    """Count an operator that uses or fills the pretended device."""
+def _count(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], on_gpu: bool) -> bool:
+    """Count an operator that uses or fills the pretended device, and return whether it launches a kernel."""
     if not ours and not on_gpu:
-        return
+        return False
     name, schema = func.overloadpacket.__name__, func._schema
     if name in TO_HOST | SHAPE_OF_VALUES:
         LEDGER.sync(name)
@@ -154,8 +165,10 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], on_gpu
         if to_gpu != from_gpu and waits:
             LEDGER.sync("copy to the GPU" if to_gpu else "copy to the host")
     view = any(argument.alias_info is not None for argument in schema.arguments) and not schema.is_mutable
-    if not view and name not in ALLOCATIONS | TO_HOST:
-        LEDGER.launches[name] += 1
+    if view or name in ALLOCATIONS | TO_HOST:
+        return False
+    LEDGER.launches[name] += 1
+    return True
 
 
 def _unwrap(x: Any) -> Any:
@@ -170,7 +183,7 @@ class OnDispatch(TorchDispatchMode):
 
 
 class OnCall(TorchFunctionMode):
-    """Mode for ``torch.tensor`` and its like, which are not dispatched: they copy from the host and wait."""
+    """Mode for ``torch.tensor`` and lists as indices, which copy from the host and wait, undispatched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -179,4 +192,6 @@ class OnCall(TorchFunctionMode):
             return func(*args, **kwargs).to(device)
         if func is Tensor.new_tensor and isinstance(args[0], PretendTensor):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to("cuda")
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]).to(args[0].device), *args[2:])
         return func(*args, **kwargs)
