@@ -2,7 +2,7 @@
 
 The count is that of a GPU with a perfect cache within an operator and none between operators: each operator
 that isn't a view reads its arguments and writes its results once. Elements of overlapping views count each
-time, and copies that PyTorch makes within an operator don't. Products of spectra are operators of their own,
+time, and copies that PyTorch makes within an operator don't. Products of spectra are separate operators,
 as on a GPU; no GPU is needed.
 """
 
