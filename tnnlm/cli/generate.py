@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -162,6 +163,8 @@ def main(words: Sequence[str] | None = None) -> int:
     with errors_name_options(arguments()):
         session = load_session(args)
     if args.interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that isn't UTF-8 is refused by itself
         session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
         print(json.dumps(session.measure_batch(prompts), ensure_ascii=False))
