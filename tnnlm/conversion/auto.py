@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
@@ -29,7 +30,9 @@ class Attempt(NamedTuple):
     the tolerance, this one is made only if the sample takes a smaller state per channel."""
 
 
-def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> LayerConversion:
+def choose(
+    source: Source, tolerance: float, attempts: Sequence[Attempt], progress: Progress = silent
+) -> LayerConversion:
     """Return the recurrence with the smallest state among those that meet the tolerance.
 
     Every recurrence is measured as it will be stored, on the horizon and, if ``source.reach`` is set, on that
@@ -39,6 +42,7 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
         source: Convolution to convert.
         tolerance: Largest relative error of the taps.
         attempts: Conversions to try, in this order.
+        progress: Progress bar, which names the conversion that is measured.
 
     Raises:
         UserError: If none meets the tolerance; the message states which came closest.
@@ -46,7 +50,7 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     met: dict[str, Params] = {}
     missed: dict[str, float] = {}
     passed_over: list[str] = []
-    for attempt in attempts:
+    for attempt in _named(attempts, progress):
         known = met.get(attempt.method)
         if known is not None and not _promising(attempt, known):
             continue
@@ -78,6 +82,12 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     )
     reason = f"{decided} at tolerance {tolerance:g}: {table}"
     return LayerConversion(met[best], best, "; ".join([reason, *passed_over]))
+
+
+def _named(attempts: Sequence[Attempt], progress: Progress) -> Iterator[Attempt]:
+    """Yield each attempt under a progress bar with its label."""
+    for number, attempt in enumerate(attempts, 1):
+        yield from progress([attempt], f"method {number} of {len(attempts)}, {attempt.label}")
 
 
 def _promising(attempt: Attempt, known: Params) -> bool:
