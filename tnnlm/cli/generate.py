@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from tnnlm.cli.usage import Condition, add_device, check_effective, errors_name_options, parser_of
 from tnnlm.errors import UserError
+from tnnlm.files import check_file
 
 if TYPE_CHECKING:
     from tnnlm.inference.session import GenerationSession
@@ -189,10 +190,9 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     from tnnlm.inference.generator import check_new_tokens
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
-    from tnnlm.inference.state_file import check_state_path
 
     if args.save_state:
-        check_state_path(args.save_state)
+        check_file(args.save_state)
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     check_new_tokens(args.max_new_tokens)
     model = str(find_for_decoding(args.model, Path("runs")))
