@@ -476,6 +476,29 @@ def test_hub_stream_that_fails_is_reported() -> None:
     assert message.startswith("corpus: ")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_hub_row_that_is_not_utf8_is_named(kind: str, streaming: bool) -> None:
+    cells = [f"document {i}".encode() for i in range(300)]
+    cells[270] = b"bad \xff here"
+    if kind == "jsonl":
+        write("corpus/train.jsonl", b"".join(b'{"text": "%b"}\n' % cell for cell in cells))
+    else:
+        binary = pyarrow.array(cells, type=pyarrow.binary())
+        text = pyarrow.Array.from_buffers(pyarrow.string(), len(cells), binary.buffers())
+        Path("corpus").mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"text": text}), "corpus/train.parquet")
+    place = "after row 270" if streaming else "row 271"
+    message = error_of(source="hub", hub_name="corpus", streaming=streaming, max_documents=300)
+    assert message == f"corpus: {place}: is not UTF-8 text (byte 4)"
+
+
+def test_hub_row_of_a_stream_that_is_not_text_is_named() -> None:
+    write("corpus/train.jsonl", '{"text": null, "n": 1}\n{"text": "a", "n": 2}\n')
+    message = error_of(source="hub", hub_name="corpus", streaming=True, max_documents=9, text_column="n")
+    assert message.startswith("corpus: row 1: column 'n' is not text but int")
+
+
 def test_full_disk_is_not_reported_as_damaged_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
