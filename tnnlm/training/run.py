@@ -154,14 +154,14 @@ def _resolve(
     strategy = choose_strategy(config)
     check_training(config)
     if run is None:
-        check_parents(Path(config.runs_dir) / config.name)
+        check_parents(config.runs_folder / config.name)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source, verify=is_main_process())
     if not is_main_process():
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files. Rank 0 also
         # prepares the data; the other ranks load it from the cache after Lightning's barrier.
-        folder = run or Path(config.runs_dir)
+        folder = run or config.runs_folder
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
     data = load_task_data(config)
     tokenizer = data.tokenizer
@@ -279,7 +279,7 @@ def _check_tokenizer(folder: Path, source: Path, tokenizer: TextTokenizer) -> No
 
 def _new_folder(config: Config) -> Path:
     """Create runs/NAME, or runs/NAME-2 and so on if it exists, since a run is never overwritten."""
-    root = Path(config.runs_dir)
+    root = config.runs_folder
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -74,7 +74,7 @@ def begin_job(job: str, config: Config, create: Callable[[], Path]) -> Path:
         f"--job {job}: another process starts a run of this job",
         "wait, and run the same command to resume it",
     )
-    with only_process(Path(config.runs_dir) / f"job-{number}", refusal):
+    with only_process(config.runs_folder / f"job-{number}", refusal):
         found = find_job(job, config)
         if found is not None:
             raise CheckpointError(
@@ -96,7 +96,7 @@ def find_job(job: str, config: Config) -> Path | None:
         ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
         CheckpointError: If the record of any run is damaged.
     """
-    for path in sorted(Path(config.runs_dir).glob(f"*/{JOB}")):
+    for path in sorted(config.runs_folder.glob(f"*/{JOB}")):
         try:
             recorded = json.loads(path.read_text(encoding="utf-8")).get("job")
         except (ValueError, AttributeError):
