@@ -7,12 +7,21 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tnnlm.errors import OS_PROBLEMS, UserError
-from tnnlm.files import atomic_file, atomic_folder, check_folder, check_parents, only_process, write_text
+from tnnlm.files import (
+    atomic_file,
+    atomic_folder,
+    check_file,
+    check_folder,
+    check_parents,
+    only_process,
+    write_text,
+)
 
 
 def fill_file(temporary: Path) -> None:
@@ -170,11 +179,25 @@ def test_folder_that_nobody_can_create_is_refused(check: Callable[[Path], None])
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y"])
 def test_unwritable_place_is_no_bug_of_the_package(place: str) -> None:
     path = Path(place)
-    for opened in (atomic_folder(path), only_process(path, UserError("is in use"))):
+    for opened in (atomic_file(path), atomic_folder(path), only_process(path, UserError("is in use"))):
         with pytest.raises(UserError, match="nothing can be created"), opened:
             pass
-    with pytest.raises(UserError, match="nothing can be created"):
-        write_text(Path("/proc/x/y"), "")
+    for write in (check_file, partial(write_text, text="")):
+        with pytest.raises(UserError, match=rf"^{place}: nothing can be created in /proc"):
+            write(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (check_file, partial(write_text, text="")):
+        with pytest.raises(UserError, match=rf"^{pipe}: is not a regular file; choose another path$"):
+            write(pipe)
+    assert pipe.is_fifo()
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        check_file(tmp_path)
+    assert names(tmp_path) == ["pipe"]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])

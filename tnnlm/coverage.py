@@ -6,7 +6,6 @@ outside of their vocabulary, drop them, or normalise the text, for example to lo
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,18 +36,17 @@ def coverage(tokenizer: TextTokenizer, documents: Sequence[str]) -> Coverage:
         tokenizer: Tokenizer.
         documents: Strings that it can encode, which it does in parallel on all cores.
     """
-    stripped, unknown_id = [text.strip() for text in documents], _unknown_id(tokenizer)
+    stripped = [text.strip() for text in documents]
     encodings = tokenizer.tokenizer.encode_batch(stripped, add_special_tokens=False)
     parts = [
-        _coverage_of(tokenizer, text, encoding, unknown_id)
-        for text, encoding in zip(stripped, encodings, strict=True)
+        _coverage_of(tokenizer, text, encoding) for text, encoding in zip(stripped, encodings, strict=True)
     ]
     return Coverage(*map(sum, zip(*parts, strict=True))) if parts else Coverage(0, 0, 0)
 
 
-def _coverage_of(tokenizer: TextTokenizer, text: str, encoding: Encoding, unknown_id: int | None) -> Coverage:
+def _coverage_of(tokenizer: TextTokenizer, text: str, encoding: Encoding) -> Coverage:
     """Return the coverage of one text, which was encoded."""
-    known, gaps = [], []
+    known, gaps, unknown_id = [], [], tokenizer.unknown_id
     for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         name = tokenizer.tokenizer.id_to_token(token)
         if token == unknown_id and text[start:end].strip() != name:
@@ -72,12 +70,3 @@ def _coverage_of(tokenizer: TextTokenizer, text: str, encoding: Encoding, unknow
 def _letters(counts: Counter[str]) -> int:
     """Return the number of characters that aren't white space."""
     return sum(number for character, number in counts.items() if not character.isspace())
-
-
-def _unknown_id(tokenizer: TextTokenizer) -> int | None:
-    """Return the id of the unknown token of a tokenizer; None if it has none."""
-    model = json.loads(tokenizer.to_json())["model"]
-    if model.get("unk_id") is not None:  # Unigram
-        return int(model["unk_id"])
-    name = model.get("unk_token")
-    return None if name is None else tokenizer.tokenizer.token_to_id(str(name))

@@ -66,6 +66,24 @@ def check_folder(path: Path) -> None:
         raise UserError(f"{path}: is a file, not a folder", "choose another path")
 
 
+def check_file(path: Path) -> None:
+    """Check that a file can be written to ``path``, which may be a file that is replaced.
+
+    Raises:
+        UserError: If it is a folder or a device, or can't be created.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder", "give the name of a file")
+    _check_replaceable(path)
+    check_parents(path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Check that ``path`` is no device or pipe: the superuser would replace ``/dev/null`` by a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is not a regular file", "choose another path")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block succeeds.
@@ -73,10 +91,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The temporary file is in the folder of ``path``.
 
     Raises:
+        UserError: If the file system doesn't have files that users create, such as ``/proc``, or ``path`` is
+            a device or a pipe.
         OSError: If the disk is full or the folder isn't writable; ``path`` is then unchanged.
     """
+    _check_replaceable(path)
     make_parents(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+    except OSError as error:
+        if error.errno in OS_PROBLEMS:
+            raise
+        raise _not_created(path, error, path.parent) from None
     try:
         yield temporary
         flush_to_disk(temporary)

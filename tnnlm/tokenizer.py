@@ -131,6 +131,14 @@ class TextTokenizer:
             yield rest
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token that stands for characters outside of the vocabulary; None if there is none."""
+        model = self.tokenizer.model
+        if isinstance(model, models.Unigram):
+            return json.loads(self.to_json())["model"]["unk_id"]
+        return None if model.unk_token is None else self.tokenizer.token_to_id(model.unk_token)
+
+    @cached_property
     def _parsing(self) -> Tokenizer:
         # A copy, because the setting belongs to the tokenizer, which other threads use at the same time.
         tokenizer = Tokenizer.from_str(self.to_json())

@@ -59,7 +59,7 @@ from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import OneLineParser, UserError, run_script
-from tnnlm.files import write_text
+from tnnlm.files import check_file, write_text
 from tnnlm.inference.engine import ENGINES as LOADED
 from tnnlm.inference.engine import open_engine
 from tnnlm.inference.generator import GenerationState, TextGenerator
@@ -136,6 +136,8 @@ def main() -> int:
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
     if args.mode == "levels" and args.png:
         raise UserError("--png: the mode levels has no plot")
+    for path in filter(None, (args.json, args.png)):
+        check_file(path)
     result = {"train": training, "levels": levels, "constant": constant}.get(args.mode, decoding)(args, shape)
     if args.json:
         write_text(args.json, json.dumps(result, indent=2) + "\n")

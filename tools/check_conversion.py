@@ -35,7 +35,7 @@ from tnnlm.conversion import convert_layers, measure
 from tnnlm.data.packing import prepare
 from tnnlm.errors import OneLineParser, run_script
 from tnnlm.evaluation import add, parallel_nll, ppl_gap, recurrent_nll
-from tnnlm.files import write_text
+from tnnlm.files import check_file, write_text
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
 from tnnlm.ops.companion import CompanionParams
@@ -74,6 +74,8 @@ class Figures:
 def main() -> int:
     """Check all runs and print a table; return 0 if everything holds."""
     args = parse()
+    if args.json is not None:
+        check_file(args.json)
     recipe = ConversionConfig(method=args.method, tolerance=args.tolerance)
     results = [check_run(find_checkpoint(run, Path("runs")), recipe) for run in args.runs]
     if args.json is not None:

@@ -83,7 +83,7 @@ RULES = {
         "torch numpy fastapi starlette pydantic prometheus_client",
     ),
     "cli": Allowed(
-        "errors machine config checkpoints data conversion inference training deployment serving",
+        "errors files machine config checkpoints data conversion inference training deployment serving",
         "rich uvicorn fastapi",
     ),
     "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),

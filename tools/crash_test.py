@@ -36,7 +36,7 @@ from rich.table import Table
 from tnnlm.checkpoints.training import read_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import OneLineParser, UserError, run_script
-from tnnlm.files import write_text
+from tnnlm.files import check_file, write_text
 from tnnlm.training.loggers.csv import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -88,6 +88,8 @@ def main() -> int:
     steps = f"trainer.max_steps={STEPS_PER_KILL * (args.kills + 1)}"
     words = [*SETTINGS, steps, *args.overrides]
     load_config(None, words)  # report wrong settings before the first training
+    if args.json is not None:
+        check_file(args.json)
     if args.out is None:
         with tempfile.TemporaryDirectory() as folder:
             result = kill_and_compare(TRAIN, args.kills, args.seed, Path(folder), words)

@@ -31,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tnnlm.errors import OneLineParser, UserError, run_script
-from tnnlm.files import write_text
+from tnnlm.files import check_file, write_text
 
 SERVE = Path(__file__).with_name("serve.py")
 KINDS = 48
@@ -281,6 +281,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run the load test and print its results; return 1 if a completion is missing or differs."""
     args = parse()
+    if args.json:
+        check_file(args.json)
     if args.url:
         summaries = asyncio.run(run(args.url.rstrip("/"), args, None))
     else:

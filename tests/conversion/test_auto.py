@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +171,19 @@ def test_tolerance_holds_after_rounding_to_float32_or_is_refused(poles: str) -> 
         assert (params.taps(256) - k.double()).norm() <= tolerance * k.double().norm()
     assert met >= 2
     assert all(reached > tolerance for tolerance, reached in refused)
+
+
+def test_the_progress_bar_names_the_method_that_is_measured() -> None:
+    titles: list[str] = []
+
+    def progress(items: Sequence[Any], title: str) -> Sequence[Any]:
+        titles.append(title)
+        return items
+
+    convert(Source(ROUGH), AUTO, progress)
+    assert titles == [
+        "method 1 of 4, window",
+        "method 2 of 4, etsc",
+        "method 3 of 4, balanced with shared poles",
+        "method 4 of 4, balanced with channel poles",
+    ]

@@ -20,6 +20,7 @@ from tests.support.training_runs import assert_same_run, tiny_run
 from tests.support.unchanged import files_under
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
+from tnnlm.data.sources import cache_folder
 from tnnlm.errors import UserError
 from tnnlm.training.callbacks.checkpoint import TrainingStopped
 from tnnlm.training.loggers.csv import read_metrics
@@ -139,6 +140,17 @@ def test_a_run_is_never_overwritten() -> None:
         train(tiny_run("trainer.max_steps=2", "trainer.sample_tokens=0"))
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2", "demo-3"]
     assert all(len(read_metrics(run / "metrics.csv")) == 2 for run in Path("runs").iterdir())
+
+
+def test_a_tilde_in_a_folder_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    config = load_config(None, ["runs_dir=~/runs", "data.cache_dir=~/cache"])
+    assert config.runs_folder == tmp_path / "home/runs"
+    assert cache_folder(config.data) == tmp_path / "home/cache"
+    config = load_config(None, ["runs_dir=~no one/runs", "data.cache_dir=~no one/cache"])
+    assert config.runs_folder == Path("~no one/runs")
+    assert cache_folder(config.data) == Path("~no one/cache")
 
 
 def test_the_last_step_is_always_validated() -> None:

@@ -18,10 +18,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.support.scripts import ROOT
+from tests.support.scripts import ROOT, assert_refused
 from tests.support.training_runs import SETTINGS, assert_same_run, tiny_run, write_text
 from tnnlm.config.loader import load_config
-from tnnlm.errors import ConfigError, UserError
+from tnnlm.config.schema import Config
+from tnnlm.config.shipped import find_config
+from tnnlm.errors import CheckpointError, ConfigError, UserError
+from tnnlm.training import run
 from tnnlm.training.run import train
 from tnnlm.training.slurm import cluster_plugins, find_job, job_name, record_job, requeue
 
@@ -132,6 +135,29 @@ def test_a_job_that_was_killed_before_its_first_checkpoint_begins_again_in_its_f
     assert script("train", "--job", "night", *SETTINGS, "trainer.max_steps=4").code == 0
     assert [path.name for path in Path("runs").iterdir()] == ["demo"]
     assert (RUN / "summary.json").is_file()
+
+
+def test_one_of_two_processes_that_start_the_same_job_wins(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second: list[Any] = []
+    settings = (*SETTINGS, "trainer.max_steps=1", "trainer.sample_tokens=0")
+    words = ("train", "--job", "night", *settings)
+    create = run._new_folder
+
+    def meanwhile(config: Config) -> Path:
+        """Start the job once more before the folder of its run exists."""
+        second.append(script(*words))
+        return create(config)
+
+    write_text()
+    monkeypatch.setattr(run, "_new_folder", meanwhile)
+    assert script(*words).code == 0
+    assert_refused(second[0], "--job night: another process starts a run of this job")
+    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
+    with pytest.raises(CheckpointError, match="another process has started runs/demo; run the same command"):
+        train(load_config(find_config("demo"), settings), job="night")
+    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
 
 
 def test_another_experiment_of_the_same_job_is_refused(script: Any) -> None:

@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from tnnlm.cli.usage import Condition, add_device, check_effective, errors_name_options, parser_of
 from tnnlm.errors import UserError
+from tnnlm.files import check_file
 
 if TYPE_CHECKING:
     from tnnlm.inference.session import GenerationSession
@@ -162,6 +164,8 @@ def main(words: Sequence[str] | None = None) -> int:
     with errors_name_options(arguments()):
         session = load_session(args)
     if args.interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that isn't UTF-8 is refused by itself
         session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
         print(json.dumps(session.measure_batch(prompts), ensure_ascii=False))
@@ -186,10 +190,9 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     from tnnlm.inference.generator import check_new_tokens
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
-    from tnnlm.inference.state_file import check_state_path
 
     if args.save_state:
-        check_state_path(args.save_state)
+        check_file(args.save_state)
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     check_new_tokens(args.max_new_tokens)
     model = str(find_for_decoding(args.model, Path("runs")))

@@ -221,7 +221,7 @@ def search(config: Config) -> None:
     from tnnlm.training.lr_finder import find_lr, plot_rates
 
     found = find_lr(config)
-    path = Path(config.runs_dir) / f"{config.name}-lr_find.png"
+    path = config.runs_folder / f"{config.name}-lr_find.png"
     print(f"suggested: optim.lr={found.suggestion:.1e}")
     print(f"the loss falls fastest at {found.steepest:.1e} and is lowest at {found.lowest:.1e}")
     print("a rate found in 100 steps is a starting point, not an optimum")

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tnnlm.fields import choice, number, text
 from tnnlm.kernels.base import KernelConfig
@@ -312,3 +314,8 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
+
+    @property
+    def runs_folder(self) -> Path:
+        """Path of ``runs_dir``; a shell doesn't expand the ``~`` in ``runs_dir=~/runs``."""
+        return Path(os.path.expanduser(self.runs_dir))  # Path.expanduser fails for an unknown user

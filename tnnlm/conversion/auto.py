@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from tnnlm.conversion.progress import Progress, silent
 from tnnlm.conversion.source import LayerConversion, Source, ToleranceError, largest_error
 from tnnlm.errors import UserError
 from tnnlm.ops import recurrence
@@ -47,7 +48,9 @@ class Attempt(NamedTuple):
     """Number of window taps that its order includes."""
 
 
-def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> LayerConversion:
+def choose(
+    source: Source, tolerance: float, attempts: Sequence[Attempt], progress: Progress = silent
+) -> LayerConversion:
     """Return the recurrence with the smallest state among those that meet the tolerance.
 
     Every recurrence that can be chosen is measured as it will be stored, on the horizon and, if
@@ -57,6 +60,7 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
         source: Convolution to convert.
         tolerance: Largest relative error of the taps.
         attempts: Conversions to try, in this order; cheap ones first limit the orders of later ones.
+        progress: Progress bar, which names the conversion that is measured.
 
     Raises:
         UserError: If none meets the tolerance; the message states which came closest.
@@ -64,7 +68,7 @@ def choose(source: Source, tolerance: float, attempts: Sequence[Attempt]) -> Lay
     met: dict[str, Params] = {}
     missed: dict[str, float] = {}
     passed_over: list[str] = []
-    for attempt in attempts:
+    for attempt in _named(attempts, progress):
         costs = {name: _cost(params) for name, params in met.items()}
         limit = _largest_order(costs, source.k, attempt.window)
         if attempt.method in met and not _promising(attempt, limit, costs, len(source.k)):
@@ -108,6 +112,12 @@ def _cost(params: Params) -> Cost:
 
 def _kib(cost: Cost) -> str:
     return f"{cost.state / 1024:,.0f} KiB"
+
+
+def _named(attempts: Sequence[Attempt], progress: Progress) -> Iterator[Attempt]:
+    """Yield each attempt under a progress bar with its label."""
+    for number, attempt in enumerate(attempts, 1):
+        yield from progress([attempt], f"method {number} of {len(attempts)}, {attempt.label}")
 
 
 def _promising(attempt: Attempt, limit: int | None, costs: dict[str, Cost], channels: int) -> bool:

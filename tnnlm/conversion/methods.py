@@ -50,7 +50,7 @@ def convert(source: Source, recipe: ConversionConfig, progress: Progress = silen
     check_decay(source)
     check_recipe(recipe, source.k.shape[1])
     if recipe.method == "auto":
-        return choose(source, recipe.tolerance, _attempts(source, recipe))
+        return choose(source, recipe.tolerance, _attempts(source, recipe), progress)
     params: Params
     if recipe.method in OWN_METHODS:
         params = _own(source, recipe.method)

@@ -128,8 +128,8 @@ def index_documents(
             return DocumentIndex(found["chosen"], found["lengths"], found["hashes"], tally, normalize)
     chosen, lengths, hashes = [], [], []
     tally = Tally()
-    cells = Documents(rows, column, np.arange(len(rows)), 0, normalize=False)
-    for index, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc")):
+    cells = _checked_cells(rows, column, where)
+    for index, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc", total=len(rows))):
         text = tally.keep(text_of(cell, column, f"{where}: row {index + 1}"), normalize, blank)
         if text is not None:
             chosen.append(index)
@@ -145,6 +145,50 @@ def index_documents(
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
         np.savez(file, fingerprint=fingerprint, tally=np.array(json.dumps(tally.to_dict())), **arrays)
     return DocumentIndex(**arrays, tally=tally, normalize=normalize)
+
+
+def _checked_cells(rows: datasets.Dataset, column: str, where: str) -> Iterator[Any]:
+    """Yield the cells of a column.
+
+    Raises:
+        DataError: If a row has text that isn't UTF-8.
+    """
+    number = 0
+    try:
+        for cell in Documents(rows, column, np.arange(len(rows)), 0, normalize=False):
+            number += 1
+            yield cell
+    except UnicodeDecodeError:
+        for row in range(number, len(rows)):  # The block of rows that failed begins here.
+            _checked_row(rows, row, where)
+        raise
+
+
+def _checked_row(rows: datasets.Dataset, row: int, where: str) -> None:
+    try:
+        rows[row]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: row {row + 1}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _streamed(rows: datasets.IterableDataset, where: str, before: int) -> Iterator[tuple[int, Any]]:
+    """Yield the number of each row of a stream, of which ``before`` were read earlier, and the row.
+
+    Raises:
+        DataError: If a row isn't UTF-8. The message names the row before it: some formats are decoded in
+            blocks of rows.
+    """
+    number, source = before, iter(rows)
+    while True:
+        try:
+            row = next(source, None)
+        except UnicodeDecodeError as error:
+            place = f"after row {number}: is not UTF-8 text (byte {error.start})"
+            raise DataError(f"{where}: {place}") from None
+        if row is None:
+            return
+        number += 1
+        yield number, row
 
 
 def materialize_stream(
@@ -186,13 +230,15 @@ def materialize_stream(
         rows.load_state_dict(state["stream"])
         tally = Tally.from_dict(state["tally"])
     bar = progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc")
-    source = iter(rows)
+    source = _streamed(rows, where, tally.documents + tally.dropped.total())
     with bar:
         while not state["done"]:
             texts: list[str] = []
             size = 0
-            while size < CHARACTERS and tally.documents < limit and (row := next(source, None)) is not None:
-                text = tally.keep(text_of(row.get(column), column, where), normalize, blank)
+            while size < CHARACTERS and tally.documents < limit and (found := next(source, None)) is not None:
+                number, row = found
+                cell = text_of(row.get(column), column, f"{where}: row {number}")
+                text = tally.keep(cell, normalize, blank)
                 if text is not None:
                     texts.append(text)
                     size += len(text)

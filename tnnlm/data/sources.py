@@ -87,7 +87,8 @@ def cache_folder(config: DataConfig) -> Path:
     Raises:
         UserError: If it is a file, or doesn't exist and can't be created.
     """
-    folder = Path(config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm").expanduser()
+    named = config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm"
+    folder = Path(os.path.expanduser(named))  # Path.expanduser fails for an unknown user
     check_folder(folder)
     return folder
 

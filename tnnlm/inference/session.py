@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
+from tnnlm.coverage import coverage
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
@@ -103,8 +104,7 @@ class GenerationSession:
 
     def show_batch(self, prompts: Sequence[str], out: TextIO) -> None:
         """Generate completions of several prompts as a batch, then print each after its prompt."""
-        self._check_rows(len(prompts))
-        records = self._batch(self.generator.prefill(prompts, self.state))
+        records = self._batch(self._prefill(prompts))
         for prompt, record in zip(prompts, records, strict=True):
             out.write(f"--- {prompt}\n{record.text}\n")
 
@@ -126,27 +126,46 @@ class GenerationSession:
 
     def measure_batch(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Generate a batch, and return completions and measurements as data; timings cover the batch."""
-        self._check_rows(len(prompts))
-        state = self.generator.prefill(prompts, self.state)
+        state = self._prefill(prompts)
         records = self._batch(state)
         longest = max(records, key=lambda record: len(record.tokens))
         texts = [{"prompt": p, "text": r.text} for p, r in zip(prompts, records, strict=True)]
         return self._measured(state, longest) | {"samples": texts}
 
     def converse(self, prompt: str | None, source: TextIO, out: TextIO) -> None:
-        """Generate a completion for each line of input; the state carries over the whole conversation."""
+        """Generate a completion for each line of input; the state carries over the whole conversation.
+
+        A line that is no prompt is reported on stderr and doesn't change the state.
+
+        Args:
+            prompt: Prompt before the first line, if any.
+            source: Lines of input.
+            out: Stream that completions are written to.
+
+        Raises:
+            UserError: If ``prompt`` is invalid, or the loaded state has several rows.
+        """
+        self._check_rows(1)
+        if prompt is not None and prompt.strip():
+            self._answer(prompt, out)
         while True:
-            if prompt is None:
-                if source.isatty():
-                    out.write("> ")
+            if source.isatty():
+                out.write("> ")
+                out.flush()
+            line = source.readline()
+            if not line:
+                return
+            if line.strip():
+                try:
+                    self._answer(line, out)
+                except UserError as error:
                     out.flush()
-                prompt = source.readline()
-                if not prompt:
-                    return
-            if prompt.strip():
-                self.state = self._stream(self._state_after(prompt), out).state
-                out.write("\n")
-            prompt = None
+                    print(f"error: {error}", file=sys.stderr)
+
+    def _answer(self, prompt: str, out: TextIO) -> None:
+        """Generate a completion of a line, and continue from it with the next one."""
+        self.state = self._stream(self._state_after(prompt), out).state
+        out.write("\n")
 
     def _measured(self, state: GenerationState, record: Completion) -> dict[str, Any]:
         return {
@@ -161,10 +180,22 @@ class GenerationSession:
 
     def _state_after(self, prompt: str | None) -> GenerationState:
         """Prefill the prompt on top of the current state; without a prompt, return the current state."""
-        self._check_rows(1)
         if prompt is None and self.state is not None:
+            self._check_rows(1)
             return self.state
-        return self.generator.prefill([prompt or ""], self.state)
+        return self._prefill([prompt or ""])
+
+    def _prefill(self, prompts: Sequence[str]) -> GenerationState:
+        """Prefill prompts on top of the current state, and warn of characters that the tokenizer loses."""
+        self._check_rows(len(prompts))
+        state = self.generator.prefill(prompts, self.state)
+        found = coverage(self.generator.tokenizer, prompts)
+        if found.unknown:
+            sys.stderr.write(
+                f"warning: {found.unknown:,} of {found.characters:,} characters of the prompt are unknown to "
+                "the tokenizer\n"
+            )
+        return state
 
     def _check_rows(self, prompts: int) -> None:
         if self.state is not None and len(self.state.lengths) != prompts:

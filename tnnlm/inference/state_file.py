@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
-from tnnlm.files import atomic_file, check_parents
+from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
 
 FORMAT = "tnnlm-state-1"
@@ -28,18 +28,6 @@ class SavedState(NamedTuple):
     state: GenerationState
     random: Tensor | None
     """State of the random number generator for :meth:`torch.Generator.set_state`, if it was saved."""
-
-
-def check_state_path(path: Path) -> None:
-    """Check before generation that a state can be saved to ``path``.
-
-    Raises:
-        CheckpointError: If it is a folder.
-        UserError: If it can't be created, for example because a parent is a file.
-    """
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder", "give the name of a file")
-    check_parents(path)
 
 
 def save_state(

@@ -42,7 +42,7 @@ from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_resumable
-from tnnlm.training.slurm import record_job
+from tnnlm.training.slurm import begin_job
 from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
@@ -90,7 +90,7 @@ def train(
         start = _resolve(config, run, source, job, initial)
         if run is None:
             _lock(locks, start.folder)
-        return _train(config, run, start, extra_callbacks or [], job, initial)
+        return _train(config, run, start, extra_callbacks or [], initial)
 
 
 def _lock(locks: ExitStack, run: Path) -> None:
@@ -111,7 +111,6 @@ def _train(
     run: Path | None,
     start: _Start,
     extra: list[Callback],
-    job: str | None,
     initial: InitialWeights | None,
 ) -> dict[str, Any]:
     """Train a run whose input is valid."""
@@ -124,7 +123,7 @@ def _train(
     if trainer.global_rank == 0:
         announce(config, module.model, start.folder, start.report, start.checkpoint, start.step)
         if start.step is None:
-            _record(config, start, job)
+            _record(config, start)
     _fit(trainer, module, data, start.checkpoint, last)
     return _summarise(trainer, module, data, last) if trainer.global_rank == 0 else {}
 
@@ -155,7 +154,7 @@ def _resolve(
     strategy = choose_strategy(config)
     check_training(config)
     if run is None:
-        check_parents(Path(config.runs_dir) / config.name)
+        check_parents(config.runs_folder / config.name)
     step = None
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source, verify=is_main_process())
@@ -163,12 +162,15 @@ def _resolve(
     data = load_task_data(config)
     if not is_main_process():
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files.
-        folder = run or Path(config.runs_dir)
+        folder = run or config.runs_folder
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
     tokenizer = data.tokenizer
     if initial is not None:
         initial.check_tokenizer(tokenizer)
-    folder = run or _new_folder(config)
+    if run is None and job is not None:
+        folder = begin_job(job, config, partial(_new_folder, config))
+    else:
+        folder = run or _new_folder(config)
     if step is None:
         return _Start(strategy, folder, tokenizer, data.report, None, None)
     check_data(folder, config, data.report)
@@ -191,11 +193,9 @@ def _build(
         raise
 
 
-def _record(config: Config, start: _Start, job: str | None) -> None:
-    """Write the tokenizer, the configuration and the data report of a new run, and the job it belongs to."""
+def _record(config: Config, start: _Start) -> None:
+    """Write the tokenizer, the configuration and the data report of a new run."""
     assert start.tokenizer is not None
-    if job is not None:
-        record_job(start.folder, job)
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
     write_text(start.folder / "config.yaml", config_to_yaml(config))
     write_report(start.folder, start.report)
@@ -279,7 +279,7 @@ def _check_tokenizer(folder: Path, source: Path, tokenizer: TextTokenizer) -> No
 
 def _new_folder(config: Config) -> Path:
     """Create runs/NAME, or runs/NAME-2 and so on if it exists, since a run is never overwritten."""
-    root = Path(config.runs_dir)
+    root = config.runs_folder
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, UserError
-from tnnlm.files import write_text
+from tnnlm.files import only_process, write_text
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
 
 JOB = Path("job.json")
@@ -56,6 +57,34 @@ def record_job(run: Path, job: str) -> None:
     write_text(run / JOB, json.dumps({"job": job}) + "\n")
 
 
+def begin_job(job: str, config: Config, create: Callable[[], Path]) -> Path:
+    """Create and return the folder of the run that a job starts, and record the job in it.
+
+    Args:
+        job: Name of the job from :func:`job_name`.
+        config: Configuration of the run.
+        create: Function that creates the folder and returns it.
+
+    Raises:
+        CheckpointError: If another process starts a run of this job, or has started one since
+            :func:`find_job` found none.
+    """
+    number = hashlib.sha256(job.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    refusal = CheckpointError(
+        f"--job {job}: another process starts a run of this job",
+        "wait, and run the same command to resume it",
+    )
+    with only_process(config.runs_folder / f"job-{number}", refusal):
+        found = find_job(job, config)
+        if found is not None:
+            raise CheckpointError(
+                f"--job {job}: another process has started {found}", "run the same command to resume it"
+            )
+        folder = create()
+        record_job(folder, job)
+        return folder
+
+
 def find_job(job: str, config: Config) -> Path | None:
     """Find the run that a job started; return None if it has not started one.
 
@@ -67,7 +96,7 @@ def find_job(job: str, config: Config) -> Path | None:
         ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
         CheckpointError: If the record of any run is damaged.
     """
-    for path in sorted(Path(config.runs_dir).glob(f"*/{JOB}")):
+    for path in sorted(config.runs_folder.glob(f"*/{JOB}")):
         try:
             recorded = json.loads(path.read_text(encoding="utf-8")).get("job")
         except (ValueError, AttributeError):

@@ -25,6 +25,7 @@ import torch
 from benchmarks.subjects import SHAPE
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
+from tnnlm.files import write_text
 from tnnlm.inference.aot import compile_step
 from tnnlm.inference.engine import open_engine
 from tnnlm.kernels import SGConvConfig, SGConvKernel
@@ -161,7 +162,7 @@ def main() -> int:
             "hankel": singular_values(),
         },
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(args.out.read_text(encoding="utf-8"))
     return 0
 
