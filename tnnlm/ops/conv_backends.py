@@ -52,8 +52,8 @@ def training_backend(device: torch.device, causal: bool) -> str:
     return "tiles" if why_no_windows(device) else "windows"
 
 
-# torch.compile calls the function instead of tracing the check. torch.compiler.assume_constant_result sets the
-# same attribute, but imports the whole compiler.
+# torch.compile calls the function instead of tracing the check. torch.compiler.assume_constant_result sets
+# the same attribute, but imports the whole compiler.
 training_backend.__dict__["_dynamo_marked_constant"] = True
 
 
@@ -90,7 +90,7 @@ def _check(device: torch.device, product: Callable[[Tensor, Tensor], Tensor]) ->
     Raises:
         ArithmeticError: If they differ.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         steps = torch.arange(240, dtype=torch.float32, device=device)
         x = steps.sin().view(3, 20, 4).requires_grad_()
         k = steps[:80].cos().view(4, 20).requires_grad_()

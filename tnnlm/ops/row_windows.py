@@ -45,8 +45,8 @@ def row_product_backward(
     """Return the spectra of the gradients, from those of the gradient of the outputs.
 
     Args:
-        grad_windows: As ``windows``, of the gradient of the outputs.
-        grad_first: As ``first``, of the gradient of the outputs.
+        grad_windows: Spectra of the windows of the gradient of the outputs (E B - 1, F).
+        grad_first: Spectra of its padded rows (E, ceil(B / ROWS), F).
         windows: Argument of :func:`row_product`.
         first: Argument of :func:`row_product`.
         taps: Argument of :func:`row_product`.
