@@ -2,8 +2,8 @@
 
 The count is that of a GPU with a perfect cache within an operator and none between operators: each operator
 that isn't a view reads its arguments and writes its results once. Elements of overlapping views count each
-time, and copies that PyTorch makes within an operator don't. Products of spectra are operators of their own,
-as on a GPU; no GPU is needed.
+time, and copies that PyTorch makes within an operator don't. Products of spectra are separate operators,
+as on a GPU, but no GPU is needed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _bytes(value: Any) -> int:
 def main() -> int:
     """Count every case, write the record and print its table; return the exit code."""
     rows = [
-        {"inputs": label, "unit": "bytes per token and channel", **_counts(dtype, channels_first)}
+        {"inputs": label, **_counts(dtype, channels_first), "unit": "bytes per token and channel"}
         for label, dtype, channels_first in (
             ("float32, layout of the model", torch.float32, True),
             ("bfloat16, layout of the model", torch.bfloat16, True),
