@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnnlm.precision import working_dtype
 
-ROWS = 16
+ROWS = 32
 """Number of rows whose spectra follow from each other; it limits how far rounding errors spread."""
 
 
