@@ -1,4 +1,4 @@
-"""Every backend of a convolution with gradients computes the same, and none keeps a stale result."""
+"""Every backend of a convolution with gradients computes the same, and a device uses the best that works."""
 
 from __future__ import annotations
 
