@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def test_one_gpu_mixes_no_devices_and_waits_for_it_only_to_log() -> None:
     report = pretended("one_gpu", *STEPS, *EVERYTHING, "trainer.precision=bf16-mixed")
     assert report["summary"]["val/ppl"] > 1
     assert report["launches"]["mm"] > 0
+    assert report["launches"]["row_conv_backward" if find_spec("triton") else "circular_conv_backward"] > 0
     assert steps_that_wait(report) == set()
     assert any(step == 9 for step, *_ in report["syncs"]), "step 9 is logged"
 

@@ -1,4 +1,4 @@
-"""Every backend of a convolution with gradients computes the same, and none keeps a stale result."""
+"""Every backend of a convolution with gradients computes the same, and a device uses the best that works."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def test_compiled_windows_equal_eager_ones() -> None:
 
 
 def test_one_convolution_moves_few_bytes() -> None:
-    before = bytes_per_element("tiles", torch.float32, channels_first=True)
-    now = bytes_per_element("windows", torch.float32, channels_first=True)
+    before = bytes_per_element("tiles", torch.float32, channels_first=True, distinct=False)
+    now = bytes_per_element("windows", torch.float32, channels_first=True, distinct=False)
     assert now <= 120 < before
-    assert bytes_per_element("windows", torch.bfloat16, channels_first=True) <= 130
+    assert bytes_per_element("windows", torch.bfloat16, channels_first=True, distinct=True) <= 120
 
 
 @pytest.fixture

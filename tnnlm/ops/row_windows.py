@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnnlm.precision import working_dtype
 
-ROWS = 16
+ROWS = 32
 """Number of rows whose spectra follow from each other; it limits how far rounding errors spread."""
 
 
@@ -45,8 +45,8 @@ def row_product_backward(
     """Return the spectra of the gradients, from those of the gradient of the outputs.
 
     Args:
-        grad_windows: Spectra of the windows of the gradient of the outputs, in the shape of ``windows``.
-        grad_first: Spectra of its first windows, in the shape of ``first``.
+        grad_windows: Spectra of the windows of the gradient of the outputs (E B - 1, F).
+        grad_first: Spectra of its padded rows (E, ceil(B / ROWS), F).
         windows: Argument of :func:`row_product`.
         first: Argument of :func:`row_product`.
         taps: Argument of :func:`row_product`.

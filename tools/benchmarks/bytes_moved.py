@@ -1,9 +1,9 @@
 """Count of the bytes that the operators of a causal convolution read and write, forward and backward.
 
 The count is that of a GPU with a perfect cache within an operator and none between operators: each operator
-that isn't a view reads its arguments and writes its results once. Elements of overlapping views count each
-time, and copies that PyTorch makes within an operator don't. Products of spectra are separate operators,
-as on a GPU; no GPU is needed.
+that isn't a view reads its arguments and writes its results once. Copies that PyTorch makes within an
+operator don't count. Products of spectra are separate operators,
+as on a GPU, but no GPU is needed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ COMPOSITE = {torch.ops.aten.fft_rfft.default, torch.ops.aten.fft_rfft.out, torch
 class ByteCounter(TorchDispatchMode):
     """Mode that adds up the bytes that operators read and write."""
 
-    def __init__(self) -> None:
+    def __init__(self, distinct: bool) -> None:
         super().__init__()
+        self.distinct = distinct
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,11 +69,11 @@ class ByteCounter(TorchDispatchMode):
         if not views and "empty" not in name:
             read = [value for key, value in kwargs.items() if key != "out"]
             read.extend(args[1:] if name in UNREAD else args)
-            self.total += sum(_bytes(tensor) for tensor in tree_leaves((read, out)))
+            self.total += sum(_bytes(tensor, self.distinct) for tensor in tree_leaves((read, out)))
         return out
 
 
-def bytes_per_element(backend: str, dtype: torch.dtype, channels_first: bool) -> float:
+def bytes_per_element(backend: str, dtype: torch.dtype, channels_first: bool, distinct: bool) -> float:
     """Return the bytes moved per token and channel by a convolution and its gradients.
 
     Args:
@@ -80,31 +81,33 @@ def bytes_per_element(backend: str, dtype: torch.dtype, channels_first: bool) ->
         dtype: Dtype of the inputs; taps are in float32.
         channels_first: Whether the memory layout of the inputs and gradients is (E, B, L), as in the model,
             or (B, L, E).
+        distinct: Whether elements that a view repeats count once.
     """
     batch, length, channels = SHAPE
     x = torch.randn(channels, batch, length).permute(1, 2, 0)
     x = (x if channels_first else x.contiguous()).to(dtype).requires_grad_()
     k = torch.randn(channels, length, requires_grad=True)
     grad = torch.ones_like(x)
-    with use_backend(backend), ByteCounter() as counter:
+    with use_backend(backend), ByteCounter(distinct) as counter:
         torch.autograd.grad(toeplitz.toeplitz(x, k), (x, k), grad)
     return counter.total / x.numel()
 
 
-def _bytes(value: Any) -> int:
-    """Return the bytes of a tensor's elements, without those that are expanded from others."""
+def _bytes(value: Any, distinct: bool) -> int:
+    """Return the bytes of a tensor's elements; those that are expanded from others never count."""
     if not isinstance(value, Tensor):
         return 0
-    size = value.element_size()
-    for count, stride in zip(value.shape, value.stride(), strict=True):
-        size *= count if stride else 1
-    return size
+    count, extent = 1, 1
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        count *= size if stride else 1
+        extent += (size - 1) * stride
+    return value.element_size() * (min(count, extent) if distinct else count)
 
 
 def main() -> int:
     """Count every case, write the record and print its table; return the exit code."""
     rows = [
-        {"inputs": label, "unit": "bytes per token and channel", **_counts(dtype, channels_first)}
+        {"inputs": label, **_counts(dtype, channels_first), "unit": "bytes per token and channel"}
         for label, dtype, channels_first in (
             ("float32, layout of the model", torch.float32, True),
             ("bfloat16, layout of the model", torch.bfloat16, True),
@@ -129,7 +132,15 @@ def main() -> int:
 
 
 def _counts(dtype: torch.dtype, channels_first: bool) -> dict[str, str]:
-    return {name: f"{bytes_per_element(name, dtype, channels_first):.0f}" for name in ("tiles", "windows")}
+    cases = {
+        "tiles": ("tiles", False),
+        "windows": ("windows", False),
+        "windows, overlap once": ("windows", True),
+    }
+    return {
+        label: f"{bytes_per_element(name, dtype, channels_first, distinct):.0f}"
+        for label, (name, distinct) in cases.items()
+    }
 
 
 if __name__ == "__main__":
