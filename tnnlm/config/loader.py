@@ -18,7 +18,14 @@ from types import NoneType
 from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
-from tnnlm.config.consistency import check_context, check_name, check_protocol, check_schedule, settle_task
+from tnnlm.config.consistency import (
+    check_context,
+    check_name,
+    check_protocol,
+    check_schedule,
+    settle_method,
+    settle_task,
+)
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.schema import Config, ModelConfig
@@ -56,6 +63,8 @@ def load_config(
     layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
     values = _values(layers)
     config = _config(values)
+    if not saved and "conversion.method" not in values.nodes:
+        settle_method(config)
     for layer in reversed(layers):
         if "data.source" in layer.nodes:
             break  # The source was chosen explicitly: settings of other sources may be present.

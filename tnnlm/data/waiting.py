@@ -65,7 +65,7 @@ def prepare_once(folder: Path, build: Callable[[], None]) -> None:
                     continue
                 if (folder / META).is_file():
                     return
-                if waited and rank_zero_only.rank != 0:
+                if waited and rank_zero_only.rank != 0:  # type: ignore[attr-defined]
                     raise DataError(
                         f"{folder}: the process that prepared this data has failed",
                         "correct what it reports, and start again",
