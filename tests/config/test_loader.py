@@ -374,3 +374,16 @@ def test_every_integer_has_an_upper_bound(value: str) -> None:
     for name in integers():
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)}=[0-9]+: must be at most [0-9,]+ \("):
             load_config(None, [f"{name}={value}"])
+
+
+def test_large_models_attach_recurrences_of_a_smaller_method(tmp_path: Path) -> None:
+    large = ["model.d_model=2048", "model.n_layers=24", "model.max_length=2048", "model.expand=3"]
+    assert load_config(None).conversion.method == "etsc"
+    config = load_config(None, large)
+    assert config.conversion.method == "auto"
+    assert load_config(None, [*large, "conversion.method=etsc"]).conversion.method == "etsc"
+    # Earlier runs and checkpoints keep what they were trained with.
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {d_model: 2048, n_layers: 24, max_length: 2048, expand: 3}\n", encoding="utf-8")
+    assert load_config(path, saved=True).conversion.method == "etsc"
+    assert load_config(path).conversion.method == "auto"

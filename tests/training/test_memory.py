@@ -19,6 +19,7 @@ from tnnlm.evaluation import parallel_nll, recurrent_nll
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
+from tnnlm.training.announce import attached_line
 from tnnlm.training.memory import attached_recurrences, estimate_memory
 from tnnlm.training.optim import build_optimizer
 
@@ -129,3 +130,15 @@ def test_attached_recurrences_have_the_size_of_converted_ones() -> None:
         assert attached.horizon == pytest.approx(horizon, rel=0.1)
         size = sum(part.nbytes for layer in layers for part in layer.params)
         assert attached.nbytes(2) == pytest.approx(size, rel=0.1)
+
+
+def test_a_run_of_1b3_parameters_names_a_smaller_choice_than_etsc() -> None:
+    config = load_config(ROOT / "configs/tnn_1b3_fineweb.yaml", ["conversion.method=etsc"])
+    attached = attached_recurrences(config)
+    assert attached.nbytes(24) / 1e9 == pytest.approx(1.9, abs=0.1)
+    line = attached_line(config, attached)
+    assert line.startswith("each checkpoint and validation holds recurrences of 1.7")
+    assert " GiB (conversion.method=etsc, horizon 3,1" in line
+    assert line.endswith("; conversion.method=auto selects the smallest within conversion.tolerance")
+    config.conversion.method = "auto"
+    assert attached_recurrences(config).nbytes(24) < attached.nbytes(24) / 20

@@ -1,4 +1,4 @@
-"""Checks of settings that depend on each other, and of the name of a run."""
+"""Checks and defaults of settings that depend on each other, and checks of the name of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from tnnlm.errors import ConfigError
 
 _LONGEST_NAME = 200
 """Maximum size of a name in bytes. File systems allow 255, and the names of other files add to it."""
+
+
+LARGE_RECURRENCES = 1 << 30
+"""Size in bytes of recurrences from which on ETSC is not the default, and a run announces their size."""
 
 
 def check_name(name: str) -> None:
@@ -135,6 +139,17 @@ def check_sharding(config: Config, where: Callable[[str], str]) -> None:
             f"{where('trainer.shard_size')}",
             "omit it",
         )
+
+
+def settle_method(config: Config) -> None:
+    """Select the default of ``conversion.method`` by the size of the model.
+
+    ETSC stores a float32 number per channel and lag, for all lags of the training length or more.
+    """
+    model = config.model
+    size = 4 * model.n_layers * model.expand * model.d_model * model.max_length
+    if config.task == "causal" and size >= LARGE_RECURRENCES:
+        config.conversion.method = "auto"
 
 
 def settle_task(config: Config, where: Callable[[str], str]) -> None:

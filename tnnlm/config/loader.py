@@ -24,6 +24,7 @@ from tnnlm.config.consistency import (
     check_protocol,
     check_schedule,
     check_sharding,
+    settle_method,
     settle_task,
 )
 from tnnlm.config.interpolation import Values, escaped
@@ -63,6 +64,8 @@ def load_config(
     layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
     values = _values(layers)
     config = _config(values)
+    if not saved and "conversion.method" not in values.nodes:
+        settle_method(config)
     for layer in reversed(layers):
         if "data.source" in layer.nodes:
             break  # The source was chosen explicitly: settings of other sources may be present.

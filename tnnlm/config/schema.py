@@ -253,7 +253,10 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ConversionConfig:
-    """Conversion of kernels to recurrences."""
+    """Conversion of kernels to recurrences.
+
+    The default method of a new run is auto if the recurrences of etsc would take 1 GiB or more.
+    """
 
     method: str = choice("etsc", "balanced", "auto", "etsc", "window", "companion", "multirate", "gradient")
     """Conversion method: balanced (the fewest poles that meet the tolerance), etsc (the published conversion,

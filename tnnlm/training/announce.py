@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from tnnlm.config.consistency import LARGE_RECURRENCES
 from tnnlm.config.schema import Config
 from tnnlm.conversion.companion import OWN_METHODS
 from tnnlm.conversion.horizon import auto_horizon
@@ -15,9 +16,6 @@ from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.memory import Attached, RunMemory, attached_recurrences
 from tnnlm.training.resume import repeated_steps
-
-LARGE = 1 << 30
-"""Size in bytes from which on a run announces the recurrences that it attaches to its checkpoints."""
 
 
 def announce(
@@ -49,7 +47,7 @@ def announce(
         show_line(shown)
     if config.task == "causal":
         attached = attached_recurrences(config)
-        if attached.nbytes(config.model.n_layers) >= LARGE:
+        if attached.nbytes(config.model.n_layers) >= LARGE_RECURRENCES:
             show_line(attached_line(config, attached))
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps:
