@@ -262,7 +262,7 @@ def test_failed_conversion_costs_the_recurrence_not_the_checkpoint(monkeypatch: 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no poles today")
 
-    monkeypatch.setattr("tnnlm.training.callbacks.checkpoint.convert_kernels", fail)
+    monkeypatch.setattr("tnnlm.training.callbacks.recurrences.convert_kernels", fail)
     monkeypatch.setattr("tnnlm.training.tasks.convert_kernels", fail)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -52,7 +52,8 @@ def choose_strategy(config: Config) -> str | Strategy:
             "use trainer.precision=bf16-mixed or 32-true, or trainer.strategy=ddp",
         )
     devices = resolve_devices(config) * config.trainer.num_nodes
-    return ShardedStrategy(devices, resolve_shard_size(config))
+    sharded = config.checkpoint.format == "sharded"
+    return ShardedStrategy(devices, resolve_shard_size(config), sharded_checkpoints=sharded)
 
 
 def parameter_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
