@@ -13,7 +13,7 @@ import torch
 from tests.support.ranks import rank_arguments, run_processes, run_ranks
 from tests.support.sharded_worker import train_until_save
 from tests.support.training_runs import write_text
-from tnnlm.checkpoints.shards import SHARDS
+from tnnlm.checkpoints.shards import SHARDS, assemble
 from tnnlm.checkpoints.training import from_attached, load_checkpoint, read_checkpoint, read_intact
 from tnnlm.errors import CheckpointError
 from tnnlm.training.loggers.csv import read_metrics
@@ -87,6 +87,26 @@ def test_shards_of_four_ranks_resume_on_two_and_on_one_and_convert(script: Any) 
         torch.testing.assert_close(states[0][number]["exp_avg"], moments["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
+def test_uneven_shards_equal_the_single_file() -> None:
+    kernel = ("model.kernel.name=sgconv", "model.kernel.kernel_dim=8", "conversion.method=window")
+    words = (*COMMON, *kernel, "trainer.strategy=fsdp", "data.batch_size=1", "trainer.max_steps=3")
+    for form in ("file", "sharded"):
+        run_ranks(3, *words, f"checkpoint.format={form}", f"name={form}3")
+    # Two ranks load the shards of three.
+    run_ranks(2, "trainer.max_steps=4", resume="runs/sharded3")
+    run_ranks(2, "trainer.max_steps=4", resume="runs/file3")
+    for name in ("previous.ckpt", "last.ckpt"):
+        paths = [Path(f"runs/{form}3/checkpoints/{name}") for form in ("file", "sharded")]
+        one, mine = (assemble(path, read_checkpoint(path)) for path in paths)
+        assert one["global_step"] == mine["global_step"]
+        states = (one["state_dict"], mine["state_dict"])
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+        moments = [dict(found["optimizer_states"][0]["state"]) for found in (one, mine)]
+        torch.testing.assert_close(*moments, rtol=0, atol=0)
+        groups = [found["optimizer_states"][0]["param_groups"] for found in (one, mine)]
+        assert [group["params"] for group in groups[0]] == [group["params"] for group in groups[1]]
+
+
 @pytest.mark.parametrize("fault", ["kill", "full"])
 def test_a_failed_save_keeps_the_checkpoint_before_it(fault: str) -> None:
     words = (*COMMON, *SHARDED, "data.batch_size=2", "trainer.max_steps=9", "trainer.val_every_n_steps=9")
@@ -109,6 +129,11 @@ def test_damaged_and_foreign_shards_are_refused(script: Any) -> None:
     index = read_checkpoint(RUN / "last.ckpt")
     shard = RUN / index[SHARDS]["folder"] / next(iter(index[SHARDS]["files"]))
     intact = shard.read_bytes()
+    foreign = shard.with_name("foreign.safetensors")
+    foreign.write_bytes(intact)
+    with pytest.raises(CheckpointError, match=r"has no shard .*foreign\.safetensors"):
+        read_checkpoint(RUN / "last.ckpt")
+    foreign.unlink()
     shard.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     refused = script("train", "--resume", "runs/sharded", "trainer.max_steps=12")
     assert refused.code == 2

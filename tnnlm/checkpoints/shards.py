@@ -74,7 +74,8 @@ def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> S
         verify: Whether to compare the checksums of the shards, which reads them.
 
     Raises:
-        CheckpointError: If the description is invalid, or a shard is missing, truncated or corrupt.
+        CheckpointError: If the description is invalid, a shard is missing, truncated or corrupt, or the
+            folder contains other shards.
     """
     if SHARDS not in data:
         return None
@@ -88,6 +89,10 @@ def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> S
             raise CheckpointError(f"{path}: its shard {file} is missing", _OTHER)
         if file.stat().st_size != size or (verify and file_digest(file)[1] != digest):
             raise CheckpointError(f"{path}: its shard {file} is corrupt", _OTHER)
+    # torch.distributed.checkpoint reads every file in the folder.
+    for file in sorted(shards.folder.glob("*.safetensors")):
+        if file.name not in shards.files:
+            raise CheckpointError(f"{path}: has no shard {file}", "move this file to another folder")
     return shards
 
 
