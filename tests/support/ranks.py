@@ -59,17 +59,20 @@ class Watch(Callback):
 
 def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
     """Train on ``n`` processes, started as by torchrun, and return the records of each rank."""
+    codes = run_processes(train_as_rank, rank_arguments(n, *words, resume=resume))
+    logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
+    assert codes == [0] * n, f"{codes}\n{logs}"
+    return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def rank_arguments(n: int, *words: str, resume: str | None = None) -> list[tuple[Any, ...]]:
+    """Return the arguments of :func:`train_as_rank` for each of ``n`` ranks."""
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
         own_kernel = any(word.startswith("model.kernel.name=") for word in words)
         changes = [w for w in SETTINGS if not (own_kernel and w.startswith("model.kernel."))] + changes
     port = str(free_port())
-    codes = run_processes(
-        _rank, [(rank, n, port, os.getcwd(), dict(os.environ), changes, resume) for rank in range(n)]
-    )
-    logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
-    assert codes == [0] * n, f"{codes}\n{logs}"
-    return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
+    return [(rank, n, port, os.getcwd(), dict(os.environ), changes, resume) for rank in range(n)]
 
 
 def run_processes(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[int | None]:
@@ -96,9 +99,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(
+def train_as_rank(
     rank: int, n: int, port: str, folder: str, environment: dict[str, str], words: list[str], run: str | None
 ) -> None:
+    """Train in ``folder`` as one of ``n`` ranks, with the environment variables of torchrun."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -21,7 +21,7 @@ from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.errors import DataError, UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
-from tnnlm.training.callbacks.checkpoint import AttachRecurrences
+from tnnlm.training.callbacks.recurrences import AttachRecurrences
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.optim import lr_factor

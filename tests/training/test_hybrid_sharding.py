@@ -53,6 +53,18 @@ def test_two_groups_of_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: 
         torch.testing.assert_close(value, one[key], rtol=0, atol=1e-6)
 
 
+def test_mixed_precision_keeps_both_perplexities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TNNLM_CACHE", str(tmp_path / "cache"))
+    write_text()
+    settings = ("trainer.precision=bf16-mixed", "trainer.max_steps=4", "trainer.val_every_n_steps=4")
+    run_ranks(1, *WORDS, *settings, "name=one")
+    run_ranks(4, *WORDS, *HSDP, *settings, "name=four")
+    # Sums over other numbers of rows round differently in bfloat16, of which a number has 8 bits.
+    assert rows("four", "train/loss") == pytest.approx(rows("one", "train/loss"), rel=2**-8)
+    assert rows("four", "val/ppl_recurrent") == pytest.approx(rows("four", "val/ppl"), rel=1e-4)
+
+
 def test_a_shard_size_must_divide_the_devices_and_have_a_use(script: Any) -> None:
     common = ("trainer.accelerator=cpu", "trainer.precision=32-true", "name=refused")
     for words, message in (

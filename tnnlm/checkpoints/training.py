@@ -1,7 +1,8 @@
 """Training checkpoints with attached recurrences.
 
 A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain data and tensors, which
-``torch.load(weights_only=True)`` accepts. This module must not import training code.
+``torch.load(weights_only=True)`` accepts. If it is sharded, its large tensors are in other files; see
+:mod:`tnnlm.checkpoints.shards`. This module must not import training code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tnnlm.checkpoints.converted import (
     load_weights,
     model_fingerprint,
 )
+from tnnlm.checkpoints.shards import load_model_weights, shards_of
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, command
@@ -152,7 +154,7 @@ def _load_model(data: dict[str, Any], path: Path) -> Loaded:
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
     weights = {
         key.removeprefix(_PREFIX): value
-        for key, value in data["state_dict"].items()
+        for key, value in load_model_weights(path, data).items()
         if key.startswith(_PREFIX)
     }
     with torch.device("meta"):
@@ -165,8 +167,11 @@ def _load_model(data: dict[str, Any], path: Path) -> Loaded:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the raw dict of a training checkpoint, with its tensors memory-mapped on the CPU.
 
+    A sharded checkpoint is returned without the tensors in its shards.
+
     Raises:
-        CheckpointError: If the checkpoint is missing, truncated, or not from this package.
+        CheckpointError: If the checkpoint is missing, truncated, or not from this package, or if one of its
+            shards is missing or truncated.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -178,11 +183,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "use another one") from None
     if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of tnnlm's train.py")
+    shards_of(path, data)
     return data
 
 
 def read_intact(path: Path) -> dict[str, Any]:
-    """Return the raw dict of a training checkpoint after its checksums are verified, which reads the file.
+    """Return the raw dict of a training checkpoint after its checksums are verified, which reads all of it.
 
     Raises:
         CheckpointError: If the checkpoint is missing, corrupt, or not from this package.
@@ -196,6 +202,7 @@ def read_intact(path: Path) -> dict[str, Any]:
         damaged = path.name
     if damaged is not None:
         raise CheckpointError(f"{path}: is corrupt")
+    shards_of(path, data, verify=True)
     return data
 
 

@@ -130,14 +130,21 @@ def check_sharding(config: Config, where: Callable[[str], str]) -> None:
         where: Function that returns the place where a setting was given, for the end of an error message.
 
     Raises:
-        ConfigError: If ``trainer.shard_size`` is set without strategy=hsdp.
+        ConfigError: If ``trainer.shard_size`` is set without strategy=hsdp, or checkpoints are to be sharded
+            and the model isn't.
     """
     trainer = config.trainer
     if trainer.shard_size != "auto" and trainer.strategy != "hsdp":
         raise ConfigError(
             f"trainer.shard_size={trainer.shard_size}: is for trainer.strategy=hsdp only"
             f"{where('trainer.shard_size')}",
-            "omit it",
+            "set it to auto",
+        )
+    if config.checkpoint.format == "sharded" and trainer.strategy not in ("fsdp", "hsdp"):
+        raise ConfigError(
+            f"checkpoint.format=sharded: is not supported by trainer.strategy={trainer.strategy}"
+            f"{where('checkpoint.format')}",
+            "set checkpoint.format=file, or trainer.strategy=fsdp or hsdp",
         )
 
 

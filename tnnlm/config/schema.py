@@ -249,6 +249,11 @@ class CheckpointConfig:
     every_n_steps: int = number(500, low=1)
     """Number of optimizer steps between saves of last.ckpt. The checkpoint before it is kept as
     previous.ckpt."""
+    format: str = choice("file", "file", "sharded")
+    """Format of checkpoints: file (one file, which the first rank assembles and writes while the training
+    waits) or sharded (every rank writes its shards while the training continues, and the checkpoint becomes
+    valid when all are written), for strategy=fsdp and hsdp only. Both can be converted and resumed on any
+    number of devices."""
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
 from tnnlm.training.estimate import SHARDING, resolve_devices, resolve_precision, resolve_shard_size
+from tnnlm.training.rounded_gather import RoundedAllGather, only_linear
 from tnnlm.training.sharded_strategy import ShardedStrategy
 
 
@@ -52,7 +53,8 @@ def choose_strategy(config: Config) -> str | Strategy:
             "use trainer.precision=bf16-mixed or 32-true, or trainer.strategy=ddp",
         )
     devices = resolve_devices(config) * config.trainer.num_nodes
-    return ShardedStrategy(devices, resolve_shard_size(config))
+    sharded = config.checkpoint.format == "sharded"
+    return ShardedStrategy(devices, resolve_shard_size(config), sharded_checkpoints=sharded)
 
 
 def parameter_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
@@ -62,21 +64,33 @@ def parameter_mesh(strategy: ModelParallelStrategy) -> DeviceMesh:
     return strategy.device_mesh["data_parallel"]
 
 
-def shard(model: Backbone, mesh: DeviceMesh) -> None:
+def shard(model: Backbone, mesh: DeviceMesh, *, rounded: bool = False) -> None:
     """Shard every block and the embedding over ``mesh``, in place; parameter names do not change.
 
     On a mesh of two dimensions, the shards of the second are replicated over the first (HSDP, arXiv
     2304.11277, section 3.2.2).
 
-    A block is gathered for its forward and backward pass and resharded afterwards. Kernels are sharded with
-    their block: otherwise their gradients would need a separate reduction, and gradient clipping a norm over
-    sharded and unsharded gradients. There is no mixed-precision policy: weights are gathered in float32 and
-    autocast rounds them as on one device, so kernels and both validation perplexities equal those of one
-    device.
+    A block is gathered for its forward and backward pass and resharded afterwards. Kernels are sharded too,
+    because gradient clipping would otherwise need a norm over sharded and unsharded gradients. There is no
+    mixed-precision policy: gathered weights are float32 and autocast rounds them as on one device, so kernels
+    and both validation perplexities equal those of one device.
+
+    Args:
+        model: Model to shard.
+        mesh: Mesh of one or two dimensions.
+        rounded: Whether autocast rounds the weights of linear layers to bfloat16. They are then transferred
+            in bfloat16 during training, and the kernel of a block, which must stay exact, is a separate unit.
     """
     placement = partial(shard_dimension, ranks=mesh.shape[-1])
     for block in model.layers:
+        # PyTorch 2.8 can't replace the all-gather.
+        replaced = rounded and only_linear(block) and hasattr(FSDPModule, "set_custom_all_gather")
+        if replaced:
+            fully_shard(block.mixer.conv, mesh=mesh, shard_placement_fn=placement)
         fully_shard(block, mesh=mesh, shard_placement_fn=placement)
+        if replaced:
+            assert isinstance(block, FSDPModule)
+            block.set_custom_all_gather(RoundedAllGather(model))  # type: ignore[arg-type]  # private base
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     for module in (model, *model.layers) if isinstance(model, CausalLM) else ():
         # Recurrent validation calls prefill, which needs gathered weights just as forward does.

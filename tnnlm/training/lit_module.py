@@ -84,7 +84,9 @@ class LitModel(lightning.LightningModule):
         if self._trainer is None:  # load_from_checkpoint calls this without a trainer
             return
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
-            shard(self.model, parameter_mesh(self.trainer.strategy))
+            # A compiled block doesn't run the hooks of a unit inside it.
+            rounded = self.trainer.precision == "bf16-mixed" and not self.config.trainer.compile
+            shard(self.model, parameter_mesh(self.trainer.strategy), rounded=rounded)
         if self.group.size != self.config.trainer.context_parallel:
             self.group = self.task.group = join_group(self.trainer, self.config)
             split_convolutions(self.model, self.group)

@@ -16,9 +16,10 @@ from rich.console import Console
 from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.training.callbacks.best import BestCheckpoint
-from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO, AttachRecurrences
+from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO
 from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.progress import TrainingBar
+from tnnlm.training.callbacks.recurrences import AttachRecurrences
 from tnnlm.training.callbacks.samples import SampleWriter
 from tnnlm.training.callbacks.validation import ValidationSchedule
 from tnnlm.training.estimate import SHARDING, resolve_accelerator, resolve_devices, resolve_precision

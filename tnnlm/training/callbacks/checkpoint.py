@@ -1,11 +1,11 @@
-"""Checkpointing: atomic files, saved between optimizer steps, with the converted kernels attached."""
+"""Checkpointing: atomic files, saved between optimizer steps."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,16 +17,14 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
-from tnnlm.checkpoints.training import ENTRY, AttachedSSM, attached_ssm, checkpoint_entry
-from tnnlm.config.schema import Config
+from tnnlm.checkpoints.shards import assemble
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
-from tnnlm.kernels import Kernel
 from tnnlm.training.agreement import HostAgreement
-from tnnlm.training.callbacks.ema import AveragedWeights
-from tnnlm.training.fsdp import gather_kernels, is_sharded
-from tnnlm.training.lit_module import LitModel, tokenizer_of
-from tnnlm.training.tasks import CausalTask
+from tnnlm.training.fsdp import is_sharded
+from tnnlm.training.lit_module import LitModel
+from tnnlm.training.sharded_save import ShardedSaves
+from tnnlm.training.sharded_strategy import background_saves
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
 """Signal that a cluster sends some time before it ends a job; None on Windows, which lacks it."""
@@ -91,14 +89,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load a checkpoint, whose tensors are memory-mapped on a machine with a GPU.
+        """Load a checkpoint of either format, whose tensors are memory-mapped on a machine with a GPU.
 
         Every rank loads the file, and ranks on one machine then share the page cache instead of holding a
         copy each. Without a GPU the tensors are read, because an optimizer on the CPU keeps the tensors that
         it loads.
         """
         mapped = torch.cuda.is_available()
-        return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mapped)
+        data = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mapped)
+        return assemble(Path(path), data)
 
 
 def second_name(path: Path, name: Path) -> None:
@@ -118,46 +117,6 @@ def second_name(path: Path, name: Path) -> None:
     temporary.unlink(missing_ok=True)
 
 
-class AttachRecurrences(Callback):
-    """Callback that adds configuration, tokenizer and converted kernels to every checkpoint.
-
-    Kernels are only added for tasks whose models have a recurrent form. With weight averaging the averaged
-    kernels are converted, because the checkpoint's weights are the averaged ones. The callback runs on every
-    rank before the file is written, so it must not write files. All ranks gather sharded kernels, then rank 0
-    converts them, unless the validation of the same step has done so. If the conversion fails, the checkpoint
-    is saved without it, with a warning.
-    """
-
-    def __init__(self, config: Config, average: AveragedWeights | None = None) -> None:
-        self.config = config
-        self.average = average
-
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the entry to the checkpoint."""
-        saved = self.average.averaged(pl_module) if self.average else pl_module
-        assert isinstance(saved, LitModel)
-        assert isinstance(pl_module, LitModel)
-        task = pl_module.task  # the averaged module's own task takes no part in validations
-        ssm = self._recurrence(trainer, saved, task) if isinstance(task, CausalTask) else None
-        if trainer.is_global_zero:
-            checkpoint[ENTRY] = checkpoint_entry(self.config, tokenizer_of(trainer), ssm)
-
-    def _recurrence(
-        self, trainer: lightning.Trainer, saved: LitModel, task: CausalTask
-    ) -> AttachedSSM | None:
-        found = [kernel for kernel in gather_kernels(saved.model) if isinstance(kernel, Kernel)]
-        if not trainer.is_global_zero:
-            return None
-        try:
-            converted = task.conversion.of(found)
-            return attached_ssm(converted.layers, self.config.conversion.method, converted.horizon)
-        except Exception as error:  # no failure here may cost the checkpoint
-            warnings.warn(f"checkpoint saved without its recurrence: {error}", stacklevel=2)
-            return None
-
-
 class CheckpointLast(Callback):
     """Callback that saves ``last.ckpt``: at the start, every N steps, at the end, and on a stop signal.
 
@@ -172,7 +131,10 @@ class CheckpointLast(Callback):
         self.every_n_steps = every_n_steps
         self.seconds_before = 0.0
         self.saved_step: int | None = None
-        """Step of the last checkpoint; None before the first one."""
+        """Step of the last checkpoint that is valid; None before the first one."""
+        self._begun_step: int | None = None
+        """Step of the last checkpoint that is valid or is being written."""
+        self._background: ShardedSaves | None = None
         self._started = time.perf_counter()
         self._received: set[int] = set()
         self._agreement = HostAgreement()
@@ -212,8 +174,9 @@ class CheckpointLast(Callback):
         for number in self._handlers:
             signal.signal(number, self._request)
         assert isinstance(pl_module, LitModel)
+        self._background = background_saves(trainer.strategy)
         if self._step:
-            self.saved_step = self._step
+            self.saved_step = self._begun_step = self._step
         # For a sharded model, torch would initialise the missing optimizer state by a step with zero
         # gradients, which counts as a step.
         elif not is_sharded(pl_module.model):
@@ -229,10 +192,11 @@ class CheckpointLast(Callback):
         if not self._at_border:
             return
         stop = self._agreement.any(trainer.strategy, bool(self._received))
-        new = self._step not in (0, self.saved_step)
+        new = self._step not in (0, self._begun_step)
         if new and (stop or self._step % self.every_n_steps == 0):
             self._save(trainer, pl_module)
         if stop:
+            self._finish()
             limit = TIME_LIMIT is not None and TIME_LIMIT in self._received
             limit = trainer.strategy.reduce_boolean_decision(limit, all=False)
             raise TrainingStopped(self._step, self.run, limit, self.saved_step is not None)
@@ -251,13 +215,18 @@ class CheckpointLast(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the finished run and restore the signal handlers."""
         self._save(trainer, pl_module)
+        self._finish()
         self._restore()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Restore the signal handlers."""
+        """Restore the signal handlers, and finish a save, so that the advice on resuming is right."""
         self._restore()
+        if isinstance(exception, Exception):
+            # The first error is the one to report.
+            with suppress(Exception):
+                self._finish()
 
     def check_finite(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Raise an error on all ranks if a weight on any rank is NaN or infinite.
@@ -271,7 +240,8 @@ class CheckpointLast(Callback):
             raise self.diverged(trainer.global_step, "the weights are no longer finite")
 
     def diverged(self, step: int, reason: str) -> TrainingDiverged:
-        """Return the error for diverged training, with advice on how to resume."""
+        """Return the error for diverged training, with advice on how to resume; call it on all ranks."""
+        self._finish()
         advice = NOTHING_SAVED
         if self.saved_step is not None:
             advice = (
@@ -282,8 +252,26 @@ class CheckpointLast(Callback):
 
     def _save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.check_finite(trainer, pl_module)
+        if self._begun_step != trainer.global_step:
+            self._finish()
         trainer.save_checkpoint(self.path)
-        self.saved_step = trainer.global_step
+        self._begun_step = trainer.global_step
+        if self._background is None:
+            self.saved_step = self._begun_step
+
+    def _finish(self) -> None:
+        """Wait until a checkpoint that is written in the background is valid.
+
+        Raises:
+            OSError: If it can't be written; ``saved_step`` is then that of the one before.
+        """
+        if self._background is None:
+            return
+        try:
+            self._background.finish()
+        finally:
+            step = self._background.saved_step(self.path)
+            self.saved_step = self._begun_step = self.saved_step if step is None else step
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._received:

@@ -1,0 +1,189 @@
+"""Sharded checkpoints: an index file, such as last.ckpt, and a folder of safetensors files with the tensors.
+
+The index is a checkpoint without its large tensors, in the format of the single file, with an additional
+entry ``shards``: the folder, the size and SHA-256 of its files, the shape of each tensor, and the names of
+the parameters in module order. A file holds the shards of one rank, and their offsets in its metadata, as
+``torch.distributed.checkpoint`` writes them in the safetensors format. Neither kind of file runs code when
+it is read. This module must not import training code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tnnlm.errors import CheckpointError
+
+SHARDS = "shards"
+"""Key of the description of the shards in an index file."""
+SUFFIX = ".shards"
+"""End of the name of a folder of shards."""
+_OTHER = "use another checkpoint"
+_WEIGHT = "state_dict."
+_OFFSETS = "DCP_SHARDING_INFO"
+"""Key of the offsets in the metadata of a safetensors file, fixed by torch.distributed.checkpoint."""
+
+
+class Shards(NamedTuple):
+    """Description of the shards in an index file."""
+
+    folder: Path
+    """Folder of the shards, next to the index."""
+    files: dict[str, tuple[int, str]]
+    """Size in bytes and SHA-256 of each file, by its name."""
+    shapes: dict[str, list[int]]
+    """Shape of each tensor, by its name; see :func:`weight_name` and :func:`moment_name`."""
+    parameters: list[str]
+    """Names of the parameters in the order of ``LightningModule.parameters()``, which numbers them."""
+
+    def entry(self) -> dict[str, Any]:
+        """Return the description as plain data."""
+        return {**self._asdict(), "folder": self.folder.name}
+
+
+def weight_name(key: str) -> str:
+    """Return the name in the shards of the tensor ``key`` of ``state_dict``."""
+    return _WEIGHT + key
+
+
+def moment_name(optimizer: int, parameter: str, moment: str) -> str:
+    """Return the name in the shards of an optimizer's tensor for a parameter, such as ``exp_avg``."""
+    return f"optimizer_states.{optimizer}.{parameter}.{moment}"
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Return the size in bytes and the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> Shards | None:
+    """Return the description of the shards of a checkpoint; None if it is a single file.
+
+    Args:
+        path: Checkpoint, which is the index file if it is sharded.
+        data: Content of ``path``.
+        verify: Whether to compare the checksums of the shards, which reads them.
+
+    Raises:
+        CheckpointError: If the description is invalid, a shard is missing, truncated or corrupt, or the
+            folder contains other shards.
+    """
+    if SHARDS not in data:
+        return None
+    try:
+        shards = _parsed(path, data[SHARDS])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{path}: is corrupt", _OTHER) from None
+    for name, (size, digest) in shards.files.items():
+        file = shards.folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{path}: its shard {file} is missing", _OTHER)
+        if file.stat().st_size != size or (verify and file_digest(file)[1] != digest):
+            raise CheckpointError(f"{path}: its shard {file} is corrupt", _OTHER)
+    # torch.distributed.checkpoint reads every file in the folder.
+    for file in sorted(shards.folder.glob("*.safetensors")):
+        if file.name not in shards.files:
+            raise CheckpointError(f"{path}: has no shard {file}", "move this file to another folder")
+    return shards
+
+
+def load_model_weights(path: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the unsharded ``state_dict`` of a checkpoint of either kind.
+
+    Raises:
+        CheckpointError: If a shard is missing or corrupt.
+    """
+    weights: dict[str, Tensor] = dict(data["state_dict"])
+    shards = shards_of(path, data)
+    if shards is not None:
+        found = _read_tensors(path, shards, _WEIGHT)
+        weights |= {name.removeprefix(_WEIGHT): tensor for name, tensor in found.items()}
+    return weights
+
+
+def assemble(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of either kind as the content of a single file, with all tensors unsharded.
+
+    Raises:
+        CheckpointError: If a shard is missing or corrupt.
+    """
+    shards = shards_of(path, data)
+    if shards is None:
+        return data
+    number = {name: index for index, name in enumerate(shards.parameters)}
+    states = []
+    for index, saved in enumerate(data["optimizer_states"]):
+        prefix = moment_name(index, "", "").removesuffix(".")
+        state = {name: dict(values) for name, values in saved["state"].items()}
+        for name, tensor in _read_tensors(path, shards, prefix).items():
+            parameter, _, moment = name.removeprefix(prefix).rpartition(".")
+            state.setdefault(parameter, {})[moment] = tensor
+        groups = [
+            {**group, "params": [number[name] for name in group["params"]]} for group in saved["param_groups"]
+        ]
+        numbered = {number[name]: values for name, values in state.items()}
+        states.append({"state": dict(sorted(numbered.items())), "param_groups": groups})
+    rest = {key: value for key, value in data.items() if key != SHARDS}
+    return {**rest, "state_dict": load_model_weights(path, data), "optimizer_states": states}
+
+
+def delete_unreferenced(folder: Path, indices: Mapping[Path, Mapping[str, Any]], active: Path) -> None:
+    """Delete the folders of shards in ``folder`` that none of ``indices`` refers to, except ``active``."""
+    named = (data[SHARDS]["folder"] for data in indices.values() if SHARDS in data)
+    kept = {active.name, *named}
+    for found in folder.glob(f"*{SUFFIX}"):
+        if found.is_dir() and not found.is_symlink() and found.name not in kept:
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _parsed(path: Path, entry: Mapping[str, Any]) -> Shards:
+    """Return the description in an index; ValueError if a name leads out of the folder of the index."""
+    names = [entry["folder"], *entry["files"]]
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError
+    files = {name: (int(size), str(digest)) for name, (size, digest) in entry["files"].items()}
+    shapes = {str(name): [int(size) for size in shape] for name, shape in entry["shapes"].items()}
+    return Shards(path.parent / entry["folder"], files, shapes, [str(name) for name in entry["parameters"]])
+
+
+def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
+    """Return the unsharded tensors whose names begin with ``prefix``.
+
+    Raises:
+        CheckpointError: If a shard isn't readable, or the shards don't cover a tensor.
+    """
+    full: dict[str, Tensor] = {}
+    missing = {
+        name: torch.Size(shape).numel() for name, shape in shards.shapes.items() if name.startswith(prefix)
+    }
+    try:
+        for file in shards.files:
+            for name, offset, part in _parts(shards.folder / file, prefix):
+                if name not in full:
+                    full[name] = torch.zeros(shards.shapes[name], dtype=part.dtype)
+                place = tuple(slice(a, a + n) for a, n in zip(offset, part.shape, strict=True))
+                full[name][place] = part
+                missing[name] -= part.numel()
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        raise CheckpointError(f"{path}: its shard {shards.folder / file} is corrupt", _OTHER) from None
+    if any(missing.values()):
+        raise CheckpointError(f"{path}: its shards in {shards.folder} are incomplete", _OTHER)
+    return full
+
+
+def _parts(file: Path, prefix: str) -> Iterator[tuple[str, list[int], Tensor]]:
+    """Yield the name, offset and values of each shard in a file whose name begins with ``prefix``."""
+    with safe_open(file, framework="pt") as opened:
+        offsets = json.loads(opened.metadata()[_OFFSETS])
+        for name in opened.keys():  # noqa: SIM118  it is no dict
+            if name.startswith(prefix):
+                yield name, offsets[name]["saved_offsets"], opened.get_tensor(name)
