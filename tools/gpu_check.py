@@ -127,7 +127,7 @@ def commit() -> str:
     """Return the abbreviated commit of this checkout, ``unknown`` outside one."""
     try:
         words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(words, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import gpu_check
+from gpu_checks import training
 from gpu_checks.arithmetic import arithmetic_record
 from gpu_checks.correctness import marked_files
 from gpu_checks.decoding import _engine, step_bytes
@@ -197,6 +201,25 @@ def test_a_stopped_run_keeps_what_it_has(number: int, tmp_path: Path) -> None:
     assert found["rows"] == [{"kind": "card", "name": "copy", "bytes_per_second": 1e9}]
     assert found["tables"]["card"][0] == {"rate": "copy", "value": "1", "unit": "GB/s"}
     assert out.startswith(path.with_suffix(".md").read_text())
+
+
+def test_every_convolution_that_a_gpu_can_run_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    module = ModuleType("tnnlm.ops.conv_backends")
+    module.__spec__ = ModuleSpec(module.__name__, None)
+    module.why_no_windows = lambda device: ""  # type: ignore[attr-defined]
+    module.why_no_cudnn = lambda device: "not installed"  # type: ignore[attr-defined]
+    module.use_backend = lambda name: nullcontext(used.append(name))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    found = training.convolution_backends(torch.device("cuda"))
+    assert list(found) == ["tnnlm, backend tiles", "tnnlm, backend windows"]
+    assert training.convolution_backends(torch.device("cpu")) == {}
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(training, "convolution_backends", lambda device: found)
+    training.medium(Setting(torch.device("cpu"), True, 1.0), rows.append)
+    assert used == ["tiles", "windows"]
+    assert [row["variant"] for row in rows] == [training.OURS, *found, training.STANDARD]
+    assert not any("failed" in row for row in rows)
 
 
 def test_an_incomplete_last_row_is_ignored(tmp_path: Path) -> None:

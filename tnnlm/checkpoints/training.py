@@ -32,7 +32,7 @@ from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
-from tnnlm.ops.recurrence import Params
+from tnnlm.ops.recurrence import Params, to_device
 from tnnlm.tokenizer import TextTokenizer
 
 ENTRY = "tnnlm"
@@ -222,4 +222,4 @@ def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:
 
 def attached_ssm(layers: Sequence[Params], method: str, horizon: int) -> AttachedSSM:
     """Return recurrences moved to the CPU, ready to be stored in a checkpoint."""
-    return AttachedSSM(method, horizon, [type(p)(*(t.detach().cpu() for t in p)) for p in layers])
+    return AttachedSSM(method, horizon, [to_device(params, "cpu") for params in layers])

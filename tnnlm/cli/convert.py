@@ -15,6 +15,7 @@ Methods (--method):
 Examples:
   tnnlm convert                                             # the newest run
   tnnlm convert runs/demo --verify                          # with checks
+  tnnlm convert runs/demo --device auto --force             # on the GPU, if there is one
   tnnlm convert runs/demo --order 16 --out runs/demo/order16
   tnnlm convert runs/demo --method etsc --out runs/demo/etsc
   tnnlm convert runs/demo --force --compile float32 int8    # with compiled steps
@@ -82,6 +83,13 @@ def arguments() -> argparse.ArgumentParser:
         "--onnx. (default: the newest run)",
     )
     add_flags(parser.add_argument_group("conversion"), ConversionConfig, FLAGS, {"method": "balanced"})
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="Device on which layers are converted, one at a time, and perplexities are measured: cpu, cuda, "
+        "cuda:1 ... or auto. (default: cpu)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="Folder of the converted model. (default: RUN/converted)")
     add("--force", action="store_true", help="Replace an existing converted model at --out.")
@@ -188,6 +196,7 @@ def main(words: Sequence[str] | None = None) -> int:
             compiled=args.compile,
             exported=args.export,
             license=args.license,
+            device=args.device,
         )
     show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) and not done.failures else 1

@@ -23,14 +23,15 @@ from tnnlm.conversion.linalg import (
     hankel_singular_values,
     power_of_two,
 )
-from tnnlm.conversion.source import LayerConversion
+from tnnlm.conversion.progress import Progress, silent
+from tnnlm.conversion.source import LayerConversion, moved
 from tnnlm.conversion.tails import kernel_tail, recurrence_tail
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import kernels, recurrences
 from tnnlm.modules.hyena import SHORT_TAPS
 from tnnlm.ops import recurrence
-from tnnlm.ops.recurrence import Params
+from tnnlm.ops.recurrence import Params, to_device
 from tnnlm.ops.ssm import SSMParams
 
 EXTENT = 8
@@ -74,7 +75,14 @@ def horizon_warning(layers: Sequence[ConversionReport], horizon: int) -> str | N
 
 @torch.no_grad()
 def measure(
-    model: CausalLM, layers: list[LayerConversion], *, method: str, horizon: int, seconds: float
+    model: CausalLM,
+    layers: list[LayerConversion],
+    *,
+    method: str,
+    horizon: int,
+    seconds: float,
+    progress: Progress = silent,
+    device: torch.device | None = None,
 ) -> ModelReport:
     """Compare every converted layer with its kernel, and return the report of the model.
 
@@ -84,12 +92,16 @@ def measure(
         method: Requested method.
         horizon: Horizon of the conversion in lags.
         seconds: Duration of the conversion in seconds.
+        progress: Progress bar for the loop over the layers.
+        device: Device to which each layer is copied while it is measured; None measures it where it is.
     """
     length = model.config.max_length
-    reports = [
-        certify_kernel(kernel, converted, horizon, length)
-        for kernel, converted in zip(kernels(model), layers, strict=True)
-    ]
+    pairs = list(zip(kernels(model), layers, strict=True))
+    reports = []
+    for kernel, converted in progress(pairs, "measuring layers"):
+        if device is not None:
+            converted = converted._replace(params=to_device(converted.params, device))
+        reports.append(certify_kernel(moved(kernel, device), converted, horizon, length))
     report = _sizes(model.config, horizon)
     report.method, report.layers, report.seconds = method, reports, seconds
     report.state_bytes += sum(layer.state_bytes for layer in reports)

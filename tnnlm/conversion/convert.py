@@ -15,12 +15,13 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.horizon import MAX_HORIZON, ROUNDING, auto_horizon, tail_energy
 from tnnlm.conversion.methods import convert
 from tnnlm.conversion.progress import Progress, silent
-from tnnlm.conversion.source import LayerConversion, Source
+from tnnlm.conversion.source import LayerConversion, Source, moved
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.surgery import M, attach, kernels
 from tnnlm.modules import LongConv
+from tnnlm.ops.recurrence import to_device
 
 REACH = 8
 """Number of training lengths up to which a conversion with a tolerance has to keep it."""
@@ -67,7 +68,11 @@ def convert_kernel(
 
 
 def convert_layers(
-    model: nn.Module, recipe: ConversionConfig, progress: Progress = silent, max_length: int | None = None
+    model: nn.Module,
+    recipe: ConversionConfig,
+    progress: Progress = silent,
+    max_length: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[int, list[LayerConversion]]:
     """Return the horizon and the recurrence of every layer of a model.
 
@@ -76,36 +81,46 @@ def convert_layers(
         recipe: Method, horizon, tolerance and further settings of the conversion.
         progress: Progress bar for long loops.
         max_length: Training length in steps, see :func:`convert_model`.
+        device: Device to convert on, see :func:`convert_kernels`.
 
     Raises:
         UserError: If the model is already converted, or a kernel can't be converted.
     """
     if max_length is None and isinstance(model, Backbone):
         max_length = model.config.max_length
-    return convert_kernels(kernels(model), max_length, recipe, progress)
+    return convert_kernels(kernels(model), max_length, recipe, progress, device)
 
 
 def convert_kernels(
-    found: Sequence[Kernel], max_length: int | None, recipe: ConversionConfig, progress: Progress = silent
+    found: Sequence[Kernel],
+    max_length: int | None,
+    recipe: ConversionConfig,
+    progress: Progress = silent,
+    device: torch.device | None = None,
 ) -> tuple[int, list[LayerConversion]]:
     """Return the horizon and the recurrence of every kernel, as :func:`convert_layers` does for a model.
+
+    Kernels are converted one after the other, so that the memory is that of the largest.
 
     Args:
         found: Kernels, one per layer.
         max_length: Training length in steps; None if it is unknown.
         recipe: Method, horizon, tolerance and further settings of the conversion.
         progress: Progress bar for long loops.
+        device: Device to which a copy of each kernel is moved while it is converted; the recurrences are then
+            on the CPU. None converts every kernel where it is.
 
     Raises:
         UserError: If a kernel can't be converted.
     """
-    n = _horizon(found, max_length, recipe.horizon)
+    n = _horizon(found, max_length, recipe.horizon, device)
     layers = []
     for index, kernel in enumerate(progress(found, f"converting layers ({recipe.method})")):
         try:
-            layers.append(convert_kernel(kernel, recipe, n, progress, max_length))
+            layer = convert_kernel(moved(kernel, device), recipe, n, progress, max_length)
         except UserError as error:
             raise UserError(f"layer {index}: {error.reason}", error.remedy) from None
+        layers.append(layer if device is None else layer._replace(params=to_device(layer.params, "cpu")))
     return n, layers
 
 
@@ -145,12 +160,14 @@ def convert_model(
     return attach(model, [converted.params for converted in layers], inplace=inplace)
 
 
-def _horizon(found: Sequence[Kernel], max_length: int | None, horizon: int | str) -> int:
+def _horizon(
+    found: Sequence[Kernel], max_length: int | None, horizon: int | str, device: torch.device | None
+) -> int:
     if horizon != "auto":
         return int(horizon)
     needed = []
     for index, kernel in enumerate(found):
-        lags = auto_horizon(kernel, max_length or _FIRST_LENGTH) or max_length
+        lags = auto_horizon(moved(kernel, device), max_length or _FIRST_LENGTH) or max_length
         if lags is None:
             raise UserError(
                 f"layer {index}: the kernel does not decay within {MAX_HORIZON} lags",

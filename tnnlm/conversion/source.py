@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tnnlm.conversion.linalg import channel_blocks, power_of_two, row_scales
 from tnnlm.errors import UserError
+from tnnlm.kernels import Kernel
 from tnnlm.ops.recurrence import Params
 
 
@@ -104,3 +106,8 @@ def largest_error(source: Source, params: Params, *, each: bool = False) -> tupl
         known = source.k if source.longer is None else source.longer
         found.append((relative_error(known, params, source.reach, each=each), source.reach))
     return max(found)
+
+
+def moved(kernel: Kernel, device: torch.device | None) -> Kernel:
+    """Return a copy of a kernel on a device, or the kernel itself if ``device`` is None."""
+    return kernel if device is None else copy.deepcopy(kernel).to(device)

@@ -5,22 +5,23 @@ If a variant can't run on this machine, or fails, the reason is recorded and the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tnnlm.checkpoints.certificate import ModelReport
-from tnnlm.config.schema import Config
-from tnnlm.conversion import convert_model
+from tnnlm.config.schema import Config, ConversionConfig
+from tnnlm.conversion import convert_layers
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.errors import collect_failure
 from tnnlm.evaluation import NLL, add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import attach, both_on, shared_copy
 
 LENGTHS = {1: 1 << 18, 8: 1 << 15}
 """Multiples of the training length at which perplexity is measured, with the largest number of tokens for
@@ -42,23 +43,29 @@ class Perplexities(NamedTuple):
 
 
 def measure_perplexities(
-    model: CausalLM, converted: CausalLM, corpus: PackedCorpus, config: Config
+    model: CausalLM,
+    converted: CausalLM,
+    corpus: PackedCorpus,
+    config: Config,
+    device: torch.device | None = None,
 ) -> Perplexities:
     """Measure the perplexity of all variants on the validation split, with autocast disabled.
 
     The variants are the parallel form, the recurrence, the recurrence with weights in bfloat16 and int8,
-    and ETSC and the window with the training length as horizon.
+    and ETSC and the window with the training length as horizon. They are made and measured one after the
+    other, and share the weights that they do not change.
 
     Args:
         model: Trained model, in its parallel form.
         converted: Converted model.
         corpus: Data of the run.
         config: Configuration of the run.
+        device: Device to measure on; None measures where the models are.
     """
+    if device is not None:
+        model, converted = both_on(device, model, converted)
     not_measured: dict[str, str] = {}
-    variants = _variants(model, converted, not_measured)
-    ppl: dict[str, dict[str, float]] = {name: {} for name in ("parallel", *variants)}
-    ppl_tokens: dict[str, int] = {}
+    batches: dict[int, list[Tensor]] = {}
     for multiple, limit in LENGTHS.items():
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length, config.data.max_val_tokens)
@@ -67,21 +74,25 @@ def measure_perplexities(
             continue
         # Rows are evenly spaced, because the first documents alone are not representative.
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, limit // length))).round().long()
-        batches = chosen.split(max(1, _BATCH_TOKENS // length))
-        scores: dict[str, list[NLL]] = {name: [] for name in ppl}
-        for batch in tqdm(batches, desc=f"perplexity at {length}", leave=False, disable=None):
-            tokens = torch.stack([rows[int(index)] for index in batch])
-            scores["parallel"].append(parallel_nll(model, tokens))
-            for name, variant in list(variants.items()):
-                with collect_failure(not_measured, name):
-                    scores[name].append(recurrent_nll(variant, tokens, config.conversion.chunk))
-                if name in not_measured:
-                    del variants[name]
-        for name in ("parallel", *variants):
-            ppl[name][str(length)] = add(scores[name]).ppl
-        ppl_tokens[str(length)] = add(scores["parallel"]).tokens
-    measured = {name: values for name, values in ppl.items() if name not in not_measured}
-    return Perplexities(measured, ppl_tokens, not_measured, corpus.report.protocol)
+        batches[length] = list(chosen.split(max(1, _BATCH_TOKENS // length)))
+
+    def scores(name: str, score: Callable[[Tensor], NLL]) -> dict[int, NLL]:
+        found = {}
+        for length, indices in batches.items():
+            rows = corpus.rows("val", length, config.data.max_val_tokens)
+            bar = tqdm(indices, desc=f"perplexity at {length}, {name}", leave=False, disable=None)
+            read = (torch.stack([rows[int(index)] for index in batch]).to(device) for batch in bar)
+            found[length] = add([score(tokens) for tokens in read])
+        return found
+
+    measured = {"parallel": scores("parallel", partial(parallel_nll, model))}
+    for name, make in _variants(model, converted).items():
+        with collect_failure(not_measured, name):
+            # No variable holds the variant, so that it is freed before the next one is made.
+            measured[name] = scores(name, partial(recurrent_nll, make(), chunk=config.conversion.chunk))
+    ppl = {name: {str(length): nll.ppl for length, nll in found.items()} for name, found in measured.items()}
+    tokens = {str(length): nll.tokens for length, nll in measured["parallel"].items()}
+    return Perplexities(ppl, tokens, not_measured, corpus.report.protocol)
 
 
 def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:
@@ -101,20 +112,21 @@ def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:
     }
 
 
-def _variants(model: CausalLM, converted: CausalLM, failures: dict[str, str]) -> dict[str, CausalLM]:
-    """Return the converted variants by name; reasons why others can't be made go into ``failures``."""
+def _variants(model: CausalLM, converted: CausalLM) -> dict[str, Callable[[], CausalLM]]:
+    """Return functions that make the converted variants, by name."""
     trained = model.config.max_length
     makers: dict[str, Callable[[], CausalLM]] = {"recurrent": lambda: converted}
     for dtype in ("bfloat16", "int8"):
         makers[f"{dtype} weights"] = partial(_packed, converted, dtype)
     for method in ("etsc", "window"):
-        makers[f"{method} {trained}"] = partial(convert_model, model, method=method, horizon=trained)
-    variants = {}
-    for name, make in makers.items():
-        with collect_failure(failures, name):
-            variants[name] = make()
-    return variants
+        makers[f"{method} {trained}"] = partial(_converted_by, model, method, trained)
+    return makers
 
 
 def _packed(converted: CausalLM, dtype: str) -> CausalLM:
-    return optimize_for_decoding(copy.deepcopy(converted), dtype)
+    return optimize_for_decoding(shared_copy(converted), dtype)
+
+
+def _converted_by(model: CausalLM, method: str, horizon: int) -> CausalLM:
+    _, layers = convert_layers(model, ConversionConfig(method=method, horizon=horizon))
+    return attach(model, [layer.params for layer in layers], shared=True)

@@ -37,6 +37,7 @@ from tnnlm.errors import CheckpointError, DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.files import only_process, write_text
 from tnnlm.inference.aot import check_compiler, compile_step
+from tnnlm.inference.engine import usable_device
 from tnnlm.inference.export import check_onnx, export_onnx, export_torch
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
@@ -75,6 +76,7 @@ def convert_checkpoint(
     exported: Sequence[str] = (),
     license: str | None = None,
     runs_dir: Path = Path("runs"),
+    device: str = "cpu",
 ) -> ConversionResult:
     """Convert a checkpoint and write the model, then measure it and add the measurements to its folder.
 
@@ -91,6 +93,8 @@ def convert_checkpoint(
         exported: Export formats to add to the folder: ``torch``, ``onnx``.
         license: License identifier on the Hugging Face Hub, for the model card; None if not stated.
         runs_dir: Folder of the runs.
+        device: Device on which layers are converted, one at a time, and perplexities are measured.
+            ``auto`` is a GPU if there is one. The written files don't depend on it, except for rounding.
 
     Raises:
         UserError: If the input is unusable, or an optional file can't be made on this machine. Nothing
@@ -99,6 +103,8 @@ def convert_checkpoint(
     keep_large_blocks()
     limit_threads()
     check_packages(compiled, exported)
+    where = usable_device(device)
+    elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
     folder = out or _run_of(path) / CONVERTED
     check_out_folder(folder, force)
@@ -110,14 +116,25 @@ def convert_checkpoint(
         check_kernel(kernels(source.model)[0], name, recipe.method, f"--method {recipe.method}")
     with _only_writer(folder):
         started = time.perf_counter()
-        horizon, layers = convert_layers(source.model, recipe, _bar)
+        horizon, layers = convert_layers(source.model, recipe, _bar, device=elsewhere)
         seconds = time.perf_counter() - started
-        model = attach(source.model, [layer.params for layer in layers])
-        report = measure(source.model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
+        # The copy shares the weights: the model may fill most of the memory.
+        model = attach(source.model, [layer.params for layer in layers], shared=True)
+        report = measure(
+            source.model,
+            layers,
+            method=recipe.method,
+            horizon=horizon,
+            seconds=seconds,
+            progress=_bar,
+            device=elsewhere,
+        )
         save_converted(folder, model, source.tokenizer, report, force)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
         try:
-            return _complete(source, written, report, recipe, folder, verify, compiled, exported, license)
+            return _complete(
+                source, written, report, recipe, folder, verify, compiled, exported, license, elsewhere
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{folder} holds the converted model, but the remaining steps were skipped; "
@@ -141,10 +158,11 @@ def _complete(
     compiled: Sequence[str],
     exported: Sequence[str],
     license: str | None,
+    device: torch.device | None,
 ) -> ConversionResult:
     """Measure, check, describe and package the written model, and collect failures in the result."""
     failures: dict[str, str] = {}
-    found, note = _perplexities(source, written.model)
+    found, note = _perplexities(source, written.model, device)
     report = replace(report, **found._asdict()) if found else report
     with collect_failure(failures, "conversion.json"):
         check_unchanged(folder, written.fingerprint)
@@ -219,7 +237,9 @@ def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perplexities | None, str | None]:
+def _perplexities(
+    source: TrainedCheckpoint, converted: CausalLM, device: torch.device | None
+) -> tuple[Perplexities | None, str | None]:
     """Return the perplexities on the run's validation split, or None and the reason if that fails."""
     found = None
     failures: dict[str, str] = {}
@@ -231,7 +251,7 @@ def _perplexities(source: TrainedCheckpoint, converted: CausalLM) -> tuple[Perpl
         changed = trained_on is not None and trained_on.change(corpus.report) is not None
         if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise DataError("the data of this run has changed")
-        found = measure_perplexities(source.model, converted, corpus, source.config)
+        found = measure_perplexities(source.model, converted, corpus, source.config, device)
     return found, failures.get("perplexities")
 
 

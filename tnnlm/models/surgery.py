@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tnnlm.errors import UserError
@@ -14,12 +15,29 @@ from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import BiConv, LongConv, RecurrentConv
 from tnnlm.modules.fused import fused_parts
-from tnnlm.ops.recurrence import Params, within_turn, without_branches
+from tnnlm.ops.recurrence import Params, to_device, within_turn, without_branches
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
+def shared_copy(model: M, replaced: Sequence[nn.Module] = ()) -> M:
+    """Return a copy of a module whose tensors have the storage of the original's, without gradients.
+
+    Replacing or moving tensors of the copy does not change the original; writing into them does.
+
+    Args:
+        model: Module to copy.
+        replaced: Submodules to omit: the copy has None in their place, until the caller sets another module.
+    """
+    memo: dict[int, Any] = {id(module): None for module in replaced}
+    for tensor in (*model.parameters(), *model.buffers()):
+        alias = tensor.detach()
+        shared = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+        memo[id(tensor)] = shared
+    return copy.deepcopy(model, memo)
+
+
+def attach(model: M, layers: Sequence[Params], *, inplace: bool = False, shared: bool = False) -> M:
     """Replace the long convolutions of ``model``, at any depth, by the given recurrences.
 
     Args:
@@ -27,20 +45,31 @@ def attach(model: M, layers: Sequence[Params], *, inplace: bool = False) -> M:
         layers: Recurrences, one per convolution, in the order of ``model.modules()``. A convolution that is
             registered several times counts once, and is replaced everywhere.
         inplace: Whether to modify ``model`` instead of a copy.
+        shared: Whether the copy shares the weights of ``model``, as :func:`shared_copy` does.
 
     Returns:
         The copy, or ``model``, in eval mode and without gradients.
     """
     names = _names_of_convs(model)
     # The copy needs no kernels, because recurrences replace them.
-    memo = {id(model.get_submodule(places[0])): None for places in names}
-    converted = model if inplace else copy.deepcopy(model, memo)
+    convs = [model.get_submodule(places[0]) for places in names]
+    if shared:
+        converted = shared_copy(model, convs)
+    else:
+        converted = model if inplace else copy.deepcopy(model, {id(conv): None for conv in convs})
     for places, params in zip(names, layers, strict=True):
         conv = RecurrentConv(params)
         for place in places:
             parent, _, name = place.rpartition(".")
             setattr(converted.get_submodule(parent), name, conv)
     return converted.eval().requires_grad_(False)
+
+
+def both_on(device: torch.device, model: M, converted: nn.Module) -> tuple[M, M]:
+    """Return copies on a device of a model in its parallel form and of its conversion; they share weights."""
+    layers = [to_device(params, device) for params in recurrences(converted)]
+    parallel = shared_copy(model).to(device)
+    return parallel, attach(parallel, layers, shared=True)
 
 
 def all_decay(model: nn.Module) -> bool:

@@ -121,6 +121,12 @@ def changed_parts(kind: type[State]) -> tuple[str, ...]:
     return MultirateWithinTurn.CHANGED if issubclass(kind, MultirateState) else kind._fields
 
 
+def to_device(params: Params, device: torch.device | str) -> Params:
+    """Return the recurrence with its tensors on a device, without gradients."""
+    made: Params = type(params)(*(tensor.detach().to(device) for tensor in params))
+    return made
+
+
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params:
     """Return the recurrence whose fields are keys of ``tensors``; other keys are ignored.
 

@@ -9,9 +9,11 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from tnnlm.training.optim import build_optimizer
 
 OURS, COMPILED, STANDARD = "tnnlm", "tnnlm, compiled", "tnnlm, standard FFT operators"
 """Names of the variants."""
+_BACKENDS = "tnnlm.ops.conv_backends"
+"""Module that selects one of several convolutions."""
 STEPS, TINY_STEPS = 100, 4
 """Timed steps, if there is time for them."""
 _GROUP, _WARM_UP = 10, 3
@@ -48,7 +52,8 @@ def demo(setting: Setting, emit: Emit) -> None:
 
 def medium(setting: Setting, emit: Emit) -> None:
     """Train the model of 125M parameters with both convolutions."""
-    _variants(setting.sized(MEDIUM), (OURS, STANDARD, COMPILED), setting, emit)
+    names = (OURS, *convolution_backends(setting.device), STANDARD, COMPILED)
+    _variants(setting.sized(MEDIUM), names, setting, emit)
 
 
 def gpt2(setting: Setting, emit: Emit) -> None:
@@ -66,6 +71,19 @@ def gpt2(setting: Setting, emit: Emit) -> None:
         step = _step(model, model.loss, optimizer, shape, setting.device)
         name = "GPT-2, compiled, flash attention" if compiled else "GPT-2"
         emit(_measured(step, shape, name, model, flops, setting))
+
+
+def convolution_backends(device: torch.device) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """Return contexts that select a convolution with gradients, by variant, as far as a GPU can run it.
+
+    The result is empty on a CPU, and in versions of the package with one convolution.
+    """
+    if device.type != "cuda" or find_spec(_BACKENDS) is None:
+        return {}
+    backends = import_module(_BACKENDS)
+    missing = {"windows": backends.why_no_windows, "cudnn": backends.why_no_cudnn}
+    names = ["tiles", *(name for name, why in missing.items() if not why(device))]
+    return {f"tnnlm, backend {name}": partial(backends.use_backend, name) for name in names}
 
 
 def training_step(shape: Shape, device: torch.device, precision: str = "bf16-mixed") -> tuple[CausalLM, Step]:
@@ -109,7 +127,8 @@ def _variant(shape: Shape, name: str, setting: Setting) -> Row:
     if name == COMPILED:
         model.compile_blocks()
     flops = flops_per_token(shape.model, shape.batch_size)
-    row = _measured(step, shape, name, model, flops, setting)
+    with convolution_backends(setting.device).get(name, nullcontext)():
+        row = _measured(step, shape, name, model, flops, setting)
     return row | {"bytes_per_second": least_traffic(plan) / row["seconds_per_step"]}
 
 

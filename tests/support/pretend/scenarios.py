@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from tests.support.pretend import cuda, decoding, ranks
 from tests.support.pretend.tensors import LEDGER
 from tests.support.training_runs import tiny_run
+from tnnlm.config.schema import ConversionConfig
+from tnnlm.deployment.pipeline import convert_checkpoint
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
@@ -78,5 +80,22 @@ def decoded(*words: str) -> dict[str, Any]:
         return {"summary": summary, **decoding.decode_run(Path(config.runs_dir, config.name))}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded)}
+def conversion(*words: str) -> dict[str, Any]:
+    """Convert the run ``tiny`` of the current folder on one GPU, to the folder ``gpu``."""
+    with cuda.pretended_cuda():
+        recipe = ConversionConfig(method=words[0])
+        done = convert_checkpoint("tiny", recipe, out=Path("gpu"), force=False, verify=True, device="cuda")
+    return {
+        "ppl": done.report.ppl,
+        "not_measured": done.report.not_measured,
+        "note": done.note,
+        "failures": done.failures,
+        "checks": [check.passed for check in done.checks],
+        "errors": [layer.relative_tap_error for layer in done.report.layers],
+    }
+
+
+SCENARIOS = {
+    scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded, conversion)
+}
 """Scenarios by name."""

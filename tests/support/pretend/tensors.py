@@ -141,10 +141,12 @@ def execute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "pin_memory": False}
     launched = _count(func, args, kwargs, ours, on_gpu)
     inner = {id(x.inner): x for x in ours}
+    # Below this point PyTorch ignores the mark of a conjugate that is not computed yet.
+    computes = aten.conj_physical.default if name == "_conj" else func
     args_in, kwargs_in = tree_map(_unwrap, args), tree_map(_unwrap, kwargs)
-    out = func(*args_in, **kwargs_in)
+    out = computes(*args_in, **kwargs_in)
     if launched and LEDGER.captured is not None:
-        LEDGER.captured.append((func, args_in, kwargs_in, out))
+        LEDGER.captured.append((computes, args_in, kwargs_in, out))
     if not on_gpu or name in TO_HOST:
         return out
     out = tree_map(lambda x: inner.get(id(x), PretendTensor(x)) if type(x) is Tensor else x, out)
