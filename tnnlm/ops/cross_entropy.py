@@ -44,7 +44,7 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
     if len(features) <= rows:
         logits = functional.linear(features, weight)
         return functional.cross_entropy(logits.to(working_dtype(logits.dtype)), targets)
-    loss: Tensor = _Chunked.apply(features, weight, targets, rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(features, weight, targets, rows)
     return loss
 
 
@@ -98,7 +98,7 @@ class _Chunked(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the sum."""
         *gradients, count = ctx.saved_tensors
