@@ -9,5 +9,6 @@ Limits: FSDP2 and the gradient reducer of DDP do not accept such tensors, becaus
 storage. :mod:`ranks` therefore replaces the DDP wrapper and all collectives by those of two identical ranks,
 which refuse CPU tensors as NCCL does; the reducers themselves run in real processes over gloo, which refuse
 what else NCCL refuses (:mod:`tests.support.nccl`). CUDA graphs replay their operators (:mod:`graphs`), and
-fused operators run their reference. Compilation, real streams and timing are not covered. Tensors can't be made in inference mode, so the pretended device replaces it by ``no_grad``.
+fused operators run their reference. Compilation, real streams and timing are not covered. Tensors can't be
+made in inference mode, so the pretended device replaces it by ``no_grad``.
 """
