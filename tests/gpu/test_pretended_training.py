@@ -18,6 +18,8 @@ STEPS = (
 )
 
 
+MOST_LAUNCHES = 1000
+"""Largest number of launches per optimizer step between two rows of the log."""
 EVERYTHING = ("trainer.ema_decay=0.9", "trainer.spike_factor=5", "trainer.accumulate=2")
 
 
@@ -29,6 +31,11 @@ def steps_that_wait(report: dict[str, Any]) -> set[tuple[int, str, str]]:
 def test_one_gpu_mixes_no_devices_and_waits_for_it_only_to_log() -> None:
     report = pretended("one_gpu", *STEPS, *EVERYTHING, "trainer.precision=bf16-mixed")
     assert report["summary"]["val/ppl"] > 1
+    assert math.isfinite(report["summary"]["val/ppl_recurrent"])
+    between = report["steps"][1:8]
+    print(f"launches per step of two micro-batches and two layers: {between}")
+    assert between == between[:1] * 7
+    assert 0 < between[0] <= MOST_LAUNCHES
     assert report["launches"]["mm"] > 0
     assert report["launches"]["row_conv_backward" if find_spec("triton") else "circular_conv_backward"] > 0
     assert steps_that_wait(report) == set()

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning
 import matplotlib.pyplot  # noqa: F401  imported before processes are forked, because every run needs it
@@ -21,6 +22,7 @@ import torch.utils.tensorboard
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tests.support.nccl import AsNccl
 from tests.support.training_runs import SETTINGS, row_marks
 from tnnlm.config.loader import load_config
 from tnnlm.training.resume import resumed_config
@@ -30,9 +32,15 @@ from tnnlm.training.run import train
 class Watch(Callback):
     """Callback that records on every rank whether gradients were reduced, all rows, and the final metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, collectives: AsNccl | None = None) -> None:
+        self.collectives = collectives
         self.gradients: list[float | None] = []
         self.rows: list[list[int]] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let the record of collectives ask the trainer for the step."""
+        if self.collectives is not None:
+            self.collectives.step = lambda: trainer.global_step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -54,25 +62,35 @@ class Watch(Callback):
             "world_size": trainer.world_size,
             "rows": self.rows,
         }
+        if self.collectives is not None:
+            held["collectives"] = [[*what, n] for what, n in self.collectives.collectives.items()]
+            held["syncs"] = [[*what, n] for what, n in self.collectives.syncs.items()]
         torch.save(held, f"rank{trainer.global_rank}.pt")
 
 
-def run_ranks(n: int, *words: str, resume: str | None = None) -> list[dict[str, Any]]:
-    """Train on ``n`` processes, started as by torchrun, and return the records of each rank."""
-    codes = run_processes(train_as_rank, rank_arguments(n, *words, resume=resume))
+def run_ranks(n: int, *words: str, resume: str | None = None, as_nccl: bool = False) -> list[dict[str, Any]]:
+    """Train on ``n`` processes, started as by torchrun, and return the records of each rank.
+
+    With ``as_nccl`` they contain collectives and host synchronisations; see :class:`AsNccl`.
+    """
+    arguments = rank_arguments(n, *words, resume=resume, as_nccl=as_nccl)
+    codes = run_processes(train_as_rank, arguments)
     logs = "\n".join(Path(f"rank{rank}.log").read_text() for rank in range(n))
     assert codes == [0] * n, f"{codes}\n{logs}"
     return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(n)]
 
 
-def rank_arguments(n: int, *words: str, resume: str | None = None) -> list[tuple[Any, ...]]:
+def rank_arguments(
+    n: int, *words: str, resume: str | None = None, as_nccl: bool = False
+) -> list[tuple[Any, ...]]:
     """Return the arguments of :func:`train_as_rank` for each of ``n`` ranks."""
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
         own_kernel = any(word.startswith("model.kernel.name=") for word in words)
         changes = [w for w in SETTINGS if not (own_kernel and w.startswith("model.kernel."))] + changes
     port = str(free_port())
-    return [(rank, n, port, os.getcwd(), dict(os.environ), changes, resume) for rank in range(n)]
+    given = (n, port, os.getcwd(), dict(os.environ), changes, resume, as_nccl)
+    return [(rank, *given) for rank in range(n)]
 
 
 def run_processes(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[int | None]:
@@ -100,7 +118,14 @@ def free_port() -> int:
 
 
 def train_as_rank(
-    rank: int, n: int, port: str, folder: str, environment: dict[str, str], words: list[str], run: str | None
+    rank: int,
+    n: int,
+    port: str,
+    folder: str,
+    environment: dict[str, str],
+    words: list[str],
+    run: str | None,
+    as_nccl: bool,
 ) -> None:
     """Train in ``folder`` as one of ``n`` ranks, with the environment variables of torchrun."""
     os.chdir(folder)
@@ -118,7 +143,13 @@ def train_as_rank(
     ):
         try:
             config = load_config(None, words) if run is None else resumed_config(Path(run), words)
-            train(config, None if run is None else Path(run), extra_callbacks=[Watch()])
+            mode = AsNccl() if as_nccl else None
+            with contextlib.ExitStack() as stack:
+                if mode is not None:
+                    stack.enter_context(mode.everywhere())
+                    # The loss of a vocabulary as large as those of models that need several GPUs.
+                    stack.enter_context(mock.patch("tnnlm.ops.cross_entropy._MOST_ON_CPU", 4096))
+                train(config, None if run is None else Path(run), extra_callbacks=[Watch(mode)])
         except BaseException:
             traceback.print_exc()
             log.flush()

@@ -1,10 +1,22 @@
-"""Decisions that the host processes of all ranks take together after every optimizer step."""
+"""Means and decisions of all ranks after every optimizer step, for which no host waits for its GPU."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace the values of a tensor by their means over all ranks, and return it; call it on all ranks.
+
+    ``Strategy.reduce`` begins with a barrier, in which every host waits for its GPU.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 class HostAgreement:

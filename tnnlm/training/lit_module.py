@@ -22,6 +22,7 @@ from tnnlm.errors import UserError
 from tnnlm.models.factory import build_model
 from tnnlm.ops.context import ContextGroup
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.training.agreement import mean_over_ranks
 from tnnlm.training.batches import checked_batch, own_data, restart_epoch, schedule_steps, tokens_in
 from tnnlm.training.context_parallel import join_group, own_tokens, split_convolutions
 from tnnlm.training.estimate import tokens_per_update
@@ -177,7 +178,7 @@ class LitModel(lightning.LightningModule):
             checkpoint[ENTRY] = checkpoint_entry(self.config, self.tokenizer, None)
         checkpoint["losses_since_log"] = []
         if self._step_losses:
-            losses = self.trainer.strategy.reduce(torch.stack(self._step_losses), reduce_op="mean")
+            losses = mean_over_ranks(torch.stack(self._step_losses))
             checkpoint["losses_since_log"] = losses.tolist()
         if not is_sharded(self.model):  # otherwise Lightning has renumbered them
             states = checkpoint.get("optimizer_states", ())
@@ -205,7 +206,7 @@ class LitModel(lightning.LightningModule):
             return
         values = {
             # Ranks have batches of equal size, so the mean of their means is the mean of the global batch.
-            "train/loss": float(self.trainer.strategy.reduce(torch.stack(self._step_losses).mean())),
+            "train/loss": float(mean_over_ranks(torch.stack(self._step_losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
             **self.watch.read(self.trainer, tokens_per_update(self.config, self.trainer.world_size)),

@@ -7,7 +7,8 @@ before PyTorch. In the subprocess an operation that mixes devices raises the err
 
 Limits: FSDP2 and the gradient reducer of DDP do not accept such tensors, because both are C++ code that reads
 storage. :mod:`ranks` therefore replaces the DDP wrapper and all collectives by those of two identical ranks,
-which refuse CPU tensors as NCCL does; the reducers themselves are tested on real processes over gloo
-(``tests/training/test_distributed.py``, ``test_sharding.py``). Compilation, real streams and timing are not
-covered. Tensors can't be made in inference mode, so the pretended device replaces it by ``no_grad``.
+which refuse CPU tensors as NCCL does; the reducers themselves run in real processes over gloo, which refuse
+what else NCCL refuses (:mod:`tests.support.nccl`). CUDA graphs replay their operators (:mod:`graphs`), and
+fused operators run their reference. Compilation, real streams and timing are not covered. Tensors can't be
+made in inference mode, so the pretended device replaces it by ``no_grad``.
 """

@@ -14,7 +14,7 @@ import lightning.pytorch.strategies.ddp as ddp
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support.pretend.tensors import PretendTensor, place
+from tests.support.pretend.tensors import LEDGER, PretendTensor, place
 
 COLLECTIVES: Counter[tuple[str, str, str]] = Counter()
 """Collectives on tensors, as (name, dtype, place)."""
@@ -93,7 +93,7 @@ def two_ranks() -> Iterator[None]:
         "get_rank": lambda group=None: 0,
         "get_world_size": lambda group=None: 2,
         "get_backend": lambda group=None: "nccl",
-        "barrier": lambda *_, **__: None,
+        "barrier": lambda *_, **__: LEDGER.sync("barrier"),
         "monitored_barrier": lambda *_, **__: None,
         "broadcast_object_list": lambda *_, **__: None,
         "broadcast": lambda tensor, *_, group=None, **__: check("broadcast", tensor, group=group),

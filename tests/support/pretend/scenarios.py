@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ GPU = ("trainer.accelerator=gpu", "trainer.devices=1", "model.max_length=16", "d
 
 
 class Observe(Callback):
-    """Callback that tells the ledger the optimizer step."""
+    """Callback that tells the ledger the optimizer step, and reads its launches before every step."""
+
+    def __init__(self) -> None:
+        self.launches: dict[int, int] = {}
+        """Number of launches before an optimizer step."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Let the ledger ask the trainer."""
         LEDGER.step = lambda: trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the launches before the first batch of an optimizer step."""
+        self.launches.setdefault(trainer.global_step, LEDGER.launches.total())
 
 
 class Overflow(Observe):
@@ -40,8 +51,10 @@ class Overflow(Observe):
 def one_gpu(*words: str) -> dict[str, Any]:
     """Train on one GPU."""
     with cuda.pretended_cuda():
-        summary = train(tiny_run(*GPU, *words), extra_callbacks=[Observe()])
-    return {"summary": summary}
+        observed = Observe()
+        summary = train(tiny_run(*GPU, *words), extra_callbacks=[observed])
+    before = [observed.launches[step] for step in sorted(observed.launches)]
+    return {"summary": summary, "steps": [b - a for a, b in pairwise(before)]}
 
 
 def overflow(*words: str) -> dict[str, Any]:

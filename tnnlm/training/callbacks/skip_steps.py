@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from tnnlm.config.schema import TrainerConfig
+from tnnlm.training.agreement import mean_over_ranks
 from tnnlm.training.callbacks.checkpoint import CheckpointLast
 from tnnlm.training.lit_module import LitModel
 
@@ -71,7 +72,7 @@ class SkipBadSteps(Callback):
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         measured = torch.stack([norm.float(), pl_module.step_loss().float()])
-        norm, loss = trainer.strategy.reduce(measured, reduce_op="mean")
+        norm, loss = mean_over_ranks(measured)
         skip = self._decide(norm, loss)
         if all(group.get("fused") for group in optimizer.param_groups):
             # Fused optimizers do not update if found_inf is set, as a gradient scaler does.
