@@ -6,6 +6,8 @@ words, and as much for their gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +19,11 @@ from tnnlm.precision import working_dtype
 
 IGNORED = -100
 """Target that is not scored, as in :func:`torch.nn.functional.cross_entropy`."""
-MOST_ON_GPU = 1 << 26
+_MOST_ON_GPU = 1 << 26
 """Largest number of logits that are computed at once on a GPU, whose products need many rows."""
 _MOST_ON_CPU = 1 << 22
 """Largest number on a CPU, where small chunks are faster than all logits at once, at any vocabulary."""
+_forced: list[str] = []
 _GAIN = 1024.0
 """Factor of probabilities in float16, so that small ones don't underflow; gradients are divided by it."""
 
@@ -50,7 +53,17 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def most_logits(device: str) -> int:
     """Return the largest number of logits that are computed at once on a type of device."""
-    return _MOST_ON_CPU if device == "cpu" else MOST_ON_GPU
+    return _MOST_ON_CPU if (_forced or [device])[-1] == "cpu" else _MOST_ON_GPU
+
+
+@contextmanager
+def use_limit(device: str) -> Iterator[None]:
+    """Use the limit of one type of device on all devices, to count the memory of a device that is absent."""
+    _forced.append(device)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

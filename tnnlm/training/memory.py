@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -31,6 +30,8 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
+from tnnlm.ops.conv_backends import use_backend
+from tnnlm.ops.cross_entropy import use_limit
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.ops.toeplitz import tile_width
@@ -153,15 +154,19 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     config = copy.deepcopy(config)
     config.model.n_layers = layers
     device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
-    plugin = _precision(config)
-    with counted(partial(_work, device)) as live:
-        model: Any = plugin.convert_module(build_model(config))
+    stored, context = _precision(config)
+    backend = "tiles" if device == "cpu" else "windows"
+    with torch.device("meta"):
+        wanted = build_model(config).to(stored)
+    with counted(partial(_work, device)) as live, use_backend(backend), use_limit(device):
+        model: Any = build_model(config)
+        _store(model, wanted)
         model.recompute = config.trainer.recompute
         optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)
         batch = _batch(config)
         state = live.now
-        _step(config, model, optimizer, partial(model.loss, batch), plugin.forward_context, live)
+        _step(config, model, optimizer, partial(model.loss, batch), context, live)
         _validate(config, model.eval(), batch, attached, live)
         del held
     live.peaks.pop("build")  # creating the moments by a step, which training does before it holds activations
@@ -253,14 +258,24 @@ def _batch(config: Config) -> Any:
     return LabelledBatch(tokens, lengths, torch.zeros(rows, dtype=torch.long))
 
 
-def _precision(config: Config) -> Precision:
-    """Return Lightning's plugin for the precision of the run."""
-    name: Any = resolve_precision(config)
-    if name.endswith("-mixed"):
-        return MixedPrecision(name, "cpu")
-    if name == "64-true":
-        return DoublePrecision()
-    return HalfPrecision(name) if name in ("bf16-true", "16-true") else Precision()
+def _precision(config: Config) -> tuple[torch.dtype, Callable[[], AbstractContextManager[Any]]]:
+    """Return the dtype of the weights and the context of a forward pass, as Lightning has them."""
+    name = resolve_precision(config)
+    kind, _, mode = name.partition("-")
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}[kind]
+    if mode == "mixed":
+        return torch.float32, partial(torch.autocast, "cpu", dtype=dtype)
+    return dtype, nullcontext
+
+
+def _store(model: Backbone, wanted: Backbone) -> None:
+    """Store the weights of a model of fake tensors, on which ``to`` fails, in the dtypes of another model."""
+    for found, other in (
+        *zip(model.parameters(), wanted.parameters(), strict=True),
+        *zip(model.buffers(), wanted.buffers(), strict=True),
+    ):
+        if found.dtype != other.dtype:
+            found.data = found.data.to(other.dtype)
 
 
 def _work(device: str, operator: Any, args: tuple[Any, ...]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
 from tnnlm.training.estimate import estimate_run
+from tnnlm.training.memory import estimate_memory
 
 DEVICES = (1, 8, 64)
 """Numbers of devices of a table; 64 are eight nodes."""
@@ -33,9 +34,10 @@ def memory_table(config: str, *overrides: str) -> str:
         for devices in DEVICES:
             nodes = max(1, devices // 8)
             words = (f"trainer.devices={devices // nodes}", f"trainer.num_nodes={nodes}")
-            plan = estimate_run(load_config(find_config(config), [*overrides, *settings, *words]))
-            params = plan.params
-            cells.append(f"{plan.memory_bytes / 2**30:.1f}" if devices > 1 or "ddp" in name else "-")
+            loaded = load_config(find_config(config), [*overrides, *settings, *words])
+            params = estimate_run(loaded).params
+            needed = devices > 1 or "ddp" in name
+            cells.append(f"{estimate_memory(loaded).peak / 2**30:.1f}" if needed else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     changed = "".join(f", `{word}`" for word in overrides)
     return "\n".join([f"`{config}`{changed}: {params:,} parameters, GiB per device", "", *lines])

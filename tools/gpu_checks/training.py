@@ -23,13 +23,13 @@ from experiments.timing import clock, random_tokens
 from gpu_checks.gpt2 import GPT2
 from gpu_checks.rows import Emit, Row
 from gpu_checks.shapes import DEMO, MEDIUM, Setting, Shape
-from tnnlm.config.schema import OptimConfig
+from tnnlm.config.schema import Config, OptimConfig
 from tnnlm.errors import one_line
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
 from tnnlm.ops.toeplitz import fft_convolution, fft_length
-from tnnlm.training.estimate import RunEstimate, estimate_run
 from tnnlm.training.flops import flops_per_token
+from tnnlm.training.memory import estimate_memory
 from tnnlm.training.optim import build_optimizer
 
 OURS, COMPILED, STANDARD = "tnnlm", "tnnlm, compiled", "tnnlm, standard FFT operators"
@@ -118,7 +118,7 @@ def _variants(shape: Shape, names: tuple[str, ...], setting: Setting, emit: Emit
 
 
 def _variant(shape: Shape, name: str, setting: Setting) -> Row:
-    plan = estimate_run(shape.config(setting.device.type, "bf16-mixed"))
+    config = shape.config(setting.device.type, "bf16-mixed")
     model, step = training_step(shape, setting.device)
     if name == STANDARD:
         for block in model.layers:
@@ -129,12 +129,13 @@ def _variant(shape: Shape, name: str, setting: Setting) -> Row:
     flops = flops_per_token(shape.model, shape.batch_size)
     with convolution_backends(setting.device).get(name, nullcontext)():
         row = _measured(step, shape, name, model, flops, setting)
-    return row | {"bytes_per_second": least_traffic(plan) / row["seconds_per_step"]}
+    return row | {"bytes_per_second": least_traffic(config, model.n_params) / row["seconds_per_step"]}
 
 
-def least_traffic(plan: RunEstimate) -> int:
+def least_traffic(config: Config, params: int) -> int:
     """Return bytes that a training step moves at least: saved activations out and in, and the optimizer's."""
-    return 2 * (plan.memory_bytes - 16 * plan.params) + _OPTIMIZER_BYTES * plan.params
+    memory = estimate_memory(config)
+    return 2 * (memory.step - memory.state) + _OPTIMIZER_BYTES * params
 
 
 class _StandardConv(LongConv):

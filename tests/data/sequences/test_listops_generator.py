@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.listops import decode, evaluate
-from tnnlm.config.schema import ListOpsConfig
+from tnnlm.config.sequences import ListOpsConfig
 from tnnlm.data.sequences.listops import END, MIN, SYMBOLS, Expression, encode, generate
 from tnnlm.errors import DataError
 

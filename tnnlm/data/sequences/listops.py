@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tnnlm.config.schema import ListOpsConfig
+from tnnlm.config.sequences import ListOpsConfig
 from tnnlm.errors import DataError
 
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
