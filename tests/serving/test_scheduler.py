@@ -317,8 +317,6 @@ def test_memory_does_not_grow_with_the_context(make: type[Bench]) -> None:
     bench.collector.wait(sequence)
     assert bench.metrics.state_bytes._value.get() == 0
     assert bench.scheduler.row_bytes == sum(
-        part.numel() * part.element_size()
-        for layer in bench.generator.model.init_state(1).layers
-        for part in layer
+        part.numel() * part.element_size() for part in bench.generator.model.init_state(1).tensors
     )
     assert torch.is_inference_mode_enabled() is False
