@@ -82,7 +82,7 @@ def test_packed_model_gives_the_logits_of_the_plain_one(method: str, dtype: str)
     assert (one - two).abs().max() <= TOLERANCE[dtype] * scale * 3
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "multirate"])
+@pytest.mark.parametrize("method", METHODS)
 def test_compiled_step_gives_the_logits_of_the_plain_one(method: str) -> None:
     if not capability("cpp_compiler"):
         pytest.skip("no C++ compiler")
