@@ -1,7 +1,8 @@
 """Benchmark of SGConv's two exact recurrences: multirate steps against a window of all inputs.
 
-``multirate`` distributes part of its work over the tokens of a turn, so its time is the mean over whole turns,
-and the median and the longest step are given too. All times are CPU times of one thread, for one row and random weights.
+``multirate`` distributes part of its work over the tokens of a turn, so its time is the mean over whole
+turns, and the median and the longest step are given too. All times are CPU times of one thread, for one row
+and random weights.
 """
 
 from __future__ import annotations
