@@ -15,6 +15,7 @@ from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import kernels, recurrences
+from tnnlm.ops.recurrence import named_tensors
 from tnnlm.tokenizer import train_bpe
 
 LENGTH = 40
@@ -56,13 +57,12 @@ def converted_by(model: CausalLM, method: str, horizon: int | str = LENGTH) -> C
 
 
 def row_of(state: ModelState, row: int) -> ModelState:
-    return ModelState(tuple(type(layer)(*(p[row : row + 1] for p in layer)) for layer in state.layers))
+    return state.select(torch.tensor([row]))
 
 
 def assert_same_state(a: ModelState, b: ModelState) -> None:
-    for left, right in zip(a.layers, b.layers, strict=True):
-        for x, y in zip(left, right, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+    for x, y in zip(a.tensors, b.tensors, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,8 +135,9 @@ def test_inactive_rows_keep_their_state(family: str, method: str) -> None:
     _, state = converted.prefill(torch.randint(300, (2, 9)), converted.init_state(2))
     _, after = converted.step(torch.randint(300, (2,)), state, torch.tensor([False, True]))
     for old, new in zip(state.layers, after.layers, strict=True):
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(old, new, strict=True))
-        assert any(not torch.equal(a[1], b[1]) for a, b in zip(old, new, strict=True))
+        pairs = [*zip(named_tensors(old).values(), named_tensors(new).values(), strict=True)]
+        assert all(torch.equal(a[0], b[0]) for a, b in pairs)
+        assert any(not torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 # A finite, rough kernel of 32 lags has no small recurrence: at small tolerances, poles cancel in float32.
@@ -194,7 +195,7 @@ def test_converted_model_is_the_same_after_saving_and_under_casts(
         for name, buffer in converted.named_buffers():
             assert torch.equal(buffer, before[name]), name
             assert buffer.dtype == before[name].dtype
-    assert all(part.dtype == torch.float32 for part in converted.init_state(1).layers[0])
+    assert all(part.dtype == torch.float32 for part in converted.init_state(1).tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -138,7 +138,7 @@ def test_report_measures_what_was_stored() -> None:
         assert 0 < layer.relative_tap_error < 5e-6
         assert 0 < layer.l1_error < 1e-4
     assert report.state_bytes == sum(
-        part.numel() * part.element_size() for layer in converted.init_state(1).layers for part in layer
+        part.numel() * part.element_size() for part in converted.init_state(1).tensors
     )
     converted.blocks[0].mixer.conv.residues.mul_(1.01)
     worse = measure_model(model, converted, method="etsc", horizon=horizon)

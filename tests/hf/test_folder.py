@@ -89,7 +89,7 @@ def test_recurrences_stay_precise(opened: Opened, dtype: torch.dtype, how: str, 
         assert buffer.dtype == (torch.float64 if name.endswith("poles") else torch.float32)
     out = model(some_tokens(1, 9))
     assert out.logits.dtype == dtype
-    parts = [part for layer in out.past_key_values.state.layers for part in layer]
+    parts = out.past_key_values.state.tensors
     assert {part.dtype for part in parts} == {torch.float32}
     model.save_pretrained(tmp_path / "rounded")
     assert json.loads((tmp_path / "rounded/config.json").read_text())["dtype"] == str(dtype).split(".")[1]
@@ -100,7 +100,7 @@ def test_float64_runs_in_float64(balanced: Opened) -> None:
     tokens = some_tokens(1, 30)
     out = model(tokens)
     assert out.logits.dtype == torch.float64
-    assert {part.dtype for layer in out.past_key_values.state.layers for part in layer} == {torch.float64}
+    assert {part.dtype for part in out.past_key_values.state.tensors} == {torch.float64}
     torch.testing.assert_close(out.logits.float(), balanced.model(tokens).logits, **CLOSE)
 
 

@@ -14,7 +14,7 @@ import torch
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.conversion import convert_model
 from tnnlm.inference.cuda_graph import GraphedModel, GraphRecorder
-from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import fused_steps
 from tnnlm.modules.fused import FusedMixer
 
@@ -46,7 +46,7 @@ def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, fam
     graphed = GraphedModel(plain, None if device == "cuda" else again)
     prompt = torch.randint(300, (3, 9), device=device)
     _, state = graphed.prefill(prompt, graphed.init_state(3))
-    kept = [part.clone() for layer in state.layers for part in layer]
+    kept = [part.clone() for part in state.tensors]
     first, fork = graphed.step(torch.tensor([1, 2, 3], device=device), state)
     current = expected = state
     for token in range(10):
@@ -55,7 +55,7 @@ def test_replayed_steps_equal_plain_ones_and_leave_states_alone(device: str, fam
         reference, expected = plain.step(tokens, expected)
         torch.testing.assert_close(logits, reference, rtol=0, atol=1e-10)
     assert len(RECORDED) == (2 if device == "cpu" else 0), "one row at once, three after a few steps"
-    for part, before in zip((p for layer in state.layers for p in layer), kept, strict=True):
+    for part, before in zip(state.tensors, kept, strict=True):
         assert torch.equal(part, before)
     # An older state still steps as before, and so do single rows and rows that are inactive.
     one = fork.select(torch.tensor([1], device=device))
@@ -139,16 +139,15 @@ def test_a_fused_step_is_the_step_in_place_and_only_within_the_block(family: str
     tokens, state = torch.tensor([1, 2, 3]), model.init_state(3)
     _, state = model.prefill(torch.randint(300, (3, 9)), state)
     modules = dict(model.named_modules())
-    own = ModelState(tuple(type(layer)(*(part.clone() for part in layer)) for layer in state.layers))
+    own = state.select(torch.arange(3))
     active = torch.tensor([True, False, True])
     expected, after = model.step(tokens, state, active)
     with fused_steps(model):
         assert isinstance(model.layers[0].mixer, FusedMixer) == (family == "tno")
         logits, stepped = model.step(tokens, own, active)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
-    for left, right in zip(stepped.layers, after.layers, strict=True):
-        for a, b in zip(left, right, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(stepped.tensors, after.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     if family == "tno":
         assert stepped.layers[0][1] is own.layers[0][1], "updated in place"
     assert dict(model.named_modules()) == modules

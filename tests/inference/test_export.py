@@ -150,6 +150,13 @@ def test_exported_multirate_step_gives_the_logits_of_the_model(tmp_path: Path) -
             logits, *state = step(tokens, *state)
             expected, expected_state = model.step(tokens, expected_state)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    # The step in ONNX is the same, of the same window.
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(export_onnx(whole(model), tmp_path) / "step.onnx")
+    feeds = {part.name: np.zeros([3, *part.shape[1:]], np.float32) for part in session.get_inputs()[1:]}
+    logits, *_ = session.run(None, {"tokens": np.array([1, 2, 3]), **feeds})
+    expected, _ = model.step(torch.tensor([1, 2, 3]), model.init_state(3))
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=LIMIT)
 
 
 def test_interface_lists_what_decoding_needs(exported: Exported) -> None:

@@ -85,8 +85,7 @@ def test_one_context_can_be_continued_many_times(writer: TextGenerator) -> None:
 
 def test_state_size_does_not_depend_on_the_context_length(writer: TextGenerator) -> None:
     sizes = {
-        sum(part.numel() for layer in writer.prefill_tokens([[1] * n]).model_state.layers for part in layer)
-        for n in (1, 99)
+        sum(part.numel() for part in writer.prefill_tokens([[1] * n]).model_state.tensors) for n in (1, 99)
     }
     assert len(sizes) == 1
 
@@ -229,9 +228,8 @@ def test_prefill_of_a_batch_equals_that_of_single_rows(
     for index, single in enumerate(singles):
         row = together.select([index])
         torch.testing.assert_close(row.logits, single.logits, rtol=0, atol=1e-9)
-        for a, b in zip(row.model_state.layers, single.model_state.layers, strict=True):
-            for x, y in zip(a, b, strict=True):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+        for x, y in zip(row.model_state.tensors, single.model_state.tensors, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
 def test_generation_of_a_batch_equals_that_of_single_rows(exact: TextGenerator) -> None:

@@ -63,9 +63,8 @@ def test_step_prefill_and_forward_agree(wiring: str, family: str) -> None:
         first, state = converted.prefill(tokens[:, :split], converted.init_state(2))
         second, state = converted.prefill(tokens[:, split:], state)
         torch.testing.assert_close(torch.cat((first, second), dim=1), expected, rtol=0, atol=1e-9)
-        for left, right in zip(state.layers, last.layers, strict=True):
-            for a, b in zip(left, right, strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+        for a, b in zip(state.tensors, last.tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 @every_wiring

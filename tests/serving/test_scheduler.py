@@ -18,6 +18,7 @@ from tnnlm.detokenizer import TextStream
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import SamplingParams
+from tnnlm.kernels import SGConvConfig
 from tnnlm.serving import prefill
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.sampler import SequenceSampler
@@ -162,6 +163,29 @@ def test_a_prompt_is_reused_from_its_state(make: type[Bench]) -> None:
     fresh.ask(ids[:300] + [5] * 9, alone)
     fresh.collector.wait(alone)
     assert fresh.collector.text(alone) == bench.collector.text(longer)
+
+
+def test_rows_of_multirate_in_different_turns_give_their_own_text(make: type[Bench]) -> None:
+    """Sequences take each other's places in a batch of two, and prompts are continued from the cache."""
+    generator = tiny_generator(method="multirate", kernel=SGConvConfig(name="sgconv", kernel_dim=2))
+    bench = make(generator, max_batch=2, max_queue=9)
+    prompts = [generator.tokenizer.encode(text) for text in PROMPTS[:4]]
+    prompts.append(prompts[3] + [5] * 9)
+    sequences = [bench.sequence(20 + 7 * index) for index in range(len(prompts))]
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        bench.ask(prompt, sequence)
+    again = bench.sequence(20)
+    bench.collector.wait(*sequences)
+    bench.ask(prompts[0], again)
+    bench.collector.wait(again)
+    assert again.cached == len(prompts[0])
+    assert again.drawn == sequences[0].drawn
+    for index, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        record, pieces = generator.stream(
+            generator.prefill_tokens([prompt]), 20 + 7 * index, SamplingParams(temperature=0)
+        )
+        assert "".join(pieces) == bench.collector.text(sequence)
+        assert record.tokens == [token for token in sequence.drawn if token != generator.tokenizer.eos_id]
 
 
 def test_a_long_prompt_does_not_stall_other_sequences(
@@ -317,8 +341,6 @@ def test_memory_does_not_grow_with_the_context(make: type[Bench]) -> None:
     bench.collector.wait(sequence)
     assert bench.metrics.state_bytes._value.get() == 0
     assert bench.scheduler.row_bytes == sum(
-        part.numel() * part.element_size()
-        for layer in bench.generator.model.init_state(1).layers
-        for part in layer
+        part.numel() * part.element_size() for part in bench.generator.model.init_state(1).tensors
     )
     assert torch.is_inference_mode_enabled() is False

@@ -19,6 +19,7 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model, measure
 from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.kernels import KernelConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach
 from tnnlm.serving.app import create_app
@@ -36,10 +37,12 @@ class Running(NamedTuple):
     service: Service
 
 
-def tiny_generator(dtype: str = "float32") -> TextGenerator:
+def tiny_generator(
+    dtype: str = "float32", method: str = "balanced", kernel: KernelConfig | None = None
+) -> TextGenerator:
     """Return a converted model with random weights, packed for decoding."""
-    model, tokenizer = _tiny_parts()
-    return TextGenerator(optimize_for_decoding(convert_model(model), dtype), tokenizer)
+    model, tokenizer = _tiny_parts(kernel)
+    return TextGenerator(optimize_for_decoding(convert_model(model, method=method), dtype), tokenizer)
 
 
 def tiny_converted(folder: Path) -> Path:
@@ -51,10 +54,11 @@ def tiny_converted(folder: Path) -> Path:
     return folder
 
 
-def _tiny_parts() -> tuple[CausalLM, TextTokenizer]:
+def _tiny_parts(kernel: KernelConfig | None = None) -> tuple[CausalLM, TextTokenizer]:
     """Return a model with weights so large that its greedy output varies, and its tokenizer."""
     torch.manual_seed(0)
-    model = CausalLM(tiny_config(n_layers=2, d_model=32)).eval()
+    changes = {} if kernel is None else {"kernel": kernel}
+    model = CausalLM(tiny_config(n_layers=2, d_model=32, **changes)).eval()
     with torch.no_grad():
         model.embedding.weight.mul_(3)
         for name, weight in model.named_parameters():

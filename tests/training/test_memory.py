@@ -142,3 +142,13 @@ def test_a_run_of_1b3_parameters_names_a_smaller_choice_than_etsc() -> None:
     assert line.endswith("; conversion.method=auto selects the smallest within conversion.tolerance")
     config.conversion.method = "auto"
     assert attached_recurrences(config).nbytes(24) < attached.nbytes(24) / 20
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bf16-true", 2), ("64-true", 8), ("16-mixed", 4)])
+def test_every_precision_is_estimated(precision: str, width: int) -> None:
+    config = load_config(None, ["trainer.accelerator=cpu", f"trainer.precision={precision}"])
+    memory = estimate_memory(config)
+    with torch.device("meta"):
+        weights = build_model(config).n_params
+    # Kernels stay in float32 in half precision; decays are buffers.
+    assert memory.state == pytest.approx(4 * width * weights, rel=0.1)

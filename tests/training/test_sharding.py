@@ -145,7 +145,7 @@ def test_a_short_first_dimension_is_not_sharded() -> None:
         assert (None if found is None else found.dim) == dim
 
 
-@pytest.mark.parametrize(("kernel", "method"), [("rtf", "companion"), ("sgconv", "window")])
+@pytest.mark.parametrize(("kernel", "method"), [("rtf", "companion"), ("sgconv", "multirate")])
 def test_other_kernels_are_sharded_and_converted(script: Any, kernel: str, method: str) -> None:
     kind = (f"model.kernel.name={kernel}", f"conversion.method={method}")
     if kernel == "sgconv":

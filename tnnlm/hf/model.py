@@ -168,14 +168,14 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
 
     @cached_property
     def _state_shapes(self) -> list[torch.Size]:
-        return [part.shape[1:] for layer in self.model.init_state(0).layers for part in layer]
+        return [part.shape[1:] for part in self.model.init_state(0).tensors]
 
     def _state(self, cache: StateLayer, rows: int) -> tuple[ModelState, Tensor]:
         """Return the state to continue from, and the hidden states (B, D) of the last tokens."""
         if cache.state is None or cache.last is None:
             weight = self.model.embedding.weight
             return self.model.init_state(rows), weight.new_zeros(rows, weight.shape[1])
-        if [part.shape[1:] for layer in cache.state.layers for part in layer] != self._state_shapes:
+        if [part.shape[1:] for part in cache.state.tensors] != self._state_shapes:
             raise ValueError("past_key_values: holds the state of another model; omit it")
         if len(cache.last) != rows:
             raise ValueError(

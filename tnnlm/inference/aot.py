@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, write_text
@@ -33,29 +32,29 @@ from tnnlm.ops import recurrence
 
 
 class _Step(nn.Module):
-    """Wrapper of ``step`` that takes the state as a flat list of tensors, as export requires.
+    """Wrapper of ``step`` that takes the parts of the state that it reads as a list, as export requires.
 
-    It returns the parts that a step changes, without the work that is due once in several tokens.
+    It returns the parts that a step changes, without the work for later tokens.
     """
 
-    def __init__(self, model: CausalLM, structure: TreeSpec) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
-        self.structure = structure
 
     def forward(self, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        given = iter(parts)
+        empty = self.model.init_state(1).layers
+        layers = tuple(recurrence.with_read_parts(layer, given) for layer in empty)
         with within_turns(self.model):
-            logits, state = self.model.step(tokens, tree_unflatten(list(parts), self.structure))
-        changed = (
-            getattr(layer, name) for layer in state.layers for name in recurrence.changed_parts(type(layer))
-        )
+            logits, state = self.model.step(tokens, ModelState(layers))
+        changed = (part for layer in state.layers for part in recurrence.changed_parts(layer))
         return (logits, *(part.contiguous() for part in changed))
 
 
 class CompiledModel:
     """Model that runs single-row steps in the compiled package.
 
-    ``model`` runs batches, prompts, and steps with work that is due once in several tokens.
+    ``model`` runs batches and prompts. The work of a step for later tokens follows it.
     """
 
     def __init__(self, model: CausalLM, run: Callable[..., Any]) -> None:
@@ -65,27 +64,20 @@ class CompiledModel:
         self.prefill = model.prefill
         self._run = run
         self._recurrences = recurrences(model)
-        self._changed = [recurrence.changed_parts(type(layer)) for layer in model.init_state(1).layers]
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
-        if (
-            tokens.shape[0] != 1
-            or active is not None
-            or recurrence.ends_turn(self._recurrences, state.layers)
-        ):
+        if tokens.shape[0] != 1 or active is not None:
             return self.model.step(tokens, state, active)
         # The package assumes contiguous inputs. The state is flattened by hand, because pytrees take a tenth
         # of a millisecond per token.
-        outputs = iter(self._run(tokens, *(part.contiguous() for layer in state.layers for part in layer)))
+        read = (part.contiguous() for layer in state.layers for part in recurrence.read_parts(layer))
+        outputs = iter(self._run(tokens, *read))
         logits = next(outputs)
-        layers = (
-            layer._replace(**{name: next(outputs) for name in names})
-            for layer, names in zip(state.layers, self._changed, strict=True)
-        )
-        return logits, ModelState(tuple(layers))
+        layers = [recurrence.with_changed_parts(layer, outputs) for layer in state.layers]
+        return logits, ModelState(recurrence.work_ahead(self._recurrences, layers))
 
 
 def package_path(folder: Path, dtype: str) -> Path:
@@ -113,7 +105,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
     from torch._inductor import aoti_compile_and_package
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
-    parts, structure = tree_flatten(model.init_state(1))
+    parts = [part for layer in model.init_state(1).layers for part in recurrence.read_parts(layer)]
     path = package_path(folder, dtype)
     example = (torch.zeros(1, dtype=torch.long), *parts)
     with (
@@ -123,7 +115,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         atomic_file(path) as temporary,
     ):
         warnings.simplefilter("ignore")  # torch's compiler calls APIs that torch deprecates
-        exported = torch.export.export(_Step(model.eval(), structure), example)
+        exported = torch.export.export(_Step(model.eval()), example)
         packaged = str(Path(scratch) / path.name)
         try:
             # Without freezing, which would widen bfloat16 and int8 weights to float32 at compile time.

@@ -15,11 +15,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import fused_steps, recurrences, within_turns
-from tnnlm.ops.recurrence import ends_turn
+from tnnlm.ops.recurrence import (
+    changed_parts,
+    read_parts,
+    with_changed_parts,
+    with_read_parts,
+    work_ahead,
+)
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Function that captures a function without arguments and returns one that replays it on the same tensors."""
@@ -71,7 +76,7 @@ class GraphRecorder:
 class GraphedModel:
     """Model that replays captured steps.
 
-    ``model`` runs prompts, steps with ``active``, and those with work that is due once in several tokens.
+    ``model`` runs prompts and steps with ``active``. The work of a step for later tokens follows it.
     """
 
     def __init__(self, model: CausalLM, record: Recorder | None = None, fused: bool = True) -> None:
@@ -92,7 +97,6 @@ class GraphedModel:
         self._record = record or GraphRecorder(model.embedding.weight.device)
         self._fused = fused
         self._recurrences = recurrences(model)
-        self._structure = tree_flatten(model.init_state(1))[1]
         self._seen: Counter[int] = Counter()
         self._steps: OrderedDict[int, _Recording] = OrderedDict()
         with torch.inference_mode():
@@ -104,7 +108,7 @@ class GraphedModel:
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
         rows = 1 << (tokens.shape[0] - 1).bit_length()
-        if active is not None or rows > _MOST_ROWS or ends_turn(self._recurrences, state.layers):
+        if active is not None or rows > _MOST_ROWS:
             return self.model.step(tokens, state, active)
         if rows not in self._steps:
             self._seen[rows] += 1
@@ -115,18 +119,26 @@ class GraphedModel:
                 del self._seen[freed]
             self._steps[rows] = self._recording(rows)
         self._steps.move_to_end(rows)
-        logits, *parts = self._steps[rows]([tokens, *tree_flatten(state)[0]])
-        return logits, tree_unflatten(parts, self._structure)
+        read = [part for layer in state.layers for part in read_parts(layer)]
+        outputs = iter(self._steps[rows]([tokens, *read]))
+        logits = next(outputs)
+        layers = [with_changed_parts(layer, outputs) for layer in state.layers]
+        return logits, ModelState(work_ahead(self._recurrences, layers))
 
     def _recording(self, rows: int) -> _Recording:
         tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.weight.device)
-        inputs = [tokens, *tree_flatten(self.model.init_state(rows))[0]]
+        empty = self.model.init_state(rows).layers
+        inputs = [tokens, *(part for layer in empty for part in read_parts(layer))]
+        # The other parts of a state have no use in a captured step.
+        small = self.model.init_state(1).layers
 
         def run(tokens: Tensor, *parts: Tensor) -> list[Tensor]:
+            given = iter(parts)
+            layers = tuple(with_read_parts(layer, given) for layer in small)
             fused = fused_steps(self.model) if self._fused else nullcontext()
             with within_turns(self.model), fused:
-                logits, state = self.model.step(tokens, tree_unflatten(list(parts), self._structure))
-            return [logits, *tree_flatten(state)[0]]
+                logits, state = self.model.step(tokens, ModelState(layers))
+            return [logits, *(part for layer in state.layers for part in changed_parts(layer))]
 
         return _Recording(run, inputs, self._record)
 

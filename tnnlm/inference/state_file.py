@@ -18,6 +18,7 @@ from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
+from tnnlm.ops.recurrence import named_tensors, with_tensors
 
 FORMAT = "tnnlm-state-1"
 
@@ -47,7 +48,7 @@ def save_state(
     tensors = {
         f"layers.{index}.{name}": part
         for index, layer in enumerate(state.model_state.layers)
-        for name, part in layer._asdict().items()
+        for name, part in named_tensors(layer).items()
     }
     tensors["logits"] = state.logits
     if random is not None:
@@ -117,7 +118,7 @@ def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: Text
     expected = {
         f"layers.{index}.{name}": part
         for index, layer in enumerate(single.layers)
-        for name, part in layer._asdict().items()
+        for name, part in named_tensors(layer).items()
     }
     for name in sorted({*expected, "logits"} ^ {*tensors}):
         raise ValueError(f"{name} is {'no part of the state' if name in tensors else 'missing'}")
@@ -132,7 +133,7 @@ def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: Text
         raise ValueError("logits is not of a floating-point dtype")
     device = generator.device
     layers = tuple(
-        type(layer)(*(tensors[f"layers.{index}.{name}"].to(device) for name in layer._fields))
+        with_tensors(layer, (tensors[f"layers.{index}.{name}"].to(device) for name in named_tensors(layer)))
         for index, layer in enumerate(single.layers)
     )
     return GenerationState(type(single)(layers), logits.to(device), lengths, 0.0)

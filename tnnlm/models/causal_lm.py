@@ -18,7 +18,7 @@ from tnnlm.errors import ConfigError
 from tnnlm.models.backbone import Backbone
 from tnnlm.modules import LongConv, RecurrentConv
 from tnnlm.ops.cross_entropy import linear_cross_entropy
-from tnnlm.ops.recurrence import State
+from tnnlm.ops.recurrence import State, named_tensors, with_tensors
 
 
 class ModelState(NamedTuple):
@@ -27,24 +27,33 @@ class ModelState(NamedTuple):
     layers: tuple[State, ...]
     """States of the convolutions of all layers, in order: one per layer, two with the block ``hyena``."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors of all layers, in order."""
+        return [part for layer in self.layers for part in named_tensors(layer).values()]
+
     def select(self, rows: Tensor) -> ModelState:
         """Return the states of the batch rows with the given indices (R,); an index may be repeated."""
-        chosen = (type(layer)(*(part.index_select(0, rows) for part in layer)) for layer in self.layers)
-        return ModelState(tuple(chosen))
+        return ModelState(
+            tuple(
+                with_tensors(layer, (part.index_select(0, rows) for part in named_tensors(layer).values()))
+                for layer in self.layers
+            )
+        )
 
     @classmethod
     def join(cls, states: Sequence[ModelState]) -> ModelState:
         """Concatenate states of the same model along the batch."""
-        layers = (
-            type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-            for parts in zip(*(state.layers for state in states), strict=True)
-        )
+        layers = []
+        for parts in zip(*(state.layers for state in states), strict=True):
+            tensors = zip(*(named_tensors(part).values() for part in parts), strict=True)
+            layers.append(with_tensors(parts[0], map(torch.cat, tensors)))
         return cls(tuple(layers))
 
 
 def state_bytes(state: ModelState) -> int:
     """Return the size of a state in bytes, over all its rows."""
-    return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
+    return sum(part.numel() * part.element_size() for part in state.tensors)
 
 
 class CausalLM(Backbone):

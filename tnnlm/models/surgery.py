@@ -98,10 +98,10 @@ def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterat
 
 @contextmanager
 def within_turns(model: CausalLM) -> Iterator[None]:
-    """Omit the work that is due once in several tokens within a ``with`` block.
+    """Omit the work for later tokens within a ``with`` block.
 
-    Steps of a converted model then have no branches. They are right unless
-    :func:`tnnlm.ops.recurrence.ends_turn`.
+    Steps of a converted model then have no branches. :func:`tnnlm.ops.recurrence.work_ahead` must be applied
+    to the state after each.
     """
     convs = [RecurrentConv(within_turn(params)) for params in recurrences(model)]
     with in_recurrent_form(model, convs):

@@ -11,13 +11,14 @@ both ends, since the hats of the first and last knot extend beyond them:
     D_h(b): rises from 0 to 1 in the h lags before b, and from -1 to 0 in the h lags from b on
     D_2r(b) = D_r(b) + (T_r(b - r) - T_r(b + r)) / 2           where T_r(b) is the hat at lag b
 
-All of these are finite sums of the inputs. Dimensions: B batch, E channels, N inputs, P outputs, d knots
-of a scale.
+All of these are finite sums of the inputs. Dimensions: B batch, E channels, N inputs, C outputs, d knots
+of a scale, J summands of an output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,29 +26,86 @@ from torch import Tensor
 
 from tnnlm.ops.ssm_blocks import convolve
 
-_TILE_BYTES = 1 << 22
-"""Size of the inputs of the channels that are processed at a time, which fit the cache of a CPU."""
+_TILE_BYTES = 1 << 20
+"""Size of the inputs of the channels that are processed at a time, which fit the cache of a CPU core."""
+_LEAST_CHANNELS = 32
+"""Fewer channels at a time take the same time per tile."""
+
+
+class Shape(NamedTuple):
+    """Lags of the scales of a kernel; all scales but the last have ``per_scale`` knots."""
+
+    first: int
+    """First lag of the first scale, which is even; scale k begins at 2^k times this lag."""
+    per_scale: int
+    """Number of knots of a scale that is not cut off, d."""
+    complete: int
+    """Number of scales with d knots."""
+    cut: int
+    """Number of knots of a last scale that is cut off, less than d; 0 without one."""
+
+    @property
+    def scales(self) -> list[tuple[int, int, int]]:
+        """First lag, distance r of the knots, and number of knots of each scale, in the order of lags."""
+        counts = [self.per_scale] * self.complete + [self.cut] * (self.cut > 0)
+        lags = [self.first << k for k in range(len(counts))]
+        return [(lag, lag // self.per_scale, count) for lag, count in zip(lags, counts, strict=True)]
+
+    @property
+    def widths(self) -> list[int]:
+        """Widths of hats, 1, 2, 4, ..., up to the largest distance of knots."""
+        largest = self.scales[-1][1] if self.scales else 0
+        return [1 << i for i in range(largest.bit_length())]
+
+    @property
+    def tail_lag(self) -> int:
+        """First lag of the taps that follow: half a knot's distance before the last knot of the cut scale."""
+        end = self.first << self.complete
+        r = end // self.per_scale
+        return end + r // 2 + (self.cut - 1) * r if self.cut else end
+
+    def rows(self, width: int) -> int:
+        """Return how far after the last input hats of a width are needed, negative if only before it."""
+        return 2 * width - max(0, self.per_scale * width - self.first)
+
+    def edges(self, width: int) -> Iterator[tuple[int, int, float]]:
+        """Yield lag b, knot and factor of the sawteeth D_h(b), for all D_h with h >= 2 ``width``.
+
+        Knots are numbered over all scales.
+        """
+        for k, (lag, r, count) in enumerate(self.scales):
+            if r >= 4 * width:
+                yield lag, k * self.per_scale, -0.5
+                if count == self.per_scale:
+                    yield lag + count * r, k * self.per_scale + count - 1, 0.5
+
+    def summands(self, width: int) -> list[tuple[int, int, float]]:
+        """Return the lags of hats of a width that make up an output, with knot and factor of each.
+
+        Hats are taken times 2 ``width``, so that they are plain sums. Width 0 stands for the inputs.
+        """
+        if width == 0:
+            pairs = [((lag - 1, knot, by / 2), (lag, knot, -by / 2)) for lag, knot, by in self.edges(0)]
+            return [term for pair in pairs for term in pair]
+        terms = []
+        for lag, knot, by in self.edges(width):
+            terms += [(lag - width, knot, by / (4 * width)), (lag + width, knot, -by / (4 * width))]
+        for k, (lag, r, count) in enumerate(self.scales):
+            if r == width:
+                first = lag + r // 2
+                terms += [(first + j * r, k * self.per_scale + j, 0.5 / r) for j in range(count)]
+        return terms
 
 
 class Scales(NamedTuple):
-    """Scales of a kernel, in the order of their lags, and the taps that follow the last knot."""
+    """Scales of a kernel, and the taps that follow the last knot."""
 
-    lags: list[int]
-    """First lag of each scale."""
-    stretches: list[int]
-    """Distance of the knots of each scale, r, an even number."""
-    knots: list[Tensor]
-    """Values at the knots of each scale, (d, E); fewer than d in a last scale that is cut off."""
-    per_scale: int
-    """Number of knots of a scale that is not cut off, d."""
+    shape: Shape
+    """Lags of the scales."""
+    knots: Tensor
+    """Values at the knots of all scales, in the order of their lags, (K, E)."""
     tail: Tensor
     """Further taps, (Q, E), added to those of the scales."""
-    tail_lag: int
-    """Lag of the first tap of ``tail``."""
-    first: int
-    """First lag of the first scale, which is also the number of outputs that are computed at a time, P."""
-    length: int
-    """Length of the kernel in lags."""
 
     @classmethod
     def of(cls, knots: Tensor, cut: Tensor, tail: Tensor, first: int) -> Scales:
@@ -59,105 +117,117 @@ class Scales(NamedTuple):
             tail: Taps that follow, (Q, E): from half a knot's distance before the last knot of ``cut``.
             first: First lag of the first scale.
         """
-        d = max(1, knots.shape[1])
-        values = [*knots, *([cut] if len(cut) else [])]
-        lags = [first << k for k in range(len(values))]
-        end = first << len(knots)
-        tail_lag = end + end // d // 2 + (len(cut) - 1) * (end // d) if len(cut) else end
-        return cls(lags, [lag // d for lag in lags], values, d, tail, tail_lag, first, tail_lag + len(tail))
+        shape = Shape(first, max(1, knots.shape[1]), len(knots), len(cut))
+        return cls(shape, torch.cat((knots.flatten(0, 1), cut)), tail)
+
+    @property
+    def length(self) -> int:
+        """Length of the kernel in lags."""
+        return self.shape.tail_lag + len(self.tail)
 
     def channels_of(self, part: slice) -> Scales:
         """Return the scales of a slice of the channels."""
-        return self._replace(knots=[values[:, part] for values in self.knots], tail=self.tail[:, part])
-
-    def edges(self, width: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the ends of scales as lag b and factor (E,) of D_h(b), for all D_h with h >= 2 ``width``."""
-        ends = [lag + self.per_scale * r for lag, r in zip(self.lags, self.stretches, strict=True)]
-        parts: dict[int, Tensor] = {}
-        for lag, end, r, values in zip(self.lags, ends, self.stretches, self.knots, strict=True):
-            if r >= 4 * width:
-                parts[lag] = parts[lag] - values[0] / 2 if lag in parts else -values[0] / 2
-                if len(values) == self.per_scale:
-                    parts[end] = values[-1] / 2
-        yield from parts.items()
-
-    def rows(self, stretch: int) -> int:
-        """Return how far after the last input hats of a width are needed, negative if only before it."""
-        return 2 * stretch - max(0, self.per_scale * stretch - self.first)
+        return Scales(self.shape, self.knots[:, part], self.tail[:, part])
 
 
-def far_outputs(scales: Scales, past: Tensor) -> Tensor:
-    """Return what inputs contribute at the lags of ``scales`` to the outputs of the P tokens after them.
+def far_outputs(scales: Scales, past: Tensor, count: int, gap: int = 0) -> Tensor:
+    """Return what inputs contribute at the lags of ``scales`` to the outputs of some tokens after them.
 
     Args:
         scales: Scales and taps from lag P on.
-        past: Inputs (B, N, E), oldest first, N = ``scales.length`` - 1.
+        past: Inputs (B, N, E), oldest first, N + ``gap`` >= ``scales.length`` - 1.
+        count: Number of outputs, C.
+        gap: Number of tokens between the last input and the first output; ``gap`` + C is at most P.
 
     Returns:
-        Contributions (B, P, E).
+        Contributions (B, C, E).
     """
     batch, stored, channels = past.shape
     if len(scales.tail):
         reach = len(scales.tail) - 1
-        y = convolve(past[:, : reach + scales.first], scales.tail.T)[:, reach:].contiguous()
+        first = stored + gap + 1 - scales.length
+        y = convolve(past[:, first : first + reach + count], scales.tail.T)[:, reach:].contiguous()
     else:
-        y = past.new_zeros(batch, scales.first, channels)
-    if not scales.knots:
+        y = past.new_zeros(batch, count, channels)
+    if not len(scales.knots):
         return y
     width = channels
     if past.device.type == "cpu":
-        width = max(16, _TILE_BYTES // (batch * stored * past.element_size()))
+        width = max(_LEAST_CHANNELS, _TILE_BYTES // (batch * stored * past.element_size()))
     if width >= channels:
-        return y + _hat_outputs(scales, past)
+        return y + _hat_outputs(scales, past, count, gap)
     tiles = [slice(start, start + width) for start in range(0, channels, width)]
-    return y + torch.cat([_hat_outputs(scales.channels_of(i), past[..., i]) for i in tiles], dim=2)
+    return y + torch.cat(
+        [_hat_outputs(scales.channels_of(i), past[..., i], count, gap) for i in tiles], dim=2
+    )
 
 
-def _hat_outputs(scales: Scales, past: Tensor) -> Tensor:
-    """Return the contributions of hats and sawteeth, (B, P, E)."""
-    stored, count, largest = past.shape[1], scales.first, scales.stretches[-1]
+def _hat_outputs(scales: Scales, past: Tensor, count: int, gap: int) -> Tensor:
+    """Return the contributions of hats and sawteeth, (B, C, E)."""
+    batch, stored, channels = past.shape
+    plan = _plan(scales.shape, stored, count, gap, past.device)
+    factors = scales.knots.index_select(0, plan.knots) * plan.factors.to(past.dtype)
     # Inputs outside of ``past`` are zero. Hats and sawteeth cancel there.
-    before, after = 2 * largest, max(scales.rows(r) for r in _widths(largest)) + largest
-    x = torch.nn.functional.pad(past, (0, 0, before, after))
-    y = past.new_zeros(past.shape[0], count, past.shape[2])
-    origin = stored + before
-    """Index of the hat at lag 0 of the first output."""
-
-    for lag, factor in scales.edges(0):
-        y.addcmul_(_at(x, origin - lag + 1, count) - _at(x, origin - lag, count), factor / 2)
-    # Hats times 2 r, so that they are plain sums.
-    hats = x[:, 1:] + x[:, :-1]
-    for r in _widths(largest):
-        if r > 1:
-            half = r // 2
-            hats = hats[:, : origin + count + scales.rows(r) + half]
+    x = torch.nn.functional.pad(past, (0, 0, plan.before, plan.after))
+    y = past.new_zeros(batch, count, channels)
+    hats = x
+    for width, end, rows, begin in plan.parts:
+        if width == 1:
+            hats = x[:, 1:] + x[:, :-1]
+        elif width:
+            half = width // 2
+            hats = hats[:, :end]
             hats = hats[:, half:] + hats[:, :-half]
             hats = hats[:, half:] + hats[:, :-half]
-            origin -= half
-        for lag, factor in scales.edges(r):
-            rise, fall = (_at(hats, origin - lag + shift, count) for shift in (r, -r))
-            y.addcmul_(rise - fall, factor / (4 * r))
-        for lag, stretch, values in zip(scales.lags, scales.stretches, scales.knots, strict=True):
-            if stretch == r:
-                for j, value in enumerate(values):
-                    y.addcmul_(_at(hats, origin - lag - r // 2 - j * r, count), value / (2 * r))
+        if len(rows):
+            terms = hats.index_select(1, rows).view(batch, -1, count, channels)
+            y += (terms * factors[begin : begin + terms.shape[1], None]).sum(1)
     return y
 
 
-def _at(rows: Tensor, first: int, count: int) -> Tensor:
-    return rows[:, first : first + count]
+class _Plan(NamedTuple):
+    """Summands of outputs, which are the same for all kernels of a shape."""
+
+    before: int
+    """Zeros before the inputs."""
+    after: int
+    """Zeros after the inputs."""
+    knots: Tensor
+    """Knot of each summand of an output, (J,)."""
+    factors: Tensor
+    """Factor of each summand, (J, 1)."""
+    parts: list[tuple[int, int, Tensor, int]]
+    """For each width of hats, and 0 for the inputs: width, end of the narrower hats that it is computed from,
+    rows of the hats that are summands of the outputs, (J' C), and the number of summands before these."""
+
+
+@lru_cache(maxsize=64)
+def _plan(shape: Shape, stored: int, count: int, gap: int, device: torch.device) -> _Plan:
+    widths = shape.widths
+    before = 2 * widths[-1]
+    after = max(shape.rows(width) for width in widths) + widths[-1]
+    # Index of the hat at lag 0 of the first output.
+    origin = stored + gap + before
+    summands: list[tuple[int, int, float]] = []
+    parts = []
+    with torch.inference_mode(False):
+        outputs = torch.arange(count, device=device)
+        for width in (0, *widths):
+            half = width // 2
+            end = origin + count + shape.rows(width) + half
+            origin -= half
+            terms = shape.summands(width)
+            first = torch.tensor([origin - lag for lag, _, _ in terms], dtype=torch.long, device=device)
+            parts.append((width, end, (first[:, None] + outputs).flatten(), len(summands)))
+            summands += terms
+        knots = torch.tensor([knot for _, knot, _ in summands], device=device)
+        factors = torch.tensor([[by] for _, _, by in summands], dtype=torch.float64, device=device)
+    return _Plan(before, after, knots, factors, parts)
 
 
 def far_cost(scales: Scales, count: int) -> int:
     """Return the multiply-adds of :func:`far_outputs` per channel; an addition counts as one."""
-    if not scales.knots:
-        return count * len(scales.tail)
-    widths = _widths(scales.stretches[-1])
-    additions = sum(2 * (scales.length + scales.rows(r)) for r in widths)
-    ends = sum(2 * sum(1 for _ in scales.edges(r)) for r in (0, *widths))
-    return additions + count * (ends + sum(map(len, scales.knots)) + len(scales.tail))
-
-
-def _widths(largest: int) -> list[int]:
-    """Return 1, 2, 4, ..., ``largest``."""
-    return [1 << i for i in range(largest.bit_length())]
+    shape = scales.shape
+    additions = sum(2 * (scales.length + shape.rows(width)) for width in shape.widths)
+    summands = sum(len(shape.summands(width)) for width in (0, *shape.widths)) if shape.widths else 0
+    return additions + count * (summands + len(scales.tail))

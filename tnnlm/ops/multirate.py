@@ -2,9 +2,10 @@
 
 From lag P = d r on, the kernel consists of scales with d knots each, in which it is linear between knots that
 are r, 2 r, 4 r, ... lags apart. The P latest inputs are multiplied by their taps. What earlier inputs
-contribute at lags from P on is computed for P outputs at a time, by :mod:`tnnlm.ops.hats`, once every P
-tokens. All sums are finite sums of stored inputs, and no sum is carried from token to token, so rounding
-errors don't grow. Dimensions: B batch, L length, E channels, P latest inputs, N stored inputs, S scales.
+contribute at lags from P on is computed for the outputs of T = P / 2 tokens at a time, by
+:mod:`tnnlm.ops.hats`. It depends on inputs T tokens before them at the latest, so that each of these T tokens
+computes it for some channels. All sums are finite sums of stored inputs, and no sum is carried from token to
+token, so rounding errors don't grow. Dimensions: B batch, L length, E channels, P latest inputs, S scales.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tnnlm.ops.hats import Scales, far_cost, far_outputs
 from tnnlm.ops.ssm_blocks import convolve
+from tnnlm.ops.turns import MultirateState, as_pages, rows_from
 from tnnlm.precision import working_dtype
 
 MAX_LENGTH = 1 << 24
@@ -23,23 +25,10 @@ MAX_LENGTH = 1 << 24
 _BALANCE = 8
 """P is about the square root of this times the length. A step takes P multiplications, and about this many
 additions for each lag of the kernel are distributed over P tokens."""
-
-
-class MultirateState(NamedTuple):
-    """Decoding state of one convolution, which has a fixed size and is never modified in place.
-
-    The tokens of a sequence are divided into turns of P tokens.
-    """
-
-    recent: Tensor
-    """Last P inputs, newest first, (B, P, E)."""
-    past: Tensor
-    """Inputs before the current turn, oldest first, (B, N, E)."""
-    ahead: Tensor
-    """Contributions of ``past`` at lags from P on to the outputs of the current turn, (B, P, E)."""
-    turn: Tensor
-    """Number of processed tokens of the current turn, from 0 to P - 1, (B,). It has the dtype of the other
-    tensors, which represents it exactly, so that all tensors of a state have one dtype."""
+_CACHE_LINE = 16
+"""Number of float32 channels of a cache line, which a CPU reads at once."""
+_LEAST_INPUTS = 1 << 15
+"""Work on fewer inputs at a time, over lags and channels, takes no less time on a CPU."""
 
 
 class MultirateParams(NamedTuple):
@@ -79,13 +68,14 @@ class MultirateParams(NamedTuple):
     def init_state(self, batch_size: int) -> MultirateState:
         """Return the state before the first token: zeros, in the taps' dtype and on their device."""
         latest, channels = self.near.shape
-        stored = self.length() - 1 if self._has_far() else 0
+        turn = self._turn()
         new = self.near.new_zeros
         return MultirateState(
             new(batch_size, latest, channels),
-            new(batch_size, stored, channels),
-            new(batch_size, latest if stored else 0, channels),
-            new(batch_size),
+            tuple(new(batch_size, turn, channels) for _ in range(self._pages())),
+            new(batch_size, turn, channels),
+            new(batch_size, turn, channels),
+            new(batch_size, 3),
         )
 
     def step(
@@ -96,33 +86,60 @@ class MultirateParams(NamedTuple):
         Rows where ``active`` (B,) is False keep their state.
         """
         y, after = self.step_within_turn(x, state, active)
-        if not self._has_far():
-            return y, after
-        past, ahead = self._begin_turn(after.turn < state.turn, after)
-        return y, after._replace(past=past, ahead=ahead)
+        return y, self.work_ahead(after)
 
     def step_within_turn(
         self, x: Tensor, state: MultirateState, active: Tensor | None = None
     ) -> tuple[Tensor, MultirateState]:
-        """Process one token as :meth:`step` does, without a change of ``past`` and ``ahead``.
+        """Process one token as :meth:`step` does, without branches.
 
-        The result equals that of :meth:`step` for all rows except those that :meth:`ends_turn` says end their
-        turn.
+        :meth:`work_ahead` must be applied to the state before the next token.
         """
         u = x.to(state.recent.dtype)
         recent = torch.cat((u.unsqueeze(1), state.recent[:, :-1]), dim=1)
         y = (recent * self.near).sum(1)
-        if self._has_far():
-            y = y + _rows(state.ahead, state.turn.long(), 1).squeeze(1)
-        turn = (state.turn + 1) % len(self.near)
+        clock = state.clock
+        if self._turn():
+            y = y + rows_from(state.ahead, clock[:, 0].long(), 1).squeeze(1)
+            clock = torch.cat((clock[:, :1] + 1, clock[:, 1:]), dim=1)
         if active is not None:
             recent = torch.where(active[:, None, None], recent, state.recent)
-            turn = torch.where(active, turn, state.turn)
-        return y.to(x.dtype), state._replace(recent=recent, turn=turn)
+            clock = torch.where(active[:, None], clock, state.clock)
+        return y.to(x.dtype), state._replace(recent=recent, clock=clock)
 
-    def ends_turn(self, state: MultirateState) -> bool:
-        """Return whether the next token ends the turn of any row; it reads ``turn`` from the device."""
-        return self._has_far() and bool((state.turn == len(self.near) - 1).any())
+    def work_ahead(self, state: MultirateState) -> MultirateState:
+        """Return the state after the work for the next turn that is due; the turn begins if the other ended.
+
+        It reads three numbers per row from the device of the state.
+        """
+        turn, channels = self._turn(), self.near.shape[1]
+        if not turn:
+            return state
+        # On a GPU the work takes little time and many launches, so that it is done at the end of the turn.
+        share = self._share() if state.clock.device.type == "cpu" else 0
+        due: dict[tuple[int, int, int], list[int]] = {}
+        ended: dict[int, list[int]] = {}
+        for row, (done, ready, oldest) in enumerate(state.clock.long().tolist()):
+            end = channels if done == turn else min(channels, share * done)
+            if ready < end:
+                due.setdefault((ready, end, oldest), []).append(row)
+            if done == turn:
+                ended.setdefault(oldest, []).append(row)
+        if due:
+            state = self._extend(state, due)
+        return state.next_turn(ended) if ended else state
+
+    def _extend(self, state: MultirateState, due: dict[tuple[int, int, int], list[int]]) -> MultirateState:
+        """Compute ``coming`` for the rows by first channel, end of the channels, and oldest page."""
+        coming, clock, turn = state.coming.clone(), state.clock.clone(), self._turn()
+        for (first, end, oldest), rows in due.items():
+            part = slice(first, end)
+            pages = (*state.pages[oldest:], *state.pages[:oldest])
+            chosen = slice(None) if len(rows) == len(clock) else rows
+            past = torch.cat([page[chosen, :, part] for page in pages], dim=1)
+            coming[chosen, :, part] = far_outputs(self.channels_of(part)._scales(), past, turn, turn)
+            clock[chosen, 1] = end
+        return state._replace(coming=coming, clock=clock)
 
     def prefill(
         self, x: Tensor, state: MultirateState, lengths: Tensor | None = None
@@ -132,23 +149,32 @@ class MultirateParams(NamedTuple):
         Arguments and return values are those of :meth:`tnnlm.ops.ssm.SSMParams.prefill`.
         """
         u = x.to(state.recent.dtype)
-        latest, stored = len(self.near), state.past.shape[1]
-        # The inputs before x: the last P, preceded by those of ``past`` that are older.
-        done = state.turn.long()
-        older = _rows(state.past, done, max(stored - latest, 0))
-        inputs = torch.cat((older, state.recent.flip(1), u), dim=1)
+        latest, turn = len(self.near), self._turn()
+        done = state.clock[:, 0].long()
+        # The inputs before x: the last P, preceded by those of earlier turns that are older.
+        past = state.in_order() if turn else u[:, :0]
+        stored = past.shape[1]
+        inputs = torch.cat((rows_from(past, done, max(stored - latest, 0)), state.recent.flip(1), u), dim=1)
         before = inputs.shape[1] - u.shape[1]
-        y = convolve(inputs, self.taps(self.length()).to(u.dtype))[:, before:]
+        y = convolve(inputs, self.taps(self.length()).to(u.dtype))[:, before:].to(x.dtype)
         counts = torch.full_like(done, u.shape[1]) if lengths is None else lengths.to(done)
-        turn = (done + counts) % latest
-        recent = _rows(inputs, before + counts - latest, latest).flip(1)
-        past, ahead = state.past, state.ahead
-        if stored:
-            begun = done + counts >= latest
-            moved = _rows(inputs, (counts - turn).clamp(min=0), stored)
-            past = torch.where(begun[:, None, None], moved, past)
-            ahead = torch.where(begun[:, None, None], far_outputs(self._scales(), past), ahead)
-        return y.to(x.dtype), MultirateState(recent, past, ahead, turn.to(u.dtype))
+        recent = rows_from(inputs, before + counts - latest, latest).flip(1)
+        if not turn:
+            return y, state._replace(recent=recent)
+        done, ready, oldest = (done + counts) % turn, *state.clock[:, 1:].long().unbind(1)
+        begun = (state.clock[:, 0].long() + counts) // turn
+        new = (begun > 0)[:, None, None]
+        pages, ahead = state.pages, state.ahead
+        if bool(new.any()):
+            past = torch.where(new, rows_from(inputs, (counts - done).clamp(min=0), stored), past)
+            oldest = (oldest + begun) % len(pages)
+            pages = as_pages(past, oldest, turn)
+            ahead = torch.where(
+                new, far_outputs(self._scales(), past[:, stored + 1 - self.length() :], turn), ahead
+            )
+        coming = torch.where(new, 0, state.coming)
+        clock = torch.stack((done, torch.where(begun > 0, 0, ready), oldest), dim=1).to(u.dtype)
+        return y, self.work_ahead(MultirateState(recent, pages, ahead, coming, clock))
 
     def taps(self, length: int) -> Tensor:
         """Return the effective taps, which are zero from the length of the kernel on, in float64.
@@ -156,10 +182,12 @@ class MultirateParams(NamedTuple):
         They have shape (E, ``length``).
         """
         scales = self._scales()
+        shape = scales.shape
         k = self.near.new_zeros(scales.length, self.near.shape[1], dtype=torch.float64)
         k[: len(self.near)] = self.near
-        for lag, stretch, values in zip(scales.lags, scales.stretches, scales.knots, strict=True):
-            falls = len(values) < scales.per_scale
+        counts = [count for _, _, count in shape.scales]
+        for (lag, stretch, count), values in zip(shape.scales, scales.knots.split(counts), strict=True):
+            falls = count < shape.per_scale
             if falls:  # to a value of zero at the next knot
                 values = nn.functional.pad(values, (0, 0, 0, 1))
             width = len(values) * stretch - (stretch // 2 if falls else 0)
@@ -167,7 +195,7 @@ class MultirateParams(NamedTuple):
                 values.double().T[None], size=len(values) * stretch, mode="linear"
             )[0].T[:width]
             k[lag : lag + width] += line[: scales.length - lag]
-        k[scales.tail_lag :] += self.tail
+        k[shape.tail_lag :] += self.tail
         return nn.functional.pad(k[:length].T, (0, max(0, length - scales.length)))
 
     def difference(self, k: Tensor) -> Tensor:
@@ -177,12 +205,12 @@ class MultirateParams(NamedTuple):
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one step, the mean over the tokens of a turn."""
         latest, channels = self.near.shape
-        far = far_cost(self._scales(), latest) if self._has_far() else 0
-        return channels * (latest + -(-far // latest))
+        turn = self._turn()
+        return channels * (latest + (-(-far_cost(self._scales(), turn) // turn) if turn else 0))
 
     def order(self) -> int:
         """Return the state size in real numbers per channel."""
-        return sum(part.shape[1] for part in self.init_state(1)[:3])
+        return len(self.near) + (self._pages() + 2) * self._turn()
 
     def length(self) -> int:
         """Return the length of the kernel in lags; later taps are zero."""
@@ -206,32 +234,34 @@ class MultirateParams(NamedTuple):
     def _scales(self) -> Scales:
         return Scales.of(self.knots, self.cut, self.tail, len(self.near))
 
-    def _begin_turn(self, ended: Tensor, state: MultirateState) -> tuple[Tensor, Tensor]:
-        """Return ``past`` and ``ahead`` for the next turn in the rows where ``ended`` (B,) is True."""
-        recent, past, ahead, _ = state
-        rows = ended.nonzero().squeeze(1)
-        if not len(rows):
-            return past, ahead
-        if len(rows) < len(ended):
-            recent, past = recent[rows], past[rows]
-        past = torch.cat((past, recent.flip(1)), dim=1)[:, -past.shape[1] :]
-        ahead = far_outputs(self._scales(), past)
-        if len(rows) < len(ended):
-            return state.past.index_copy(0, rows, past), state.ahead.index_copy(0, rows, ahead)
-        return past, ahead
+    def _turn(self) -> int:
+        """Return the number of tokens of a turn, T; 0 if the kernel reaches the latest inputs only."""
+        return len(self.near) // 2 if self._has_far() else 0
+
+    def _share(self) -> int:
+        """Return the number of channels that each token of a turn does the work ahead for on a CPU."""
+        turn = self._turn()
+        fewest = max(-(-self.near.shape[1] // turn), _LEAST_INPUTS // (self._pages() * turn))
+        return -(-fewest // _CACHE_LINE) * _CACHE_LINE
+
+    def _pages(self) -> int:
+        turn = self._turn()
+        return -(-(self.length() - 1) // turn) if turn else 0
 
 
 class MultirateWithinTurn(MultirateParams):
-    """Recurrence whose steps don't begin a turn, for programs without branches."""
+    """Recurrence whose steps do no work ahead, for programs without branches."""
 
     __slots__ = ()
-    CHANGED = ("recent", "turn")
+    READ = ("recent", "ahead", "clock")
+    """Fields of the state that a step reads."""
+    CHANGED = ("recent", "clock")
     """Fields of the state that a step changes."""
 
     def step(
         self, x: Tensor, state: MultirateState, active: Tensor | None = None
     ) -> tuple[Tensor, MultirateState]:
-        """Process one token that doesn't end a turn; see :meth:`MultirateParams.step_within_turn`."""
+        """Process one token; see :meth:`MultirateParams.step_within_turn`."""
         return self.step_within_turn(x, state, active)
 
 
@@ -268,9 +298,3 @@ def multirate(knots: Tensor, near: Tensor, length: int) -> MultirateParams:
             tail[:stretch] -= fall[:, None] * cut[-1]
     far = torch.stack(complete) if complete else knots[:0]
     return MultirateParams(near[:, :latest].T.contiguous(), far, cut.contiguous(), tail)
-
-
-def _rows(x: Tensor, first: Tensor, count: int) -> Tensor:
-    """Return ``count`` consecutive rows of x (B, L, E) from row ``first`` (B,) on, (B, count, E)."""
-    index = first[:, None] + torch.arange(count, device=x.device)
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

@@ -6,15 +6,16 @@ NamedTuple. Modules, conversion and checkpoints use recurrences through this pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from tnnlm.ops.companion import CompanionParams, CompanionState
-from tnnlm.ops.multirate import MultirateParams, MultirateState, MultirateWithinTurn
+from tnnlm.ops.multirate import MultirateParams, MultirateWithinTurn
 from tnnlm.ops.ssm import SSMParams, SSMState
+from tnnlm.ops.turns import MultirateState
 
 _State = TypeVar("_State")
 
@@ -85,24 +86,47 @@ _RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultiratePara
 )
 
 
+def named_tensors(state: State) -> dict[str, Tensor]:
+    """Return the tensors of a state by name, in order; those of a tuple have the names ``field.0``, ..."""
+    named: dict[str, Tensor] = {}
+    for name, part in state._asdict().items():
+        tensors = {name: part} if isinstance(part, Tensor) else {f"{name}.{i}": t for i, t in enumerate(part)}
+        named.update(tensors)
+    return named
+
+
+def with_tensors(state: _State, tensors: Iterable[Tensor]) -> _State:
+    """Return a state of the structure of ``state`` with other tensors, in the order of that state."""
+    given = iter(tensors)
+    fields: Any = state
+    parts = (next(given) if isinstance(part, Tensor) else tuple(next(given) for _ in part) for part in fields)
+    made: _State = type(state)(*parts)
+    return made
+
+
 def state_bytes(params: Params) -> int:
     """Return the size of the state in bytes per sequence."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in params.init_state(1))
+    return sum(part.numel() * part.element_size() for part in named_tensors(params.init_state(1)).values())
 
 
-def ends_turn(layers: Sequence[Params], states: Sequence[Any]) -> bool:
-    """Return whether the next step does work in any layer that is due once in several tokens.
+def work_ahead(layers: Sequence[Params], states: Sequence[State]) -> tuple[State, ...]:
+    """Return the states after a step :func:`within_turn`, with the work for later tokens that is due.
 
-    It reads a number from the device of the states for each layer that has such work.
+    It reads a few numbers from the device of the states for each layer that has such work.
     """
     pairs = zip(layers, states, strict=True)
-    return any(isinstance(params, MultirateParams) and params.ends_turn(state) for params, state in pairs)
+    return tuple(
+        params.work_ahead(state)
+        if isinstance(params, MultirateParams) and isinstance(state, MultirateState)
+        else state
+        for params, state in pairs
+    )
 
 
 def within_turn(params: Params) -> Params:
-    """Return the recurrence without the work that is due once in several tokens.
+    """Return the recurrence without the work for later tokens.
 
-    Its steps equal those of ``params`` unless :func:`ends_turn`, and have no branches.
+    Its steps have no branches, and :func:`work_ahead` must be applied after each.
     """
     return MultirateWithinTurn(*params) if isinstance(params, MultirateParams) else params
 
@@ -116,9 +140,35 @@ def without_branches(params: Params) -> Params:
     return SSMParams(k, empty, empty.expand(len(k), 2, 0).contiguous()).to_dtype(params.near.dtype)
 
 
-def changed_parts(kind: type[State]) -> tuple[str, ...]:
-    """Return the fields of a state that a step :func:`within_turn` changes."""
-    return MultirateWithinTurn.CHANGED if issubclass(kind, MultirateState) else kind._fields
+def read_parts(state: State) -> list[Tensor]:
+    """Return the parts of a state that a step :func:`within_turn` reads."""
+    if isinstance(state, MultirateState):
+        return [getattr(state, name) for name in MultirateWithinTurn.READ]
+    return [*state]
+
+
+def with_read_parts(state: _State, parts: Iterator[Tensor]) -> _State:
+    """Return a state with the next of ``parts`` as those that a step :func:`within_turn` reads."""
+    return _with(state, MultirateWithinTurn.READ, parts)
+
+
+def changed_parts(state: State) -> list[Tensor]:
+    """Return the parts of a state that a step :func:`within_turn` changes."""
+    if isinstance(state, MultirateState):
+        return [getattr(state, name) for name in MultirateWithinTurn.CHANGED]
+    return [*state]
+
+
+def with_changed_parts(state: _State, parts: Iterator[Tensor]) -> _State:
+    """Return a state with the next of ``parts`` as those that a step :func:`within_turn` changes."""
+    return _with(state, MultirateWithinTurn.CHANGED, parts)
+
+
+def _with(state: _State, of_multirate: tuple[str, ...], parts: Iterator[Tensor]) -> _State:
+    changed: Any = state
+    names = of_multirate if isinstance(state, MultirateState) else changed._fields
+    made: _State = changed._replace(**{name: next(parts) for name in names})
+    return made
 
 
 def to_device(params: Params, device: torch.device | str) -> Params:

@@ -11,6 +11,7 @@ from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
 from tnnlm.inference.export import export_onnx
 from tnnlm.models.causal_lm import ModelState
+from tnnlm.ops.recurrence import named_tensors, with_tensors
 
 
 class OnnxModel:
@@ -36,12 +37,18 @@ class OnnxModel:
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Run :meth:`tnnlm.models.causal_lm.CausalLM.step` in onnxruntime, on the memory of the tensors."""
-        given = [tokens, *(part for layer in state.layers for part in layer if part.numel())]
+        given = [tokens, *(part for part in state.tensors if part.numel())]
         feeds = {name: part.numpy() for name, part in zip(self._names, given, strict=True)}
         outputs = iter(self._session.run(None, feeds))
         logits = torch.from_numpy(next(outputs))
         layers = [
-            type(layer)(*(torch.from_numpy(next(outputs)) if part.numel() else part for part in layer))
+            with_tensors(
+                layer,
+                (
+                    torch.from_numpy(next(outputs)) if part.numel() else part
+                    for part in named_tensors(layer).values()
+                ),
+            )
             for layer in state.layers
         ]
         return logits, ModelState(tuple(layers))

@@ -15,6 +15,7 @@ from experiments.timing import clock_mean, interleaved, medians, peak_allocated
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
+from tnnlm.ops.recurrence import named_tensors, with_tensors
 
 FORMS = ("recompute", "cached history", "etsc, n = length", "etsc, n = horizon", "balanced")
 VOCABULARY = 256
@@ -72,8 +73,10 @@ def _stepper(name: str, model: CausalLM, tokens: Tensor) -> Callable[[], Any]:
     if name == "recompute":
         return lambda: model(tokens)
     # The time does not depend on the state; noise avoids denormal numbers.
-    layers = (type(part)(*map(torch.randn_like, part)) for part in model.init_state(1).layers)
-    state = ModelState(tuple(layers))
+    layers = model.init_state(1).layers
+    state = ModelState(
+        tuple(with_tensors(layer, map(torch.randn_like, named_tensors(layer).values())) for layer in layers)
+    )
     return lambda: model.step(tokens[:, -1], state)
 
 
