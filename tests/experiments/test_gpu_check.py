@@ -29,7 +29,7 @@ from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import UserError, run_script
-from tnnlm.training.estimate import estimate_run
+from tnnlm.training.memory import estimate_memory
 
 ABOUT = ("python tools/gpu_check.py", "2026-11-28", "abc")
 PYTHON_PARTS = [part for part in PARTS if part.name != "tests"]
@@ -251,8 +251,8 @@ def test_shapes_are_those_of_the_configurations(name: str) -> None:
     assert FILES[name].batch_size == config.data.batch_size
     words = ["devices=1", "strategy=auto", "precision=bf16-mixed", "accelerator=cpu"]
     one = load_config(find_config(name), [f"trainer.{word}" for word in words])
-    found = estimate_run(FILES[name].config("cpu", "bf16-mixed"))
-    assert found.memory_bytes == estimate_run(one).memory_bytes
+    found = estimate_memory(FILES[name].config("cpu", "bf16-mixed"))
+    assert found.step == estimate_memory(one).step
 
 
 def test_bytes_of_a_step_are_those_of_its_tensors() -> None:

@@ -13,8 +13,8 @@ from tests.support.training_runs import write_text
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
-from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.csv import read_metrics
+from tnnlm.training.memory import estimate_memory
 
 WORDS = (
     "data.max_val_tokens=544",
@@ -68,7 +68,7 @@ def test_a_shard_size_must_divide_the_devices_and_have_a_use(script: Any) -> Non
 def test_dry_run_counts_the_shard_of_a_group() -> None:
     def memory(*words: str) -> int:
         given = ["trainer.accelerator=cpu", "trainer.devices=8", "trainer.num_nodes=2", *words]
-        return estimate_run(load_config(None, given)).memory_bytes
+        return estimate_memory(load_config(None, given)).peak
 
     sixteen = memory("trainer.strategy=fsdp")
     node = memory("trainer.strategy=hsdp")

@@ -6,6 +6,8 @@ words, and as much for their gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ _MOST_ON_CPU = 1 << 22
 """Largest number on a CPU, where small chunks are faster than all logits at once, at any vocabulary."""
 _GAIN = 1024.0
 """Factor of probabilities in float16, so that small ones don't underflow; gradients are divided by it."""
+_assumed: list[str] = []
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -50,7 +53,17 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def most_logits(device: str) -> int:
     """Return the largest number of logits that are computed at once on a type of device."""
-    return _MOST_ON_CPU if device == "cpu" else MOST_ON_GPU
+    return _MOST_ON_CPU if (_assumed or [device])[-1] == "cpu" else MOST_ON_GPU
+
+
+@contextmanager
+def limit_of(device: str) -> Iterator[None]:
+    """Use the limit of a type of device on every device, to estimate the memory of another machine."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.pop()
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from gpu_checks.shapes import DEMO, LARGE, MEDIUM, SMALL
 from gpu_checks.training import least_traffic
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.flops import flops_per_token
+from tnnlm.training.memory import estimate_memory
 
 
 class Card(NamedTuple):
@@ -44,18 +45,19 @@ def _training() -> list[Texts]:
     rows = []
     for shape in (DEMO, SMALL, MEDIUM, LARGE):
         flops = flops_per_token(shape.model, shape.batch_size)
-        plan = estimate_run(shape.config("cuda", "bf16-mixed"))
+        config = shape.config("cuda", "bf16-mixed")
+        params, memory = estimate_run(config).params, estimate_memory(config)
         row = {
             "model": shape.name,
-            "parameters": f"{plan.params:,}",
+            "parameters": f"{params:,}",
             "GFLOP per token": f"{flops / 1e9:.3f}",
-            "estimated GiB": f"{plan.memory_bytes / 2**30:.1f}",
+            "estimated GiB": f"{memory.peak / 2**30:.1f}",
         }
         tokens = shape.batch_size * shape.model.max_length
         row["tokens/s, products alone"] = f"{CARDS[0].flops / flops:,.0f}"
         for card in CARDS:
             row[f"{card.name}: tokens/s, memory alone"] = (
-                f"{tokens * card.bandwidth / least_traffic(plan):,.0f}"
+                f"{tokens * card.bandwidth / least_traffic(memory, params):,.0f}"
             )
         rows.append(row)
     return rows

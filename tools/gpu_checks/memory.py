@@ -8,7 +8,7 @@ from gpu_checks.rows import Emit
 from gpu_checks.shapes import DEMO, MEDIUM, SMALL, Setting
 from gpu_checks.training import release, training_step
 from tnnlm.errors import one_line
-from tnnlm.training.estimate import estimate_run
+from tnnlm.training.memory import estimate_memory
 
 _STEPS = 3
 
@@ -23,12 +23,12 @@ def measure(setting: Setting, emit: Emit) -> None:
         (MEDIUM, "bf16-mixed", False),
     ):
         shape = setting.sized(given)
-        plan = estimate_run(shape.config(setting.device.type, precision, recompute))
+        memory = estimate_memory(shape.config(setting.device.type, precision, recompute))
         row = {
             "kind": "memory",
             "shape": shape.name,
             "variant": precision + (", recompute" if recompute else ""),
-            "estimated": plan.memory_bytes,
+            "estimated": memory.step,
             "measured": None,
         }
         release(setting.device)
