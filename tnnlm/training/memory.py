@@ -51,7 +51,7 @@ ASSUMED_MODES = 64
 WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
 product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
-_TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+_TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 """Dtypes of the weights in the precisions that don't keep them in float32."""
 _SAMPLED = 13
 """Channels of a kernel that are converted to find the size of its recurrence."""
