@@ -112,6 +112,7 @@ def test_memory_of_a_plan_is_that_of_a_dry_run(script: Any) -> None:
     table = memory_table("tnn_125m_fineweb", "data.batch_size=2").splitlines()
     assert table[0].startswith("`tnn_125m_fineweb`, `data.batch_size=2`: 125,758,464 parameters")
     words = ("data.batch_size=2", "trainer.strategy=fsdp", "trainer.devices=8", "trainer.num_nodes=8")
+    words += ("trainer.accelerator=cuda",)
     plan = json.loads(script("train", "--config", "tnn_125m_fineweb", "--dry-run", "--json", *words).out)
     row = next(line for line in table if line.startswith("| fsdp |"))
     assert row.split(" | ") == ["| fsdp", "-", row.split(" | ")[2], f"{plan['memory_bytes'] / 2**30:.1f} |"]

@@ -272,9 +272,10 @@ def test_shapes_are_those_of_the_configurations(name: str) -> None:
     config = load_config(find_config(name), [])
     assert FILES[name].model == config.model
     assert FILES[name].batch_size == config.data.batch_size
-    words = ["devices=1", "strategy=auto", "precision=bf16-mixed", "accelerator=cpu"]
+    words = ["devices=1", "strategy=auto", "precision=bf16-mixed", "accelerator=cpu", "accumulate=1"]
     one = load_config(find_config(name), [f"trainer.{word}" for word in words])
-    assert estimate_memory(FILES[name].config("cpu", "bf16-mixed")) == estimate_memory(one)
+    found = estimate_memory(FILES[name].config("cpu", "bf16-mixed"))
+    assert found.step == estimate_memory(one).step
 
 
 def test_bytes_of_a_step_are_those_of_its_tensors() -> None:

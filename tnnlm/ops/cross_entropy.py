@@ -26,6 +26,7 @@ _MOST_ON_CPU = 1 << 22
 _forced: list[str] = []
 _GAIN = 1024.0
 """Factor of probabilities in float16, so that small ones don't underflow; gradients are divided by it."""
+_assumed: list[str] = []
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -53,17 +54,17 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def most_logits(device: str) -> int:
     """Return the largest number of logits that are computed at once on a type of device."""
-    return _MOST_ON_CPU if (_forced or [device])[-1] == "cpu" else _MOST_ON_GPU
+    return _MOST_ON_CPU if (_assumed or [device])[-1] == "cpu" else MOST_ON_GPU
 
 
 @contextmanager
-def use_limit(device: str) -> Iterator[None]:
-    """Use the limit of one type of device on all devices, to count the memory of a device that is absent."""
-    _forced.append(device)
+def limit_of(device: str) -> Iterator[None]:
+    """Use the limit of a type of device on every device, to estimate the memory of another machine."""
+    _assumed.append(device)
     try:
         yield
     finally:
-        _forced.pop()
+        _assumed.pop()
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

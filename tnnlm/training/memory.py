@@ -3,14 +3,15 @@
 Both run the code of the training itself, so that no tensor has to be counted by hand. They take a model of
 one layer and a model of two, because each peak is an affine function of the number of layers if the parts of
 a backward pass (head, first block, last block, embedding) are measured separately. Fake tensors are on the
-CPU, so that an estimate is the same on every machine.
+CPU, because those of a GPU need a build of PyTorch for GPUs. Operators take the path of the device of the
+run all the same, see :func:`on_path_of`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.conv_backends import use_backend
-from tnnlm.ops.cross_entropy import use_limit
+from tnnlm.ops.cross_entropy import limit_of
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
 from tnnlm.ops.toeplitz import tile_width
@@ -50,6 +51,8 @@ ASSUMED_MODES = 64
 WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
 product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
+_TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+"""Dtypes of the weights in the precisions that don't keep them in float32."""
 _SAMPLED = 13
 """Channels of a kernel that are converted to find the size of its recurrence."""
 _CHOSEN_BY_WEIGHTS = ("auto", "balanced", "gradient")
@@ -154,19 +157,16 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     config = copy.deepcopy(config)
     config.model.n_layers = layers
     device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
-    stored, context = _precision(config)
-    backend = "tiles" if device == "cpu" else "windows"
-    with torch.device("meta"):
-        wanted = build_model(config).to(stored)
-    with counted(partial(_work, device)) as live, use_backend(backend), use_limit(device):
-        model: Any = build_model(config)
-        _store(model, wanted)
+    precision = resolve_precision(config)
+    with on_path_of(device), counted(partial(_work, device)) as live:
+        with _default_dtype(_TRUE_DTYPES.get(precision, torch.float32)):  # fake weights cannot be converted
+            model: Any = build_model(config)
         model.recompute = config.trainer.recompute
         optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)
         batch = _batch(config)
         state = live.now
-        _step(config, model, optimizer, partial(model.loss, batch), context, live)
+        _step(config, model, optimizer, partial(model.loss, batch), partial(_autocast, precision), live)
         _validate(config, model.eval(), batch, attached, live)
         del held
     live.peaks.pop("build")  # creating the moments by a step, which training does before it holds activations
@@ -258,32 +258,53 @@ def _batch(config: Config) -> Any:
     return LabelledBatch(tokens, lengths, torch.zeros(rows, dtype=torch.long))
 
 
-def _precision(config: Config) -> tuple[torch.dtype, Callable[[], AbstractContextManager[Any]]]:
-    """Return the dtype of the weights and the context of a forward pass, as Lightning has them."""
-    name = resolve_precision(config)
-    kind, _, mode = name.partition("-")
-    dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}[kind]
-    if mode == "mixed":
-        return torch.float32, partial(torch.autocast, "cpu", dtype=dtype)
-    return dtype, nullcontext
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-def _store(model: Backbone, wanted: Backbone) -> None:
-    """Store the weights of a model of fake tensors, on which ``to`` fails, in the dtypes of another model."""
-    for found, other in (
-        *zip(model.parameters(), wanted.parameters(), strict=True),
-        *zip(model.buffers(), wanted.buffers(), strict=True),
-    ):
-        if found.dtype != other.dtype:
-            found.data = found.data.to(other.dtype)
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    """Return the context of a forward pass, which Lightning's plugin for the precision enters, too.
+
+    Like Lightning, autocast keeps no casts of weights: every use makes a copy.
+    """
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    return torch.autocast("cpu", dtype, enabled=precision.endswith("-mixed"), cache_enabled=False)
+
+
+@contextmanager
+def on_path_of(device: str) -> Iterator[None]:
+    """Let operators on the CPU take the path of another device, where that changes what memory they need.
+
+    A GPU is assumed to have Triton, which comes with PyTorch, and not the optional cuDNN frontend.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(limit_of(device))
+        if device != "cpu":
+            stack.enter_context(use_backend("windows"))
+        yield
 
 
 def _work(device: str, operator: Any, args: tuple[Any, ...]) -> int:
     """Return the bytes that a convolution by FFT holds while it runs; 0 for other operators."""
     ops = torch.ops.tnnlm
-    place = {ops.circular_conv.default: 2, ops.circular_conv_backward.default: 3}.get(operator)
-    if place is None:
+    # The windows of row_conv are views of the inputs: they are not padded.
+    n_place, buffers = {
+        ops.circular_conv.default: (2, WORK_BUFFERS),
+        ops.circular_conv_backward.default: (3, WORK_BUFFERS),
+        ops.row_conv.default: (2, WORK_BUFFERS - 1),
+        ops.row_conv_backward.default: (4, WORK_BUFFERS),
+    }.get(operator, (0, 0))
+    if not buffers:
         return 0
-    (channels, batch, _), n, taps = args[0].shape, args[place], args[place - 1]
-    width = 8 if taps.dtype in (torch.float64, torch.complex128) else 4
-    return WORK_BUFFERS * tile_width(channels, batch, n, device) * batch * n * width
+    (channels, batch, _), n = args[0].shape, args[n_place]
+    width = 8 if args[1].dtype in (torch.float64, torch.complex128) else 4
+    return buffers * tile_width(channels, batch, n, device) * batch * n * width

@@ -46,17 +46,19 @@ def _training() -> list[Texts]:
     for shape in (DEMO, SMALL, MEDIUM, LARGE):
         flops = flops_per_token(shape.model, shape.batch_size)
         config = shape.config("cuda", "bf16-mixed")
-        plan, traffic = estimate_run(config), least_traffic(config, estimate_run(config).params)
+        params, memory = estimate_run(config).params, estimate_memory(config)
         row = {
             "model": shape.name,
-            "parameters": f"{plan.params:,}",
+            "parameters": f"{params:,}",
             "GFLOP per token": f"{flops / 1e9:.3f}",
-            "estimated GiB": f"{estimate_memory(config).peak / 2**30:.1f}",
+            "estimated GiB": f"{memory.peak / 2**30:.1f}",
         }
         tokens = shape.batch_size * shape.model.max_length
         row["tokens/s, products alone"] = f"{CARDS[0].flops / flops:,.0f}"
         for card in CARDS:
-            row[f"{card.name}: tokens/s, memory alone"] = f"{tokens * card.bandwidth / traffic:,.0f}"
+            row[f"{card.name}: tokens/s, memory alone"] = (
+                f"{tokens * card.bandwidth / least_traffic(memory, params):,.0f}"
+            )
         rows.append(row)
     return rows
 

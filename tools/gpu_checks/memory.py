@@ -23,12 +23,12 @@ def measure(setting: Setting, emit: Emit) -> None:
         (MEDIUM, "bf16-mixed", False),
     ):
         shape = setting.sized(given)
-        estimated = estimate_memory(shape.config(setting.device.type, precision, recompute))
+        memory = estimate_memory(shape.config(setting.device.type, precision, recompute))
         row = {
             "kind": "memory",
             "shape": shape.name,
             "variant": precision + (", recompute" if recompute else ""),
-            "estimated": estimated.step,
+            "estimated": memory.step,
             "measured": None,
         }
         release(setting.device)

@@ -29,7 +29,7 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
 from tnnlm.ops.toeplitz import fft_convolution, fft_length
 from tnnlm.training.flops import flops_per_token
-from tnnlm.training.memory import estimate_memory
+from tnnlm.training.memory import RunMemory, estimate_memory
 from tnnlm.training.optim import build_optimizer
 
 OURS, COMPILED, STANDARD = "tnnlm", "tnnlm, compiled", "tnnlm, standard FFT operators"
@@ -118,7 +118,7 @@ def _variants(shape: Shape, names: tuple[str, ...], setting: Setting, emit: Emit
 
 
 def _variant(shape: Shape, name: str, setting: Setting) -> Row:
-    config = shape.config(setting.device.type, "bf16-mixed")
+    memory = estimate_memory(shape.config(setting.device.type, "bf16-mixed"))
     model, step = training_step(shape, setting.device)
     if name == STANDARD:
         for block in model.layers:
@@ -127,14 +127,12 @@ def _variant(shape: Shape, name: str, setting: Setting) -> Row:
     if name == COMPILED:
         model.compile_blocks()
     flops = flops_per_token(shape.model, shape.batch_size)
-    with convolution_backends(setting.device).get(name, nullcontext)():
-        row = _measured(step, shape, name, model, flops, setting)
-    return row | {"bytes_per_second": least_traffic(config, model.n_params) / row["seconds_per_step"]}
+    row = _measured(step, shape, name, model, flops, setting)
+    return row | {"bytes_per_second": least_traffic(memory, model.n_params) / row["seconds_per_step"]}
 
 
-def least_traffic(config: Config, params: int) -> int:
+def least_traffic(memory: RunMemory, params: int) -> int:
     """Return bytes that a training step moves at least: saved activations out and in, and the optimizer's."""
-    memory = estimate_memory(config)
     return 2 * (memory.step - memory.state) + _OPTIMIZER_BYTES * params
 
 
