@@ -20,6 +20,7 @@ from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.training import memory
+from tnnlm.training.announce import attached_line
 from tnnlm.training.memory import attached_recurrences, estimate_memory, on_path_of
 from tnnlm.training.optim import build_optimizer
 

@@ -23,7 +23,6 @@ _MOST_ON_GPU = 1 << 26
 """Largest number of logits that are computed at once on a GPU, whose products need many rows."""
 _MOST_ON_CPU = 1 << 22
 """Largest number on a CPU, where small chunks are faster than all logits at once, at any vocabulary."""
-_forced: list[str] = []
 _GAIN = 1024.0
 """Factor of probabilities in float16, so that small ones don't underflow; gradients are divided by it."""
 _assumed: list[str] = []
@@ -54,7 +53,7 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def most_logits(device: str) -> int:
     """Return the largest number of logits that are computed at once on a type of device."""
-    return _MOST_ON_CPU if (_assumed or [device])[-1] == "cpu" else MOST_ON_GPU
+    return _MOST_ON_CPU if (_assumed or [device])[-1] == "cpu" else _MOST_ON_GPU
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -23,7 +23,7 @@ from experiments.timing import clock, random_tokens
 from gpu_checks.gpt2 import GPT2
 from gpu_checks.rows import Emit, Row
 from gpu_checks.shapes import DEMO, MEDIUM, Setting, Shape
-from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.config.schema import OptimConfig
 from tnnlm.errors import one_line
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
