@@ -10,9 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import UserError, run_script
+from tnnlm.ops import conv_backends
 from tnnlm.training.memory import estimate_memory
 
 ABOUT = ("python tools/gpu_check.py", "2026-11-28", "abc")
@@ -205,12 +204,9 @@ def test_a_stopped_run_keeps_what_it_has(number: int, tmp_path: Path) -> None:
 
 def test_every_convolution_that_a_gpu_can_run_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    module = ModuleType("tnnlm.ops.conv_backends")
-    module.__spec__ = ModuleSpec(module.__name__, None)
-    module.why_no_windows = lambda device: ""  # type: ignore[attr-defined]
-    module.why_no_cudnn = lambda device: "not installed"  # type: ignore[attr-defined]
-    module.use_backend = lambda name: nullcontext(used.append(name))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(conv_backends, "why_no_windows", lambda device: "")
+    monkeypatch.setattr(conv_backends, "why_no_cudnn", lambda device: "not installed")
+    monkeypatch.setattr(conv_backends, "use_backend", lambda name: nullcontext(used.append(name)))
     found = training.convolution_backends(torch.device("cuda"))
     assert list(found) == ["tnnlm, backend tiles", "tnnlm, backend windows"]
     assert training.convolution_backends(torch.device("cpu")) == {}

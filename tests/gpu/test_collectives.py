@@ -36,7 +36,7 @@ ON_HOST = ("tnnlm/training/callbacks/skip_steps.py", "lightning/pytorch/strategi
 finished already, and the vote of all ranks, which is over gloo there."""
 CALLBACK = "lightning/pytorch/trainer/call.py"
 """Place of what the callback of the test reads."""
-MOST = {"ddp": 5, "fsdp": 14}
+MOST = {"ddp": 5, "fsdp": 20}
 """Largest number of collectives per step: two of the vote, one of the loss that is checked, and those of the
 strategy. DDP reduces the gradients in one bucket and broadcasts buffers; FSDP2 gathers three units and two of
 them again, reduces three, and computes the norm of sharded gradients twice."""

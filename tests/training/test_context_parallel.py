@@ -154,7 +154,7 @@ def test_number_of_devices_must_be_a_multiple() -> None:
 
 
 def test_dry_run_counts_the_share_of_a_device() -> None:
-    words = ["trainer.accelerator=cpu", "trainer.devices=4"]
+    words = ["trainer.accelerator=cuda", "trainer.devices=4"]
     configs = [load_config(None, [*words, f"trainer.context_parallel={size}"]) for size in (1, 4)]
     whole, quarter = (estimate_memory(config) for config in configs)
     assert quarter.step - quarter.state == pytest.approx((whole.step - whole.state) / 4, rel=0.1)

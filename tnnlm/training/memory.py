@@ -126,7 +126,10 @@ def attached_recurrences(config: Config) -> Attached:
     """
     model, recipe = config.model, copy.copy(config.conversion)
     channels = model.expand * model.d_model
-    sample = min(channels, _SAMPLED)
+    # A multiple of the groups, because kernels may share parameters between equal groups of them.
+    groups = getattr(model.kernel, "denominators", None) or 1
+    sample = min(channels, max(_SAMPLED, groups))
+    sample += -sample % groups
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         kernel = build_kernel(model.kernel, sample, model.max_length)
     if recipe.horizon == "auto":

@@ -115,7 +115,7 @@ def main() -> int:
         )
     ]
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
     ).stdout.strip()
     record = {
         "command": "python -m benchmarks.bytes_moved",

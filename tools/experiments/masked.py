@@ -12,7 +12,7 @@ from functools import partial
 from statistics import fmean
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.frame import (
     Claim,
@@ -57,7 +57,7 @@ def _measure(cell: Record, data: Files) -> Record:
     torch.manual_seed(cell["seed"])
     model = build(cell["model"], config.model)
     name = f"{cell['model']}, {n_params(model):,} parameters"
-    trained = train_plain(name, model, config, rows.train, cell["seed"], MaskedLM.loss, resampled=True)
+    trained = train_plain(name, model, config, rows.train, cell["seed"], masked_loss, resampled=True)
     held_out = held_out_rows(rows, TEXTS.sizes(cell["size"])["tokens"])
     return {
         "params": n_params(model),
@@ -89,6 +89,12 @@ def model_settings(model: str, size: str, config: Config) -> Config:
     if model in _BERTS:
         match_parameters(partial(build, model), own.model, partial(build, "two-sided", config.model))
     return own
+
+
+def masked_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
+    """Return the mean cross-entropy in nats per predicted token, of a peer or of ``MaskedLM``."""
+    logits = model(batch.tokens, batch.positions)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
 
 
 def build(model: str, config: ModelConfig) -> Bert | MaskedLM:

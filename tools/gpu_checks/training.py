@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from tnnlm.config.schema import OptimConfig
 from tnnlm.errors import one_line
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
+from tnnlm.ops import conv_backends
 from tnnlm.ops.toeplitz import fft_convolution, fft_length
 from tnnlm.training.flops import flops_per_token
 from tnnlm.training.memory import RunMemory, estimate_memory
@@ -34,8 +33,6 @@ from tnnlm.training.optim import build_optimizer
 
 OURS, COMPILED, STANDARD = "tnnlm", "tnnlm, compiled", "tnnlm, standard FFT operators"
 """Names of the variants."""
-_BACKENDS = "tnnlm.ops.conv_backends"
-"""Module that selects one of several convolutions."""
 STEPS, TINY_STEPS = 100, 4
 """Timed steps, if there is time for them."""
 _GROUP, _WARM_UP = 10, 3
@@ -76,14 +73,13 @@ def gpt2(setting: Setting, emit: Emit) -> None:
 def convolution_backends(device: torch.device) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """Return contexts that select a convolution with gradients, by variant, as far as a GPU can run it.
 
-    The result is empty on a CPU, and in versions of the package with one convolution.
+    The result is empty on a CPU.
     """
-    if device.type != "cuda" or find_spec(_BACKENDS) is None:
+    if device.type != "cuda":
         return {}
-    backends = import_module(_BACKENDS)
-    missing = {"windows": backends.why_no_windows, "cudnn": backends.why_no_cudnn}
+    missing = {"windows": conv_backends.why_no_windows, "cudnn": conv_backends.why_no_cudnn}
     names = ["tiles", *(name for name, why in missing.items() if not why(device))]
-    return {f"tnnlm, backend {name}": partial(backends.use_backend, name) for name in names}
+    return {f"tnnlm, backend {name}": partial(conv_backends.use_backend, name) for name in names}
 
 
 def training_step(shape: Shape, device: torch.device, precision: str = "bf16-mixed") -> tuple[CausalLM, Step]:
