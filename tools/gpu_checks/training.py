@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -123,7 +123,8 @@ def _variant(shape: Shape, name: str, setting: Setting) -> Row:
     if name == COMPILED:
         model.compile_blocks()
     flops = flops_per_token(shape.model, shape.batch_size)
-    row = _measured(step, shape, name, model, flops, setting)
+    with convolution_backends(setting.device).get(name, nullcontext)():
+        row = _measured(step, shape, name, model, flops, setting)
     return row | {"bytes_per_second": least_traffic(memory, model.n_params) / row["seconds_per_step"]}
 
 
