@@ -92,7 +92,7 @@ def model_settings(model: str, size: str, config: Config) -> Config:
 
 
 def masked_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
-    """Return the mean cross-entropy in nats per predicted token, of a peer or of ``MaskedLM``."""
+    """Return the mean cross-entropy in nats per predicted token, of a baseline or of ``MaskedLM``."""
     logits = model(batch.tokens, batch.positions)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
 
