@@ -199,3 +199,16 @@ def test_stored_dtype_is_at_least_float32() -> None:
     assert all(
         part.dtype == torch.float32 for part in recurrence.named_tensors(params.init_state(1)).values()
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(0, -1), (0, 10**6), (1, -2), (1, 10**6), (2, 99), (0, 0.5), (2, float("nan"))]
+)
+def test_an_impossible_clock_is_refused(place: int, value: float) -> None:
+    ahead = torch.zeros(1, 4, 3)
+    clock = torch.tensor([[3.0, 3.0, 1.0]])
+    state = MultirateState(torch.zeros(1, 8, 3), (ahead, ahead), ahead, ahead, clock)
+    state.check()
+    state.clock[0, place] = value
+    with pytest.raises(ValueError, match="clock"):
+        state.check()

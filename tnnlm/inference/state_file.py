@@ -19,6 +19,7 @@ from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.ops.recurrence import named_tensors, with_tensors
+from tnnlm.ops.turns import MultirateState
 
 FORMAT = "tnnlm-state-1"
 
@@ -136,4 +137,7 @@ def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: Text
         with_tensors(layer, (tensors[f"layers.{index}.{name}"].to(device) for name in named_tensors(layer)))
         for index, layer in enumerate(single.layers)
     )
+    for layer in layers:
+        if isinstance(layer, MultirateState):
+            layer.check()
     return GenerationState(type(single)(layers), logits.to(device), lengths, 0.0)

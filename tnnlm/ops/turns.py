@@ -32,6 +32,17 @@ class MultirateState(NamedTuple):
     are complete, and index of the oldest page, (B, 3). It has the dtype of the other tensors, which
     represents these numbers exactly, so that all tensors of a state have one dtype."""
 
+    def check(self) -> None:
+        """Check the clock, which a damaged file may have with numbers that no sequence leads to.
+
+        Raises:
+            ValueError: If a number is negative, too large, or not a whole one.
+        """
+        limits = [self.ahead.shape[1], self.ahead.shape[2] + 1, max(1, len(self.pages))]
+        clock = self.clock
+        if not bool(((clock >= 0) & (clock < clock.new_tensor(limits)) & (clock == clock.round())).all()):
+            raise ValueError("a clock has numbers that no sequence leads to")
+
     def in_order(self) -> Tensor:
         """Return the inputs of all pages, oldest first, (B, N, E)."""
         oldest = self.clock[:, 2].long()
