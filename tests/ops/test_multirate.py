@@ -212,3 +212,11 @@ def test_an_impossible_clock_is_refused(place: int, value: float) -> None:
     state.clock[0, place] = value
     with pytest.raises(ValueError, match="clock"):
         state.check()
+
+
+@pytest.mark.parametrize("length", [3, 61])
+def test_the_clocks_of_sequences_are_accepted(length: int) -> None:
+    params = params_of(length, 4)
+    state = params.init_state(2)
+    state.check()
+    run_steps(params, torch.randn(2, 40, CHANNELS, dtype=torch.float64), state)[1].check()

@@ -38,7 +38,8 @@ class MultirateState(NamedTuple):
         Raises:
             ValueError: If a number is negative, too large, or not a whole one.
         """
-        limits = [self.ahead.shape[1], self.ahead.shape[2] + 1, max(1, len(self.pages))]
+        # A kernel that reaches the latest inputs only has no turns, and a clock of zeros.
+        limits = [max(1, self.ahead.shape[1]), self.ahead.shape[2] + 1, max(1, len(self.pages))]
         clock = self.clock
         if not bool(((clock >= 0) & (clock < clock.new_tensor(limits)) & (clock == clock.round())).all()):
             raise ValueError("a clock has numbers that no sequence leads to")
