@@ -31,8 +31,8 @@ class Cost(NamedTuple):
 class Attempt(NamedTuple):
     """Conversion to try.
 
-    The argument of its functions is the largest order that can still be chosen, given the recurrences that
-    are known to meet the tolerance; None without such a limit.
+    The argument of its functions is the largest order that would be chosen among the recurrences that are
+    known to meet the tolerance; None without such a limit.
     """
 
     method: str
@@ -51,10 +51,12 @@ class Attempt(NamedTuple):
 def choose(
     source: Source, tolerance: float, attempts: Sequence[Attempt], progress: Progress = silent
 ) -> LayerConversion:
-    """Return the recurrence with the smallest state among those that meet the tolerance.
+    """Return the recurrence with the smallest state, or nearly so, among those that meet the tolerance.
 
-    Every recurrence that can be chosen is measured as it will be stored, on the horizon and, if
-    ``source.reach`` is set, on that many lags. Multiply-adds decide between states that are nearly equal.
+    Multiply-adds decide between states that are nearly equal. Every recurrence that would be chosen among
+    those that have met the tolerance so far is measured as it will be stored, on the horizon and, if
+    ``source.reach`` is set, on that many lags. Others are passed over for good: near the bound between nearly
+    equal and larger states, the choice can thus depend on the order of the attempts.
 
     Args:
         source: Convolution to convert.
@@ -133,7 +135,7 @@ def _promising(attempt: Attempt, limit: int | None, costs: dict[str, Cost], chan
 
 
 def _largest_order(costs: dict[str, Cost], k: Tensor, window: int) -> int | None:
-    """Return the largest order, at least 1, at which modes after a window can be chosen; None if any can.
+    """Return the largest order, at least 1, at which modes after a window would be chosen; None if any would.
 
     Args:
         costs: Recurrences that meet the tolerance.
@@ -152,7 +154,7 @@ def _largest_order(costs: dict[str, Cost], k: Tensor, window: int) -> int | None
 
 
 def _wins(cost: Cost, costs: dict[str, Cost]) -> bool:
-    """Return whether a further recurrence of this cost would be chosen, were it to meet the tolerance.
+    """Return whether a recurrence of this cost would be chosen among these, were it to meet the tolerance.
 
     If it would not, neither would one that costs more.
     """
