@@ -12,7 +12,7 @@ both ends, since the hats of the first and last knot extend beyond them:
     D_2r(b) = D_r(b) + (T_r(b - r) - T_r(b + r)) / 2           where T_r(b) is the hat at lag b
 
 All of these are finite sums of the inputs. Dimensions: B batch, E channels, N inputs, C outputs, d knots
-of a scale, J summands of an output.
+of a scale, J summands of an output, P first lag of the first scale.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def far_outputs(scales: Scales, past: Tensor, count: int, gap: int = 0) -> Tenso
     """Return what inputs contribute at the lags of ``scales`` to the outputs of some tokens after them.
 
     Args:
-        scales: Scales and taps from lag P on.
+        scales: Scales and taps from lag P = ``scales.shape.first`` on.
         past: Inputs (B, N, E), oldest first, N + ``gap`` >= ``scales.length`` - 1.
         count: Number of outputs, C.
         gap: Number of tokens between the last input and the first output; ``gap`` + C is at most P.
