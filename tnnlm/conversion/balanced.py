@@ -137,31 +137,13 @@ def balanced(
         # All channels together are one problem, so the norms are over all channels.
         norms = [torch.stack([block.norm() for _, block in channel_blocks(x)]).norm() for x in (tail, k)]
         problem = Problem(compress(tail, RANK).unsqueeze(0), norms[0][None], norms[1][None], finite)
-        realization, n = _fit(problem, modes, tolerance, most)
-        params = _shared(realization, n, tail)
+        params = _shared(*_fit(problem, modes, tolerance, most), tail)
     else:
         if order is None and len(k) > SAMPLE:
             # If the tolerance can't be met, a few channels show it at once; all of them take minutes.
             chosen = torch.linspace(0, len(k) - 1, SAMPLE, device=k.device).round().long()
-            balanced(
-                k[chosen],
-                tolerance=tolerance,
-                poles=poles,
-                window_taps=window_taps,
-                finite=finite,
-                max_order=max_order,
-            )
-        width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
-        fits, n = [], 1
-        for block in k.split(width):
-            scales = row_scales(block)
-            whole = block.double() / scales
-            f = whole[:, None, window_taps:]
-            problem = Problem(f, f.flatten(1).norm(dim=1), whole.norm(dim=1), finite)
-            # All channels get the largest order of a block, so that no block needs a smaller one.
-            realization, n = _fit(problem, modes, tolerance, most, n)
-            fits.append((f * scales.unsqueeze(2), realization))
-        params = _per_channel(fits, n)
+            _fit_channels(k[chosen], window_taps, finite, modes, tolerance, most)
+        params = _per_channel(*_fit_channels(k, window_taps, finite, modes, tolerance, most))
     if not window_taps:
         return params
     for gain in _SMALLEST_GAINS:
@@ -235,6 +217,26 @@ def _error(problem: Problem, realization: Realization, order: int) -> float:
     dropped = (problem.norm.square() - f.square().sum((1, 2))).clamp(min=0)
     tiny = torch.finfo(torch.float64).tiny
     return float(((missed + dropped) / problem.whole.square().clamp(min=tiny)).max().sqrt())
+
+
+def _fit_channels(
+    k: Tensor, window_taps: int, finite: bool, order: int | None, tolerance: float, most: int
+) -> tuple[list[tuple[Tensor, Realization]], int]:
+    """Return taps after the window and realization of each block of channels, and one order for all.
+
+    Every channel of k (E, T) is one problem of :func:`_fit`.
+    """
+    width = max(1, _STATE_BYTES // (8 * k.shape[1] * MAX_ORDER))
+    fits, n = [], 1
+    for block in k.split(width):
+        scales = row_scales(block)
+        whole = block.double() / scales
+        f = whole[:, None, window_taps:]
+        problem = Problem(f, f.flatten(1).norm(dim=1), whole.norm(dim=1), finite)
+        # All channels get the largest order of a block, so that no block needs a smaller one.
+        realization, n = _fit(problem, order, tolerance, most, n)
+        fits.append((f * scales.unsqueeze(2), realization))
+    return fits, n
 
 
 def _shared(realization: Realization, order: int, k: Tensor) -> SSMParams:
