@@ -10,12 +10,10 @@ product with the spectrum of the taps computes P_b on the way: it is one Triton 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tnnlm.precision import working_dtype
+from tnnlm.ops.circular import register_gradients, transform_dtype
 
 ROWS = 32
 """Number of rows whose spectra follow from each other; it limits how far rounding errors spread."""
@@ -96,7 +94,7 @@ def convolve(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tens
         The first L outputs in the dtype and layout of x, and for the backward pass the spectra of the
         windows, of the first rows and of the taps.
     """
-    dtype = torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
+    dtype = transform_dtype(x, k)
     taps = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     windows, first = _transform(x, n, dtype)
     # The taps are divided by n already, which is cheaper because they are fewer than the inputs.
@@ -154,7 +152,7 @@ def _(
 @row_conv.register_fake
 def _(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels, batch, _ = x.shape
-    dtype = torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
+    dtype = transform_dtype(x, k)
     taps = k.new_empty(channels, n // 2 + 1, dtype=dtype.to_complex())
     first = taps.new_empty(channels, (batch + ROWS - 1) // ROWS, n // 2 + 1)
     windows = taps.new_empty(channels * batch - 1 if batch > 1 else 0, n // 2 + 1)
@@ -170,18 +168,4 @@ def _(
     return x_grad, taps.new_empty(taps.shape[0], n_taps, dtype=dtype)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, ...]) -> None:
-    _, k, ctx.n = inputs
-    ctx.k_dtype, ctx.taps = k.dtype, k.shape[1]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Or the backward pass would fill gradients of the spectra with zeros.
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    x_grad, k_grad = row_conv_backward(grad, *ctx.saved_tensors, ctx.n, ctx.taps)
-    return x_grad, k_grad.to(ctx.k_dtype), None
-
-
-row_conv.register_autograd(_gradients, setup_context=_keep)
+register_gradients(row_conv, row_conv_backward)

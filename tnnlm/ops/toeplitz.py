@@ -8,15 +8,14 @@ local to this module and to the backends of :mod:`tnnlm.ops.conv_backends`. The 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnnlm.ops import cudnn_conv
+from tnnlm.ops.circular import register_gradients, transform_dtype
 from tnnlm.ops.conv_backends import training_backend
 from tnnlm.ops.row_windows import row_conv
-from tnnlm.precision import working_dtype
 
 CACHE_BYTES = 1 << 21
 """Size of the spectrum of a tile in bytes, small enough for the cache of a CPU."""
@@ -140,7 +139,7 @@ def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tenso
 
     Exported programs use it, because they run where the custom op is not registered.
     """
-    dtype = _dtype(x, k)
+    dtype = transform_dtype(x, k)
     k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     x_spectrum = torch.fft.rfft(x.to(dtype), n=n)
     y = _inverse(x_spectrum * k_spectrum[:, None], n)[..., : x.shape[2]]
@@ -159,7 +158,7 @@ def convolve(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The first L outputs, and the spectra of x and k for the backward pass.
     """
-    dtype = _dtype(x, k)
+    dtype = transform_dtype(x, k)
     k_spectrum = torch.fft.rfft(k.to(dtype), n=n, norm="forward")
     x_spectrum = k_spectrum.new_empty(*x.shape[:2], n // 2 + 1)
     y = torch.empty_like(x)
@@ -197,14 +196,9 @@ def _inverse(spectrum: Tensor, n: int) -> Tensor:
     return torch.fft.irfft(spectrum, n=n, norm="forward")
 
 
-def _dtype(x: Tensor, k: Tensor) -> torch.dtype:
-    """Return the real dtype of the transforms."""
-    return torch.promote_types(working_dtype(x.dtype), working_dtype(k.dtype))
-
-
 @_circular_conv.register_fake
 def _(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    spectrum = k.new_empty(k.shape[0], n // 2 + 1, dtype=_dtype(x, k).to_complex())
+    spectrum = k.new_empty(k.shape[0], n // 2 + 1, dtype=transform_dtype(x, k).to_complex())
     return torch.empty_like(x), spectrum.new_empty(*x.shape[:2], n // 2 + 1), spectrum
 
 
@@ -214,21 +208,7 @@ def _(grad: Tensor, x_spectrum: Tensor, k_spectrum: Tensor, n: int, taps: int) -
     return torch.empty_like(grad), k_grad
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, k, ctx.n = inputs
-    ctx.k_dtype, ctx.taps = k.dtype, k.shape[1]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Or the backward pass would fill gradients of the spectra with zeros.
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    x_grad, k_grad = _circular_conv_backward(grad, *ctx.saved_tensors, ctx.n, ctx.taps)
-    return x_grad, k_grad.to(ctx.k_dtype), None
-
-
-_circular_conv.register_autograd(_gradients, setup_context=_keep)
+register_gradients(_circular_conv, _circular_conv_backward)
 
 
 def tile_width(channels: int, batch: int, n: int, device_type: str) -> int:
