@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from tnnlm.ops import cudnn_conv
 from tnnlm.ops.row_windows import row_conv
-from tnnlm.ops.triton_probe import why_no_triton
+from tnnlm.ops.triton_probe import why_it_fails, why_no_triton
 
 _TOLERANCE = 1e-4
 _forced: list[str] = []
@@ -68,11 +68,7 @@ def why_no_cudnn(device: torch.device) -> str:
     """Return why the backend ``cudnn`` doesn't run on a CUDA device; empty if it does."""
     if find_spec("cudnn") is None:
         return "nvidia-cudnn-frontend is not installed"
-    try:
-        _check(device, cudnn_conv.causal_conv)
-    except Exception as error:  # The package raises errors of its libraries, the driver and of old versions
-        return f"cuDNN: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
-    return ""
+    return why_it_fails("cuDNN", device, lambda where: _check(where, cudnn_conv.causal_conv))
 
 
 def _by_windows(x: Tensor, k: Tensor) -> Tensor:

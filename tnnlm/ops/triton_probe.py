@@ -1,4 +1,4 @@
-"""Check whether operators can run as Triton kernels on a device."""
+"""Check whether operators run on a device: as Triton kernels, or by another library."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def why_no_triton(device: torch.device, run: Callable[[torch.device], object]) -
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return "compute capability below 8.0"
+    return why_it_fails("Triton", device, run)
+
+
+def why_it_fails(library: str, device: torch.device, run: Callable[[torch.device], object]) -> str:
+    """Return why a function that uses a library fails on a device; empty if it runs."""
     try:
         run(device)
-    except Exception as error:  # Triton raises errors of the compiler, the driver and the operating system
-        return f"Triton: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
+    except Exception as error:  # Libraries raise errors of their own, of compilers, drivers and the system
+        return f"{library}: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
     return ""
