@@ -1,4 +1,4 @@
-"""What the circular convolutions of the FFT backends have in common: dtype and registration of gradients."""
+"""Dtype and gradients that the circular convolutions of the FFT backends share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 from tnnlm.precision import working_dtype
 

@@ -31,6 +31,6 @@ def why_it_fails(library: str, device: torch.device, run: Callable[[torch.device
     """Return why a function that uses a library fails on a device; empty if it runs."""
     try:
         run(device)
-    except Exception as error:  # Libraries raise errors of their own, of compilers, drivers and the system
+    except Exception as error:  # Its errors, and those of compilers, drivers and the system
         return f"{library}: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
     return ""
