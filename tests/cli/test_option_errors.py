@@ -65,6 +65,9 @@ NOT_USABLE = {
     "generate --prompt x --model ''": "--model: is empty; omit it",
     "convert ''": "RUN: is empty; omit it",
     "serve --model ''": "--model: is empty",
+    "convert --out ''": "--out: is empty",
+    "generate --prompts ''": "--prompts: is empty",
+    "generate --prompt x --save-state ''": "--save-state: is empty",
     "serve --port http": "--port: invalid int value: 'http'",
     "prepare-data --nonsense": "--nonsense: not an option",
 }

@@ -30,7 +30,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import is_converted
-from tnnlm.cli.usage import Condition, check_effective, errors_name_options, given_options, parser_of
+from tnnlm.cli.usage import (
+    Condition,
+    check_effective,
+    errors_name_options,
+    given_options,
+    parser_of,
+    path_argument,
+)
 from tnnlm.config.flags import add_flags, settings_from_flags
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
@@ -91,7 +98,12 @@ def arguments() -> argparse.ArgumentParser:
         "cuda:1 ... or auto. (default: cpu)",
     )
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="DIR", help="Folder of the converted model. (default: RUN/converted)")
+    add(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="Folder of the converted model. (default: RUN/converted)",
+    )
     add("--force", action="store_true", help="Replace an existing converted model at --out.")
     add(
         "--verify",

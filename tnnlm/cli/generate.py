@@ -24,7 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tnnlm.cli.usage import Condition, add_device, check_effective, errors_name_options, parser_of
+from tnnlm.cli.usage import (
+    Condition,
+    add_device,
+    check_effective,
+    errors_name_options,
+    parser_of,
+    path_argument,
+)
 from tnnlm.errors import UserError
 from tnnlm.files import check_file
 
@@ -60,7 +67,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = parser_of("generate", __doc__)
     add = parser.add_argument_group("input").add_argument
     add("--prompt", metavar="TEXT", help="Prompt; - reads it from stdin.")
-    add("--prompts", type=Path, metavar="FILE", help="File with one prompt per line, generated as one batch.")
+    add(
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="File with one prompt per line, generated as one batch.",
+    )
     add(
         "--interactive",
         action="store_true",
@@ -68,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add(
         "--load-state",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="Continue from a saved state; --prompt is optional then.",
     )
@@ -77,7 +89,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
     add(
         "--save-state",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="Save the state after the last token for --load-state.",
     )

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tnnlm.checkpoints.importers.formats import AUTO, FORMATS, import_checkpoint
 from tnnlm.checkpoints.importers.run import check_absent, write_run
 from tnnlm.checkpoints.importers.vocabulary import load_tokenizer
-from tnnlm.cli.usage import parser_of
+from tnnlm.cli.usage import parser_of, path_argument
 from tnnlm.errors import command
 
 
@@ -36,7 +35,12 @@ def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = parser_of("import", __doc__)
     add = parser.add_argument
-    add("source", type=_path, metavar="SOURCE", help="Checkpoint: a file of torch.save, or .safetensors.")
+    add(
+        "source",
+        type=path_argument,
+        metavar="SOURCE",
+        help="Checkpoint: a file of torch.save, or .safetensors.",
+    )
     add(
         "overrides",
         nargs="*",
@@ -49,10 +53,16 @@ def arguments() -> argparse.ArgumentParser:
         default=AUTO,
         help="Format of the checkpoint; auto recognises it by the keys. (default: auto)",
     )
-    add("--output", type=_path, required=True, metavar="DIR", help="Folder of the run, which must not exist.")
+    add(
+        "--output",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help="Folder of the run, which must not exist.",
+    )
     add(
         "--tokenizer",
-        type=_path,
+        type=path_argument,
         metavar="FILE",
         help="File tokenizer.json with the token ids of the model. (default: that of the format, if any)",
     )
@@ -62,13 +72,6 @@ def arguments() -> argparse.ArgumentParser:
         help="End-of-document token of the tokenizer. (default: that of the format, or <|endoftext|>)",
     )
     return parser
-
-
-def _path(word: str) -> Path:
-    """Return the path that a word is; an empty one would mean the current folder."""
-    if word == "":
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(word)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

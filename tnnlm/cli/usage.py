@@ -7,6 +7,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnnlm.errors import OneLineParser, UserError, command
@@ -40,6 +41,13 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
         description=(description or "").replace(f"tnnlm {name}", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def path_argument(word: str) -> Path:
+    """Return the path that a word is; an empty one would mean the current folder."""
+    if word == "":
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(word)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
