@@ -18,8 +18,7 @@ from tnnlm.checkpoints.converted import save_tensors
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
-from tnnlm.ops.recurrence import named_tensors, with_tensors
-from tnnlm.ops.turns import MultirateState
+from tnnlm.ops.recurrence import check_state, named_tensors, with_tensors
 
 FORMAT = "tnnlm-state-1"
 
@@ -113,7 +112,8 @@ def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: Text
     """Return the state from its tensors.
 
     Raises:
-        ValueError: If a tensor is missing, unknown, or not of the shape and dtype of the model.
+        ValueError: If a tensor is missing, unknown, or not of the shape and dtype of the model; or if
+            no sequence leads to its numbers.
     """
     single = generator.model.init_state(1)
     expected = {
@@ -138,6 +138,5 @@ def _state(tensors: dict[str, Tensor], lengths: tuple[int, ...], generator: Text
         for index, layer in enumerate(single.layers)
     )
     for layer in layers:
-        if isinstance(layer, MultirateState):
-            layer.check()
+        check_state(layer)
     return GenerationState(type(single)(layers), logits.to(device), lengths, 0.0)

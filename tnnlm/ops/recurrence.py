@@ -104,6 +104,16 @@ def with_tensors(state: _State, tensors: Iterable[Tensor]) -> _State:
     return made
 
 
+def check_state(state: State) -> None:
+    """Check the numbers of a state from a file, whose shapes and dtypes are right.
+
+    Raises:
+        ValueError: If no sequence leads to them.
+    """
+    if isinstance(state, MultirateState):
+        state.check()
+
+
 def state_bytes(params: Params) -> int:
     """Return the size of the state in bytes per sequence."""
     return sum(part.numel() * part.element_size() for part in named_tensors(params.init_state(1)).values())
