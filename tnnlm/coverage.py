@@ -1,4 +1,4 @@
-"""Characters of a text that a tokenizer doesn't know, or changes, so that its tokens don't tell the text.
+"""Characters of a text that a tokenizer doesn't know, or changes, so that the text can't be recovered.
 
 Byte-level tokenizers reproduce every text. Others may have an unknown token that stands for characters
 outside of their vocabulary, drop them, or normalise the text, for example to lower case.

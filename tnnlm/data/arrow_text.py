@@ -114,7 +114,7 @@ def index_documents(
         blank: Keep rows of white space, which are blank lines of the text; their hash is zero.
 
     Raises:
-        DataError: If a row isn't a string, or ``kept`` is the index of another table.
+        DataError: If a row isn't a string in UTF-8, or ``kept`` is the index of another table.
     """
     parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
     fingerprint = np.array(" ".join(map(str, parts)))
@@ -220,7 +220,7 @@ def materialize_stream(
         The table and the counts of the rows that were read.
 
     Raises:
-        DataError: If a row isn't a string.
+        DataError: If a row isn't a string in UTF-8.
     """
     journal = folder / f"{name}.stream.json"
     tally = Tally()

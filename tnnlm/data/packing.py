@@ -168,7 +168,7 @@ def _key(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | 
 
 
 def _open(folder: Path, eos_token: str) -> PackedCorpus:
-    report = DataReport.from_dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+    report = DataReport.from_dict(json.loads((folder / META).read_text(encoding="utf-8")))
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
     return PackedCorpus(folder, tokenizer, report)
@@ -204,7 +204,7 @@ def _build_whole(
 
 def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer | None, folder: Path) -> None:
     """Build the corpus in ``folder``, resuming from the files of an earlier attempt."""
-    if not (folder / "meta.json").is_file():
+    if not (folder / META).is_file():
         _tokenize(config, vocab_size, seed, given, folder)
     for journal in folder.glob("*.progress"):
         journal.unlink()
@@ -227,7 +227,7 @@ def _tokenize(
     if given is not None:  # A trained one is byte-level: it reproduces every text.
         found = sampled_coverage(tokenizer, (corpus.train, corpus.val), config.protocol)
         report = replace(report, checked=found.characters, unknown=found.unknown, changed=found.changed)
-    write_text(folder / "meta.json", json.dumps(report.to_dict()))
+    write_text(folder / META, json.dumps(report.to_dict()))
 
 
 def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Path) -> TextTokenizer:

@@ -80,7 +80,7 @@ class DataReport:
 
     @property
     def lossy(self) -> bool:
-        """Whether the tokens don't tell the text, so that bits per byte would be those of another text."""
+        """Whether the text can't be recovered from the tokens, so that bits per byte would mislead."""
         return self.unknown + self.changed > LOSSY * self.checked
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class DataReport:
         return cls(**{**known, "splits": splits})
 
     def lines(self) -> Iterator[str]:
-        """Yield the report as lines of text: what was read, the splits, and a warning about empty files."""
+        """Yield the report as lines of text: what was read, the splits and their protocol, and warnings."""
         read = [count(self.files, "file")] if self.files else []
         read.append(count(self.documents, self.unit))
         if self.duplicates:
@@ -121,7 +121,7 @@ class DataReport:
         if self.without_text:
             yield f"warning: {', '.join(self.without_text)}: contains no text, skipped"
         if self.unknown or self.changed:
-            consequence = "; val/bpb is not reported, because the tokens don't tell the text"
+            consequence = "; val/bpb is not reported, because the text can't be recovered from the tokens"
             yield (
                 f"warning: of {self.checked:,} sampled characters, {self.unknown:,} are unknown to the "
                 f"tokenizer and {self.changed:,} others changed by it{consequence if self.lossy else ''}"

@@ -65,8 +65,8 @@ class TaskData(NamedTuple):
     report: DataReport
     """Report of the data set."""
     bytes_per_token: float | None
-    """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text. None if the tokens
-    don't tell the text, see :attr:`~tnnlm.data.report.DataReport.lossy`."""
+    """UTF-8 bytes per token of the text that is validated on; 1 for tasks without text. None if the text
+    can't be recovered from the tokens, see :attr:`~tnnlm.data.report.DataReport.lossy`."""
     tokens_per_word: float | None = None
     """Tokens per word of the text that is validated on, for perplexity per word; None if it is unknown."""
     resampled: bool = False

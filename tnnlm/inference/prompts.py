@@ -34,4 +34,5 @@ def _nothing_known(tokenizer: TextTokenizer, text: str, tokens: list[int]) -> bo
     special = tokenizer.detokenizer.is_special
     if any(special(token) and token != tokenizer.unknown_id for token in tokens):
         return False
-    return coverage(tokenizer, [text]).unknown == len("".join(text.split())) > 0
+    visible = len("".join(text.split()))
+    return visible > 0 and coverage(tokenizer, [text]).unknown == visible

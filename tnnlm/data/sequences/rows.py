@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.text import TextHash
+from tnnlm.data.waiting import META
 from tnnlm.errors import DataError
 from tnnlm.models.batches import LabelledBatch
 
@@ -172,12 +173,12 @@ def write_corpus(
         shared=seen.shared,
         splits=splits,
     )
-    (folder / "meta.json").write_text(json.dumps({"task": task, **report.to_dict()}), encoding="utf-8")
+    (folder / META).write_text(json.dumps({"task": task, **report.to_dict()}), encoding="utf-8")
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
     """Open a corpus that :func:`write_corpus` wrote."""
-    found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / META).read_text(encoding="utf-8"))
     return LabelledCorpus(folder, DataReport.from_dict(found))
 
 
