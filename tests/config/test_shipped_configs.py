@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 
+from documentation import speed
 from documentation.reference import settings_table
+from documentation.speed import bytes_per_token, step_bytes
+from gpu_checks.training import least_traffic
 from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config, OptimConfig
-from tnnlm.training.estimate import guessed_share
+from tnnlm.training.estimate import estimate_run, guessed_share
 from tnnlm.training.flops import flops_per_token
+from tnnlm.training.memory import estimate_memory
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 DOCS = (ROOT / "docs/reference/configurations.md").read_text(encoding="utf-8")
-PEAKS = {"A100 80 GB": (312e12, 0.30, 1.5), "H100 80 GB": (989e12, 0.25, 2.5)}
-"""Peak FLOP/s, utilisation and dollars per hour of each GPU, as the page states them."""
 
 
 def table(after: str) -> list[list[str]]:
@@ -33,12 +35,13 @@ def flops(config: Config) -> float:
     return flops_per_token(config.model, config.data.batch_size, guessed_share(config))
 
 
-CLAIMED = {row[0]: row for row in table("memory per GPU") if len(row) == 8}
+CLAIMED = {row[0]: row for row in table("memory per GPU") if row[1].isdigit()}
+CARDS = {card.name: card for card in speed.CARDS}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_dry_run_matches_the_documentation(script: Any, path: Path) -> None:
-    shown = script("train", "--config", str(path), "--dry-run", "--json")
+    shown = script("train", "--config", str(path), "--dry-run", "--json", "trainer.accelerator=cuda")
     assert shown.code == 0
     plan = json.loads(shown.out)
     assert plan["config"]["name"] == path.stem or path.stem == "demo"
@@ -76,20 +79,34 @@ def test_families_on_wikitext_differ_in_the_kernel_alone() -> None:
         assert config.model == configs[0].model
 
 
-def test_paper_figures_follow_from_the_stated_formula() -> None:
+def test_speed_on_paper_is_the_smaller_of_two_limits() -> None:
     rows = table("## Speed and cost")
     assert len(rows) == 2 * len(CLAIMED)
-    for name, gpu, speed, hours, gpu_hours, dollars in rows:
-        peak, utilisation, price = PEAKS[gpu]
+    for name, gpu, moved, products, memory, hours, gpu_hours, dollars in rows:
+        card = CARDS[gpu]
         config = load_config(ROOT / f"configs/{name}.yaml")
-        per_gpu = peak * utilisation / flops(config)
-        total = int(CLAIMED[name][4]) / per_gpu / 3600
-        assert float(speed) == pytest.approx(per_gpu, rel=1e-3)
+        peak = card.float32 if config.trainer.precision == "32-true" else card.bf16
+        assert float(products) == pytest.approx(peak / flops(config), rel=1e-3)
+        assert float(memory) == pytest.approx(card.bandwidth / (float(moved) * 1e6), rel=0.01)
+        total = int(CLAIMED[name][4]) / min(float(products), float(memory)) / 3600
         assert float(gpu_hours) == pytest.approx(total, abs=0.06)
         assert float(hours) == pytest.approx(total / int(CLAIMED[name][5]), abs=0.06)
-        assert float(dollars) == pytest.approx(total * price, abs=1)
-    for stated in ("312 TFLOP/s (A100) and 989 (H100)", "30 % and 25 %", "1.50 and 2.50 dollars"):
+        assert float(dollars) == pytest.approx(total * card.price, abs=1)
+    for stated in ("312 TFLOP/s (A100) and 989 (H100)", "19.5 and 67", "2.04 TB/s and 3.35", "1.50 and 2.50"):
         assert stated in DOCS
+
+
+def test_bytes_of_a_step_are_affine_in_the_layers_and_above_the_least_traffic() -> None:
+    words = ["trainer.accelerator=cuda", "data.batch_size=2", "model.vocab_size=300", "model.n_layers=3"]
+    config = load_config(ROOT / "configs/tnn_wt103_ours.yaml", words)
+    forward, update = step_bytes(config, 3)
+    tokens = 2 * config.model.max_length
+    assert bytes_per_token(config) * tokens == pytest.approx(forward + update / config.trainer.accumulate)
+    params = estimate_run(config).params
+    # AdamW reads the weights, gradients and two moments and writes all but the gradients, in float32.
+    assert update > 7 * 4 * params
+    # Every product reads its weights in both passes.
+    assert forward > least_traffic(estimate_memory(config), params) - 7 * 4 * params
 
 
 def test_settings_page_states_the_values_that_are_used_without_a_file() -> None:

@@ -167,9 +167,9 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
         model.recompute = config.trainer.recompute
         optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)
-        batch = _batch(config)
+        batch = fake_batch(config)
         state = live.now
-        _step(config, model, optimizer, partial(model.loss, batch), partial(_autocast, precision), live)
+        _step(config, model, optimizer, partial(model.loss, batch), partial(autocast_of, precision), live)
         _validate(config, model.eval(), batch, attached, live)
         del held
     live.peaks.pop("build")  # creating the moments by a step, which training does before it holds activations
@@ -247,7 +247,7 @@ def _validate(config: Config, model: Any, batch: Any, attached: Attached | None,
             recurrent_nll(model, batch[:, : 2 * chunk + 1], chunk)
 
 
-def _batch(config: Config) -> Any:
+def fake_batch(config: Config) -> Any:
     """Return a batch of the task, of this device's share of the tokens."""
     rows, model = config.data.batch_size, config.model
     length = model.max_length // config.trainer.context_parallel
@@ -271,7 +271,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _autocast(precision: str) -> AbstractContextManager[Any]:
+def autocast_of(precision: str) -> AbstractContextManager[Any]:
     """Return the context of a forward pass, which Lightning's plugin for the precision enters, too.
 
     Like Lightning, autocast keeps no casts of weights: every use makes a copy.

@@ -16,6 +16,7 @@ from benchmarks.report import table as benchmark_table
 from documentation.plans import memory_table as plan_table
 from documentation.records import RECORDS, ROOT, figure, record
 from documentation.reference import metrics_table, options_table, settings_table
+from documentation.speed import configurations_table, speed_table
 from experiments.report import table
 from tnnlm.errors import UserError
 
@@ -150,5 +151,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "options": options_table,
     "metrics": metrics_table,
     "dry-run": plan_table,
+    "speed": speed_table,
+    "configurations": configurations_table,
 }
 """Kinds of blocks, by name."""
