@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,15 @@ def test_a_horizon_below_that_of_auto_is_reported(
     out = capsys.readouterr().out
     assert ("warning: conversion.horizon=8 is below the " in out) is warned
     assert ("the recurrence in checkpoints differs from position 8 on" in out) is warned
+
+
+def test_a_kernel_that_can_not_be_converted_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no taps today")
+
+    monkeypatch.setattr("tnnlm.training.memory.convert_kernel", fail)
+    config = tiny_run()
+    announce(config, LitModel(config).model, Path("runs/demo"), DataReport(), None, None)
+    assert capsys.readouterr().out.startswith("runs/demo: ")

@@ -155,6 +155,14 @@ def test_attached_recurrences_have_the_size_of_converted_ones() -> None:
         assert attached.nbytes(2) == pytest.approx(size, rel=0.1)
 
 
+def test_kernels_that_share_parameters_between_groups_are_sampled_whole() -> None:
+    words = ["model.kernel.name=rtf", "model.kernel.denominators=32", "model.d_model=64"]
+    config = load_config(None, [*words, "conversion.method=companion"])
+    _, layers = convert_layers(build_model(config), config.conversion)
+    size = sum(part.nbytes for layer in layers for part in layer.params)
+    assert attached_recurrences(config).nbytes(config.model.n_layers) == pytest.approx(size, rel=0.1)
+
+
 def test_a_run_of_1b3_parameters_names_a_smaller_choice_than_etsc() -> None:
     config = load_config(ROOT / "configs/tnn_1b3_fineweb.yaml", ["conversion.method=etsc"])
     attached = attached_recurrences(config)

@@ -45,10 +45,8 @@ def announce(
     repeated = repeated_steps(folder, source, step or 0)
     for shown in (line, *repeated, *report.lines()):
         show_line(shown)
-    if config.task == "causal":
-        attached = attached_recurrences(config)
-        if attached.nbytes(config.model.n_layers) >= LARGE_RECURRENCES:
-            show_line(attached_line(config, attached))
+    if (large := _large_recurrences(config)) is not None:
+        show_line(large)
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps:
         show_line(
@@ -63,6 +61,18 @@ def announce(
             f"only, because the kernel {config.model.kernel.name} has no decay; conversion.method=auto keeps "
             "its tolerance on longer texts"
         )
+
+
+def _large_recurrences(config: Config) -> str | None:
+    """Return the line on the recurrences of a run if they are large, else None."""
+    if config.task != "causal":
+        return None
+    try:
+        attached = attached_recurrences(config)
+    except Exception:  # a kernel that can't be converted trains all the same, and saving warns of it
+        return None
+    large = attached.nbytes(config.model.n_layers) >= LARGE_RECURRENCES
+    return attached_line(config, attached) if large else None
 
 
 def _short_horizon(config: Config, model: nn.Module) -> str | None:

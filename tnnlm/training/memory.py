@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from tnnlm.config.schema import Config
+from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.conversion import auto_horizon, convert_kernel
 from tnnlm.evaluation import class_scores, masked_nll, parallel_nll, recurrent_nll
-from tnnlm.kernels import build_kernel
+from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
@@ -126,12 +126,8 @@ def attached_recurrences(config: Config) -> Attached:
     """
     model, recipe = config.model, copy.copy(config.conversion)
     channels = model.expand * model.d_model
-    # A multiple of the groups, because kernels may share parameters between equal groups of them.
-    groups = getattr(model.kernel, "denominators", None) or 1
-    sample = min(channels, max(_SAMPLED, groups))
-    sample += -sample % groups
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        kernel = build_kernel(model.kernel, sample, model.max_length)
+    kernel = _sampled_kernel(model, channels)
+    sample = kernel.n_channels
     if recipe.horizon == "auto":
         recipe.horizon = auto_horizon(kernel, model.max_length) or model.max_length
     horizon = int(recipe.horizon)
@@ -146,6 +142,15 @@ def attached_recurrences(config: Config) -> Attached:
         return Attached(horizon, layer)
     found = convert_kernel(kernel, recipe, horizon, max_length=model.max_length).params
     return Attached(horizon, type(found)(*(_widened(part, sample, channels) for part in found)))
+
+
+def _sampled_kernel(model: ModelConfig, channels: int) -> Kernel:
+    """Return an initial kernel of a few of the channels, or of all if it can't be built for a few."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        if channels > _SAMPLED:
+            with suppress(Exception):  # such as of kernels with parameters for equal groups of channels
+                return build_kernel(model.kernel, _SAMPLED, model.max_length)
+        return build_kernel(model.kernel, channels, model.max_length)
 
 
 def _widened(part: Tensor, sample: int, channels: int) -> Tensor:
