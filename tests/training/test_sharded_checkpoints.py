@@ -143,10 +143,20 @@ def test_damaged_and_foreign_shards_are_refused(script: Any) -> None:
     missing = script("convert", "runs/sharded")
     assert (missing.code, missing.err.count("\n")) == (2, 1)
     assert f"its shard {shard} is missing" in missing.err
-    for change in ({"folder": "../elsewhere"}, {"files": {"../a.safetensors": (1, "")}}, {"files": 3}):
+    for change in (
+        {"folder": "../elsewhere"},
+        {"folder": ".."},
+        {"files": {"../a.safetensors": (1, "")}},
+        {"files": 3},
+    ):
         torch.save({**index, SHARDS: {**index[SHARDS], **change}}, RUN / "other.ckpt")
         with pytest.raises(CheckpointError, match=r"other\.ckpt: is corrupt"):
             read_checkpoint(RUN / "other.ckpt")
+    shard.write_bytes(intact)
+    flat = {name: [torch.Size(shape).numel()] for name, shape in index[SHARDS]["shapes"].items()}
+    for change in ({"shapes": flat}, {"parameters": []}):
+        with pytest.raises(CheckpointError, match="is corrupt"):
+            assemble(RUN / "last.ckpt", {**index, SHARDS: {**index[SHARDS], **change}})
 
 
 def test_shards_need_a_sharded_model(script: Any) -> None:

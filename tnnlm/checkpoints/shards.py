@@ -122,6 +122,8 @@ def assemble(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     number = {name: index for index, name in enumerate(shards.parameters)}
     states = []
     for index, saved in enumerate(data["optimizer_states"]):
+        if not all(name in number for group in saved["param_groups"] for name in group["params"]):
+            raise CheckpointError(f"{path}: is corrupt", _OTHER)
         prefix = moment_name(index, "", "").removesuffix(".")
         state = {name: dict(values) for name, values in saved["state"].items()}
         for name, tensor in _read_tensors(path, shards, prefix).items():
@@ -150,6 +152,8 @@ def _parsed(path: Path, entry: Mapping[str, Any]) -> Shards:
     names = [entry["folder"], *entry["files"]]
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError
+    if not entry["folder"].endswith(SUFFIX):  # ".." passes the check of names
+        raise ValueError
     files = {name: (int(size), str(digest)) for name, (size, digest) in entry["files"].items()}
     shapes = {str(name): [int(size) for size in shape] for name, shape in entry["shapes"].items()}
     return Shards(path.parent / entry["folder"], files, shapes, [str(name) for name in entry["parameters"]])
@@ -173,7 +177,7 @@ def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
                 place = tuple(slice(a, a + n) for a, n in zip(offset, part.shape, strict=True))
                 full[name][place] = part
                 missing[name] -= part.numel()
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError):
         raise CheckpointError(f"{path}: its shard {shards.folder / file} is corrupt", _OTHER) from None
     if any(missing.values()):
         raise CheckpointError(f"{path}: its shards in {shards.folder} are incomplete", _OTHER)
