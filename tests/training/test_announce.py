@@ -44,3 +44,13 @@ def test_a_kernel_that_can_not_be_converted_is_announced(
     config = tiny_run()
     announce(config, LitModel(config).model, Path("runs/demo"), DataReport(), None, None)
     assert capsys.readouterr().out.startswith("runs/demo: ")
+
+
+@pytest.mark.parametrize("setting", ["window_taps=5000", "order=5000"])
+def test_a_conversion_that_would_fail_is_refused_before_the_run(setting: str, script: Any) -> None:
+    words = ("conversion.method=balanced", f"conversion.{setting}", "trainer.accelerator=cpu")
+    for more in ((), ("--dry-run",)):
+        result = script("train", *words, *more)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"conversion: {setting.replace('=', ' ').replace('_', ' ')}: must be" in result.err
+        assert not Path("runs").exists()

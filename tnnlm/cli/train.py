@@ -233,7 +233,7 @@ def search(config: Config) -> None:
 
 def show(config: Config, as_json: bool) -> None:
     """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
-    from tnnlm.conversion.companion import check_training
+    from tnnlm.conversion.checks import check_training
     from tnnlm.training.announce import in_units, memory_lines
     from tnnlm.training.estimate import check_names, estimate_run
     from tnnlm.training.memory import estimate_memory

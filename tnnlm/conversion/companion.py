@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from tnnlm.config.schema import Config
 from tnnlm.errors import UserError
-from tnnlm.kernels import Kernel, build_kernel
+from tnnlm.kernels import Kernel
 from tnnlm.ops.recurrence import Params
 
 AGREEMENT = 1e-3
@@ -71,21 +70,6 @@ def check_kernel(kernel: Kernel, name: str, method: str, setting: str, remedy: s
         own = kernel.recurrence()
     if own is None or method != own.METHOD:
         raise UserError(f"{setting}: the kernel {name} defines no such recurrence", remedy)
-
-
-def check_training(config: Config) -> None:
-    """Check, before a training, that ``conversion.method`` suits the kernel if it is one of ``OWN_METHODS``.
-
-    Raises:
-        UserError: If the kernel defines no such recurrence, or can't be built.
-    """
-    method, model = config.conversion.method, config.model
-    if config.task != "causal" or method not in OWN_METHODS:
-        return
-    with torch.random.fork_rng(devices=[]):
-        kernel = build_kernel(model.kernel, model.expand * model.d_model, model.max_length)
-    remedy = "use conversion.method=auto or window"
-    check_kernel(kernel, model.kernel.name, method, f"conversion.method={method}", remedy)
 
 
 def _disagreement(own: Params) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tnnlm.config.checks import check_settings
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion.auto import Attempt, choose
 from tnnlm.conversion.balanced import balanced
+from tnnlm.conversion.checks import check_recipe
 from tnnlm.conversion.companion import OTHERS, OWN_METHODS, companion
 from tnnlm.conversion.etsc import etsc
 from tnnlm.conversion.gradient import gradient
@@ -180,23 +180,6 @@ def check_decay(source: Source) -> None:
         raise UserError(f"decay of shape {tuple(decay.shape)}: expected one value per channel, {channels}")
     if decay.is_complex() or not bool(((decay > 0) & (decay <= 1)).all()):
         raise UserError("decay: must be above 0 and at most 1")
-
-
-def check_recipe(recipe: ConversionConfig, lags: int) -> None:
-    """Check the settings of a conversion against their bounds and the number of lags.
-
-    Raises:
-        UserError: If a setting is out of range; the message names it.
-    """
-    check_settings(recipe, lambda name, value: f"{name.replace('_', ' ')} {value}")
-    if recipe.order is not None and recipe.order > lags:
-        raise UserError(f"order {recipe.order}: must be from 1 to the horizon, {lags}")
-    if recipe.window_taps >= lags:
-        raise UserError(f"window taps {recipe.window_taps}: must be below the horizon, {lags}")
-    if recipe.method == "balanced" and recipe.order is not None and recipe.order <= recipe.window_taps:
-        raise UserError(
-            f"order {recipe.order}: must be above the number of window taps, {recipe.window_taps}"
-        )
 
 
 def _balanced(source: Source, recipe: ConversionConfig, poles: str, limit: int | None = None) -> SSMParams:

@@ -20,7 +20,7 @@ from tnnlm.checkpoints.locate import LAST
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint
 from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
-from tnnlm.conversion.companion import check_training
+from tnnlm.conversion.checks import check_training
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
