@@ -21,7 +21,7 @@ from tests.support.training_runs import tiny_run
 from tnnlm.errors import UserError
 from tnnlm.inference.aot import CompiledModel, _made_for, load_step
 from tnnlm.inference.aot import _Step as StepOfParts
-from tnnlm.inference.engine import open_engine, optimize_for_decoding
+from tnnlm.inference.engine import open_engine, optimize_for_decoding, usable_device
 from tnnlm.inference.linear import DTYPES, Int8Linear
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
@@ -203,3 +203,35 @@ def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
 def test_int8_is_refused_on_a_gpu_where_it_is_slow() -> None:
     with pytest.raises(UserError, match=r"--dtype int8: .* on cuda; use --dtype bfloat16"):
         choose_linear(torch.device("cuda:1"), "int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gpu", "is no name of a device"),
+        ("", "is no name of a device"),
+        ("cpu\n", "'cpu\\n': is no name of a device"),
+        ("mps", "can't be used here (Could not run 'aten::empty"),
+        ("meta", "can't be used here (Tensor.item() cannot be called on meta tensors)"),
+        ("hpu", "can't be used here (No module named 'torch.hpu')"),
+        ("opengl", "can't be used here ("),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*no longer used as device type")
+def test_devices_that_are_not_there_are_refused_in_a_short_line(name: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        usable_device(name)
+    line = str(refused.value)
+    assert line.startswith(f"--device {name}: {said}" if name.isprintable() else f"--device {said}")
+    assert line.endswith("or cpu")
+    assert line.isprintable()
+    assert len(line) < 250
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_float64(*shape: int, dtype: torch.dtype, **_: Any) -> None:
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}")
+
+    monkeypatch.setattr(torch, "zeros", no_float64)
+    with pytest.raises(UserError, match=r"--device mps: can't be used here \(Cannot convert .*float64\)"):
+        usable_device("mps")

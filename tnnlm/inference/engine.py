@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tnnlm.checkpoints.converted import ConvertedModel
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, one_line
 from tnnlm.inference.aot import CompiledModel, load_step
 from tnnlm.inference.cuda_graph import GraphedModel
 from tnnlm.inference.generator import TextGenerator
@@ -170,9 +170,17 @@ def usable_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    shown = f"--device {name if name.isprintable() else repr(name)}"
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    remedy = f"use {' or '.join([', '.join(['auto', *gpus]), 'cpu'])}"
     try:
         where = torch.device(name)
-        torch.zeros(1, device=where).item()  # fails on "meta", whose tensors have no data
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except RuntimeError:  # its message lists devices that need other builds of PyTorch
+        raise UserError(f"{shown}: is no name of a device", remedy) from None
+    try:
+        # Poles are float64, which Apple's GPU lacks, and tensors on "meta" have no data.
+        torch.zeros(1, dtype=torch.float64, device=where).item()
+    except Exception as error:  # such as ModuleNotFoundError for a device of a plugin
+        sentence = one_line(error).partition(": ")[2].partition(". ")[0]
+        raise UserError(f"{shown}: can't be used here ({sentence})", remedy) from None
     return where
