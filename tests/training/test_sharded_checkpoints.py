@@ -56,6 +56,13 @@ def losses(name: str) -> list[float]:
     return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
+def assert_only_used_shards(checkpoints: Path) -> None:
+    """Assert that every folder of shards is named by a checkpoint."""
+    named = [read_checkpoint(file).get(SHARDS) for file in checkpoints.glob("*.ckpt")]
+    used = {shards["folder"] for shards in named if shards is not None}
+    assert {found.name for found in checkpoints.glob("*.shards")} == used
+
+
 def test_shards_of_four_ranks_resume_on_two_and_on_one_and_convert(script: Any) -> None:
     index = read_intact(RUN / "last.ckpt")
     assert index["state_dict"] == {}
@@ -75,6 +82,7 @@ def test_shards_of_four_ranks_resume_on_two_and_on_one_and_convert(script: Any) 
     assert len(read_intact(RUN / "last.ckpt")[SHARDS]["files"]) == 2
     one = ("trainer.strategy=auto", "checkpoint.format=file", "data.batch_size=4", "trainer.max_steps=12")
     run_ranks(1, *one, resume="runs/sharded")
+    assert_only_used_shards(RUN)
     assert losses("sharded") == pytest.approx(losses("one"), abs=1e-5, rel=0)
     files = [Path(f"runs/{name}/checkpoints/last.ckpt") for name in ("sharded", "one")]
     mine, expected = (from_attached(load_checkpoint(file)).model.state_dict() for file in files)
@@ -120,9 +128,7 @@ def test_a_failed_save_keeps_the_checkpoint_before_it(fault: str) -> None:
     run_ranks(2, "trainer.max_steps=9", resume="runs/failed")
     assert read_intact(last)["global_step"] == 9
     assert losses("failed") == pytest.approx(losses("one")[:9], abs=1e-5, rel=0)
-    # The incomplete shards of step 6 are deleted.
-    used = {read_checkpoint(file)[SHARDS]["folder"] for file in last.parent.glob("*.ckpt")}
-    assert {found.name for found in last.parent.glob("*.shards")} == used
+    assert_only_used_shards(last.parent)  # the incomplete ones of step 6 are deleted
 
 
 def test_damaged_and_foreign_shards_are_refused(script: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,15 +135,6 @@ def assemble(path: Path, data: dict[str, Any]) -> dict[str, Any]:
         states.append({"state": dict(sorted(numbered.items())), "param_groups": groups})
     rest = {key: value for key, value in data.items() if key != SHARDS}
     return {**rest, "state_dict": load_model_weights(path, data), "optimizer_states": states}
-
-
-def delete_unreferenced(folder: Path, indices: Mapping[Path, Mapping[str, Any]], active: Path) -> None:
-    """Delete the folders of shards in ``folder`` that none of ``indices`` refers to, except ``active``."""
-    named = (data[SHARDS]["folder"] for data in indices.values() if SHARDS in data)
-    kept = {active.name, *named}
-    for found in folder.glob(f"*{SUFFIX}"):
-        if found.is_dir() and not found.is_symlink() and found.name not in kept:
-            shutil.rmtree(found, ignore_errors=True)
 
 
 def _parsed(path: Path, entry: Mapping[str, Any]) -> Shards:

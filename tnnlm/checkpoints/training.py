@@ -7,6 +7,7 @@ A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain dat
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from tnnlm.checkpoints.converted import (
     load_weights,
     model_fingerprint,
 )
-from tnnlm.checkpoints.shards import load_model_weights, shards_of
+from tnnlm.checkpoints.shards import SHARDS, SUFFIX, load_model_weights, shards_of
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, command
@@ -204,6 +205,26 @@ def read_intact(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is corrupt")
     shards_of(path, data, verify=True)
     return data
+
+
+def delete_unreferenced(folder: Path, active: str = "") -> None:
+    """Delete the folders of shards in ``folder`` that no checkpoint there names, unless one is damaged.
+
+    Args:
+        folder: Folder of checkpoints.
+        active: Name of a folder to keep, whose index files are not written yet.
+    """
+    found = [path for path in folder.glob(f"*{SUFFIX}") if path.is_dir() and not path.is_symlink()]
+    if not found:
+        return
+    try:
+        indices = [read_checkpoint(file) for file in folder.glob("*.ckpt")]
+    except (CheckpointError, OSError):  # the shards of a damaged index are unknown
+        return
+    kept = {active, *(data[SHARDS]["folder"] for data in indices if SHARDS in data)}
+    for path in found:
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def from_attached(checkpoint: TrainedCheckpoint) -> ConvertedModel:

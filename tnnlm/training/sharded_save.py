@@ -36,14 +36,12 @@ from tnnlm.checkpoints.shards import (
     SHARDS,
     SUFFIX,
     Shards,
-    delete_unreferenced,
     file_digest,
     moment_name,
     shards_of,
     weight_name,
 )
-from tnnlm.checkpoints.training import read_checkpoint
-from tnnlm.errors import CheckpointError
+from tnnlm.checkpoints.training import delete_unreferenced
 
 WriteIndex = Callable[[dict[str, Any], Path], None]
 """Function that writes a checkpoint to a file atomically."""
@@ -182,11 +180,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
     def _publish(self, path: Path, index: dict[str, Any], shards: Shards) -> None:
         """Write an index file, and delete the shards that no index file refers to any more."""
         self._write_index({**index, SHARDS: shards.entry()}, path)
-        try:
-            indices = {file: read_checkpoint(file) for file in path.parent.glob("*.ckpt")}
-        except CheckpointError:  # the shards of a damaged index are unknown
-            return
-        delete_unreferenced(path.parent, indices, self.folder)
+        delete_unreferenced(path.parent, self.folder.name)
 
 
 def load_shards(

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
-from tnnlm.checkpoints.shards import assemble
+from tnnlm.checkpoints.shards import SHARDS, assemble
+from tnnlm.checkpoints.training import delete_unreferenced
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
 from tnnlm.training.agreement import HostAgreement
@@ -85,6 +86,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # previous.ckpt may be needed until the new checkpoint is on the disk.
             if path.name == LAST.name and path.exists():
                 second_name(path, path.with_name(PREVIOUS.name))
+        # The writer of shards does so after its index files.
+        if path.name == LAST.name and SHARDS not in checkpoint:
+            delete_unreferenced(path.parent)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
