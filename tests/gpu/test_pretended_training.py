@@ -43,8 +43,15 @@ def test_one_gpu_mixes_no_devices_and_waits_for_it_only_to_log() -> None:
 
 
 def test_a_run_resumes_between_two_rows_of_the_log() -> None:
-    pretended("resumed", *STEPS, *EVERYTHING)
+    pretended("resumed", *STEPS, *EVERYTHING, "trainer.recompute=true")
     assert read_metrics(Path("runs/demo/metrics.csv"))[-1]["step"] == "10"
+
+
+def test_no_kernel_copies_from_the_host_or_waits_for_the_gpu() -> None:
+    names = ("tno", "fd_tno", "sgconv", "rtf", "hyena")
+    report = pretended("taps", *names)
+    assert {(kernel, place) for kernel, _, place, _ in report["syncs"] if kernel in names} == set()
+    assert report["launches"]["sum"] >= len(names)
 
 
 def test_collectives_of_several_gpus_take_tensors_of_the_gpu() -> None:

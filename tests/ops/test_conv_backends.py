@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.bytes_moved import bytes_per_element
 from tnnlm.ops import conv_backends, row_windows
-from tnnlm.ops.conv_backends import training_backend, use_backend
+from tnnlm.ops.conv_backends import _by_windows, _check, training_backend, use_backend
 from tnnlm.ops.reference import toeplitz_dense, toeplitz_two_sided_dense
 from tnnlm.ops.toeplitz import toeplitz, toeplitz_two_sided
+from tnnlm.ops.triton_probe import why_it_fails
 
 LENGTHS = (1, 2, 7, 63, 64, 100, 1000)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -158,6 +160,25 @@ def test_gpu_uses_the_best_backend_that_works(
     gpu = torch.device("cuda")
     assert training_backend(gpu, causal=True) == causal
     assert training_backend(gpu, causal=False) == both_directions
+
+
+def test_the_check_may_run_in_a_block_whose_activations_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[str] = []
+
+    def first_time(device: torch.device, causal: bool) -> str:
+        if not checked:
+            checked.append(why_it_fails("row_conv", device, lambda where: _check(where, _by_windows)))
+        return "windows"
+
+    monkeypatch.setattr("tnnlm.ops.toeplitz.training_backend", first_time)
+    x, k = torch.randn(2, 9, 3, requires_grad=True), torch.randn(3, 9, requires_grad=True)
+    again = checkpoint(toeplitz, x, k, use_reentrant=False)
+    found = torch.autograd.grad(again.square().sum(), (x, k))
+    expected = torch.autograd.grad(toeplitz(x, k).square().sum(), (x, k))
+    assert checked == [""]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 _OLDEST = (8, 0)
 """Lowest compute capability that the kernels are compiled and tested for: A100."""
@@ -28,9 +29,19 @@ def why_no_triton(device: torch.device, run: Callable[[torch.device], object]) -
 
 
 def why_it_fails(library: str, device: torch.device, run: Callable[[torch.device], object]) -> str:
-    """Return why a function that uses a library fails on a device; empty if it runs."""
+    """Return why a function that uses a library fails on a device; empty if it runs.
+
+    The answer is usually needed in the middle of a forward pass. What the function saves for its gradients is
+    kept from the hooks of that pass: ``torch.utils.checkpoint`` would count it, and miss it when it computes
+    the block again.
+    """
     try:
-        run(device)
+        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            run(device)
     except Exception as error:  # Its errors, and those of compilers, drivers and the system
         return f"{library}: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}"
     return ""
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
