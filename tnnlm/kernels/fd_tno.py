@@ -91,6 +91,6 @@ def causal_taps(real: Tensor, length: int) -> Tensor:
     last = real.shape[1] - 1
     even = torch.fft.irfft(real, n=2 * last)[:, : min(length, last + 1)]
     doubled = torch.full((even.shape[1],), 2.0, dtype=even.dtype, device=even.device)
-    doubled[0] = 1
+    doubled[:1] = 1  # on a GPU, doubled[0] = 1 copies a number from the host and waits for it
     doubled[last:] = 1
     return even * doubled

@@ -96,6 +96,7 @@ class HyenaKernel(Kernel):
     def _encode(self, like: Tensor) -> Tensor:
         """Return the encoding z of all lags, (L, 1 + 2 bands), in the dtype and on the device of ``like``."""
         lags = self._lags(like)[:, None]
-        bands = torch.linspace(LOWEST_FREQUENCY, self.bands - 1, self.bands).to(like)
+        ends = (LOWEST_FREQUENCY, self.bands - 1)
+        bands = torch.linspace(*ends, self.bands, dtype=like.dtype, device=like.device)
         phases = lags * (2 * math.pi / self.length) * bands
         return torch.cat((lags / (self.length - 1), phases.cos(), -phases.sin()), dim=1)

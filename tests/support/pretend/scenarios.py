@@ -14,6 +14,7 @@ from tests.support.pretend.tensors import LEDGER
 from tests.support.training_runs import tiny_run
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.deployment.pipeline import convert_checkpoint
+from tnnlm.kernels import KERNEL_SCHEMAS, build_kernel
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
@@ -108,7 +109,18 @@ def conversion(*words: str) -> dict[str, Any]:
     }
 
 
+def taps(*names: str) -> dict[str, Any]:
+    """Compute the taps of kernels and their gradients on one GPU."""
+    with cuda.pretended_cuda():
+        for name in names:
+            kernel = build_kernel(KERNEL_SCHEMAS[name](name=name), 4, 32).to("cuda")
+            LEDGER.step = lambda name=name: name  # type: ignore[misc]
+            kernel(32).square().sum().backward()
+            LEDGER.step = lambda: -1
+    return {}
+
+
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded, conversion)
+    scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded, conversion, taps)
 }
 """Scenarios by name."""
