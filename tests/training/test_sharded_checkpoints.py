@@ -57,7 +57,7 @@ def losses(name: str) -> list[float]:
 
 
 def assert_only_used_shards(checkpoints: Path) -> None:
-    """Assert that every folder of shards is named by a checkpoint."""
+    """Assert that a checkpoint refers to every folder of shards."""
     named = [read_checkpoint(file).get(SHARDS) for file in checkpoints.glob("*.ckpt")]
     used = {shards["folder"] for shards in named if shards is not None}
     assert {found.name for found in checkpoints.glob("*.shards")} == used
