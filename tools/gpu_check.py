@@ -35,9 +35,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # tnnlm need not be installed
 
 from gpu_checks.report import failed, markdown, record, replace_text
-from gpu_checks.runner import Outcome, Part, StopSignals, run_parts
+from gpu_checks.runner import LEAST, Outcome, Part, StopSignals, run_parts
 from gpu_checks.worker import PARTS, command
-from tnnlm.errors import OneLineParser, UserError, run_script
+from tnnlm.errors import OS_PROBLEMS, OneLineParser, UserError, run_script
 
 OLDEST = (2, 8)
 """Oldest version of PyTorch."""
@@ -58,8 +58,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="Folder. (default: gpu_check)")
     add("--arithmetic", action="store_true", help="Compute bounds from data sheets, and measure nothing.")
     args = parser.parse_args()
-    if not 0 < args.minutes <= 24 * 60:
-        raise UserError(f"--minutes {args.minutes:g}: must be above 0 and at most 1440")
+    if not LEAST / 60 <= args.minutes <= 24 * 60:
+        raise UserError(f"--minutes {args.minutes:g}: must be at least {LEAST / 60:.2f} and at most 1440")
     return args
 
 
@@ -67,12 +67,13 @@ def main() -> int:
     """Run the parts, write both reports and print the tables; return the exit code."""
     args = parse()
     target = args.out / "gpu_check.json"
-    if target.exists():
-        raise UserError(f"{target}: already exists", "choose another --out")
+    for path in (target, target.with_suffix(".md")):
+        if path.exists():
+            raise UserError(f"{path}: already exists", "choose another --out")
     check_torch(args.device if not args.arithmetic else "cpu")
     line = shlex.join(["python", "tools/gpu_check.py", *sys.argv[1:]])
     about = (line, time.strftime("%Y-%m-%d"), commit())
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     if args.arithmetic:
         from gpu_checks.arithmetic import arithmetic_record
 
@@ -91,6 +92,21 @@ def main() -> int:
     print(markdown(record(outcomes, *about)["tables"]))
     print(f"wrote {target} and {target.with_suffix('.md')}")
     return 128 + stop.number if stop.name else int(failed(outcomes))
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder of the reports, with the standard library only.
+
+    Raises:
+        UserError: If the file system doesn't have folders that users create, such as ``/proc``.
+        OSError: If it can't be created for a reason that a user understands.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in OS_PROBLEMS:
+            raise
+        raise UserError(f"{path}: can't be created", "choose another --out") from None
 
 
 def launched(part: Part, rows: Path, seconds: float, device: str, tiny: bool) -> list[str]:

@@ -179,8 +179,9 @@ sys.exit(gpu_check.main())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_keeps_what_it_has(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_stopped_run_keeps_what_it_has(name: str, tmp_path: Path) -> None:
+    number = signal.Signals[name]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"}
     words = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -192,7 +193,6 @@ def test_a_stopped_run_keeps_what_it_has(number: int, tmp_path: Path) -> None:
     assert process.poll() is None
     process.send_signal(number)
     out, _ = process.communicate()
-    name = signal.Signals(number).name
     assert process.returncode == 128 + number
     assert f"| card | stopped: {name} |" in out
     assert f"| demo | not started: {name} |" in out
@@ -230,22 +230,27 @@ def test_an_incomplete_last_row_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--minutes", "0"], "--minutes 0: must be at least 0.17 and at most 1440"),
+        (["--minutes", "0.1"], "--minutes 0.1: must be at least 0.17"),  # no part would start
         (["--parts", "card", "--out", "there"], "gpu_check.json: already exists; choose another --out"),
         (["--minutes", "nan"], "--minutes nan"),
+        (["--arithmetic", "--out", "half"], "gpu_check.md: already exists; choose another --out"),
+        (["--arithmetic", "--out", "/proc/none"], "/proc/none: can't be created; choose another --out"),
     ],
 )
 def test_bad_arguments_are_refused(
     words: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("there").mkdir()
+    Path("half").mkdir()
     Path("there/gpu_check.json").write_text("{}")
+    Path("half/gpu_check.md").write_text("")
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
     assert run_script(gpu_check.main) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
-    assert [path.name for path in Path().iterdir()] == ["there"]
+    assert sorted(path.name for path in Path().iterdir()) == ["half", "there"]
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,13 @@ class StopSignals:
         self.number = 0
 
     def listen(self) -> None:
-        """Note SIGINT and SIGTERM from now on instead of ending the process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Note the signals that ask this process to end, from now on, instead of ending it.
+
+        SIGHUP is among them: the connection to a rented machine may break, and the processes of the parts
+        would go on to use the GPU.
+        """
+        hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+        for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
