@@ -19,6 +19,7 @@ from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
 from tnnlm.config.consistency import (
+    check_averaging,
     check_context,
     check_name,
     check_protocol,
@@ -168,6 +169,7 @@ def _config(values: Values) -> Config:
     check_protocol(config, where)
     check_context(config, where)
     check_sharding(config, where)
+    check_averaging(config, where)
     settle_task(config, where)
     return config
 
