@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.pretend.launch import pretended
 from tnnlm.training.loggers.csv import read_metrics
 
@@ -60,8 +62,19 @@ def test_collectives_of_several_gpus_take_tensors_of_the_gpu() -> None:
     assert steps_that_wait(report) == set()
 
 
-def test_float16_continues_after_an_overflow() -> None:
-    pretended("overflow", *STEPS, "trainer.precision=16-mixed")
-    row = next(row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["train/loss"])
-    assert float(row["train/skipped"]) == 1
-    assert math.isfinite(float(row["train/grad_norm"]))  # the mean of the steps that were not skipped
+def test_float16_goes_all_the_way_after_overflows() -> None:
+    steps = ("trainer.max_steps=3", "trainer.val_every_n_steps=3", "trainer.log_every_n_steps=1")
+    report = pretended("float16", *steps, "trainer.sample_tokens=2")
+    rows = [row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["train/loss"]]
+    assert [float(row["train/skipped"]) for row in rows] == [1, 1, 2, 2]
+    # A skipped step has no norm; the first step after it has one again.
+    assert [bool(row["train/grad_norm"]) for row in rows] == [False, True, False, True]
+    assert all(math.isfinite(float(row["train/grad_norm"] or 0)) for row in rows)
+    start, end, resumed, after = report["scales"]
+    assert (end, resumed, after) == (start / 4, end, end)  # each overflow halves it
+    scores = [row for row in read_metrics(Path("runs/demo/metrics.csv")) if row["val/ppl"]]
+    assert [row["step"] for row in scores] == ["3", "4"]
+    for row in scores:
+        assert float(row["val/ppl_recurrent"]) == pytest.approx(float(row["val/ppl"]), rel=1e-3)
+    assert not any("optimizer.step" in message for message in report["warnings"])
+    assert {found["text"] for found in report["engines"].values()} == {report["cpu"]}

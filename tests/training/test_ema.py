@@ -142,11 +142,17 @@ def test_a_save_within_a_validation_holds_the_same() -> None:
         assert all(torch.equal(a[key], b[key]) for key in a if isinstance(a[key], torch.Tensor))
 
 
-@pytest.mark.parametrize("change", ["trainer.precision=bf16-true", "trainer.strategy=fsdp"])
-def test_what_can_not_be_averaged_is_refused(change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["trainer.precision=bf16-true", "trainer.strategy=fsdp", "trainer.strategy=hsdp"]
+)
+def test_what_can_not_be_averaged_is_refused_before_anything_is_written(change: str, script: Any) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.ema_decay=0\.8: .*use trainer\.(precision|strategy)="):
-        train(tiny_run(EMA[0], change))
-    assert not list(Path("runs").iterdir())
+        tiny_run(EMA[0], change)
+    for words in ((), ("--dry-run",)):
+        done = script("train", EMA[0], change, *words)
+        assert done.code == 2
+        assert done.err.startswith("error: trainer.ema_decay=0.8: ")
+    assert not Path("runs").exists()
 
 
 def test_resume_can_not_switch_averaging() -> None:

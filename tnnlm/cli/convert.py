@@ -39,6 +39,7 @@ from tnnlm.cli.usage import (
     path_argument,
 )
 from tnnlm.config.flags import add_flags, settings_from_flags
+from tnnlm.config.methods import USED_BY, Use
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import DTYPES
@@ -52,28 +53,20 @@ FLAGS = {
 """Options by the setting of ``ConversionConfig`` that they set, without dashes in front."""
 
 
-def _only_for(*methods: str) -> Condition:
-    """Return the condition of an option that only these methods use."""
-    listed = " and ".join(methods)
+def _condition(use: Use) -> Condition:
+    """Return the condition of an option that only some methods use."""
+    listed, remedy = " and ".join(use.methods), f"add --method {use.methods[0]}"
+    if use.without_order:
+        listed += f", and to {' and '.join(use.without_order)} without --order"
+        remedy = "let it determine the order"
     return Condition(
-        lambda args: args.method in methods,
+        lambda args: use.holds(args.method, args.order),
         f"only applies to --method {listed}",
-        f"omit it, or add --method {methods[0]}",
+        f"omit it, or {remedy}",
     )
 
 
-CONDITIONS = {
-    "--tolerance": Condition(
-        lambda args: args.method == "auto" or (args.method == "balanced" and args.order is None),
-        "only applies to --method auto, and to balanced without --order",
-        "omit it, or let it determine the order",
-    ),
-    "--order": _only_for("balanced", "gradient"),
-    "--poles": _only_for("balanced"),
-    "--window-taps": _only_for("balanced", "auto"),
-    "--steps": _only_for("gradient"),
-    "--lr": _only_for("gradient"),
-}
+CONDITIONS = {f"--{FLAGS[name]}": _condition(use) for name, use in USED_BY.items()}
 """Conditions under which options have an effect."""
 PACKAGING = ("--compile", "--export", "--onnx")
 """Options that apply to a converted model."""

@@ -148,6 +148,28 @@ def check_sharding(config: Config, where: Callable[[str], str]) -> None:
         )
 
 
+def check_averaging(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for averaged weights that can't be computed.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If ``trainer.ema_decay`` is set, and the weights are not float32 or are sharded.
+    """
+    trainer = config.trainer
+    if trainer.ema_decay is None:
+        return
+    shown, place = f"trainer.ema_decay={trainer.ema_decay:g}", where("trainer.ema_decay")
+    if trainer.precision in ("bf16-true", "64-true"):
+        raise ConfigError(
+            f"{shown}: requires float32 weights{place}", "use trainer.precision=bf16-mixed or 32-true"
+        )
+    if any(name in trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
+        raise ConfigError(f"{shown}: not supported for sharded weights{place}", "use trainer.strategy=ddp")
+
+
 def settle_method(config: Config) -> None:
     """Select the default of ``conversion.method`` by the size of the model.
 

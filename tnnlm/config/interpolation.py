@@ -118,6 +118,14 @@ class Values:
         except ValueError as error:
             raise ConfigError(f"{key}={shown(node)}: {error} ({node.place})") from None
 
+    def given(self, key: str) -> str | None:
+        """Return the place where a user gave a setting, for the end of an error message.
+
+        None if it has its default, or was read from a saved run or a checkpoint.
+        """
+        node = self.nodes.get(key)
+        return f" ({node.place})" if node and node.origin in (Origin.FILE, Origin.WORD) else None
+
     def _text(self, key: str) -> str | None:
         setting = self.schema.settings.get(key)
         value = None if setting is None or is_list(setting.hint) else self[key]

@@ -19,6 +19,7 @@ from typing import Any
 
 from tnnlm.config.checks import check_settings, check_value
 from tnnlm.config.consistency import (
+    check_averaging,
     check_context,
     check_name,
     check_protocol,
@@ -29,6 +30,7 @@ from tnnlm.config.consistency import (
 )
 from tnnlm.config.interpolation import Values, escaped
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
+from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.config.values import Origin, kinds_of, one_line, stored
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
@@ -66,6 +68,7 @@ def load_config(
     config = _config(values)
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
+    check_effective_settings(config, values.given)
     for layer in reversed(layers):
         if "data.source" in layer.nodes:
             break  # The source was chosen explicitly: settings of other sources may be present.
@@ -166,6 +169,7 @@ def _config(values: Values) -> Config:
     check_protocol(config, where)
     check_context(config, where)
     check_sharding(config, where)
+    check_averaging(config, where)
     settle_task(config, where)
     return config
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from tnnlm.ops.loss_backends import IGNORED, score
 from tnnlm.precision import working_dtype
 
-IGNORED = -100
-"""Target that is not scored, as in :func:`torch.nn.functional.cross_entropy`."""
 _MOST_ON_GPU = 1 << 26
 """Largest number of logits that are computed at once on a GPU, whose products need many rows."""
 _MOST_ON_CPU = 1 << 22
@@ -92,18 +91,15 @@ class _Chunked(torch.autograd.Function):
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
                 kept, given = scored[part, None], x[part]
-                index = targets[part, None].where(kept, 0)
-                logp = torch.log_softmax(given @ w.T, dim=-1, dtype=wide)
-                total -= logp.gather(1, index).mul_(kept).sum()
-                if dx is None and dw is None:
+                loss, slope = score(given, w, targets[part], gain, slopes=of_features or of_weight)
+                total += loss
+                if slope is None:
                     continue
-                # Gradient of the logits: the probabilities, minus one at the target.
-                slope = logp.exp_().scatter_add_(1, index, logp.new_full(index.shape, -1.0))
-                slope = (slope if gain == 1 else slope.mul_(gain)).to(dtype)
                 if dx is not None:
                     torch.mul(slope @ w, kept, out=dx[part])
                 if dw is not None:
                     _add_product(dw, slope.T, given * kept / gain)
+                del slope  # before the logits of the next chunk
         count = scored.sum()
         ctx.save_for_backward(dx, dw, count)
         ctx.gains = gain, 1.0

@@ -256,7 +256,7 @@ class LitModel(lightning.LightningModule):
         sizes = (None,) if data is None else (data.opened.bytes_per_token, data.opened.tokens_per_word)
         values = self.task.results(*sizes) | self._memory
         if data is not None:
-            self._write(values, tuple(name for name in self.task.shown() if name in values))
+            self._write(values, self.task.shown())
             return
         for name, value in values.items():
             shown = name in self.task.shown()
@@ -268,13 +268,14 @@ class LitModel(lightning.LightningModule):
         self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
-        """Send ``values`` to the loggers at this optimizer step, and ``shown`` to progress bar and callbacks.
+        """Send ``values`` to the loggers at this optimizer step, and those ``shown`` to bar and callbacks.
 
+        A value may be missing, such as the norm of gradients if every step since the last row was skipped.
         ``self.log`` would count batches since the process started, and log late after a resume.
         """
         for logger in self.loggers:
             logger.log_metrics(values, self.global_step)
-        for name in shown:
+        for name in filter(values.__contains__, shown):
             # Values are equal on all ranks already; sync_dist only avoids a warning of Lightning.
             value = self._on_device(values[name])
             self.log(name, value, prog_bar=True, logger=False, sync_dist=name.startswith("val/"))

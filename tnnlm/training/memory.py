@@ -289,7 +289,8 @@ def autocast_of(precision: str) -> AbstractContextManager[Any]:
 def on_path_of(device: str) -> Iterator[None]:
     """Let operators on the CPU take the path of another device, where that changes what memory they need.
 
-    A GPU is assumed to have Triton, which comes with PyTorch, and not the optional cuDNN frontend.
+    A GPU is assumed to have Triton, which comes with PyTorch, and not the optional cuDNN frontend and Liger,
+    with which the loss takes less memory.
 
     Args:
         device: ``cpu`` or ``cuda``.

@@ -26,14 +26,21 @@ from tnnlm.inference.sampling import SamplingParams
 PROMPT, TOKENS = "The ", 6
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
-ENGINES = (("eager", "float32"), ("packed", "float32"), ("packed", "bfloat16"), ("graph", "float32"))
+Engines = tuple[tuple[str, str], ...]
+ENGINES: Engines = (("eager", "float32"), ("packed", "float32"), ("packed", "bfloat16"), ("graph", "float32"))
 
 
-def decode_run(run: Path) -> dict[str, Any]:
-    """Convert a run, generate by every engine that a GPU has, and serve the model."""
+def decode_run(run: Path, engines: Engines = ENGINES, serve: bool = True) -> dict[str, Any]:
+    """Convert a run, generate by engines that a GPU has, and serve the model.
+
+    Args:
+        run: Folder of the run.
+        engines: Names and dtypes of the engines.
+        serve: Whether to serve the model.
+    """
     assert convert.main([str(run), "--verify"]) == 0
     found: dict[str, Any] = {"engines": {}}
-    for name, dtype in ENGINES:
+    for name, dtype in engines:
         engine = _open(run, name, dtype)
         found["engines"][f"{name} {dtype}"] = {
             **_counts(engine.generator),
@@ -48,7 +55,7 @@ def decode_run(run: Path) -> dict[str, Any]:
         _open(run, "compiled", "float32")
     except UserError as error:
         found["compiled"] = str(error)
-    return found | {"served": _serve(run)}
+    return found | {"served": _serve(run)} if serve else found
 
 
 def _open(run: Path, engine: str, dtype: str) -> Engine:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from tests.support.pretend import cuda, decoding, ranks
 from tests.support.pretend.tensors import LEDGER
@@ -40,13 +42,34 @@ class Observe(Callback):
 
 
 class Overflow(Observe):
-    """Callback that makes the gradients of one step overflow, as float16 does."""
+    """Callback that makes the gradients of some steps overflow, as float16 does at a high scale."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.scales: list[float] = []
+        """Scale of the loss at the start of training, and at its end."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Read the scale of the loss."""
+        super().on_train_start(trainer, pl_module)
+        self._read_scale(trainer)
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make one gradient infinite in the second step."""
-        if trainer.global_step == 1:
+        """Make one gradient infinite."""
+        if trainer.global_step in self.steps:
             gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
             gradient.view(-1)[0] = float("inf")
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Read the scale of the loss again."""
+        self._read_scale(trainer)
+
+    def _read_scale(self, trainer: lightning.Trainer) -> None:
+        plugin = trainer.precision_plugin
+        assert isinstance(plugin, MixedPrecision)
+        assert plugin.scaler is not None
+        self.scales.append(plugin.scaler.get_scale())
 
 
 def one_gpu(*words: str) -> dict[str, Any]:
@@ -58,11 +81,20 @@ def one_gpu(*words: str) -> dict[str, Any]:
     return {"summary": summary, "steps": [b - a for a, b in pairwise(before)]}
 
 
-def overflow(*words: str) -> dict[str, Any]:
-    """Train on one GPU with a step whose gradients overflow."""
-    with cuda.pretended_cuda():
-        train(tiny_run(*GPU, *words), extra_callbacks=[Overflow()])
-    return {}
+def float16(*words: str) -> dict[str, Any]:
+    """Train with a first and a last step that overflow, resume, convert, and generate on one GPU."""
+    config = tiny_run(*GPU, "trainer.precision=16-mixed", *words)
+    run, steps = Path(config.runs_dir, config.name), config.trainer.max_steps
+    with cuda.pretended_cuda(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        first, then = Overflow(0, steps - 1), Overflow()
+        train(config, extra_callbacks=[first])
+        more = [f"trainer.{key}={steps + 1}" for key in ("max_steps", "val_every_n_steps")]
+        summary = train(resumed_config(run, more), run, extra_callbacks=[then])
+        LEDGER.step = lambda: -1
+        decoded = decoding.decode_run(run, (("packed", "float32"), ("graph", "float32")), serve=False)
+    scales, messages = [*first.scales, *then.scales], [str(warning.message) for warning in warned]
+    return {"summary": summary, "scales": scales, "warnings": messages, **decoded}
 
 
 def resumed(*words: str) -> dict[str, Any]:
@@ -121,6 +153,6 @@ def taps(*names: str) -> dict[str, Any]:
 
 
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (one_gpu, overflow, resumed, ddp, decoded, conversion, taps)
+    scenario.__name__: scenario for scenario in (one_gpu, float16, resumed, ddp, decoded, conversion, taps)
 }
 """Scenarios by name."""

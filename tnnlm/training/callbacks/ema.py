@@ -14,8 +14,6 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from tnnlm.config.schema import Config
-from tnnlm.errors import ConfigError
-from tnnlm.training.estimate import SHARDING, resolve_precision
 
 
 class AveragedWeights(WeightAveraging):
@@ -93,17 +91,6 @@ class AveragedWeights(WeightAveraging):
 
 
 def averaging(config: Config) -> list[AveragedWeights]:
-    """Return a list with the EMA callback, or an empty list if ``trainer.ema_decay`` is null.
-
-    Raises:
-        ConfigError: If the weights are not float32 or are sharded.
-    """
-    settings = config.trainer
-    if settings.ema_decay is None:
-        return []
-    where = f"trainer.ema_decay={settings.ema_decay:g}"
-    if resolve_precision(config) in ("bf16-true", "64-true"):
-        raise ConfigError(f"{where}: requires float32 weights", "use trainer.precision=bf16-mixed or 32-true")
-    if any(name in settings.strategy for name in (*SHARDING, "model_parallel", "deepspeed")):
-        raise ConfigError(f"{where}: not supported for sharded weights", "use trainer.strategy=ddp")
-    return [AveragedWeights(settings.ema_decay)]
+    """Return a list with the EMA callback, or an empty list if ``trainer.ema_decay`` is null."""
+    decay = config.trainer.ema_decay
+    return [] if decay is None else [AveragedWeights(decay)]
