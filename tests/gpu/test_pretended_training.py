@@ -20,7 +20,7 @@ STEPS = (
 )
 
 
-MOST_LAUNCHES = 1000
+MOST_LAUNCHES = 900
 """Largest number of launches per optimizer step between two rows of the log."""
 EVERYTHING = ("trainer.ema_decay=0.9", "trainer.spike_factor=5", "trainer.accumulate=2")
 

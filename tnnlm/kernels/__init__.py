@@ -6,6 +6,7 @@ Importing this package registers every kernel that is part of it.
 from tnnlm.kernels.base import KERNEL_SCHEMAS, Kernel, KernelConfig, LagKernel, build_kernel, register_kernel
 from tnnlm.kernels.fd_tno import FDTNOConfig, FDTNOKernel
 from tnnlm.kernels.hyena import HyenaConfig, HyenaKernel
+from tnnlm.kernels.network import NetworkKernel
 from tnnlm.kernels.rtf import RTFConfig, RTFKernel
 from tnnlm.kernels.sgconv import SGConvConfig, SGConvKernel
 from tnnlm.kernels.tno import TNOConfig, TNOKernel
@@ -20,6 +21,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "LagKernel",
+    "NetworkKernel",
     "RTFConfig",
     "RTFKernel",
     "SGConvConfig",

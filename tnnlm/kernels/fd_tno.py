@@ -13,13 +13,16 @@ No decay is imposed: the smoother R is, the faster the taps decay.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tnnlm.fields import choice, number
-from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+from tnnlm.kernels.base import KernelConfig, register_kernel
+from tnnlm.kernels.network import NetworkKernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 
 
@@ -42,7 +45,7 @@ class FDTNOConfig(KernelConfig):
 
 
 @register_kernel("fd_tno", FDTNOConfig)
-class FDTNOKernel(Kernel):
+class FDTNOKernel(NetworkKernel):
     """Causal kernel whose spectrum has the values of the RPE as its real part; zero past lag L.
 
     The frequency grid is that of the training length at every length, so that the taps don't depend on the
@@ -60,16 +63,30 @@ class FDTNOKernel(Kernel):
             config.rpe_dim, config.rpe_layers, n_channels, config.activation, config.rpe_norm
         )
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, features: Tensor | None = None) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
         weight, bias = self.rpe.output.weight, self.rpe.output.bias
         with torch.autocast(weight.device.type, enabled=False):
             # The last layer and the transform are both linear, so that only the r features are transformed
             # instead of all E channels. The bias is a constant spectrum, which is a tap at lag 0.
-            rows = causal_taps(self.rpe.features(self._positions()).T, length)
-            k = weight @ rows
+            if features is None:
+                features = causal_taps(self.rpe.features(self._positions()).T, length)
+            k = weight @ features
             k = torch.cat((k[:, :1] + bias[:, None], k[:, 1:]), dim=1)
             return torch.nn.functional.pad(k, (0, length - k.shape[1]))
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        """Settings of the RPE, and the frequencies that it is evaluated at."""
+        return *self.rpe.settings, self.rpe_input, self.max_length
+
+    @classmethod
+    def joint_features(cls, kernels: Sequence[Self], length: int) -> Tensor:
+        """Return the taps (N, r, min(``length``, L + 1)) of the features of the RPEs of N kernels."""
+        positions = kernels[0]._positions()
+        with torch.autocast(positions.device.type, enabled=False):
+            spectra = RelativePositionEncoder.joint_features([kernel.rpe for kernel in kernels], positions)
+            return causal_taps(spectra.mT, length)
 
     def _positions(self) -> Tensor:
         """Return the input of the RPE at every frequency, (L + 1, 1)."""
@@ -82,15 +99,15 @@ def causal_taps(real: Tensor, length: int) -> Tensor:
     """Return the taps of causal kernels, given the real parts of their spectra.
 
     Args:
-        real: Real parts (R, L + 1) at the frequencies pi j / L.
+        real: Real parts (..., L + 1) at the frequencies pi j / L.
         length: Maximum number of taps to return; the kernels have L + 1.
 
     Returns:
-        Taps (R, min(``length``, L + 1)).
+        Taps (..., min(``length``, L + 1)).
     """
-    last = real.shape[1] - 1
-    even = torch.fft.irfft(real, n=2 * last)[:, : min(length, last + 1)]
-    doubled = torch.full((even.shape[1],), 2.0, dtype=even.dtype, device=even.device)
+    last = real.shape[-1] - 1
+    even = torch.fft.irfft(real, n=2 * last)[..., : min(length, last + 1)]
+    doubled = torch.full((even.shape[-1],), 2.0, dtype=even.dtype, device=even.device)
     doubled[:1] = 1  # on a GPU, doubled[0] = 1 copies a number from the host and waits for it
     doubled[last:] = 1
     return even * doubled

@@ -10,15 +10,19 @@ kernel is finite, with taps that are zero from lag L onwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from tnnlm.errors import ConfigError
 from tnnlm.fields import number
-from tnnlm.kernels.base import Kernel, KernelConfig, register_kernel
+from tnnlm.kernels.base import KernelConfig, register_kernel
+from tnnlm.kernels.network import NetworkKernel, joint_linear
 
 LOWEST_FREQUENCY = 1e-4
 """Frequency of the first band, in periods per length of the kernel."""
@@ -49,7 +53,7 @@ class HyenaConfig(KernelConfig):
 
 
 @register_kernel("hyena", HyenaConfig)
-class HyenaKernel(Kernel):
+class HyenaKernel(NetworkKernel):
     """Implicit kernel with one output of the network per channel and a bias at lag 0."""
 
     deltas: Tensor
@@ -76,18 +80,50 @@ class HyenaKernel(Kernel):
         """Length of the kernel, from which on its taps are zero."""
         return self.length
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, features: Tensor | None = None) -> Tensor:
         """Return the first ``length`` taps, (E, ``length``), in the parameters' dtype (at least float32)."""
         with torch.autocast(self.bias.device.type, enabled=False):
             known = min(length, self.length)
-            h = (self._encode(self.bias) if self.encoding is None else self.encoding)[:known]
             time = self._lags(self.bias)[:known, None] / (self.length - 1)
-            for layer, frequencies in zip(self.hidden, self.frequencies, strict=True):
-                h = torch.sin(frequencies * layer(h))
+            h = (
+                self._features(self._inputs()[:known], self.hidden, self.frequencies)
+                if features is None
+                else features
+            )
             window = torch.exp(-time * self.deltas.to(h.dtype).abs()) + self.shift
             k = (self.output(h) * window).T
             k = torch.cat((k[:, :1] + self.bias[:, None], k[:, 1:]), dim=1)
             return nn.functional.pad(k, (0, length - known))
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        """Length and number of bands of the encoding of the lags."""
+        return self.length, self.bands
+
+    @classmethod
+    def joint_features(cls, kernels: Sequence[Self], length: int) -> Tensor:
+        """Return the features (N, min(``length``, L), width) of the networks of N kernels."""
+        first = kernels[0]
+        with torch.autocast(first.bias.device.type, enabled=False):
+            if first.encoding is None:
+                inputs = first._inputs().expand(len(kernels), -1, -1)
+            else:
+                inputs = torch.stack([kernel._inputs() for kernel in kernels])
+            groups = zip(*(kernel.hidden for kernel in kernels), strict=True)
+            layers = [partial(joint_linear, group) for group in groups]
+            frequencies = torch.stack([kernel.frequencies for kernel in kernels], dim=1)
+            return first._features(inputs[:, :length], layers, frequencies[:, :, None])
+
+    def _features(
+        self, h: Tensor, layers: Iterable[Callable[[Tensor], Tensor]], frequencies: Tensor
+    ) -> Tensor:
+        for layer, factors in zip(layers, frequencies, strict=True):
+            h = torch.sin(factors * layer(h))
+        return h
+
+    def _inputs(self) -> Tensor:
+        """Return the encoding of all lags, (L, 1 + 2 bands)."""
+        return self._encode(self.bias) if self.encoding is None else self.encoding
 
     def _lags(self, like: Tensor) -> Tensor:
         """Return the lags 0 .. L - 1, (L,); under bf16-true the default dtype can't represent them."""

@@ -6,13 +6,16 @@ because bf16 can't represent all integers up to 512.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tnnlm.fields import number
 from tnnlm.kernels.base import KernelConfig, LagKernel, register_kernel
+from tnnlm.kernels.network import NetworkKernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 
 
@@ -29,7 +32,7 @@ class TNOConfig(KernelConfig):
 
 
 @register_kernel("tno", TNOConfig)
-class TNOKernel(LagKernel):
+class TNOKernel(NetworkKernel, LagKernel):
     """Kernel of a Toeplitz neural network; its decay is a buffer, stored in checkpoints and not trained."""
 
     decays: Tensor
@@ -45,22 +48,41 @@ class TNOKernel(LagKernel):
         """Frozen decay of each channel, (E,)."""
         return self.decays
 
+    def forward(self, length: int, features: Tensor | None = None) -> Tensor:
+        """Return the first ``length`` taps, (E, ``length``); see :meth:`between`."""
+        return self._taps(self._lags(0, length), slice(None), features)
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        """Settings of the RPE."""
+        return self.rpe.settings
+
+    @classmethod
+    def joint_features(cls, kernels: Sequence[Self], length: int) -> Tensor:
+        """Return the features (N, ``length``, r) of the RPEs of N kernels."""
+        lags = kernels[0]._lags(0, length)
+        with torch.autocast(lags.device.type, enabled=False):
+            return RelativePositionEncoder.joint_features([kernel.rpe for kernel in kernels], lags[:, None])
+
     def between(self, start: int, stop: int) -> Tensor:
         """Return the taps at lags ``start`` .. ``stop`` - 1, (E, ``stop`` - ``start``).
 
         They have the parameters' dtype (at least float32). Lags may be negative: the same network serves both
         signs.
         """
-        return self._between(start, stop, slice(None))
+        return self._taps(self._lags(start, stop), slice(None))
 
     def channel_taps(self, length: int, channels: slice) -> Tensor:
         """Return the first ``length`` taps of some channels, (E', ``length``), without the other channels."""
-        return self._between(0, length, channels)
+        return self._taps(self._lags(0, length), channels)
 
-    def _between(self, start: int, stop: int, channels: slice) -> Tensor:
+    def _lags(self, start: int, stop: int) -> Tensor:
         weight = self.rpe.input.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            # Under bf16-true the default dtype is bf16, which rounds 4,096 lags to 769 values.
-            lags = torch.arange(start, stop, device=weight.device, dtype=weight.dtype)
-            envelope = self.decays[channels].to(weight.dtype)[:, None] ** lags.abs()
-            return self.rpe(lags[:, None], channels) * envelope
+        # Under bf16-true the default dtype is bf16, which rounds 4,096 lags to 769 values.
+        return torch.arange(start, stop, device=weight.device, dtype=weight.dtype)
+
+    def _taps(self, lags: Tensor, channels: slice, features: Tensor | None = None) -> Tensor:
+        with torch.autocast(lags.device.type, enabled=False):
+            envelope = self.decays[channels].to(lags.dtype)[:, None] ** lags.abs()
+            known = self.rpe.features(lags[:, None]) if features is None else features
+            return self.rpe.values(known, channels) * envelope

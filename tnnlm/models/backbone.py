@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnnlm.config.schema import ModelConfig
 from tnnlm.kernels import TwoSidedKernel, build_kernel
+from tnnlm.models.joint_kernels import joint_features
 from tnnlm.modules import BiConv, Block, LongConv, RecurrentConv, build_block, final_norm
 
 
@@ -68,9 +69,14 @@ class Backbone(nn.Module):
         at padding positions are undefined.
         """
         x = self._embed(tokens)
-        again = self.recompute and self.training
-        for block in self.layers:
-            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
+        if self.recompute and self.training:
+            for block in self.layers:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            return self.norm(x)
+        # Outside of training nothing is bound by these launches, and a layer may be evaluated by itself.
+        joint = joint_features(self.layers, tokens.shape[1]) if self.training else None
+        for index, block in enumerate(self.layers):
+            x = block(x, mask) if joint is None else block(x, mask, joint[index])
         return self.norm(x)
 
     def _new_conv(self, channels: int) -> LongConv | BiConv:

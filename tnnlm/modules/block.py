@@ -43,9 +43,16 @@ class Block(nn.Module):
         self.glu = glu
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding."""
-        x = x + self.dropout(self.mixer(self.norm(x), mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, D) for x (B, L, D).
+
+        Args:
+            x: Inputs.
+            mask: Where it (B, L) is False, x is padding; None if nothing is.
+            features: Features of the kernel, see :class:`tnnlm.kernels.NetworkKernel`; at most one tensor.
+                Without it the kernel computes them.
+        """
+        x = x + self.dropout(self.mixer(self.norm(x), mask, *features))
         return self._mix_channels(x)
 
     def init_state(self, batch_size: int) -> tuple[State, ...]:

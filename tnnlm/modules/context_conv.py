@@ -21,8 +21,9 @@ class ContextConv(LongConv):
         super().__init__(kernel)
         self.group = group
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *features: Tensor) -> Tensor:
         """Return the outputs (B, L / C, E) of this process's shard x (B, L / C, E)."""
+        assert not features, "the model computes features only for convolutions that it runs alone"
         total = x.shape[2]
         whole = self.group.to_channels(x)
         k = self.kernel.channel_taps(whole.shape[1], self.group.channels(total))

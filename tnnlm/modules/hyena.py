@@ -71,8 +71,11 @@ class HyenaMixer(nn.Module):
         self.conv = conv
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding.
+
+        ``features`` are those of the kernel, if known.
+        """
         u = self.in_proj(x)
         if mask is not None:
             u = u.masked_fill(~mask[..., None], 0.0)
@@ -80,7 +83,7 @@ class HyenaMixer(nn.Module):
         value = factor * value
         if mask is not None:
             value = value.masked_fill(~mask[..., None], 0.0)
-        out: Tensor = self.out_proj(gate * self.conv(value))
+        out: Tensor = self.out_proj(gate * self.conv(value, *features))
         return out
 
     def init_state(self, batch_size: int) -> tuple[State, ...]:

@@ -42,9 +42,12 @@ class LongConv(ParallelConv):
         super().__init__()
         self.kernel = kernel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (B, L, E) for x (B, L, E)."""
-        return toeplitz(x, self.kernel(x.shape[1]))
+    def forward(self, x: Tensor, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, E) for x (B, L, E).
+
+        ``features`` of the kernel are passed to it, if the model has computed them already.
+        """
+        return toeplitz(x, self.kernel(x.shape[1], *features))
 
 
 class BiConv(ParallelConv):

@@ -27,8 +27,8 @@ class GatedMixer(nn.Module):
         self.conv = conv
         self.out_proj = nn.Linear(d_inner, d_model)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the outputs (B, L, D) for x (B, L, D).
+    def forward(self, x: Tensor, mask: Tensor | None = None, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, D) for x (B, L, D); ``features`` are those of the kernel, if known.
 
         Positions where ``mask`` (B, L) is False are padding: they are set to zero before the convolution and
         don't affect other positions.
@@ -36,7 +36,7 @@ class GatedMixer(nn.Module):
         gate, value = torch.nn.functional.silu(_channels_first(self.in_proj, x)).chunk(2)
         if mask is not None:
             value = value.masked_fill(~mask, 0.0)
-        y = gate * self.conv(value.permute(1, 2, 0)).permute(2, 0, 1)
+        y = gate * self.conv(value.permute(1, 2, 0), *features).permute(2, 0, 1)
         out: Tensor = self.out_proj(y.flatten(1).T)
         return out.unflatten(0, x.shape[:2])
 

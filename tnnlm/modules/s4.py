@@ -22,11 +22,14 @@ class S4Mixer(nn.Module):
         self.gated = gated
         self.out_proj = nn.Linear(d_model, 2 * d_model if gated else d_model)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, D) for x (B, L, D); where ``mask`` (B, L) is False, x is padding.
+
+        ``features`` are those of the kernel, if known.
+        """
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        return self._project(self.conv(x))
+        return self._project(self.conv(x, *features))
 
     def init_state(self, batch_size: int) -> tuple[State, ...]:
         """Return the state before the first token."""

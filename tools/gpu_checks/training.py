@@ -136,10 +136,10 @@ def least_traffic(memory: RunMemory, params: int) -> int:
 class _StandardConv(LongConv):
     """Causal convolution by PyTorch's transforms with their autograd, instead of this package's operator."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (B, L, E) for x (B, L, E)."""
+    def forward(self, x: Tensor, *features: Tensor) -> Tensor:
+        """Return the outputs (B, L, E) for x (B, L, E); see :class:`LongConv`."""
         length = x.shape[1]
-        y = fft_convolution(x.permute(2, 0, 1), self.kernel(length), fft_length(2 * length - 1))[0]
+        y = fft_convolution(x.permute(2, 0, 1), self.kernel(length, *features), fft_length(2 * length - 1))[0]
         return y.permute(1, 2, 0)
 
 
