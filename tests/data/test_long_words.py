@@ -17,6 +17,7 @@ from tnnlm import tokenizer as tokenizers
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import packing, progress
 from tnnlm.data.packing import prepare
+from tnnlm.data.tokenize_split import tokenize_split
 from tnnlm.tokenizer import LONGEST_WORD, TextTokenizer, train_bpe
 
 EOS = "<|endoftext|>"
@@ -84,7 +85,7 @@ def test_packing_takes_linear_time(letters: str) -> None:
     tokenizer = trained("some words of another text " * 20)
     short, long = (word(length, ALPHABETS[letters]) for length in (40_000, 320_000))
     times = [
-        seconds(lambda text=text, n=n: packing._pack([text], tokenizer, fresh(), "pack"))  # type: ignore[misc]
+        seconds(lambda text=text, n=n: tokenize_split([text], tokenizer, fresh(), "pack"))  # type: ignore[misc]
         for n, text in enumerate((short, long))
     ]
     assert times[1] < 24 * times[0]

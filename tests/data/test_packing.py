@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import chunks, packing
+from tnnlm.data import chunks, packing, tokenize_split
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.symbols import symbol_tokenizer
@@ -85,7 +85,7 @@ def test_stream_decodes_to_the_documents() -> None:
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
     monkeypatch.setattr(
-        packing, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
+        tokenize_split, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
     )
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
@@ -373,7 +373,7 @@ def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.Monke
     monkeypatch.setattr(chunks, "CHUNK", 100)
     monkeypatch.setattr(chunks, "CONTEXT", 40)
     assert len(list(chunks.exact_chunks_of([LONG], tokenizer.encode))) > 50
-    info = packing._pack([LONG, "short"], tokenizer, Path("packed.bin"), "test")
+    info = tokenize_split.tokenize_split([LONG, "short"], tokenizer, Path("packed.bin"), "test")
     found = np.fromfile("packed.bin", dtype=np.int32).tolist()
     eos = tokenizer.eos_id
     assert found == [eos, *tokenizer.encode(LONG), eos, *tokenizer.encode("short"), eos]

@@ -23,7 +23,7 @@ from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
-from tnnlm.data import chunks, packing
+from tnnlm.data import chunks, packing, tokenize_split
 from tnnlm.data.arrow_text import Documents, index_documents
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sources import load_corpus
@@ -103,7 +103,7 @@ def test_stopped_preparation_resumes(
     monkeypatch: pytest.MonkeyPatch, place: int, streaming: bool, tokenizer: str | None
 ) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 300)
-    monkeypatch.setattr(packing, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(tokenize_split, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHARACTERS", 4000)
     Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())
     config = config_of(streaming=streaming, max_documents=280 if streaming else None, tokenizer=tokenizer)

@@ -12,25 +12,24 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.arrow_text import Documents, remove_scratch
-from tnnlm.data.chunks import CountedText, batches_of, chunks_of, line_batches_of
-from tnnlm.data.progress import at_terminal, progress, reported
+from tnnlm.data.arrow_text import remove_scratch
+from tnnlm.data.chunks import CountedText, chunks_of
+from tnnlm.data.progress import at_terminal, reported
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sampled_coverage import sampled_coverage
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
-from tnnlm.data.text import TextHash, words_in
+from tnnlm.data.tokenize_split import tokenize_split
 from tnnlm.data.waiting import META, busy, prepare_once, unfinished
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
@@ -39,8 +38,6 @@ from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, trai
 
 PACKING_VERSION = 4
 """Version in the cache key; increment it whenever the packed tokens change."""
-SAVE_SECONDS = 5.0
-"""Seconds between the progress records from which a killed preparation resumes."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,7 @@ def _tokenize(
         raise DataError("data: too little text to hold out a validation split", "add text")
     tokenizer = given or _trained(corpus.train, vocab_size, config, folder / "tokenizer.json")
     splits = {
-        split: _pack(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}", config.protocol)
+        split: tokenize_split(texts, tokenizer, folder / f"{split}.bin", f"tokenize {split}", config.protocol)
         for split, texts in (("train", corpus.train), ("val", corpus.val))
     }
     write_text(folder / "tokenizer.json", tokenizer.to_json())
@@ -240,67 +237,3 @@ def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, path: Pa
         )
     write_text(path, tokenizer.to_json())
     return tokenizer
-
-
-def _pack(
-    texts: Sequence[str], tokenizer: TextTokenizer, path: Path, title: str, protocol: str = "documents"
-) -> SplitInfo:
-    """Tokenize documents into a file, resuming from and regularly saving a progress record."""
-    done = _packed_before(path)
-    if done is None:
-        path.write_bytes(np.array([tokenizer.eos_id], dtype=np.int32).tobytes())
-        done = SplitInfo(documents=0, tokens=1, bytes=0)
-    text_hash = TextHash(done.sha256)
-    n_documents, n_tokens, n_bytes, n_words = done.documents, done.tokens, done.bytes, done.words
-
-    def so_far() -> SplitInfo:
-        return SplitInfo(n_documents, n_tokens, n_bytes, text_hash.value, n_words)
-
-    rest = texts[n_documents:]
-    size = texts.size if isinstance(texts, Documents) else sum(map(len, rest))
-    bar = progress(total=size, desc=title, unit="char")
-    if isinstance(texts, Documents) and texts:
-        bar.update(size * n_documents // len(texts))  # approximate, lengths are unknown
-    noted = time.monotonic()
-    with path.open("r+b") as file, bar:
-        file.truncate(4 * n_tokens)
-        file.seek(0, os.SEEK_END)
-        for batch in (batches_of if protocol == "documents" else line_batches_of)(rest, tokenizer.encode):
-            encodings = tokenizer.encode_batch([chunk.before + chunk.text for chunk in batch])
-            for encoding, chunk in zip(encodings, batch, strict=True):
-                ids = encoding[chunk.tokens_before :]
-                if chunk.ends:
-                    ids.append(tokenizer.eos_id)
-                n_documents += chunk.ends_document
-                file.write(np.array(ids, dtype=np.int32).tobytes())
-                n_tokens += len(ids)
-                n_words += words_in(chunk.text, chunk.ends)
-                # The end token of a line stands for its line end.
-                encoded = (chunk.text + "\n" * chunk.ends_line).encode("utf-8", "surrogatepass")
-                text_hash.add(encoded, chunk.ends_document)
-                n_bytes += len(encoded)
-            bar.update(sum(len(chunk.text) for chunk in batch))
-            if batch[-1].ends_document and time.monotonic() - noted >= SAVE_SECONDS:
-                noted = time.monotonic()
-                _note(path, file, so_far())
-        _note(path, file, so_far())
-    return so_far()
-
-
-def _journal(path: Path) -> Path:
-    return path.with_suffix(".progress")
-
-
-def _note(path: Path, file: BinaryIO, done: SplitInfo) -> None:
-    """Flush the file to disk, then record ``done`` as its progress."""
-    file.flush()
-    os.fsync(file.fileno())
-    write_text(_journal(path), json.dumps(asdict(done)))
-
-
-def _packed_before(path: Path) -> SplitInfo | None:
-    """Return the progress that an earlier attempt recorded, or None if there is none."""
-    if not _journal(path).is_file() or not path.is_file():
-        return None
-    done = SplitInfo(**json.loads(_journal(path).read_text(encoding="utf-8")))
-    return done if path.stat().st_size >= 4 * done.tokens else None
