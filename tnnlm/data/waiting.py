@@ -59,7 +59,7 @@ def prepare_once(folder: Path, build: Callable[[], None]) -> None:
                     if error is not refusal:
                         raise
                     if not waited:
-                        print(f"{folder}: waiting for another process to prepare it", file=sys.stderr)
+                        print(f"{error.reason}; waiting for it", file=sys.stderr)
                         lines.enter_context(reported(lambda: f"{folder}: waiting for another process"))
                     waited = True
                     time.sleep(POLL_SECONDS)
