@@ -63,7 +63,7 @@ RULES = {
     ),
     "data": Allowed(
         "errors files tokenizer coverage config models",
-        "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",
+        "torch numpy lightning tokenizers datasets pyarrow tqdm xxhash PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(

@@ -35,7 +35,7 @@ def hub(**changes: Any) -> DataConfig:
 
 
 def text_of(corpus: PackedCorpus) -> str:
-    tokens = [corpus.rows(split, 1).tokens.tolist() for split in ("train", "val")]
+    tokens = [corpus.rows(split, 1).tokens[:].tolist() for split in ("train", "val")]
     return "".join(corpus.tokenizer.decode(part) for part in tokens)
 
 

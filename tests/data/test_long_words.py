@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -17,6 +16,8 @@ from tnnlm import tokenizer as tokenizers
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import packing, progress
 from tnnlm.data.packing import prepare
+from tnnlm.data.token_files import Layout
+from tnnlm.data.tokenize_split import tokenize_split
 from tnnlm.tokenizer import LONGEST_WORD, TextTokenizer, train_bpe
 
 EOS = "<|endoftext|>"
@@ -82,16 +83,19 @@ def test_training_takes_linear_time(letters: str) -> None:
 @pytest.mark.parametrize("letters", ["letters", "spaces"])
 def test_packing_takes_linear_time(letters: str) -> None:
     tokenizer = trained("some words of another text " * 20)
+    layout = Layout.of(tokenizer.size)
     short, long = (word(length, ALPHABETS[letters]) for length in (40_000, 320_000))
     times = [
-        seconds(lambda text=text, n=n: packing._pack([text], tokenizer, fresh(), "pack"))  # type: ignore[misc]
+        seconds(lambda text=text, n=n: tokenize_split([text], tokenizer, fresh(), "pack", layout))  # type: ignore[misc]
         for n, text in enumerate((short, long))
     ]
     assert times[1] < 24 * times[0]
 
 
 def fresh(count: Any = itertools.count()) -> Path:  # noqa: B008  counts over all calls
-    return Path(f"packed{next(count)}.bin")
+    folder = Path(f"packed{next(count)}")
+    folder.mkdir()
+    return folder
 
 
 def test_long_word_is_encoded_as_a_whole() -> None:
@@ -103,7 +107,7 @@ def test_long_word_is_encoded_as_a_whole() -> None:
     assert [piece for piece, _ in again.tokenizer.pre_tokenizer.pre_tokenize_str(text)] == [text]
     Path("dna.txt").write_text(text + "\n" + text)
     corpus = prepare(DataConfig(source="files", files=["dna.txt"], val_fraction=0.4), 280, 0)
-    stream = np.fromfile(corpus.folder / "train.bin", np.int32).tolist()
+    stream = corpus.rows("train", 1).tokens[:].tolist()
     assert corpus.tokenizer.decode(stream) == text + "\n"
 
 

@@ -14,11 +14,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import chunks, packing
+from tnnlm.data import chunks, packing, tokenize_split
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
+from tnnlm.data.token_files import Layout
 from tnnlm.errors import DataError, UserError
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
@@ -41,7 +42,7 @@ def prepared(vocab_size: int = 280, seed: int = 0, **changes: Any) -> PackedCorp
 
 
 def tokens_of(corpus: PackedCorpus, split: str) -> list[int]:
-    return list(np.fromfile(corpus.folder / f"{split}.bin", dtype=np.int32).tolist())
+    return list(corpus.rows(split, 1).tokens[:].tolist())
 
 
 def save_tokenizer(name: str = "given.json", eos: str = EOS, vocab_size: int = 270) -> str:
@@ -85,7 +86,7 @@ def test_stream_decodes_to_the_documents() -> None:
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
     monkeypatch.setattr(
-        packing, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
+        tokenize_split, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
     )
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
@@ -309,14 +310,10 @@ def test_failed_build_leaves_nothing_in_the_cache() -> None:
 
 
 def test_interrupted_build_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text = packing.write_text
+    def interrupt(*_: object) -> None:  # the latest point: both splits are already written
+        raise KeyboardInterrupt
 
-    def interrupt(path: Path, text: str) -> None:
-        if path.name == "meta.json":  # the latest point: both splits are already written
-            raise KeyboardInterrupt
-        write_text(path, text)
-
-    monkeypatch.setattr(packing, "write_text", interrupt)
+    monkeypatch.setattr(packing, "write_meta", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepared()
     assert cached() == []
@@ -340,7 +337,7 @@ def test_cache_holds_the_corpus_alone() -> None:
     corpus = prepared()
     assert cached() == [corpus.folder.name]
     names = sorted(path.name for path in corpus.folder.iterdir())
-    assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert names == ["meta.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]
 
 
 def spaced(pre_tokenizer: Any, normalizer: Any = None) -> TextTokenizer:
@@ -373,8 +370,9 @@ def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.Monke
     monkeypatch.setattr(chunks, "CHUNK", 100)
     monkeypatch.setattr(chunks, "CONTEXT", 40)
     assert len(list(chunks.exact_chunks_of([LONG], tokenizer.encode))) > 50
-    info = packing._pack([LONG, "short"], tokenizer, Path("packed.bin"), "test")
-    found = np.fromfile("packed.bin", dtype=np.int32).tolist()
+    layout = Layout.of(tokenizer.size)
+    info, _ = tokenize_split.tokenize_split([LONG, "short"], tokenizer, Path(), "test", layout)
+    found = np.fromfile("test-00000.bin", dtype=layout.dtype).tolist()
     eos = tokenizer.eos_id
     assert found == [eos, *tokenizer.encode(LONG), eos, *tokenizer.encode("short"), eos]
     assert info.tokens == len(found)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 
 from tests.support.scripts import ROOT, Result
@@ -23,9 +22,9 @@ from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import arrow_text as documents
-from tnnlm.data import chunks, packing
+from tnnlm.data import chunks, packing, token_files, tokenize_split
 from tnnlm.data.arrow_text import Documents, index_documents
-from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.packing import PackedCorpus, Request, prepare
 from tnnlm.data.sources import load_corpus
 from tnnlm.data.tasks import split_rows
 from tnnlm.errors import DataError
@@ -55,7 +54,7 @@ def config_of(**changes: Any) -> DataConfig:
 
 
 def tokens(corpus: PackedCorpus) -> list[list[int]]:
-    return [np.fromfile(corpus.folder / f"{s}.bin", np.int32).tolist() for s in ("train", "val")]
+    return [corpus.rows(s, 1).tokens[:].tolist() for s in ("train", "val")]
 
 
 def cached() -> list[str]:
@@ -103,12 +102,16 @@ def test_stopped_preparation_resumes(
     monkeypatch: pytest.MonkeyPatch, place: int, streaming: bool, tokenizer: str | None
 ) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 300)
-    monkeypatch.setattr(packing, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(tokenize_split, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHARACTERS", 4000)
+    monkeypatch.setattr(token_files, "SHARD_BYTES", 2003)  # 1001 tokens
     Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())
     config = config_of(streaming=streaming, max_documents=280 if streaming else None, tokenizer=tokenizer)
     whole = prepare(config, 300, 0)
-    names = {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+    shards = [name for split in ("train", "val") for name in whole.shards(split)]
+    names = {"meta.json", "tokenizer.json", *shards}
+    assert whole.layout.per_shard == 1001
+    assert len(shards) > 5
     assert {p.name for p in whole.folder.iterdir()} == names
     monkeypatch.setenv("TNNLM_CACHE", "other")
     encoded: list[str] = []
@@ -184,7 +187,7 @@ def test_bad_input_leaves_nothing_behind() -> None:
 
 def test_two_at_once_are_refused() -> None:
     config = config_of()
-    folder = packing.cache_folder(config) / packing._key(config, 300, 0, None)
+    folder = Request(config, 300, 0, None).folder()
     with (
         packing._resumable_folder(folder),
         pytest.raises(DataError, match="another process prepares the same"),
@@ -213,7 +216,7 @@ def test_preparation_survives_sigkill(tool: Any, monkeypatch: pytest.MonkeyPatch
         stdout=subprocess.DEVNULL,
     )
     cache = Path(os.environ["TNNLM_CACHE"])
-    while process.poll() is None and not list(cache.glob("*.part/train.bin")):
+    while process.poll() is None and not list(cache.glob("*.part/train-00000.bin")):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL

@@ -53,7 +53,7 @@ def expected_stream(tokenizer: TextTokenizer, lines: list[str]) -> list[int]:
 
 
 def stream_of(corpus: PackedCorpus, split: str) -> list[int]:
-    return list(np.fromfile(corpus.folder / f"{split}.bin", dtype=np.int32).tolist())
+    return list(corpus.rows(split, 1).tokens[:].tolist())
 
 
 def hub_corpus(**changes: Any) -> PackedCorpus:

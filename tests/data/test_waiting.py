@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,10 @@ def test_data_of_another_process_is_waited_for(other: Any, capsys: pytest.Captur
     looks = other(FOLDER, write_meta)
     prepare_once(FOLDER, lambda: pytest.fail("prepared twice"))
     assert len(looks) == 3
-    assert capsys.readouterr().err == f"{FOLDER}: waiting for another process to prepare it\n"
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"\S+{FOLDER.name}\.part: another process prepares the same data.*; waiting for it\n", told
+    )
     prepare_once(FOLDER, lambda: pytest.fail("prepared twice"))
 
 
@@ -94,10 +98,9 @@ def test_threads_that_start_together_prepare_once(monkeypatch: pytest.MonkeyPatc
 def test_a_rank_has_the_data_before_it_meets_the_others(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     config = tiny_run()
-    folder = packing.cache_folder(config.data) / packing._key(
-        config.data, config.model.vocab_size, config.seed, None
-    )
-    looks = other(folder, lambda: packing._build_whole(config.data, 400, config.seed, None, folder))
+    request = packing.Request(config.data, config.model.vocab_size, config.seed, None)
+    folder = request.folder()
+    looks = other(folder, lambda: packing.build_whole(request))
     start = run._resolve(config, None, LAST, None, None)
     assert len(looks) == 3
     assert start.tokenizer is None  # rank 0 writes it

@@ -169,12 +169,12 @@ def test_full_disk_fails_the_export_alone(
 
 def test_damaged_validation_data_is_reported(run_here: Path, script: Any) -> None:
     assert script("convert", "runs/tiny", "--out", "first").code == 0  # prepares the data in this folder
-    for text in Path(os.environ["TNNLM_CACHE"]).rglob("val.bin"):
+    for text in Path(os.environ["TNNLM_CACHE"]).rglob("val-00000.bin"):
         text.write_bytes(text.read_bytes()[:40])
     done = script("convert", "runs/tiny")
     assert done.code == 0
     assert "no perplexities" in done.out
-    assert "val.bin: is missing or damaged" in " ".join(done.out.split())
+    assert "val-00000.bin: is damaged, 40 bytes instead of " in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0"), ("--temperature", "1"), ("--num-samples", "2")])

@@ -6,7 +6,6 @@ first written to such a table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,12 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
+from tnnlm.data.prepared import again
 from tnnlm.data.progress import progress
+from tnnlm.data.sealed import check_listed, listed, read_sealed, write_sealed
 from tnnlm.data.text import Tally, normalized, text_hash, text_of
 from tnnlm.errors import DataError
-from tnnlm.files import atomic_file, write_text
+from tnnlm.files import atomic_file
 
 ROWS = 256
 """Number of rows read at a time."""
@@ -107,25 +108,28 @@ def index_documents(
         where: Name of the table in error messages and progress bars.
         seed: Seed of the document hashes.
         limit: Maximum number of documents; None for all.
-        kept: File of the index (.npz). It is loaded if it exists, otherwise written.
+        kept: File of the index (.npz), with a record beside it (.json). It is loaded if the record exists,
+            otherwise written.
         normalize: Normalise the documents.
         content: Hash of the files that the table was read from, if they are local: the table's own
             fingerprint follows from their paths and times.
         blank: Keep rows of white space, which are blank lines of the text; their hash is zero.
 
     Raises:
-        DataError: If a row isn't a string in UTF-8, or ``kept`` is the index of another table.
+        DataError: If a row isn't a string in UTF-8, or ``kept`` is damaged or the index of another table.
     """
     parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
-    fingerprint = np.array(" ".join(map(str, parts)))
-    if kept.is_file():
-        with np.load(kept) as found:
-            if found["fingerprint"] != fingerprint:
-                raise DataError(
-                    f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
-                )
-            tally = Tally.from_dict(json.loads(str(found["tally"])))
-            return DocumentIndex(found["chosen"], found["lengths"], found["hashes"], tally, normalize)
+    fingerprint, record = " ".join(map(str, parts)), kept.with_suffix(".json")
+    if record.exists():
+        found = read_sealed(record, again(kept.parent))
+        if found["fingerprint"] != fingerprint:
+            raise DataError(
+                f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
+            )
+        check_listed(kept.parent, found["checksums"], again(kept.parent))
+        with np.load(kept) as known:
+            tally = Tally.from_dict(found["tally"])
+            return DocumentIndex(known["chosen"], known["lengths"], known["hashes"], tally, normalize)
     chosen, lengths, hashes = [], [], []
     tally = Tally()
     cells = _checked_cells(rows, column, where)
@@ -143,7 +147,9 @@ def index_documents(
         "hashes": np.array(hashes, "S16"),
     }
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
-        np.savez(file, fingerprint=fingerprint, tally=np.array(json.dumps(tally.to_dict())), **arrays)
+        np.savez(file, **arrays)
+    checksums = listed(kept.parent, [kept.name])
+    write_sealed(record, {"fingerprint": fingerprint, "tally": tally.to_dict(), "checksums": checksums})
     return DocumentIndex(**arrays, tally=tally, normalize=normalize)
 
 
@@ -220,13 +226,14 @@ def materialize_stream(
         The table and the counts of the rows that were read.
 
     Raises:
-        DataError: If a row isn't a string in UTF-8.
+        DataError: If a row isn't a string in UTF-8, or a file of an earlier attempt is damaged.
     """
     journal = folder / f"{name}.stream.json"
     tally = Tally()
-    state: dict[str, Any] = {"files": 0, "done": False}
-    if journal.is_file():
-        state = json.loads(journal.read_text(encoding="utf-8"))
+    state: dict[str, Any] = {"checksums": {}, "done": False}
+    if journal.exists():
+        state = read_sealed(journal, again(folder))
+        check_listed(folder, state["checksums"], again(folder))
         rows.load_state_dict(state["stream"])
         tally = Tally.from_dict(state["tally"])
     bar = progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc")
@@ -243,21 +250,22 @@ def materialize_stream(
                     texts.append(text)
                     size += len(text)
                     bar.update()
-            _write_table(texts, folder / f"{name}-{state['files']:05}.arrow")
+            path = folder / f"{name}-{len(state['checksums']):05}.arrow"
+            _write_table(texts, path)
             state = {
                 "tally": tally.to_dict(),
-                "files": state["files"] + 1,
+                "checksums": state["checksums"] | listed(folder, [path.name]),
                 "stream": rows.state_dict(),
                 "done": size < CHARACTERS,
             }
-            write_text(journal, json.dumps(state))
-    tables = [datasets.Dataset.from_file(str(folder / f"{name}-{i:05}.arrow")) for i in range(state["files"])]
+            write_sealed(journal, state)
+    tables = [datasets.Dataset.from_file(str(folder / file)) for file in state["checksums"]]
     return datasets.concatenate_datasets(tables), tally
 
 
 def remove_scratch(folder: Path) -> None:
     """Delete the files that :func:`index_documents` and :func:`materialize_stream` wrote to ``folder``."""
-    for pattern in ("*.arrow", "*.stream.json", "*.survey.npz"):
+    for pattern in ("*.arrow", "*.stream.json", "*.survey.npz", "*.survey.json"):
         for path in folder.glob(pattern):
             path.unlink()
 

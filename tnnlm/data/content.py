@@ -1,4 +1,4 @@
-"""Hashes of the content of files, which decide whether prepared data is still that of its sources.
+"""Hashes of the content of files: whether prepared data is still that of its sources, and undamaged.
 
 Paths and modification times decide nothing: a file may be rewritten within the resolution of the clock, or by
 a tool that restores its time, and the same text may lie elsewhere.
@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
+
+import xxhash
 
 SETTLED = 10.0
 """Seconds since the last change of a file, after which its hash is remembered by this process."""
-_remembered: dict[tuple[int, ...], str] = {}
+_BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+_remembered: dict[tuple[object, ...], str] = {}
 
 
 def content_hash(path: Path) -> str:
@@ -25,15 +30,38 @@ def content_hash(path: Path) -> str:
     of a file that was last changed some time ago. The change time of an inode, unlike the modification time,
     can't be set by a program; Windows has none, so nothing is remembered there.
     """
-    with path.open("rb") as file:
+    return _hash(path, _sha256)
+
+
+def checksum(path: Path) -> str:
+    """Return the XXH3 checksum of a file (128 bits, hexadecimal), remembered as by :func:`content_hash`.
+
+    It is more than ten times faster than SHA-256 and detects damage, not forgery.
+    """
+    return _hash(path, _xxh3)
+
+
+def _sha256(file: FileIO) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _xxh3(file: FileIO) -> str:
+    found, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+    while n_bytes := file.readinto(block):
+        found.update(block[:n_bytes])
+    return found.hexdigest()
+
+
+def _hash(path: Path, digest: Callable[[FileIO], str]) -> str:
+    with path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         inode = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         settled = os.name == "posix" and time.time() - status.st_ctime > SETTLED
-        if settled and inode in _remembered:
-            return _remembered[inode]
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        if settled and (digest, inode) in _remembered:
+            return _remembered[digest, inode]
+        found = digest(file)
     if settled:
-        _remembered[inode] = found
+        _remembered[digest, inode] = found
     return found
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tnnlm.data.packing import PackedCorpus, PackedRows
+from tnnlm.data.token_files import StoredTokens
 from tnnlm.tokenizer import TextTokenizer
 
 _TOKENS = 1 << 22
@@ -27,18 +30,18 @@ def bytes_per_scored_token(corpus: PackedCorpus, rows: PackedRows, split: str) -
     """
     info, end = corpus.report.splits[split], len(rows) * rows.length + 1
     whole, size = corpus.rows(split, rows.length).tokens, corpus.tokenizer.size
-    scored = _occurrences(whole[1:end], size)
-    total = scored + _occurrences(whole[:1], size) + _occurrences(whole[end:], size)
+    scored = _occurrences(whole, 1, end, size)
+    total = scored + _occurrences(whole, 0, 1, size) + _occurrences(whole, end, len(whole), size)
     sizes = _sizes(corpus.tokenizer, np.flatnonzero(total))
     of_rows, of_split = (int(counts[list(sizes)] @ [*sizes.values()]) for counts in (scored, total))
     return info.bytes * of_rows / of_split / (end - 1) if of_split else info.bytes_per_token
 
 
-def _occurrences(tokens: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    """Return how often each token id below ``size`` occurs, (size,)."""
+def _occurrences(tokens: NDArray[Any] | StoredTokens, start: int, stop: int, size: int) -> NDArray[np.int64]:
+    """Return how often each token id below ``size`` occurs from ``start`` to ``stop``, exclusive, (size,)."""
     total = np.zeros(size, np.int64)
-    for start in range(0, len(tokens), _TOKENS):
-        total += np.bincount(tokens[start : start + _TOKENS], minlength=size)
+    for begin in range(start, stop, _TOKENS):
+        total += np.bincount(tokens[begin : min(stop, begin + _TOKENS)], minlength=size)
     return total
 
 

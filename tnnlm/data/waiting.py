@@ -14,14 +14,13 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from tnnlm.data.prepared import is_prepared
 from tnnlm.data.progress import reported
 from tnnlm.errors import DataError
 from tnnlm.files import only_process
 
 POLL_SECONDS = 0.5
 """Seconds between two looks at a folder that another process prepares."""
-META = "meta.json"
-"""File that a prepared folder of the cache contains."""
 
 
 def unfinished(folder: Path) -> Path:
@@ -40,16 +39,18 @@ def prepare_once(folder: Path, build: Callable[[], None]) -> None:
     """Call ``build`` unless ``folder`` is prepared; while another process prepares it, wait.
 
     Args:
-        folder: Folder of the cache, which contains ``META`` if and only if it is complete.
+        folder: Folder of the cache, which is complete if and only if it contains
+            :data:`~tnnlm.data.prepared.META`.
         build: Function that creates the folder.
 
     Raises:
         DataError: On a rank other than 0 if the process that it waited for ended without the data. Rank 0
-            then calls ``build`` itself, so that it reports the reason.
+            then calls ``build`` itself, so that it reports the reason. On every rank if
+            the folder is damaged.
     """
     waited = False
     with ExitStack() as lines:
-        while not (folder / META).is_file():
+        while not is_prepared(folder):
             with ExitStack() as lock:
                 refusal = busy(folder)
                 try:
@@ -58,12 +59,12 @@ def prepare_once(folder: Path, build: Callable[[], None]) -> None:
                     if error is not refusal:
                         raise
                     if not waited:
-                        print(f"{folder}: waiting for another process to prepare it", file=sys.stderr)
+                        print(f"{error.reason}; waiting for it", file=sys.stderr)
                         lines.enter_context(reported(lambda: f"{folder}: waiting for another process"))
                     waited = True
                     time.sleep(POLL_SECONDS)
                     continue
-                if (folder / META).is_file():
+                if is_prepared(folder):
                     return
                 if waited and rank_zero_only.rank != 0:  # type: ignore[attr-defined]
                     raise DataError(

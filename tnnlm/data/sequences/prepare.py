@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tnnlm.config.schema import Config
 from tnnlm.data.content import content_hashes, folder_content
+from tnnlm.data.prepared import is_prepared
 from tnnlm.data.progress import progress
 from tnnlm.data.report import DataReport
 from tnnlm.data.sequences.listops import generate
@@ -28,8 +30,8 @@ from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import ConfigError
 from tnnlm.files import atomic_folder
 
-VERSION = 2
-"""Version in the cache key; increment it whenever the rows change."""
+VERSION = 3
+"""Version in the cache key; increment it whenever the rows or their files change."""
 _WHOLE = ("image", "pathfinder", "pathx")
 
 
@@ -100,7 +102,14 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
     """
     check_sequences(config)
     files = _files(config)
-    folder = cache_folder(config.data) / _key(config, files)
+    folder, old = (
+        cache_folder(config.data) / _key(config, files, version) for version in (VERSION, VERSION - 1)
+    )
+    if old.is_dir() and not is_prepared(folder):
+        print(
+            f"{old}: not verified: written by an older version; the sequences are prepared again in {folder}",
+            file=sys.stderr,
+        )
     prepare_once(folder, lambda: _build(config, len(files), folder))
     return read_corpus(folder)
 
@@ -109,7 +118,7 @@ def _build(config: Config, n_files: int, folder: Path) -> None:
     dropped: Counter[str] = Counter()
     report = DataReport(source=config.data.source, unit="sequence", files=n_files, dropped=dropped)
     with atomic_folder(folder, replace=False) as temporary:
-        write_corpus(temporary, task_name(config), _source(config, dropped), report)
+        write_corpus(temporary, folder.name, task_name(config), _source(config, dropped), report)
 
 
 def _source(config: Config, dropped: Counter[str]) -> Iterator[tuple[str, Iterable[Example]]]:
@@ -142,9 +151,9 @@ def _expressions(config: Config) -> Iterator[tuple[str, Iterable[Example]]]:
         yield split, (Example((symbols.tobytes(),), value) for symbols, value in rows)
 
 
-def _key(config: Config, files: list[tuple[str, str]]) -> str:
+def _key(config: Config, files: list[tuple[str, str]], version: int = VERSION) -> str:
     data = config.data
-    parts: tuple[object, ...] = (VERSION, "sequences", data.source, config.seed)
+    parts: tuple[object, ...] = (version, "sequences", data.source, config.seed)
     parts += (
         (asdict(data.listops),) if data.source == "listops" else (data.lra.task, data.val_fraction, files)
     )

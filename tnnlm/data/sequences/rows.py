@@ -7,7 +7,6 @@ row is one sequence, or two for tasks that classify pairs.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tnnlm.data.prepared import open_prepared, write_meta
 from tnnlm.data.report import DataReport, SplitInfo
+from tnnlm.data.sealed import listed
 from tnnlm.data.text import TextHash
-from tnnlm.data.waiting import META
 from tnnlm.errors import DataError
 from tnnlm.models.batches import LabelledBatch
 
@@ -160,9 +160,17 @@ class LabelledCorpus(NamedTuple):
 
 
 def write_corpus(
-    folder: Path, task: str, source: Iterator[tuple[str, Iterable[Example]]], report: DataReport
+    folder: Path, key: str, task: str, source: Iterator[tuple[str, Iterable[Example]]], report: DataReport
 ) -> None:
-    """Write all splits of a task of ``SEQUENCE_TASKS`` to ``folder``, and the report with their sizes."""
+    """Write all splits of a task of ``SEQUENCE_TASKS`` to ``folder``, and the report with their sizes.
+
+    Args:
+        folder: Folder to write to.
+        key: Name of the folder when it is complete.
+        task: Name of the task.
+        source: Name and rows of each split.
+        report: Report without the sizes of the splits.
+    """
     seen, classes = SeenRows(), SEQUENCE_TASKS[task].n_classes
     splits = {name: write_rows(folder, name, examples, classes, seen) for name, examples in source}
     report = replace(
@@ -173,13 +181,17 @@ def write_corpus(
         shared=seen.shared,
         splits=splits,
     )
-    (folder / META).write_text(json.dumps({"task": task, **report.to_dict()}), encoding="utf-8")
+    names = sorted(path.name for path in folder.iterdir())
+    write_meta(folder, key, {"task": task, **report.to_dict()}, listed(folder, names))
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
-    """Open a corpus that :func:`write_corpus` wrote."""
-    found = json.loads((folder / META).read_text(encoding="utf-8"))
-    return LabelledCorpus(folder, DataReport.from_dict(found))
+    """Open a corpus that :func:`write_corpus` wrote.
+
+    Raises:
+        DataError: If a file of it is damaged.
+    """
+    return open_prepared(folder, lambda meta: LabelledCorpus(folder, DataReport.from_dict(meta)))
 
 
 class SequenceTask(NamedTuple):
