@@ -108,8 +108,8 @@ def index_documents(
         where: Name of the table in error messages and progress bars.
         seed: Seed of the document hashes.
         limit: Maximum number of documents; None for all.
-        kept: File of the index (.npz), with a record in a second file (.json). It is loaded if the record exists,
-            otherwise written.
+        kept: File of the index (.npz), with a record in a second file (.json). The index is loaded if the
+            record exists, otherwise it is written.
         normalize: Normalise the documents.
         content: Hash of the files that the table was read from, if they are local: the table's own
             fingerprint follows from their paths and times.
