@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,10 @@ _OTHER = "use another checkpoint"
 _WEIGHT = "state_dict."
 _OFFSETS = "DCP_SHARDING_INFO"
 """Key of the offsets in the metadata of a safetensors file, fixed by torch.distributed.checkpoint."""
+
+
+Place: TypeAlias = tuple[slice, ...]
+"""Numbers of a tensor that a shard holds."""
 
 
 class Shards(NamedTuple):
@@ -153,9 +157,11 @@ def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
     """Return the unsharded tensors whose names begin with ``prefix``.
 
     Raises:
-        CheckpointError: If a shard isn't readable, or the shards don't cover a tensor.
+        CheckpointError: If a shard isn't readable, two of them hold the same numbers of a tensor, or they
+            don't cover a tensor.
     """
     full: dict[str, Tensor] = {}
+    filled: dict[str, list[Place]] = {}
     missing = {
         name: torch.Size(shape).numel() for name, shape in shards.shapes.items() if name.startswith(prefix)
     }
@@ -164,7 +170,7 @@ def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
             for name, offset, part in _parts(shards.folder / file, prefix):
                 if name not in full:
                     full[name] = torch.zeros(shards.shapes[name], dtype=part.dtype)
-                place = tuple(slice(a, a + n) for a, n in zip(offset, part.shape, strict=True))
+                place = _place(offset, part, filled.setdefault(name, []))
                 full[name][place] = part
                 missing[name] -= part.numel()
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError):
@@ -172,6 +178,23 @@ def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
     if any(missing.values()):
         raise CheckpointError(f"{path}: its shards in {shards.folder} are incomplete", _OTHER)
     return full
+
+
+def _place(offset: list[int], part: Tensor, filled: list[Place]) -> Place:
+    """Return where a part belongs in its tensor, and add it to ``filled``.
+
+    Raises:
+        ValueError: If that isn't in the tensor, or belongs to another part, as if a file were there twice.
+    """
+    place = tuple(slice(a, a + n) for a, n in zip(offset, part.shape, strict=True))
+    if min(offset) < 0:
+        raise ValueError
+    if part.numel():
+        apart = (any(a.stop <= b.start or b.stop <= a.start for a, b in zip(place, one)) for one in filled)
+        if not all(apart):
+            raise ValueError
+        filled.append(place)
+    return place
 
 
 def _parts(file: Path, prefix: str) -> Iterator[tuple[str, list[int], Tensor]]:
