@@ -25,7 +25,6 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # tnnlm need not be installed
 
+from experiments.commits import current_commit
 from gpu_checks.report import failed, markdown, record, replace_text
 from gpu_checks.runner import LEAST, Outcome, Part, StopSignals, run_parts
 from gpu_checks.worker import PARTS, command
@@ -72,7 +72,7 @@ def main() -> int:
             raise UserError(f"{path}: already exists", "choose another --out")
     check_torch(args.device if not args.arithmetic else "cpu")
     line = shlex.join(["python", "tools/gpu_check.py", *sys.argv[1:]])
-    about = (line, time.strftime("%Y-%m-%d"), commit())
+    about = (line, time.strftime("%Y-%m-%d"), current_commit())
     make_folder(args.out)
     if args.arithmetic:
         from gpu_checks.arithmetic import arithmetic_record
@@ -137,15 +137,6 @@ def check_torch(device: str) -> None:
         raise UserError(f"torch {torch.__version__}: is too old", "install PyTorch 2.8 or newer")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU", "add --device cpu --tiny to rehearse")
-
-
-def commit() -> str:
-    """Return the abbreviated commit of this checkout, ``unknown`` outside one."""
-    try:
-        words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(words, capture_output=True, encoding="utf-8", check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

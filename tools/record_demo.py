@@ -22,6 +22,7 @@ import torch
 
 from documentation.drawings import draw_etsc, draw_reduction, draw_taps
 from documentation.records import RECORDS, ROOT
+from experiments.commits import current_commit
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import write_text
@@ -67,7 +68,7 @@ def main() -> int:
         "cpu_level": cpu_level(),
         "torch": torch.__version__.partition("+")[0],
         "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": current_commit(),
         "values": values_of(json.loads(summary.read_text(encoding="utf-8")), report, measured),
         "tables": {"reduction": reduction_table(reduced)},
         "texts": texts,
@@ -138,13 +139,6 @@ def command(*words: str) -> str:
     if done.returncode:
         raise UserError(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
-
-
-def git(*words: str) -> str:
-    """Return what git prints."""
-    return subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, write_text
+from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.models.surgery import recurrences, within_turns
-from tnnlm.ops import recurrence
+from tnnlm.models.surgery import recurrences
 
 
 class _Step(nn.Module):
@@ -42,12 +42,7 @@ class _Step(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        given = iter(parts)
-        empty = self.model.init_state(1).layers
-        layers = tuple(recurrence.with_read_parts(layer, given) for layer in empty)
-        with within_turns(self.model):
-            logits, state = self.model.step(tokens, ModelState(layers))
-        changed = (part for layer in state.layers for part in recurrence.changed_parts(layer))
+        logits, *changed = flat_step(self.model, tokens, self.model.init_state(1), parts)
         return (logits, *(part.contiguous() for part in changed))
 
 
@@ -71,13 +66,9 @@ class CompiledModel:
         """Process one token per row; see :meth:`CausalLM.step`."""
         if tokens.shape[0] != 1 or active is not None:
             return self.model.step(tokens, state, active)
-        # The package assumes contiguous inputs. The state is flattened by hand, because pytrees take a tenth
-        # of a millisecond per token.
-        read = (part.contiguous() for layer in state.layers for part in recurrence.read_parts(layer))
-        outputs = iter(self._run(tokens, *read))
-        logits = next(outputs)
-        layers = [recurrence.with_changed_parts(layer, outputs) for layer in state.layers]
-        return logits, ModelState(recurrence.work_ahead(self._recurrences, layers))
+        # The package assumes contiguous inputs.
+        outputs = self._run(tokens, *(part.contiguous() for part in parts_read(state)))
+        return after_step(self._recurrences, state, outputs)
 
 
 def package_path(folder: Path, dtype: str) -> Path:
@@ -105,9 +96,8 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
     from torch._inductor import aoti_compile_and_package
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
-    parts = [part for layer in model.init_state(1).layers for part in recurrence.read_parts(layer)]
     path = package_path(folder, dtype)
-    example = (torch.zeros(1, dtype=torch.long), *parts)
+    example = (torch.zeros(1, dtype=torch.long), *parts_read(model.init_state(1)))
     with (
         torch.no_grad(),
         warnings.catch_warnings(),

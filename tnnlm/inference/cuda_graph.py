@@ -16,15 +16,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.models.surgery import fused_steps, recurrences, within_turns
-from tnnlm.ops.recurrence import (
-    changed_parts,
-    read_parts,
-    with_changed_parts,
-    with_read_parts,
-    work_ahead,
-)
+from tnnlm.models.surgery import fused_steps, recurrences
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Function that captures a function without arguments and returns one that replays it on the same tensors."""
@@ -119,26 +113,17 @@ class GraphedModel:
                 del self._seen[freed]
             self._steps[rows] = self._recording(rows)
         self._steps.move_to_end(rows)
-        read = [part for layer in state.layers for part in read_parts(layer)]
-        outputs = iter(self._steps[rows]([tokens, *read]))
-        logits = next(outputs)
-        layers = [with_changed_parts(layer, outputs) for layer in state.layers]
-        return logits, ModelState(work_ahead(self._recurrences, layers))
+        outputs = self._steps[rows]([tokens, *parts_read(state)])
+        return after_step(self._recurrences, state, outputs)
 
     def _recording(self, rows: int) -> _Recording:
         tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.weight.device)
-        empty = self.model.init_state(rows).layers
-        inputs = [tokens, *(part for layer in empty for part in read_parts(layer))]
-        # The other parts of a state have no use in a captured step.
-        small = self.model.init_state(1).layers
+        inputs = [tokens, *parts_read(self.model.init_state(rows))]
+        empty = self.model.init_state(1)  # outside of the capture
 
         def run(tokens: Tensor, *parts: Tensor) -> list[Tensor]:
-            given = iter(parts)
-            layers = tuple(with_read_parts(layer, given) for layer in small)
-            fused = fused_steps(self.model) if self._fused else nullcontext()
-            with within_turns(self.model), fused:
-                logits, state = self.model.step(tokens, ModelState(layers))
-            return [logits, *(part for layer in state.layers for part in changed_parts(layer))]
+            with fused_steps(self.model) if self._fused else nullcontext():
+                return flat_step(self.model, tokens, empty, parts)
 
         return _Recording(run, inputs, self._record)
 

@@ -9,7 +9,6 @@ as on a GPU, but no GPU is needed.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from experiments import report
+from experiments.commits import current_commit
 from tnnlm.errors import run_script
 from tnnlm.files import write_text
 from tnnlm.machine.capabilities import cpu_level
@@ -114,16 +114,13 @@ def main() -> int:
             ("float32, channels last", torch.float32, False),
         )
     ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
-    ).stdout.strip()
     record = {
         "command": "python -m benchmarks.bytes_moved",
         "machine": "any machine: the figures are counted",
         "cpu_level": cpu_level(),
         "torch": torch.__version__.partition("+")[0],
         "date": str(date.today()),
-        "commit": commit,
+        "commit": current_commit(),
         "tables": {"bytes": rows},
     }
     write_text(OUT, json.dumps(record, indent=1) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.subjects import SHAPE
+from experiments.commits import current_commit
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
 from tnnlm.files import write_text
@@ -148,16 +148,13 @@ def main() -> int:
     engines = ("eager",) if args.quick else ("eager", "compiled")
     with torch.inference_mode():
         measured = [measure(length, engines, 3 if args.quick else 9) for length in LENGTHS]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=True, cwd=ROOT
-    )
     record = {
         "command": "python -m benchmarks.multirate" + (" --quick" if args.quick else ""),
         "machine": args.machine,
         "cpu_level": cpu_level(),
         "torch": torch.__version__.partition("+")[0],
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": current_commit(),
         "tables": {
             "costs": [cost for cost, _ in measured],
             "times": [line for _, lines in measured for line in lines],
