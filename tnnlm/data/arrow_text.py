@@ -6,6 +6,7 @@ first written to such a table.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +109,8 @@ def index_documents(
         where: Name of the table in error messages and progress bars.
         seed: Seed of the document hashes.
         limit: Maximum number of documents; None for all.
-        kept: File of the index (.npz), with a record in a second file (.json). The index is loaded if the
-            record exists, otherwise it is written.
+        kept: File of the index (.npz); its record has the same name (.json). It is loaded if the record
+            exists, otherwise written.
         normalize: Normalise the documents.
         content: Hash of the files that the table was read from, if they are local: the table's own
             fingerprint follows from their paths and times.
@@ -120,7 +121,7 @@ def index_documents(
     """
     parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
     fingerprint, record = " ".join(map(str, parts)), kept.with_suffix(".json")
-    if record.exists():
+    if os.path.lexists(record):
         found = read_sealed(record, again(kept.parent))
         if found["fingerprint"] != fingerprint:
             raise DataError(
@@ -231,7 +232,7 @@ def materialize_stream(
     journal = folder / f"{name}.stream.json"
     tally = Tally()
     state: dict[str, Any] = {"checksums": {}, "done": False}
-    if journal.exists():
+    if os.path.lexists(journal):
         state = read_sealed(journal, again(folder))
         check_listed(folder, state["checksums"], again(folder))
         rows.load_state_dict(state["stream"])

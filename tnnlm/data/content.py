@@ -16,6 +16,8 @@ from pathlib import Path
 
 import xxhash
 
+from tnnlm.errors import OS_ADVICE, DataError
+
 SETTLED = 10.0
 """Seconds since the last change of a file, after which its hash is remembered by this process."""
 _BLOCK = 1 << 20
@@ -53,6 +55,21 @@ def _xxh3(file: FileIO) -> str:
 
 
 def _hash(path: Path, digest: Callable[[FileIO], str]) -> str:
+    """Return a hash of a file.
+
+    Raises:
+        DataError: If the disk can't read it.
+        OSError: If it can't for a reason that the user can change.
+    """
+    try:
+        return _remembered_hash(path, digest)
+    except OSError as error:
+        if error.errno in OS_ADVICE or isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(f"{path}: can't be read ({error.strerror})", "restore the file") from None
+
+
+def _remembered_hash(path: Path, digest: Callable[[FileIO], str]) -> str:
     with path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         inode = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

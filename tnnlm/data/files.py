@@ -72,6 +72,8 @@ def _given_files(config: DataConfig) -> list[Path]:
             raise DataError(
                 f"{path}: is a folder", f"specify its files, for example data.files='{path}/**/*.txt'"
             )
+        if not path.is_file():  # a pipe without a writer would be waited for
+            raise DataError(f"{path}: is not a regular file", "copy its content into one")
         if _suffix(path) not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
             raise DataError(
                 f"{path}: unknown file type", "use .txt, .md, .py, .jsonl or .parquet, optionally with .gz"

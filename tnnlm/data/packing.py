@@ -250,7 +250,7 @@ def _tokenize(request: Request, folder: Path) -> StoredCorpus:
 def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, folder: Path) -> TextTokenizer:
     """Train a tokenizer in ``folder``, or return the one of an earlier attempt."""
     path, record = folder / TOKENIZER, folder / "tokenizer.progress"
-    if record.exists():
+    if os.path.lexists(record):
         check_listed(folder, read_sealed(record, again(folder)), again(folder))
         return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
     texts_read, visible = CountedText(chunks_of(texts)), at_terminal()

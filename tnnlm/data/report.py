@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,9 +169,14 @@ def read_report(run: Path) -> DataReport | None:
         DataError: If the file is damaged.
     """
     path = run / REPORT
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError):
+        if not path.is_file():  # a pipe without a writer would be waited for
+            raise ValueError
+        report = DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if not report.splits or any(not isinstance(info.tokens, int) for info in report.splits.values()):
+            raise ValueError
+        return report
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None

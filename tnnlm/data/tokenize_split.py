@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -107,7 +108,7 @@ def _written_before(writer: TokenWriter, folder: Path, split: str) -> SplitInfo 
         DataError: If the record is damaged, or the shards aren't those that it describes.
     """
     path, remedy = _journal(folder, split), f"delete {folder} to tokenize the text again"
-    if not path.exists():
+    if not os.path.lexists(path):
         for shard in folder.glob(f"{split}-*.bin"):
             shard.unlink()
         return None
