@@ -38,6 +38,9 @@ class UserError(ValueError):
         self.reason = reason
         self.remedy = remedy
 
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
 
 class ConfigError(UserError):
     """Setting that is unknown, has the wrong type, or is out of range."""

@@ -33,7 +33,7 @@ from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.data.text import TextHash, words_in
 from tnnlm.data.waiting import META, busy, prepare_once, unfinished
 from tnnlm.errors import DataError
-from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
+from tnnlm.files import atomic_folder, flush_to_disk, only_process, remove_leftovers, write_text
 from tnnlm.models.batches import PADDING
 from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_bpe
 
@@ -141,6 +141,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
             f"set model.vocab_size={given.size} or more",
         )
     folder = cache_folder(config) / _key(config, vocab_size, seed, given)
+    remove_leftovers(folder.parent)
     if not (folder / META).is_file():
         if given is None:
             check_trainable(config.eos_token, config.mask_token)
@@ -209,6 +210,7 @@ def _build(config: DataConfig, vocab_size: int, seed: int, given: TextTokenizer 
     for journal in folder.glob("*.progress"):
         journal.unlink()
     remove_scratch(folder)
+    remove_leftovers(folder, owned="*")
 
 
 def _tokenize(

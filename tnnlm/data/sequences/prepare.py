@@ -26,7 +26,7 @@ from tnnlm.data.sequences.rows import (
 from tnnlm.data.sources import cache_folder
 from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import ConfigError
-from tnnlm.files import atomic_folder
+from tnnlm.files import atomic_folder, remove_leftovers
 
 VERSION = 2
 """Version in the cache key; increment it whenever the rows change."""
@@ -101,6 +101,7 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
     check_sequences(config)
     files = _files(config)
     folder = cache_folder(config.data) / _key(config, files)
+    remove_leftovers(folder.parent)
     prepare_once(folder, lambda: _build(config, len(files), folder))
     return read_corpus(folder)
 

@@ -20,6 +20,7 @@ from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.shards import assemble
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
+from tnnlm.files.leftovers import temporary_path
 from tnnlm.training.agreement import HostAgreement
 from tnnlm.training.fsdp import is_sharded
 from tnnlm.training.lit_module import LitModel
@@ -105,8 +106,7 @@ def second_name(path: Path, name: Path) -> None:
 
     On file systems without hard links, ``path`` is renamed to ``name`` instead.
     """
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_path(name)
     try:
         os.link(path, temporary)
     except OSError:
