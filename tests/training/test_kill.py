@@ -220,7 +220,7 @@ def test_settings_of_the_optimizer_can_change_on_resume() -> None:
     assert checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-4] * len(groups)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_reach_loader_processes_too_and_do_no_harm(number: int) -> None:
     words = (*WORDS, "data.num_workers=1")
     train(tiny_run(*words, "name=whole"))
