@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +34,7 @@ def supported_versions() -> list[str]:
 
 def test_pushes_and_pull_requests_run_all_jobs() -> None:
     assert set(WORKFLOW[True]) == {"push", "pull_request"}  # YAML parses the key ``on`` as a truth value
-    assert set(JOBS) == {"lint", "test", "wheel"}
+    assert set(JOBS) == {"lint", "test", "wheel", "audit"}
     assert not any("if" in job for job in JOBS.values())
 
 
@@ -42,7 +47,7 @@ def test_oldest_and_newest_python_are_tested_on_every_system() -> None:
     assert matrix["include"] == [{"os": "ubuntu-latest", "python": oldest, "cpu": "avx2"}]
     assert matrix["cpu"] == ["native"]
     given = [step["with"]["python-version"] for step in STEPS if "setup-python" in step.get("uses", "")]
-    assert sorted(given) == sorted([oldest, oldest, "${{ matrix.python }}"])
+    assert sorted(given) == sorted([oldest, oldest, oldest, "${{ matrix.python }}"])
 
 
 def test_avx2_run_limits_every_library() -> None:
@@ -76,11 +81,37 @@ def test_jobs_may_read_only_and_end(name: str) -> None:
 
 
 def test_actions_are_pinned_and_no_host_appears() -> None:
-    used = [step["uses"] for step in STEPS if "uses" in step]
-    assert used
-    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+    folder = ROOT / ".github/workflows"
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())]
+    assert TEXT in texts
+    # The text as well, since a reusable workflow or a composite action would not be a step of a job.
+    used = [line for text in texts for line in re.findall(r"\buses:.*", text)]
+    assert len(used) > len(JOBS)
+    assert all(re.fullmatch(r"uses: actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line) for line in used)
     assert "://" not in TEXT
     assert WORKFLOW["env"] == {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"}
+
+
+def test_vulnerabilities_of_the_pinned_packages_are_looked_up() -> None:
+    *_, step = JOBS["audit"]["steps"]
+    assert re.search(r"^python -m pip install pip-audit==[\d.]+$", step["run"], re.MULTILINE)
+    assert "--requirement constraints.txt" in step["run"]
+    assert "pip_audit" not in (ROOT / ".ci/run").read_text(encoding="utf-8")  # it needs a network
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the job runs in bash")
+@pytest.mark.parametrize("name", ["tnnlm/files/atomic.py", "tests/test_docs.py", "tools/serve.py"])
+def test_a_wheel_with_tests_or_tools_fails_its_job(name: str, tmp_path: Path) -> None:
+    (step,) = (step for step in JOBS["wheel"]["steps"] if "neither tests" in step.get("name", ""))
+    (tmp_path / "dist").mkdir()
+    with zipfile.ZipFile(tmp_path / "dist/a.whl", "w") as wheel:
+        wheel.writestr(name, "")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "-e", "-c", step["run"]]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, check=False
+    )
+    assert (done.returncode == 0) is name.startswith("tnnlm/")
 
 
 def test_nightly_job_runs_its_target_with_the_oldest_python() -> None:

@@ -7,14 +7,13 @@ import errno
 import io
 import re
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
+
+from tnnlm.signals import noted_interrupts
 
 
 class UserError(ValueError):
@@ -37,6 +36,9 @@ class UserError(ValueError):
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
         self.reason = reason
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
 
 
 class ConfigError(UserError):
@@ -154,11 +156,11 @@ def run_script(main: Callable[[], int]) -> int:
 
     A :class:`UserError`, or an operating-system error that a user can fix (full disk, missing permission),
     is reported in one line on stderr with exit code 2. Any other exception is a bug in this package and keeps
-    its traceback. Ctrl-C returns 130, the shell convention for SIGINT; arguments of the ``KeyboardInterrupt``
-    are printed as well, for example to report what was completed.
+    its traceback. Ctrl-C returns 130, the shell convention for SIGINT, as do SIGTERM and SIGHUP; arguments of
+    the ``KeyboardInterrupt`` are printed as well, for example to report what was completed.
     """
     _replace_unprintable()
-    with _noted_interrupts() as interrupts:
+    with noted_interrupts() as interrupts:
         try:
             return _exit_code(main)
         except Exception:
@@ -192,29 +194,6 @@ def _exit_code(main: Callable[[], int]) -> int:
 def _report(message: str) -> None:
     """Print an error in one line, whatever characters the file name or the argument in it contains."""
     print("error:", " ".join(message.splitlines()), file=sys.stderr)
-
-
-@contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """Record every SIGINT in the yielded list; Ctrl-C still raises ``KeyboardInterrupt``.
-
-    Does nothing outside the main thread, or if another handler is installed.
-    """
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield noted
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _replace_unprintable() -> None:

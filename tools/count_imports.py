@@ -44,7 +44,8 @@ class Allowed(NamedTuple):
 
 
 RULES = {
-    "errors": Allowed("", ""),
+    "signals": Allowed("", ""),
+    "errors": Allowed("signals", ""),
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
@@ -70,8 +71,8 @@ RULES = {
         "errors files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
     ),
     "training": Allowed(
-        "errors files machine tokenizer ops kernels modules config models evaluation checkpoints data "
-        "conversion inference",
+        "signals errors files machine tokenizer ops kernels modules config models evaluation checkpoints "
+        "data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(

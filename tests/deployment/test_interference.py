@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ def test_second_convert_of_the_same_folder_waits_for_the_first(run_here: Path, s
     with only_process(run_here / "converted", CheckpointError("two writers")):
         refused = script("convert", "runs/tiny")
     assert refused.code == 2
-    assert refused.err.endswith(
-        "runs/tiny/converted: another convert.py is writing to it; wait until it finishes\n"
-    )
+    holder = f"process {os.getpid()} on {socket.gethostname()} since "
+    assert f"runs/tiny/converted: another process is writing to it ({holder}" in refused.err
+    assert refused.err.endswith("); wait until it finishes\n")
     assert not (run_here / "converted").exists()
     assert script("convert", "runs/tiny").code == 0
     with only_process(run_here / "converted", CheckpointError("two writers")):

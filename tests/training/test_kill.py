@@ -220,7 +220,7 @@ def test_settings_of_the_optimizer_can_change_on_resume() -> None:
     assert checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-4] * len(groups)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_reach_loader_processes_too_and_do_no_harm(number: int) -> None:
     words = (*WORDS, "data.num_workers=1")
     train(tiny_run(*words, "name=whole"))
@@ -239,6 +239,19 @@ def test_signals_reach_loader_processes_too_and_do_no_harm(number: int) -> None:
     assert stopped.value.time_limit is (number == signal.SIGUSR1)
     train(resumed_config(RUN, []), RUN)
     assert_same_run(Path("runs/whole"), RUN)
+
+
+def test_a_hangup_that_nohup_ignores_does_not_stop_a_run() -> None:
+    class HangUp(Callback):
+        def on_before_zero_grad(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(tiny_run("trainer.max_steps=2", "trainer.sample_tokens=0"), extra_callbacks=[HangUp()])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def worker(*words: str) -> tuple[int, str]:
@@ -294,13 +307,13 @@ def test_order_is_kept_when_one_rank_resumes_as_two_and_one_is_killed() -> None:
 
 
 def test_crash_test_as_a_user_runs_it() -> None:
-    command = [sys.executable, str(ROOT / "tools/crash_test.py"), "--kills", "2", "--json", "kills.json"]
+    command = [sys.executable, str(ROOT / "tools/crash_test.py"), "--kills", "3", "--json", "kills.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(Path("kills.json").read_text())
     assert result["identical"] is True
-    assert len(result["kills"]) == 2
-    assert "identical: after 2 kills" in done.stdout
+    assert len(result["kills"]) == 3
+    assert "identical: after 3 kills" in done.stdout
 
 
 def test_resume_needs_settings() -> None:

@@ -22,7 +22,7 @@ from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.errors import CheckpointError, UserError, one_line
-from tnnlm.files import atomic_folder, check_parents, write_text
+from tnnlm.files import atomic_folder, check_parents, restore_replaced, write_text
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
@@ -131,6 +131,7 @@ def check_out_folder(folder: Path, force: bool) -> None:
         CheckpointError: If ``folder`` must not be written.
         UserError: If ``folder`` can't be created, for example because a parent is a file.
     """
+    restore_replaced(folder)
     if not folder.exists():
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: is a broken symbolic link", "choose another --out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from tnnlm.checkpoints.converted import ConvertedModel, is_converted, load_converted
 from tnnlm.checkpoints.training import TrainedCheckpoint, from_attached, load_checkpoint
 from tnnlm.errors import CheckpointError, command
+from tnnlm.files import restore_replaced
 
 BEST = Path("checkpoints") / "best.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -136,6 +137,7 @@ def _find_converted(target: str | None, runs_dir: Path) -> Path | None:
         newest = _newest(runs_dir.glob(f"*/{CONVERTED}/conversion.json"))
         return None if newest is None else newest.parent
     folder = Path(target)
+    restore_replaced(folder)
     if (folder / "config.json").is_file() or is_converted(folder):
         return folder
     if folder.is_dir() and not (folder / "checkpoints").is_dir():
@@ -143,6 +145,7 @@ def _find_converted(target: str | None, runs_dir: Path) -> Path | None:
     if folder.is_file() or target.endswith(".ckpt"):
         return None
     converted = find_run(target, runs_dir) / CONVERTED
+    restore_replaced(converted)
     return converted if is_converted(converted) else None
 
 

@@ -10,10 +10,10 @@ import signal
 
 
 def leave_signals(worker: int) -> None:
-    """Ignore SIGINT, SIGTERM and SIGUSR1 in a DataLoader worker.
+    """Ignore SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a DataLoader worker.
 
     Ctrl-C and a cluster's signals reach workers as well, but only the trainer process handles them.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -36,7 +36,7 @@ from tnnlm.data.token_files import Layout, StoredTokens
 from tnnlm.data.tokenize_split import tokenize_split
 from tnnlm.data.waiting import busy, prepare_once, unfinished
 from tnnlm.errors import DataError
-from tnnlm.files import atomic_folder, flush_to_disk, only_process, write_text
+from tnnlm.files import atomic_folder, flush_to_disk, only_process, remove_leftovers, write_text
 from tnnlm.models.batches import PADDING
 from tnnlm.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_bpe
 
@@ -135,6 +135,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int, resumable: bool = Fa
         )
     request = Request(config, vocab_size, seed, given)
     folder = request.folder()
+    remove_leftovers(folder.parent)
     if not is_prepared(folder):
         if given is None:
             check_trainable(config.eos_token, config.mask_token)
@@ -224,6 +225,7 @@ def _build(request: Request, folder: Path) -> None:
     for journal in folder.glob("*.progress"):
         journal.unlink()
     remove_scratch(folder)
+    remove_leftovers(folder, owned="*")
 
 
 def _tokenize(request: Request, folder: Path) -> StoredCorpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,10 @@ from tnnlm.data.packing import prepare
 from tnnlm.data.report import read_report
 from tnnlm.deployment.model_card import model_card
 from tnnlm.deployment.perplexity import Perplexities, measure_perplexities
-from tnnlm.errors import CheckpointError, DataError, collect_failure
+from tnnlm.deployment.save import only_writer
+from tnnlm.errors import DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
-from tnnlm.files import only_process, write_text
+from tnnlm.files import write_text
 from tnnlm.inference.aot import check_compiler, compile_step
 from tnnlm.inference.engine import usable_device
 from tnnlm.inference.export import check_onnx, export_onnx, export_torch
@@ -114,7 +114,7 @@ def convert_checkpoint(
     if recipe.method in OWN_METHODS:
         name = source.config.model.kernel.name
         check_kernel(kernels(source.model)[0], name, recipe.method, f"--method {recipe.method}")
-    with _only_writer(folder):
+    with only_writer(folder):
         started = time.perf_counter()
         horizon, layers = convert_layers(source.model, recipe, _bar, device=elsewhere)
         seconds = time.perf_counter() - started
@@ -140,12 +140,6 @@ def convert_checkpoint(
                 f"{folder} holds the converted model, but the remaining steps were skipped; "
                 "run the same command with --force to convert again and complete them"
             ) from None
-
-
-def _only_writer(folder: Path) -> AbstractContextManager[None]:
-    return only_process(
-        folder, CheckpointError(f"{folder}: another convert.py is writing to it", "wait until it finishes")
-    )
 
 
 def _complete(
@@ -200,7 +194,7 @@ def package_converted(
     check_packages(compiled, exported)
     if folder.is_symlink():
         folder = folder.resolve()
-    with _only_writer(folder):
+    with only_writer(folder):
         return _write_packages(load_converted(folder), folder, compiled, exported)
 
 

@@ -1,8 +1,10 @@
-"""``tnnlm.save``, which converts a model in memory and writes it as a converted folder."""
+"""``tnnlm.save``, which converts a model in memory and writes it as a converted folder, and its lock."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tnnlm.checkpoints.converted import check_tokenizer, save_converted
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, describe, measure
 from tnnlm.errors import CheckpointError, UserError
+from tnnlm.files import only_process, remove_leftovers
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, recurrences
 from tnnlm.tokenizer import TextTokenizer
@@ -40,7 +43,8 @@ def save(
         Path of the folder.
 
     Raises:
-        CheckpointError: If ``folder`` exists and ``force`` is not set, or the tokenizer does not fit.
+        CheckpointError: If ``folder`` exists and ``force`` is not set, another process writes to it, or the
+            tokenizer does not fit.
         UserError: If ``model`` is not a causal language model, can't be converted, or is packed for decoding.
     """
     folder = Path(folder)
@@ -55,16 +59,30 @@ def save(
     if folder.exists() and not force:
         raise CheckpointError(f"{folder}: exists already", "pass another folder, or force=True to replace it")
     check_tokenizer(tokenizer, model, folder)
-    if recurrences(model):
-        if recipe is not None or options:
-            raise UserError("model: is converted already", "omit the conversion settings")
-        save_converted(folder, model, tokenizer, describe(model), force)
-        return folder
-    recipe = recipe or ConversionConfig(**options)
-    started = time.perf_counter()
-    horizon, layers = convert_layers(model, recipe)
-    seconds = time.perf_counter() - started
-    report = measure(model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
-    converted = attach(model, [layer.params for layer in layers])
-    save_converted(folder, converted, tokenizer, report, force)
+    if recurrences(model) and (recipe is not None or options):
+        raise UserError("model: is converted already", "omit the conversion settings")
+    with only_writer(folder):
+        if recurrences(model):
+            save_converted(folder, model, tokenizer, describe(model), force)
+            return folder
+        recipe = recipe or ConversionConfig(**options)
+        started = time.perf_counter()
+        horizon, layers = convert_layers(model, recipe)
+        seconds = time.perf_counter() - started
+        report = measure(model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
+        converted = attach(model, [layer.params for layer in layers])
+        save_converted(folder, converted, tokenizer, report, force)
     return folder
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Let no other process write to the folder of a converted model, and remove what a killed one left in it.
+
+    Raises:
+        CheckpointError: If another process writes to it.
+    """
+    refusal = CheckpointError(f"{folder}: another process is writing to it", "wait until it finishes")
+    with only_process(folder, refusal):
+        remove_leftovers(folder, owned="*")
+        yield

@@ -13,7 +13,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
-from tnnlm.files import write_text
+from tnnlm.files import remove_leftovers, write_text
 from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
@@ -205,9 +205,13 @@ def begin_at(run: Path, source: Path, step: int) -> None:
         source: Checkpoint to resume from, relative to ``run``.
         step: Optimizer step of ``source``.
     """
-    for left in [*run.glob(".*.tmp"), *(run / LAST.parent).glob(".*.tmp")]:
-        if left.is_file():
-            left.unlink()
+    for folder in (run, run / LAST.parent):
+        # Only the process that holds the lock of the run writes files there; convert.py writes folders.
+        remove_leftovers(folder, owned="*")
+        for left in folder.glob(".*.tmp"):
+            # Earlier versions named them by the number of the process alone.
+            if left.is_file() and re.fullmatch(r"\..+\.\d+\.tmp", left.name):
+                left.unlink()
     if source != LAST:
         if (run / LAST).is_file():
             second_name(run / LAST, run / REPLACED)

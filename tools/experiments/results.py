@@ -12,7 +12,7 @@ from experiments import report
 from experiments.frame import Claim, Experiment, Files, Record
 from tnnlm import __version__
 from tnnlm.errors import UserError
-from tnnlm.files import write_text
+from tnnlm.files import only_process, write_text
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.machine.threads import limit_threads
@@ -79,10 +79,18 @@ def reproduce(
         data: Text files that replace the data set of the experiment.
 
     Raises:
-        UserError: If ``out`` holds other results.
+        UserError: If ``out`` holds other results, or another process measures the same experiment.
     """
     keep_large_blocks()
     limit_threads()
+    path = out / f"{experiment.name}.json"
+    refusal = UserError(f"{path}: another process measures this experiment", "wait, or choose another --out")
+    with only_process(path, refusal):
+        return _measure(experiment, size, out, bar, again, data)
+
+
+def _measure(experiment: Experiment, size: str, out: Path, bar: Bar, again: bool, data: Files) -> list[Claim]:
+    """Measure the missing cells, and write all files of the experiment."""
     store = ResultStore(experiment, size, out, again)
     cells = experiment.grid(size)
     for cell in bar(store.missing(cells)):

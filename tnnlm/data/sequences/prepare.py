@@ -28,7 +28,7 @@ from tnnlm.data.sequences.rows import (
 from tnnlm.data.sources import cache_folder
 from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import ConfigError
-from tnnlm.files import atomic_folder
+from tnnlm.files import atomic_folder, remove_leftovers
 
 VERSION = 3
 """Version in the cache key; increment it whenever the rows or their files change."""
@@ -110,6 +110,7 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
             f"{old}: not verified: written by an older version; the sequences are prepared again in {folder}",
             file=sys.stderr,
         )
+    remove_leftovers(folder.parent)
     prepare_once(folder, lambda: _build(config, len(files), folder))
     return read_corpus(folder)
 

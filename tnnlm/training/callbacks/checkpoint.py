@@ -21,6 +21,8 @@ from tnnlm.checkpoints.shards import SHARDS, assemble
 from tnnlm.checkpoints.training import delete_unreferenced
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file
+from tnnlm.files.leftovers import temporary_path
+from tnnlm.signals import HANGUP, leave_closed_terminal
 from tnnlm.training.agreement import HostAgreement
 from tnnlm.training.fsdp import is_sharded
 from tnnlm.training.lit_module import LitModel
@@ -29,7 +31,7 @@ from tnnlm.training.sharded_strategy import background_saves
 
 TIME_LIMIT: int | None = getattr(signal, "SIGUSR1", None)
 """Signal that a cluster sends some time before it ends a job; None on Windows, which lacks it."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if TIME_LIMIT is None else [TIME_LIMIT]))
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(n for n in (HANGUP, TIME_LIMIT) if n is not None))
 """Signals that stop a training at the end of the current optimizer step."""
 
 
@@ -109,8 +111,7 @@ def second_name(path: Path, name: Path) -> None:
 
     On file systems without hard links, ``path`` is renamed to ``name`` instead.
     """
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_path(name)
     try:
         os.link(path, temporary)
     except OSError:
@@ -125,8 +126,9 @@ class CheckpointLast(Callback):
     """Callback that saves ``last.ckpt``: at the start, every N steps, at the end, and on a stop signal.
 
     A step is saved after it was logged and validated, so that the logs of a killed run are complete up to its
-    checkpoint. On the first Ctrl-C, SIGTERM or SIGUSR1 (a cluster's time limit) the step is finished and
-    saved, and :class:`TrainingStopped` is raised; a second Ctrl-C interrupts immediately. All ranks stop at
+    checkpoint. On the first Ctrl-C, SIGTERM, SIGHUP (a closed terminal, unless nohup ignores it) or
+    SIGUSR1 (a cluster's time limit) the step is finished and saved, and :class:`TrainingStopped` is raised; a
+    second Ctrl-C interrupts immediately. All ranks stop at
     the same step. Weights that are not finite are never saved.
     """
 
@@ -174,7 +176,9 @@ class CheckpointLast(Callback):
         self._started = time.perf_counter()
         self._step = trainer.global_step
         self.path = trainer.strategy.broadcast(self.path)
-        self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        # Under nohup, SIGHUP is ignored and stays so.
+        self._handlers = {n: one for n, one in found.items() if n != HANGUP or one is not signal.SIG_IGN}
         for number in self._handlers:
             signal.signal(number, self._request)
         assert isinstance(pl_module, LitModel)
@@ -280,6 +284,8 @@ class CheckpointLast(Callback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
+        if number == HANGUP:
+            leave_closed_terminal()
         self._received.add(number)
 
     def _restore(self) -> None:

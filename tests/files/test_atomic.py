@@ -125,6 +125,7 @@ def test_interrupted_exchange_leaves_one_complete_folder(
     path = tmp_path / "target"
     path.mkdir()
     (path / "part").write_text("old")
+    monkeypatch.setattr("tnnlm.files.atomic.exchange", lambda new, old: False)
     calls, rename = [0], os.replace
 
     def interrupted(source: Path, target: Path) -> None:
@@ -141,11 +142,40 @@ def test_interrupted_exchange_leaves_one_complete_folder(
     assert names(tmp_path) == ["target"]
 
 
-def test_folder_is_readable_by_others(tmp_path: Path) -> None:
-    # Temporary folders are private, whereas a cache or a model is shared.
-    with atomic_folder(tmp_path / "target") as temporary:
+@pytest.mark.skipif(os.name == "nt", reason="needs permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file", "new")
+        with atomic_folder(tmp_path / "folder") as temporary:
+            fill_folder(temporary)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "file", tmp_path / "folder")]
+    assert modes == [0o666 & ~mask, 0o777 & ~mask]
+    assert (tmp_path / "folder/part").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@KINDS
+@pytest.mark.skipif(os.name == "nt", reason="needs permissions")
+def test_permissions_of_what_is_replaced_are_kept(atomic: Atomic, fill: Fill, tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    with atomic(path) as temporary:
+        fill(temporary)
+    path.chmod(0o750)
+    with atomic(path) as temporary:
+        fill(temporary)
+    assert path.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    with atomic_folder(tmp_path / "link") as temporary:
         fill_folder(temporary)
-    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "link").is_symlink()
+    assert content(tmp_path / "target") == "new"
 
 
 def test_write_text_is_utf8_and_replaces(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""Files and folders: atomic writes, checks of paths, locks, and what killed processes leave behind."""
+
+from tnnlm.files.atomic import atomic_file, atomic_folder, flush_to_disk, write_text
+from tnnlm.files.checks import check_file, check_folder, check_parents, make_parents
+from tnnlm.files.leftovers import remove_leftovers, restore_replaced
+from tnnlm.files.locks import only_process
+
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "check_file",
+    "check_folder",
+    "check_parents",
+    "flush_to_disk",
+    "make_parents",
+    "only_process",
+    "remove_leftovers",
+    "restore_replaced",
+    "write_text",
+]
