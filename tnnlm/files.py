@@ -15,6 +15,12 @@ from filelock import FileLock, Timeout
 from tnnlm.errors import OS_PROBLEMS, UserError
 
 
+def cache_root() -> Path:
+    """Return the user's cache folder of this package, $TNNLM_CACHE or ~/.cache/tnnlm, which may not exist."""
+    # Path.expanduser fails for an unknown user.
+    return Path(os.path.expanduser(os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm"))
+
+
 def check_parents(path: Path) -> None:
     """Check that ``path`` can be created: its nearest existing parent is a folder that can be written to.
 
