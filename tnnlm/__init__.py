@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tnnlm.tokenizer import TextTokenizer as TextTokenizer
     from tnnlm.training.lit_module import LitModel as LitModel
     from tnnlm.training.run import train as train
+    from tnnlm.trust import Trust as Trust
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ _HOMES = {
     "tnnlm.tokenizer": ("TextTokenizer",),
     "tnnlm.training.lit_module": ("LitModel",),
     "tnnlm.training.run": ("train",),
+    "tnnlm.trust": ("Trust",),
 }
 """Public names by the module that defines them; equal to the imports for type checkers above."""
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

@@ -49,6 +49,7 @@ RULES = {
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
+    "trust": Allowed("files", ""),
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
     "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
@@ -56,11 +57,11 @@ RULES = {
     "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
-    "config": Allowed("errors fields kernels", "omegaconf yaml"),
+    "config": Allowed("errors trust fields kernels", "omegaconf yaml"),
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
     "checkpoints": Allowed(
-        "errors files tokenizer ops modules config models", "torch safetensors tokenizers"
+        "errors trust files tokenizer ops modules config models", "torch safetensors tokenizers"
     ),
     "data": Allowed(
         "errors files tokenizer coverage config models",
@@ -68,15 +69,15 @@ RULES = {
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
-        "errors files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
+        "errors trust files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
     ),
     "training": Allowed(
-        "signals errors files machine tokenizer ops kernels modules config models evaluation checkpoints "
+        "signals errors trust files machine tokenizer ops kernels modules config models evaluation checkpoints "
         "data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(
-        "errors files machine tokenizer config models evaluation checkpoints data conversion inference",
+        "errors trust files machine tokenizer config models evaluation checkpoints data conversion inference",
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(
@@ -84,7 +85,7 @@ RULES = {
         "torch numpy fastapi starlette pydantic prometheus_client",
     ),
     "cli": Allowed(
-        "errors files machine config checkpoints data conversion inference training deployment serving",
+        "errors trust files machine config checkpoints data conversion inference training deployment serving",
         "rich uvicorn fastapi",
     ),
     "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),

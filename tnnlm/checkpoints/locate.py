@@ -9,6 +9,7 @@ from tnnlm.checkpoints.converted import ConvertedModel, is_converted, load_conve
 from tnnlm.checkpoints.training import TrainedCheckpoint, from_attached, load_checkpoint
 from tnnlm.errors import CheckpointError, command
 from tnnlm.files import restore_replaced
+from tnnlm.trust import NO_CODE, Trust
 
 BEST = Path("checkpoints") / "best.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -58,13 +59,16 @@ def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
     raise CheckpointError(f"{run}: has no checkpoint yet")
 
 
-def load_trained(path: str | Path | None = None, *, runs_dir: str | Path = "runs") -> TrainedCheckpoint:
+def load_trained(
+    path: str | Path | None = None, *, runs_dir: str | Path = "runs", trust: Trust = NO_CODE
+) -> TrainedCheckpoint:
     """Load a trained model in its parallel form on the CPU, to convert, evaluate or fine-tune it.
 
     Args:
         path: Path of a checkpoint, or path or name of a run, whose best checkpoint is loaded. None selects
             the newest run.
         runs_dir: Folder that contains the runs.
+        trust: Whether the module of a custom kernel may run although this machine hasn't run it before.
 
     Returns:
         Model, tokenizer, configuration and step of the checkpoint.
@@ -72,16 +76,19 @@ def load_trained(path: str | Path | None = None, *, runs_dir: str | Path = "runs
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or not a causal language model.
     """
-    return load_checkpoint(find_checkpoint(None if path is None else str(path), Path(runs_dir)))
+    return load_checkpoint(find_checkpoint(None if path is None else str(path), Path(runs_dir)), trust)
 
 
-def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, ConvertedModel]:
+def load_for_decoding(
+    target: str | None, runs_dir: Path, trust: Trust = NO_CODE
+) -> tuple[Path, ConvertedModel]:
     """Load a model for decoding from a converted model, a run or a checkpoint with attached recurrences.
 
     Args:
         target: Path of a converted model or a checkpoint, or path or name of a run. None selects the newest
             converted model.
         runs_dir: Folder that contains the runs.
+        trust: Whether the kernel module of a checkpoint may run; a converted model needs none.
 
     Returns:
         Path that was loaded, and the model.
@@ -90,7 +97,7 @@ def load_for_decoding(target: str | None, runs_dir: Path) -> tuple[Path, Convert
         CheckpointError: If nothing is found, or the model isn't converted.
     """
     path = find_for_decoding(target, runs_dir)
-    return path, load_converted(path) if path.is_dir() else from_attached(load_checkpoint(path))
+    return path, load_converted(path) if path.is_dir() else from_attached(load_checkpoint(path, trust))
 
 
 def find_for_decoding(target: str | None, runs_dir: Path) -> Path:

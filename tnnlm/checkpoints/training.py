@@ -35,6 +35,7 @@ from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params, to_device
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.trust import NO_CODE, Trust
 
 ENTRY = "tnnlm"
 """Key of this package's entry in a checkpoint."""
@@ -99,15 +100,18 @@ def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM 
     }
 
 
-def load_checkpoint(path: Path) -> TrainedCheckpoint:
+def load_checkpoint(path: Path, trust: Trust = NO_CODE) -> TrainedCheckpoint:
     """Load a checkpoint of a causal language model on the CPU.
 
+    Its kernel module, if it names one, runs only as ``trust`` allows, or if this machine ran it before.
+
     Raises:
+        ConfigError: If the kernel module may not run.
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
             model for another task.
     """
     data = read_checkpoint(path)
-    loaded = _load_model(data, path)
+    loaded = _load_model(data, path, trust)
     config, tokenizer, model = loaded.config, loaded.tokenizer, loaded.model
     if not isinstance(model, CausalLM):
         raise CheckpointError(
@@ -124,14 +128,14 @@ def load_checkpoint(path: Path) -> TrainedCheckpoint:
     return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
 
 
-def load_encoder(path: Path) -> TrainedEncoder:
+def load_encoder(path: Path, trust: Trust = NO_CODE) -> TrainedEncoder:
     """Load a checkpoint of a masked language model or a classifier on the CPU.
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
             causal language model.
     """
-    loaded = load_any(path)
+    loaded = load_any(path, trust)
     model = loaded.model
     if isinstance(model, CausalLM):
         raise CheckpointError(
@@ -140,18 +144,18 @@ def load_encoder(path: Path) -> TrainedEncoder:
     return TrainedEncoder(loaded.config, loaded.tokenizer, model.eval())
 
 
-def load_any(path: Path) -> Loaded:
+def load_any(path: Path, trust: Trust = NO_CODE) -> Loaded:
     """Load a checkpoint of a model for any task on the CPU.
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, or not from this package.
     """
-    return _load_model(read_checkpoint(path), path)
+    return _load_model(read_checkpoint(path), path, trust)
 
 
-def _load_model(data: dict[str, Any], path: Path) -> Loaded:
+def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
     entry = data[ENTRY]
-    config = config_from_dict(entry["config"], str(path))
+    config = config_from_dict(entry["config"], str(path), trust)
     tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
     weights = {
         key.removeprefix(_PREFIX): value

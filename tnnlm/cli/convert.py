@@ -32,11 +32,13 @@ from pathlib import Path
 from tnnlm.checkpoints.converted import is_converted
 from tnnlm.cli.usage import (
     Condition,
+    add_trust,
     check_effective,
     errors_name_options,
     given_options,
     parser_of,
     path_argument,
+    trust_of,
 )
 from tnnlm.config.flags import add_flags, settings_from_flags
 from tnnlm.config.methods import USED_BY, Use
@@ -90,6 +92,7 @@ def arguments() -> argparse.ArgumentParser:
         help="Device on which layers are converted, one at a time, and perplexities are measured: cpu, cuda, "
         "cuda:1 ... or auto. (default: cpu)",
     )
+    add_trust(parser.add_argument, compiled=False)
     add = parser.add_argument_group("output").add_argument
     add(
         "--out",
@@ -202,6 +205,7 @@ def main(words: Sequence[str] | None = None) -> int:
             exported=args.export,
             license=args.license,
             device=args.device,
+            trust=trust_of(args),
         )
     show_conversion(done, Console())
     return 0 if all(check.passed for check in done.checks) and not done.failures else 1

@@ -27,10 +27,12 @@ from typing import TYPE_CHECKING
 from tnnlm.cli.usage import (
     Condition,
     add_device,
+    add_trust,
     check_effective,
     errors_name_options,
     parser_of,
     path_argument,
+    trust_of,
 )
 from tnnlm.errors import UserError
 from tnnlm.files import check_file
@@ -107,6 +109,7 @@ def arguments() -> argparse.ArgumentParser:
         help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
         "(default: auto)",
     )
+    add_trust(add)
     return parser
 
 
@@ -207,12 +210,13 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
         check_file(args.save_state)
     sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     check_new_tokens(args.max_new_tokens)
+    trust = trust_of(args)
     model = str(find_for_decoding(args.model, Path("runs")))
     if warning := outdated(model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     session = GenerationSession.load(
-        model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine
+        model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine, trust
     )
     if args.load_state:
         session.load_state(args.load_state, reseed=args.seed is not None)

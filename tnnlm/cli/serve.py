@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tnnlm.cli.usage import add_device, errors_name_options, parser_of
+from tnnlm.cli.usage import add_device, add_trust, errors_name_options, parser_of, trust_of
 from tnnlm.errors import UserError
 
 GRACE = 30
@@ -57,6 +57,7 @@ def arguments() -> argparse.ArgumentParser:
         help="Engine: packed makes completions independent of concurrent requests (CPU), auto is faster for "
         "one client if a compiled step exists; also compiled, graph and eager. (default: packed)",
     )
+    add_trust(add)
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="Address to listen on. (default: 127.0.0.1, this machine only)")
     add(
@@ -206,13 +207,16 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     limit_threads()
     if warning := outdated(args.model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
-    found, converted = load_for_decoding(args.model, Path("runs"))
+    trust = trust_of(args)
+    found, converted = load_for_decoding(args.model, Path("runs"), trust)
     parameters = sum(p.numel() for p in converted.model.parameters())
     folder = found if found.is_dir() else found.parent
     own = folder.resolve()
     name = own.parent.name if own.name in (str(CONVERTED), "checkpoints") else own.name
     device = usable_device(args.device)
-    generator, info = open_engine(converted, folder, device=device, dtype=args.dtype, engine=args.engine)
+    generator, info = open_engine(
+        converted, folder, device=device, dtype=args.dtype, engine=args.engine, trust=trust
+    )
     return generator, str(info), name, parameters
 
 

@@ -20,19 +20,30 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tnnlm.cli.usage import Condition, add_settings, check_effective, given_options, parser_of
+from tnnlm.cli.usage import (
+    Condition,
+    add_settings,
+    add_trust,
+    check_effective,
+    given_options,
+    parser_of,
+    trust_of,
+)
 from tnnlm.config.loader import config_to_yaml, load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import collect_failure
+from tnnlm.trust import Trust
 
 if TYPE_CHECKING:
     from tnnlm.training.initial import InitialWeights
 
+MODULE = "model.kernel.module="
+"""Setting by which the user names the module of a kernel."""
 CONDITIONS = {
     "--config": Condition(
         lambda args: args.resume is None,
@@ -97,6 +108,7 @@ def arguments() -> argparse.ArgumentParser:
         help="Start a new run from the weights and tokenizer of a run or checkpoint, with a new optimizer. "
         "Without --config, its model settings are taken as well.",
     )
+    add_trust(parser.add_argument_group("custom kernels").add_argument, module=False, compiled=False)
     add = parser.add_argument_group("before training").add_argument
     add(
         "--dry-run",
@@ -176,14 +188,14 @@ def choose(args: argparse.Namespace) -> Choice:
         from tnnlm.training.resume import resumed_config
 
         run = find_run(args.resume or None, Path("runs"))
-        return Choice(resumed_config(run, args.overrides), run, None)
+        return Choice(resumed_config(run, args.overrides, trust(args)), run, None)
     config, initial = new_config(args)
     if args.job is None:
         return Choice(config, None, None, initial)
     from tnnlm.training.slurm import find_job, job_name
 
     job = job_name(args.job)
-    found = find_job(job, config)
+    found = find_job(job, config, trust(args))
     if found is not None:
         config.name = found.name
     return Choice(config, found, job, initial)
@@ -193,11 +205,19 @@ def new_config(args: argparse.Namespace) -> tuple[Config, InitialWeights | None]
     """Return the settings of a new run, and the checkpoint that ``--init-from`` selects."""
     path = find_config(args.config)
     if args.init_from is None:
-        return load_config(path, args.overrides), None
+        return load_config(path, args.overrides, trust=trust(args)), None
     from tnnlm.training.initial import InitialWeights
 
-    initial = InitialWeights(args.init_from)
+    if args.own_model:
+        load_config(path, args.overrides, trust=trust(args))  # runs the kernel module that the file names
+    initial = InitialWeights(args.init_from, trust=trust(args))
     return initial.config(path, args.overrides, own_model=args.own_model), initial
+
+
+def trust(args: argparse.Namespace) -> Trust:
+    """Return the code that may run: besides ``--trust-code``, the kernel module on the command line."""
+    named = [word for word in args.overrides if word.startswith(MODULE)]
+    return replace(trust_of(args), module=named[-1].removeprefix(MODULE) if named else None)
 
 
 def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:

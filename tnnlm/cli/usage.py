@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnnlm.errors import OneLineParser, UserError, command
+from tnnlm.trust import Trust
 
 _NOT_GIVEN = object()
 _SETTING = re.compile(r"(layer \d+: )?([a-z][a-z_ -]*?)( \S+: .*)", re.DOTALL)
@@ -76,6 +77,47 @@ def add_device(add: Callable[..., Any]) -> None:
         metavar="NAME",
         help="Dtype of the linear layers' weights: float32, bfloat16 or int8. (default: float32)",
     )
+
+
+def add_trust(add: Callable[..., Any], *, module: bool = True, compiled: bool = True) -> None:
+    """Add the options for code that a model carries or names; see :func:`trust_of`.
+
+    Args:
+        add: The ``add_argument`` of a parser or a group.
+        module: Add ``--kernel-module``; train.py has ``model.kernel.module`` instead.
+        compiled: Add ``--trust-compiled``, for commands that run compiled steps.
+    """
+    if module:
+        add(
+            "--kernel-module",
+            metavar="FILE",
+            help="Python file or module of the kernel of a checkpoint, if it is not part of tnnlm; must have "
+            "the recorded hash. (default: the recorded one, if it ran on this machine before)",
+        )
+    add(
+        "--trust-code",
+        action="store_true",
+        help="Run the kernel module that a run or checkpoint names, whoever wrote it and whatever its hash.",
+    )
+    if compiled:
+        add(
+            "--trust-compiled",
+            action="store_true",
+            help="Load a compiled step that another machine made; it is native code.",
+        )
+
+
+def trust_of(args: argparse.Namespace) -> Trust:
+    """Return the code that the options of :func:`add_trust` allow to run.
+
+    Raises:
+        UserError: If ``--kernel-module`` is empty.
+    """
+    module = getattr(args, "kernel_module", None)
+    if module == "":
+        raise UserError("--kernel-module: is empty", "give the Python file of the kernel, or omit it")
+    compiled = getattr(args, "trust_compiled", False)
+    return Trust(code=args.trust_code, compiled=compiled, module=module)
 
 
 def given_options(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> list[str]:

@@ -7,12 +7,8 @@ type of its field (:mod:`tnnlm.config.values`). Unknown keys, wrong types and va
 
 from __future__ import annotations
 
-import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -29,6 +25,7 @@ from tnnlm.config.consistency import (
     settle_task,
 )
 from tnnlm.config.interpolation import Values, escaped
+from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
@@ -37,13 +34,18 @@ from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
+from tnnlm.trust import NO_CODE, Trust
 
 _OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
 """Values of ``data.source``, each with the prefix of the settings that only this source uses."""
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), *, saved: bool = False
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    saved: bool = False,
+    trust: Trust = NO_CODE,
 ) -> Config:
     r"""Load a configuration.
 
@@ -55,6 +57,8 @@ def load_config(
         overrides: Overrides such as ``optim.lr=1e-3``. A list is ``[a,b]``, or its key is given repeatedly.
         saved: Whether the file is the config.yaml of a run, in which nothing is interpolated: it contains the
             values themselves, and may come from someone else.
+        trust: Whether the kernel module that a saved file names may run. One that ``overrides`` or another
+            file names is the user's own.
 
     Raises:
         ConfigError: If the file is missing or unreadable, or a key or value is invalid.
@@ -64,7 +68,7 @@ def load_config(
         root = read_yaml_file(Path(path), Origin.RUN if saved else Origin.FILE)
         layers.append(Layer(str(path), [root]))
     layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
-    values = _values(layers)
+    values = _values(layers, trust)
     config = _config(values)
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
@@ -76,28 +80,31 @@ def load_config(
     return config
 
 
-def config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> Config:
+def config_from_dict(data: dict[str, Any], where: str = "checkpoint", trust: Trust = NO_CODE) -> Config:
     """Return the configuration that :func:`config_to_dict` stored; errors report ``where`` as its origin.
 
-    The values are data: nothing in them is interpolated.
+    The values are data: nothing in them is interpolated, and the kernel module that they name runs only as
+    ``trust`` allows, or if this machine ran it before.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings")
-    return _config(_values([Layer(where, [stored(data, where)])]))
+    return _config(_values([Layer(where, [stored(data, where)])], trust))
 
 
 def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
     """Return the ``model`` group alone, as stored in converted models.
 
     Only the name and module of the kernel are kept: a converted model has no kernel, and the module that
-    registers it may not be installed.
+    registers it is not imported.
     """
     kernel = data["kernel"]
     rest = {key: value for key, value in data.items() if key != "kernel"}
     # The vocabulary of a given tokenizer may be smaller than that of one that is trained for text.
     given = {"tokenizer": "tokenizer.json"}
     config = config_from_dict({"model": rest, "data": given}, where).model
-    config.kernel = KernelConfig(name=str(kernel["name"]), module=kernel.get("module"))
+    config.kernel = KernelConfig(
+        name=str(kernel["name"]), module=kernel.get("module"), module_sha256=kernel.get("module_sha256")
+    )
     return config
 
 
@@ -122,21 +129,20 @@ def _escaped(value: Any) -> Any:
     return escaped(value) if isinstance(value, str) else value
 
 
-def _values(layers: list[Layer]) -> Values:
+def _values(layers: list[Layer], trust: Trust) -> Values:
     """Return the settings of all layers, read with the schema of the kernel that they select."""
     common = Values(
         Schema.of(KernelConfig), {key: node for layer in layers for key, node in layer.nodes.items()}
     )
-    name, module = "tno", None
+    name = "tno"
     names, place = [], ""
     for layer in layers:
         for node in layer.kernel_settings("name"):
             name, place = common.read(f"{KERNEL}.name", node), f" ({node.place})"
-        for node in layer.kernel_settings("module"):
-            module = common.read(f"{KERNEL}.module", node) or module
         names.append(name)
-    if module is not None:
-        _import_kernel(module)
+    named = _kernel_module(layers, common)
+    if named is not None:
+        named = run_kernel_module(named, trust)
     if name not in KERNEL_SCHEMAS:
         error = unknown_kernel(name)
         raise ConfigError(f"{error.reason}{place}", error.remedy)
@@ -148,7 +154,26 @@ def _values(layers: list[Layer]) -> Values:
         layer.add_former(schema)
     nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
     nodes[f"{KERNEL}.name"] = stored(name, "")
+    if named is not None:
+        nodes[f"{KERNEL}.module"] = stored(named.module, named.place)
+        nodes[f"{KERNEL}.module_sha256"] = stored(named.sha256, named.place)
     return Values(schema, nodes)
+
+
+def _kernel_module(layers: list[Layer], common: Values) -> Named | None:
+    """Return the kernel module that the layers name, if any."""
+    named, sha256 = None, None
+    for layer in layers:
+        for node in layer.kernel_settings("module"):
+            module, own = common.read(f"{KERNEL}.module", node), node.origin in (Origin.WORD, Origin.FILE)
+            if module is None:
+                continue
+            if named is not None and named.own and named.module != module:
+                sha256 = None  # of the module in the user's file, which another one replaces
+            named = Named(module, own, None, node.place)
+        for node in layer.kernel_settings("module_sha256"):
+            sha256 = common.read(f"{KERNEL}.module_sha256", node)
+    return None if named is None else named._replace(sha256=sha256)
 
 
 def _config(values: Values) -> Config:
@@ -213,27 +238,3 @@ def _check_source(layer: Layer, values: Values, source: str) -> None:
                 f"data.{name.partition('.')[0]}: is not used with data.source={source} ({layer.place})",
                 f"set data.source={owner} too",
             )
-
-
-def _import_kernel(module: str) -> None:
-    """Import the user's file or module that registers a kernel; a file is executed only once."""
-    name = module
-    try:
-        if module.endswith(".py"):
-            path = Path(module).resolve()
-            name = f"tnnlm_kernel_{path.stem}_{zlib.crc32(bytes(path)):08x}"
-            if name in sys.modules:
-                return
-            spec = spec_from_file_location(name, path)
-            assert spec is not None
-            assert spec.loader is not None
-            loaded = module_from_spec(spec)
-            # Registered before it is executed, because dataclasses look up their module.
-            sys.modules[name] = loaded
-            spec.loader.exec_module(loaded)
-        else:
-            import_module(module)
-    except Exception as error:  # The user's file may raise anything.
-        sys.modules.pop(name, None)
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ConfigError(f"model.kernel.module={module}: can't be imported ({reason})") from error

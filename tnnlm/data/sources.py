@@ -27,7 +27,7 @@ from tnnlm.data.report import DataReport
 from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
 from tnnlm.data.text import Tally, count, text_hash
 from tnnlm.errors import DataError
-from tnnlm.files import check_folder
+from tnnlm.files import cache_root, check_folder
 
 
 def source_fingerprint(config: DataConfig) -> str:
@@ -87,8 +87,8 @@ def cache_folder(config: DataConfig) -> Path:
     Raises:
         UserError: If it is a file, or doesn't exist and can't be created.
     """
-    named = config.cache_dir or os.environ.get("TNNLM_CACHE") or "~/.cache/tnnlm"
-    folder = Path(os.path.expanduser(named))  # Path.expanduser fails for an unknown user
+    # Path.expanduser fails for an unknown user.
+    folder = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_root()
     check_folder(folder)
     return folder
 

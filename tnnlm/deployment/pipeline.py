@@ -44,6 +44,7 @@ from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
+from tnnlm.trust import NO_CODE, Trust
 
 STEPS = 128
 """Number of tokens that ``--verify`` decodes one at a time."""
@@ -77,6 +78,7 @@ def convert_checkpoint(
     license: str | None = None,
     runs_dir: Path = Path("runs"),
     device: str = "cpu",
+    trust: Trust = NO_CODE,
 ) -> ConversionResult:
     """Convert a checkpoint and write the model, then measure it and add the measurements to its folder.
 
@@ -95,6 +97,7 @@ def convert_checkpoint(
         runs_dir: Folder of the runs.
         device: Device on which layers are converted, one at a time, and perplexities are measured.
             ``auto`` is a GPU if there is one. The written files don't depend on it, except for rounding.
+        trust: Whether the kernel module of the checkpoint may run although this machine hasn't run it before.
 
     Raises:
         UserError: If the input is unusable, or an optional file can't be made on this machine. Nothing
@@ -110,7 +113,7 @@ def convert_checkpoint(
     check_out_folder(folder, force)
     if folder.is_symlink():
         folder = folder.resolve()  # Replace the target of the link, not the link.
-    source = load_checkpoint(path)
+    source = load_checkpoint(path, trust)
     if recipe.method in OWN_METHODS:
         name = source.config.model.kernel.name
         check_kernel(kernels(source.model)[0], name, recipe.method, f"--method {recipe.method}")

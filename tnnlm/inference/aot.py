@@ -3,25 +3,28 @@
 AOTInductor compiles the exported ``step`` for a single row into one loop nest: it calls no library, starts
 the threads once per token, and reads the weights at memory bandwidth. The package is stored in the folder of
 the converted model. It is valid for one version of PyTorch and one kind of CPU; both are checked when it is
-loaded.
+loaded. It is native code, so it is loaded only if this machine compiled it, which a keyed record in the
+user's cache says (:mod:`tnnlm.trust`), or if the user trusts it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from tnnlm.errors import UserError, one_line
-from tnnlm.files import atomic_file, write_text
+from tnnlm.files import atomic_file, cache_root, write_text
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
 from tnnlm.inference.row_linear import row_linear
@@ -29,6 +32,12 @@ from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences
+from tnnlm.trust import NO_CODE, Trust, is_own, remember, remembered
+
+_CHUNK = 1 << 20
+"""Bytes of a package that are read at a time."""
+_PACKAGE, _SIZE = "compiled step", "size of a compiled step"
+"""Kinds of records. The size is compared first, so that a foreign package is refused without reading it."""
 
 
 class _Step(nn.Module):
@@ -90,9 +99,11 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         Path of the package.
 
     Raises:
-        UserError: If there is no C++ compiler, the disk is full, or memory runs out.
+        UserError: If there is no C++ compiler, the disk is full, memory runs out, or no record of the package
+            can be written to the cache; the package is then kept.
     """
     check_compiler()
+    check_compiler_cache()
     from torch._inductor import aoti_compile_and_package
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
@@ -116,7 +127,15 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
                 raise
             raise UserError(f"the step can't be compiled: {reason[:200]}") from error
         shutil.copyfile(packaged, temporary)
-    write_text(path.with_suffix(".json"), json.dumps(_made_for(fingerprint), indent=2))
+        digest, size = _sha256(Path(packaged)), temporary.stat().st_size
+    made_for = _made_for(fingerprint)
+    write_text(path.with_suffix(".json"), json.dumps(made_for, indent=2))
+    known = remember(_SIZE, size=str(size), **made_for) and remember(_PACKAGE, sha256=digest, **made_for)
+    if not known:
+        raise UserError(
+            f"{cache_root()}: can't record that this machine compiled {path}",
+            "set TNNLM_CACHE to a private folder, or load the step with --trust-compiled",
+        )
     return path
 
 
@@ -131,7 +150,26 @@ def check_compiler() -> None:
         raise UserError(f"--compile: no working C++ compiler ({found.reason})")
 
 
-def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> CompiledModel:
+def check_compiler_cache() -> None:
+    """Check that no other user can write to the folder from which the compiler loads what it compiled before.
+
+    Raises:
+        UserError: If one can, because that is native code. The default is a folder of known name in the
+            temporary folder, which anyone may have created.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
+    if folder.is_dir() and not is_own(folder):
+        raise UserError(
+            f"{folder}: the compiler's cache can be written by other users",
+            "set TORCHINDUCTOR_CACHE_DIR to a private folder",
+        )
+
+
+def load_step(
+    model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
+) -> CompiledModel:
     """Load the compiled step of a model from the model's folder.
 
     Args:
@@ -139,9 +177,11 @@ def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Co
         folder: Folder of the converted model.
         dtype: Dtype of the weights.
         fingerprint: Hash of the model.
+        trust: Whether a step that this machine didn't compile may run.
 
     Raises:
-        UserError: If there is no compiled step, or it doesn't fit this model, machine or version of PyTorch.
+        UserError: If there is no compiled step, it doesn't fit this model, machine or version of PyTorch, or
+            it is not trusted.
     """
     path = package_path(folder, dtype)
     if not path.is_file():
@@ -160,10 +200,32 @@ def load_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Co
             "the compiled step is for another machine or PyTorch version",
             "recompile it with convert.py --compile",
         )
-    try:
-        return CompiledModel(model, _runner(path))
-    except Exception as error:  # the packed engine can run whatever the loader raises
-        raise UserError(f"the compiled step can't be loaded ({one_line(error)[:80]})") from None
+    foreign = UserError(
+        "the compiled step is native code that was not compiled here",
+        "recompile it with convert.py --compile, or load it with --trust-compiled",
+    )
+    if not trust.compiled and not remembered(_SIZE, size=str(path.stat().st_size), **expected):
+        raise foreign
+    with _private_copy(path) as (own, digest):
+        if not trust.compiled and not remembered(_PACKAGE, sha256=digest, **expected):
+            raise foreign
+        try:
+            return CompiledModel(model, _runner(own))
+        except Exception as error:  # the packed engine can run whatever the loader raises
+            raise UserError(f"the compiled step can't be loaded ({one_line(error)[:80]})") from None
+
+
+@contextmanager
+def _private_copy(path: Path) -> Iterator[tuple[Path, str]]:
+    """Yield a copy that no one else can change, and its SHA-256: what was hashed is what is loaded.
+
+    The loader extracts the package, so the copy isn't needed afterwards.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / path.name
+        with own.open("wb") as target:
+            digest = _sha256(path, target)
+        yield own, digest
 
 
 def _runner(path: Path) -> Callable[..., Any]:
@@ -179,6 +241,17 @@ def _runner(path: Path) -> Callable[..., Any]:
 
         return aoti_load_package(str(path))
     return lambda *inputs: loader.run(list(inputs))
+
+
+def _sha256(path: Path, target: IO[bytes] | None = None) -> str:
+    """Return the SHA-256 of a file, whose bytes are written to ``target`` as well if there is one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if target is not None:
+                target.write(chunk)
+    return digest.hexdigest()
 
 
 def _made_for(fingerprint: str) -> dict[str, str]:

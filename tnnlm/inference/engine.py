@@ -25,6 +25,7 @@ from tnnlm.inference.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.ops.fused import why_not_fused
+from tnnlm.trust import NO_CODE, Trust
 
 ENGINES = ("auto", "compiled", "graph", "packed", "eager")
 """Engines that can be selected; ``auto`` is the fastest available."""
@@ -71,6 +72,7 @@ def open_engine(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     engine: str = "auto",
+    trust: Trust = NO_CODE,
 ) -> Engine:
     """Open a converted model with the requested engine, by default the fastest available.
 
@@ -81,6 +83,7 @@ def open_engine(
         dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8. Embedding,
             recurrences and states stay in float32.
         engine: One of ``ENGINES``.
+        trust: Whether a compiled step that this machine didn't make may run.
 
     Raises:
         UserError: If an engine or dtype is unknown, or not available on this machine.
@@ -102,7 +105,10 @@ def open_engine(
         name, reasons = "packed", [choice.reason]
     if engine in ("auto", "compiled", "graph"):
         try:
-            runs = _faster(model, folder, where, dtype, engine, converted.fingerprint)
+            if where.type == "cpu":
+                runs = _compiled(model, folder, dtype, engine, converted.fingerprint, trust)
+            else:
+                runs = _graphed(model, where, engine)
             name, reasons = "graph" if isinstance(runs, GraphedModel) else "compiled", []
             if missing := why_not_fused(where):
                 reasons.append(f"no fused operators: {missing}")
@@ -123,20 +129,27 @@ def open_engine(
     return Engine(TextGenerator(runs, converted.tokenizer, converted.fingerprint), info)
 
 
-def _faster(
-    model: CausalLM, folder: Path | None, where: torch.device, dtype: str, engine: str, fingerprint: str
-) -> CompiledModel | GraphedModel:
-    """Return a compiled step of a packed model on the CPU, or a CUDA graph of it on a GPU.
+def _compiled(
+    model: CausalLM, folder: Path | None, dtype: str, engine: str, fingerprint: str, trust: Trust
+) -> CompiledModel:
+    """Return the compiled step of a packed model on the CPU.
 
     Raises:
         UserError: If it is not available.
     """
-    if where.type == "cpu":
-        if engine == "graph":
-            raise UserError("needs a GPU")
-        if folder is None:
-            raise UserError("no compiled step, because the model was not loaded from a folder")
-        return load_step(model, folder, dtype, fingerprint)
+    if engine == "graph":
+        raise UserError("needs a GPU")
+    if folder is None:
+        raise UserError("no compiled step, because the model was not loaded from a folder")
+    return load_step(model, folder, dtype, fingerprint, trust)
+
+
+def _graphed(model: CausalLM, where: torch.device, engine: str) -> GraphedModel:
+    """Return a CUDA graph of a packed model on a GPU.
+
+    Raises:
+        UserError: If it is not available.
+    """
     if engine == "compiled":
         raise UserError("needs a CPU")
     try:

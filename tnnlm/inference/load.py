@@ -7,6 +7,7 @@ from pathlib import Path
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.inference.engine import Engine, open_engine, usable_device
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.trust import NO_CODE, Trust
 
 
 def load(
@@ -16,6 +17,7 @@ def load(
     dtype: str = "float32",
     engine: str = "auto",
     runs_dir: str | Path = "runs",
+    trust: Trust = NO_CODE,
 ) -> TextGenerator:
     """Load a converted model for generation: ``tnnlm.load("runs/demo")("def main(")``.
 
@@ -26,6 +28,7 @@ def load(
         dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8.
         engine: One of :data:`tnnlm.inference.engine.ENGINES`; ``auto`` selects the fastest available.
         runs_dir: Folder that contains the runs.
+        trust: Code that may run although this machine hasn't made it or run it before.
 
     Returns:
         Text generator with model and tokenizer. The layers are packed for decoding, so the model can't be
@@ -36,12 +39,16 @@ def load(
         UserError: If a device, dtype or engine is not available on this machine.
     """
     target = None if path is None else str(path)
-    return load_engine(target, Path(runs_dir), device=device, dtype=dtype, engine=engine).generator
+    return load_engine(
+        target, Path(runs_dir), device=device, dtype=dtype, engine=engine, trust=trust
+    ).generator
 
 
-def load_engine(target: str | None, runs_dir: Path, *, device: str, dtype: str, engine: str) -> Engine:
+def load_engine(
+    target: str | None, runs_dir: Path, *, device: str, dtype: str, engine: str, trust: Trust = NO_CODE
+) -> Engine:
     """Find and load a converted model; arguments and exceptions are those of :func:`load`."""
     where = usable_device(device)
-    found, converted = load_for_decoding(target, runs_dir)
+    found, converted = load_for_decoding(target, runs_dir, trust)
     folder = found if found.is_dir() else None
-    return open_engine(converted, folder, device=where, dtype=dtype, engine=engine)
+    return open_engine(converted, folder, device=where, dtype=dtype, engine=engine, trust=trust)

@@ -19,6 +19,7 @@ from tnnlm.inference.sampling import SamplingParams
 from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
+from tnnlm.trust import NO_CODE, Trust
 
 
 class GenerationSession:
@@ -53,6 +54,7 @@ class GenerationSession:
         seed: int,
         dtype: str,
         engine: str,
+        trust: Trust = NO_CODE,
     ) -> GenerationSession:
         """Find and load a converted model.
 
@@ -61,7 +63,7 @@ class GenerationSession:
                 range.
         """
         limit_threads()
-        loaded = load_engine(target, runs_dir, device=device, dtype=dtype, engine=engine)
+        loaded = load_engine(target, runs_dir, device=device, dtype=dtype, engine=engine, trust=trust)
         return cls(loaded.generator, sampling, max_new_tokens, seed, loaded.info)
 
     def load_state(self, path: Path, reseed: bool) -> None:

@@ -27,6 +27,8 @@ class KernelConfig:
     """Name of the kernel: tno, fd_tno, sgconv, rtf, hyena, or a name that ``module`` registers."""
     module: str | None = None
     """Python file or module that registers a custom kernel (null: the kernel is part of tnnlm)."""
+    module_sha256: str | None = None
+    """SHA-256 of the source of ``module``, which the run records; other source is refused (null: any)."""
     reverse_lag: int = number(1, low=0, high=1, before=0)
     """Distance at which the first tap of the second kernel of a bidirectional model acts: 1 as in the code of
     S4 and SGConv, or 0, where lag 0 belongs to the first kernel and this tap is not used. Models trained

@@ -16,6 +16,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.tokenizer import TextTokenizer
+from tnnlm.trust import NO_CODE, Trust
 
 FREE = {"model.dropout"}
 """Settings of the model that may differ from those of the checkpoint."""
@@ -26,14 +27,14 @@ OF_ANY_LENGTH = ("tno",)
 class InitialWeights:
     """Checkpoint that a new run starts from: its weights, tokenizer and architecture."""
 
-    def __init__(self, target: str, runs_dir: Path = Path("runs")) -> None:
-        """Load a run, whose best checkpoint is taken, or a checkpoint.
+    def __init__(self, target: str, runs_dir: Path = Path("runs"), trust: Trust = NO_CODE) -> None:
+        """Load a run, whose best checkpoint is taken, or a checkpoint, whose kernel module runs as allowed.
 
         Raises:
             CheckpointError: If it is missing or damaged.
         """
         self.path = find_checkpoint(target, runs_dir)
-        self.loaded: Loaded = load_any(self.path)
+        self.loaded: Loaded = load_any(self.path, trust)
 
     def config(self, path: Path, overrides: Sequence[str], *, own_model: bool) -> Config:
         """Return the configuration of the new run, with the tokenizer of the checkpoint.

@@ -17,6 +17,7 @@ from tnnlm.files import remove_leftovers, write_text
 from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
+from tnnlm.trust import NO_CODE, Trust
 
 SOURCES = {"last": LAST, "previous": PREVIOUS}
 """Values of ``train.py --from`` and the checkpoint that each selects."""
@@ -34,14 +35,18 @@ _FIXED_ON_RESUME = (
     "data.lra.task",
     "trainer.ema_decay",
 )
+_PLACES = ("name", "runs_dir", "model.kernel.module", "model.kernel.module_sha256")
+"""Settings that may differ from those of the checkpoint: a run and its kernel module may be moved, and what
+module runs is decided by :mod:`tnnlm.config.kernel_module`."""
 _RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
 """Entries of a checkpoint that a run resumes from."""
 
 
-def resumed_config(run: Path, overrides: list[str]) -> Config:
+def resumed_config(run: Path, overrides: list[str], trust: Trust = NO_CODE) -> Config:
     """Return the configuration of a run with overrides from the command line.
 
-    Settings are compared by their values, in whatever way the overrides give them.
+    Settings are compared by their values, in whatever way the overrides give them. ``trust`` says whether
+    the kernel module of the run may run although this machine hasn't run it before.
 
     Raises:
         ConfigError: If an override changes a setting that is fixed for the lifetime of a run.
@@ -55,12 +60,12 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
         )
     if not path.is_file():
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
-    recorded = load_config(path, saved=True)
+    recorded = load_config(path, saved=True, trust=trust)
     _check_recorded(run, recorded)
     try:
-        config = load_config(path, overrides, saved=True)
+        config = load_config(path, overrides, saved=True, trust=trust)
     except ConfigError:
-        word = _unfitting_change(path, overrides, recorded)
+        word = _unfitting_change(path, overrides, recorded, trust)
         if word is None:
             raise
         raise ConfigError(f"{word}: can't be changed on resume", "start a new run") from None
@@ -79,7 +84,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     return config
 
 
-def _unfitting_change(path: Path, overrides: list[str], recorded: Config) -> str | None:
+def _unfitting_change(path: Path, overrides: list[str], recorded: Config, trust: Trust) -> str | None:
     """Return the override of a fixed setting that doesn't fit the other settings of the run, or None.
 
     Raises:
@@ -93,11 +98,11 @@ def _unfitting_change(path: Path, overrides: list[str], recorded: Config) -> str
         return key in known and f"{key}.".startswith(_FIXED_ON_RESUME)
 
     accepted = [word for word in overrides if not fixed(word)]
-    load_config(path, accepted, saved=True)
+    load_config(path, accepted, saved=True, trust=trust)
     for word in filter(fixed, overrides):
         accepted.append(word)
         try:
-            load_config(path, accepted, saved=True)
+            load_config(path, accepted, saved=True, trust=trust)
         except ConfigError:
             return word
     return None
@@ -122,7 +127,7 @@ def _check_recorded(run: Path, recorded: Config) -> None:
     last = list(stored)[-1]
     if not re.search(rf"\b{last.rpartition('.')[2]}\W", path.read_text(encoding="utf-8")):
         raise CheckpointError(f"{path}: is truncated, without {last}", "restore it, or start a new run")
-    values = {key: value for key, value, _ in leaves(recorded) if key not in ("name", "runs_dir")}
+    values = {key: value for key, value, _ in leaves(recorded) if key not in _PLACES}
     for key, value in values.items():
         if key.startswith(_FIXED_ON_RESUME) and stored.get(key, value) != value:
             raise CheckpointError(

@@ -22,6 +22,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.files import only_process, write_text
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
+from tnnlm.trust import NO_CODE, Trust
 
 JOB = Path("job.json")
 """File in a run's folder that records the job the run belongs to."""
@@ -85,12 +86,13 @@ def begin_job(job: str, config: Config, create: Callable[[], Path]) -> Path:
         return folder
 
 
-def find_job(job: str, config: Config) -> Path | None:
+def find_job(job: str, config: Config, trust: Trust = NO_CODE) -> Path | None:
     """Find the run that a job started; return None if it has not started one.
 
     Args:
         job: Name of the job from :func:`job_name`.
         config: Configuration from the job's command. Runs are searched in its ``runs_dir``.
+        trust: Whether the kernel module of the run may run although this machine hasn't run it before.
 
     Raises:
         ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
@@ -107,7 +109,8 @@ def find_job(job: str, config: Config) -> Path | None:
             continue
         run = path.parent
         if (run / "config.yaml").is_file():
-            _check_same(config, load_config(run / "config.yaml", saved=True), job, run)
+            recorded = load_config(run / "config.yaml", saved=True, trust=trust)
+            _check_same(config, recorded, job, run)
         return run
     return None
 

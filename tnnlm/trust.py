@@ -1,0 +1,121 @@
+"""Permissions to run code, and keyed records of the code that this user made or ran on this machine.
+
+Files of a model come from strangers. Code that they carry or name (a compiled step, a kernel module) runs
+only if the user named it, allowed it, or has a record of it. A record is a file whose name is the HMAC-SHA256
+of what it describes under a random key that only the user can read, so that no one else can make one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tnnlm.files import cache_root
+
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """Code of a model that the user allows to run."""
+
+    code: bool = False
+    """Whether the kernel module that a file names may run, whatever its hash (``--trust-code``)."""
+    compiled: bool = False
+    """Whether a compiled step made elsewhere may run (``--trust-compiled``)."""
+    module: str | None = None
+    """Kernel module that the user named (``--kernel-module``), which is run in place of the one that a file
+    names if it has the hash in the file; None if the user named none."""
+
+
+NO_CODE = Trust()
+"""Nothing but what this user made or ran on this machine."""
+
+
+def remember(kind: str, **facts: str) -> bool:
+    """Record that this user made or ran something.
+
+    Args:
+        kind: Kind of the code, such as ``compiled step``.
+        facts: Everything that identifies it, such as its hash.
+
+    Returns:
+        Whether there is a record now; False if the cache is not writable or not private.
+    """
+    folder = _folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key = _key(folder) or _new_key(folder)
+        if key is not None:
+            # The name alone is the record; the text tells a reader what it is about.
+            (folder / _name(key, kind, facts)).write_text(json.dumps({"kind": kind, **facts}), "utf-8")
+            return True
+    return False
+
+
+def remembered(kind: str, **facts: str) -> bool:
+    """Return whether :func:`remember` recorded exactly this for this user."""
+    folder = _folder()
+    with contextlib.suppress(OSError):
+        key = _key(folder)
+        return key is not None and (folder / _name(key, kind, facts)).is_file()
+    return False
+
+
+def _folder() -> Path:
+    """Return the folder of the records, one per user, because a cache may be shared."""
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    return cache_root() / f"trust{user}"
+
+
+def _name(key: bytes, kind: str, facts: dict[str, str]) -> str:
+    said = json.dumps([kind, facts], sort_keys=True).encode()
+    return f"{hmac.new(key, said, 'sha256').hexdigest()}.json"
+
+
+def _key(folder: Path) -> bytes | None:
+    """Return the key; None if there is none, or if others could have written or read it."""
+    path = folder / "key"
+    if not _is_private(folder.lstat(), stat.S_ISDIR):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(number, "rb") as file:
+            key = file.read(_KEY_BYTES + 1) if _is_private(os.fstat(number), stat.S_ISREG) else b""
+            return key if len(key) == _KEY_BYTES else None
+    return None
+
+
+def _new_key(folder: Path) -> bytes | None:
+    """Write a random key, unless another process does so first, and return the stored key."""
+    own = folder / f".key.{secrets.token_hex(8)}.tmp"
+    number = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+        with contextlib.suppress(FileExistsError):
+            os.link(own, folder / "key")
+    finally:
+        own.unlink()
+    return _key(folder)
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether a folder belongs to this user and is not writable by everyone."""
+    found = folder.stat()
+    # Windows: the user's profile is closed to others.
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o002)
+
+
+def _is_private(found: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
+    """Return whether a file or folder is of a kind, belongs to this user, and is closed to all others."""
+    if not is_kind(found.st_mode):
+        return False
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
