@@ -72,8 +72,8 @@ RULES = {
         "errors trust files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
     ),
     "training": Allowed(
-        "signals errors trust files machine tokenizer ops kernels modules config models evaluation checkpoints "
-        "data conversion inference",
+        "signals errors trust files machine tokenizer ops kernels modules config models evaluation "
+        "checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(
