@@ -150,6 +150,15 @@ def test_a_cpu_and_evaluation_compute_layers_separately() -> None:
         assert joint_features(model.layers, LENGTH) is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["tno", "fd_tno", "hyena"])
+def test_a_gpu_computes_layers_in_one_batch(family: str) -> None:
+    model = model_of(FAMILIES[family]()).cuda()
+    assert joint_features(model.layers, LENGTH) is not None
+    assert_equal(model, torch.randint(300, (2, LENGTH + 1), device="cuda"), 1e-4)
+
+
 @pytest.mark.parametrize("setting", ["eval", "recompute"])
 def test_blocks_get_features_only_while_their_activations_are_kept(
     setting: str, monkeypatch: pytest.MonkeyPatch

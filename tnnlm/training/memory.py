@@ -167,13 +167,11 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     config.model.n_layers = layers
     device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
     precision = resolve_precision(config)
-    trainer = config.trainer
-    joint = trainer.strategy not in SHARDING and not trainer.compile and trainer.context_parallel == 1
-    with on_path_of(device, joint=joint), counted(partial(_work, device)) as live:
+    with on_path_of(device), counted(partial(_work, device)) as live:
         with _default_dtype(_TRUE_DTYPES.get(precision, torch.float32)):  # fake weights cannot be converted
             model: Any = build_model(config)
-        model.recompute = trainer.recompute
-        optimizer = build_optimizer(model, config.optim, fused=trainer.precision != "16-mixed")
+        model.recompute = config.trainer.recompute
+        optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)
         batch = fake_batch(config)
         state = live.now
@@ -289,7 +287,7 @@ def autocast_of(precision: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def on_path_of(device: str, *, joint: bool = True) -> Iterator[None]:
+def on_path_of(device: str) -> Iterator[None]:
     """Let operators on the CPU take the path of another device, where that changes what memory they need.
 
     A GPU is assumed to have Triton, which comes with PyTorch, and not the optional cuDNN frontend and Liger,
@@ -297,13 +295,12 @@ def on_path_of(device: str, *, joint: bool = True) -> Iterator[None]:
 
     Args:
         device: ``cpu`` or ``cuda``.
-        joint: Whether the kernels of all layers can be computed in one batch, as far as their model allows.
     """
     with ExitStack() as stack:
         stack.enter_context(limit_of(device))
-        stack.enter_context(joint_kernels(joint and device != "cpu"))
         if device != "cpu":
             stack.enter_context(use_backend("windows"))
+            stack.enter_context(joint_kernels(True))  # an estimate also of sharded layers: it takes few bytes
         yield
 
 
