@@ -70,12 +70,10 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def tiny_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a trained run, its training text and its cache."""
     folder = tmp_path_factory.mktemp("trained")
-    from tests.support.training_runs import tiny_run
+    from tests.support.training_runs import tiny_run, working_in
     from tnnlm.training.run import train
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TNNLM_CACHE", str(folder / "cache"))
+    with working_in(folder):
         train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
     return folder
 

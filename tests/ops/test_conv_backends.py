@@ -143,6 +143,29 @@ def test_gpu_uses_cudnn_only_if_its_results_are_right(monkeypatch: pytest.Monkey
     assert conv_backends.why_no_cudnn(cpu).startswith("cuDNN: ")
 
 
+@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("taps", [torch.float32, torch.float64])
+def test_cudnn_computes_in_the_wider_dtype_as_tiles_do(
+    inputs: torch.dtype, taps: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def conv(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        computed.append((x.dtype, k.dtype))
+        return toeplitz_dense(x.transpose(1, 2), k).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(ops=SimpleNamespace(fft_causal_conv1d=conv)))
+    x, k, _ = case(2, 9, 9, inputs)
+    with use_backend("cudnn"):
+        y = toeplitz(x, k.to(taps))
+    wide = torch.promote_types(inputs, taps)
+    assert computed == [(wide, wide)]
+    expected = toeplitz(x, k.to(taps))
+    assert y.dtype == expected.dtype == inputs
+    eps = torch.finfo(inputs).eps
+    torch.testing.assert_close(y, expected, rtol=2 * eps, atol=1e3 * torch.finfo(wide).eps)
+
+
 @pytest.mark.parametrize(
     ("no_cudnn", "no_windows", "causal", "both_directions"),
     [

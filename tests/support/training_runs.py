@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tnnlm.config.loader import load_config
@@ -39,6 +42,15 @@ def write_text(path: Path = Path("text.txt")) -> Path:
 
     path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
     return path
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[Path]:
+    """Work in a folder, with a cache of tokenized data in it, inside a ``with`` block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TNNLM_CACHE", str(folder / "cache"))
+        yield folder
 
 
 def tiny_run(*overrides: str) -> Config:

@@ -40,7 +40,7 @@ def test_a_kernel_that_can_not_be_converted_is_announced(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no taps today")
 
-    monkeypatch.setattr("tnnlm.training.memory.convert_kernel", fail)
+    monkeypatch.setattr("tnnlm.training.attached.convert_kernel", fail)
     config = tiny_run()
     announce(config, LitModel(config).model, Path("runs/demo"), DataReport(), None, None)
     assert capsys.readouterr().out.startswith("runs/demo: ")

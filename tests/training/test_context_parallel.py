@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.ranks import free_port, run_processes, run_ranks
-from tests.support.training_runs import write_text
+from tests.support.training_runs import working_in, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import build_kernel
@@ -73,10 +73,7 @@ def test_split_convolution_equals_the_whole_one() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a folder with the text, its cache, and a run on one process as the reference."""
-    path = tmp_path_factory.mktemp("context")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.setenv("TNNLM_CACHE", str(path / "cache"))
+    with working_in(tmp_path_factory.mktemp("context")) as path:
         write_text()
         run_ranks(1, *COMMON, "trainer.max_steps=25", "name=one")
         yield path

@@ -21,7 +21,8 @@ from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.training import memory
 from tnnlm.training.announce import attached_line
-from tnnlm.training.memory import attached_recurrences, estimate_memory, on_path_of
+from tnnlm.training.attached import attached_recurrences
+from tnnlm.training.memory import estimate_memory, on_path_of
 from tnnlm.training.optim import build_optimizer
 
 

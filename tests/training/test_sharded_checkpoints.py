@@ -12,7 +12,7 @@ import torch
 
 from tests.support.ranks import rank_arguments, run_processes, run_ranks
 from tests.support.sharded_worker import train_until_save
-from tests.support.training_runs import write_text
+from tests.support.training_runs import working_in, write_text
 from tnnlm.checkpoints.shards import SHARDS, assemble
 from tnnlm.checkpoints.training import from_attached, load_checkpoint, read_checkpoint, read_intact
 from tnnlm.errors import CheckpointError
@@ -33,10 +33,7 @@ RUN = Path("runs/sharded/checkpoints")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a folder with a run of 12 steps on one process, and a sharded one of 6 steps on 2 x 2 ranks."""
-    path = tmp_path_factory.mktemp("sharded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.setenv("TNNLM_CACHE", str(path / "cache"))
+    with working_in(tmp_path_factory.mktemp("sharded")) as path:
         write_text()
         run_ranks(1, *COMMON, "trainer.max_steps=12", "name=one")
         hybrid = ("trainer.strategy=hsdp", "trainer.shard_size=2", "data.batch_size=1")
@@ -45,10 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _copy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _copy(folder: Path, tmp_path: Path) -> Iterator[None]:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TNNLM_CACHE", str(tmp_path / "cache"))
+    with working_in(tmp_path):
+        yield
 
 
 def losses(name: str) -> list[float]:

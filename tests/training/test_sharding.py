@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.ranks import run_ranks
-from tests.support.training_runs import write_text
+from tests.support.training_runs import working_in, write_text
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
 from tnnlm.training.estimate import estimate_run
@@ -42,19 +42,16 @@ def words(strategy: str, ranks: int) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a folder with the text, its cache, and a run on one process as the reference."""
-    path = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.setenv("TNNLM_CACHE", str(path / "cache"))
+    with working_in(tmp_path_factory.mktemp("ranks")) as path:
         write_text()
         run_ranks(1, *words("auto", 1))
         yield path
 
 
 @pytest.fixture(autouse=True)
-def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TNNLM_CACHE", str(folder / "cache"))
+def _inside(folder: Path) -> Iterator[None]:
+    with working_in(folder):
+        yield
 
 
 def losses(name: str) -> list[float]:

@@ -7,7 +7,7 @@ first written to such a table.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -237,31 +237,49 @@ def materialize_stream(
         check_listed(folder, state["checksums"], again(folder))
         rows.load_state_dict(state["stream"])
         tally = Tally.from_dict(state["tally"])
-    bar = progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc")
     source = _streamed(rows, where, tally.documents + tally.dropped.total())
-    with bar:
+
+    def keep(number: int, row: dict[str, Any]) -> str | None:
+        return tally.keep(text_of(row.get(column), column, f"{where}: row {number}"), normalize, blank)
+
+    texts_left = _kept(source, keep, lambda: tally.documents < limit)
+    with progress(total=limit, initial=tally.documents, desc=f"stream {where}", unit="doc") as bar:
         while not state["done"]:
-            texts: list[str] = []
-            size = 0
-            while size < CHARACTERS and tally.documents < limit and (found := next(source, None)) is not None:
-                number, row = found
-                cell = text_of(row.get(column), column, f"{where}: row {number}")
-                text = tally.keep(cell, normalize, blank)
-                if text is not None:
-                    texts.append(text)
-                    size += len(text)
-                    bar.update()
+            texts = _texts_of_a_file(texts_left, bar)
             path = folder / f"{name}-{len(state['checksums']):05}.arrow"
             _write_table(texts, path)
             state = {
                 "tally": tally.to_dict(),
                 "checksums": state["checksums"] | listed(folder, [path.name]),
                 "stream": rows.state_dict(),
-                "done": size < CHARACTERS,
+                "done": sum(map(len, texts)) < CHARACTERS,
             }
             write_sealed(journal, state)
     tables = [datasets.Dataset.from_file(str(folder / file)) for file in state["checksums"]]
     return datasets.concatenate_datasets(tables), tally
+
+
+def _kept(
+    source: Iterator[tuple[int, dict[str, Any]]],
+    keep: Callable[[int, dict[str, Any]], str | None],
+    room: Callable[[], bool],
+) -> Iterator[str]:
+    """Yield the documents of rows that are kept, and read no row without room for its document."""
+    while room() and (found := next(source, None)) is not None:
+        text = keep(*found)
+        if text is not None:
+            yield text
+
+
+def _texts_of_a_file(texts: Iterator[str], bar: Any) -> list[str]:
+    """Return the next documents, up to the first at which a file has ``CHARACTERS``."""
+    taken: list[str] = []
+    size = 0
+    while size < CHARACTERS and (text := next(texts, None)) is not None:
+        taken.append(text)
+        size += len(text)
+        bar.update()
+    return taken
 
 
 def remove_scratch(folder: Path) -> None:

@@ -12,9 +12,10 @@ from tnnlm.conversion.companion import OWN_METHODS
 from tnnlm.conversion.horizon import auto_horizon
 from tnnlm.data.report import DataReport
 from tnnlm.models.surgery import all_decay, kernels
+from tnnlm.training.attached import Attached, attached_recurrences
 from tnnlm.training.estimate import estimate_run
 from tnnlm.training.loggers.console import show_line
-from tnnlm.training.memory import Attached, RunMemory, attached_recurrences
+from tnnlm.training.memory import RunMemory
 from tnnlm.training.resume import repeated_steps
 
 

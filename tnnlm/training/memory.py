@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from tnnlm.config.schema import Config, ModelConfig
-from tnnlm.conversion import auto_horizon, convert_kernel
+from tnnlm.config.schema import Config
 from tnnlm.evaluation import class_scores, masked_nll, parallel_nll, recurrent_nll
-from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
@@ -34,9 +32,8 @@ from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops.conv_backends import use_backend
 from tnnlm.ops.cross_entropy import limit_of
-from tnnlm.ops.recurrence import Params
-from tnnlm.ops.ssm import SSMParams
 from tnnlm.ops.toeplitz import tile_width
+from tnnlm.training.attached import Attached, attached_recurrences
 from tnnlm.training.estimate import (
     SHARDING,
     resolve_accelerator,
@@ -47,30 +44,11 @@ from tnnlm.training.estimate import (
 from tnnlm.training.live_bytes import LiveBytes, counted
 from tnnlm.training.optim import build_optimizer
 
-ASSUMED_MODES = 64
-"""Modes per layer of a recurrence whose number of modes follows from the trained weights."""
 WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
 product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
 _TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 """Dtypes of the weights in the precisions that don't keep them in float32."""
-_SAMPLED = 13
-"""Channels of a kernel that are converted to find the size of its recurrence."""
-_CHOSEN_BY_WEIGHTS = ("auto", "balanced", "gradient")
-"""Methods whose recurrences have a size that follows from the weights."""
-
-
-class Attached(NamedTuple):
-    """Recurrences that a run attaches to its checkpoints."""
-
-    horizon: int
-    """Number of lags that they reproduce, at the initial weights."""
-    layer: Params
-    """Parameters of the recurrence of one layer, without values: tensors on the meta device."""
-
-    def nbytes(self, layers: int) -> int:
-        """Return the size of the recurrences of ``layers`` layers, in bytes."""
-        return layers * sum(part.nbytes for part in self.layer)
 
 
 @dataclass(frozen=True)
@@ -97,9 +75,9 @@ class RunMemory:
 def estimate_memory(config: Config) -> RunMemory:
     """Estimate the peak memory of a run per device, without training and without data.
 
-    Assumptions: ``WORK_BUFFERS`` per FFT convolution; ``ASSUMED_MODES`` modes where the weights decide the
-    size of a recurrence; blocks are not compiled, which would save activations. With FSDP the activations are
-    those of one device, and the state is computed by
+    Assumptions: ``WORK_BUFFERS`` per FFT convolution; :data:`~tnnlm.training.attached.ASSUMED_MODES` where
+    the weights decide the size of a recurrence; blocks are not compiled, which would save activations. With
+    FSDP the activations are those of one device, and the state is computed by
     :func:`~tnnlm.training.estimate.sharded_bytes`.
     """
     attached = attached_recurrences(config) if config.task == "causal" else None
@@ -114,51 +92,6 @@ def estimate_memory(config: Config) -> RunMemory:
             sharded = sharded_bytes(config, build_model(config))
         step, validation, state = step - state + sharded, validation - state + sharded, sharded
     return RunMemory(state=state, buckets=buckets, step=step, validation=validation, attached=attached)
-
-
-def attached_recurrences(config: Config) -> Attached:
-    """Return the recurrences that a run of task causal attaches, from a conversion of a few channels.
-
-    The number of modes of a method that finds it by the weights is ``ASSUMED_MODES``, or half of
-    ``conversion.order``.
-
-    Raises:
-        UserError: If the kernel can't be converted.
-    """
-    model, recipe = config.model, copy.copy(config.conversion)
-    channels = model.expand * model.d_model
-    kernel = _sampled_kernel(model, channels)
-    sample = kernel.n_channels
-    if recipe.horizon == "auto":
-        recipe.horizon = auto_horizon(kernel, model.max_length) or model.max_length
-    horizon = int(recipe.horizon)
-    if recipe.method in _CHOSEN_BY_WEIGHTS:
-        modes = ASSUMED_MODES if recipe.order is None else (recipe.order + 1) // 2
-        poles = (channels, 2, modes) if recipe.poles == "channel" else (2, modes)
-        layer: Params = SSMParams(
-            torch.empty(channels, recipe.window_taps, device="meta"),
-            torch.empty(poles, dtype=torch.float64, device="meta"),
-            torch.empty(channels, 2, modes, device="meta"),
-        )
-        return Attached(horizon, layer)
-    found = convert_kernel(kernel, recipe, horizon, max_length=model.max_length).params
-    return Attached(horizon, type(found)(*(_widened(part, sample, channels) for part in found)))
-
-
-def _sampled_kernel(model: ModelConfig, channels: int) -> Kernel:
-    """Return an initial kernel of a few of the channels, or of all if it can't be built for a few."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        if channels > _SAMPLED:
-            with suppress(Exception):  # such as of kernels with parameters for equal groups of channels
-                return build_kernel(model.kernel, _SAMPLED, model.max_length)
-        return build_kernel(model.kernel, channels, model.max_length)
-
-
-def _widened(part: Tensor, sample: int, channels: int) -> Tensor:
-    """Return a tensor without values, with ``channels`` entries in place of ``sample`` along axis 0."""
-    per_channel = part.dim() > 0 and part.shape[0] == sample
-    shape = (channels, *part.shape[1:]) if per_channel else part.shape
-    return torch.empty(shape, dtype=part.dtype, device="meta")
 
 
 def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, int]:
