@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from tests.support.models import tiny_config
 from tests.support.ranks import run_ranks
 from tests.support.training_runs import working_in, write_text
 from tnnlm.checkpoints.training import from_attached, load_checkpoint
 from tnnlm.config.loader import load_config
+from tnnlm.conversion import convert_model
+from tnnlm.evaluation import parallel_nll, recurrent_nll
+from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.training.estimate import estimate_run
-from tnnlm.training.fsdp import shard_dimension
+from tnnlm.training.fsdp import shard, shard_dimension
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.memory import estimate_memory
 
@@ -153,6 +160,25 @@ def test_other_kernels_are_sharded_and_converted(script: Any, kernel: str, metho
     result = script("convert", f"runs/{kernel}_two", "--method", method, "--verify")
     assert result.code == 0, result.err
     assert Path(f"runs/{kernel}_two/converted/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("block", ["tnn", "hyena", "s4", "s4_glu"])
+def test_every_block_is_validated_in_both_forms_while_it_is_sharded(block: str) -> None:
+    expand = 3 if block == "tnn" else 1
+    model = CausalLM(tiny_config(block=block, expand=expand)).eval()
+    convs = [layer.mixer.conv for layer in convert_model(model).layers]
+    rows = torch.randint(300, (2, 13))
+    expected = parallel_nll(model, rows)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard(model, init_device_mesh("cpu", (1,)))
+        found = parallel_nll(model, rows)
+        with in_recurrent_form(model, convs):
+            recurrent = recurrent_nll(model, rows, 5)
+    finally:
+        dist.destroy_process_group()
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert recurrent == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -190,7 +190,10 @@ def _place(offset: list[int], part: Tensor, filled: list[Place]) -> Place:
     if min(offset) < 0:
         raise ValueError
     if part.numel():
-        apart = (any(a.stop <= b.start or b.stop <= a.start for a, b in zip(place, one)) for one in filled)
+        apart = (
+            any(a.stop <= b.start or b.stop <= a.start for a, b in zip(place, one, strict=True))
+            for one in filled
+        )
         if not all(apart):
             raise ValueError
         filled.append(place)

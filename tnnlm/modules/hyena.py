@@ -44,6 +44,12 @@ class ShortConv(KeepsFloat32):
             y = nn.functional.conv1d(padded, self.taps.flip(1)[:, None], self.bias, groups=len(self.taps))
             return y.transpose(1, 2).to(x.dtype)
 
+    def init_state(self, batch_size: int) -> SSMState:
+        """Return the state before the first token, which is not sharded where the taps are."""
+        (channels, taps), like = self.taps.shape, self.taps
+        window = torch.zeros(batch_size, channels, taps - 1, dtype=like.dtype, device=like.device)
+        return SSMState(window, window[..., :0], window[..., :0])
+
     def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None) -> tuple[Tensor, SSMState]:
         """Process the tokens of x (B, L, E); see :meth:`tnnlm.ops.recurrence.Recurrence.prefill`."""
         with torch.autocast(x.device.type, enabled=False):
@@ -88,7 +94,7 @@ class HyenaMixer(nn.Module):
 
     def init_state(self, batch_size: int) -> tuple[State, ...]:
         """Return the states before the first token."""
-        return self.short.params.init_state(batch_size), self.conv.init_state(batch_size)
+        return self.short.init_state(batch_size), self.conv.init_state(batch_size)
 
     def prefill(
         self, x: Tensor, states: tuple[State, ...], lengths: Tensor | None = None
