@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill commands of tnnlm at random moments (SIGKILL), run them again, and compare the results bit by bit.
 
-In turn, the kills hit a training, a conversion that replaces a model, and a preparation of data:
+The kills hit a training, a conversion that replaces a model, and a preparation of data, alternately:
 
   train         starts, trains, validates or saves, and is resumed after each kill; in the end weights,
                 optimizer state, logs and samples must equal those of an uninterrupted training
@@ -59,7 +59,7 @@ PREPARED = ("data.source=files", "data.files=prepared.txt", "model.vocab_size=20
 """Settings of the data that prepare-data prepares."""
 STEPS_PER_KILL = 40
 KINDS = 3
-"""Number of commands that are killed in turn."""
+"""Number of commands that are killed alternately."""
 
 
 def parse() -> argparse.Namespace:
@@ -121,7 +121,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def kill_and_compare(script: Path, kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, Any]:
-    """Kill all commands in turn and return the kills and the differences, as plain data.
+    """Kill all commands alternately and return the kills and the differences, as plain data.
 
     Args:
         script: Path of train.py.

@@ -95,6 +95,14 @@ def test_model_replaced_during_loading_is_loaded_again(
     assert converted.model_fingerprint(found.model) == expected
 
 
+def test_a_loaded_model_does_not_change_when_it_is_replaced(run_here: Path, script: Any) -> None:
+    assert script("convert", "runs/tiny").code == 0
+    found = load_converted(run_here / "converted")
+    assert script("convert", "runs/tiny", "--method", "window", "--force").code == 0
+    assert converted.model_fingerprint(found.model) == found.fingerprint
+    assert load_converted(run_here / "converted").fingerprint != found.fingerprint
+
+
 def test_link_still_points_to_the_replaced_folder(run_here: Path, script: Any) -> None:
     assert script("convert", "runs/tiny", "--out", "first").code == 0
     Path("latest").symlink_to("first")

@@ -45,7 +45,7 @@ class KilledCommands:
     """Commands that are killed at random moments and repeated, in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        # Killed processes leave the semaphores of progress bars to the resource tracker, which says so.
+        # Killed processes leave the semaphores of progress bars to the resource tracker, which warns.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         methods = multiprocessing.get_all_start_methods()
         self._context = cast(
@@ -121,7 +121,7 @@ def _nothing() -> None:
 
 
 def _call(folder: Path, name: str, words: list[str], output: Path) -> None:
-    """Run a command in ``folder`` with its output in a file, in a process of its own."""
+    """Run a command in ``folder`` with its output in a file, in a new process."""
     os.chdir(folder)
     os.environ["TNNLM_CACHE"] = str(folder.resolve() / "cache")
     with (

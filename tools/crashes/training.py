@@ -223,7 +223,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def write_prose(path: Path, characters: int = 60_000) -> None:
-    """Write Python's documentation as a training text."""
+    """Write a training text, the documentation of Python."""
     from pydoc_data.topics import topics
 
     path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:characters], encoding="utf-8")
