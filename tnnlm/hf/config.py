@@ -105,6 +105,25 @@ class TnnlmConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **options)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """Load a configuration; Transformers calls this with ``trust_remote_code=True``.
+
+        Raises:
+            CheckpointError: If it names other code than that of converted models, which Transformers would
+                run next.
+        """
+        found = super().from_pretrained(pretrained_model_name_or_path, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        own = f"{os.fspath(pretrained_model_name_or_path)}--"  # in front of the names in a model of the Hub
+        for name, code in dict(getattr(config, "auto_map", None) or {}).items():
+            if str(code).removeprefix(own) != AUTO_MAP.get(name):
+                raise CheckpointError(
+                    f"config.json: auto_map has {code!r} for {name}, which is not code of tnnlm",
+                    "omit trust_remote_code, and import tnnlm.hf instead",
+                )
+        return found
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing, because Transformers would copy this module into every saved folder."""
 

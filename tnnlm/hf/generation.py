@@ -34,6 +34,17 @@ class RecurrentGenerationMixin(GenerationMixin):
             "recurrent model; omit it, or batch requests with tnnlm serve"
         )
 
+    def load_custom_generate(self, *args: Any, **options: Any) -> NoReturn:
+        """Load no ``custom_generate/generate.py``, which ``from_pretrained`` would run from any folder.
+
+        With ``trust_remote_code=True``, nothing but the module that convert.py wrote may run, and a converted
+        model has no other code. ``from_pretrained`` continues after this error.
+
+        Raises:
+            OSError: Always.
+        """
+        raise OSError("custom_generate: a converted model has no decoding loop of this kind; omit it")
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
