@@ -57,15 +57,6 @@ def test_a_stop_lets_sequences_finish(folder: Path) -> None:
         assert "Traceback" not in process.stderr.read()
 
 
-def test_a_stop_has_a_timeout(folder: Path) -> None:
-    with serving(folder, "--grace", "1") as (process, url):
-        body = {"prompt": "a", "max_tokens": 131072, "stream": True, "logit_bias": {"0": -100}}
-        with httpx2.stream("POST", f"{url}/v1/completions", json=body) as response:
-            next(response.iter_lines())
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -76,6 +67,8 @@ def test_a_stop_has_a_timeout(folder: Path) -> None:
         (("--dtype", "int3"), "int3"),
         (("--api-key", ""), "--api-key: is empty"),
         (("--name", ""), "--name: is empty"),
+        (("--allowed-hosts", ""), "--allowed-hosts: is empty"),
+        (("--max-answer-mb", "0"), "--max-answer-mb 0: must be from 1 to"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
     ],
     ids=str,
