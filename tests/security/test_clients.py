@@ -155,7 +155,7 @@ def test_the_log_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         *["one: text"] * 3,
         "another: text",
-        "one: text (97 similar lines left out)",
+        "one: text (97 similar lines omitted)",
     ]
 
 

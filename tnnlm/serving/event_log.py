@@ -20,7 +20,7 @@ _KIND = 30
 class EventLog:
     """Log that writes at most ``lines`` lines of each kind within ``seconds``, from any thread.
 
-    The first line of a kind in a later interval tells how many were left out.
+    The first line of a kind in a later interval tells how many were omitted.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class EventLog:
 
     def warn(self, kind: str, text: str) -> None:
         """Write a line of a kind, unless too many of its kind were written."""
-        left_out = self.admit(kind)
-        if left_out is not None:
-            more = f" ({left_out} similar lines left out)" if left_out else ""
+        omitted = self.admit(kind)
+        if omitted is not None:
+            more = f" ({omitted} similar lines omitted)" if omitted else ""
             self._logger.warning("%s: %s%s", kind, text, more)
 
     def failed(self, what: str, error: Exception) -> None:
@@ -47,15 +47,15 @@ class EventLog:
         self.warn("failed", f"{what}: {one_line(error)}{_place(error)}")
 
     def admit(self, kind: str) -> int | None:
-        """Count a line; return None if it must be left out, else the number left out before it."""
+        """Count a line; return None if it must be omitted, else the number omitted before it."""
         now = self._clock()
         with self._lock:
             began, count = self._kinds.get(kind, (now, 0))
-            left_out = 0
+            omitted = 0
             if now - began > self._seconds:
-                left_out, began, count = max(0, count - self._lines), now, 0
+                omitted, began, count = max(0, count - self._lines), now, 0
             self._kinds[kind] = began, count + 1
-            return left_out if count < self._lines else None
+            return omitted if count < self._lines else None
 
 
 class LimitLines(logging.Filter):

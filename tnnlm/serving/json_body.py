@@ -18,7 +18,7 @@ def parse_body(body: bytes, kind: str, model: type[Model]) -> Model:
 
     Args:
         body: The body.
-        kind: Its Content-Type. A page of another site can send other types than JSON without permission.
+        kind: Content-Type of the request. A page of another site may send types other than JSON.
         model: Model that validates it.
 
     Raises:

@@ -39,18 +39,18 @@ def score_tokens(logits: Tensor, tokens: Sequence[int], n: int) -> list[TokenSco
 
 
 def score_rows(
-    logits: Tensor, drawn: Sequence[int | Exception], wanted: Sequence[int | None]
+    logits: Tensor, drawn: Sequence[int | Exception], requested: Sequence[int | None]
 ) -> list[TokenScore | Exception | None]:
-    """Score the token of each row of logits (B, V) with the number of alternatives wanted, None for no score.
+    """Score the token of each row of logits (B, V) with the requested number of alternatives.
 
-    Rows without a token, which have an exception or a negative number, get no score. Rows that want the same
-    number of alternatives are scored together. If that fails, each is scored alone, and the rows that
-    fail again give their exception.
+    Rows that request None, and rows without a token, which have an exception or a negative number, get no
+    score. Rows that request the same number are scored together. If that fails, each is scored alone, and the
+    rows that fail again give their exception.
     """
     tokens = [-1 if isinstance(token, Exception) else token for token in drawn]
     scores: list[TokenScore | Exception | None] = [None] * len(tokens)
-    for n in {n for n in wanted if n is not None}:
-        rows = [row for row, own in enumerate(wanted) if own == n and tokens[row] >= 0]
+    for n in {n for n in requested if n is not None}:
+        rows = [row for row, own in enumerate(requested) if own == n and tokens[row] >= 0]
         if not rows:
             continue
         try:

@@ -1,7 +1,7 @@
 """Responses of the completions API, complete or streamed as server-sent events.
 
-Log-probabilities and long texts are formatted and encoded on a thread of their own, in pieces, because the
-event loop serves the other streams meanwhile.
+Log-probabilities and long strings are formatted and encoded on a separate thread, in parts, because the event
+loop serves the other streams during this time.
 """
 
 from __future__ import annotations

@@ -61,14 +61,14 @@ class SequenceSampler:
     def uniform(self) -> float:
         """Return the random number of the next token, the same one until :meth:`took` is called.
 
-        A step that is repeated because another row failed then draws the same token.
+        A step that is repeated because another row failed then samples the same token.
         """
         if self._uniform is None:
             self._uniform = float(self._random.random())
         return self._uniform
 
     def took(self, token: int) -> None:
-        """Update the penalties with a sampled token, and go on to the next random number."""
+        """Update the penalties with a sampled token, and continue with the next random number."""
         self._uniform = None
         if self.added is None:
             return

@@ -80,7 +80,7 @@ def run(app: FastAPI, listener: socket.socket, grace: float = GRACE) -> None:
 
     for name in SIGNALS:
         number = getattr(signal, name, None)
-        # A program that nohup started ignores SIGHUP, and must go on to do so. After shutdown, uvicorn
+        # A program that nohup started ignores SIGHUP, and must continue to do so. After shutdown, uvicorn
         # restores these handlers and raises the signal again; the defaults would end the process by it.
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
