@@ -82,11 +82,11 @@ RULES = {
     ),
     "serving": Allowed(
         "errors detokenizer tokenizer models inference",
-        "torch numpy fastapi starlette pydantic prometheus_client",
+        "torch numpy fastapi starlette pydantic prometheus_client uvicorn h11",
     ),
     "cli": Allowed(
         "errors trust files machine config checkpoints data conversion inference training deployment serving",
-        "rich uvicorn fastapi",
+        "rich fastapi",
     ),
     "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
 }

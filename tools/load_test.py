@@ -2,12 +2,15 @@
 """Load-test a server with concurrent greedy streams, each compared with the same request alone.
 
 Reports requests that failed or returned another completion, tokens per second, time to first token, time
-between tokens, and memory of the server. Exit code 1 if a completion is missing or differs.
+between tokens, and memory of the server. Exit code 1 if a completion is missing or differs. With --hostile,
+clients that are slow, read nothing, disconnect, or send oversized requests and extreme fields attack in every
+second phase, and the table has a line for the phases without and one for those with them.
 
 Examples:
   python tools/load_test.py                                # serve the newest converted model
   python tools/load_test.py --model runs/demo --streams 1,8,64
   python tools/load_test.py --url http://127.0.0.1:8000 --seconds 120 --json load.json
+  python tools/load_test.py --streams 200 --hostile 10 --minutes 10
 
 Needs: pip install 'tnnlm[serve]' aiohttp psutil
 """
@@ -16,156 +19,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from load_testing.hostile import Hostile
+from load_testing.streams import PATH, Client, Stage, Tally, load, requests
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import check_file, write_text
 
 SERVE = Path(__file__).with_name("serve.py")
-KINDS = 48
-"""Number of different requests; each stream sends them in a different random order."""
-WORDS = __doc__.split()
-
-
-@dataclass
-class Tally:
-    """Counts and times measured with a given number of streams."""
-
-    streams: int
-    seconds: float = 0.0
-    texts: int = 0
-    """Requests sent."""
-    lost: int = 0
-    """Requests without a complete answer."""
-    mixed: int = 0
-    """Completions that differ from that of the same request alone."""
-    tokens: int = 0
-    first: list[float] = field(default_factory=list)
-    """Times to first token, in seconds."""
-    between: list[float] = field(default_factory=list)
-    """Times between chunks of a stream, in seconds."""
-    memory: list[float] = field(default_factory=list)
-    """Resident memory of the server in MiB, once per second."""
-
-    def summary(self) -> dict[str, Any]:
-        """Return the results as plain data: times as 50th and 99th percentiles in milliseconds, memory as
-        the median of each quarter of the time in MiB."""
-        quarter = max(1, len(self.memory) // 4)
-        parts = [self.memory[at * quarter : (at + 1) * quarter] or [0.0] for at in range(4)]
-        return {
-            "streams": self.streams,
-            "seconds": round(self.seconds, 1),
-            "texts": self.texts,
-            "lost": self.lost,
-            "mixed": self.mixed,
-            "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1),
-            "first_token_ms": [round(1e3 * percentile(self.first, p), 1) for p in (50, 99)],
-            "between_tokens_ms": [round(1e3 * percentile(self.between, p), 1) for p in (50, 99)],
-            "memory_mib": [round(percentile(part, 50)) for part in parts],
-        }
-
-
-def percentile(values: list[float], p: float) -> float:
-    """Return a percentile by nearest rank; 0 for an empty list."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] if ordered else 0.0
-
-
-def requests(longest: int) -> list[dict[str, Any]]:
-    """Return greedy requests with prompts and completions of many lengths, at most ``longest`` new tokens."""
-    rng = random.Random(0)
-    made = []
-    for index in range(KINDS):
-        words = rng.choices(WORDS, k=rng.choice((3, 10, 40, 200)))
-        text = f"{index} {' '.join(words)}"
-        made.append({"prompt": text, "max_tokens": rng.randint(16, longest), "temperature": 0})
-    return made
-
-
-class Client:
-    """Client of a server's completions API."""
-
-    def __init__(self, session: Any, url: str) -> None:
-        self.session = session
-        self.url = f"{url}/v1/completions"
-
-    async def stream(self, request: dict[str, Any], tally: Tally) -> str | None:
-        """Return the completion, or None if it is incomplete; add the measured times to ``tally``."""
-        text, last, started = [], None, time.perf_counter()
-        finish = None
-        body = request | {"stream": True, "stream_options": {"include_usage": True}}
-        async with self.session.post(self.url, json=body) as response:
-            if response.status != 200:
-                return None
-            async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                now = time.perf_counter()
-                chunk = json.loads(line[6:])
-                if chunk.get("usage"):
-                    tally.tokens += chunk["usage"]["completion_tokens"]
-                for choice in chunk.get("choices", ()):
-                    (tally.first if last is None else tally.between).append(now - (last or started))
-                    last = now
-                    text.append(choice["text"])
-                    finish = choice["finish_reason"] or finish
-        return "".join(text) if finish else None
-
-
-async def load(
-    client: Client,
-    tally: Tally,
-    seconds: float,
-    work: list[dict[str, Any]],
-    expected: list[str],
-    server: Any,
-) -> None:
-    """Keep ``tally.streams`` streams busy, then wait for the requests that still run.
-
-    Args:
-        client: Client of the server.
-        tally: Receives the results.
-        seconds: Time during which new requests are sent.
-        work: Requests to choose from.
-        expected: Completion of each request when it runs alone.
-        server: Process of the server (psutil) whose memory is recorded; None records no memory.
-    """
-    started = time.perf_counter()
-    bar = tqdm(total=round(seconds), desc=f"{tally.streams} streams", unit="s", leave=False, disable=None)
-
-    async def worker(number: int) -> None:
-        rng = random.Random(number)
-        while time.perf_counter() - started < seconds:
-            index = rng.randrange(len(work))
-            text = await client.stream(work[index], tally)
-            tally.texts += 1
-            tally.lost += text is None
-            tally.mixed += text is not None and text != expected[index]
-
-    async def watch() -> None:
-        while True:
-            await asyncio.sleep(1)
-            bar.update(1)
-            if server is not None:
-                tally.memory.append(server.memory_info().rss / 2**20)
-
-    watching = asyncio.create_task(watch())
-    await asyncio.gather(*(worker(number) for number in range(tally.streams)))
-    tally.seconds = time.perf_counter() - started
-    watching.cancel()
-    bar.close()
+SETTLING = 2.0
+"""Seconds at the beginning of a phase whose times belong to no phase."""
 
 
 async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[str, Any]]:
@@ -190,18 +64,59 @@ async def run(url: str, args: argparse.Namespace, pid: int | None) -> list[dict[
         expected = []
         try:
             for request in tqdm(work, desc="requests alone", leave=False, disable=None):
-                text = await client.stream(request, Tally(1))
+                text = await client.stream(request, Stage(Tally(1)))
                 if text is None:
                     raise UserError(f"{url}: refuses requests; give its key with --api-key if it needs one")
                 expected.append(text)
             summaries = []
             for streams in args.streams:
-                tally = Tally(streams)
-                await load(client, tally, args.seconds, work, expected, server)
-                summaries.append(tally.summary())
+                if args.hostile:
+                    summaries += await beside_hostile(client, streams, args, work, expected, server)
+                else:
+                    tally = Tally(streams)
+                    started = time.perf_counter()
+                    await load(client, Stage(tally), streams, args.seconds, work, expected, server)
+                    tally.seconds = time.perf_counter() - started
+                    summaries.append(tally.summary())
         except aiohttp.ClientError as error:
             raise UserError(f"{url}: {error}") from None
     return summaries
+
+
+async def beside_hostile(
+    client: Client,
+    streams: int,
+    args: argparse.Namespace,
+    work: list[dict[str, Any]],
+    expected: list[str],
+    server: Any,
+) -> list[dict[str, Any]]:
+    """Keep streams busy in alternating phases without and with hostile clients; return both results."""
+    tallies = {name: Tally(streams) for name in ("calm", "hostile", "between phases")}
+    stage = Stage(tallies["calm"])
+    hostile = Hostile(client.session, client.url.removesuffix(PATH), args.api_key)
+    rounds = max(1, round(30 * args.minutes / args.phase))
+
+    async def phases() -> None:
+        for name in ("calm", "hostile") * rounds:
+            attack = asyncio.create_task(hostile.run(args.hostile if name == "hostile" else 0, args.phase))
+            await asyncio.sleep(min(SETTLING, args.phase / 4))
+            stage.now, started = tallies[name], time.perf_counter()
+            await attack
+            tallies[name].seconds += time.perf_counter() - started
+            stage.now = tallies["between phases"]
+
+    watched = asyncio.create_task(phases())
+    await load(client, stage, streams, 2 * rounds * args.phase, work, expected, server)
+    await watched
+    for name in ("texts", "lost", "mixed"):  # of completions, which last longer than the change of a phase
+        rest = getattr(tallies["between phases"], name)
+        setattr(tallies["hostile"], name, getattr(tallies["hostile"], name) + rest)
+    answers = dict(sorted(hostile.statuses.items()))
+    return [
+        tallies["calm"].summary(),
+        tallies["hostile"].summary() | {"hostile": args.hostile, "attempts": answers},
+    ]
 
 
 @contextmanager
@@ -243,6 +158,15 @@ def show(summaries: list[dict[str, Any]]) -> None:
             f"{between[0]:9,.1f} / {between[1]:,.1f} ms   {' '.join(f'{part:5}' for part in memory)} "
             f"{line['tokens_per_s'] / max(summaries[0]['tokens_per_s'], 1e-9):6.2f}"
         )
+    for calm, line in itertools.pairwise(summaries):
+        if "hostile" in line:
+            ratio = line["between_tokens_ms"][1] / max(calm["between_tokens_ms"][1], 1e-9)
+            print(
+                f"{line['streams']} streams, p99 between tokens beside {line['hostile']} hostile clients: ",
+                end="",
+            )
+            print(f"{ratio:.2f} times that without them")
+            print("  attempts:", ", ".join(f"{name} {count:,}" for name, count in line["attempts"].items()))
 
 
 def parse() -> argparse.Namespace:
@@ -264,6 +188,10 @@ def parse() -> argparse.Namespace:
     add("--streams", default="1,32", metavar="N,N", help="Numbers of concurrent streams. (default: 1,32)")
     add("--seconds", type=float, default=20, metavar="S", help="Seconds per number of streams. (default: 20)")
     add("--max-tokens", type=int, default=200, metavar="N", help="Maximum new tokens. (default: 200)")
+    add = parser.add_argument_group("hostile clients beside the load").add_argument
+    add("--hostile", type=int, default=0, metavar="N", help="Number of hostile clients. (default: 0)")
+    add("--minutes", type=float, default=3, metavar="M", help="Minutes with and without them. (default: 3)")
+    add("--phase", type=float, default=15, metavar="S", help="Seconds of a phase. (default: 15)")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="Write the results as JSON.")
     args = parser.parse_args()
@@ -275,6 +203,8 @@ def parse() -> argparse.Namespace:
         raise UserError("--streams: expected numbers from 1 to 10,000, such as 1,32")
     if args.max_tokens < 16 or not 0 < args.seconds < 1e6:
         raise UserError("--max-tokens must be at least 16, --seconds above 0")
+    if not 0 <= args.hostile <= 1000 or not 0 < args.minutes < 1e5 or not 0 < args.phase < 1e5:
+        raise UserError("--hostile must be from 0 to 1,000, --minutes and --phase above 0")
     return args
 
 
@@ -291,7 +221,13 @@ def main() -> int:
     show(summaries)
     if args.json:
         write_text(args.json, json.dumps(summaries, indent=2))
-    return 1 if any(line["lost"] or line["mixed"] for line in summaries) else 0
+    failed = any(line["lost"] or line["mixed"] or failures(line.get("attempts", {})) for line in summaries)
+    return 1 if failed else 0
+
+
+def failures(attempts: dict[str, int]) -> int:
+    """Return the number of attempts of hostile clients that ended with an error of the server."""
+    return sum(count for name, count in attempts.items() if name.split()[-1].startswith("5"))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_malformed_bodies(client: httpx2.Client, content: bytes) -> None:
 
 def test_broken_http(small: Running, client: httpx2.Client) -> None:
     address = ("127.0.0.1", int(small.url.rsplit(":", 1)[1]))
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for sent in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
@@ -171,5 +171,7 @@ def test_a_body_that_never_comes(generator: TextGenerator, monkeypatch: pytest.M
     with run_server(generator) as running:
         address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
         with socket.create_connection(address, timeout=10) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
+            )
             assert b" 408 " in connection.recv(4096)

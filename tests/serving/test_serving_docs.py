@@ -43,3 +43,7 @@ def test_limits_are_the_defaults() -> None:
     assert int(rows["max-prompt-tokens"].replace(",", "")) == limits.max_prompt_tokens
     assert int(rows["max-tokens"].replace(",", "")) == limits.max_tokens
     assert int(rows["timeout"]) == limits.timeout
+    assert int(rows["max-request-rows"]) == limits.max_request_rows
+    assert int(rows["max-answer-mb"]) << 20 == limits.max_answer_bytes
+    assert int(rows["max-connections"].replace(",", "")) == limits.max_connections
+    assert int(rows["send-timeout"]) == limits.send_timeout

@@ -57,15 +57,6 @@ def test_a_stop_lets_sequences_finish(folder: Path) -> None:
         assert "Traceback" not in process.stderr.read()
 
 
-def test_a_stop_has_a_timeout(folder: Path) -> None:
-    with serving(folder, "--grace", "1") as (process, url):
-        body = {"prompt": "a", "max_tokens": 131072, "stream": True, "logit_bias": {"0": -100}}
-        with httpx2.stream("POST", f"{url}/v1/completions", json=body) as response:
-            next(response.iter_lines())
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -76,6 +67,8 @@ def test_a_stop_has_a_timeout(folder: Path) -> None:
         (("--dtype", "int3"), "int3"),
         (("--api-key", ""), "--api-key: is empty"),
         (("--name", ""), "--name: is empty"),
+        (("--allowed-hosts", ""), "--allowed-hosts: is empty"),
+        (("--max-answer-mb", "0"), "--max-answer-mb 0: must be from 1 to"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
     ],
     ids=str,
@@ -115,8 +108,25 @@ def test_load_test(folder: Path, tmp_path: Path) -> None:
         assert line["tokens_per_s"] > 0
         assert line["texts"] >= line["streams"]
     assert "between p50/p99" in done.stdout
+    assert run("load_test.py", "--hostile", "-1").returncode == 2
     assert run("load_test.py", "--streams", "none").returncode == 2
     assert run("load_test.py", "--url", "http://127.0.0.1:9").returncode == 2
+
+
+def test_load_test_beside_hostile_clients(folder: Path, tmp_path: Path) -> None:
+    words = ("--model", str(folder), "--streams", "6", "--max-tokens", "16", "--hostile", "10")
+    done = run("load_test.py", *words, "--minutes", "0.1", "--phase", "1.5", "--json", "load.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calm, hostile = json.loads((tmp_path / "load.json").read_text())
+    for line in (calm, hostile):
+        assert line["lost"] == line["mixed"] == 0
+    assert {name.split()[0] for name in hostile["attempts"]} >= {
+        "unread",
+        "cancelled",
+        "oversized",
+        "extreme",
+    }
+    assert "hostile clients: " in done.stdout
 
 
 def run(tool: str, *words: str) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import uvicorn
 
 from tests.support.models import tiny_config
 from tnnlm.checkpoints.converted import save_converted
@@ -23,6 +22,7 @@ from tnnlm.kernels import KernelConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach
 from tnnlm.serving.app import create_app
+from tnnlm.serving.server import Server
 from tnnlm.serving.service import Service
 from tnnlm.serving.settings import Limits, Settings
 from tnnlm.tokenizer import TextTokenizer, train_bpe
@@ -73,14 +73,21 @@ def run_server(
     key: str | None = None,
     parse_special: bool = False,
     executor: Executor | None = None,
+    hosts: tuple[str, ...] | None = None,
     **limits: float,
 ) -> Iterator[Running]:
     """Serve the model on a free port; ``executor`` runs the model, or a new thread."""
     most = Limits(**limits)  # type: ignore[arg-type]
-    settings = Settings(name="tiny", parameters=1, api_key=key, parse_special=parse_special, limits=most)
+    settings = Settings(
+        name="tiny",
+        parameters=1,
+        api_keys=() if key is None else tuple(key.split()),
+        allowed_hosts=hosts,
+        parse_special=parse_special,
+        limits=most,
+    )
     app = create_app(generator, settings, executor)
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = Server(app, grace=5)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

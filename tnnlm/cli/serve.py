@@ -15,9 +15,8 @@ Needs: pip install 'tnnlm[serve]'
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import signal
-import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +27,10 @@ from tnnlm.cli.usage import add_device, add_trust, errors_name_options, parser_o
 from tnnlm.errors import UserError
 
 GRACE = 30
-RANGES = {"port": 65_535, "cache_mb": 1 << 20, "grace": 86_400}
-"""Largest value of the options whose smallest value is 0 and that are not limits of the application."""
+RANGES = {"port": (0, 65_535), "cache_mb": (0, 1 << 20), "max_answer_mb": (1, 1 << 20), "grace": (0, 86_400)}
+"""Smallest and largest value of options that are not limits of the application, or have another unit."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY = "TNNLM_API_KEY"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -69,8 +69,16 @@ def arguments() -> argparse.ArgumentParser:
     )
     add(
         "--api-key",
+        action="append",
         metavar="KEY",
-        help="API key that clients must send; prefer the environment variable TNNLM_API_KEY. (default: none)",
+        help="API key that clients must send; can be repeated, for one key per client. Prefer the "
+        "environment variable TNNLM_API_KEY, where spaces separate keys. (default: none)",
+    )
+    add(
+        "--allowed-hosts",
+        metavar="NAME,NAME",
+        help="Names in the Host header of requests that are served; * serves all. (default: this machine's "
+        "names and --host if that is this machine only, else all)",
     )
     add(
         "--allow-origin",
@@ -93,11 +101,18 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="Maximum waiting sequences; further ones are rejected with status 429. (default: 1024)",
     )
     add(
+        "--max-request-rows",
+        type=int,
+        default=64,
+        metavar="N",
+        help="Maximum sequences of a request: prompts times n. (default: 64)",
+    )
+    add(
         "--max-prompt-tokens",
         type=int,
         default=131_072,
         metavar="N",
-        help="Maximum tokens of a prompt. (default: 131072)",
+        help="Maximum tokens of the prompts of a request. (default: 131072)",
     )
     add(
         "--max-tokens",
@@ -105,6 +120,28 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=131_072,
         metavar="N",
         help="Maximum new tokens of a sequence. (default: 131072)",
+    )
+    add(
+        "--max-answer-mb",
+        type=int,
+        default=32,
+        metavar="N",
+        help="Maximum size in MiB of the answer to a request, estimated from prompts, n, max_tokens, "
+        "logprobs and echo. (default: 32)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="Maximum open connections; further ones are closed. (default: 2048)",
+    )
+    add(
+        "--send-timeout",
+        type=float,
+        default=30,
+        metavar="S",
+        help="Seconds after which the connection of a client that does not read is closed. (default: 30)",
     )
     add(
         "--timeout",
@@ -125,7 +162,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=GRACE,
         metavar="S",
-        help=f"Seconds for running requests to finish after SIGTERM or Ctrl-C. (default: {GRACE})",
+        help=f"Seconds for running requests to finish after SIGTERM, SIGHUP or Ctrl-C. (default: {GRACE})",
     )
 
 
@@ -138,10 +175,11 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
     check_ranges(args)
+    keys = api_keys(args.api_key, os.environ.get(KEY))
     try:
-        import uvicorn
-
         from tnnlm.serving.app import create_app
+        from tnnlm.serving.connections import raise_descriptors
+        from tnnlm.serving.server import listen, run
         from tnnlm.serving.settings import Limits, Settings
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name}: is not installed", "run: pip install 'tnnlm[serve]'") from None
@@ -149,13 +187,17 @@ def main(words: Sequence[str] | None = None) -> int:
         limits = Limits(
             max_batch=args.max_batch,
             max_queue=args.max_queue,
+            max_request_rows=args.max_request_rows,
             max_prompt_tokens=args.max_prompt_tokens,
             max_tokens=args.max_tokens,
+            max_answer_bytes=args.max_answer_mb << 20,
+            max_connections=args.max_connections,
+            send_timeout=args.send_timeout,
             timeout=args.timeout,
             cache_bytes=args.cache_mb << 20,
         )
+    enough = raise_descriptors(limits.max_connections)
     listener = listen(args.host, args.port)
-    api_key = args.api_key or os.environ.get("TNNLM_API_KEY") or None
     # The thread that loads the model also runs it.
     thread = ThreadPoolExecutor(1, "model")
     generator, engine, name, parameters = thread.submit(load, args).result()
@@ -163,9 +205,10 @@ def main(words: Sequence[str] | None = None) -> int:
         name=args.name or name,
         engine=engine,
         parameters=parameters,
-        api_key=api_key,
+        api_keys=keys,
+        allowed_hosts=allowed_hosts(args.host, args.allowed_hosts),
         parse_special=args.parse_special,
-        limits=limits,
+        limits=dataclasses.replace(limits, max_connections=enough),
     )
     app = create_app(generator, settings, thread)
     if args.allow_origin:
@@ -177,9 +220,11 @@ def main(words: Sequence[str] | None = None) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{settings.name}: {engine}", file=sys.stderr)
     print(f"http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)", file=sys.stderr, flush=True)
-    if api_key is None and args.host not in LOOPBACK:
+    if enough < limits.max_connections:
+        print(f"--max-connections: {enough}, by the limit of open files (ulimit -n)", file=sys.stderr)
+    if not keys and not _local(args.host):
         print("no API key: anyone who reaches this address can use it; set TNNLM_API_KEY", file=sys.stderr)
-    serve(uvicorn, app, listener, args.grace)
+    run(app, listener, args.grace)
     return 0
 
 
@@ -189,13 +234,41 @@ def check_ranges(args: argparse.Namespace) -> None:
     Raises:
         UserError: If a number is out of range, or a text is empty.
     """
-    for option, most in RANGES.items():
+    for option, (least, most) in RANGES.items():
         value = getattr(args, option)
-        if not 0 <= value <= most:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be from 0 to {most:,}")
-    for option in ("api_key", "name", "model"):
+        if not least <= value <= most:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be from {least} to {most:,}")
+    for option in ("name", "model", "allowed_hosts"):
         if getattr(args, option) == "":
             raise UserError(f"--{option.replace('_', '-')}: is empty", "give at least one character")
+
+
+def api_keys(options: Sequence[str] | None, variable: str | None) -> tuple[str, ...]:
+    """Return the API keys of the option --api-key, else of the environment variable; none if both are unset.
+
+    Raises:
+        UserError: If a key is empty or can't be sent in a header.
+    """
+    where, keys = (KEY, (variable or "").split()) if options is None else ("--api-key", [*options])
+    if (options is not None or variable is not None) and not all(keys or [""]):
+        raise UserError(f"{where}: is empty", "give at least one character, or leave it out")
+    for key in keys:
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise UserError(f"{where}: has characters that are not printable ASCII, or spaces")
+    return tuple(keys)
+
+
+def allowed_hosts(host: str, option: str | None) -> tuple[str, ...] | None:
+    """Return the hosts that requests may name, with the names of this machine; None for all."""
+    names = [name.strip() for name in (option or "").split(",")]
+    if "*" in names or (option is None and not _local(host)):
+        return None
+    return (*LOOPBACK, host, *filter(None, names))
+
+
+def _local(host: str) -> bool:
+    """Return whether an address is reached from this machine only."""
+    return host in LOOPBACK or host.startswith("127.")
 
 
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
@@ -203,12 +276,14 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding, outdated
     from tnnlm.inference.engine import open_engine, usable_device
     from tnnlm.machine.threads import limit_threads
+    from tnnlm.serving.weights import hold_in_memory
 
     limit_threads()
     if warning := outdated(args.model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
     trust = trust_of(args)
     found, converted = load_for_decoding(args.model, Path("runs"), trust)
+    hold_in_memory(converted.model)
     parameters = sum(p.numel() for p in converted.model.parameters())
     folder = found if found.is_dir() else found.parent
     own = folder.resolve()
@@ -218,33 +293,3 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
         converted, folder, device=device, dtype=args.dtype, engine=args.engine, trust=trust
     )
     return generator, str(info), name, parameters
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        UserError: If the address is invalid or in use.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
-        # Connections inherit the option. Without it, a chunk of a stream waits 40 ms for the acknowledgement
-        # of the chunk before.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port}: {reason}") from None
-
-
-def serve(uvicorn: Any, app: Any, listener: socket.socket, grace: int) -> None:
-    """Run the server until SIGTERM or Ctrl-C; running requests then have ``grace`` seconds to finish."""
-    # After shutdown, uvicorn restores these handlers and raises the signal again; the defaults would end the
-    # process by the signal instead of exit code 0.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=grace, timeout_keep_alive=30, server_header=False
-    )
-    uvicorn.Server(config).run(sockets=[listener])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,15 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from tnnlm.errors import one_line
 from tnnlm.inference.generator import TextGenerator
-from tnnlm.serving.json_body import StrictRoute
-from tnnlm.serving.middleware import CountAnswers, HeadAsGet, WholeBody
-from tnnlm.serving.responses import CompletionResponse
+from tnnlm.serving.access import cache_partition, key_check
+from tnnlm.serving.json_body import parse_body, schema_of
+from tnnlm.serving.middleware import CountAnswers, HeadAsGet, KnownHost, WholeBody
+from tnnlm.serving.requests import ParsedRequest
+from tnnlm.serving.responses import AnswerTooLargeError, SequenceError, error_event
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
+from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT
 from tnnlm.serving.service import Service
 from tnnlm.serving.settings import Settings
 
@@ -36,21 +39,28 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
 
     Args:
         generator: Text generator from :func:`tnnlm.inference.engine.open_engine`.
-        settings: Model name, API key and limits.
+        settings: Model name, API keys, hosts and limits.
         executor: Executor with one thread, preferably the one that loaded the model; see
             :class:`tnnlm.serving.scheduler.Scheduler`.
     """
     service = Service(generator, settings, executor)
     # FastAPI's documentation pages are disabled because they load scripts from a CDN.
-    app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, lifespan=service.lifespan)
-    app.router.route_class = StrictRoute
+    app = FastAPI(title="tnnlm", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.lifespan)
     app.state.service = service
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     app.add_middleware(WholeBody, limit=settings.limits.max_body_bytes)
     app.add_middleware(CountAnswers, counter=service.metrics.responses)
     app.add_middleware(HeadAsGet)
-    key = Depends(_key_check(settings.api_key))
+    if settings.allowed_hosts is not None:
+        app.add_middleware(KnownHost, hosts=settings.allowed_hosts)
+    _add_api(app, service)
+    _add_page(app)
+    return app
+
+
+def _add_api(app: FastAPI, service: Service) -> None:
+    key = Depends(key_check(service.settings.api_keys))
 
     @app.get("/v1/models", dependencies=[key])
     def models() -> dict[str, Any]:
@@ -61,9 +71,16 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
         service.parser.check_model(name)
         return service.card()
 
-    @app.post("/v1/completions", dependencies=[key], response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await _complete(service, body, request)
+    body = {"application/json": {"schema": {"$ref": "#/components/schemas/CompletionRequest"}}}
+
+    @app.post(
+        "/v1/completions",
+        dependencies=[key],
+        response_model=None,
+        openapi_extra={"requestBody": {"content": body, "required": True}},
+    )
+    async def completions(request: Request) -> Response:
+        return await _complete(service, request)
 
     @app.post("/v1/chat/completions", dependencies=[key], include_in_schema=False)
     def chat() -> None:
@@ -73,10 +90,16 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     def health() -> JSONResponse:
         return JSONResponse(service.health(), 200 if service.scheduler.alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[key])
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/openapi.json", dependencies=[key], include_in_schema=False)
+    def description() -> dict[str, Any]:
+        return app.openapi() | {"components": {"schemas": schema_of(CompletionRequest)}}
+
+
+def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
         return _page_file("index.html")
@@ -87,65 +110,73 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
             raise HTTPException(404)
         return _page_file(f"page.{kind}")
 
-    return app
+
+async def _complete(service: Service, request: Request) -> Response:
+    raw, kind = await request.body(), request.headers.get("content-type", "")
+    by_key = bool(service.settings.api_keys)
+
+    def parse() -> tuple[CompletionRequest, ParsedRequest]:
+        body = parse_body(raw, kind, CompletionRequest)
+        return body, service.parser.parse(body, cache_partition(request, body.cache_salt, by_key))
+
+    # Validating and tokenizing a long prompt on the event loop would stall other streams.
+    body, parsed = await asyncio.to_thread(parse)
+    if not body.stream:
+        with service.promised(parsed):
+            return await _whole(service, parsed, request)
+    service.submit(parsed)
+    options = body.stream_options
+    chunks = parsed.response.stream(options.include_usage, options.include_timing)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(
+        _until_the_end(service, parsed, chunks), media_type="text/event-stream", headers=headers
+    )
 
 
-async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
-    # Tokenizing a long prompt on the event loop would stall other streams.
-    parsed = await asyncio.to_thread(service.parser.parse, body)
-    response = parsed.response
-    service.submit(response, parsed.prompts)
-    if body.stream:
-        options = body.stream_options
-        chunks = response.stream(options.include_usage, options.include_timing)
-        stream = _cancelled_with(service, response, chunks)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    whole = asyncio.ensure_future(response.whole())
+async def _whole(service: Service, parsed: ParsedRequest, request: Request) -> Response:
+    service.submit(parsed)
+    whole = asyncio.ensure_future(parsed.response.whole())
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
             return Response(status_code=499)  # never delivered: the client has disconnected
-        return JSONResponse(whole.result())
-    except TimeoutError:
-        raise ApiError(503, "the request timed out before its first token; retry later") from None
-    except RuntimeError as error:
-        raise ApiError(500, str(error)) from None
+        return Response(whole.result(), media_type="application/json")
+    except SequenceError as error:
+        if str(error) == TIMEOUT:
+            raise ApiError(503, "the request timed out before its first token; retry later") from None
+        raise ApiError(503 if str(error) == SHUTDOWN else 500, str(error)) from None
+    except AnswerTooLargeError:
+        most = service.settings.limits.max_answer_bytes >> 20
+        raise ApiError(400, f"the answer is larger than {most} MiB (--max-answer-mb); ask for less") from None
+    except Exception as error:
+        service.log.failed(parsed.response.name, error)
+        raise ApiError(500, one_line(error)) from None
     finally:
-        service.scheduler.cancel(response.sequences)
+        service.scheduler.cancel(parsed.response.sequences)
         whole.cancel()
         gone.cancel()
 
 
-async def _cancelled_with(
-    service: Service, response: CompletionResponse, chunks: AsyncIterator[bytes]
+async def _until_the_end(
+    service: Service, parsed: ParsedRequest, chunks: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    """Yield the chunks of a stream and cancel its sequences when it ends or its client disconnects."""
+    """Yield the chunks of a stream, or an error event; cancel its sequences at the end in any case."""
     try:
         async for chunk in chunks:
             yield chunk
+    except SequenceError as error:
+        yield error_event(str(error))
+    except Exception as error:
+        service.log.failed(parsed.response.name, error)
+        yield error_event(one_line(error))
     finally:
-        service.scheduler.cancel(response.sequences)
+        service.scheduler.cancel(parsed.response.sequences)
 
 
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _key_check(api_key: str | None) -> Callable[[Request], None]:
-    def check(request: Request) -> None:
-        if api_key is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            message = "missing or wrong API key; send the header Authorization: Bearer KEY"
-            error = ApiError(401, message, None, "invalid_api_key")
-            error.headers = {"WWW-Authenticate": "Bearer"}
-            raise error
-
-    return check
 
 
 def _page_file(name: str) -> FileResponse:

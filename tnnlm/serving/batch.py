@@ -28,8 +28,8 @@ class StepOutput(NamedTuple):
 
     sequences: list[GeneratedSequence | None]
     """Sequence of each row; None for an idle row."""
-    tokens: list[int]
-    """Sampled token of each row, or :data:`tnnlm.serving.sampler.NO_TOKEN`."""
+    tokens: list[int | Exception]
+    """Sampled token of each row, :data:`tnnlm.serving.sampler.NO_TOKEN`, or the exception of its sampling."""
     logits: Tensor
     """Logits that the tokens were sampled from, (B, V)."""
     seconds: float
@@ -68,7 +68,10 @@ class RunningBatch:
         leave: Sequence[GeneratedSequence] = (),
         join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
     ) -> None:
-        """Remove sequences from the batch, and add sequences with their single-row states."""
+        """Remove sequences from the batch, and add sequences with their single-row states.
+
+        After an exception the batch is as before.
+        """
         if not leave and not join:
             return
         stays = {*self.sequences} - {*leave}
@@ -83,3 +86,7 @@ class RunningBatch:
             sequences += [None] * idle
             states.append(self._model.init_state(idle))
         self._sequences, self._state = sequences, ModelState.join(states) if states else None
+
+    def clear(self) -> None:
+        """Remove all sequences, without any operation on their states."""
+        self._sequences, self._state = [], None

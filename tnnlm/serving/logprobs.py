@@ -38,6 +38,37 @@ def score_tokens(logits: Tensor, tokens: Sequence[int], n: int) -> list[TokenSco
     ]
 
 
+def score_rows(
+    logits: Tensor, drawn: Sequence[int | Exception], requested: Sequence[int | None]
+) -> list[TokenScore | Exception | None]:
+    """Score the token of each row of logits (B, V) with the requested number of alternatives.
+
+    Rows that request None, and rows without a token, which have an exception or a negative number, get no
+    score. Rows that request the same number are scored together. If that fails, each is scored alone, and the
+    rows that fail again give their exception.
+    """
+    tokens = [-1 if isinstance(token, Exception) else token for token in drawn]
+    scores: list[TokenScore | Exception | None] = [None] * len(tokens)
+    for n in {n for n in requested if n is not None}:
+        rows = [row for row, own in enumerate(requested) if own == n and tokens[row] >= 0]
+        if not rows:
+            continue
+        try:
+            found: list[TokenScore | Exception] = [*score_tokens(logits[rows], [tokens[i] for i in rows], n)]
+        except Exception:  # of one row at least, which is found here
+            found = [_score_alone(logits[row : row + 1], tokens[row], n) for row in rows]
+        for row, score in zip(rows, found, strict=True):
+            scores[row] = score
+    return scores
+
+
+def _score_alone(logits: Tensor, token: int, n: int) -> TokenScore | Exception:
+    try:
+        return score_tokens(logits, [token], n)[0]
+    except Exception as error:
+        return error
+
+
 class LogprobsFormat:
     """Format of the ``logprobs`` of one choice, whose tokens are given in order, possibly in several parts.
 

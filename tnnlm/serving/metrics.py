@@ -39,6 +39,13 @@ class Metrics:
         )
         self.first_token = histogram("first_token", "Time to first token in seconds")
 
+    def set_load(self, counts: dict[str, int], state_bytes: int, cache_bytes: int) -> None:
+        """Set the gauges: numbers of sequences by their name, and sizes in bytes."""
+        for name, count in counts.items():
+            getattr(self, name).set(count)
+        self.state_bytes.set(state_bytes)
+        self.cache_bytes.set(cache_bytes)
+
     def text(self) -> bytes:
         """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

@@ -45,11 +45,11 @@ class PrefillWorker:
         prompt.state = GenerationState(state, logits[:, -1].clone(), (prompt.position,), 0.0)
         self._metrics.prompt_tokens.inc(len(chunk))
         if not scored and (prompt.complete or _doubled(prompt.position)):
-            self.cache.put(prompt.tokens[: prompt.position], prompt.state)
+            self.cache.put(prompt.tokens[: prompt.position], prompt.state, prompt.partition)
         return outputs
 
     def _look_up(self, prompt: Prompt) -> None:
-        found = self.cache.longest(prompt.tokens)
+        found = self.cache.longest(prompt.tokens, prompt.partition)
         if found:
             prompt.position, prompt.state = found
             prompt.cached = prompt.position

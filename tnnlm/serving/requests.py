@@ -9,12 +9,13 @@ from tnnlm.detokenizer import TextStream
 from tnnlm.errors import UserError
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
+from tnnlm.serving.answer import answer_bytes
 from tnnlm.serving.logprobs import LogprobsFormat
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.sampler import SequenceSampler
 from tnnlm.serving.schemas import ApiError, CompletionRequest
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, StoppedText
-from tnnlm.serving.settings import PROMPTS, Settings
+from tnnlm.serving.settings import Settings
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -23,6 +24,8 @@ class ParsedRequest(NamedTuple):
 
     response: CompletionResponse
     prompts: list[Prompt]
+    answer_bytes: int
+    """Estimated size of the answer in bytes."""
 
 
 class RequestParser:
@@ -46,8 +49,12 @@ class RequestParser:
                 404, f"model: {name!r} is not served here; use {self.model!r}", "model", "model_not_found"
             )
 
-    def parse(self, request: CompletionRequest) -> ParsedRequest:
+    def parse(self, request: CompletionRequest, partition: bytes = b"") -> ParsedRequest:
         """Return the prompts and sequences of a request, ready for the scheduler.
+
+        Args:
+            request: Validated body.
+            partition: Part of the prefix cache for its prompts.
 
         Raises:
             ApiError: 400 or 404, with the invalid parameter.
@@ -55,13 +62,15 @@ class RequestParser:
         arrived = time.monotonic()
         self.check_model(request.model)
         if request.max_tokens > self.limits.max_tokens:
-            raise ApiError(400, f"max_tokens: must be at most {self.limits.max_tokens:,}", "max_tokens")
+            message = f"max_tokens: must be at most {self.limits.max_tokens:,} (--max-tokens)"
+            raise ApiError(400, message, "max_tokens")
         given = request.prompts()
-        most = min(PROMPTS, self.limits.max_batch)
+        most = self.limits.rows_per_request
         if len(given) * request.n > most:
-            raise ApiError(400, f"n: prompts times n must be at most {most}", "n")
+            raise ApiError(400, f"n: prompts times n must be at most {most} (--max-request-rows)", "n")
         special = self._parse_special if request.parse_special is None else request.parse_special
         rows = [self._tokens(prompt, special) for prompt in given]
+        size = self._size(request, rows)
         bias = self._bias(request.logit_bias)
         sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
         streams, echoes = zip(*(self._begin(tokens, request.echo) for tokens in rows), strict=True)
@@ -83,11 +92,37 @@ class RequestParser:
             )
         scored = request.logprobs if request.echo else None
         prompts = [
-            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i])
+            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i], partition)
             for i, tokens in enumerate(rows)
         ]
-        formats = [self._format(tokens, request.echo) for tokens in rows for _ in range(request.n)]
-        return ParsedRequest(CompletionResponse(self.model, prompts, formats), prompts)
+        formats = [part for tokens in rows for part in self._formats(tokens, request.echo, request.n)]
+        most_bytes = self.limits.max_answer_bytes
+        response = CompletionResponse(self.model, prompts, formats, request.stream, most_bytes)
+        return ParsedRequest(response, prompts, size)
+
+    def _size(self, request: CompletionRequest, rows: list[list[int]]) -> int:
+        """Return the estimated size of the answer in bytes.
+
+        Raises:
+            ApiError: 400 if the answer, or the prompts together, are too large.
+        """
+        read = sum(map(len, rows))
+        if read > self.limits.max_prompt_tokens:
+            limit = f"at most {self.limits.max_prompt_tokens:,} (--max-prompt-tokens)"
+            message = f"prompt: the prompts have {read:,} tokens together; send {limit} per request"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        tokens = request.n * (len(rows) * request.max_tokens + (read if request.echo else 0))
+        size, most = answer_bytes(tokens, request.logprobs), self.limits.max_answer_bytes
+        if size <= most:
+            return size
+        scores = "" if request.logprobs is None else f" with {request.logprobs} logprobs"
+        fields = [name for name in ("n", "max_tokens", "echo", "logprobs") if getattr(request, name)]
+        raise ApiError(
+            400,
+            f"{fields[0]}: the answer may have {tokens:,} tokens{scores}, about {size >> 20:,} MiB; reduce "
+            f"{', '.join(fields)} to stay below {most >> 20} MiB (--max-answer-mb)",
+            fields[0],
+        )
 
     def _begin(self, tokens: list[int], echo: bool) -> tuple[TextStream, str]:
         """Return the detokenizer that completions continue, and the text of the prompt if it is echoed.
@@ -101,10 +136,10 @@ class RequestParser:
         stream = TextStream(detokenizer)
         return stream, "".join([stream.push(token, show_special=True) for token in tokens])
 
-    def _format(self, tokens: list[int], echo: bool) -> LogprobsFormat:
+    def _formats(self, tokens: list[int], echo: bool, n: int) -> list[LogprobsFormat]:
         started = not echo and self._has_text(tokens)
-        n_prompt = len(tokens) if echo else 0
-        return LogprobsFormat(self.tokenizer.detokenizer, started, n_prompt, self.tokenizer.eos_id)
+        n_prompt, detokenizer = len(tokens) if echo else 0, self.tokenizer.detokenizer
+        return [LogprobsFormat(detokenizer, started, n_prompt, self.tokenizer.eos_id) for _ in range(n)]
 
     def _has_text(self, tokens: list[int]) -> bool:
         return not all(self.tokenizer.detokenizer.is_special(token) for token in tokens)
@@ -128,7 +163,7 @@ class RequestParser:
         if not tokens:
             raise ApiError(400, "prompt: is empty; give at least one token id", "prompt")
         if len(tokens) > self.limits.max_prompt_tokens:
-            limit = f"shorten it to at most {self.limits.max_prompt_tokens:,}"
+            limit = f"shorten it to at most {self.limits.max_prompt_tokens:,} (--max-prompt-tokens)"
             raise ApiError(
                 400, f"prompt: has {len(tokens):,} tokens; {limit}", "prompt", "context_length_exceeded"
             )

@@ -1,33 +1,67 @@
-"""Responses of the completions API, complete or streamed as server-sent events."""
+"""Responses of the completions API, complete or streamed as server-sent events.
+
+Log-probabilities and long strings are formatted and encoded on a separate thread, in parts, because the event
+loop serves the other streams during this time.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from tnnlm.serving.answer import EncodedChoice, to_json
 from tnnlm.serving.logprobs import LogprobsFormat
-from tnnlm.serving.sequence import TIMEOUT, GeneratedSequence, Prompt, SequenceOutput
+from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput
+from tnnlm.serving.settings import BUFFER_BYTES
+
+UNREAD = "the client reads too slowly, its buffer is full"
+"""Error of a stream whose client does not read."""
+PIECE = 256
+"""Log-probabilities that are formatted at once."""
+_LONG = 1 << 16
+_OUTPUT_BYTES = 512
+_SCORE_BYTES = 120
+"""Memory of an output and of one entry of its log-probabilities in bytes, about."""
+_encoder = ThreadPoolExecutor(1, "encoder")
+_Result = TypeVar("_Result")
+
+
+class SequenceError(Exception):
+    """Raised if a sequence of a response failed, with the message for the client."""
+
+
+class AnswerTooLargeError(Exception):
+    """Raised if an answer exceeds its limit although its estimated size does not."""
 
 
 class CompletionResponse:
     """Response to one request, assembled from the outputs of its sequences."""
 
     def __init__(
-        self,
-        model: str,
-        prompts: list[Prompt],
-        formats: list[LogprobsFormat],
+        self, model: str, prompts: list[Prompt], formats: list[LogprobsFormat], streamed: bool, most: int
     ) -> None:
-        """Create a response to ``prompts``, with a format of ``logprobs`` for each of their sequences."""
+        """Create a response.
+
+        Args:
+            model: Name of the model.
+            prompts: Prompts with their sequences.
+            formats: Format of ``logprobs`` for each sequence.
+            streamed: Whether outputs are sent as they come, so that they pile up if the client does not read.
+            most: Maximum size of an answer in bytes.
+        """
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
         self._echo = {sequence: prompt.echo for prompt in prompts for sequence in prompt.sequences}
         self.sequences = [*self._echo]
         self._prompts = prompts
         self._formats = formats
+        self._most = most
+        self._buffer = BUFFER_BYTES * len(self.sequences) if streamed else None
+        self._held = 0
+        self._unread = False
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._tokens = 0
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
@@ -39,66 +73,117 @@ class CompletionResponse:
             "model": model,
         }
 
+    @property
+    def name(self) -> str:
+        """Identifier of the response."""
+        return str(self._head["id"])
+
+    def put(self, output: SequenceOutput) -> bool:
+        """Queue an output; return False if the client does not read, so that the sequences must end.
+
+        The outputs that wait are then replaced by an error. Scores of the prompt don't count, because the
+        size of the answer limits them.
+        """
+        if self._unread:
+            return True
+        if self._buffer is not None and output.tokens:
+            entries = sum(1 + len(score.top) for score in output.scores)
+            self._held += _OUTPUT_BYTES + len(output.text) + _SCORE_BYTES * entries
+            if self._held > self._buffer:
+                self._unread = True
+                while not self.queue.empty():
+                    self.queue.get_nowait()
+                output = SequenceOutput(output.sequence, finish="error", error=UNREAD)
+        self.queue.put_nowait(output)
+        return not self._unread
+
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """Yield outputs in order until all sequences have finished; merge queued outputs of a sequence."""
+        """Yield outputs in order until all sequences have finished; merge queued outputs of a sequence.
+
+        Raises:
+            SequenceError: If a sequence failed.
+        """
         while self._open:
             new = [await self.queue.get()]
             while not self.queue.empty():
                 new.append(self.queue.get_nowait())
+            self._held = 0
             queued: dict[GeneratedSequence, list[SequenceOutput]] = {}
             for output in new:
                 queued.setdefault(output.sequence, []).append(output)
-            for output in map(SequenceOutput.joined, queued.values()):
+            for output in (piece for outputs in queued.values() for piece in _pieces(outputs)):
+                if output.finish == "error":
+                    raise SequenceError(output.error)
                 self._tokens += output.tokens
                 if output.finish:
                     self._open.discard(output.sequence)
                 yield output
 
-    async def whole(self) -> dict[str, Any]:
-        """Return the complete response, for a request without ``stream``.
+    async def whole(self) -> bytes:
+        """Return the complete response as JSON, for a request without ``stream``.
 
         Raises:
-            TimeoutError: If a sequence timed out before its first token.
-            RuntimeError: If a sequence failed for another reason.
+            SequenceError: If a sequence failed.
+            AnswerTooLargeError: If the answer exceeds its limit.
         """
-        parts = {sequence: [SequenceOutput(sequence, echo)] for sequence, echo in self._echo.items()}
+        choices = {sequence: EncodedChoice(echo) for sequence, echo in self._echo.items()}
+        finishes: dict[GeneratedSequence, str | None] = {}
+        size = sum(choice.size for choice in choices.values())
         async for output in self.outputs():
-            if output.finish == "error":
-                raise (TimeoutError if output.error == TIMEOUT else RuntimeError)(output.error)
-            parts[output.sequence].append(output)
-        return self._head | {
-            "choices": [self._choice(SequenceOutput.joined(outputs)) for outputs in parts.values()],
-            "usage": self._usage(),
-        }
+            choice = choices[output.sequence]
+            size -= choice.size
+            await self._add(choice, output)
+            size += choice.size
+            if size > self._most:
+                raise AnswerTooLargeError
+            finishes[output.sequence] = output.finish
+
+        def encoded() -> bytes:
+            parts = [choice.encode(self._index[of], finishes[of]) for of, choice in choices.items()]
+            rest = to_json({"usage": self._usage()})[1:]
+            return f'{to_json(self._head)[:-1]},"choices":[{",".join(parts)}],{rest}'.encode()
+
+        return await _off_loop(size > _LONG, encoded)
 
     async def stream(self, usage: bool, timing: bool) -> AsyncIterator[bytes]:
-        """Yield the response as server-sent events; the last one is ``[DONE]`` or an error."""
+        """Yield the response as server-sent events, up to ``[DONE]``.
+
+        Raises:
+            SequenceError: If a sequence failed.
+        """
         for sequence, echo in self._echo.items():
             if echo:
-                yield _sse(self._head | {"choices": [self._choice(SequenceOutput(sequence, echo))]})
+                yield await self._chunk(SequenceOutput(sequence, echo), False)
         async for output in self.outputs():
-            if output.finish == "error":
-                error = {"message": output.error, "type": "server_error", "param": None, "code": None}
-                yield _sse({"error": error})
-                return
-            if not (output.text or output.finish or output.scores or timing):
-                continue
-            chunk = self._head | {"choices": [self._choice(output)]}
-            if timing:
-                chunk["tnnlm"] = {
-                    "position": output.position,
-                    "step_ms": [round(ms, 3) for ms in output.step_ms],
-                }
-            yield _sse(chunk)
+            if output.text or output.finish or output.scores or timing:
+                yield await self._chunk(output, timing)
         if usage:
-            yield _sse(self._head | {"choices": [], "usage": self._usage()})
+            yield event(self._head | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
-    def _choice(self, output: SequenceOutput) -> dict[str, Any]:
-        index = self._index[output.sequence]
-        scored = output.sequence.logprobs is not None
-        scores = self._formats[index].entries(output.scores) if scored else None
-        return {"index": index, "text": output.text, "logprobs": scores, "finish_reason": output.finish}
+    async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
+        def encoded() -> bytes:
+            choice = {
+                "index": self._index[output.sequence],
+                "text": output.text,
+                "logprobs": self._logprobs(output),
+                "finish_reason": output.finish,
+            }
+            chunk: dict[str, Any] = self._head | {"choices": [choice]}
+            if timing:
+                step_ms = [round(ms, 3) for ms in output.step_ms]
+                chunk["tnnlm"] = {"position": output.position, "step_ms": step_ms}
+            return event(chunk)
+
+        return await _off_loop(_slow(output), encoded)
+
+    async def _add(self, choice: EncodedChoice, output: SequenceOutput) -> None:
+        await _off_loop(_slow(output), lambda: choice.add(output.text, self._logprobs(output)))
+
+    def _logprobs(self, output: SequenceOutput) -> dict[str, Any] | None:
+        if output.sequence.logprobs is None:
+            return None
+        return self._formats[self._index[output.sequence]].entries(output.scores)
 
     def _usage(self) -> dict[str, Any]:
         return {
@@ -110,5 +195,35 @@ class CompletionResponse:
         }
 
 
-def _sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+def event(data: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + to_json(data).encode() + b"\n\n"
+
+
+def error_event(message: str) -> bytes:
+    """Return the event that ends a stream with an error."""
+    return event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
+
+
+def _pieces(outputs: Sequence[SequenceOutput]) -> list[SequenceOutput]:
+    """Merge consecutive outputs of a sequence, but at most :data:`PIECE` log-probabilities or one output."""
+    groups: list[list[SequenceOutput]] = []
+    scores = 0
+    for output in outputs:
+        if not groups or (scores and scores + len(output.scores) > PIECE) or output.finish == "error":
+            groups.append([])
+            scores = 0
+        groups[-1].append(output)
+        scores += len(output.scores)
+    return [SequenceOutput.joined(group) for group in groups]
+
+
+def _slow(output: SequenceOutput) -> bool:
+    return bool(output.scores) or len(output.text) > _LONG
+
+
+async def _off_loop(slow: bool, work: Callable[[], _Result]) -> _Result:
+    """Return the result of work, which runs on another thread if it is slow."""
+    if slow:
+        return await asyncio.get_running_loop().run_in_executor(_encoder, work)
+    return work()

@@ -47,7 +47,8 @@ class SequenceSampler:
             frequency: Frequency penalty, subtracted from a token's logit each time that it is sampled.
         """
         self.sampling = sampling
-        self.random = np.random.default_rng(None if seed is None else (seed % (1 << 64), index))
+        self._random = np.random.default_rng(None if seed is None else (seed % (1 << 64), index))
+        self._uniform: float | None = None
         self._presence, self._frequency = presence, frequency
         self._drawn: set[int] = set()
         self.added: Tensor | None = None
@@ -57,8 +58,18 @@ class SequenceSampler:
             for token, value in (bias or {}).items():
                 self.added[token] += value
 
+    def uniform(self) -> float:
+        """Return the random number of the next token, the same one until :meth:`took` is called.
+
+        A step that is repeated because another row failed then samples the same token.
+        """
+        if self._uniform is None:
+            self._uniform = float(self._random.random())
+        return self._uniform
+
     def took(self, token: int) -> None:
-        """Update the penalties with a sampled token."""
+        """Update the penalties with a sampled token, and continue with the next random number."""
+        self._uniform = None
         if self.added is None:
             return
         self.added[token] -= self._frequency
@@ -67,11 +78,36 @@ class SequenceSampler:
             self.added[token] -= self._presence
 
 
-def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
+def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int | Exception]:
     """Sample one token per row of logits (B, V) and update the penalties.
 
-    A row whose largest logit is not finite gives :data:`NO_TOKEN`.
+    A row whose largest logit is not finite gives :data:`NO_TOKEN`. If sampling fails, each row is sampled
+    alone, and the rows that fail again give their exception; the others get the tokens of a batch without
+    them.
     """
+    tokens: list[int | Exception] = []
+    try:
+        tokens += draw_tokens(logits, rows)
+    except Exception:  # of one row at least, which is found below
+        tokens += [_draw_alone(logits[i : i + 1], row) for i, row in enumerate(rows)]
+    for i, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+        if not isinstance(token, Exception) and token != NO_TOKEN:
+            try:
+                row.took(token)
+            except Exception as error:
+                tokens[i] = error
+    return tokens
+
+
+def _draw_alone(logits: Tensor, row: SequenceSampler) -> int | Exception:
+    try:
+        return draw_tokens(logits, [row])[0]
+    except Exception as error:
+        return error
+
+
+def draw_tokens(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
+    """Sample one token per row of logits (B, V) without any change to the rows."""
     logits = logits.float()
     if any(row.added is not None for row in rows):
         logits = logits.clone()
@@ -88,9 +124,6 @@ def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
         scaled = tempered(logits[drawn], temperatures.to(logits.device))
         for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
             tokens[i] = token
-    for token, row in zip(tokens, rows, strict=True):
-        if token != NO_TOKEN:
-            row.took(token)
     return tokens
 
 
@@ -102,7 +135,7 @@ def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
         least = least_kept(some, [rows[i].sampling for i in cut])
         logits[cut] = some.masked_fill(some < least[:, None], -math.inf)
     mass = logits.softmax(-1).cumsum(-1)
-    uniform = mass.new_tensor([row.random.random() for row in rows])[:, None]
+    uniform = mass.new_tensor([row.uniform() for row in rows])[:, None]
     tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]
     # Rounding errors alone can give an index past the end.
     return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()

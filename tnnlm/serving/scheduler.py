@@ -2,7 +2,7 @@
 
 One thread runs the model. Each iteration prefills chunks of the queued prompts for a limited time, then runs
 one step of the running batch, so that a long prompt delays running sequences by at most that time or one
-chunk.
+chunk. An exception ends the sequences whose work raised it: those of a prompt, or one row of the batch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 
 import torch
-from torch import Tensor
 
+from tnnlm.errors import UserError, one_line
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import NOT_FINITE
 from tnnlm.models.causal_lm import ModelState, state_bytes
 from tnnlm.serving.batch import RunningBatch
-from tnnlm.serving.logprobs import score_tokens
+from tnnlm.serving.event_log import EventLog
+from tnnlm.serving.logprobs import TokenScore, score_rows
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefill import PrefillWorker
 from tnnlm.serving.prefix_cache import PrefixCache
 from tnnlm.serving.sampler import NO_TOKEN, sample_batch
-from tnnlm.serving.sequence import TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
+from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import Limits
 
 PREFILL_SECONDS = 0.05
@@ -54,6 +55,7 @@ class Scheduler:
         metrics: Metrics,
         deliver: Callable[[list[SequenceOutput]], None],
         executor: Executor | None = None,
+        log: EventLog | None = None,
     ) -> None:
         """Set up the scheduler without starting it.
 
@@ -65,13 +67,14 @@ class Scheduler:
             executor: Executor with one thread, preferably the one that loaded the model. OpenMP keeps a pool
                 of workers for each thread that ran an operator; once the workers outnumber the cores, none
                 waits actively (measured: steps take 1.5 times as long). None creates an executor.
+            log: Log of the server; None creates one.
         """
         self.limits, self.metrics = limits, metrics
         self.row_bytes = state_bytes(generator.model.init_state(1))
         """Size of the state of one sequence in bytes."""
         self.load = {"running": 0, "reading": 0, "waiting": 0}
         """Number of sequences running, in prefill (reading) and waiting, as of the last iteration."""
-        self._deliver = deliver
+        self._deliver, self._log = deliver, log or EventLog()
         self._eos, self._token_logits = generator.tokenizer.eos_id, generator.token_logits
         self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
         self._batch = RunningBatch(generator)
@@ -128,10 +131,11 @@ class Scheduler:
         while self._more():
             try:
                 self._iterate()
-            except Exception as error:  # a failed request must not stop the server
-                self._end_all(f"{type(error).__name__}: {error}")
+            except Exception as error:  # outside the work of a sequence, so that all are in doubt
+                self._log.failed("all sequences ended", error)
+                self._end_all(one_line(error))
             self._flush()
-        self._end_all("the server is shutting down")
+        self._end_all(SHUTDOWN)
         self._flush()
 
     def _more(self) -> bool:
@@ -140,9 +144,8 @@ class Scheduler:
             return not self._closing
 
     def _iterate(self) -> None:
-        self._drop()
-        self._admit()
-        self._prefill_prompts()
+        for work in (self._drop, self._admit, self._prefill_prompts):
+            work()
         if self._batch.sequences:
             self._step()
 
@@ -158,11 +161,10 @@ class Scheduler:
             if sequence.cancelled:
                 self._forget(sequence, "cancelled")
             elif sequence in running:
-                rest, position = sequence.text.finish(), sequence.position
-                self._emit(SequenceOutput(sequence, rest, position=position, finish="length"))
+                self._finish(sequence)
             else:
                 self._emit(SequenceOutput(sequence, finish="error", error=TIMEOUT))
-        self._batch.change(leave=running)
+        self._change(leave=running)
         with self._wake:
             for queue in (self._waiting, self._prefilling):
                 for prompt in queue:
@@ -185,15 +187,18 @@ class Scheduler:
         begun: list[tuple[GeneratedSequence, ModelState]] = []
         while self._prefilling:
             prompt = self._prefilling.popleft()
-            for output in self._prefill.prefill_chunk(prompt):
-                self._emit(output)
-            if prompt.complete:
-                begun += self._begin(prompt)
-            else:
-                self._prefilling.append(prompt)
+            try:
+                for output in self._prefill.prefill_chunk(prompt):
+                    self._emit(output)
+                if prompt.complete:
+                    begun += self._begin(prompt)
+                else:
+                    self._prefilling.append(prompt)
+            except Exception as error:
+                self._fail(prompt.sequences, error)
             if (self._batch.sequences or begun) and time.perf_counter() - started > PREFILL_SECONDS:
                 break
-        self._batch.change(join=begun)
+        self._change(join=begun)
 
     def _begin(self, prompt: Prompt) -> list[tuple[GeneratedSequence, ModelState]]:
         """Sample the first token of each sequence of a prompt; return those that continue, with states."""
@@ -204,50 +209,86 @@ class Scheduler:
         for sequence in prompt.sequences:
             sequence.position, sequence.cached = prompt.position, prompt.cached
             if sequence.max_tokens == 0:
-                rest, position = sequence.text.finish(), sequence.position
-                self._emit(SequenceOutput(sequence, rest, position=position, finish="length"))
+                self._finish(sequence)
                 continue
-            (token,) = sample_batch(logits, [sequence.sampler])
+            tokens = sample_batch(logits, [sequence.sampler])
+            (score,) = score_rows(logits, tokens, [sequence.logprobs])
             self.metrics.first_token.observe(time.monotonic() - sequence.arrived)
-            if self._take(sequence, token, logits, []):
+            if self._take(sequence, tokens[0], score, []):
                 going.append((sequence, state.model_state))
         return going
 
     def _step(self) -> None:
-        drawn = self._batch.step()
+        try:
+            drawn = self._batch.step()
+        except Exception as error:
+            # The rows share the step, and it may have changed their states, so that none can be repeated.
+            self._fail(self._batch.sequences, error)
+            self._batch.clear()
+            return
         self.metrics.step.observe(drawn.seconds)
+        wanted = [None if sequence is None else sequence.logprobs for sequence in drawn.sequences]
+        scores = score_rows(drawn.logits, drawn.tokens, wanted)
         ended = []
-        for row, (sequence, token) in enumerate(zip(drawn.sequences, drawn.tokens, strict=True)):
+        for sequence, token, score in zip(drawn.sequences, drawn.tokens, scores, strict=True):
             if sequence is not None:
                 sequence.position += 1
-                if not self._take(sequence, token, drawn.logits[row : row + 1], [1e3 * drawn.seconds]):
+                if not self._take(sequence, token, score, [1e3 * drawn.seconds]):
                     ended.append(sequence)
-        self._batch.change(leave=ended)
+        self._change(leave=ended)
 
-    def _take(self, sequence: GeneratedSequence, token: int, logits: Tensor, step_ms: list[float]) -> bool:
-        """Emit a token sampled from logits (1, V); return whether the sequence continues."""
-        if token == NO_TOKEN:
-            self._emit(SequenceOutput(sequence, finish="error", error=NOT_FINITE))
+    def _take(
+        self,
+        sequence: GeneratedSequence,
+        token: int | Exception,
+        score: TokenScore | Exception | None,
+        step_ms: list[float],
+    ) -> bool:
+        """Emit a sampled token with its score; return whether the sequence continues."""
+        try:
+            if isinstance(token, Exception):
+                raise token
+            if isinstance(score, Exception):
+                raise score
+            if token == NO_TOKEN:
+                raise UserError(NOT_FINITE)
+            output = sequence.advance(token, self._eos, score)
+        except Exception as error:
+            self._fail([sequence], error)
             return False
-        sequence.drawn.append(token)
-        output = SequenceOutput(sequence, position=sequence.position, step_ms=step_ms)
-        if sequence.logprobs is not None:
-            output.scores = score_tokens(logits, [token], sequence.logprobs)
-        if token == self._eos:
-            output.finish = "stop"
-        else:
-            output.tokens = 1
-            output.text = sequence.text.push(token)
-            if sequence.text.stopped:
-                output.finish = "stop"
-            elif len(sequence.drawn) >= sequence.max_tokens:
-                output.finish = "length"
-        if output.finish:
-            output.text += sequence.text.finish()
-            if sequence.text.stopped:  # by a stop string in the text that was buffered
-                output.finish = "stop"
+        output.step_ms = step_ms
         self._emit(output)
         return output.finish is None
+
+    def _finish(self, sequence: GeneratedSequence) -> None:
+        """End a sequence at its limit of tokens or time, with the text that is still buffered."""
+        try:
+            rest, position = sequence.text.finish(), sequence.position
+            self._emit(SequenceOutput(sequence, rest, position=position, finish="length"))
+        except Exception as error:
+            self._fail([sequence], error)
+
+    def _change(
+        self,
+        leave: Sequence[GeneratedSequence] = (),
+        join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
+    ) -> None:
+        """Change the batch; if it can't take the new sequences, they fail, and the others continue."""
+        try:
+            self._batch.change(leave, join)
+        except Exception as error:
+            self._fail([sequence for sequence, _ in join], error)
+            if leave:
+                self._fail(self._batch.sequences, error)
+                self._batch.clear()
+
+    def _fail(self, sequences: Sequence[GeneratedSequence], error: Exception) -> None:
+        """End the sequences that have not ended with the error of their work, and write it to the log."""
+        with self._wake:
+            ended = [sequence for sequence in sequences if sequence in self._inside]
+        self._log.failed(f"{len(ended)} sequence(s) ended", error)
+        for sequence in ended:
+            self._emit(SequenceOutput(sequence, finish="error", error=one_line(error)))
 
     def _emit(self, output: SequenceOutput) -> None:
         self._outputs.append(output)
@@ -266,7 +307,7 @@ class Scheduler:
                 self._emit(SequenceOutput(sequence, finish="error", error=error))
             self._waiting.clear()
         self._prefilling.clear()
-        self._batch.change(leave=self._batch.sequences)
+        self._batch.clear()
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []
@@ -276,7 +317,4 @@ class Scheduler:
         reading = sum(len(prompt.sequences) for prompt in self._prefilling)
         waiting = max(0, len(self._inside) - running - reading)
         self.load = {"running": running, "reading": reading, "waiting": waiting}
-        for name, count in self.load.items():
-            getattr(self.metrics, name).set(count)
-        self.metrics.state_bytes.set(running * self.row_bytes)
-        self.metrics.cache_bytes.set(self._prefill.cache.bytes)
+        self.metrics.set_load(self.load, running * self.row_bytes, self._prefill.cache.bytes)

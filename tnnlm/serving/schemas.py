@@ -96,6 +96,9 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] = Field(default_factory=dict)
     suffix: str | None = None
     user: str | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=512)
+    """Secret of the client, whose prompts reuse only cached states of prompts with the same salt, as in
+    vLLM. An extension of the OpenAI API."""
     parse_special: bool | None = None
     """Whether the names of special tokens in a string prompt are encoded as these tokens; None takes the
     setting of the server. An extension of the OpenAI API."""

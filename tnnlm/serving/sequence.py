@@ -15,6 +15,8 @@ from tnnlm.serving.sampler import SequenceSampler
 Finish: TypeAlias = Literal["stop", "length", "error"]
 TIMEOUT = "timeout"
 """Error of a sequence that timed out before its first token."""
+SHUTDOWN = "the server is shutting down"
+"""Error of a sequence that runs when the server stops."""
 
 
 @dataclass
@@ -121,6 +123,27 @@ class GeneratedSequence:
     arrived: float = field(default_factory=time.monotonic)
     """Time at which the request arrived, in seconds of the monotonic clock."""
 
+    def advance(self, token: int, end: int | None, score: TokenScore | None) -> SequenceOutput:
+        """Add a sampled token to the sequence and return its output; ``end`` is the end-of-document token."""
+        self.drawn.append(token)
+        output = SequenceOutput(self, position=self.position)
+        if score is not None:
+            output.scores = [score]
+        if token == end:
+            output.finish = "stop"
+        else:
+            output.tokens = 1
+            output.text = self.text.push(token)
+            if self.text.stopped:
+                output.finish = "stop"
+            elif len(self.drawn) >= self.max_tokens:
+                output.finish = "length"
+        if output.finish:
+            output.text += self.text.finish()
+            if self.text.stopped:  # by a stop string in the text that was buffered
+                output.finish = "stop"
+        return output
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -134,6 +157,8 @@ class Prompt:
     """Number of alternatives to score for each token of the prompt; None doesn't score the prompt."""
     echo: str = ""
     """Text of the prompt that is returned before the text of each sequence."""
+    partition: bytes = b""
+    """Part of the prefix cache that the prompt shares with others; up to 64 bytes."""
     state: GenerationState | None = None
     """State after the processed tokens."""
     position: int = 0

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import FastAPI
 
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.event_log import EventLog
 from tnnlm.serving.metrics import Metrics
-from tnnlm.serving.requests import RequestParser
-from tnnlm.serving.responses import CompletionResponse
+from tnnlm.serving.requests import ParsedRequest, RequestParser
+from tnnlm.serving.responses import UNREAD
 from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
 from tnnlm.serving.schemas import ApiError
-from tnnlm.serving.sequence import Prompt, SequenceOutput
+from tnnlm.serving.sequence import SHUTDOWN, SequenceOutput
 from tnnlm.serving.settings import Settings
+
+ANSWERS = 16
+"""Number of answers of the largest size that all requests without ``stream`` may have together."""
+_BUSY = "too many requests are waiting; retry later"
 
 
 class Service:
@@ -28,11 +33,14 @@ class Service:
         self, generator: TextGenerator, settings: Settings, executor: Executor | None = None
     ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
-        self.scheduler = Scheduler(generator, settings.limits, self.metrics, self._deliver, executor)
+        self.metrics, self.log = Metrics(), EventLog()
+        self.scheduler = Scheduler(
+            generator, settings.limits, self.metrics, self._deliver, executor, self.log
+        )
         self.parser = RequestParser(generator.tokenizer, settings)
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._promised = 0
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -45,20 +53,35 @@ class Service:
             # Closed in another thread, so that the event loop can deliver the scheduler's last outputs.
             await asyncio.to_thread(self.scheduler.close)
 
-    def submit(self, response: CompletionResponse, prompts: Sequence[Prompt]) -> None:
+    @contextmanager
+    def promised(self, parsed: ParsedRequest) -> Iterator[None]:
+        """Count the size of an answer that is kept in memory until it is complete.
+
+        Raises:
+            ApiError: 429 if all answers together are too large.
+        """
+        if self._promised + parsed.answer_bytes > ANSWERS * self.settings.limits.max_answer_bytes:
+            raise ApiError(429, _BUSY)
+        self._promised += parsed.answer_bytes
+        try:
+            yield
+        finally:
+            self._promised -= parsed.answer_bytes
+
+    def submit(self, parsed: ParsedRequest) -> None:
         """Submit the prompts of a request to the scheduler.
 
         Raises:
             ApiError: 429 if the queue is full, 503 if the server is shutting down.
         """
-        for sequence in response.sequences:
-            sequence.owner = response
+        for sequence in parsed.response.sequences:
+            sequence.owner = parsed.response
         try:
-            self.scheduler.submit(prompts)
+            self.scheduler.submit(parsed.prompts)
         except QueueFullError:
-            raise ApiError(429, "too many requests are waiting; retry later") from None
+            raise ApiError(429, _BUSY) from None
         except ClosedError:
-            raise ApiError(503, "the server is shutting down") from None
+            raise ApiError(503, SHUTDOWN) from None
 
     def card(self) -> dict[str, Any]:
         """Return the description of the model for ``/v1/models``."""
@@ -90,9 +113,11 @@ class Service:
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         assert self._loop is not None
         # A single wake-up of the event loop delivers all outputs of an iteration.
-        self._loop.call_soon_threadsafe(_hand_out, outputs)
+        self._loop.call_soon_threadsafe(self._hand_out, outputs)
 
-
-def _hand_out(outputs: list[SequenceOutput]) -> None:
-    for output in outputs:
-        output.sequence.owner.queue.put_nowait(output)
+    def _hand_out(self, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            response = output.sequence.owner
+            if not response.put(output):
+                self.log.warn("unread", f"{response.name}: {UNREAD}")
+                self.scheduler.cancel(response.sequences)

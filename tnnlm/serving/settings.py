@@ -13,6 +13,8 @@ STOPS = 16
 """Maximum number of stop strings per request."""
 LOGPROBS = 20
 """Maximum number of alternatives per token in ``logprobs``."""
+BUFFER_BYTES = 1 << 20
+"""Bytes of output per sequence that wait for a client which does not read; beyond it the sequence ends."""
 _MOST = 1 << 40
 
 
@@ -32,6 +34,14 @@ class Limits:
     """Maximum number of tokens in a prompt."""
     max_tokens: int = 131_072
     """Maximum number of tokens to generate per sequence."""
+    max_request_rows: int = 64
+    """Maximum number of sequences of one request, prompts times ``n``, and never more than ``max_batch``."""
+    max_answer_bytes: int = 32 << 20
+    """Maximum size of the answer to one request in bytes, over all its sequences."""
+    max_connections: int = 2048
+    """Maximum number of open connections; further ones are closed at once."""
+    send_timeout: float = 30.0
+    """Seconds for which a client may leave a full send buffer unread; then its connection is closed."""
     timeout: float = 600.0
     """Timeout of a request in seconds, queueing included; running sequences then finish with ``length``."""
     cache_bytes: int = 256 << 20
@@ -43,6 +53,11 @@ class Limits:
             least = 0 if setting.name in ("max_queue", "cache_bytes") else 1
             if not least <= value <= _MOST:
                 raise UserError(f"{setting.name} {value}: must be from {least} to {_MOST:,}")
+
+    @property
+    def rows_per_request(self) -> int:
+        """Maximum number of sequences of one request."""
+        return min(self.max_request_rows, self.max_batch, PROMPTS)
 
     @property
     def max_body_bytes(self) -> int:
@@ -60,8 +75,10 @@ class Settings:
     """Description of the engine in one line."""
     parameters: int = 0
     """Number of parameters of the model."""
-    api_key: str | None = None
-    """API key that clients must send; None requires no key."""
+    api_keys: tuple[str, ...] = ()
+    """API keys, one of which clients must send; without keys, everyone is served."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names and addresses in the Host header of requests that are served; None serves all."""
     parse_special: bool = False
     """Whether the names of special tokens in a prompt are encoded as these tokens, unless a request says."""
     limits: Limits = field(default_factory=Limits)
