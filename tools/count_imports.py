@@ -48,30 +48,33 @@ RULES = {
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
+    "reading": Allowed("errors", ""),
+    "checksums": Allowed("errors reading", "xxhash"),
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
-    "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
+    "tokenizer": Allowed("errors reading detokenizer", "tokenizers huggingface_hub"),
     "coverage": Allowed("tokenizer", "tokenizers"),
     "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
-    "config": Allowed("errors fields kernels", "omegaconf yaml"),
+    "config": Allowed("errors fields reading kernels", "omegaconf yaml"),
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
     "checkpoints": Allowed(
-        "errors files tokenizer ops modules config models", "torch safetensors tokenizers"
+        "errors files reading checksums tokenizer ops modules config models", "torch safetensors tokenizers"
     ),
     "data": Allowed(
-        "errors files tokenizer coverage config models",
+        "errors files reading tokenizer coverage config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
-        "errors files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
+        "errors files reading checksums machine tokenizer coverage ops models checkpoints",
+        "torch safetensors onnxscript",
     ),
     "training": Allowed(
-        "errors files machine tokenizer ops kernels modules config models evaluation checkpoints data "
-        "conversion inference",
+        "errors files reading checksums machine tokenizer ops kernels modules config models evaluation "
+        "checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(
@@ -83,10 +86,13 @@ RULES = {
         "torch numpy fastapi starlette pydantic prometheus_client",
     ),
     "cli": Allowed(
-        "errors files machine config checkpoints data conversion inference training deployment serving",
+        "errors files reading machine config checkpoints data conversion inference training deployment "
+        "serving",
         "rich uvicorn fastapi",
     ),
-    "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
+    "hf": Allowed(
+        "errors files reading ops modules config models checkpoints inference", "torch transformers"
+    ),
 }
 """Import rules, lowest package first: a package may import only the packages listed for it, which are all
 above it in this table, and only the libraries listed for it. Inference imports neither conversion nor data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tnnlm.data.text import count, shown
 from tnnlm.errors import DataError
 from tnnlm.files import write_text
+from tnnlm.reading import read_json
 
 REPORT = "data.json"
 """Name of the report in the folder of a run."""
@@ -167,10 +169,11 @@ def read_report(run: Path) -> DataReport | None:
     Raises:
         DataError: If the file is damaged.
     """
-    path = run / REPORT
-    if not path.is_file():
+    path, remedy = run / REPORT, "restore it, or remove it to skip this check"
+    if not os.path.lexists(path):
         return None
+    found = read_json(path, remedy, DataError)
     try:
-        return DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return DataReport.from_dict(found)
     except (ValueError, TypeError, AttributeError):
-        raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None
+        raise DataError(f"{path}: is damaged", remedy) from None
