@@ -64,7 +64,7 @@ RULES = {
         "errors files reading checksums tokenizer ops modules config models", "torch safetensors tokenizers"
     ),
     "data": Allowed(
-        "errors files reading tokenizer coverage config models",
+        "errors files tokenizer coverage config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),

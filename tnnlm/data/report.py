@@ -12,7 +12,6 @@ from typing import Any
 from tnnlm.data.text import count, shown
 from tnnlm.errors import DataError
 from tnnlm.files import write_text
-from tnnlm.reading import read_json
 
 REPORT = "data.json"
 """Name of the report in the folder of a run."""
@@ -169,11 +168,15 @@ def read_report(run: Path) -> DataReport | None:
     Raises:
         DataError: If the file is damaged.
     """
-    path, remedy = run / REPORT, "restore it, or remove it to skip this check"
+    path = run / REPORT
     if not os.path.lexists(path):
         return None
-    found = read_json(path, remedy, DataError)
     try:
-        return DataReport.from_dict(found)
-    except (ValueError, TypeError, AttributeError):
-        raise DataError(f"{path}: is damaged", remedy) from None
+        if not path.is_file():  # a pipe without a writer would be waited for
+            raise ValueError
+        report = DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if not report.splits or any(not isinstance(info.tokens, int) for info in report.splits.values()):
+            raise ValueError
+        return report
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None
