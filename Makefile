@@ -29,9 +29,11 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The certificates of 2,000 random conversions; `make test` runs 200 that are always the same.
+# The certificates of 2,000 random conversions, of which `make test` runs 200 that are always the same, and
+# every kind of file damaged in about 270 ways, of which `make test` tries a few.
 nightly: .venv/installed
 	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py
+	$(BIN)/python -m tests.support.fuzz
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ def test_os_error_without_file_is_one_line(capsys: pytest.CaptureFixture[str]) -
         RuntimeError("ours"),
         AssertionError("ours"),
         OSError("no number"),
-        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EBADF, "Bad file descriptor"),
         FileNotFoundError(errno.ENOENT, "No such file or directory"),
     ],
     ids=lambda error: type(error).__name__,

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from tnnlm.detokenizer import Detokenizer, TextStream
 from tnnlm.errors import DataError
+from tnnlm.reading import read_bytes
 
 LONGEST_WORD = 1_000
 """Bytes of a word that the training of a tokenizer reads as one; each merge moves the rest of its word."""
@@ -267,8 +268,9 @@ def ended(tokenizer: Tokenizer, eos_token: str, where: str, setting: str) -> Tex
 def _read_tokenizer(name: str) -> Tokenizer:
     path = Path(name)
     if path.is_file():
+        data = read_bytes(path, "give another tokenizer.json", DataError)
         try:
-            return _parsed(path.read_text(encoding="utf-8"), name)
+            return _parsed(data.decode(), name)
         except UnicodeDecodeError:
             raise DataError(f"{name}: not a tokenizer.json: it is not UTF-8 text") from None
     if path.suffix == ".json" or path.exists() or name.count("/") > 1:

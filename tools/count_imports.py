@@ -49,19 +49,22 @@ RULES = {
     "fields": Allowed("", ""),
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
+    "reading": Allowed("errors", ""),
+    "checksums": Allowed("errors reading", "xxhash"),
     "trust": Allowed("files", ""),
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
-    "tokenizer": Allowed("errors detokenizer", "tokenizers huggingface_hub"),
+    "tokenizer": Allowed("errors reading detokenizer", "tokenizers huggingface_hub"),
     "coverage": Allowed("tokenizer", "tokenizers"),
     "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
-    "config": Allowed("errors trust fields kernels", "omegaconf yaml"),
+    "config": Allowed("errors trust fields reading kernels", "omegaconf yaml"),
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
     "checkpoints": Allowed(
-        "errors trust files tokenizer ops modules config models", "torch safetensors tokenizers"
+        "errors trust files reading checksums tokenizer ops modules config models",
+        "torch safetensors tokenizers",
     ),
     "data": Allowed(
         "errors files tokenizer coverage config models",
@@ -69,10 +72,12 @@ RULES = {
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
-        "errors trust files machine tokenizer coverage ops models checkpoints", "torch safetensors onnxscript"
+        "errors trust files reading checksums machine tokenizer coverage ops models checkpoints",
+        "torch safetensors onnxscript",
     ),
     "training": Allowed(
-        "signals errors trust files machine tokenizer ops kernels modules config models evaluation "
+        "signals errors trust files reading checksums machine tokenizer ops kernels modules config models "
+        "evaluation "
         "checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
@@ -85,10 +90,13 @@ RULES = {
         "torch numpy fastapi starlette pydantic prometheus_client uvicorn h11",
     ),
     "cli": Allowed(
-        "errors trust files machine config checkpoints data conversion inference training deployment serving",
+        "errors trust files reading machine config checkpoints data conversion inference training deployment "
+        "serving",
         "rich fastapi",
     ),
-    "hf": Allowed("errors files ops modules config models checkpoints inference", "torch transformers"),
+    "hf": Allowed(
+        "errors files reading ops modules config models checkpoints inference", "torch transformers"
+    ),
 }
 """Import rules, lowest package first: a package may import only the packages listed for it, which are all
 above it in this table, and only the libraries listed for it. Inference imports neither conversion nor data

@@ -13,6 +13,7 @@ from tests.support.converted import HORIZON, measure_model, write_converted
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.checkpoints.locate import find_checkpoint, find_run, load_for_decoding
+from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.checkpoints.training import (
     ENTRY,
     attached_ssm,
@@ -136,6 +137,7 @@ def test_converted_model_with_shapes_of_no_kernel_is_reported(tokenizer: TextTok
     tensors = load_file("out/model.safetensors")
     tensors["blocks.1.mixer.conv.near"] = tensors["blocks.1.mixer.conv.near"][1:].clone()
     save_file(tensors, "out/model.safetensors")
+    write_checksums(Path("out"))
     with pytest.raises(UserError, match=r"out: is damaged \(layer 1, shapes near \(15, "):
         load_converted(Path("out"))
 

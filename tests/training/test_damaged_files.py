@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.support.scripts import assert_refused
+from tnnlm.config.loader import load_config
+from tnnlm.errors import CheckpointError
 from tnnlm.training.loggers.csv import read_metrics
-from tnnlm.training.slurm import record_job
+from tnnlm.training.slurm import find_job, record_job
 
 GARBAGE = b"\xff\xfe\x00{\x00[1"
 
@@ -48,7 +50,7 @@ def test_intact_rows_of_a_damaged_metrics_file_are_kept(script: Any, run_here: P
     [
         (lambda text: GARBAGE.decode("latin-1"), "config.yaml"),
         (lambda text: text[: text.index("trainer:")], "is truncated, without conversion.chunk"),
-        (lambda text: text.replace("d_model: 32", "d_model: 64"), "has model.d_model=64, but runs/tiny/"),
+        (lambda text: text.replace("d_model: 32", "d_model: 64"), "is damaged or was changed"),
     ],
     ids=["garbage", "truncated", "changed"],
 )  # fmt: skip
@@ -78,7 +80,39 @@ def test_an_unwritable_extra_does_not_stop_a_run(script: Any, run_here: Path) ->
     assert f"warning: {run_here / 'samples.txt'}: is a folder" in done.out
 
 
-def test_a_damaged_record_of_a_job_is_refused(script: Any, run_here: Path) -> None:
+def test_a_damaged_record_of_a_job_is_refused_if_its_run_may_be_of_the_job(
+    run_here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     record_job(run_here, "nightly")
     (run_here / "job.json").write_bytes(GARBAGE)
-    assert_refused(script("train", "--job", "nightly"), "runs/tiny/job.json: is damaged; restore it")
+    same = load_config(run_here / "config.yaml", saved=True)
+    with pytest.raises(CheckpointError, match=r"tiny/job\.json: is damaged .*; restore it, or remove it"):
+        find_job("nightly", same)
+    other = load_config(run_here / "config.yaml", ["seed=7"], saved=True)
+    assert find_job("nightly", other) is None
+    assert "job.json: is damaged (not UTF-8 text, byte 0); it was skipped" in caplog.text
+
+
+def test_the_record_of_another_run_is_refused(run_here: Path) -> None:
+    config = load_config(run_here / "config.yaml", saved=True)
+    record_job(run_here, "nightly")
+    moved = run_here.rename(run_here.with_name("moved"))  # by the user
+    assert find_job("nightly", config) == moved
+    Path("runs/other").mkdir()
+    record_job(Path("runs/other"), "nightly")
+    Path("runs/other/job.json").replace(moved / "job.json")
+    with pytest.raises(CheckpointError, match="is the record of the run 'other'"):
+        find_job("nightly", config)
+
+
+def test_edited_settings_and_records_without_checksum(
+    script: Any, run_here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run_here / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("dropout: 0.0", "dropout: 0.5"))
+    assert path.read_text() != text
+    assert_refused(script("train", "--resume", "tiny"), "config.yaml: is damaged or was changed", "key=value")
+    path.write_text("".join(text.splitlines(keepends=True)[:-1]))  # as older versions wrote it
+    assert_refused(script("train", "--resume", "tiny"), "runs/tiny: is complete at step 4")
+    assert "config.yaml: not verified: written by an older version" in caplog.text

@@ -83,7 +83,8 @@ def test_a_requeued_job_loses_no_step(script: Any, slurm: Path, monkeypatch: pyt
     # Newer runs of other jobs are not resumed.
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     assert script("train", *command, "trainer.max_steps=3").code == 0
-    assert json.loads(Path("runs/demo-2/job.json").read_text()) == {"job": "slurm 4712"}
+    recorded = json.loads(Path("runs/demo-2/job.json").read_text())
+    assert (recorded["job"], recorded["run"]) == ("slurm 4712", "demo-2")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     second = script("train", *command)
     assert second.code == 0, second.err

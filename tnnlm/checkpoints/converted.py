@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
+from tnnlm.checkpoints.manifest import REMEDY, WEIGHTS, verify_folder, write_checksums
+from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, restore_replaced, write_text
@@ -28,6 +30,7 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
+from tnnlm.reading import check_regular, read_json, read_text
 from tnnlm.tokenizer import TextTokenizer
 
 FORMAT = 1
@@ -88,9 +91,10 @@ def save_converted(
         **hf_files(model, tokenizer),
     }
     with atomic_folder(folder) as temporary:
-        save_tensors(model.state_dict(), temporary / "model.safetensors")
+        save_tensors(model.state_dict(), temporary / WEIGHTS)
         for name, text in texts.items():
             write_text(temporary / name, text)
+        write_checksums(temporary)
 
 
 def save_report(folder: Path, report: ModelReport) -> None:
@@ -201,25 +205,24 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read(folder: Path) -> ConvertedModel:
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: is missing", "convert again")
+    config = read_json(folder / "config.json", REMEDY)
+    text = read_text(folder / "tokenizer.json", REMEDY)
+    check_regular(folder / WEIGHTS, REMEDY)
+    verified = verify_folder(folder, config)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         # save_pretrained of tnnlm.hf adds the prefix "model." to all names.
-        tensors = {
-            key.removeprefix(_PREFIX): value for key, value in load_file(folder / "model.safetensors").items()
-        }
+        tensors = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
         if config["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: has the format of another version of tnnlm", "convert again")
+            raise CheckpointError(f"{folder}: has the format of another version of tnnlm", REMEDY)
         model_config = model_config_from_dict(config["model"], str(folder))
         eos_token, fingerprint = config["eos_token"], config["tokenizer_sha256"]
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: is damaged ({one_line(error)})", "convert again") from None
+        raise CheckpointError(f"{folder}: is damaged ({one_line(error)})", REMEDY) from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
+    check_sizes(model_config, tensors, folder)
+    check_finite(tensors, folder / WEIGHTS)
     # Build the model without its kernels: the code of a user-defined kernel need not be available here.
     convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
     with torch.device("meta"):
@@ -233,7 +236,24 @@ def _read(folder: Path) -> ConvertedModel:
             f"{folder}: tokenizer.json is not the one this model was trained with",
             "convert again to another folder",
         )
-    return ConvertedModel(model, tokenizer, config.get("model_sha256") or model_fingerprint(model))
+    return ConvertedModel(model, tokenizer, _fingerprint(folder, model, config, verified))
+
+
+def _fingerprint(folder: Path, model: CausalLM, config: dict[str, Any], verified: bool) -> str:
+    """Return the hash of the weights that config.json states; without checksums it is compared with them.
+
+    Raises:
+        CheckpointError: If it differs.
+    """
+    stated = config.get("model_sha256")
+    if verified and isinstance(stated, str):
+        return stated
+    found = model_fingerprint(model)
+    if stated is not None and stated != found:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: is damaged or was replaced (config.json states another hash)", REMEDY
+        )
+    return found
 
 
 def check_tokenizer(tokenizer: TextTokenizer, model: Backbone, where: Path) -> None:
@@ -257,26 +277,3 @@ def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Param
         raise CheckpointError(f"{folder}: model.safetensors has no {error}", "convert again") from None
     except ValueError as error:
         raise CheckpointError(f"{folder}: is damaged (layer {index}, {error})", "convert again") from None
-
-
-def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:
-    """Load weights into a model on the meta device whose recurrences, if any, already have their values.
-
-    Raises:
-        CheckpointError: If a name is missing or unexpected, or a shape doesn't match.
-    """
-    own = {
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if isinstance(module, RecurrentConv)
-        for buffer, _ in module.named_buffers()
-    }
-    try:
-        missing, unexpected = model.load_state_dict(weights, assign=True, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{where}: its weights don't fit its configuration: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    wrong = [key for key in (*missing, *unexpected) if key not in own]
-    if wrong:
-        raise CheckpointError(f"{where}: its weights don't fit its configuration: {wrong[0]}")

@@ -10,6 +10,8 @@ import json
 from typing import Any
 
 from tnnlm.checkpoints.certificate import ModelReport
+from tnnlm.checkpoints.manifest import CHECKSUMS
+from tnnlm.checkpoints.manifest import ENTRY as CHECKSUMS_ENTRY
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import recurrences
 from tnnlm.tokenizer import TextTokenizer
@@ -41,6 +43,7 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
     """Return the entries of config.json that Transformers needs."""
     return {
         "model_type": MODEL_TYPE,
+        CHECKSUMS_ENTRY: CHECKSUMS,
         "architectures": ["TnnlmForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),

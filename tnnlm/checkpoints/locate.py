@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
         raise CheckpointError(f"{target}: no such checkpoint")
     run = find_run(target, runs_dir)
     for name in (BEST, LAST):
-        if (run / name).is_file():
+        if os.path.lexists(run / name):  # what is no file there is refused when it is read
             return run / name
     raise CheckpointError(f"{run}: has no checkpoint yet")
 

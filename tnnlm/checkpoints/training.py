@@ -8,38 +8,36 @@ A checkpoint is Lightning's dict with an additional entry ``tnnlm`` of plain dat
 from __future__ import annotations
 
 import shutil
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tnnlm.checkpoints.converted import (
-    FORMAT,
-    ConvertedModel,
-    check_tokenizer,
-    load_weights,
-    model_fingerprint,
-)
+from tnnlm.checkpoints.archive import archive_fault
+from tnnlm.checkpoints.converted import FORMAT, ConvertedModel, check_tokenizer, model_fingerprint
+from tnnlm.checkpoints.membership import check_member
 from tnnlm.checkpoints.shards import SHARDS, SUFFIX, load_model_weights, shards_of
+from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.errors import CheckpointError, command
+from tnnlm.errors import CheckpointError, UserError, command
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params, to_device
+from tnnlm.reading import check_regular
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.trust import NO_CODE, Trust
 
 ENTRY = "tnnlm"
 """Key of this package's entry in a checkpoint."""
 _PREFIX = "model."
+_OTHER = "use another one"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def load_checkpoint(path: Path, trust: Trust = NO_CODE) -> TrainedCheckpoint:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, not from this package, or of a
             model for another task.
     """
-    data = read_checkpoint(path)
+    data = read_intact(path)
     loaded = _load_model(data, path, trust)
     config, tokenizer, model = loaded.config, loaded.tokenizer, loaded.model
     if not isinstance(model, CausalLM):
@@ -119,13 +117,19 @@ def load_checkpoint(path: Path, trust: Trust = NO_CODE) -> TrainedCheckpoint:
             "train one with task=causal, or load this one in Python "
             "with tnnlm.checkpoints.training.load_encoder",
         )
-    attached = data[ENTRY]["ssm"]
-    ssm = attached and AttachedSSM(
-        attached["method"],
-        attached["horizon"],
-        [recurrence.from_tensors(layer) for layer in attached["layers"]],
-    )
-    return TrainedCheckpoint(path, config, tokenizer, model.eval(), int(data["global_step"]), ssm)
+    with _consistent(path):
+        ssm, step = _attached(data[ENTRY]["ssm"], path), int(data["global_step"])
+    return TrainedCheckpoint(path, config, tokenizer, model.eval(), step, ssm)
+
+
+def _attached(stored: dict[str, Any] | None, path: Path) -> AttachedSSM | None:
+    """Return the recurrences in this package's entry of a checkpoint."""
+    if not stored:
+        return None
+    for index, layer in enumerate(stored["layers"]):
+        check_finite({f"the recurrence of layer {index}, {name}": layer[name] for name in layer}, path)
+    layers = [recurrence.from_tensors(layer) for layer in stored["layers"]]
+    return AttachedSSM(stored["method"], stored["horizon"], layers)
 
 
 def load_encoder(path: Path, trust: Trust = NO_CODE) -> TrainedEncoder:
@@ -150,46 +154,52 @@ def load_any(path: Path, trust: Trust = NO_CODE) -> Loaded:
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent, or not from this package.
     """
-    return _load_model(read_checkpoint(path), path, trust)
+    return _load_model(read_intact(path), path, trust)
 
 
 def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
-    entry = data[ENTRY]
-    config = config_from_dict(entry["config"], str(path), trust)
-    tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
-    weights = {
-        key.removeprefix(_PREFIX): value
-        for key, value in load_model_weights(path, data).items()
-        if key.startswith(_PREFIX)
-    }
-    with torch.device("meta"):
-        model = build_model(config)
-    load_weights(model, weights, path)
-    check_tokenizer(tokenizer, model, path)
+    with _consistent(path):
+        entry = data[ENTRY]
+        config = config_from_dict(entry["config"], str(path), trust)
+        tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
+        check_member(path, config, tokenizer)
+        weights = {
+            key.removeprefix(_PREFIX): value
+            for key, value in load_model_weights(path, data).items()
+            if key.startswith(_PREFIX)
+        }
+        check_sizes(config.model, weights, path)
+        check_finite(weights, path)
+        with torch.device("meta"):
+            model = build_model(config)
+        load_weights(model, weights, path)
+        check_tokenizer(tokenizer, model, path)
     return Loaded(config, tokenizer, model)
+
+
+@contextmanager
+def _consistent(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError for an entry that is missing or of another type than this package saves."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{path}: is damaged, or of another version of tnnlm ({type(error).__name__})"
+        raise CheckpointError(reason, _OTHER) from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the raw dict of a training checkpoint, with its tensors memory-mapped on the CPU.
 
-    A sharded checkpoint is returned without the tensors in its shards.
+    Everything but the values of tensors is verified. A sharded checkpoint is returned without the tensors in
+    its shards.
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, or not from this package, or if one of its
             shards is missing or truncated.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception:  # torch raises many types for damaged and foreign files
-        raise CheckpointError(f"{path}: is not a checkpoint, or truncated", "use another one") from None
-    if not isinstance(data, dict) or ENTRY not in data or data[ENTRY].get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not a checkpoint of tnnlm's train.py")
-    shards_of(path, data)
-    return data
+    return _read(path, verify=False)
 
 
 def read_intact(path: Path) -> dict[str, Any]:
@@ -198,16 +208,24 @@ def read_intact(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the checkpoint is missing, corrupt, or not from this package.
     """
-    data = read_checkpoint(path)
+    return _read(path, verify=True)
+
+
+def _read(path: Path, verify: bool) -> dict[str, Any]:
+    check_regular(path, _OTHER, missing="no such checkpoint")
+    fault = archive_fault(path, tensors=verify)
+    if fault is not None:
+        raise CheckpointError(f"{path}: is not a checkpoint, or damaged ({fault})", _OTHER)
     try:
-        # torch.load does not verify the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError):
-        damaged = path.name
-    if damaged is not None:
-        raise CheckpointError(f"{path}: is corrupt")
-    shards_of(path, data, verify=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception:  # torch raises many types for damaged and foreign files
+        raise CheckpointError(f"{path}: is not a checkpoint of PyTorch", _OTHER) from None
+    entry = data.get(ENTRY) if isinstance(data, dict) else None
+    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not a checkpoint of this version of tnnlm's train.py", _OTHER)
+    shards_of(path, data, verify=verify)
     return data
 
 

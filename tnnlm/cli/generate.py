@@ -36,6 +36,7 @@ from tnnlm.cli.usage import (
 )
 from tnnlm.errors import UserError
 from tnnlm.files import check_file
+from tnnlm.reading import read_bytes
 
 if TYPE_CHECKING:
     from tnnlm.inference.session import GenerationSession
@@ -234,9 +235,12 @@ def read_prompts(path: Path) -> list[str]:
         UserError: If the file cannot be read as text or has no such line.
     """
     try:
+        # A pipe of the shell, <(command), is open already; another one might never have a writer.
+        passed = path.is_fifo() and path.is_relative_to("/dev")
+        data = path.read_bytes() if passed else read_bytes(path, "give a text file", UserError)
         # splitlines() would also split at characters such as U+2028, which may be part of a prompt.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file with one prompt per line") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:

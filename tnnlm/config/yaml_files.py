@@ -16,7 +16,12 @@ from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from tnnlm.config.values import Node, Origin
 from tnnlm.errors import ConfigError
+from tnnlm.reading import read_bytes
 
+LARGEST = 1 << 22
+"""Largest number of bytes of a file of settings."""
+MOST_NODES = 100_000
+"""Largest number of keys, values and lists in a document, which are parsed in Python."""
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -36,10 +41,9 @@ def read_yaml_file(path: Path, origin: Origin = Origin.FILE) -> Node:
         ConfigError: If the file is missing or not valid YAML, or a key is given twice; the message contains
             the file, the line and the problem.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+    data = read_bytes(path, "", ConfigError, largest=LARGEST, missing="no such configuration file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     try:
@@ -100,6 +104,15 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 class _Loader(yaml.SafeLoader):
     """Loader that resolves null only; PyYAML's own resolvers follow YAML 1.1."""
+
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, and count it."""
+        self.nodes += 1
+        if self.nodes > MOST_NODES:
+            raise YamlProblem(f"has more than {MOST_NODES:,} keys and values")
+        return super().compose_node(parent, index)
 
     yaml_implicit_resolvers = {  # noqa: RUF012  by first character, as in the base class
         letter: [(f"{_TAG}null", re.compile(r"(~|null|Null|NULL|)\Z"))] for letter in ("", "~", "n", "N")

@@ -11,12 +11,14 @@ from transformers import PreTrainedConfig
 
 from tnnlm.checkpoints.converted import FORMAT
 from tnnlm.checkpoints.hf_files import AUTO_MAP, MODEL_TYPE, SHIM, SHIM_TEXT
+from tnnlm.checkpoints.manifest import CHECKSUMS, REMEDY, update_checksum, verify_folder
 from tnnlm.config.loader import model_config_from_dict
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import CheckpointError
 from tnnlm.files import write_text
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
+from tnnlm.reading import read_json
 
 
 class TnnlmConfig(PreTrainedConfig):
@@ -28,6 +30,8 @@ class TnnlmConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
 
+    checksums: str | None = None
+    """Name of the file with the checksums of the folder; None if a version without them wrote it."""
     format: int = FORMAT
     """Version of the folder format, which ``load_converted`` checks."""
     model: dict[str, Any] | None = None
@@ -96,32 +100,39 @@ class TnnlmConfig(PreTrainedConfig):
             layers.append(RecurrentConv(params.to_dtype(torch.get_default_dtype())))
         return layers
 
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *rest: Any, **options: Any) -> Any:
+        """Load config.json after the checksums of a local folder are verified.
+
+        Transformers calls this with ``trust_remote_code=True`` too.
+
+        Raises:
+            CheckpointError: If a file of the folder is damaged or was replaced, or if config.json names other
+                code than that of converted models, which Transformers would run next.
+        """
+        folder = Path(name)
+        if folder.is_dir() and not options.get("subfolder"):
+            verify_folder(folder, read_json(folder / "config.json", REMEDY), weights=False)
+        found = super().from_pretrained(name, *rest, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        own = f"{os.fspath(name)}--"  # in front of the names in a model of the Hub
+        for key, code in dict(getattr(config, "auto_map", None) or {}).items():
+            if str(code).removeprefix(own) != AUTO_MAP.get(key):
+                raise CheckpointError(
+                    f"config.json: auto_map has {code!r} for {key}, which is not code of tnnlm",
+                    "omit trust_remote_code, and import tnnlm.hf instead",
+                )
+        return found
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write config.json, and the Python module that its ``auto_map`` refers to."""
+        """Write config.json, the Python module that its ``auto_map`` refers to, and their checksums."""
         self.auto_map = AUTO_MAP
+        self.checksums = CHECKSUMS
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / SHIM, SHIM_TEXT)
         super().save_pretrained(save_directory, **options)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-        """Load a configuration; Transformers calls this with ``trust_remote_code=True``.
-
-        Raises:
-            CheckpointError: If it names other code than that of converted models, which Transformers would
-                run next.
-        """
-        found = super().from_pretrained(pretrained_model_name_or_path, **options)
-        config = found[0] if isinstance(found, tuple) else found
-        own = f"{os.fspath(pretrained_model_name_or_path)}--"  # in front of the names in a model of the Hub
-        for name, code in dict(getattr(config, "auto_map", None) or {}).items():
-            if str(code).removeprefix(own) != AUTO_MAP.get(name):
-                raise CheckpointError(
-                    f"config.json: auto_map has {code!r} for {name}, which is not code of tnnlm",
-                    "omit trust_remote_code, and import tnnlm.hf instead",
-                )
-        return found
+        update_checksum(folder, "config.json")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tnnlm.checkpoints.converted import model_fingerprint
+from tnnlm.checkpoints.manifest import REMEDY, verify_folder, warn_edited, write_checksums
+from tnnlm.checkpoints.weights import check_finite
 from tnnlm.hf.cache import RecurrentCache, StateLayer, state_layer
 from tnnlm.hf.config import TnnlmConfig
 from tnnlm.hf.generation import RecurrentGenerationMixin
 from tnnlm.inference.generator import PREFILL_CHUNK
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.vocabulary import mask_missing
+from tnnlm.reading import read_json
 
 # Transformers replaces torch.linspace while it builds a model. PyTorch records at the first use of a device
 # context, once and for all, which functions the context affects. If this were during the replacement,
@@ -161,6 +165,25 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         """Write a folder for Transformers and, once the tokenizer is saved there too, ``load_converted``."""
         self.config.model_sha256 = model_fingerprint(self.model)
         super().save_pretrained(save_directory, **options)
+        write_checksums(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *rest: Any, **options: Any) -> TnnlmForCausalLM:
+        """Load a model after the checksums of a local folder are verified.
+
+        Raises:
+            CheckpointError: If a file of the folder is damaged or was replaced, or a weight is not finite.
+        """
+        folder = Path(name or "")
+        if name is not None and folder.is_dir() and not options.get("subfolder"):
+            verify_folder(folder, read_json(folder / "config.json", REMEDY))
+            warn_edited(folder)
+        found: Any = super().from_pretrained(name, *rest, **options)
+        model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        values = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+        check_finite(values, folder)
+        made: TnnlmForCausalLM = found
+        return made
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -1,7 +1,7 @@
 """Saving and loading of generation states: recurrent states, next logits and random state, as safetensors.
 
 A loaded state continues exactly as if generation had not been interrupted. The file contains the hashes of
-its model and tokenizer, and loading it with any other raises an error.
+its model and tokenizer, and loading it with any other raises an error; and a checksum of all its contents.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnnlm.checkpoints.converted import save_tensors
+from tnnlm.checksums import checksum, not_verified
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.ops.recurrence import check_state, named_tensors, with_tensors
+from tnnlm.reading import check_regular
 
-FORMAT = "tnnlm-state-1"
+FORMAT = "tnnlm-state-2"
+FORMER = "tnnlm-state-1"
+"""Format of versions that wrote no checksum."""
+_OTHER = "use another one"
 
 
 class SavedState(NamedTuple):
@@ -59,6 +64,7 @@ def save_state(
         "tokenizer": generator.tokenizer.fingerprint,
         "lengths": json.dumps(state.lengths),
     }
+    metadata["checksum"] = _checksum(tensors, metadata)
     with atomic_file(path) as temporary:
         save_tensors(tensors, temporary, metadata)
 
@@ -69,8 +75,7 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
     Raises:
         CheckpointError: If the file is missing or corrupt, or belongs to another model or tokenizer.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_regular(path, "give a file of --save-state", missing="no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -78,9 +83,13 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
     except (SafetensorError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise CheckpointError(f"{path}: is not a saved state, or is corrupt") from None
-    if metadata.get("kind") != FORMAT:
-        raise CheckpointError(f"{path}: is not a saved state of generate.py")
+        raise CheckpointError(f"{path}: is not a saved state, or is corrupt", _OTHER) from None
+    if metadata.get("kind") not in (FORMAT, FORMER):
+        raise CheckpointError(f"{path}: is not a saved state of this version of generate.py", _OTHER)
+    if metadata["kind"] == FORMER:
+        not_verified(path)
+    elif metadata.pop("checksum", None) != _checksum(tensors, metadata):
+        raise CheckpointError(f"{path}: is damaged (its checksum differs)", "save it again")
     expected = {"model": generator.fingerprint, "tokenizer": generator.tokenizer.fingerprint}
     for part, fingerprint in expected.items():
         if metadata.get(part) != fingerprint:
@@ -94,6 +103,15 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged ({error})", "save it again") from None
     return SavedState(state, random)
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Return the checksum of the contents of a file, whose metadata has all entries but this one."""
+    found = [json.dumps({key: metadata[key] for key in sorted(metadata) if key != "format"})]
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(data.data)}")
+    return checksum("\n".join(found).encode())
 
 
 def _lengths(text: str) -> tuple[int, ...]:

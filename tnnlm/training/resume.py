@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
+from tnnlm.checkpoints.settings_file import verify_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
+from tnnlm.checksums import not_verified
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import remove_leftovers, write_text
+from tnnlm.reading import check_regular
 from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
@@ -58,10 +62,13 @@ def resumed_config(run: Path, overrides: list[str], trust: Trust = NO_CODE) -> C
             f"{run}: was imported and has no training to resume",
             f"start a new run from it with: {command('train', '--init-from', run)}",
         )
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{run}: has no config.yaml to resume from", "start the run again")
+    verified = verify_settings(run)
     recorded = load_config(path, saved=True, trust=trust)
     _check_recorded(run, recorded)
+    if not verified:
+        not_verified(path)
     try:
         config = load_config(path, overrides, saved=True, trust=trust)
     except ConfigError:
@@ -145,7 +152,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def began(run: Path) -> bool:
     """Return whether a run has saved a checkpoint; unsharded runs save the first one at step 0."""
-    return any((run / name).is_file() for name in (LAST, PREVIOUS))
+    return any(os.path.lexists(run / name) for name in (LAST, PREVIOUS))
 
 
 def is_complete(config: Config, run: Path) -> bool:
@@ -175,8 +182,8 @@ def check_resumable(config: Config, run: Path, source: Path = LAST, *, verify: b
         ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
     for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
-        if (run / name).is_dir():
-            raise CheckpointError(f"{run / name}: is a folder, not a file", "move it to another place")
+        if os.path.lexists(run / name):
+            check_regular(run / name, "move it to another place")
     if not began(run):
         path = run / "config.yaml"
         settings = ["--config", str(path)] if path.is_file() else []

@@ -17,8 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from tnnlm.checkpoints.locate import LAST
+from tnnlm.checkpoints.settings_file import write_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint
-from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
 from tnnlm.conversion.checks import check_training
 from tnnlm.data.datamodule import TextDataModule
@@ -197,7 +197,7 @@ def _record(config: Config, start: _Start) -> None:
     """Write the tokenizer, the configuration and the data report of a new run."""
     assert start.tokenizer is not None
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
-    write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_settings(start.folder, config)
     write_report(start.folder, start.report)
 
 
@@ -207,7 +207,7 @@ def _continue_run(config: Config, start: _Start) -> None:
     assert start.checkpoint is not None
     assert start.tokenizer is not None
     begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
-    write_text(start.folder / "config.yaml", config_to_yaml(config))
+    write_settings(start.folder, config)
     write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())  # it may be damaged
     write_report(start.folder, start.report)  # a run of an earlier version has none
 

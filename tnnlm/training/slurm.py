@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +16,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from tnnlm.checkpoints.settings_file import SETTINGS_FILE, verify_settings
+from tnnlm.checksums import read_signed_record, signed_record
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
@@ -26,6 +28,7 @@ from tnnlm.trust import NO_CODE, Trust
 
 JOB = Path("job.json")
 """File in a run's folder that records the job the run belongs to."""
+_LOG = logging.getLogger("tnnlm")
 
 
 class TimeLimit(Exception):
@@ -55,7 +58,7 @@ def job_name(given: str) -> str:
 
 def record_job(run: Path, job: str) -> None:
     """Record in a run's folder which job the run belongs to."""
-    write_text(run / JOB, json.dumps({"job": job}) + "\n")
+    write_text(run / JOB, signed_record({"job": job, "run": run.name}) + "\n")
 
 
 def begin_job(job: str, config: Config, create: Callable[[], Path]) -> Path:
@@ -96,23 +99,55 @@ def find_job(job: str, config: Config, trust: Trust = NO_CODE) -> Path | None:
 
     Raises:
         ConfigError: If the run's settings differ from ``config``, so that it belongs to another experiment.
-        CheckpointError: If the record of any run is damaged.
+        CheckpointError: If the record of a run is damaged that may be of this job. Other damaged records
+            are skipped, which is logged.
     """
-    for path in sorted(config.runs_folder.glob(f"*/{JOB}")):
-        try:
-            recorded = json.loads(path.read_text(encoding="utf-8")).get("job")
-        except (ValueError, AttributeError):
-            raise CheckpointError(
-                f"{path}: is damaged", f'restore it, or remove it if its run is not of job "{job}"'
-            ) from None
-        if recorded != job:
+    for run in sorted(config.runs_folder.glob("*")):
+        path = run / JOB
+        if not os.path.lexists(path):
             continue
-        run = path.parent
-        if (run / "config.yaml").is_file():
-            recorded = load_config(run / "config.yaml", saved=True, trust=trust)
-            _check_same(config, recorded, job, run)
+        try:
+            if _recorded_job(path) != job:
+                continue
+        except CheckpointError as error:
+            # The run may be of this job only if its settings are those of the command.
+            if _may_be_of(config, run):
+                remedy = f'restore it, or remove it if its run is not of job "{job}"'
+                raise CheckpointError(error.reason, remedy) from None
+            _LOG.warning("%s; it was skipped, its run has other settings than this job", error.reason)
+            continue
+        if os.path.lexists(run / SETTINGS_FILE):
+            verify_settings(run)
+            _check_same(config, load_config(run / "config.yaml", saved=True, trust=trust), job, run)
         return run
     return None
+
+
+def _recorded_job(path: Path) -> str:
+    """Return the name of the job in a record.
+
+    Raises:
+        CheckpointError: If the record is damaged, or is that of another run.
+    """
+    record, verified = read_signed_record(path, "")
+    if not verified and set(record) != {"job"}:
+        raise CheckpointError(f"{path}: is damaged (it has no checksum)")
+    job, name = record.get("job"), record.get("run", path.parent.name)
+    if not isinstance(job, str):
+        raise CheckpointError(f"{path}: is damaged (it names no job)")
+    # The folder may have been renamed; its settings keep the name with which the job began.
+    settings = _settings(path.parent) if name != path.parent.name else None
+    if name not in (path.parent.name, settings and settings.name):
+        raise CheckpointError(f"{path}: is the record of the run {name!r}")
+    return job
+
+
+def _settings(run: Path) -> Config | None:
+    """Return the settings of a run; None if they can't be read."""
+    try:
+        return load_config(run / SETTINGS_FILE, saved=True)
+    except UserError:
+        return None
 
 
 def requeue() -> str:
@@ -171,12 +206,29 @@ def cluster_plugins() -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
 
 
+def _may_be_of(config: Config, run: Path) -> bool:
+    """Return whether a run has the settings of a command, so that its record may be that of its job."""
+    recorded = _settings(run)
+    return recorded is not None and _difference(config, recorded) is None
+
+
 def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
+    differs = _difference(config, recorded)
+    if differs is not None:
+        key, old, new = differs
+        raise ConfigError(
+            f"--job: {run} of job {job!r} has {key}={old}, not {new}",
+            f"pass another name with --job NAME, or continue that run with --resume {run}",
+        )
+
+
+def _difference(config: Config, recorded: Config) -> tuple[str, Any, Any] | None:
+    """Return the first setting that differs: its key, its value in the run and its value in the command.
+
+    Name and place are not compared: a run in a numbered folder such as demo-2 has that as its name.
+    """
     new, old = ({name: value for name, value, _ in leaves(c)} for c in (config, recorded))
     for key in sorted(new.keys() | old.keys()):
-        # A run in a numbered folder such as demo-2 has that as its name.
         if key not in ("name", "runs_dir") and new.get(key) != old.get(key):
-            raise ConfigError(
-                f"--job: {run} of job {job!r} has {key}={old.get(key)}, not {new.get(key)}",
-                f"pass another name with --job NAME, or continue that run with --resume {run}",
-            )
+            return key, old.get(key), new.get(key)
+    return None

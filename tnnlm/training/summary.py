@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from rich.text import Text
 
 from tnnlm.checkpoints.locate import BEST, CONVERTED
 from tnnlm.data.report import DataReport
-from tnnlm.errors import command
+from tnnlm.errors import CheckpointError, command
 from tnnlm.files import atomic_file, write_text
+from tnnlm.reading import read_json
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.loggers.names import BY_COLUMN, Place, metrics_at
 from tnnlm.training.tasks import ValidationTask
+
+_LOG = logging.getLogger("tnnlm")
 
 
 def write_summary(
@@ -69,12 +74,15 @@ def write_summary(
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return the content of summary.json; empty if the file does not exist or is damaged."""
-    try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    """Return the content of summary.json; empty if it does not exist, or is damaged, which is logged."""
+    path = run / "summary.json"
+    if not os.path.lexists(path):
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        return read_json(path, "")
+    except CheckpointError as error:
+        _LOG.warning("%s; the end of the run is computed again", error.reason)
+        return {}
 
 
 def plot_loss(run: Path) -> None:

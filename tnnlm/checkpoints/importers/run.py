@@ -11,8 +11,8 @@ import torch
 from tnnlm.checkpoints.converted import check_tokenizer
 from tnnlm.checkpoints.importers.formats import Imported
 from tnnlm.checkpoints.locate import IMPORTED, LAST
+from tnnlm.checkpoints.settings_file import write_settings
 from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
-from tnnlm.config.loader import config_to_yaml
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_folder, check_parents, only_process, write_text
 from tnnlm.models.causal_lm import CausalLM
@@ -63,7 +63,7 @@ def write_run(folder: Path, source: Path, imported: Imported, tokenizer: TextTok
                 },
                 temporary / LAST,
             )
-            write_text(temporary / "config.yaml", config_to_yaml(config))
+            write_settings(temporary, config)
             write_text(temporary / "tokenizer.json", tokenizer.to_json())
             origin = {"format": imported.format, "source": source.name, "sha256": _sha256(source)}
             write_text(temporary / IMPORTED, json.dumps(origin, indent=2))

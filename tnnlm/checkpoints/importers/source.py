@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tnnlm.checkpoints.archive import archive_fault
 from tnnlm.errors import CheckpointError
+from tnnlm.reading import check_regular, unreadable
 
 CONTAINERS = ("model", "state_dict", "module")
 """Keys under which training frameworks store the weights: fairseq, Lightning and DeepSpeed."""
@@ -54,8 +56,7 @@ def read_weights(path: Path) -> Source:
         CheckpointError: If the file is missing, truncated, carries code, or holds no weights; or if a weight
             is not finite.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_regular(path, "give a file of weights", missing="no such file")
     data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     found = _weights_in(data)
     weights = {key: value for key, value in found.items() if isinstance(value, Tensor)}
@@ -72,13 +73,16 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: is not a safetensors file, or truncated ({error})") from None
+        reason = f"{path}: is not a safetensors file, or truncated ({error})"
+        raise CheckpointError(reason, "use another one") from None
+    except OSError as problem:
+        raise unreadable(path, problem, "use another one", CheckpointError) from None
 
 
 def _read_pickle(path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            _check_sums(path)
+        if zipfile.is_zipfile(path) and archive_fault(path) is not None:
+            raise zipfile.BadZipFile  # torch.load verifies no checksums
         with _ALLOWING, torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the version of the pickle, which fails below if not read
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -93,14 +97,6 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: contains {found[1]}, which is neither a tensor nor plain data and was not loaded",
             "save the weights alone, as safetensors, where the checkpoint is trusted",
         ) from None
-
-
-def _check_sums(path: Path) -> None:
-    """Raise an error if a member of the archive is damaged, because torch.load verifies no checksums."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)
 
 
 def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Whether a checkpoint in the folder of a run is one of that run, and not a valid one of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tnnlm.config.checks import leaves
+from tnnlm.config.loader import load_config
+from tnnlm.config.schema import Config
+from tnnlm.errors import CheckpointError, UserError
+from tnnlm.tokenizer import TextTokenizer, load_tokenizer
+
+FIXED = ("seed", "task", "model.", "data.mask", "data.protocol", "data.listops", "data.lra.task")
+"""Settings, or groups of them, that never change in a run."""
+
+
+def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
+    """Check a checkpoint against config.yaml and tokenizer.json of the run in whose folder it is.
+
+    A checkpoint outside of a run can't be checked, and neither file is needed: one that is missing or damaged
+    is not compared.
+
+    Args:
+        path: The checkpoint.
+        config: Settings that it contains.
+        tokenizer: Tokenizer that it contains.
+
+    Raises:
+        CheckpointError: If a setting differs that is fixed in a run, or the tokenizer.
+    """
+    run = path.absolute().parents[1]
+    if path.absolute().parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+        return
+    remedy = "restore the checkpoint of this run, or copy this one to another folder"
+    try:
+        recorded = _fixed(load_config(run / "config.yaml", saved=True))
+    except UserError:
+        return
+    own = _fixed(config)
+    for key in own:
+        if key in recorded and own[key] != recorded[key]:
+            raise CheckpointError(
+                f"{path}: is of another run, it has {key}={own[key]} and config.yaml {recorded[key]}", remedy
+            )
+    try:
+        there = load_tokenizer(str(run / "tokenizer.json"), tokenizer.eos_token).fingerprint
+    except UserError:
+        return
+    if there != tokenizer.fingerprint:
+        raise CheckpointError(f"{path}: is of another run, its tokenizer is not tokenizer.json", remedy)
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    return {key: value for key, value, _ in leaves(config) if key.startswith(FIXED)}
