@@ -29,9 +29,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The certificates of 2,000 random conversions; `make test` runs 200 that are always the same.
+# 2,000 random conversions and 8,000 damaged caches; `make test` runs 200 and 700 that are always the same.
 nightly: .venv/installed
-	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py
+	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py tests/security
 
 lint: .venv/installed
 	$(BIN)/ruff check .
