@@ -29,10 +29,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The certificates of 2,000 random conversions, of which `make test` runs 200 that are always the same, and
-# every kind of file damaged in about 270 ways, of which `make test` tries a few.
+# 2,000 random conversions, 8,000 damaged caches, and every other kind of file damaged in about 270 ways.
+# `make test` runs a few of each that are always the same.
 nightly: .venv/installed
-	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py
+	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py tests/security
 	$(BIN)/python -m tests.support.fuzz
 
 lint: .venv/installed

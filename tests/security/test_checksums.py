@@ -1,4 +1,4 @@
-"""Checksums notice a file that another valid one replaced, and weights that are not finite are named."""
+"""Checksums notice a file that another valid one replaced, and weights that are not finite are reported by name."""
 
 from __future__ import annotations
 

@@ -43,9 +43,10 @@ WORDS = (
 
 
 def damages(path: Path, *others: Path, n: int = 4) -> list[Damage]:
-    """Return damages of a file, the same ones in every run."""
-    rng = random.Random(path.name)
-    return [*truncations(path, n, rng), *flips(path, n, rng), *replacements(path, *others)]
+    """Return damages of a file, the same ones in every run; with ``TNNLM_NIGHTLY`` more of them."""
+    rng, whole = random.Random(path.name), os.environ.get("TNNLM_NIGHTLY") == "1"
+    cut, flipped = truncations(path, 50 if whole else n, rng), flips(path, 200 if whole else n, rng)
+    return [*cut, *flipped, *replacements(path, *others)]
 
 
 @pytest.fixture(autouse=True)

@@ -62,9 +62,11 @@ def truncations(path: Path, n: int, rng: random.Random) -> list[Damage]:
 
 
 def flips(path: Path, n: int, rng: random.Random) -> list[Damage]:
-    """Return ``n`` changes of a file in one bit each."""
+    """Return ``n`` changes of a file in one bit each; fewer of a short file."""
     bits = 8 * path.stat().st_size
-    return [_changed(f"bit {bit} flipped", _flip(bit)) for bit in sorted(rng.sample(range(bits), n))]
+    return [
+        _changed(f"bit {bit} flipped", _flip(bit)) for bit in sorted(rng.sample(range(bits), min(n, bits)))
+    ]
 
 
 def replacements(path: Path, *others: Path) -> list[Damage]:

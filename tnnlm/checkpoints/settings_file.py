@@ -1,4 +1,4 @@
-"""config.yaml of a run, which ends in a checksum of its lines."""
+"""File config.yaml of a run, which ends in a checksum of its lines."""
 
 from __future__ import annotations
 
