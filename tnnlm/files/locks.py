@@ -62,25 +62,7 @@ def only_process(path: Path, refusal: UserError) -> Iterator[None]:
 @contextmanager
 def _lock_file(path: Path, refusal: UserError) -> Iterator[None]:
     """Hold the lock file of ``path``, and delete it at the end."""
-    file = path.with_name(f".{path.name}.lock")
-    lock: BaseFileLock = FileLock(file, fallback_to_soft=False, on_acquired=write_record)
-    try:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            holder = holder_of(file)
-            if holder is not None:
-                raise _named(refusal, str(holder)) from None
-            lock.acquire(timeout=_MOMENT)
-    except Timeout:
-        raise _named(refusal, str(holder_of(file) or "")) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        with contextlib.suppress(OSError):
-            file.unlink()
-        file = path.with_name(f".{path.name}.soft.lock")
-        lock = _soft_lock(file, refusal)
+    lock, file = _acquired(path, refusal)
     owner = os.getpid()
     try:
         yield
@@ -92,6 +74,36 @@ def _lock_file(path: Path, refusal: UserError) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file.unlink()
             lock.release()
+
+
+def _acquired(path: Path, refusal: UserError) -> tuple[BaseFileLock, Path]:
+    """Return a held lock for ``path`` and its file, which stands for the lock where the system has none."""
+    file = path.with_name(f".{path.name}.lock")
+    if not issubclass(FileLock, SoftFileLock):  # as it is on systems without locks
+        try:
+            return _system_lock(file, refusal), file
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        with contextlib.suppress(OSError):
+            file.unlink()
+    file = path.with_name(f".{path.name}.soft.lock")
+    return _soft_lock(file, refusal), file
+
+
+def _system_lock(file: Path, refusal: UserError) -> BaseFileLock:
+    lock = FileLock(file, fallback_to_soft=False, on_acquired=write_record)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = holder_of(file)
+        if holder is not None:
+            raise _named(refusal, str(holder)) from None
+        try:
+            lock.acquire(timeout=_MOMENT)
+        except Timeout:
+            raise _named(refusal, str(holder_of(file) or "")) from None
+    return lock
 
 
 def _soft_lock(file: Path, refusal: UserError) -> BaseFileLock:

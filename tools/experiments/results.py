@@ -29,8 +29,6 @@ class ResultStore:
         Raises:
             UserError: If the file is corrupt or holds results of another size.
         """
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: not a folder; change --out")
         self.path = out / f"{experiment.name}.json"
         self.data: dict[str, Any] = {"name": experiment.name, "size": size, "seconds": 0.0, "cells": {}}
         self.data["made by"] = _machine()
@@ -83,6 +81,8 @@ def reproduce(
     """
     keep_large_blocks()
     limit_threads()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; change --out")
     path = out / f"{experiment.name}.json"
     refusal = UserError(f"{path}: another process measures this experiment", "wait, or choose another --out")
     with only_process(path, refusal):
