@@ -84,7 +84,7 @@ def read_text(
     """Return the text of a UTF-8 file; arguments and errors are those of :func:`read_bytes`.
 
     Raises:
-        UserError: Also if the file is not UTF-8 text.
+        UserError: If the file is not as :func:`read_bytes` needs it, or is not UTF-8 text.
     """
     try:
         return read_bytes(path, remedy, error, largest=largest).decode()
@@ -98,7 +98,7 @@ def read_json(
     """Return the object in a JSON file; arguments and errors are those of :func:`read_bytes`.
 
     Raises:
-        UserError: Also if the file is not JSON, or is no object.
+        UserError: If the file is not as :func:`read_text` needs it, or is not a JSON object.
     """
     text = read_text(path, remedy, error, largest=largest)
     try:
