@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,5 +62,17 @@ def test_second_preparation_is_refused_and_takes_over_after_a_kill() -> None:
         pytest.raises(DataError, match=r"\.part: another process prepares the same data.*; wait until"),
     ):
         prepared()
+    folder = prepared().folder
+    assert os.listdir("cache") == [folder.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("kind", ["resumable", "whole"])
+def test_refusal_names_the_holder_and_a_kill_leaves_nothing(kind: str) -> None:
+    write_text()
+    with stopped(kind) as number, pytest.raises(DataError) as refused:
+        prepared()
+    assert f"(process {number} on {socket.gethostname()} since " in str(refused.value)
+    assert os.listdir("cache") != []
     folder = prepared().folder
     assert os.listdir("cache") == [folder.name]

@@ -1,4 +1,4 @@
-"""Checksums notice a file that another valid one replaced, and weights that are not finite are reported by name."""
+"""Checksums notice a file that another valid one replaced, and weights that are not finite are reported."""
 
 from __future__ import annotations
 
