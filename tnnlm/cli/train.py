@@ -235,10 +235,14 @@ def show(config: Config, as_json: bool) -> None:
     """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
     from tnnlm.conversion.checks import check_training
     from tnnlm.training.announce import in_units, memory_lines
+    from tnnlm.training.callbacks.ema import averaging
     from tnnlm.training.estimate import check_names, estimate_run
+    from tnnlm.training.fsdp import choose_strategy
     from tnnlm.training.memory import estimate_memory
 
     check_names(config)
+    choose_strategy(config)
+    averaging(config)
     check_training(config)
     if config.task == "classify":
         from tnnlm.data.sequences.prepare import check_sequence_model

@@ -32,6 +32,7 @@ from tnnlm.models.surgery import all_decay
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.announce import announce
 from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
+from tnnlm.training.callbacks.ema import averaging
 from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
@@ -152,6 +153,7 @@ def _resolve(
     check_accelerator(config)
     check_devices(config)
     strategy = choose_strategy(config)
+    averaging(config)  # refuses weights that can't be averaged before the data is prepared
     check_training(config)
     if run is None:
         check_parents(config.runs_folder / config.name)
