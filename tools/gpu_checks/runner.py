@@ -67,7 +67,7 @@ class StopSignals:
         """Note the signals that ask this process to end, from now on, instead of ending it.
 
         SIGHUP is among them: the connection to a rented machine may break, and the processes of the parts
-        would go on to use the GPU.
+        would continue to use the GPU.
         """
         hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
         for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
