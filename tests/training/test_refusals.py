@@ -83,3 +83,22 @@ def test_steps_that_will_be_repeated_are_announced(script: Any, run_here: Path) 
     done = script("train", "--resume", "tiny", "--from", "previous", *words)
     assert done.code == 0, done.err
     assert "previous.ckpt is of step 0; steps 1 to " in done.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.strategy=fsdp", "trainer.precision=16-mixed"),
+        ("trainer.strategy=hsdp", "trainer.precision=bf16-true"),
+        ("trainer.strategy=fsdp", "trainer.precision=32-true", "trainer.ema_decay=0.9"),
+        ("trainer.precision=bf16-true", "trainer.ema_decay=0.9"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_before_it_reads_data(
+    script: Any, words: tuple[str, ...]
+) -> None:
+    given = (*words, "trainer.accelerator=cpu", "data.source=files", "data.files=none.txt")
+    run, dry_run = script("train", *given), script("train", "--dry-run", *given)
+    assert (run.code, dry_run.code) == (2, 2)
+    assert run.err == dry_run.err
+    assert "not supported" in run.err or "requires float32 weights" in run.err

@@ -256,9 +256,11 @@ def show(config: Config, as_json: bool) -> None:
     from tnnlm.conversion.checks import check_training
     from tnnlm.training.announce import in_units, memory_lines
     from tnnlm.training.estimate import check_names, estimate_run
+    from tnnlm.training.fsdp import choose_strategy
     from tnnlm.training.memory import estimate_memory
 
     check_names(config)
+    choose_strategy(config)
     check_training(config)
     if config.task == "classify":
         from tnnlm.data.sequences.prepare import check_sequence_model
