@@ -79,7 +79,7 @@ def _lock_file(path: Path, refusal: UserError) -> Iterator[None]:
 def _acquired(path: Path, refusal: UserError) -> tuple[BaseFileLock, Path]:
     """Return a held lock for ``path`` and its file, which stands for the lock where the system has none."""
     file = path.with_name(f".{path.name}.lock")
-    if not issubclass(FileLock, SoftFileLock):  # which it is on systems without locks
+    if not issubclass(FileLock, SoftFileLock):  # on systems without locks they are equal
         try:
             return _system_lock(file, refusal), file
         except OSError as error:
