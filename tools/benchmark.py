@@ -56,6 +56,7 @@ from experiments.timing import (
     time_steps,
 )
 from tnnlm.checkpoints.locate import load_for_decoding
+from tnnlm.cli.usage import add_trust, trust_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import OneLineParser, UserError, run_script
@@ -119,6 +120,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("model of constant").add_argument
     add("--engine", choices=LOADED, default="auto", help="Engine; auto is the fastest. (default: auto)")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the weights. (default: float32)")
+    add_trust(add)
     args = parser.parse_args()
     if args.model and args.mode != "constant":
         raise UserError(f"{args.model}: a model can only be given in the mode constant")
@@ -172,9 +174,10 @@ def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
     """Measure greedy steps of a trained model after contexts of every length, interleaved."""
     turns, steps = (3, 4) if args.quick else (15, 16)
-    folder, converted = load_for_decoding(args.model, Path("runs"))
+    trust = trust_of(args)
+    folder, converted = load_for_decoding(args.model, Path("runs"), trust)
     weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
-    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine)
+    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine, trust=trust)
     vocabulary = converted.tokenizer.size
     read = {
         n: writer.prefill_tokens([torch.arange(n).remainder(vocabulary).tolist()])

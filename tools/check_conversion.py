@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tnnlm.checkpoints.certificate import ConversionReport
 from tnnlm.checkpoints.locate import find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
+from tnnlm.cli.usage import add_trust, trust_of
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.data.packing import prepare
@@ -41,6 +42,7 @@ from tnnlm.models.surgery import attach, kernels
 from tnnlm.ops.companion import CompanionParams
 from tnnlm.ops.recurrence import Params
 from tnnlm.ops.ssm import SSMParams
+from tnnlm.trust import NO_CODE, Trust
 
 EXTENT = 8
 """Number of horizons and of training lengths over which outputs are compared."""
@@ -77,7 +79,7 @@ def main() -> int:
     if args.json is not None:
         check_file(args.json)
     recipe = ConversionConfig(method=args.method, tolerance=args.tolerance)
-    results = [check_run(find_checkpoint(run, Path("runs")), recipe) for run in args.runs]
+    results = [check_run(find_checkpoint(run, Path("runs")), recipe, trust_of(args)) for run in args.runs]
     if args.json is not None:
         write_text(args.json, json.dumps(results, indent=2) + "\n")
     show(results)
@@ -92,17 +94,19 @@ def parse() -> argparse.Namespace:
     add("--method", default="auto", help="Conversion method. (default: auto)")
     add("--tolerance", type=float, default=1e-3, help="Maximum relative tap error. (default: 0.001)")
     add("--json", type=Path, metavar="FILE", help="Write all figures as JSON.")
+    add_trust(add, compiled=False)
     return parser.parse_args()
 
 
-def check_run(checkpoint: Path, recipe: ConversionConfig) -> dict[str, Any]:
+def check_run(checkpoint: Path, recipe: ConversionConfig, trust: Trust = NO_CODE) -> dict[str, Any]:
     """Convert one run and return the figures of its layers and perplexities, as plain data.
 
     Args:
         checkpoint: Checkpoint of a causal language model.
         recipe: Method and tolerance of the conversion.
+        trust: Whether the kernel module of the checkpoint may run.
     """
-    source = load_checkpoint(checkpoint)
+    source = load_checkpoint(checkpoint, trust)
     model, length = source.model.eval(), source.config.model.max_length
     horizon, layers = convert_layers(model, recipe)
     report = measure(model, layers, method=recipe.method, horizon=horizon, seconds=0.0)

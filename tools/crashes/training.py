@@ -159,7 +159,7 @@ class Attempt:
 
     @staticmethod
     def _validated_at(run: Path, step: int) -> bool:
-        return step % load_config(run / "config.yaml").trainer.val_every_n_steps == 0
+        return step % load_config(run / "config.yaml", saved=True).trainer.val_every_n_steps == 0
 
     def _read(self) -> None:
         assert self.process.stdout is not None
