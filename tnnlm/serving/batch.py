@@ -23,6 +23,10 @@ packed engine gives a sequence bitwise identical outputs under any load.
 """
 
 
+LEAST_PAUSE = 0.01
+"""Seconds between two steps that prefill may always take."""
+
+
 class StepOutput(NamedTuple):
     """Tokens and logits of one decoding step."""
 
@@ -45,6 +49,15 @@ class RunningBatch:
         self._idle = SequenceSampler(SamplingParams(temperature=0), generator.tokenizer.size)
         self._sequences: list[GeneratedSequence | None] = []
         self._state: ModelState | None = None
+        self._seconds = 0.0
+
+    @property
+    def pause(self) -> float:
+        """Seconds that prefill may take before the next step.
+
+        It is half of the last step, so that prompts of others don't double the time between tokens.
+        """
+        return max(LEAST_PAUSE, self._seconds / 2)
 
     @property
     def sequences(self) -> list[GeneratedSequence]:
@@ -61,7 +74,8 @@ class RunningBatch:
         tokens = sample_batch(
             logits, [sequence.sampler if sequence else self._idle for sequence in self._sequences]
         )
-        return StepOutput(list(self._sequences), tokens, logits, time.perf_counter() - started)
+        self._seconds = time.perf_counter() - started
+        return StepOutput(list(self._sequences), tokens, logits, self._seconds)
 
     def change(
         self,

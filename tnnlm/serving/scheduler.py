@@ -183,7 +183,7 @@ class Scheduler:
 
     def _prefill_prompts(self) -> None:
         """Prefill chunks of prompts round-robin for a limited time; short ones don't wait for long ones."""
-        started = time.perf_counter()
+        started, most = time.perf_counter(), min(PREFILL_SECONDS, self._batch.pause)
         begun: list[tuple[GeneratedSequence, ModelState]] = []
         while self._prefilling:
             prompt = self._prefilling.popleft()
@@ -196,7 +196,7 @@ class Scheduler:
                     self._prefilling.append(prompt)
             except Exception as error:
                 self._fail(prompt.sequences, error)
-            if (self._batch.sequences or begun) and time.perf_counter() - started > PREFILL_SECONDS:
+            if (self._batch.sequences or begun) and time.perf_counter() - started > most:
                 break
         self._change(join=begun)
 
