@@ -1,4 +1,4 @@
-"""Checksums (xxh3-128) of files, and records that end in a checksum of themselves.
+"""Checksums (xxh3-128) of files, and strings and records that contain a checksum of the rest.
 
 A checksum detects damage and mistaken files, not forgery: whoever changes a file can change its checksum.
 """
@@ -65,7 +65,7 @@ def check_file(path: Path, listed: Any, remedy: str, *, contents: bool = True) -
 
     Args:
         path: Path of the file.
-        listed: Stored size and checksum.
+        listed: Size and checksum of the file.
         remedy: Remedy of the error.
         contents: Whether to read the file.
 

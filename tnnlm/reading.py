@@ -30,7 +30,7 @@ def check_regular(
         missing: Fault of a file that doesn't exist.
 
     Raises:
-        UserError: If the file is missing or is not a regular file.
+        UserError: An error of class ``error``, if the file is missing or is not a regular file.
     """
     try:
         status = path.stat()
@@ -64,7 +64,7 @@ def read_bytes(
         missing: Fault of a file that doesn't exist.
 
     Raises:
-        UserError: If the file is missing, not a regular file, too large or unreadable.
+        UserError: An error of class ``error``, if the file is missing, not regular, too large or unreadable.
     """
     size = check_regular(path, remedy, error, missing)
     if size <= largest:
@@ -84,7 +84,7 @@ def read_text(
     """Return the text of a UTF-8 file; arguments and errors are those of :func:`read_bytes`.
 
     Raises:
-        UserError: If the file is not as :func:`read_bytes` needs it, or is not UTF-8 text.
+        UserError: An error of class ``error``, also if the file is not UTF-8 text.
     """
     try:
         return read_bytes(path, remedy, error, largest=largest).decode()
@@ -98,7 +98,7 @@ def read_json(
     """Return the object in a JSON file; arguments and errors are those of :func:`read_bytes`.
 
     Raises:
-        UserError: If the file is not as :func:`read_text` needs it, or is not a JSON object.
+        UserError: An error of class ``error``, also if the file is not JSON, or is no object.
     """
     text = read_text(path, remedy, error, largest=largest)
     try:

@@ -190,7 +190,7 @@ def test_override_that_is_not_yaml_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
 def test_missing_file_is_an_error_that_names_it(name: str) -> None:
-    with pytest.raises(ConfigError, match="no such configuration file") as caught:
+    with pytest.raises(ConfigError, match=r"no such configuration file|is a folder") as caught:
         load_config(name)
     assert str(caught.value).startswith(name)
 

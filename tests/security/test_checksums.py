@@ -1,9 +1,10 @@
-"""Checksums notice a file that another valid one replaced, and weights that are not finite are reported."""
+"""Checksums notice a file that another valid one replaced, and errors name weights that are not finite."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.converted import write_converted
+from tests.support.imported import write_fairseq, write_tokenizer
 from tests.support.scripts import ROOT
 from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import load_converted
+from tnnlm.checkpoints.importers.formats import import_checkpoint
+from tnnlm.checkpoints.importers.run import write_run
+from tnnlm.checkpoints.importers.vocabulary import load_tokenizer
 from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.checkpoints.training import load_any, load_checkpoint
 from tnnlm.errors import CheckpointError
 from tnnlm.tokenizer import TextTokenizer, train_bpe
+from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.run import train
 
@@ -100,3 +106,23 @@ def test_a_checkpoint_of_another_run_or_with_bad_weights_is_refused(run_here: Pa
         InitialWeights(str(run_here))
     shutil.copy("runs/other/checkpoints/last.ckpt", "alone.ckpt")
     assert load_checkpoint(Path("alone.ckpt")).config.seed == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of the file size")
+@pytest.mark.parametrize("limit", [0, 100, 20_000])
+def test_a_limit_of_the_file_size_is_reported_in_one_line(limit: int) -> None:
+    import resource
+
+    source, letters = write_fairseq(), write_tokenizer(12)
+    imported = import_checkpoint(source, overrides=("model.max_length=16",))
+    tokenizer = load_tokenizer(imported.format, letters, None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .run/checkpoints/last\.ckpt"):
+            write_run(Path("run"), source, imported, tokenizer)
+        with pytest.raises(OSError, match=r"File too large: .last\.ckpt"):
+            AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(9_000)}, Path("last.ckpt"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in Path().iterdir()) == [source.name, letters.name]

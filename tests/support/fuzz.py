@@ -2,7 +2,7 @@
 
 A damaged file has to be refused with exit code 2 and one line that names it, or has to make no difference to
 what is loaded. Counted are tracebacks, crashes, hangs, messages that don't name the file, memory above
-twice the file, and silent uses: a damaged file that is used without a line that reports it.
+twice the file, and silent uses: a damaged file that is used without a line that names it.
 
     python -m tests.support.fuzz              # all cases, as `make nightly` runs them
     python -m tests.support.fuzz --few state  # a few cases of the subjects whose name contains "state"
@@ -78,7 +78,7 @@ def judge(subject: Subject, damage: Damage, found: Result | str, intact: str) ->
 
     Args:
         subject: Kind of file.
-        damage: Damage of the file.
+        damage: Damage that was done.
         found: Result of the call, or how its process ended.
         intact: Digest of the intact file.
     """

@@ -1,4 +1,4 @@
-"""Check of the zip archives that ``torch.save`` writes: their structure and the checksum of every member.
+"""Archives that ``torch.save`` writes: their structure, and the checksum of every member.
 
 ``torch.load`` verifies no checksums, and unpacks whatever an archive claims.
 """
@@ -13,12 +13,40 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import torch
 
 _BLOCK = 1 << 20
 _LOCAL = struct.Struct("<26xHH")
 """Header of a member: the lengths of its name and of further fields, which follow it."""
 _VALUES = re.compile(r"/data/[^/]*$")
 """Name of a member with the values of a tensor."""
+
+
+def write_archive(content: Any, path: Path, name: Path) -> None:
+    """Save a checkpoint and flush it to the disk.
+
+    Args:
+        content: Dict of plain data and tensors.
+        path: File to write.
+        name: Path that errors name, if ``path`` is a temporary file.
+
+    Raises:
+        OSError: If the disk is full, or on any other error of the operating system.
+    """
+    try:
+        # An open file, because torch's writer of paths reports a full disk only in a message.
+        with path.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch raises a second error while it closes the file after the failed write.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(name)) from None
 
 
 def archive_fault(path: Path, *, tensors: bool = True) -> str | None:

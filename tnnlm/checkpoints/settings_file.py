@@ -1,4 +1,4 @@
-"""File config.yaml of a run, which ends in a checksum of its lines."""
+"""Settings of a run in config.yaml, whose last line is a checksum of the others."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tnnlm.checkpoints.archive import write_archive
 from tnnlm.checkpoints.converted import check_tokenizer
 from tnnlm.checkpoints.importers.formats import Imported
 from tnnlm.checkpoints.locate import IMPORTED, LAST
@@ -55,13 +56,14 @@ def write_run(folder: Path, source: Path, imported: Imported, tokenizer: TextTok
         check_absent(folder)
         with atomic_folder(folder) as temporary:
             (temporary / LAST).parent.mkdir()
-            torch.save(
+            write_archive(
                 {
                     "state_dict": {f"model.{name}": tensor for name, tensor in imported.weights.items()},
                     "global_step": 0,
                     ENTRY: checkpoint_entry(config, tokenizer, None),
                 },
                 temporary / LAST,
+                folder / LAST,
             )
             write_settings(temporary, config)
             write_text(temporary / "tokenizer.json", tokenizer.to_json())

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
+from tnnlm.checkpoints.archive import write_archive
 from tnnlm.checkpoints.locate import LAST, PREVIOUS
 from tnnlm.checkpoints.shards import SHARDS, assemble
 from tnnlm.checkpoints.training import delete_unreferenced
@@ -74,17 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         with atomic_file(path) as temporary:
-            with temporary.open("wb") as file:
-                try:
-                    torch.save(checkpoint, file)
-                except RuntimeError as error:
-                    # torch raises a second error while it closes the file after the failed write.
-                    cause = error.__context__
-                    if not isinstance(cause, OSError) or cause.errno is None:
-                        raise
-                    raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
-                file.flush()
-                os.fsync(file.fileno())
+            write_archive(checkpoint, temporary, path)
             # previous.ckpt may be needed until the new checkpoint is on the disk.
             if path.name == LAST.name and path.exists():
                 second_name(path, path.with_name(PREVIOUS.name))
