@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from typing import Any
 
 import uvicorn
@@ -22,6 +23,12 @@ LAST_WORDS = 5
 """Seconds for the last events of streams, after the time for running requests."""
 KEEP_ALIVE = 30
 """Seconds after which a connection without a request is closed."""
+SWITCH_SECONDS = 0.0005
+"""Longest wait of the thread that runs the model for one that formats log-probabilities.
+
+The model's thread hands over the interpreter at every operator, dozens of times per step, and waits this long
+to get it back; Python's default is ten times as long.
+"""
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 """Signals that stop the server; the last one does not exist on every system."""
 
@@ -74,6 +81,7 @@ class Server(uvicorn.Server):
 def run(app: FastAPI, listener: socket.socket, grace: float = GRACE) -> None:
     """Serve an application until SIGTERM, Ctrl-C or SIGHUP; call it on the main thread."""
     server = Server(app, grace)
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def stop(number: int, frame: Any) -> None:
         server.handle_exit(number, frame)
