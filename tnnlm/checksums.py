@@ -1,32 +1,55 @@
-"""Checksums (xxh3-128) of files, and strings and records that contain a checksum of the rest.
+"""Checksums (xxh3-128) of files, lists of files with their checksums, and files that end in a checksum.
 
-A checksum detects damage and mistaken files, not forgery: whoever changes a file can change its checksum.
+Whatever is read back from a disk is verified with these: converted models, shards of checkpoints, records of
+runs and the token cache. A checksum detects damage and mistaken files, not forgery: whoever changes a file
+can change its checksum. Functions that raise take the error class of the caller.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
-import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from tnnlm.errors import CheckpointError
-from tnnlm.reading import check_regular, read_json, unreadable
+from tnnlm.errors import CheckpointError, UserError
+from tnnlm.files import write_text
+from tnnlm.reading import check_regular, parse_json, read_text, unreadable
 
+ALGORITHM = "xxh3_128"
+"""Name of the checksum in files."""
 _BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+_THREADS = 8
+"""Files that are read at the same time, which hides the latency of a network disk."""
 _LOG = logging.getLogger("tnnlm")
-_LINE = re.compile(r"# xxh3_128 of the lines above: ([0-9a-f]{32})\n\Z")
+_LAST_LINE = f"# {ALGORITHM} of the lines above: {{}}\n"
+_LAST_ENTRY = f', "{ALGORITHM}": "{{}}"}}}}\n'
 
 
 def checksum(data: bytes | memoryview) -> str:
     """Return the checksum of bytes."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def file_hash(file: FileIO, n_bytes: int = sys.maxsize) -> xxhash.xxh3_128:
+    """Return the hash of at most the next ``n_bytes`` of an open, unbuffered file; more can be added to it.
+
+    Raises:
+        OSError: If the file can't be read.
+    """
+    found, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+    while size := file.readinto(block[:n_bytes]):
+        found.update(block[:size])
+        n_bytes -= size
+    return found
 
 
 def file_checksum(path: Path) -> str:
@@ -35,11 +58,18 @@ def file_checksum(path: Path) -> str:
     Raises:
         OSError: If it can't be read.
     """
-    found, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            found.update(block[:size])
-    return found.hexdigest()
+        return file_hash(file).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, for what an attacker must not be able to replace.
+
+    Raises:
+        OSError: If it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
@@ -47,38 +77,77 @@ def list_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
     return {name: [(folder / name).stat().st_size, file_checksum(folder / name)] for name in names}
 
 
-def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:
-    """Check that files of a folder are those that :func:`list_files` listed; they are read in parallel.
+def check_files(
+    folder: Path,
+    listed: Mapping[str, Any],
+    remedy: str,
+    error: type[UserError] = CheckpointError,
+    *,
+    contents: bool = True,
+    checksum_of: Callable[[Path], str] = file_checksum,
+) -> None:
+    """Check that files of a folder are those that :func:`list_files` listed.
+
+    The sizes are compared first. Then the files are read, several at the same time.
+
+    Args:
+        folder: Folder of the files.
+        listed: Size in bytes and checksum of each file by name.
+        remedy: Remedy of the error.
+        error: Class of the error.
+        contents: Whether to read the files.
+        checksum_of: Function that returns the checksum of a file.
 
     Raises:
-        CheckpointError: If a file is missing, unreadable, or has another size or content.
+        UserError: If a file is missing, unreadable, or has another size or content.
     """
-    for name in listed:
-        check_file(folder / name, listed[name], remedy, contents=False)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda name: check_file(folder / name, listed[name], remedy), listed):
+    for name, entry in listed.items():
+        check_size(folder / name, entry, remedy, error)
+    if not contents:
+        return
+
+    def check(name: str) -> None:
+        path = folder / name
+        try:
+            same = checksum_of(path) == listed[name][1]
+        except OSError as problem:
+            raise unreadable(path, problem, remedy, error) from None
+        if not same:
+            raise differs(path, remedy, error)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(check, listed):
             pass
 
 
-def check_file(path: Path, listed: Any, remedy: str, *, contents: bool = True) -> None:
-    """Check the size of a file and, with ``contents``, its checksum.
+def check_size(
+    path: Path, entry: Any, remedy: str, error: type[UserError] = CheckpointError, *, longer: bool = False
+) -> None:
+    """Check that a file is a regular file of the size in its entry of a list.
 
     Args:
         path: Path of the file.
-        listed: Size and checksum of the file.
+        entry: Size in bytes and checksum; anything else is an entry of a damaged list.
         remedy: Remedy of the error.
-        contents: Whether to read the file.
+        error: Class of the error.
+        longer: Whether the file may have more bytes.
 
     Raises:
-        CheckpointError: If it is missing, unreadable, or has another size or content.
+        UserError: If it is missing, no regular file, or has another size.
     """
-    size = check_regular(path, remedy)
-    try:
-        same = [size, file_checksum(path)] == listed if contents else [size] == listed[:1]
-    except OSError as problem:
-        raise unreadable(path, problem, remedy, CheckpointError) from None
-    if not same:
-        raise CheckpointError(f"{path}: is damaged or was replaced (its checksum differs)", remedy)
+    size = check_regular(path, remedy, error)
+    match entry:
+        case [int(expected), str()]:
+            if size < expected or (size > expected and not longer):
+                how = f"{size:,} bytes instead of {expected:,}"
+                raise error(f"{path}: is damaged or was replaced ({how})", remedy)
+        case _:
+            raise differs(path, remedy, error)
+
+
+def differs(path: Path, remedy: str, error: type[UserError] = CheckpointError) -> UserError:
+    """Return the error for a file with another content than listed."""
+    return error(f"{path}: is damaged or was replaced (its checksum differs)", remedy)
 
 
 def not_verified(path: Path) -> None:
@@ -93,7 +162,7 @@ def warn_changed(path: Path) -> None:
 
 def signed_text(text: str) -> str:
     """Return a text of lines, in a format whose comments begin with #, with its checksum in a last line."""
-    return f"{text}# xxh3_128 of the lines above: {checksum(text.encode())}\n"
+    return text + _LAST_LINE.format(checksum(text.encode()))
 
 
 def is_verified_text(path: Path, text: str, remedy: str) -> bool:
@@ -102,31 +171,53 @@ def is_verified_text(path: Path, text: str, remedy: str) -> bool:
     Raises:
         CheckpointError: If the text was changed.
     """
-    line = _LINE.search(text)
-    if line is None and "# xxh3_128 of" not in text:
-        return False
-    if line is None or line[1] != checksum(text[: line.start()].encode()):
+    if _is_signed(text, _LAST_LINE):
+        return True
+    if f"# {ALGORITHM} of" in text:
         raise CheckpointError(f"{path}: is damaged or was changed (its checksum differs)", remedy)
-    return True
+    return False
 
 
-def signed_record(record: Mapping[str, Any]) -> str:
-    """Return a record as JSON, with the checksum of its other entries in the entry ``xxh3_128``."""
-    return json.dumps({**record, "xxh3_128": _record_checksum(record)})
+def write_signed(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, atomically. Its last entry is the checksum of all text before that entry.
+
+    Args:
+        path: Path of the file.
+        record: Entries of the file, at least one.
+    """
+    text = json.dumps(record).removesuffix("}")
+    write_text(path, text + _LAST_ENTRY.format(checksum(text.encode())))
 
 
-def read_signed_record(path: Path, remedy: str) -> tuple[dict[str, Any], bool]:
-    """Return the entries of a record that :func:`signed_record` made, and whether it has a checksum.
+def read_signed(
+    path: Path,
+    remedy: str,
+    error: type[UserError] = CheckpointError,
+    *,
+    older: Set[str] | None = None,
+) -> dict[str, Any]:
+    """Return the entries of a record that :func:`write_signed` wrote.
+
+    Args:
+        path: Path of the file.
+        remedy: Remedy of the error.
+        error: Class of the error.
+        older: Entries of a record that an older version wrote, without checksum; None if there was none.
 
     Raises:
-        CheckpointError: If the file is missing, unreadable or damaged.
+        UserError: If the file is missing, unreadable, damaged or not such a record.
     """
-    record = read_json(path, remedy, largest=1 << 20)
-    found = record.pop("xxh3_128", None)
-    if found is not None and found != _record_checksum(record):
-        raise CheckpointError(f"{path}: is damaged (its checksum differs)", remedy)
-    return record, found is not None
+    text = read_text(path, remedy, error)
+    record = parse_json(path, text, remedy, error)
+    signed = _is_signed(text, _LAST_ENTRY)
+    if not signed and record.keys() != older:
+        how = "its checksum differs" if ALGORITHM in record else "it has no checksum"
+        raise error(f"{path}: is damaged ({how})", remedy)
+    record.pop(ALGORITHM, None)
+    return record
 
 
-def _record_checksum(record: Mapping[str, Any]) -> str:
-    return checksum(json.dumps(record, sort_keys=True).encode())
+def _is_signed(text: str, end: str) -> bool:
+    """Return whether a text ends in the checksum of what precedes it, in the format ``end``."""
+    size = len(end.format(checksum(b"")))
+    return text[-size:] == end.format(checksum(text[:-size].encode()))

@@ -100,7 +100,17 @@ def read_json(
     Raises:
         UserError: An error of class ``error``, also if the file is not JSON, or is no object.
     """
-    text = read_text(path, remedy, error, largest=largest)
+    return parse_json(path, read_text(path, remedy, error, largest=largest), remedy, error)
+
+
+def parse_json(
+    path: Path, text: str, remedy: str, error: type[UserError] = CheckpointError
+) -> dict[str, Any]:
+    """Return the object in the text of a JSON file.
+
+    Raises:
+        UserError: If the text is not a JSON object.
+    """
     try:
         found = json.loads(text)
     except json.JSONDecodeError as problem:
@@ -113,10 +123,10 @@ def read_json(
 
 
 def unreadable(path: Path, problem: Exception, remedy: str, error: type[UserError]) -> UserError:
-    """Return the error for a file whose reading failed; the remedy of a known problem takes precedence."""
+    """Return the error for a file whose reading failed; the remedy of a known problem comes first."""
     number = problem.errno if isinstance(problem, OSError) else None
     known = OS_PROBLEMS.get(number or 0)
     if known is not None:
-        return error(f"{path}: {known.reason}", known.remedy)
+        return error(f"{path}: {known.reason}", ", or ".join(filter(None, (known.remedy, remedy))))
     reason = os.strerror(number) if number else "an invalid path"
     return error(f"{path}: can't be read ({reason})", remedy)

@@ -50,7 +50,7 @@ RULES = {
     "precision": Allowed("", "torch"),
     "files": Allowed("errors", "filelock"),
     "reading": Allowed("errors", ""),
-    "checksums": Allowed("errors reading", "xxhash"),
+    "checksums": Allowed("errors files reading", "xxhash"),
     "trust": Allowed("files", ""),
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
@@ -67,7 +67,7 @@ RULES = {
         "torch safetensors tokenizers",
     ),
     "data": Allowed(
-        "errors files tokenizer coverage config models",
+        "errors files reading checksums tokenizer coverage config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm xxhash PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tnnlm.checkpoints.shards import SHARDS, SUFFIX, Shards, file_digest, load_model_weights
+from tnnlm.checkpoints.shards import SHARDS, SUFFIX, Shards, load_model_weights
+from tnnlm.checksums import list_files
 from tnnlm.errors import CheckpointError
 
 INDEX = Path("last.ckpt")
@@ -31,7 +32,7 @@ def written(*offsets: list[int]) -> dict[str, Any]:
 
 def described(folder: Path) -> dict[str, Any]:
     """Return the content of an index of all files in a folder."""
-    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    files = list_files(folder, sorted(path.name for path in folder.iterdir()))
     return {"state_dict": {}, SHARDS: Shards(folder, files, {NAME: [4, 3]}, []).entry()}
 
 

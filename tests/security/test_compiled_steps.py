@@ -108,7 +108,7 @@ def test_large_package_of_a_stranger_is_not_read(
     def read(*_: object) -> str:
         raise AssertionError("the package was read")
 
-    monkeypatch.setattr(aot, "_sha256", read)
+    monkeypatch.setattr(aot, "_private_copy", read)
     assert open_engine(model, Path("out")).info.name == "packed"
 
 

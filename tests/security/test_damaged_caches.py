@@ -19,7 +19,7 @@ from tests.support.text_files import documents, jsonl, parquet, write
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import arrow_text, chunks, sealed, token_files, tokenize_split
+from tnnlm.data import arrow_text, chunks, token_files, tokenize_split
 from tnnlm.data.arrow_text import index_documents, materialize_stream
 from tnnlm.data.content import checksum
 from tnnlm.data.packing import prepare
@@ -87,7 +87,7 @@ def test_training_on_a_damaged_cache_ends_with_one_line(script: Any) -> None:
     with damage.of(path):
         done = script("train", *words)
     assert done.code == 2
-    told = "is damaged, its content doesn't match its checksum; delete"
+    told = "is damaged or was replaced (its checksum differs); delete"
     assert done.err == f"error: {path}: {told} {folder} to prepare the data again\n"
     assert not Path("runs").exists()
 
@@ -104,9 +104,9 @@ def test_ranks_that_are_not_the_first_of_their_machine_check_sizes_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = prepared().folder / "train-00000.bin"
-    monkeypatch.setattr("tnnlm.data.sealed.rank_zero_only.rank", 5)
+    monkeypatch.setattr("tnnlm.data.prepared.rank_zero_only.rank", 5)
     read: list[str] = []
-    monkeypatch.setattr(sealed, "checksum", lambda path: read.append(path.name) or checksum(path))
+    monkeypatch.setattr("tnnlm.data.prepared.checksum", lambda path: read.append(path.name) or checksum(path))
     for variable, value, reads in [("LOCAL_RANK", "1", 0), ("LOCAL_RANK", "0", 4), ("SLURM_LOCALID", "0", 4)]:
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)

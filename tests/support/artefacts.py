@@ -21,7 +21,8 @@ from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.checkpoints.importers.formats import import_checkpoint
 from tnnlm.checkpoints.locate import LAST, load_for_decoding, load_trained
-from tnnlm.checkpoints.shards import SHARDS, file_digest, moment_name, weight_name
+from tnnlm.checkpoints.shards import SHARDS, moment_name, weight_name
+from tnnlm.checksums import list_files
 from tnnlm.config.loader import config_to_dict, load_config
 from tnnlm.data.report import read_report
 from tnnlm.deployment.save import save
@@ -124,7 +125,7 @@ def write_sharded(source: Path, path: Path) -> None:
     scalars = {key: value for key, value in data["state_dict"].items() if not value.ndim}
     entry = {
         "folder": folder.name,
-        "files": {"a.safetensors": file_digest(folder / "a.safetensors")},
+        "files": list_files(folder, ["a.safetensors"]),
         "shapes": {name: [*tensor.shape] for name, tensor in large.items()},
         "parameters": parameters,
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from tests.support.ranks import train_as_rank
-from tnnlm.checkpoints.shards import file_digest
+from tnnlm.checksums import list_files
 
 
 def train_until_save(fault: str, step: int, *arguments: Any) -> None:
@@ -24,13 +25,13 @@ def train_until_save(fault: str, step: int, *arguments: Any) -> None:
     """
     rank, ranks = arguments[:2]
 
-    def faulty(path: Path) -> tuple[int, str]:
-        if path.parent.name == f"last-{step}.shards":
+    def faulty(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+        if folder.name == f"last-{step}.shards":
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if rank == ranks - 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return file_digest(path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return list_files(folder, names)
 
-    with patch("tnnlm.training.sharded_save.file_digest", faulty):
+    with patch("tnnlm.training.sharded_save.list_files", faulty):
         train_as_rank(*arguments)

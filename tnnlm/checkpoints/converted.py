@@ -160,8 +160,8 @@ def check_unchanged(folder: Path, fingerprint: str) -> None:
         CheckpointError: If the folder is missing or contains another model.
     """
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(folder / "config.json", "").get("model_sha256")
+    except CheckpointError:
         found = None
     if found != fingerprint:
         raise CheckpointError(

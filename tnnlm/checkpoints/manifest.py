@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tnnlm.checksums import check_file, check_files, list_files, not_verified, warn_changed
+from tnnlm.checksums import ALGORITHM, check_files, list_files, not_verified, warn_changed
 from tnnlm.errors import CheckpointError
 from tnnlm.files import write_text
 from tnnlm.reading import read_json
@@ -25,7 +25,6 @@ WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 EDITABLE = ("generation_config.json", "tokenizer_config.json")
 """Files that only Transformers reads, and which its users edit: a difference is a warning."""
-ALGORITHM = "xxh3_128"
 REMEDY = "convert again"
 
 
@@ -91,7 +90,7 @@ def warn_edited(folder: Path) -> None:
     for name in files:
         if name in EDITABLE:
             try:
-                check_file(folder / name, files[name], "")
+                check_files(folder, {name: files[name]}, "")
             except CheckpointError:
                 read_json(folder / name, REMEDY)
                 warn_changed(folder / name)

@@ -1,7 +1,7 @@
 """Sharded checkpoints: an index file, such as last.ckpt, and a folder of safetensors files with the tensors.
 
 The index is a checkpoint without its large tensors, in the format of the single file, with an additional
-entry ``shards``: the folder, the size and SHA-256 of its files, the shape of each tensor, and the names of
+entry ``shards``: the folder, the size and checksum of its files, the shape of each tensor, and the names of
 the parameters in module order. A file holds the shards of one rank, and their offsets in its metadata, as
 ``torch.distributed.checkpoint`` writes them in the safetensors format. Neither kind of file runs code when
 it is read. This module must not import training code.
@@ -9,11 +9,8 @@ it is read. This module must not import training code.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tnnlm.checksums import check_files
 from tnnlm.errors import CheckpointError
-from tnnlm.reading import unreadable
 
 SHARDS = "shards"
 """Key of the description of the shards in an index file."""
@@ -43,8 +40,8 @@ class Shards(NamedTuple):
 
     folder: Path
     """Folder of the shards, next to the index."""
-    files: dict[str, tuple[int, str]]
-    """Size in bytes and SHA-256 of each file, by its name."""
+    files: dict[str, list[Any]]
+    """Size in bytes and checksum of each file, by its name."""
     shapes: dict[str, list[int]]
     """Shape of each tensor, by its name; see :func:`weight_name` and :func:`moment_name`."""
     parameters: list[str]
@@ -65,12 +62,6 @@ def moment_name(optimizer: int, parameter: str, moment: str) -> str:
     return f"optimizer_states.{optimizer}.{parameter}.{moment}"
 
 
-def file_digest(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> Shards | None:
     """Return the description of the shards of a checkpoint; None if it is a single file.
 
@@ -89,34 +80,12 @@ def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> S
         shards = _parsed(path, data[SHARDS])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path}: is corrupt", _OTHER) from None
-    for name, (size, _) in shards.files.items():
-        file = shards.folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{path}: its shard {file} is missing", _OTHER)
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{path}: its shard {file} is corrupt", _OTHER)
-    if verify:
-        _verify(path, shards)
+    check_files(shards.folder, shards.files, _OTHER, contents=verify)
     # torch.distributed.checkpoint reads every file in the folder.
     for file in sorted(shards.folder.glob("*.safetensors")):
         if file.name not in shards.files:
             raise CheckpointError(f"{path}: has no shard {file}", "move this file to another folder")
     return shards
-
-
-def _verify(path: Path, shards: Shards) -> None:
-    """Compare the checksums of shards, which are read in parallel."""
-
-    def intact(name: str) -> bool:
-        try:
-            return file_digest(shards.folder / name) == shards.files[name]
-        except OSError as problem:
-            raise unreadable(shards.folder / name, problem, _OTHER, CheckpointError) from None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, same in zip(shards.files, pool.map(intact, shards.files), strict=True):
-            if not same:
-                raise CheckpointError(f"{path}: its shard {shards.folder / name} is corrupt", _OTHER)
 
 
 def load_model_weights(path: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -168,7 +137,7 @@ def _parsed(path: Path, entry: Mapping[str, Any]) -> Shards:
         raise ValueError
     if not entry["folder"].endswith(SUFFIX):  # ".." passes the check of names
         raise ValueError
-    files = {name: (int(size), str(digest)) for name, (size, digest) in entry["files"].items()}
+    files = {name: [int(size), str(digest)] for name, (size, digest) in entry["files"].items()}
     shapes = {str(name): [int(size) for size in shape] for name, shape in entry["shapes"].items()}
     return Shards(path.parent / entry["folder"], files, shapes, [str(name) for name in entry["parameters"]])
 

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from tnnlm.data.prepared import again
+from tnnlm.checksums import list_files, write_signed
+from tnnlm.data.prepared import read_entries, verify_files
 from tnnlm.data.progress import progress
-from tnnlm.data.sealed import check_listed, listed, read_sealed, write_sealed
 from tnnlm.data.text import Tally, normalized, text_hash, text_of
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_file
@@ -122,12 +122,12 @@ def index_documents(
     parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
     fingerprint, record = " ".join(map(str, parts)), kept.with_suffix(".json")
     if os.path.lexists(record):
-        found = read_sealed(record, again(kept.parent))
+        found = read_entries(record)
         if found["fingerprint"] != fingerprint:
             raise DataError(
                 f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
             )
-        check_listed(kept.parent, found["checksums"], again(kept.parent))
+        verify_files(kept.parent, found["checksums"])
         with np.load(kept) as known:
             tally = Tally.from_dict(found["tally"])
             return DocumentIndex(known["chosen"], known["lengths"], known["hashes"], tally, normalize)
@@ -149,8 +149,8 @@ def index_documents(
     }
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-    checksums = listed(kept.parent, [kept.name])
-    write_sealed(record, {"fingerprint": fingerprint, "tally": tally.to_dict(), "checksums": checksums})
+    checksums = list_files(kept.parent, [kept.name])
+    write_signed(record, {"fingerprint": fingerprint, "tally": tally.to_dict(), "checksums": checksums})
     return DocumentIndex(**arrays, tally=tally, normalize=normalize)
 
 
@@ -233,8 +233,8 @@ def materialize_stream(
     tally = Tally()
     state: dict[str, Any] = {"checksums": {}, "done": False}
     if os.path.lexists(journal):
-        state = read_sealed(journal, again(folder))
-        check_listed(folder, state["checksums"], again(folder))
+        state = read_entries(journal)
+        verify_files(folder, state["checksums"])
         rows.load_state_dict(state["stream"])
         tally = Tally.from_dict(state["tally"])
     source = _streamed(rows, where, tally.documents + tally.dropped.total())
@@ -250,11 +250,11 @@ def materialize_stream(
             _write_table(texts, path)
             state = {
                 "tally": tally.to_dict(),
-                "checksums": state["checksums"] | listed(folder, [path.name]),
+                "checksums": state["checksums"] | list_files(folder, [path.name]),
                 "stream": rows.state_dict(),
                 "done": sum(map(len, texts)) < CHARACTERS,
             }
-            write_sealed(journal, state)
+            write_signed(journal, state)
     tables = [datasets.Dataset.from_file(str(folder / file)) for file in state["checksums"]]
     return datasets.concatenate_datasets(tables), tally
 

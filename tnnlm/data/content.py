@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-import xxhash
-
+from tnnlm.checksums import file_hash
 from tnnlm.errors import OS_ADVICE, DataError
+from tnnlm.reading import unreadable
 
 SETTLED = 10.0
 """Seconds since the last change of a file, after which its hash is remembered by this process."""
-_BLOCK = 1 << 20
-"""Bytes that are read at a time."""
 _remembered: dict[tuple[object, ...], str] = {}
 
 
@@ -36,7 +34,7 @@ def content_hash(path: Path) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Return the XXH3 checksum of a file (128 bits, hexadecimal), remembered as by :func:`content_hash`.
+    """Return the checksum of a file (:mod:`tnnlm.checksums`), remembered as by :func:`content_hash`.
 
     It is more than ten times faster than SHA-256 and detects damage, not forgery.
     """
@@ -48,10 +46,7 @@ def _sha256(file: FileIO) -> str:
 
 
 def _xxh3(file: FileIO) -> str:
-    found, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
-    while n_bytes := file.readinto(block):
-        found.update(block[:n_bytes])
-    return found.hexdigest()
+    return file_hash(file).hexdigest()
 
 
 def _hash(path: Path, digest: Callable[[FileIO], str]) -> str:
@@ -65,8 +60,9 @@ def _hash(path: Path, digest: Callable[[FileIO], str]) -> str:
         return _remembered_hash(path, digest)
     except OSError as error:
         if error.errno in OS_ADVICE or isinstance(error, FileNotFoundError):
+            error.filename = error.filename or str(path)  # known where opening fails, not where reading does
             raise
-        raise DataError(f"{path}: can't be read ({error.strerror})", "restore the file") from None
+        raise unreadable(path, error, "restore the file", DataError) from None
 
 
 def _remembered_hash(path: Path, digest: Callable[[FileIO], str]) -> str:

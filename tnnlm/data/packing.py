@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tnnlm.checksums import list_files, write_signed
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import remove_scratch
 from tnnlm.data.chunks import CountedText, chunks_of
 from tnnlm.data.earlier import StoredCorpus, copy_earlier
-from tnnlm.data.prepared import META, again, is_prepared, open_prepared, write_meta
+from tnnlm.data.prepared import META, is_prepared, open_prepared, read_entries, verify_files, write_meta
 from tnnlm.data.progress import at_terminal, reported
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sampled_coverage import sampled_coverage
-from tnnlm.data.sealed import check_listed, listed, read_sealed, write_sealed
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
 from tnnlm.data.token_files import Layout, StoredTokens
 from tnnlm.data.tokenize_split import tokenize_split
@@ -219,7 +219,7 @@ def _build(request: Request, folder: Path) -> None:
         tokens = copy_earlier(old, folder) if (old / META).is_file() else None
         if tokens is None:
             tokens = _tokenize(request, folder)
-        files = {**tokens.files, **listed(folder, [TOKENIZER])}
+        files = {**tokens.files, **list_files(folder, [TOKENIZER])}
         entries = {**tokens.report.to_dict(), "layout": [*tokens.layout]}
         write_meta(folder, request.folder().name, entries, files)
     for journal in folder.glob("*.progress"):
@@ -253,7 +253,7 @@ def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, folder: 
     """Train a tokenizer in ``folder``, or return the one of an earlier attempt."""
     path, record = folder / TOKENIZER, folder / "tokenizer.progress"
     if os.path.lexists(record):
-        check_listed(folder, read_sealed(record, again(folder)), again(folder))
+        verify_files(folder, read_entries(record))
         return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
     texts_read, visible = CountedText(chunks_of(texts)), at_terminal()
     with contextlib.nullcontext() if visible else reported(lambda: f"train tokenizer: {texts_read}"):
@@ -261,5 +261,5 @@ def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, folder: 
             texts_read, vocab_size, config.eos_token, len(texts), visible, config.mask_token
         )
     write_text(path, tokenizer.to_json())
-    write_sealed(record, listed(folder, [TOKENIZER]))
+    write_signed(record, list_files(folder, [TOKENIZER]))
     return tokenizer

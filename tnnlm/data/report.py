@@ -12,6 +12,7 @@ from typing import Any
 from tnnlm.data.text import count, shown
 from tnnlm.errors import DataError
 from tnnlm.files import write_text
+from tnnlm.reading import read_json
 
 REPORT = "data.json"
 """Name of the report in the folder of a run."""
@@ -171,12 +172,12 @@ def read_report(run: Path) -> DataReport | None:
     path = run / REPORT
     if not os.path.lexists(path):
         return None
+    remedy = "restore it, or remove it to skip this check"
+    found = read_json(path, remedy, DataError)
     try:
-        if not path.is_file():  # a pipe without a writer would be waited for
-            raise ValueError
-        report = DataReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        report = DataReport.from_dict(found)
         if not report.splits or any(not isinstance(info.tokens, int) for info in report.splits.values()):
             raise ValueError
         return report
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        raise DataError(f"{path}: is damaged", "restore it, or remove it to skip this check") from None
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(f"{path}: is damaged (no report of a data set)", remedy) from None

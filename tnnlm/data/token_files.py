@@ -16,8 +16,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tnnlm.data.sealed import checksum_of_first, file_size
+from tnnlm.checksums import check_size, differs, file_hash
 from tnnlm.errors import DataError
+from tnnlm.reading import unreadable
 
 SHARD_BYTES = 1 << 28
 """Largest number of bytes of a shard: what is read again after a kill, and the unit of verification."""
@@ -129,12 +130,14 @@ class TokenWriter:
         sizes = [self.layout.per_shard] * whole + [filled] * (filled > 0)
         for name, size, expected in zip(names, sizes, checksums, strict=True):
             path, n_bytes = self._folder / name, size * self.layout.itemsize
-            found = file_size(path, remedy)
-            if found < n_bytes:
-                raise DataError(f"{path}: is damaged, {found:,} bytes instead of {n_bytes:,}", remedy)
-            self._hash = checksum_of_first(path, n_bytes, remedy)
+            check_size(path, [n_bytes, expected], remedy, DataError, longer=True)
+            try:
+                with path.open("rb", buffering=0) as file:
+                    self._hash = file_hash(file, n_bytes)
+            except OSError as error:
+                raise unreadable(path, error, remedy, DataError) from None
             if self._hash.hexdigest() != expected:
-                raise DataError(f"{path}: is damaged, its content doesn't match its checksum", remedy)
+                raise differs(path, remedy, DataError)
         self.n_tokens, self._whole = n_tokens, [*checksums[:whole]]
         if filled:
             self._opened()  # truncates it
@@ -145,7 +148,7 @@ class TokenWriter:
                 path.unlink()
 
     def files(self) -> dict[str, list[Any]]:
-        """Return size in bytes and checksum of each shard, for :func:`~tnnlm.data.sealed.check_listed`."""
+        """Return size in bytes and checksum of each shard, for :func:`~tnnlm.data.prepared.verify_files`."""
         names, size = self.layout.shards(self._split, self.n_tokens), self.layout.per_shard
         left = [min(size, self.n_tokens - number * size) for number in range(len(names))]
         return {

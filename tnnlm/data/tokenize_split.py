@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tnnlm.checksums import write_signed
 from tnnlm.data.arrow_text import Documents
 from tnnlm.data.chunks import batches_of, line_batches_of
+from tnnlm.data.prepared import again, read_entries
 from tnnlm.data.progress import progress
 from tnnlm.data.report import SplitInfo
-from tnnlm.data.sealed import read_sealed, write_sealed
 from tnnlm.data.text import TextHash, words_in
 from tnnlm.data.token_files import Layout, TokenWriter
 from tnnlm.tokenizer import TextTokenizer
@@ -27,7 +28,7 @@ class WrittenSplit(NamedTuple):
 
     info: SplitInfo
     files: dict[str, list[Any]]
-    """Size in bytes and checksum of each shard by name, for :func:`~tnnlm.data.sealed.check_listed`."""
+    """Size in bytes and checksum of each shard by name, for :func:`~tnnlm.data.prepared.verify_files`."""
 
 
 def tokenize_split(
@@ -98,7 +99,7 @@ def _note(writer: TokenWriter, folder: Path, split: str, done: SplitInfo) -> Non
     """Flush the shards to disk, then record ``done`` as their progress."""
     writer.sync()
     record = {"done": asdict(done), "layout": [*writer.layout], "checksums": writer.checksums}
-    write_sealed(_journal(folder, split), record)
+    write_signed(_journal(folder, split), record)
 
 
 def _written_before(writer: TokenWriter, folder: Path, split: str) -> SplitInfo | None:
@@ -107,15 +108,15 @@ def _written_before(writer: TokenWriter, folder: Path, split: str) -> SplitInfo 
     Raises:
         DataError: If the record is damaged, or the shards aren't those that it describes.
     """
-    path, remedy = _journal(folder, split), f"delete {folder} to tokenize the text again"
+    path = _journal(folder, split)
     if not os.path.lexists(path):
         for shard in folder.glob(f"{split}-*.bin"):
             shard.unlink()
         return None
-    record = read_sealed(path, remedy)
+    record = read_entries(path)
     done = SplitInfo(**record["done"])
     if record["layout"] != [*writer.layout]:  # written by a version with shards of another size
         path.unlink()
         return _written_before(writer, folder, split)
-    writer.resume(done.tokens, record["checksums"], remedy)
+    writer.resume(done.tokens, record["checksums"], again(folder))
     return done

@@ -9,7 +9,6 @@ user's cache says (:mod:`tnnlm.trust`), or if the user trusts it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -18,11 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnnlm.checksums import file_sha256
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, cache_root, write_text
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
@@ -32,10 +32,9 @@ from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
 from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences
+from tnnlm.reading import read_json
 from tnnlm.trust import NO_CODE, Trust, is_own, remember, remembered
 
-_CHUNK = 1 << 20
-"""Bytes of a package that are read at a time."""
 _PACKAGE, _SIZE = "compiled step", "size of a compiled step"
 """Kinds of records. The size is compared first, so that a foreign package is refused without reading it."""
 
@@ -127,7 +126,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
                 raise
             raise UserError(f"the step can't be compiled: {reason[:200]}") from error
         shutil.copyfile(packaged, temporary)
-        digest, size = _sha256(Path(packaged)), temporary.stat().st_size
+        digest, size = file_sha256(Path(packaged)), temporary.stat().st_size
     made_for = _made_for(fingerprint)
     write_text(path.with_suffix(".json"), json.dumps(made_for, indent=2))
     known = remember(_SIZE, size=str(size), **made_for) and remember(_PACKAGE, sha256=digest, **made_for)
@@ -187,11 +186,11 @@ def load_step(
     if not path.is_file():
         raise UserError("no compiled step", "create one with convert.py --compile")
     try:
-        made_for = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        made_for = None
+        made_for = read_json(path.with_suffix(".json"), "", UserError)
+    except UserError:
+        made_for = {}
     expected = _made_for(fingerprint)
-    if isinstance(made_for, dict) and made_for.get("model_sha256", fingerprint) != fingerprint:
+    if made_for.get("model_sha256", fingerprint) != fingerprint:
         raise UserError(
             "the compiled step belongs to another model", "recompile it with convert.py --compile"
         )
@@ -223,9 +222,8 @@ def _private_copy(path: Path) -> Iterator[tuple[Path, str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / path.name
-        with own.open("wb") as target:
-            digest = _sha256(path, target)
-        yield own, digest
+        shutil.copyfile(path, own)
+        yield own, file_sha256(own)
 
 
 def _runner(path: Path) -> Callable[..., Any]:
@@ -241,17 +239,6 @@ def _runner(path: Path) -> Callable[..., Any]:
 
         return aoti_load_package(str(path))
     return lambda *inputs: loader.run(list(inputs))
-
-
-def _sha256(path: Path, target: IO[bytes] | None = None) -> str:
-    """Return the SHA-256 of a file, whose bytes are written to ``target`` as well if there is one."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if target is not None:
-                target.write(chunk)
-    return digest.hexdigest()
 
 
 def _made_for(fingerprint: str) -> dict[str, str]:

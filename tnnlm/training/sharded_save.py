@@ -32,16 +32,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tnnlm.checkpoints.shards import (
-    SHARDS,
-    SUFFIX,
-    Shards,
-    file_digest,
-    moment_name,
-    shards_of,
-    weight_name,
-)
+from tnnlm.checkpoints.shards import SHARDS, SUFFIX, Shards, moment_name, shards_of, weight_name
 from tnnlm.checkpoints.training import delete_unreferenced
+from tnnlm.checksums import list_files
 
 WriteIndex = Callable[[dict[str, Any], Path], None]
 """Function that writes a checkpoint to a file atomically."""
@@ -159,7 +152,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
         written.wait()
         results = written.value()
         names = {result.storage_data.relative_path for result in results}
-        digests = {name: (name, *file_digest(self.folder / name)) for name in names}
+        digests = {name: (name, *entry) for name, entry in list_files(self.folder, names).items()}
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(
             [replace(result, storage_data=digests[result.storage_data.relative_path]) for result in results]
@@ -169,7 +162,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index files that wait, on rank 0, after all ranks have written their shards."""
         written = [result.storage_data for of_rank in results for result in of_rank]
-        files = {name: (size, digest) for name, size, digest in sorted(written)}
+        files = {name: [size, digest] for name, size, digest in sorted(written)}
         shapes = {name: list(found.size) for name, found in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
         with self._lock:
             self._shards = Shards(self.folder, files, shapes, self._parameters)

@@ -17,12 +17,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from tnnlm.checkpoints.settings_file import SETTINGS_FILE, verify_settings
-from tnnlm.checksums import read_signed_record, signed_record
+from tnnlm.checksums import read_signed, write_signed
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError, UserError
-from tnnlm.files import only_process, write_text
+from tnnlm.files import only_process
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
 from tnnlm.trust import NO_CODE, Trust
 
@@ -58,7 +58,7 @@ def job_name(given: str) -> str:
 
 def record_job(run: Path, job: str) -> None:
     """Record in a run's folder which job the run belongs to."""
-    write_text(run / JOB, signed_record({"job": job, "run": run.name}) + "\n")
+    write_signed(run / JOB, {"job": job, "run": run.name})
 
 
 def begin_job(job: str, config: Config, create: Callable[[], Path]) -> Path:
@@ -129,9 +129,7 @@ def _recorded_job(path: Path) -> str:
     Raises:
         CheckpointError: If the record is damaged, or is that of another run.
     """
-    record, verified = read_signed_record(path, "")
-    if not verified and set(record) != {"job"}:
-        raise CheckpointError(f"{path}: is damaged (it has no checksum)")
+    record = read_signed(path, "", older={"job"})
     job, name = record.get("job"), record.get("run", path.parent.name)
     if not isinstance(job, str):
         raise CheckpointError(f"{path}: is damaged (it names no job)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tnnlm.checkpoints.importers.formats import Imported
 from tnnlm.checkpoints.locate import IMPORTED, LAST
 from tnnlm.checkpoints.settings_file import write_settings
 from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
+from tnnlm.checksums import file_sha256
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_folder, check_parents, only_process, write_text
 from tnnlm.models.causal_lm import CausalLM
@@ -67,10 +67,5 @@ def write_run(folder: Path, source: Path, imported: Imported, tokenizer: TextTok
             )
             write_settings(temporary, config)
             write_text(temporary / "tokenizer.json", tokenizer.to_json())
-            origin = {"format": imported.format, "source": source.name, "sha256": _sha256(source)}
+            origin = {"format": imported.format, "source": source.name, "sha256": file_sha256(source)}
             write_text(temporary / IMPORTED, json.dumps(origin, indent=2))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

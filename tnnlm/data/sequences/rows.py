@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tnnlm.checksums import list_files
 from tnnlm.data.prepared import open_prepared, write_meta
 from tnnlm.data.report import DataReport, SplitInfo
-from tnnlm.data.sealed import listed
 from tnnlm.data.text import TextHash
 from tnnlm.errors import DataError
 from tnnlm.models.batches import LabelledBatch
@@ -182,7 +182,7 @@ def write_corpus(
         splits=splits,
     )
     names = sorted(path.name for path in folder.iterdir())
-    write_meta(folder, key, {"task": task, **report.to_dict()}, listed(folder, names))
+    write_meta(folder, key, {"task": task, **report.to_dict()}, list_files(folder, names))
 
 
 def read_corpus(folder: Path) -> LabelledCorpus:
