@@ -13,6 +13,9 @@ from tnnlm.tokenizer import TextTokenizer, load_tokenizer
 
 FIXED = ("seed", "task", "model.", "data.mask", "data.protocol", "data.listops", "data.lra.task")
 """Settings, or groups of them, that never change in a run."""
+PLACES = ("name", "runs_dir", "model.kernel.module", "model.kernel.module_sha256")
+"""Settings that may differ between a run and its checkpoint: a run and its kernel module may be moved, and
+what module runs is decided by :mod:`tnnlm.config.kernel_module`."""
 
 
 def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
@@ -29,8 +32,9 @@ def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
     Raises:
         CheckpointError: If a setting differs that is fixed in a run, or the tokenizer.
     """
-    run = path.absolute().parents[1]
-    if path.absolute().parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+    folder = path.absolute().parent
+    run = folder.parent
+    if folder.name != "checkpoints" or not (run / "config.yaml").is_file():
         return
     remedy = "restore the checkpoint of this run, or copy this one to another folder"
     try:
@@ -52,4 +56,5 @@ def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
 
 
 def _fixed(config: Config) -> dict[str, Any]:
-    return {key: value for key, value, _ in leaves(config) if key.startswith(FIXED)}
+    found = {key: value for key, value, _ in leaves(config)}
+    return {key: found[key] for key in found if key.startswith(FIXED) and key not in PLACES}

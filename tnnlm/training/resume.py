@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
+from tnnlm.checkpoints.membership import PLACES
 from tnnlm.checkpoints.settings_file import verify_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.checksums import not_verified
@@ -39,9 +40,6 @@ _FIXED_ON_RESUME = (
     "data.lra.task",
     "trainer.ema_decay",
 )
-_PLACES = ("name", "runs_dir", "model.kernel.module", "model.kernel.module_sha256")
-"""Settings that may differ from those of the checkpoint: a run and its kernel module may be moved, and what
-module runs is decided by :mod:`tnnlm.config.kernel_module`."""
 _RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
 """Entries of a checkpoint that a run resumes from."""
 
@@ -134,7 +132,7 @@ def _check_recorded(run: Path, recorded: Config) -> None:
     last = list(stored)[-1]
     if not re.search(rf"\b{last.rpartition('.')[2]}\W", path.read_text(encoding="utf-8")):
         raise CheckpointError(f"{path}: is truncated, without {last}", "restore it, or start a new run")
-    values = {key: value for key, value, _ in leaves(recorded) if key not in _PLACES}
+    values = {key: value for key, value, _ in leaves(recorded) if key not in PLACES}
     for key, value in values.items():
         if key.startswith(_FIXED_ON_RESUME) and stored.get(key, value) != value:
             raise CheckpointError(
