@@ -1,12 +1,13 @@
 """Files and folders: atomic writes, checks of paths, locks, and what killed processes leave behind."""
 
-from tnnlm.files.atomic import atomic_file, atomic_folder, flush_to_disk, write_text
+from tnnlm.files.atomic import append_text, atomic_file, atomic_folder, flush_to_disk, write_text
 from tnnlm.files.cache import cache_root
 from tnnlm.files.checks import check_file, check_folder, check_parents, make_parents
 from tnnlm.files.leftovers import remove_leftovers, restore_replaced
 from tnnlm.files.locks import only_process
 
 __all__ = [
+    "append_text",
     "atomic_file",
     "atomic_folder",
     "cache_root",

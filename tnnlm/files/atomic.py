@@ -58,6 +58,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a UTF-8 file, with the same line ends on every system.
+
+    A link is replaced by a file, as it is when a file is written: a link in the folder of a stranger's run
+    may lead to any file of the user.
+
+    Raises:
+        UserError: If ``path`` is a device or a pipe.
+        OSError: If the disk is full or the file isn't writable.
+    """
+    if path.is_symlink():
+        path.unlink()
+    check_replaceable(path)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(text)
+
+
 @contextmanager
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, and rename it to ``path`` if the block succeeds.

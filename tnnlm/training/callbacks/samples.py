@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from tnnlm.errors import UserError, one_line
+from tnnlm.files import append_text
 from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM
@@ -56,9 +57,8 @@ class SampleWriter(Callback):
             pass
         text, step = f"{self.prompt}{record.text}", trainer.global_step
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"--- step {step}\n{text}\n\n")
-        except OSError as error:  # a sample is no reason to stop the training
+            append_text(self.path, f"--- step {step}\n{text}\n\n")
+        except (OSError, UserError) as error:  # a sample is no reason to stop the training
             show_line(f"warning: {self.path}: {one_line(error)}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -9,12 +9,13 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from tnnlm.config.schema import Config
-from tnnlm.files import write_text
+from tnnlm.files import append_text, atomic_file, write_text
 from tnnlm.reading import read_bytes
 from tnnlm.training.loggers import LocalLogger
 from tnnlm.training.loggers.console import show_line
@@ -87,10 +88,9 @@ class MetricsCSV(LocalLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a row for a step."""
-        if not self.path.exists() or self.resume_step is not None:
+        if not self.path.exists() or self.path.is_symlink() or self.resume_step is not None:
             self._start()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(self._line({"step": step, **metrics}))
+        append_text(self.path, self._line({"step": step, **metrics}))
 
     def _line(self, row: Mapping[str, object]) -> str:
         """Return a row with its checksum, with the line end of CSV."""
@@ -102,14 +102,20 @@ class MetricsCSV(LocalLogger):
     def _header(self) -> str:
         return ",".join([*self.columns, CHECK])
 
+    def _free_name(self) -> Path:
+        """Return the path of a new copy, so that those of earlier damage are kept."""
+        names = (f"metrics.damaged{suffix}.csv" for suffix in chain([""], map("-{}".format, count(2))))
+        return next(path for path in map(self.path.with_name, names) if not os.path.lexists(path))
+
     def _start(self) -> None:
         # Rows of steps after the checkpoint will be logged again. A row that a full disk truncated is one of
         # them, because rows are written before their checkpoint.
         border = self.resume_step
         rows, damaged = ([], 0) if border is None else whole_rows(self.path)
         if damaged:
-            copy = self.path.with_name("metrics.damaged.csv")
-            shutil.copyfile(self.path, copy)
+            copy = self._free_name()
+            with atomic_file(copy) as temporary:
+                shutil.copyfile(self.path, temporary)
             show_line(f"warning: {self.path}: {damaged} damaged rows were removed; {copy} contains them")
         kept = [self._line(row) for row in rows if int(row["step"]) <= (border or 0)]
         write_text(self.path, "".join([f"{self._header}\r\n", *kept]))

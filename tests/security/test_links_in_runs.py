@@ -1,0 +1,65 @@
+"""A link or a pipe in the folder of a stranger's run leads no output of tnnlm to another file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.training_runs import tiny_run
+from tnnlm.errors import UserError
+from tnnlm.files import append_text
+from tnnlm.training.loggers.csv import MetricsCSV, read_metrics
+
+posix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows needs a privilege to create links")
+
+
+@pytest.fixture
+def victim() -> Path:
+    path = Path("profile").absolute()
+    path.write_text("mine\n")
+    return path
+
+
+@posix
+def test_appending_replaces_a_link(victim: Path) -> None:
+    Path("samples.txt").symlink_to(victim)
+    append_text(Path("samples.txt"), "one\n")
+    append_text(Path("samples.txt"), "two\n")
+    assert victim.read_text() == "mine\n"
+    assert Path("samples.txt").read_text() == "one\ntwo\n"
+
+
+@posix
+def test_appending_to_a_pipe_is_refused_without_waiting() -> None:
+    os.mkfifo("samples.txt")
+    with pytest.raises(UserError, match="not a regular file"):
+        append_text(Path("samples.txt"), "one\n")
+
+
+@posix
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics.damaged.csv"])
+@pytest.mark.parametrize("resumed", [None, 3])
+def test_metrics_are_not_written_through_a_link(name: str, resumed: int | None, victim: Path) -> None:
+    Path("metrics.csv").write_text("step,train/loss,crc32\n1,2.0,damaged\n")
+    if name == "metrics.csv":
+        Path(name).rename("elsewhere.csv")
+        victim = Path("elsewhere.csv").absolute()
+    before = victim.read_text()
+    Path(name).symlink_to(victim)
+    logger = MetricsCSV(Path("metrics.csv"), tiny_run(), resumed)
+    logger.log_metrics({"train/loss": 1.5}, 4)
+    logger.log_metrics({"train/loss": 1.25}, 5)
+    assert victim.read_text() == before
+    if name == "metrics.csv" or resumed is not None:
+        assert [row["step"] for row in read_metrics(Path("metrics.csv"))] == ["4", "5"]
+
+
+def test_rows_of_earlier_damage_are_kept() -> None:
+    path = Path("metrics.csv")
+    for value in ("first", "second"):
+        path.write_text(f"step,train/loss,crc32\n1,2.0,{value}\n")
+        MetricsCSV(path, tiny_run(), 3).log_metrics({"train/loss": 1.5}, 4)
+    assert "first" in Path("metrics.damaged.csv").read_text()
+    assert "second" in Path("metrics.damaged-2.csv").read_text()
