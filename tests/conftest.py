@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from tests.support.simulated import MACHINES, forget_probes
 from tests.support.unchanged import files_under, watch_refusals
 from tnnlm.errors import run_script
 from tnnlm.models.causal_lm import CausalLM
+
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the commands that the tests start would inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
