@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 def append_text(path: Path, text: str) -> None:
     """Append to a UTF-8 file, with the same line ends on every system.
 
-    A link is replaced by a file, as it is when a file is written: a link in the folder of a stranger's run
+    A link is replaced by a file, unchanged when a file is written: a link in the folder of a stranger's run
     may lead to any file of the user.
 
     Raises:
