@@ -156,6 +156,17 @@ def test_attached_recurrences_have_the_size_of_converted_ones() -> None:
         assert attached.nbytes(2) == pytest.approx(size, rel=0.1)
 
 
+def test_attached_recurrences_do_not_depend_on_the_random_state() -> None:
+    config = load_config(None, ["trainer.accelerator=cpu", "model.d_model=32", "model.max_length=512"])
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(attached_recurrences(config).horizon)
+        assert torch.equal(state, torch.get_rng_state())
+    assert len(set(found)) == 1
+
+
 def test_kernels_that_share_parameters_between_groups_are_sampled_whole() -> None:
     words = ["model.kernel.name=rtf", "model.kernel.denominators=32", "model.d_model=64"]
     config = load_config(None, [*words, "conversion.method=companion"])

@@ -69,8 +69,12 @@ def attached_recurrences(config: Config) -> Attached:
 
 
 def _sampled_kernel(model: ModelConfig, channels: int) -> Kernel:
-    """Return an initial kernel of a few of the channels, or of all if it can't be built for a few."""
+    """Return an initial kernel of a few of the channels, or of all if it can't be built for a few.
+
+    Its weights are the same in every call.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)  # the horizon depends on the weights, and the same run needs the same memory
         if channels > _SAMPLED:
             with suppress(Exception):  # such as of kernels with parameters for equal groups of channels
                 return build_kernel(model.kernel, _SAMPLED, model.max_length)
