@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import io
 import re
@@ -78,6 +79,9 @@ class OneLineParser(argparse.ArgumentParser):
             raise UserError(text, remedy)
         if not kind and unknown:
             text = f"{unknown}: not an option or argument of this command"
+            name = unknown.split()[0].partition("=")[0] if unknown.split() else ""
+            if near := difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75):
+                raise UserError(text, f"did you mean {near[0]}?")
         raise UserError(text, f"see {self.prog} --help")
 
     def _value_with_dash(self, option: str) -> str | None:

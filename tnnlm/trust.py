@@ -55,7 +55,8 @@ def remember(kind: str, **facts: str) -> bool:
         key = _key(folder) or _new_key(folder)
         if key is not None:
             # The name alone is the record; the text tells a reader what it is about.
-            (folder / _name(key, kind, facts)).write_text(json.dumps({"kind": kind, **facts}), "utf-8")
+            text = json.dumps({"kind": kind, **facts})
+            (folder / _name(key, kind, facts)).write_text(text, encoding="utf-8")
             return True
     return False
 

@@ -200,7 +200,7 @@ class TokenWriter:
         """Return the file of the shard that is written, without what a killed process wrote behind."""
         if self._file is None:
             path = self._folder / shard_name(self._split, len(self._whole))
-            self._file = path.open("r+b" if self._filled else "wb")
+            self._file = path.open("r+b") if self._filled else path.open("wb")
             self._file.truncate(self._filled * self.layout.itemsize)
             self._file.seek(0, os.SEEK_END)
         return self._file

@@ -192,7 +192,7 @@ def _no_such_route(request: Request, error: HTTPException) -> str:
     if allowed:
         return f"{called}: this path does not support the method; use {allowed}"
     known = [
-        f"{method} {route.path}"
+        f"{method} {route.path.replace(':path', '')}"
         for route in request.app.routes
         if isinstance(route, APIRoute) and route.include_in_schema
         for method in sorted(route.methods or ())
