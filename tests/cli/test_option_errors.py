@@ -59,7 +59,7 @@ NOT_USABLE = {
     "generate --prompt -x": "--prompt: expected one argument; write --prompt=-x for a value with a dash",
     "generate --prompt '--a\nb'": "--prompt: expected one argument; write --prompt='--a b' for",
     "generate --prompt x --nonsense": "--nonsense: not an option or argument of this command; see ",
-    "generate --prompt x --max-tokens 8": "of this command; did you mean --max-new-tokens?",
+    "generate --prompt x --max-tokens 8": "--max-tokens 8: not an option or argument of this command; did ",
     "generate --prompt x '--a\nb'": "--a b: not an option",
     "generate --prompt x --temperature hot": "--temperature: invalid float value: 'hot'; see ",
     "generate --pro x": "ambiguous option: --pro could match",
