@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tnnlm.errors import UserError
 from tnnlm.files import cache_root
 
 _KEY_BYTES = 32
@@ -47,10 +48,10 @@ def remember(kind: str, **facts: str) -> bool:
         facts: Everything that identifies it, such as its hash.
 
     Returns:
-        Whether there is a record now; False if the cache is not writable or not private.
+        Whether there is a record now; False if the cache is not writable or not private, or there is none.
     """
-    folder = _folder()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = _key(folder) or _new_key(folder)
         if key is not None:
@@ -63,8 +64,8 @@ def remember(kind: str, **facts: str) -> bool:
 
 def remembered(kind: str, **facts: str) -> bool:
     """Return whether :func:`remember` recorded exactly this for this user."""
-    folder = _folder()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        folder = _folder()
         key = _key(folder)
         return key is not None and (folder / _name(key, kind, facts)).is_file()
     return False

@@ -51,7 +51,7 @@ RULES = {
     "files": Allowed("errors", "filelock"),
     "reading": Allowed("errors", ""),
     "checksums": Allowed("errors files reading", "xxhash"),
-    "trust": Allowed("files", ""),
+    "trust": Allowed("errors files", ""),
     "machine": Allowed("errors", "torch psutil"),
     "detokenizer": Allowed("", "tokenizers"),
     "tokenizer": Allowed("errors reading detokenizer", "tokenizers huggingface_hub"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.scripts import ROOT
+from tnnlm.errors import UserError
+from tnnlm.files import cache_root
 from tnnlm.trust import remember, remembered
 
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
@@ -80,6 +82,19 @@ def test_cache_that_cannot_be_written_is_no_error() -> None:
     Path("cache").write_text("a file")
     assert not remember("step", sha256="1")
     assert not remembered("step", sha256="1")
+
+
+@posix
+def test_folder_named_like_a_home_holds_no_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember("step", sha256="1")
+    Path("~/.cache").mkdir(parents=True)
+    Path("cache").rename("~/.cache/tnnlm")
+    monkeypatch.delenv("TNNLM_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", str)  # a container whose user is unknown, without HOME
+    assert not remembered("step", sha256="1")
+    assert not remember("step", sha256="1")
+    with pytest.raises(UserError, match="set TNNLM_CACHE"):
+        cache_root()
 
 
 def test_processes_that_start_together_agree_on_one_key() -> None:
