@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.support.hf_folders import (
 )
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model
+from tnnlm.errors import CheckpointError
+from tnnlm.hf import TnnlmForCausalLM
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
@@ -71,6 +74,27 @@ def test_saved_folder_loads_in_transformers_and_in_tnnlm(opened: Opened, tmp_pat
     assert again.model.generation_config.suppress_tokens == opened.model.generation_config.suppress_tokens
     # The code of the model is not copied; one small file imports it from the package.
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == {"modeling_tnnlm.py"}
+
+
+def test_folder_without_a_file_that_transformers_does_not_need_loads_with_a_warning(
+    opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(opened.folder, tmp_path / "copy")
+    (folder / "generation_config.json").unlink()
+    (folder / "README.md").write_text("A model card of the user's.")
+    TnnlmForCausalLM.from_pretrained(folder)
+    assert any("generation_config.json: was changed" in line for line in caplog.messages)
+
+
+def test_subfolder_is_verified(opened: Opened, tmp_path: Path) -> None:
+    folder = shutil.copytree(opened.folder, tmp_path / "repository/inner")
+    TnnlmForCausalLM.from_pretrained(folder.parent, subfolder="inner")
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged"):
+        TnnlmForCausalLM.from_pretrained(folder.parent, subfolder="inner")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -80,7 +80,7 @@ def _listed(path: Path) -> dict[str, Any]:
 
 
 def warn_edited(folder: Path) -> None:
-    """Log a warning for each file of ``EDITABLE`` that differs from its checksum.
+    """Log a warning for each file of ``EDITABLE`` that differs from its checksum, or was removed.
 
     Raises:
         CheckpointError: If it is not JSON any more.
@@ -92,5 +92,6 @@ def warn_edited(folder: Path) -> None:
             try:
                 check_files(folder, {name: files[name]}, "")
             except CheckpointError:
-                read_json(folder / name, REMEDY)
+                if os.path.lexists(folder / name):  # Transformers needs none of them
+                    read_json(folder / name, REMEDY)
                 warn_changed(folder / name)

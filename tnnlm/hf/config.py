@@ -110,8 +110,8 @@ class TnnlmConfig(PreTrainedConfig):
             CheckpointError: If a file of the folder is damaged or was replaced, or if config.json names other
                 code than that of converted models, which Transformers would run next.
         """
-        folder = Path(name)
-        if folder.is_dir() and not options.get("subfolder"):
+        folder = Path(name, options.get("subfolder") or "")
+        if folder.is_dir():
             verify_folder(folder, read_json(folder / "config.json", REMEDY), weights=False)
         found = super().from_pretrained(name, *rest, **options)
         config = found[0] if isinstance(found, tuple) else found

@@ -174,8 +174,8 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         Raises:
             CheckpointError: If a file of the folder is damaged or was replaced, or a weight is not finite.
         """
-        folder = Path(name or "")
-        if name is not None and folder.is_dir() and not options.get("subfolder"):
+        folder = Path(name or "", options.get("subfolder") or "")
+        if name is not None and folder.is_dir():
             verify_folder(folder, read_json(folder / "config.json", REMEDY))
             warn_edited(folder)
         found: Any = super().from_pretrained(name, *rest, **options)
