@@ -53,15 +53,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
+    """Write a UTF-8 file atomically, with the same line ends on every system."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())
 
 
 def append_text(path: Path, text: str) -> None:
     """Append to a UTF-8 file, with the same line ends on every system.
 
-    A link is replaced by a file, unchanged when a file is written: a link in the folder of a stranger's run
+    A link is replaced by a file, as by every atomic write: a link in the folder of a stranger's run
     may lead to any file of the user.
 
     Raises:
