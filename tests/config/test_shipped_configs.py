@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.bytes_moved import ByteCounter
 from documentation import speed
 from documentation.reference import settings_table
 from documentation.speed import bytes_per_token, step_bytes
@@ -107,6 +110,16 @@ def test_bytes_of_a_step_are_affine_in_the_layers_and_above_the_least_traffic() 
     assert update > 7 * 4 * params
     # Every product reads its weights in both passes.
     assert forward > least_traffic(estimate_memory(config), params) - 7 * 4 * params
+
+
+def test_questions_about_a_tensor_move_no_bytes() -> None:
+    """Fake tensors dispatch an operator for each question about their device."""
+    with FakeTensorMode(), ByteCounter(distinct=False) as counter:
+        a = torch.empty(5)
+        assert a.device.type == "cpu"
+        assert counter.total == 0
+        _ = a + a
+    assert counter.total == 3 * 5 * 4
 
 
 def test_settings_page_states_the_values_that_are_used_without_a_file() -> None:
