@@ -91,7 +91,7 @@ def test_card_of_imported_weights_claims_no_data(run_here: Path, monkeypatch: py
     for claim in ("held out", "someone", "trained on the same data", "optimizer steps | 0"):
         assert claim not in card
     source = replace(load_checkpoint(run_here / "checkpoints/last.ckpt"), step=0)
-    monkeypatch.setattr("tnnlm.deployment.pipeline.load_checkpoint", lambda _: source)
+    monkeypatch.setattr("tnnlm.deployment.pipeline.load_checkpoint", lambda *_: source)
     recipe = ConversionConfig(method="window")
     done = convert_checkpoint(str(run_here), recipe, out=Path("out"), force=False, verify=False)
     assert done.note == "the training data of imported weights is not known"
