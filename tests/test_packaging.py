@@ -78,7 +78,7 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
         for line in metadata.get_all("Requires-Dist", [])
         if "extra ==" not in line
     }
-    assert needed == {"torch", "tokenizers", "safetensors", "omegaconf", "numpy", "filelock"}
+    assert needed == {"torch", "tokenizers", "safetensors", "omegaconf", "numpy", "filelock", "xxhash"}
 
 
 def test_citation_and_changelog_name_this_version() -> None:
