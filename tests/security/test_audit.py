@@ -20,6 +20,7 @@ from tests.support.hostile import write_run
 from tests.support.scripts import ROOT
 from tnnlm.checkpoints.hf_files import SHIM, SHIM_TEXT
 from tnnlm.checkpoints.locate import load_trained
+from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.deployment.save import save
 from tnnlm.inference import aot
 
@@ -77,6 +78,7 @@ def hostile(run_here: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config["model"]["kernel"] |= {"module": "evil_kernel.py", "module_sha256": "0" * 64}
     change(folder / "config.json", model=config["model"])
+    write_checksums(folder)  # an attacker writes the checksums of what he changes
     change(folder / "generation_config.json", custom_generate=str(folder), trust_remote_code=True)
     template = TEMPLATE.replace("TRACE", str(traces() / "template"))
     change(folder / "tokenizer_config.json", chat_template=template, tokenizer_class="TokenizersBackend")

@@ -105,10 +105,10 @@ def run_commands() -> dict[str, int]:
 
 def serve_once(main: Callable[[list[str]], int]) -> int:
     """Serve the converted model until one request is answered."""
-    from tnnlm.cli import serve
+    from tnnlm.serving import server
 
     ports: queue.Queue[int] = queue.Queue()
-    listen = serve.listen
+    listen = server.listen
 
     def listening(host: str, port: int) -> Any:
         listener = listen(host, port)
@@ -125,7 +125,7 @@ def serve_once(main: Callable[[list[str]], int]) -> int:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    serve.listen = listening
+    server.listen = listening
     client = threading.Thread(target=request)
     client.start()
     code = main(["serve", "--model", "runs/tiny/converted", "--port", "0"])
