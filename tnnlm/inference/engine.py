@@ -89,12 +89,7 @@ def open_engine(
         UserError: If an engine or dtype is unknown, or not available on this machine.
     """
     where = torch.device(device)
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if engine == "eager" and dtype != "float32":
-        raise UserError("--engine eager: runs in float32 only", "omit --dtype")
+    _check_request(engine, dtype)
     model = converted.model.to(where)
     runs: CausalLM | CompiledModel | GraphedModel = model
     if engine == "eager":
@@ -116,7 +111,27 @@ def open_engine(
             if engine != "auto":
                 raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
             reasons.append(str(error))
-    info = EngineInfo(
+    info = _describe(name, where, dtype, choice, reasons)
+    return Engine(TextGenerator(runs, converted.tokenizer, converted.fingerprint), info)
+
+
+def _check_request(engine: str, dtype: str) -> None:
+    """Check the names of an engine and a dtype, and that they go together.
+
+    Raises:
+        UserError: If they don't.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if engine == "eager" and dtype != "float32":
+        raise UserError("--engine eager: runs in float32 only", "omit --dtype")
+
+
+def _describe(name: str, where: torch.device, dtype: str, choice: Choice, reasons: list[str]) -> EngineInfo:
+    """Return the description of an engine that was selected for these reasons, of which some are empty."""
+    return EngineInfo(
         name=name,
         device=where.type,
         dtype=dtype,
@@ -126,7 +141,6 @@ def open_engine(
         threads=torch.get_num_threads() if where.type == "cpu" else None,
         cpu_level=cpu_level() if where.type == "cpu" else None,
     )
-    return Engine(TextGenerator(runs, converted.tokenizer, converted.fingerprint), info)
 
 
 def _compiled(
