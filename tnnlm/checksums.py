@@ -3,6 +3,8 @@
 Whatever is read back from a disk is verified with these: converted models, shards of checkpoints, records of
 runs and the token cache. A checksum detects damage and mistaken files, not forgery: whoever changes a file
 can change its checksum. Functions that raise take the error class of the caller.
+
+Line ends of YAML and JSON don't count, because a checkout on Windows, and programs there, write others.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import xxhash
 
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.files import write_text
-from tnnlm.reading import check_regular, parse_json, read_text, unreadable
+from tnnlm.reading import check_regular, parse_json, read_bytes, read_text, unreadable
 
 ALGORITHM = "xxh3_128"
 """Name of the checksum in files."""
@@ -74,7 +76,27 @@ def file_sha256(path: Path) -> str:
 
 def list_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
     """Return size in bytes and checksum of files of a folder, by name, for :func:`check_files`."""
-    return {name: [(folder / name).stat().st_size, file_checksum(folder / name)] for name in names}
+    return {name: _size_and_checksum(folder / name) for name in names}
+
+
+def _size_and_checksum(path: Path) -> list[Any]:
+    if _is_json(path):
+        content = _json_content(path, "")
+        return [len(content), checksum(content)]
+    return [path.stat().st_size, file_checksum(path)]
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+def _json_content(path: Path, remedy: str, error: type[UserError] = CheckpointError) -> bytes:
+    """Return the content of a JSON file with the line ends of Unix.
+
+    Raises:
+        UserError: If it is missing, no regular file, too large or unreadable.
+    """
+    return read_bytes(path, remedy, error).replace(b"\r\n", b"\n")
 
 
 def check_files(
@@ -96,7 +118,7 @@ def check_files(
         remedy: Remedy of the error.
         error: Class of the error.
         contents: Whether to read the files.
-        checksum_of: Function that returns the checksum of a file.
+        checksum_of: Function that returns the checksum of a file that is not JSON.
 
     Raises:
         UserError: If a file is missing, unreadable, or has another size or content.
@@ -109,10 +131,10 @@ def check_files(
     def check(name: str) -> None:
         path = folder / name
         try:
-            same = checksum_of(path) == listed[name][1]
+            found = checksum(_json_content(path, remedy, error)) if _is_json(path) else checksum_of(path)
         except OSError as problem:
             raise unreadable(path, problem, remedy, error) from None
-        if not same:
+        if found != listed[name][1]:
             raise differs(path, remedy, error)
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -138,6 +160,8 @@ def check_size(
     size = check_regular(path, remedy, error)
     match entry:
         case [int(expected), str()]:
+            if size > expected and _is_json(path):
+                size = len(_json_content(path, remedy, error))
             if size < expected or (size > expected and not longer):
                 how = f"{size:,} bytes instead of {expected:,}"
                 raise error(f"{path}: is damaged or was replaced ({how})", remedy)
@@ -219,5 +243,6 @@ def read_signed(
 
 def _is_signed(text: str, end: str) -> bool:
     """Return whether a text ends in the checksum of what precedes it, in the format ``end``."""
+    text = text.replace("\r\n", "\n")
     size = len(end.format(checksum(b"")))
     return text[-size:] == end.format(checksum(text[:-size].encode()))
