@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,40 +110,63 @@ def convert_checkpoint(
     where = usable_device(device)
     elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
-    folder = out or _run_of(path) / CONVERTED
-    check_out_folder(folder, force)
-    if folder.is_symlink():
-        folder = folder.resolve()  # Replace the target of the link, not the link.
+    folder = _out_folder(out or _run_of(path) / CONVERTED, force)
     source = load_checkpoint(path, trust)
-    if recipe.method in OWN_METHODS:
-        name = source.config.model.kernel.name
-        check_kernel(kernels(source.model)[0], name, recipe.method, f"--method {recipe.method}")
+    _check_method(source, recipe.method)
     with only_writer(folder):
-        started = time.perf_counter()
-        horizon, layers = convert_layers(source.model, recipe, _bar, device=elsewhere)
-        seconds = time.perf_counter() - started
-        # The copy shares the weights: the model may fill most of the memory.
-        model = attach(source.model, [layer.params for layer in layers], shared=True)
-        report = measure(
-            source.model,
-            layers,
-            method=recipe.method,
-            horizon=horizon,
-            seconds=seconds,
-            progress=_bar,
-            device=elsewhere,
-        )
+        model, report = _convert(source, recipe, elsewhere)
         save_converted(folder, model, source.tokenizer, report, force)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
-        try:
+        with _explained_interrupt(folder):
             return _complete(
                 source, written, report, recipe, folder, verify, compiled, exported, license, elsewhere
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{folder} holds the converted model, but the remaining steps were skipped; "
-                "run the same command with --force to convert again and complete them"
-            ) from None
+
+
+def _out_folder(folder: Path, force: bool) -> Path:
+    """Return the folder to write, which is the target of a link, after checking that it can be written."""
+    check_out_folder(folder, force)
+    return folder.resolve() if folder.is_symlink() else folder
+
+
+def _check_method(source: TrainedCheckpoint, method: str) -> None:
+    """Check that a method that only some kernels have can convert the kernel of this model."""
+    if method in OWN_METHODS:
+        name = source.config.model.kernel.name
+        check_kernel(kernels(source.model)[0], name, method, f"--method {method}")
+
+
+def _convert(
+    source: TrainedCheckpoint, recipe: ConversionConfig, device: torch.device | None
+) -> tuple[CausalLM, ModelReport]:
+    """Return the converted model, which shares the weights of the source, and the report of its layers."""
+    started = time.perf_counter()
+    horizon, layers = convert_layers(source.model, recipe, _bar, device=device)
+    seconds = time.perf_counter() - started
+    # The copy shares the weights: the model may fill most of the memory.
+    model = attach(source.model, [layer.params for layer in layers], shared=True)
+    report = measure(
+        source.model,
+        layers,
+        method=recipe.method,
+        horizon=horizon,
+        seconds=seconds,
+        progress=_bar,
+        device=device,
+    )
+    return model, report
+
+
+@contextmanager
+def _explained_interrupt(folder: Path) -> Iterator[None]:
+    """Let a Ctrl-C after the model is written say what the folder holds, and how to complete it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{folder} holds the converted model, but the remaining steps were skipped; "
+            "run the same command with --force to convert again and complete them"
+        ) from None
 
 
 def _complete(
