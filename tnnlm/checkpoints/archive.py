@@ -71,8 +71,11 @@ def archive_fault(path: Path, *, tensors: bool = True) -> str | None:
         return "two of its members have the same name"
     if any(member.compress_type or member.flag_bits & 1 for member in members):
         return "a member is compressed or encrypted"
-    if sum(member.file_size for member in members) > path.stat().st_size:
+    size = path.stat().st_size
+    if sum(member.file_size for member in members) > size:
         return "its members are larger than the file"
+    if not all(0 <= member.header_offset < size for member in members):
+        return "a member begins outside of the file"
     read = [member for member in members if tensors or not _VALUES.search(member.filename)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         intact = pool.map(lambda member: _is_intact(path, member), read)
