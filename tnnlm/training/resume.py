@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
-from tnnlm.checkpoints.membership import PLACES
+from tnnlm.checkpoints.membership import FIXED, PLACES
 from tnnlm.checkpoints.settings_file import verify_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.checksums import not_verified
@@ -28,18 +28,7 @@ SOURCES = {"last": LAST, "previous": PREVIOUS}
 """Values of ``train.py --from`` and the checkpoint that each selects."""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
 """Backup of last.ckpt, made when a run resumes from previous.ckpt."""
-_FIXED_ON_RESUME = (
-    "name",
-    "runs_dir",
-    "seed",
-    "task",
-    "model.",
-    "data.mask",
-    "data.protocol",
-    "data.listops",
-    "data.lra.task",
-    "trainer.ema_decay",
-)
+_FIXED_ON_RESUME = ("name", "runs_dir", *FIXED, "trainer.ema_decay")
 _RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
 """Entries of a checkpoint that a run resumes from."""
 
