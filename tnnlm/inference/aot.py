@@ -150,11 +150,11 @@ def check_compiler() -> None:
 
 
 def check_compiler_cache() -> None:
-    """Check that no other user can write to the folder from which the compiler loads what it compiled before.
+    """Check that the folder from which the compiler loads what it compiled before belongs to this user.
 
     Raises:
-        UserError: If one can, because that is native code. The default is a folder of known name in the
-            temporary folder, which anyone may have created.
+        UserError: If it belongs to another user or everyone can write to it, because it holds native code.
+            The default is a folder of known name in the temporary folder, which anyone may have created.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
