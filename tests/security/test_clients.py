@@ -132,6 +132,7 @@ def test_a_header_that_is_too_long(generator: TextGenerator) -> None:
         assert b" 400 " in connection.recv(4096)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of the open files")
 def test_a_low_limit_of_open_files_lowers_that_of_connections() -> None:
     code = (
         "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (100, 200));"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,6 @@ def write_package(code: bytes, fingerprint: str) -> None:
 
 def record(code: bytes, fingerprint: str) -> None:
     """Record a package as compiled here."""
-    import hashlib
-
     made_for = aot._made_for(fingerprint)
     assert trust.remember(aot._SIZE, size=str(len(code)), **made_for)
     assert trust.remember(aot._PACKAGE, sha256=hashlib.sha256(code).hexdigest(), **made_for)
@@ -112,6 +112,7 @@ def test_large_package_of_a_stranger_is_not_read(
     assert open_engine(model, Path("out")).info.name == "packed"
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
 def test_cache_of_the_compiler_that_everyone_can_write_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
