@@ -45,9 +45,8 @@ class Named(NamedTuple):
 class _Source(NamedTuple):
     """Source of a module, as read."""
 
-    name: str
-    """Name under which the module is registered in ``sys.modules``."""
     spec: ModuleSpec
+    """Place of the source, and the name under which the module is registered in ``sys.modules``."""
     text: bytes
     sha256: str
 
@@ -106,17 +105,16 @@ def _read(module: str, key: str) -> _Source:
     Raises:
         Exception: If it is not found or can't be read.
     """
-    spec = spec_from_file_location(Path(key).stem, key) if module.endswith(".py") else _find(module)
-    if spec is None or spec.origin is None or not spec.has_location:
-        raise ModuleNotFoundError(f"No module named {module!r} with a Python source")
-    text = Path(spec.origin).read_bytes()
-    digest = hashlib.sha256(text).hexdigest()
     if module.endswith(".py"):
         # A file is in no package; the name of the file could be that of another module.
         name = f"tnnlm_kernel_{Path(key).stem}_{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}"
         spec = spec_from_file_location(name, key)
-        assert spec is not None
-    return _Source(spec.name, spec, text, digest)
+    else:
+        spec = _find(module)
+    if spec is None or spec.origin is None or not spec.has_location:
+        raise ModuleNotFoundError(f"No module named {module!r} with a Python source")
+    text = Path(spec.origin).read_bytes()
+    return _Source(spec, text, hashlib.sha256(text).hexdigest())
 
 
 def _find(module: str) -> ModuleSpec | None:
@@ -140,16 +138,16 @@ def _execute(source: _Source) -> None:
     Raises:
         Exception: Whatever the code raises; the module is then not registered.
     """
-    parent, _, leaf = source.name.rpartition(".")
+    parent, _, leaf = source.spec.name.rpartition(".")
     if parent:
         import_module(parent)
     loaded = module_from_spec(source.spec)
     # Registered before it is executed, because dataclasses look up their module.
-    sys.modules[source.name] = loaded
+    sys.modules[source.spec.name] = loaded
     try:
         exec(compile(source.text, str(source.spec.origin), "exec"), loaded.__dict__)
     except BaseException:
-        del sys.modules[source.name]
+        del sys.modules[source.spec.name]
         raise
     if parent:
         setattr(sys.modules[parent], leaf, loaded)
