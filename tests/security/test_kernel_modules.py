@@ -124,6 +124,13 @@ def test_hash_of_the_source_is_recorded_and_checked_in_a_file_of_the_user(module
     assert load_config("mine.yaml", trust=Trust(code=True))
 
 
+def test_file_whose_name_has_a_dot_is_in_no_package(module: Path) -> None:
+    dotted = Path(shutil.copy(module, "kernel.v2.py"))
+    config = load_config(None, [f"model.kernel.module={dotted}", "model.kernel.name=theirs"])
+    assert config.model.kernel.module_sha256 == hashlib.sha256(module.read_bytes()).hexdigest()
+    assert Path(TRACE).exists()
+
+
 def test_bytecode_next_to_the_file_is_not_executed(module: Path, script: Any) -> None:
     evil = write_module(Path("evil.py"), "evil ran")
     cache = module.parent / "__pycache__"

@@ -106,8 +106,9 @@ def _read(module: str, key: str) -> _Source:
         Exception: If it is not found or can't be read.
     """
     if module.endswith(".py"):
-        # A file is in no package; the name of the file could be that of another module.
-        name = f"tnnlm_kernel_{Path(key).stem}_{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}"
+        # A file is in no package, also if its name has a dot; the name could be that of another module.
+        stem = Path(key).stem.replace(".", "_")
+        name = f"tnnlm_kernel_{stem}_{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}"
         spec = spec_from_file_location(name, key)
     else:
         spec = _find(module)
