@@ -72,7 +72,8 @@ def test_line_ends_of_a_record_do_not_count() -> None:
 
 def test_list_with_an_entry_that_is_no_size_and_checksum_is_refused_in_one_line() -> None:
     write_converted(Path("out"), train_bpe(["some words and more words"], 300, "<|endoftext|>", 1, False))
-    for entry in (5, {}, [], None, [1, "a", 2], ["1", "a"]):
+    entries: list[object] = [5, {}, [], None, [1, "a", 2], ["1", "a"]]
+    for entry in entries:
         Path("out/checksums.json").write_text(json.dumps({"files": {"config.json": entry}}))
         with pytest.raises(CheckpointError, match=r"is damaged or was replaced"):
             load_converted(Path("out"))
