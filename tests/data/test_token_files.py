@@ -143,9 +143,9 @@ def test_cache_of_version_0_1_is_copied_without_its_text(
     assert tokens_of(copied) == tokens_of(made)
     assert (copied.report, copied.layout.per_shard) == (made.report, 1_000)
     assert copied.tokenizer.fingerprint == made.tokenizer.fingerprint
-    told = capsys.readouterr().err.strip()
-    assert (
-        told == f"{old}: not verified: written by an older version; copied to {old.parent}, it may be deleted"
+    assert capsys.readouterr().err == (
+        f"{old}: not verified: written by an older version; its tokens were copied to a new folder of the "
+        "cache, and this old folder may be deleted\n"
     )
     assert sorted((path.name, path.read_bytes()) for path in old.iterdir()) == before
     assert tokens_of(corpus()) == tokens_of(made)
@@ -164,4 +164,4 @@ def test_damaged_cache_of_version_0_1_is_not_used(damage: str, capsys: pytest.Ca
     else:
         (old / "tokenizer.json").unlink()
     assert tokens_of(corpus()) == tokens_of(made)
-    assert capsys.readouterr().err == f"{old}: is damaged and not used; it may be deleted\n"
+    assert capsys.readouterr().err == f"{old}: is damaged and not used; this folder may be deleted\n"

@@ -49,10 +49,11 @@ def copy_earlier(old: Path, folder: Path) -> StoredCorpus | None:
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
-        print(f"{old}: is damaged and not used; it may be deleted", file=sys.stderr)
+        print(f"{old}: is damaged and not used; this folder may be deleted", file=sys.stderr)
         return None
     print(
-        f"{old}: not verified: written by an older version; copied to {folder.parent}, it may be deleted",
+        f"{old}: not verified: written by an older version; its tokens were copied to a new folder of the "
+        "cache, and this old folder may be deleted",
         file=sys.stderr,
     )
     return found
