@@ -63,9 +63,11 @@ def _copy(old: Path, folder: Path) -> StoredCorpus:
     """Copy an old cache.
 
     Raises:
-        ValueError: If its sizes or token ids are wrong.
+        DataError: If its splits, sizes or token ids are wrong.
     """
     report = DataReport.from_dict(json.loads((old / META).read_text(encoding="utf-8")))
+    if report.splits.keys() != {"train", "val"}:  # names of files, too
+        raise DataError(f"{old}: has other splits than train and val")
     text = (old / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TextTokenizer.from_json(text, report.eos_token, str(old))
     layout, files = Layout.of(tokenizer.size), dict[str, list[Any]]()
