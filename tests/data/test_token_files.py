@@ -143,25 +143,33 @@ def test_cache_of_version_0_1_is_copied_without_its_text(
     assert tokens_of(copied) == tokens_of(made)
     assert (copied.report, copied.layout.per_shard) == (made.report, 1_000)
     assert copied.tokenizer.fingerprint == made.tokenizer.fingerprint
-    told = capsys.readouterr().err.strip()
-    assert (
-        told == f"{old}: not verified: written by an older version; copied to {old.parent}, it may be deleted"
+    assert capsys.readouterr().err == (
+        f"{old}: not verified: written by an older version; its tokens were copied to a new folder of the "
+        "cache, and this old folder may be deleted\n"
     )
     assert sorted((path.name, path.read_bytes()) for path in old.iterdir()) == before
     assert tokens_of(corpus()) == tokens_of(made)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["short", "foreign", "list", "missing"])
+@pytest.mark.parametrize("damage", ["short", "foreign", "list", "splits", "outside", "missing"])
 def test_damaged_cache_of_version_0_1_is_not_used(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     made, old = write_earlier()
     if damage == "short":
         os.truncate(old / "val.bin", 40)
     elif damage == "foreign":
         (old / "val.bin").write_bytes(b"\xff" * (old / "val.bin").stat().st_size)
+    elif damage in ("splits", "outside"):
+        meta = json.loads((old / "meta.json").read_text())
+        val = meta["splits"].pop("val")
+        if damage == "outside":
+            shutil.copy(old / "val.bin", "outside.bin")
+            meta["splits"][str(Path("outside").absolute())] = val
+        (old / "meta.json").write_text(json.dumps(meta))
     elif damage == "list":
         (old / "meta.json").write_text("[" * 100_000)
     else:
         (old / "tokenizer.json").unlink()
     assert tokens_of(corpus()) == tokens_of(made)
-    assert capsys.readouterr().err == f"{old}: is damaged and not used; it may be deleted\n"
+    assert capsys.readouterr().err == f"{old}: is damaged and not used; this folder may be deleted\n"
+    assert not Path("outside-00000.bin").exists()

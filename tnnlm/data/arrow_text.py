@@ -120,38 +120,54 @@ def index_documents(
         DataError: If a row isn't a string in UTF-8, or ``kept`` is damaged or the index of another table.
     """
     parts = (rows._fingerprint, content, len(rows), column, seed, limit, normalize)
-    fingerprint, record = " ".join(map(str, parts)), kept.with_suffix(".json")
-    if os.path.lexists(record):
-        found = read_entries(record)
-        if found["fingerprint"] != fingerprint:
-            raise DataError(
-                f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
-            )
-        verify_files(kept.parent, found["checksums"])
-        with np.load(kept) as known:
-            tally = Tally.from_dict(found["tally"])
-            return DocumentIndex(known["chosen"], known["lengths"], known["hashes"], tally, normalize)
+    fingerprint = " ".join(map(str, parts))
+    if os.path.lexists(_record_of(kept)):
+        return _load_index(kept, fingerprint, where, normalize)
     chosen, lengths, hashes = [], [], []
     tally = Tally()
     cells = _checked_cells(rows, column, where)
-    for index, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc", total=len(rows))):
-        text = tally.keep(text_of(cell, column, f"{where}: row {index + 1}"), normalize, blank)
+    for row, cell in enumerate(progress(cells, desc=f"read {where}", unit="doc", total=len(rows))):
+        text = tally.keep(text_of(cell, column, f"{where}: row {row + 1}"), normalize, blank)
         if text is not None:
-            chosen.append(index)
+            chosen.append(row)
             lengths.append(len(text))
             hashes.append(text_hash(seed, text) if text.strip() else b"")
             if len(chosen) == limit:
                 break
-    arrays: dict[str, Any] = {
-        "chosen": np.array(chosen, np.int64),
-        "lengths": np.array(lengths, np.int64),
-        "hashes": np.array(hashes, "S16"),
-    }
+    columns = np.array(chosen, np.int64), np.array(lengths, np.int64), np.array(hashes, "S16")
+    index = DocumentIndex(*columns, tally=tally, normalize=normalize)
+    _save_index(index, kept, fingerprint)
+    return index
+
+
+def _record_of(kept: Path) -> Path:
+    """Return the path of the record of an index, which is written after the index."""
+    return kept.with_suffix(".json")
+
+
+def _load_index(kept: Path, fingerprint: str, where: str, normalize: bool) -> DocumentIndex:
+    """Return the index of an earlier attempt.
+
+    Raises:
+        DataError: If it is damaged, or the index of a table with another fingerprint.
+    """
+    record = read_entries(_record_of(kept))
+    if record["fingerprint"] != fingerprint:
+        raise DataError(
+            f"{where}: has changed since its preparation began", f"remove {kept.parent} to start over"
+        )
+    verify_files(kept.parent, record["checksums"])
+    tally = Tally.from_dict(record["tally"])
+    with np.load(kept) as arrays:
+        return DocumentIndex(arrays["chosen"], arrays["lengths"], arrays["hashes"], tally, normalize)
+
+
+def _save_index(index: DocumentIndex, kept: Path, fingerprint: str) -> None:
     with atomic_file(kept) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, chosen=index.chosen, lengths=index.lengths, hashes=index.hashes)
     checksums = list_files(kept.parent, [kept.name])
-    write_signed(record, {"fingerprint": fingerprint, "tally": tally.to_dict(), "checksums": checksums})
-    return DocumentIndex(**arrays, tally=tally, normalize=normalize)
+    entries = {"fingerprint": fingerprint, "tally": index.tally.to_dict(), "checksums": checksums}
+    write_signed(_record_of(kept), entries)
 
 
 def _checked_cells(rows: datasets.Dataset, column: str, where: str) -> Iterator[Any]:

@@ -49,10 +49,11 @@ def copy_earlier(old: Path, folder: Path) -> StoredCorpus | None:
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
-        print(f"{old}: is damaged and not used; it may be deleted", file=sys.stderr)
+        print(f"{old}: is damaged and not used; this folder may be deleted", file=sys.stderr)
         return None
     print(
-        f"{old}: not verified: written by an older version; copied to {folder.parent}, it may be deleted",
+        f"{old}: not verified: written by an older version; its tokens were copied to a new folder of the "
+        "cache, and this old folder may be deleted",
         file=sys.stderr,
     )
     return found
@@ -62,9 +63,11 @@ def _copy(old: Path, folder: Path) -> StoredCorpus:
     """Copy an old cache.
 
     Raises:
-        ValueError: If its sizes or token ids are wrong.
+        DataError: If its splits, sizes or token ids are wrong.
     """
     report = DataReport.from_dict(json.loads((old / META).read_text(encoding="utf-8")))
+    if report.splits.keys() != {"train", "val"}:  # names of files, too
+        raise DataError(f"{old}: has other splits than train and val")
     text = (old / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = TextTokenizer.from_json(text, report.eos_token, str(old))
     layout, files = Layout.of(tokenizer.size), dict[str, list[Any]]()

@@ -11,8 +11,10 @@ from torch.utils.data import default_collate
 
 from tests.support.listops import evaluate
 from tnnlm.config.loader import load_config
+from tnnlm.data.sequences import prepare
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import SPLITS, Example, LabelledRows, SeenRows, write_rows
+from tnnlm.data.sources import cache_folder
 from tnnlm.models.batches import LabelledBatch
 
 SETTINGS = (
@@ -48,6 +50,20 @@ def test_splits_are_disjoint_and_deterministic(tmp_path: Path) -> None:
     assert len(set(found)) == 100
     other = prepare_sequences(load_config(None, [*SETTINGS, "seed=1"]))
     assert texts(other.split("train", 32)) != texts(corpus.split("train", 32))
+
+
+def test_the_folder_of_an_older_version_is_named_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(None, [*SETTINGS])
+    old = cache_folder(config.data) / prepare._key(config, [], prepare.VERSION - 1)
+    old.mkdir(parents=True)
+    for _ in range(2):
+        corpus = prepare_sequences(config)
+    assert corpus.folder != old
+    assert old.is_dir()
+    assert capsys.readouterr().err == (
+        f"{old}: not used: written by an older version without checksums; the sequences are prepared again, "
+        "and this old folder may be deleted\n"
+    )
 
 
 def test_rows_are_padded_and_labelled() -> None:

@@ -107,7 +107,8 @@ def prepare_sequences(config: Config) -> LabelledCorpus:
     )
     if old.is_dir() and not is_prepared(folder):
         print(
-            f"{old}: not verified: written by an older version; the sequences are prepared again in {folder}",
+            f"{old}: not used: written by an older version without checksums; the sequences are prepared "
+            "again, and this old folder may be deleted",
             file=sys.stderr,
         )
     remove_leftovers(folder.parent)
