@@ -34,7 +34,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
-        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        super().__init__(reason, remedy)
         self.reason = reason
         self.remedy = remedy
 
@@ -79,7 +79,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise UserError(text, remedy)
         if not kind and unknown:
             text = f"{unknown}: not an option or argument of this command"
-            name = unknown.split()[0].partition("=")[0] if unknown.split() else ""
+            name = unknown.partition(" ")[0].partition("=")[0]
             if near := difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75):
                 raise UserError(text, f"did you mean {near[0]}?")
         raise UserError(text, f"see {self.prog} --help")

@@ -77,8 +77,7 @@ RULES = {
     ),
     "training": Allowed(
         "signals errors trust files reading checksums machine tokenizer ops kernels modules config models "
-        "evaluation "
-        "checkpoints data conversion inference",
+        "evaluation checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(

@@ -43,7 +43,6 @@ OLDEST = (2, 8)
 """Oldest version of PyTorch."""
 MINUTES = 6.0
 """Time for which the limits of the parts are chosen; a longer run scales them."""
-ROOT = Path(__file__).parents[1]
 
 
 def parse() -> argparse.Namespace:

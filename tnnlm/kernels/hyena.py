@@ -85,13 +85,10 @@ class HyenaKernel(NetworkKernel):
         with torch.autocast(self.bias.device.type, enabled=False):
             known = min(length, self.length)
             time = self._lags(self.bias)[:known, None] / (self.length - 1)
-            h = (
-                self._features(self._inputs()[:known], self.hidden, self.frequencies)
-                if features is None
-                else features
-            )
-            window = torch.exp(-time * self.deltas.to(h.dtype).abs()) + self.shift
-            k = (self.output(h) * window).T
+            if features is None:
+                features = self._features(self._inputs()[:known], self.hidden, self.frequencies)
+            window = torch.exp(-time * self.deltas.to(features.dtype).abs()) + self.shift
+            k = (self.output(features) * window).T
             k = torch.cat((k[:, :1] + self.bias[:, None], k[:, 1:]), dim=1)
             return nn.functional.pad(k, (0, length - known))
 

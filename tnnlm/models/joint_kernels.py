@@ -6,31 +6,27 @@ number of layers. A CPU launches nothing, and computes them layer by layer by de
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from tnnlm.kernels import NetworkKernel
 from tnnlm.kernels.rpe import RelativePositionEncoder
 from tnnlm.modules import Block, LongConv
+from tnnlm.ops.override import Override
 
 _PARTS = {RelativePositionEncoder, nn.ModuleList, nn.Linear}
 """Classes of the parts of a network; a part of another class, such as an adapter, may compute another map."""
-_assumed: list[bool] = []
+_assumed: Override[bool] = Override()
 
 
-@contextmanager
-def joint_kernels(joint: bool) -> Iterator[None]:
+def joint_kernels(joint: bool) -> AbstractContextManager[None]:
     """Compute the kernels of all layers in one batch on every device, or on none, within a ``with`` block.
 
     Models whose kernels can't be computed in one batch compute them layer by layer all the same.
     """
-    _assumed.append(joint)
-    try:
-        yield
-    finally:
-        _assumed.pop()
+    return _assumed.use(joint)
 
 
 def joint_features(layers: Sequence[Block], length: int) -> list[Tensor] | None:
@@ -61,7 +57,7 @@ def _plain_kernel(layer: nn.Module) -> NetworkKernel | None:
     if not isinstance(kernel, NetworkKernel) or "joint_features" not in vars(type(kernel)):
         return None
     device = next(kernel.parameters()).device
-    if not (_assumed[-1] if _assumed else device.type != "cpu"):
+    if not (device.type != "cpu" if _assumed.choice is None else _assumed.choice):
         return None
     parts = list(kernel.modules())[1:]
     altered = any(type(part) not in _PARTS or _has_hooks(part) for part in parts)

@@ -9,8 +9,8 @@ A GPU uses the last of them that computes a small convolution and its gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,21 +19,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tnnlm.ops import cudnn_conv
+from tnnlm.ops.override import Override
 from tnnlm.ops.row_windows import row_conv
-from tnnlm.ops.triton_probe import why_it_fails, why_no_triton
+from tnnlm.ops.triton_probe import check_close, why_it_fails, why_no_triton
 
 _TOLERANCE = 1e-4
-_forced: list[str] = []
+_forced: Override[str] = Override()
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Use one backend on every device for convolutions with gradients, to compare backends."""
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+    return _forced.use(name)
 
 
 def training_backend(device: torch.device, causal: bool) -> str:
@@ -43,8 +39,8 @@ def training_backend(device: torch.device, causal: bool) -> str:
         device: Device of the inputs.
         causal: Whether the convolution is causal.
     """
-    if _forced:
-        return _forced[-1]
+    if _forced.choice:
+        return _forced.choice
     if device.type != "cuda":
         return "tiles"
     if causal and not why_no_cudnn(device):
@@ -95,5 +91,4 @@ def _check(device: torch.device, product: Callable[[Tensor, Tensor], Tensor]) ->
             y = function(x, k)
             found.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, k))))
         for got, expected in zip(*found, strict=True):
-            if not bool(((got - expected).abs() <= _TOLERANCE * expected.abs().max()).all()):
-                raise ArithmeticError("the results are wrong")
+            check_close(got, expected, _TOLERANCE)

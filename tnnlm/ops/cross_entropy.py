@@ -6,8 +6,7 @@ words, and as much for their gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tnnlm.ops.loss_backends import IGNORED, score
+from tnnlm.ops.override import Override
 from tnnlm.precision import working_dtype
 
 _MOST_ON_GPU = 1 << 26
@@ -24,7 +24,7 @@ _MOST_ON_CPU = 1 << 22
 """Largest number on a CPU, where small chunks are faster than all logits at once, at any vocabulary."""
 _GAIN = 1024.0
 """Factor of probabilities in float16, so that small ones don't underflow; gradients are divided by it."""
-_assumed: list[str] = []
+_assumed: Override[str] = Override()
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -52,17 +52,12 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def most_logits(device: str) -> int:
     """Return the largest number of logits that are computed at once on a type of device."""
-    return _MOST_ON_CPU if (_assumed or [device])[-1] == "cpu" else _MOST_ON_GPU
+    return _MOST_ON_CPU if (_assumed.choice or device) == "cpu" else _MOST_ON_GPU
 
 
-@contextmanager
-def limit_of(device: str) -> Iterator[None]:
+def limit_of(device: str) -> AbstractContextManager[None]:
     """Use the limit of a type of device on every device, to estimate the memory of another machine."""
-    _assumed.append(device)
-    try:
-        yield
-    finally:
-        _assumed.pop()
+    return _assumed.use(device)
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

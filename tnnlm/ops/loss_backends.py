@@ -9,8 +9,7 @@ A GPU uses Liger if it computes a small loss and its gradients correctly.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,23 +17,19 @@ import torch
 from torch import Tensor
 
 from tnnlm.ops.liger_softmax import scored_in_place
-from tnnlm.ops.triton_probe import why_it_fails
+from tnnlm.ops.override import Override
+from tnnlm.ops.triton_probe import check_close, why_it_fails
 from tnnlm.precision import working_dtype
 
 IGNORED = -100
 """Target that is not scored, as in :func:`torch.nn.functional.cross_entropy`."""
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-_forced: list[str] = []
+_forced: Override[str] = Override()
 
 
-@contextmanager
-def use_loss_backend(name: str) -> Iterator[None]:
+def use_loss_backend(name: str) -> AbstractContextManager[None]:
     """Use one backend on every device, to compare backends."""
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+    return _forced.use(name)
 
 
 def loss_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -44,8 +39,8 @@ def loss_backend(device: torch.device, dtype: torch.dtype) -> str:
     """
     if dtype == torch.float64:
         return "torch"
-    if _forced:
-        return _forced[-1]
+    if _forced.choice:
+        return _forced.choice
     return "torch" if device.type != "cuda" or why_no_liger(device) else "liger"
 
 
@@ -114,5 +109,4 @@ def _check(device: torch.device) -> None:
         logits = features @ weight.T
         total = scored_in_place(logits, targets, 8.0, IGNORED, slopes=True)
         for got, right in ((total, expected), (logits, slope * (targets != IGNORED)[:, None])):
-            if not bool(((got - right).abs() <= tolerance * right.abs().max()).all()):
-                raise ArithmeticError("the results are wrong")
+            check_close(got, right, tolerance)

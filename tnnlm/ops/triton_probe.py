@@ -43,5 +43,16 @@ def why_it_fails(library: str, device: torch.device, run: Callable[[torch.device
     return ""
 
 
+def check_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Check a result against the expected one, within a tolerance relative to its largest element.
+
+    Raises:
+        ArithmeticError: If they differ.
+    """
+    # Also if an element is not a number
+    if not bool(((got - expected).abs() <= tolerance * expected.abs().max()).all()):
+        raise ArithmeticError("the results are wrong")
+
+
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from benchmarks.bytes_moved import ByteCounter
+from experiments.report import table
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
@@ -75,40 +76,49 @@ def step_bytes(config: Config, layers: int) -> tuple[int, int]:
 
 def speed_table(*configs: str) -> str:
     """Return the largest speed and least cost of shipped configurations as a table, two rows each."""
-    lines = [
-        "| config | GPU | MB per token | tokens/s, products | tokens/s, memory | wall-clock hours "
-        "| GPU hours | dollars |",
-        "|---|---|" + "---:|" * 6,
-    ]
+    rows = []
     for name in configs:
         config = _on_gpu(name)
         flops = _flops(config)
         moved, plan = bytes_per_token(config), estimate_run(config)
         single = config.trainer.precision == "32-true"
         for card in CARDS:
-            rates = ((card.float32 if single else card.bf16) / flops, card.bandwidth / moved)
-            hours = plan.total_tokens / min(rates) / 3600
-            cells = [f"{moved / 1e6:.1f}", *(f"{rate:,.0f}" for rate in rates)]
-            cells += [f"{hours / plan.devices:.1f}", f"{hours:.1f}", f"{hours * card.price:,.0f}"]
-            lines.append(f"| `{name}` | {card.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            products, memory = (card.float32 if single else card.bf16) / flops, card.bandwidth / moved
+            hours = plan.total_tokens / min(products, memory) / 3600
+            rows.append(
+                {
+                    "config": f"`{name}`",
+                    "GPU": card.name,
+                    "MB per token": f"{moved / 1e6:.1f}",
+                    "tokens/s, products": f"{products:,.0f}",
+                    "tokens/s, memory": f"{memory:,.0f}",
+                    "wall-clock hours": f"{hours / plan.devices:.1f}",
+                    "GPU hours": f"{hours:.1f}",
+                    "dollars": f"{hours * card.price:,.0f}",
+                }
+            )
+    return table(rows)
 
 
 def configurations_table(*configs: str) -> str:
     """Return the sizes of shipped configurations as a table, with the estimated memory per GPU."""
-    lines = [
-        "| config | parameters | tokens per update | updates | tokens | GPUs | memory per GPU, GiB "
-        "| GFLOP per token |",
-        "|---|" + "---:|" * 7,
-    ]
+    rows = []
     for name in configs:
         config = _on_gpu(name)
         plan = estimate_run(config)
-        sizes = (plan.params, plan.tokens_per_update, config.trainer.max_steps, plan.total_tokens)
-        cells = [*(f"{size:,}" for size in sizes), str(plan.devices)]
-        cells += [f"{estimate_memory(config).peak / 2**30:.1f}", f"{_flops(config) / 1e9:.3f}"]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            {
+                "config": f"`{name}`",
+                "parameters": f"{plan.params:,}",
+                "tokens per update": f"{plan.tokens_per_update:,}",
+                "updates": f"{config.trainer.max_steps:,}",
+                "tokens": f"{plan.total_tokens:,}",
+                "GPUs": str(plan.devices),
+                "memory per GPU, GiB": f"{estimate_memory(config).peak / 2**30:.1f}",
+                "GFLOP per token": f"{_flops(config) / 1e9:.3f}",
+            }
+        )
+    return table(rows)
 
 
 def _on_gpu(name: str) -> Config:
