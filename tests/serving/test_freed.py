@@ -77,7 +77,7 @@ def test_clients_that_disconnect(stream: bool, running: Running, monkeypatch: py
     seen = watch(running, monkeypatch)
     with connect(running) as connection:
         send(connection, ENDLESS | {"prompt": "fox", "stream": stream})
-        wait_for(lambda: running.service.scheduler.load["running"] == 1)
+        wait_for(lambda: len(seen) == 3)
         if stream:
             assert b" 200 " in connection.recv(4096)
     freed(seen)
