@@ -10,17 +10,18 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from tnnlm.errors import one_line
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.access import cache_partition, key_check
+from tnnlm.serving.disconnect import EventStream, while_connected
 from tnnlm.serving.json_body import parse_body, schema_of
 from tnnlm.serving.middleware import CountAnswers, HeadAsGet, KnownHost, WholeBody
 from tnnlm.serving.requests import ParsedRequest
-from tnnlm.serving.responses import AnswerTooLargeError, SequenceError, error_event
+from tnnlm.serving.responses import AnswerTooLargeError, CompletionResponse, SequenceError, error_event
 from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
 from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT
 from tnnlm.serving.service import Service
@@ -128,20 +129,21 @@ async def _complete(service: Service, request: Request) -> Response:
     options = body.stream_options
     chunks = parsed.response.stream(options.include_usage, options.include_timing)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(
-        _until_the_end(service, parsed, chunks), media_type="text/event-stream", headers=headers
+    sequences = parsed.response.sequences
+    return EventStream(
+        _until_the_end(service, parsed.response, chunks),
+        headers,
+        at_end=lambda: service.scheduler.cancel(sequences),
     )
 
 
 async def _whole(service: Service, parsed: ParsedRequest, request: Request) -> Response:
     service.submit(parsed)
-    whole = asyncio.ensure_future(parsed.response.whole())
-    gone = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
+        answer = await while_connected(request.receive, parsed.response.whole())
+        if answer is None:
             return Response(status_code=499)  # never delivered: the client has disconnected
-        return Response(whole.result(), media_type="application/json")
+        return Response(answer, media_type="application/json")
     except SequenceError as error:
         if str(error) == TIMEOUT:
             raise ApiError(503, "the request timed out before its first token; retry later") from None
@@ -154,29 +156,20 @@ async def _whole(service: Service, parsed: ParsedRequest, request: Request) -> R
         raise ApiError(500, one_line(error)) from None
     finally:
         service.scheduler.cancel(parsed.response.sequences)
-        whole.cancel()
-        gone.cancel()
 
 
 async def _until_the_end(
-    service: Service, parsed: ParsedRequest, chunks: AsyncIterator[bytes]
+    service: Service, response: CompletionResponse, chunks: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    """Yield the chunks of a stream, or an error event; cancel its sequences at the end in any case."""
+    """Yield the chunks of a stream, and an error event if it fails."""
     try:
         async for chunk in chunks:
             yield chunk
     except SequenceError as error:
         yield error_event(str(error))
     except Exception as error:
-        service.log.failed(parsed.response.name, error)
+        service.log.failed(response.name, error)
         yield error_event(one_line(error))
-    finally:
-        service.scheduler.cancel(parsed.response.sequences)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _page_file(name: str) -> FileResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -108,8 +108,8 @@ class GeneratedSequence:
     """Maximum number of tokens to generate."""
     deadline: float
     """Time at which the sequence times out, in seconds of the monotonic clock."""
-    owner: Any = None
-    """Response that receives the outputs."""
+    owner: Callable[[], Any] | None = None
+    """Weak reference to the response that receives the outputs: both are freed as soon as a request ends."""
     logprobs: int | None = None
     """Number of alternatives to score for each token; None scores no tokens."""
     drawn: list[int] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
@@ -74,8 +75,11 @@ class Service:
         Raises:
             ApiError: 429 if the queue is full, 503 if the server is shutting down.
         """
+        # A response refers to its sequences. With a cycle, each request would take memory until Python
+        # searches all objects for cycles, thousands of requests later.
+        owner = weakref.ref(parsed.response)
         for sequence in parsed.response.sequences:
-            sequence.owner = parsed.response
+            sequence.owner = owner
         try:
             self.scheduler.submit(parsed.prompts)
         except QueueFullError:
@@ -117,7 +121,9 @@ class Service:
 
     def _hand_out(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
-            response = output.sequence.owner
-            if not response.put(output):
+            assert output.sequence.owner is not None
+            response = output.sequence.owner()
+            # None after the request has ended, for example because its client disconnected.
+            if response is not None and not response.put(output):
                 self.log.warn("unread", f"{response.name}: {UNREAD}")
                 self.scheduler.cancel(response.sequences)
