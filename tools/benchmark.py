@@ -32,43 +32,28 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.constant import constant_table, time_constant
 from benchmarks.levels import level_table, time_levels
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.report import memory_table, plot, table
-from benchmarks.subjects import PEERS, SHAPE, WIDTHS, linear_weights, ours, peer
+from benchmarks.subjects import PEERS, SHAPE, ours, peer
 from benchmarks.train_step import time_training
-from experiments import report
-from experiments.timing import (
-    QUICK,
-    Effort,
-    Subject,
-    interleaved,
-    read_bandwidth,
-    row,
-    time_prefill,
-    time_steps,
-)
-from tnnlm.checkpoints.locate import load_for_decoding
+from experiments.timing import QUICK, Effort, Subject, read_bandwidth, time_prefill, time_steps
 from tnnlm.cli.usage import add_trust, trust_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import check_file, write_text
 from tnnlm.inference.engine import ENGINES as LOADED
-from tnnlm.inference.engine import open_engine
-from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, describe_cpu
 from tnnlm.machine.threads import limit_threads
-from tnnlm.models.causal_lm import state_bytes
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LLAMA_CPP = "llama.cpp"
@@ -172,45 +157,11 @@ def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
 
 
 def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure greedy steps of a trained model after contexts of every length, interleaved."""
+    """Measure greedy steps of a trained model after contexts of every length."""
     turns, steps = (3, 4) if args.quick else (15, 16)
-    trust = trust_of(args)
-    folder, converted = load_for_decoding(args.model, Path("runs"), trust)
-    weights = linear_weights(converted.model) + converted.model.embedding.weight.numel()
-    writer, info = open_engine(converted, folder, dtype=args.dtype, engine=args.engine, trust=trust)
-    vocabulary = converted.tokenizer.size
-    read = {
-        n: writer.prefill_tokens([torch.arange(n).remainder(vocabulary).tolist()])
-        for n in args.contexts or CONTEXTS
-    }
-    cases = {n: partial(take_steps, writer, context, steps) for n, context in read.items()}
-    times = interleaved(cases, turns, warm_up=2)
-    rows = [
-        row("recurrent step", args.dtype, 1, n, [seconds / steps for seconds in times[n]])
-        | {"state_bytes": state_bytes(context.model_state), "prefill_seconds": context.seconds}
-        for n, context in read.items()
-    ]
-    bandwidth = read_bandwidth()
-    touched = weights * WIDTHS[args.dtype] + 2 * rows[0]["state_bytes"]  # bytes read or written per token
-    return {
-        "mode": "constant",
-        "cpu": describe_cpu(),
-        "model": str(folder),
-        "engine": str(info),
-        "bandwidth_gbs": bandwidth,
-        "floor_seconds": touched / (1e9 * bandwidth),
-        "ratio_longest_to_shortest": rows[-1]["seconds_per_token"] / rows[0]["seconds_per_token"],
-        "results": rows,
-    }
-
-
-@torch.inference_mode()
-def take_steps(writer: TextGenerator, context: GenerationState, n: int) -> None:
-    """Decode ``n`` greedy tokens after ``context``, which is not changed."""
-    state, token = context.model_state, context.logits.argmax(-1)
-    for _ in range(n):
-        logits, state = writer.model.step(token, state)
-        token = logits.argmax(-1)
+    contexts, trust = args.contexts or CONTEXTS, trust_of(args)
+    measured = time_constant(args.model, contexts, turns, steps, args.dtype, args.engine, trust)
+    return {"mode": "constant", "cpu": describe_cpu(), **measured}
 
 
 def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
@@ -250,21 +201,7 @@ def show(result: dict[str, Any]) -> None:
         )
         return
     if mode == "constant":
-        lines = [
-            {
-                "context": f"{one['context']:,}",
-                "ms per token": f"{1e3 * one['seconds_per_token']:.3f}",
-                "quartiles": f"{one['spread']:.1%}",
-                "prefill s": f"{one['prefill_seconds']:.3f}",
-                "state bytes": f"{one['state_bytes']:,}",
-            }
-            for one in result["results"]
-        ]
-        print(
-            f"{result['model']}, {result['engine']}\n\n{report.table(lines)}\n\ntime per token, longest over "
-            f"shortest context: {result['ratio_longest_to_shortest']:.3f}\nlower bound: "
-            f"{1e3 * result['floor_seconds']:.3f} ms at {result['bandwidth_gbs']:.1f} GB/s read bandwidth"
-        )
+        print(constant_table(result))
         return
     what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
     print(f"{what}; memory read bandwidth: {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from tnnlm.conversion.balanced import LARGEST_POLE
 from tnnlm.conversion.progress import Progress, silent
+from tnnlm.conversion.realization import LARGEST_POLE
 from tnnlm.ops.ssm import SSMParams
 
 
