@@ -21,8 +21,9 @@ from tnnlm.inference.sampling import SamplingParams
 from tnnlm.kernels import SGConvConfig
 from tnnlm.serving import prefill
 from tnnlm.serving.metrics import Metrics
+from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.sampler import SequenceSampler
-from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
+from tnnlm.serving.scheduler import Scheduler
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput, StoppedText, _overlap
 from tnnlm.serving.settings import Limits
 
