@@ -324,6 +324,15 @@ def test_a_failure_ends_the_sequences_and_not_the_server(
     assert bench.collector.finish(again) in ("length", "stop")
 
 
+def test_the_state_of_a_prompt_is_freed_when_its_sequences_run(make: type[Bench]) -> None:
+    bench = make(cache_bytes=0)
+    sequence = bench.sequence(10**6)
+    prompt = bench.ask("the quick", sequence)
+    bench.collector.wait(sequence, tokens=2)
+    assert prompt.position > 0
+    assert prompt.state is None
+
+
 def test_closing(make: type[Bench]) -> None:
     bench = make()
     sequence = bench.sequence(10**7)

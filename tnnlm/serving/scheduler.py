@@ -183,6 +183,7 @@ class Scheduler:
             self.metrics.first_token.observe(time.monotonic() - sequence.arrived)
             if self._take(sequence, tokens[0], score, []):
                 going.append((sequence, state.model_state))
+        prompt.state = None  # the batch copies it, and the prompt lives as long as its request
         return going
 
     def _step(self) -> None:
