@@ -173,7 +173,7 @@ def test_a_failed_step_ends_its_rows_and_not_those_that_wait(
 
     monkeypatch.setattr(model, "step", step)
     first, waiting = bench.sequence(20), bench.sequence(20)
-    with bench.scheduler._wake:  # both are queued before the first iteration
+    with bench.scheduler._queue.changed:  # both are queued before the first iteration
         bench.ask("the quick", first)
         bench.ask("the quick", waiting)
     bench.collector.wait(first, waiting)

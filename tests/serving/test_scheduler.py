@@ -21,8 +21,9 @@ from tnnlm.inference.sampling import SamplingParams
 from tnnlm.kernels import SGConvConfig
 from tnnlm.serving import prefill
 from tnnlm.serving.metrics import Metrics
+from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.sampler import SequenceSampler
-from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
+from tnnlm.serving.scheduler import Scheduler
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput, StoppedText, _overlap
 from tnnlm.serving.settings import Limits
 
@@ -321,6 +322,15 @@ def test_a_failure_ends_the_sequences_and_not_the_server(
     bench.ask("the quick", again)
     bench.collector.wait(again)
     assert bench.collector.finish(again) in ("length", "stop")
+
+
+def test_the_state_of_a_prompt_is_freed_when_its_sequences_run(make: type[Bench]) -> None:
+    bench = make(cache_bytes=0)
+    sequence = bench.sequence(10**6)
+    prompt = bench.ask("the quick", sequence)
+    bench.collector.wait(sequence, tokens=2)
+    assert prompt.position > 0
+    assert prompt.state is None
 
 
 def test_closing(make: type[Bench]) -> None:

@@ -29,6 +29,27 @@ from tnnlm.errors import UserError
 GRACE = 30
 RANGES = {"port": (0, 65_535), "cache_mb": (0, 1 << 20), "max_answer_mb": (1, 1 << 20), "grace": (0, 86_400)}
 """Smallest and largest value of options that are not limits of the application, or have another unit."""
+LIMITS = (
+    ("max-batch", int, "N", 256, "Maximum sequences per batch."),
+    ("max-queue", int, "N", 1024, "Maximum waiting sequences; further ones are rejected with status 429."),
+    ("max-request-rows", int, "N", 64, "Maximum sequences of a request: prompts times n."),
+    ("max-prompt-tokens", int, "N", 131_072, "Maximum tokens of the prompts of a request."),
+    ("max-tokens", int, "N", 131_072, "Maximum new tokens of a sequence."),
+    (
+        *("max-answer-mb", int, "N", 32),
+        "Maximum size in MiB of the answer to a request, estimated from prompts, n, max_tokens, logprobs and "
+        "echo.",
+    ),
+    ("max-connections", int, "N", 2048, "Maximum open connections; further ones are closed."),
+    (
+        *("send-timeout", float, "S", 30),
+        "Seconds after which the connection of a client that does not read is closed.",
+    ),
+    ("timeout", float, "S", 600, "Seconds per request, including the time in the queue."),
+    ("cache-mb", int, "N", 256, "Memory in MiB of the prefix cache of prompt states; 0 disables it."),
+    ("grace", int, "S", GRACE, "Seconds for running requests to finish after SIGTERM, SIGHUP or Ctrl-C."),
+)
+"""Options of the group of limits: name, type, unit, default and help."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY = "TNNLM_API_KEY"
 
@@ -92,78 +113,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
-    add("--max-batch", type=int, default=256, metavar="N", help="Maximum sequences per batch. (default: 256)")
-    add(
-        "--max-queue",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="Maximum waiting sequences; further ones are rejected with status 429. (default: 1024)",
-    )
-    add(
-        "--max-request-rows",
-        type=int,
-        default=64,
-        metavar="N",
-        help="Maximum sequences of a request: prompts times n. (default: 64)",
-    )
-    add(
-        "--max-prompt-tokens",
-        type=int,
-        default=131_072,
-        metavar="N",
-        help="Maximum tokens of the prompts of a request. (default: 131072)",
-    )
-    add(
-        "--max-tokens",
-        type=int,
-        default=131_072,
-        metavar="N",
-        help="Maximum new tokens of a sequence. (default: 131072)",
-    )
-    add(
-        "--max-answer-mb",
-        type=int,
-        default=32,
-        metavar="N",
-        help="Maximum size in MiB of the answer to a request, estimated from prompts, n, max_tokens, "
-        "logprobs and echo. (default: 32)",
-    )
-    add(
-        "--max-connections",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="Maximum open connections; further ones are closed. (default: 2048)",
-    )
-    add(
-        "--send-timeout",
-        type=float,
-        default=30,
-        metavar="S",
-        help="Seconds after which the connection of a client that does not read is closed. (default: 30)",
-    )
-    add(
-        "--timeout",
-        type=float,
-        default=600,
-        metavar="S",
-        help="Seconds per request, including the time in the queue. (default: 600)",
-    )
-    add(
-        "--cache-mb",
-        type=int,
-        default=256,
-        metavar="N",
-        help="Memory in MiB of the prefix cache of prompt states; 0 disables it. (default: 256)",
-    )
-    add(
-        "--grace",
-        type=int,
-        default=GRACE,
-        metavar="S",
-        help=f"Seconds for running requests to finish after SIGTERM, SIGHUP or Ctrl-C. (default: {GRACE})",
-    )
+    for option, kind, unit, default, text in LIMITS:
+        add(f"--{option}", type=kind, default=default, metavar=unit, help=f"{text} (default: {default})")
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -7,7 +7,6 @@ chunk. An exception ends the sequences whose work raised it: those of a prompt, 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,20 +24,13 @@ from tnnlm.serving.logprobs import TokenScore, score_rows
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prefill import PrefillWorker
 from tnnlm.serving.prefix_cache import PrefixCache
+from tnnlm.serving.prompt_queue import ClosedError, PromptQueue, remove_sequences
 from tnnlm.serving.sampler import NO_TOKEN, sample_batch
 from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import Limits
 
 PREFILL_SECONDS = 0.05
 """Seconds of prefill per iteration while a batch is running; at least one chunk is processed."""
-
-
-class QueueFullError(Exception):
-    """Raised by ``submit`` if too many sequences are waiting."""
-
-
-class ClosedError(Exception):
-    """Raised by ``submit`` if the scheduler is not running."""
 
 
 class Scheduler:
@@ -78,12 +70,9 @@ class Scheduler:
         self._eos, self._token_logits = generator.tokenizer.eos_id, generator.token_logits
         self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
         self._batch = RunningBatch(generator)
-        self._wake = threading.Condition()
-        self._waiting: deque[Prompt] = deque()
+        self._queue = PromptQueue(limits.max_batch + limits.max_queue)
         self._prefilling: deque[Prompt] = deque()
-        self._inside: set[GeneratedSequence] = set()
         self._outputs: list[SequenceOutput] = []
-        self._closing = False
         self._executor = executor or ThreadPoolExecutor(1, "scheduler")
         self._run_of: Future[None] | None = None
 
@@ -94,7 +83,7 @@ class Scheduler:
     @property
     def alive(self) -> bool:
         """Whether the scheduler accepts requests."""
-        return self._run_of is not None and not self._run_of.done() and not self._closing
+        return self._run_of is not None and not self._run_of.done() and not self._queue.closing
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         """Queue all prompts of a request, each with at most ``max_batch`` sequences, or raise.
@@ -103,15 +92,10 @@ class Scheduler:
             QueueFullError: If too many sequences are waiting.
             ClosedError: If the scheduler is not running.
         """
-        new = {sequence for prompt in prompts for sequence in prompt.sequences}
-        with self._wake:
+        with self._queue.changed:  # so that it is not closed in between
             if not self.alive:
                 raise ClosedError
-            if len(self._inside) + len(new) > self.limits.max_batch + self.limits.max_queue:
-                raise QueueFullError
-            self._inside |= new
-            self._waiting.extend(prompts)
-            self._wake.notify()
+            self._queue.submit(prompts)
 
     def cancel(self, sequences: Sequence[GeneratedSequence]) -> None:
         """Cancel sequences; they are removed in the next iteration."""
@@ -120,15 +104,13 @@ class Scheduler:
 
     def close(self) -> None:
         """Reject new requests, end all sequences with an error, and stop."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._queue.close()
         if self._run_of is not None:
             wait([self._run_of])
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._more():
+        while self._queue.more():
             try:
                 self._iterate()
             except Exception as error:  # outside the work of a sequence, so that all are in doubt
@@ -138,11 +120,6 @@ class Scheduler:
         self._end_all(SHUTDOWN)
         self._flush()
 
-    def _more(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._inside or self._closing)
-            return not self._closing
-
     def _iterate(self) -> None:
         for work in (self._drop, self._admit, self._prefill_prompts):
             work()
@@ -151,9 +128,7 @@ class Scheduler:
 
     def _drop(self) -> None:
         """Remove sequences that were cancelled or timed out from the batch and the queues."""
-        now = time.monotonic()
-        with self._wake:
-            gone = {sequence for sequence in self._inside if sequence.cancelled or now > sequence.deadline}
+        gone = self._queue.ended(time.monotonic())
         if not gone:
             return
         running = [sequence for sequence in self._batch.sequences if sequence in gone]
@@ -165,21 +140,13 @@ class Scheduler:
             else:
                 self._emit(SequenceOutput(sequence, finish="error", error=TIMEOUT))
         self._change(leave=running)
-        with self._wake:
-            for queue in (self._waiting, self._prefilling):
-                for prompt in queue:
-                    prompt.sequences = [sequence for sequence in prompt.sequences if sequence not in gone]
-                kept = [prompt for prompt in queue if prompt.sequences]
-                queue.clear()
-                queue.extend(kept)
+        self._queue.remove(gone)
+        remove_sequences(self._prefilling, gone)
 
     def _admit(self) -> None:
         """Move waiting prompts to prefill, first come first served, while the batch has room for them."""
-        with self._wake:
-            taken = len(self._batch.sequences) + sum(len(prompt.sequences) for prompt in self._prefilling)
-            while self._waiting and taken + len(self._waiting[0].sequences) <= self.limits.max_batch:
-                taken += len(self._waiting[0].sequences)
-                self._prefilling.append(self._waiting.popleft())
+        taken = len(self._batch.sequences) + sum(len(prompt.sequences) for prompt in self._prefilling)
+        self._prefilling.extend(self._queue.take(self.limits.max_batch - taken))
 
     def _prefill_prompts(self) -> None:
         """Prefill chunks of prompts round-robin for a limited time; short ones don't wait for long ones."""
@@ -216,6 +183,7 @@ class Scheduler:
             self.metrics.first_token.observe(time.monotonic() - sequence.arrived)
             if self._take(sequence, tokens[0], score, []):
                 going.append((sequence, state.model_state))
+        prompt.state = None  # the batch copies it, and the prompt lives as long as its request
         return going
 
     def _step(self) -> None:
@@ -284,8 +252,7 @@ class Scheduler:
 
     def _fail(self, sequences: Sequence[GeneratedSequence], error: Exception) -> None:
         """End the sequences that have not ended with the error of their work, and write it to the log."""
-        with self._wake:
-            ended = [sequence for sequence in sequences if sequence in self._inside]
+        ended = self._queue.inside(sequences)
         self._log.failed(f"{len(ended)} sequence(s) ended", error)
         for sequence in ended:
             self._emit(SequenceOutput(sequence, finish="error", error=one_line(error)))
@@ -298,14 +265,11 @@ class Scheduler:
 
     def _forget(self, sequence: GeneratedSequence, reason: Finish | str) -> None:
         self.metrics.finished.labels(reason).inc()
-        with self._wake:
-            self._inside.discard(sequence)
+        self._queue.forget(sequence)
 
     def _end_all(self, error: str) -> None:
-        with self._wake:
-            for sequence in list(self._inside):
-                self._emit(SequenceOutput(sequence, finish="error", error=error))
-            self._waiting.clear()
+        for sequence in self._queue.clear():
+            self._emit(SequenceOutput(sequence, finish="error", error=error))
         self._prefilling.clear()
         self._batch.clear()
 
@@ -315,6 +279,6 @@ class Scheduler:
             self._deliver(outputs)
         running = len(self._batch.sequences)
         reading = sum(len(prompt.sequences) for prompt in self._prefilling)
-        waiting = max(0, len(self._inside) - running - reading)
+        waiting = max(0, len(self._queue) - running - reading)
         self.load = {"running": running, "reading": reading, "waiting": waiting}
         self.metrics.set_load(self.load, running * self.row_bytes, self._prefill.cache.bytes)

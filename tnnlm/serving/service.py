@@ -15,9 +15,10 @@ from fastapi import FastAPI
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.event_log import EventLog
 from tnnlm.serving.metrics import Metrics
+from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.requests import ParsedRequest, RequestParser
 from tnnlm.serving.responses import UNREAD
-from tnnlm.serving.scheduler import ClosedError, QueueFullError, Scheduler
+from tnnlm.serving.scheduler import Scheduler
 from tnnlm.serving.schemas import ApiError
 from tnnlm.serving.sequence import SHUTDOWN, SequenceOutput
 from tnnlm.serving.settings import Settings
