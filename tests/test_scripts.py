@@ -125,7 +125,12 @@ def test_dry_run_writes_nothing(script: Any) -> None:
     assert plan["tokens_per_update"] == 8 * 512 * 3 * 2
     assert plan["memory_bytes"] > 16 * plan["params"]
     assert plan["config"]["trainer"]["accumulate"] == 3
-    assert "d_model: 256" in script("train", "--dry-run").out
+    short = script("train", "--dry-run", "model.n_layers=3").out
+    assert "model:\n  n_layers: 3\n" in short
+    assert len(short.splitlines()) < 25
+    assert "estimated memory: " in short.splitlines()[-5]
+    whole = script("train", "--print-config", "model.n_layers=3").out
+    assert "d_model: 256" in whole
     published = script("train", "--config", str(ROOT / "configs/tnn_wt103.yaml"), "--dry-run", "--json")
     assert json.loads(published.out)["params"] == 48_666_624
     assert json.loads(published.out)["tokens_per_update"] == 65_536

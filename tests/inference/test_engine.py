@@ -167,8 +167,8 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
         ({"engine": "fast"}, "--engine fast"),
         ({"dtype": "int4"}, "--dtype int4"),
         ({"engine": "eager", "dtype": "int8"}, "float32 only"),
-        ({"engine": "compiled"}, "--engine compiled: no"),
-        ({"engine": "graph"}, "--engine graph: needs a GPU"),
+        ({"engine": "compiled"}, "--engine compiled: no compiled step, .*; convert it with"),
+        ({"engine": "graph"}, "--engine graph: needs a GPU; use another engine, or add --device cuda"),
     ],
 )
 def test_unavailable_engines_are_reported(options: dict[str, str], said: str) -> None:

@@ -72,11 +72,17 @@ def guessed_share(config: Config) -> float:
 
 
 def resolve_precision(config: Config) -> str:
-    """Resolve ``auto`` to bf16-mixed on hardware with bfloat16 arithmetic, otherwise to 32-true."""
+    """Resolve ``auto`` to bf16-mixed on hardware with bfloat16 arithmetic, otherwise to 32-true.
+
+    A GPU that this machine lacks, for which ``--dry-run`` estimates a run, is assumed to have it.
+    """
     if config.trainer.precision != "auto":
         return config.trainer.precision
-    if resolve_accelerator(config) != "cpu" and torch.cuda.is_available():
+    accelerator = resolve_accelerator(config)
+    if accelerator != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("cuda", "gpu"):
+        fast = True
     else:
         fast = capability("bfloat16_arithmetic").available
     return "bf16-mixed" if fast else "32-true"
