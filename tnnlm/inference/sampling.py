@@ -68,5 +68,9 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
         # A token is kept if the mass before it is below p, so the most likely token is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    # Inverse transform sampling: torch.multinomial takes a random number for each token of the vocabulary.
+    mass = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype, device=mass.device)
+    tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
+    # Rounding errors alone can give an index past the end.
+    return torch.where(tokens < mass.shape[1], tokens, logits.argmax(-1))
