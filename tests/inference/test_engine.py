@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.started import COMPILER, modules_after
 from tests.support.steps import (
     METHODS,
     assert_steps_round_the_weights_alone,
@@ -194,6 +195,8 @@ def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
         texts[engine] = data["text"]
         assert data["engine"].startswith({"auto": "compiled" if compiler else "packed"}.get(engine, engine))
     assert len(set(texts.values())) == 1
+    words = ("--prompt", "The ", "--max-new-tokens", "2", "--device", "cpu")
+    assert COMPILER & modules_after("generate", words) == set(), "a compiled step runs without the compiler"
     assert script("generate", "--prompt", "The ", "--dtype", "int8", "--max-new-tokens", "4").code == 0
     refused = script("generate", "--prompt", "The ", "--dtype", "int4")
     assert refused.code == 2

@@ -25,6 +25,7 @@ from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, UserError, command
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import attach
@@ -169,7 +170,7 @@ def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
         }
         check_sizes(config.model, weights, path)
         check_finite(weights, path)
-        with torch.device("meta"):
+        with without_weights():
             model = build_model(config)
         load_weights(model, weights, path)
         check_tokenizer(tokenizer, model, path)

@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omegaconf.resolvers import oc
-
 from tnnlm.config.layers import Schema
 from tnnlm.config.values import Node, Origin, is_list, one_line, read_value, shown
 from tnnlm.errors import ConfigError
@@ -51,6 +49,8 @@ def _variable(arguments: str) -> str | None:
 
     The default is the text as typed: OmegaConf's own syntax would make ``1e3`` to ``1000.0``.
     """
+    from omegaconf.resolvers import oc  # not needed to decode
+
     name, comma, default = arguments.partition(",")
     try:
         return str(oc.env(_literal(name), *[_literal(default)] * bool(comma)))

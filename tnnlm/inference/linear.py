@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 
 DTYPES = ("float32", "bfloat16", "int8")
 """Supported dtypes of weights."""
@@ -181,7 +182,8 @@ def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.
 
 def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> CastLinear:
     """Return a plain linear layer with weights of ``dtype``."""
-    layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    with without_weights():
+        layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

@@ -10,6 +10,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
+from tnnlm.models.empty import without_weights
 from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
@@ -44,7 +45,7 @@ def estimate_run(config: Config) -> RunEstimate:
     Raises:
         ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
     """
-    with torch.device("meta"):
+    with without_weights():
         model = build_model(config)
     check_devices(config)
     precision = resolve_precision(config)
