@@ -28,8 +28,8 @@ from tnnlm.inference.row_linear import FourByteRowLinear, RowLinear
 from tnnlm.machine.capabilities import capability
 from tnnlm.training.run import train
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.003, "int8": 0.03}
-"""Absolute tolerance of logits around 1: summation order in float32, otherwise rounding of weights."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.003, "int8": 0.05}
+"""Absolute tolerance of logits around 1: order of sums in float32, otherwise rounding of weights and inputs."""
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,7 +41,7 @@ def test_layers_for_decoding_equal_the_plain_ones(bias: bool, shape: tuple[int, 
     x = torch.randn(*shape)
     y = layer(x)
     assert y.dtype == torch.float32
-    limit = 1e-5 if dtype == "float32" else 0.02
+    limit = {"float32": 1e-5, "int8": 0.03}.get(dtype, 0.02)
     assert (y - plain(x)).norm() <= limit * plain(x).norm()
 
 

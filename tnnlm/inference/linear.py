@@ -10,6 +10,7 @@ and dtype.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -149,6 +150,41 @@ class Int8Linear(WidenedLinear):
             return super().forward(x)
         y = y.to(x.dtype)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+class QuantizedLinear(nn.Module):
+    """Linear layer y = x W^T + b with int8 weights; FBGEMM rounds the inputs to integers and sums exactly.
+
+    Each row of x is divided by its largest absolute value, so that it is rounded independently of the other
+    rows. A row's outputs are therefore bitwise identical in any batch. Without VNNI instructions, FBGEMM adds
+    pairs of products in 16 bits; inputs then have 7 bits instead of 8, so that no sum overflows.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        integers, scale = to_int8(weight)
+        with warnings.catch_warnings():
+            # PyTorch deprecates quantised tensors, which FBGEMM takes; without them the probe fails.
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(scale), dtype=torch.long)
+            quantized = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
+            # The packed tensor is opaque and can't be stored in a state dict.
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        levels = 127 if capability("fbgemm_8bit_inputs") else 63
+        self._step, self._zero = 1 / levels, levels + 1
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        # A row of zeros becomes NaN, which FBGEMM rounds to some integer, and zero times its output is zero.
+        largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)
+        y = self._multiply(rows / largest, self._step, self._zero, self._packed)
+        y = y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def narrowed(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:

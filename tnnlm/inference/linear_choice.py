@@ -21,6 +21,7 @@ from tnnlm.inference.linear import (
     HalfLinear,
     InferenceLinear,
     Int8Linear,
+    QuantizedLinear,
     WidenedLinear,
     cast_linear,
 )
@@ -84,6 +85,7 @@ _ON_CPU = {
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="float16"))),
     ),
     "int8": (
+        ("fbgemm_int8", Choice("FBGEMM int8", QuantizedLinear, True)),
         ("int8", Choice("int8", Int8Linear)),
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="int8"))),
     ),
