@@ -29,7 +29,7 @@ from tnnlm.machine.capabilities import capability
 from tnnlm.training.run import train
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.003, "int8": 0.05}
-"""Absolute tolerance of logits around 1: order of sums in float32, otherwise rounding of weights and inputs."""
+"""Absolute tolerance of logits around 1: order of sums in float32, else rounding of weights and inputs."""
 
 
 @pytest.mark.parametrize("bias", [True, False])
