@@ -105,7 +105,7 @@ def make(generator: TextGenerator) -> Iterator[type[Bench]]:
 PROMPTS = ["the quick", "pack my box with", "a", "fox jumps over " * 20, "dog; " * 90, "zzz qqq"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
     choice = choose_linear(torch.device("cpu"), dtype)
     if not choice.batch_invariant:

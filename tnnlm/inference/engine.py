@@ -80,8 +80,8 @@ def open_engine(
         converted: Converted model; it is moved to the device and its layers are replaced in place.
         folder: Folder that the model was loaded from, which may contain a compiled step.
         device: Device to run on.
-        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8. Embedding,
-            recurrences and states stay in float32.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16, float16 or int8.
+            Embedding, recurrences and states stay in float32.
         engine: One of ``ENGINES``.
         trust: Whether a compiled step that this machine didn't make may run.
 
