@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.modules import BiConv, LongConv, RecurrentConv
+from tnnlm.modules import BiConv, LongConv, RecurrentConv, TapsConv
 from tnnlm.modules.fused import fused_parts
-from tnnlm.ops.recurrence import Params, to_device, within_turn, without_branches
+from tnnlm.ops.recurrence import Params, named_tensors, to_device, within_turn, without_branches
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,6 +70,36 @@ def both_on(device: torch.device, model: M, converted: nn.Module) -> tuple[M, M]
     layers = [to_device(params, device) for params in recurrences(converted)]
     parallel = shared_copy(model).to(device)
     return parallel, attach(parallel, layers, shared=True)
+
+
+def in_parallel_form(converted: M, length: int, smallest_order: int) -> M:
+    """Return a copy of a converted model that shares its weights and convolves with the taps of recurrences.
+
+    A recurrence is linear, does not change with time and starts from zero. Its outputs on ``length`` tokens
+    are therefore the convolution with its first ``length`` effective taps, whatever kernel it was made from.
+    The taps are computed in float64 from the stored parameters. Evaluating a large recurrence so takes a
+    fraction of the time; recurrences with fewer than ``smallest_order`` real numbers of state per channel
+    are not replaced.
+
+    Args:
+        converted: Converted model.
+        length: Largest number of tokens that the copy is evaluated on.
+        smallest_order: Order from which on a recurrence is replaced.
+    """
+    form = shared_copy(converted)
+    for module in list(form.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RecurrentConv) and child.params.order() >= smallest_order:
+                setattr(module, name, TapsConv(_taps_until_zero(child, length)))
+    return form
+
+
+def _taps_until_zero(conv: RecurrentConv, length: int) -> Tensor:
+    """Return the effective taps of a recurrence in the dtype of its state, without zeros at the end."""
+    state = next(iter(named_tensors(conv.init_state(1)).values()))
+    k = conv.params.taps(length)
+    used = int(k.abs().amax(0).nonzero().max()) + 1 if bool(k.any()) else 1
+    return k[:, :used].to(state.dtype)
 
 
 def all_decay(model: nn.Module) -> bool:
