@@ -209,7 +209,7 @@ BOOM = "RuntimeError: boom"
 OPTIONAL = {
     "perplexity of a dtype": ("variants.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
     "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
-    "parallel perplexity": ("perplexity.parallel_losses", (), 0, f"no perplexities: {BOOM}"),
+    "parallel perplexity": ("variants.parallel_losses", (), 0, f"no perplexities: {BOOM}"),
     "a form while it is scored": ("variants.recurrent_losses", (), 0, f"not measured here: {BOOM}"),
     "verify": ("pipeline.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
     "model card": ("description.model_card", (), 1, f"FAILED: model card: {BOOM}"),
@@ -247,7 +247,7 @@ def test_interrupted_measurement_leaves_the_converted_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tnnlm.deployment.perplexity.parallel_losses", interrupt)
+        patch.setattr("tnnlm.deployment.variants.parallel_losses", interrupt)
         stopped = script("convert", "runs/tiny")
     assert stopped.code == 130
     assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err

@@ -70,9 +70,8 @@ def test_a_shared_copy_has_the_same_outputs_and_storage(family: str) -> None:
 
 def test_perplexities_hold_one_variant_at_a_time_and_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CausalLM(tiny_config()).eval()
-    converted = attach(
-        model, [layer.params for layer in convert_layers(model, ConversionConfig())[1]], shared=True
-    )
+    recipe = ConversionConfig(method="balanced")
+    converted = attach(model, [layer.params for layer in convert_layers(model, recipe)[1]], shared=True)
     rows = torch.randint(300, (2, 300))
     corpus: Any = SimpleNamespace(
         rows=lambda split, length, limit: rows[:, : length + 1], report=SimpleNamespace(protocol="documents")

@@ -15,30 +15,41 @@ from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_model
 from tnnlm.deployment import variants
 from tnnlm.deployment.perplexity import INTERRUPTED, Perplexities, measure_perplexities
-from tnnlm.deployment.token_budget import FEWEST_ROWS, LONGEST_SECONDS, rows_in_time, rows_of_tokens
+from tnnlm.deployment.token_budget import (
+    FEWEST_ROWS,
+    LONGEST_SECONDS,
+    SECONDS,
+    rows_in_time,
+    rows_of_tokens,
+)
 from tnnlm.deployment.variants import Scorer
 from tnnlm.evaluation import RowLosses, paired_gap, recurrent_losses, step_difference
+from tnnlm.inference.engine import optimize_for_decoding
+from tnnlm.inference.linear import DTYPES
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import in_parallel_form
 
 
-def counts(seconds_per_token: float, rows: int = 1000) -> tuple[dict[int, int], dict[str, str]]:
-    """Return the number of rows chosen at 512 and 4,096 tokens, and the lengths that were omitted."""
-    chosen, omitted = rows_in_time({512: rows, 4096: rows // 8}, lambda length: seconds_per_token * length)
-    return {length: len(indices) for length, indices in chosen.items()}, omitted
+def counts(seconds_per_token: float, rows: int = 1000) -> dict[int, int]:
+    """Return the number of rows chosen at 512 and 4,096 tokens, of the available ``rows`` and 1,000."""
+    chosen, omitted = rows_in_time({512: rows, 4096: 1000}, lambda length: seconds_per_token * length)
+    assert omitted == {}
+    assert all(len(indices.unique()) == len(indices) for indices in chosen.values())
+    return {length: len(indices) for length, indices in chosen.items()}
 
 
 def test_rows_are_those_that_fit_into_the_time_but_at_least_sixteen() -> None:
-    assert counts(0.0)[0] == {512: 1000, 4096: 125}
-    assert counts(1e-3)[0] == {512: 58, 4096: FEWEST_ROWS}  # half a minute each
-    assert counts(1e-4, rows=300)[0] == {512: 300, 4096: 37}
+    assert SECONDS == 30
+    assert counts(0.0) == {512: 1000, 4096: 1000}
+    assert counts(1e-4) == {512: 292, 4096: 36}  # a quarter of a minute each
     # The time that few rows of the first length leave is used for the second.
-    assert counts(2e-4, rows=200)[0] == {512: 200, 4096: 25}
-    assert counts(1e-2)[0] == {512: FEWEST_ROWS, 4096: FEWEST_ROWS}
+    assert counts(1e-4, rows=20) == {512: 20, 4096: 70}
+    assert counts(1e-3) == {512: 29, 4096: FEWEST_ROWS}
+    assert counts(1e-2) == {512: FEWEST_ROWS, 4096: FEWEST_ROWS}
 
 
 def test_rows_that_take_half_an_hour_are_fewer_or_omitted() -> None:
-    few, _ = counts(0.1)
+    few = counts(0.1)
     assert 1 <= few[4096] < FEWEST_ROWS
     assert few[512] * 51.2 + few[4096] * 409.6 <= LONGEST_SECONDS
     timed: list[int] = []
@@ -76,10 +87,20 @@ def test_taps_of_a_large_recurrence_score_as_the_recurrence(family: str) -> None
     scorer = Scorer(converted, 64, by_taps=True)
     assert scorer.by_taps
     expected = recurrent_losses(converted, rows, 64)
-    torch.testing.assert_close(scorer.at(LENGTH)(rows).nats, expected.nats, rtol=1e-9, atol=0)
+    torch.testing.assert_close(scorer.at(LENGTH).losses(rows).nats, expected.nats, rtol=1e-9, atol=0)
     difference = scorer.compare(rows[:1])
     assert difference is not None
     assert difference <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_taps_score_as_the_recurrence_with_packed_weights(dtype: str) -> None:
+    model = CausalLM(tiny_config(d_model=32)).eval()
+    packed = optimize_for_decoding(convert_model(model, method="etsc", horizon=70), dtype)
+    rows = torch.randint(300, (3, LENGTH + 1))
+    expected = recurrent_losses(packed, rows, 64)
+    found = Scorer(packed, 64, by_taps=True).at(LENGTH).losses(rows)
+    torch.testing.assert_close(found.nats, expected.nats, rtol=1e-5 if dtype == "float32" else 1e-3, atol=0)
 
 
 def test_recurrence_is_run_if_its_steps_differ_from_its_taps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +115,7 @@ def test_recurrence_is_run_if_its_steps_differ_from_its_taps(monkeypatch: pytest
     assert difference > variants.AGREEMENT
     assert not scorer.by_taps
     expected = recurrent_losses(converted, rows, 64)
-    assert torch.equal(scorer.at(LENGTH)(rows).nats, expected.nats)
+    assert torch.equal(scorer.at(LENGTH).losses(rows).nats, expected.nats)
 
 
 def test_gap_has_the_standard_error_of_the_paired_differences() -> None:

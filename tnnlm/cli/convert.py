@@ -123,7 +123,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=positive,
         metavar="N",
         help="Number of validation tokens of each context length that perplexities are measured on. "
-        "(default: as many as take about a minute in all, at least 16 rows of each length)",
+        "(default: as many as take about half a minute in all, at least 16 rows of each length)",
     )
     either.add_argument("--no-perplexity", action="store_true", help="Do not measure perplexities.")
     group.add_argument(

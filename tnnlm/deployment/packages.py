@@ -164,9 +164,8 @@ def _check_compilation(model: CausalLM, folder: Path) -> None:
     needed = COPIES * sum(part.numel() * part.element_size() for part in model.state_dict().values())
     available = available_memory()
     if available is not None and available < needed:
-        raise UserError(
-            f"it needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free"
-        )
+        free = available / 2**30
+        raise UserError(f"it needs about {needed / 2**30:.1f} GiB of memory, and {free:.1f} are free")
     for place in (Path(tempfile.gettempdir()), folder):
         if shutil.disk_usage(place).free < needed:
             raise UserError(f"{place}: has less than {needed / 2**20:,.0f} MiB of free disk space")

@@ -19,9 +19,9 @@ from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.deployment.token_budget import rows_in_time, rows_of_tokens, spread
-from tnnlm.deployment.variants import Score, Scorer, Variant, variants_of
+from tnnlm.deployment.variants import Score, Scorer, Variant, parallel_score, variants_of
 from tnnlm.errors import collect_failure
-from tnnlm.evaluation import RowLosses, paired_gap, parallel_losses
+from tnnlm.evaluation import RowLosses, paired_gap
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import both_on
 
@@ -29,7 +29,6 @@ MULTIPLES = (1, 8)
 """Multiples of the training length at which perplexity is measured."""
 INTERRUPTED = "the measurement was interrupted"
 """Reason that is stored until a perplexity is measured."""
-_BATCH_TOKENS = 4096
 
 
 class Perplexities(NamedTuple):
@@ -92,7 +91,7 @@ class Measurement:
         Args:
             model: Trained model, in its parallel form.
             converted: Converted model.
-            tokens: Number of tokens at each length; None measures as many as take about a minute.
+            tokens: Number of tokens at each length; None measures as many as take about half a minute.
         """
         variants = variants_of(model, converted)
         self._choose(model, converted, tokens, 1 + len(variants))
@@ -100,9 +99,7 @@ class Measurement:
             return
         work = sum(length * len(indices) for length, indices in self._rows.items()) * (1 + len(variants))
         with tqdm(total=work, unit=" tokens", unit_scale=True, leave=False, disable=None) as progress:
-            self._losses["parallel"] = self._scores(
-                "parallel", lambda _: partial(parallel_losses, model), progress
-            )
+            self._losses["parallel"] = self._scores("parallel", partial(parallel_score, model), progress)
             self._pending = list(variants)
             yield "parallel"
             by_taps = True
@@ -131,8 +128,8 @@ class Measurement:
         for length, indices in self._rows.items():
             score, parts = score_at(length), []
             progress.set_description(f"perplexity at {length}, {name}")
-            for batch in indices.split(_batch(length)):
-                parts.append(score(self._read(length, batch)))
+            for batch in indices.split(score.batch):
+                parts.append(score.losses(self._read(length, batch)))
                 progress.update(length * len(batch))
             found[length] = RowLosses.join(parts)
         return found
@@ -150,15 +147,24 @@ class Measurement:
             self._rows = rows_of_tokens(tokens, available)
             return
 
+        scorer = Scorer(converted, self._chunk, by_taps=True)
+
         def seconds_per_row(length: int) -> float:
-            rows = self._read(length, spread(min(available[length], _batch(length)), available[length]))
-            seconds = _seconds(partial(parallel_losses, model), rows)
+            seconds = self._time(parallel_score(model, length), length, available[length])
             with collect_failure({}, "recurrent"):  # reported when it is measured
-                seconds = max(seconds, _seconds(Scorer(converted, self._chunk, True).at(length), rows))
-            return variants * seconds / len(rows)
+                seconds = max(seconds, self._time(scorer.at(length), length, available[length]))
+            return variants * seconds
 
         self._rows, omitted = rows_in_time(available, seconds_per_row)
         self._not_measured.update(omitted)
+
+    def _time(self, score: Score, length: int, available: int) -> float:
+        """Return the seconds per row of the first batch, after a warm-up with a single row."""
+        rows = self._read(length, spread(min(available, score.batch), available))
+        score.losses(rows[:1])
+        started = time.perf_counter()
+        score.losses(rows).nats.tolist()  # waits for a GPU
+        return (time.perf_counter() - started) / len(rows)
 
     def _sample(self) -> Tensor:
         """Return the row (1, L + 1) on which steps and taps are compared, of up to two training lengths."""
@@ -191,8 +197,8 @@ def measure_perplexities(
         corpus: Data of the run.
         config: Configuration of the run.
         device: Device to measure on; None measures where the models are.
-        tokens: Number of tokens at each length, in evenly spaced rows; None measures as many as take about a
-            minute on this machine in all, at least 16 rows of each length.
+        tokens: Number of tokens at each length, in evenly spaced rows; None measures as many as take about
+            half a minute on this machine in all, at least 16 rows of each length.
         on_found: Called with what is measured so far after each variant.
     """
     if device is not None:
@@ -222,15 +228,3 @@ def _gap(gap: float | None, error: float | None) -> str:
     if gap is None:
         return ""
     return f" ({gap:+.1e})" if error is None else f" ({gap:+.1e} ± {error:.0e})"
-
-
-def _batch(length: int) -> int:
-    return max(1, _BATCH_TOKENS // length)
-
-
-def _seconds(score: Score, rows: Tensor) -> float:
-    """Return the time of scoring rows for the second time: the first one prepares tables and memory."""
-    score(rows)
-    started = time.perf_counter()
-    score(rows).nats.tolist()  # waits for a GPU
-    return time.perf_counter() - started

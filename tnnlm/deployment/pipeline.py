@@ -97,7 +97,7 @@ def convert_checkpoint(
         verify: Run the checks of ``--verify`` and return them in ``checks``.
         packages: Compiled steps and exports to add to the folder.
         perplexity_tokens: Number of tokens of each length that perplexities are measured on; None measures as
-            many as take about a minute, and 0 measures none.
+            many as take about half a minute, and 0 measures none.
         license: License identifier on the Hugging Face Hub, for the model card; None if not stated.
         runs_dir: Folder of the runs.
         device: Device on which layers are converted, one at a time, and perplexities are measured.

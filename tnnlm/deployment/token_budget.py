@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SECONDS = 60.0
-"""Time that all perplexities of a conversion may take together, in seconds."""
+SECONDS = 30.0
+"""Time that all perplexities of a conversion take together, in seconds."""
 FEWEST_ROWS = 16
 """Number of rows that are measured at each length even if they take longer."""
 LONGEST_SECONDS = 1800.0

@@ -17,7 +17,7 @@ from tnnlm.conversion import convert_layers
 from tnnlm.evaluation import RowLosses, parallel_losses, recurrent_losses, step_difference
 from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.models.surgery import attach, in_parallel_form, recurrences, shared_copy
+from tnnlm.models.surgery import attach, in_parallel_form, recurrences, shared_copy, with_fixed_taps
 
 LARGE = 64
 """Order from which on a recurrence is evaluated as a convolution; smaller ones run as fast themselves."""
@@ -26,8 +26,19 @@ STEPS = 32
 AGREEMENT = 1e-3
 """Largest difference in nats per token between steps and convolution; beyond it the recurrence is run."""
 
-Score = Callable[[Tensor], RowLosses]
-"""Function that returns the losses of rows of token ids (B, L + 1)."""
+TAPS_BYTES = 1 << 31
+"""Size of the taps of a model up to which they are held while it is evaluated."""
+_BATCH_TOKENS = 4096
+"""Tokens of a batch that are evaluated together."""
+
+
+class Score(NamedTuple):
+    """Evaluation of a model on rows of one length."""
+
+    losses: Callable[[Tensor], RowLosses]
+    """Function that returns the losses of rows of token ids (B, L + 1)."""
+    batch: int
+    """Number of rows to evaluate together."""
 
 
 class Variant(NamedTuple):
@@ -56,7 +67,13 @@ def variants_of(model: CausalLM, converted: CausalLM) -> dict[str, Variant]:
 
 
 class Scorer:
-    """Evaluation of a converted model at any length, by its recurrence or by the taps of its recurrence."""
+    """Evaluation of a converted model at any length, by its recurrence or by the taps of its recurrence.
+
+    Args:
+        converted: Converted model.
+        chunk: Tokens per prefill of a recurrence.
+        by_taps: Whether large recurrences may be evaluated by their taps.
+    """
 
     def __init__(self, converted: CausalLM, chunk: int, by_taps: bool) -> None:
         self._converted = converted
@@ -76,10 +93,27 @@ class Scorer:
         return difference
 
     def at(self, length: int) -> Score:
-        """Return the function that scores rows of ``length`` tokens."""
-        if self.by_taps:
-            return partial(parallel_losses, in_parallel_form(self._converted, length, LARGE))
-        return partial(recurrent_losses, self._converted, chunk=self._chunk)
+        """Return the evaluation of rows of ``length`` tokens."""
+        if self.by_taps and _taps_bytes(self._converted, length) <= TAPS_BYTES:
+            form = in_parallel_form(self._converted, length, LARGE)
+            return Score(partial(parallel_losses, form), _rows(length))
+        run = partial(recurrent_losses, self._converted, chunk=self._chunk)
+        return Score(run, _rows(min(length, self._chunk)))
+
+
+def parallel_score(model: CausalLM, length: int) -> Score:
+    """Return the evaluation of a model in its parallel form on rows of ``length`` tokens."""
+    form = with_fixed_taps(model, length) if _taps_bytes(model, length) <= TAPS_BYTES else model
+    return Score(partial(parallel_losses, form), _rows(length))
+
+
+def _taps_bytes(model: CausalLM, length: int) -> int:
+    """Return the size in bytes of the taps of all layers in float32."""
+    return 4 * model.config.n_layers * model.config.expand * model.config.d_model * length
+
+
+def _rows(tokens: int) -> int:
+    return max(1, _BATCH_TOKENS // tokens)
 
 
 def _packed(converted: CausalLM, dtype: str) -> CausalLM:

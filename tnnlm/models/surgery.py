@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -86,12 +86,38 @@ def in_parallel_form(converted: M, length: int, smallest_order: int) -> M:
         length: Largest number of tokens that the copy is evaluated on.
         smallest_order: Order from which on a recurrence is replaced.
     """
-    form = shared_copy(converted)
-    for module in list(form.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, RecurrentConv) and child.params.order() >= smallest_order:
-                setattr(module, name, TapsConv(_taps_until_zero(child, length)))
-    return form
+    return _with_convs(
+        converted,
+        {
+            module: TapsConv(_taps_until_zero(module, length))
+            for module in converted.modules()
+            if isinstance(module, RecurrentConv) and module.params.order() >= smallest_order
+        },
+    )
+
+
+@torch.no_grad()
+def with_fixed_taps(model: M, length: int) -> M:
+    """Return a copy of a model in its parallel form that shares its weights and holds ``length`` taps.
+
+    It has the same outputs on ``length`` tokens, and does not evaluate its kernels again for every batch.
+    """
+    convs = [module for module in model.modules() if isinstance(module, LongConv)]
+    return _with_convs(model, {conv: TapsConv(conv.kernel(length)) for conv in convs})
+
+
+def _with_convs(model: M, replaced: Mapping[nn.Module, nn.Module]) -> M:
+    """Return a copy of a model with other convolutions, which shares all modules that contain none of them.
+
+    Packed layers, for example, can't be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if module in replaced:
+            memo[id(module)] = replaced[module]
+        elif not any(part in replaced for part in module.modules()):
+            memo[id(module)] = module
+    return copy.deepcopy(model, memo)
 
 
 def _taps_until_zero(conv: RecurrentConv, length: int) -> Tensor:
