@@ -55,10 +55,19 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
     Raises:
         UserError: If the largest logit of a row is not finite.
     """
-    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
-        raise UserError(NOT_FINITE, "check the model with convert.py --verify")
     if sampling.greedy:
+        check_finite(logits)
         return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+
+
+def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return the distribution (B, V), in float64, that :func:`sample` draws from unless it is greedy.
+
+    Raises:
+        UserError: If the largest logit of a row is not finite.
+    """
+    check_finite(logits)
     logits = tempered(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
@@ -68,5 +77,14 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
         # A token is kept if the mass before it is below p, so the most likely token is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return logits.softmax(-1)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Check that a token can be sampled from each row of logits (B, V).
+
+    Raises:
+        UserError: If the largest logit of a row is not finite.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
+        raise UserError(NOT_FINITE, "check the model with convert.py --verify")
