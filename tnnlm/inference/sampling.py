@@ -62,7 +62,7 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
 
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return the distribution (B, V), in float64, that :func:`sample` draws from unless it is greedy.
+    """Return the distribution (B, V), in float64, of the tokens of :func:`sample` unless it is greedy.
 
     Raises:
         UserError: If the largest logit of a row is not finite.

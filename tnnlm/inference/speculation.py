@@ -1,7 +1,7 @@
 """Speculative decoding: several proposed tokens are checked in one pass over the weights (arXiv 2211.17192).
 
 A decoding step takes the time of reading the weights once, and a pass over k tokens little more. A proposer
-guesses the next tokens, a pass computes the logits after each of them, and the longest prefix is kept that
+predicts the next tokens, a pass computes the logits after each of them, and the longest prefix is kept that
 decoding would have produced. The state after it is one of those that the pass returned, so that nothing is
 computed again. What is generated does not depend on the proposals: greedy text is the same, and sampled
 tokens have the same distribution.
@@ -31,7 +31,7 @@ class Proposer(Protocol):
         ...
 
     def probabilities(self, most: int) -> list[float]:
-        """Return the probability of each of up to ``most`` proposals to be right, if those before it are."""
+        """Return the probability that each of up to ``most`` proposals is correct, if those before it are."""
         ...
 
     def propose(self, count: int) -> list[int]:
@@ -44,7 +44,7 @@ class Proposer(Protocol):
 
 
 class Speculation(Protocol):
-    """Kind of speculation, with the costs that were measured; each sequence has a proposer of its own."""
+    """Kind of speculation, with the costs that were measured; each sequence has a separate proposer."""
 
     for_batches: bool
     """Whether batches speculate, too; their proposals must not be random."""
@@ -54,7 +54,7 @@ class Speculation(Protocol):
     ) -> Proposer:
         """Return a proposer for a sequence with these tokens so far.
 
-        ``generator`` draws the proposals if they are random.
+        ``generator`` is the source of random proposals.
         """
         ...
 
@@ -97,7 +97,7 @@ class Chooser(Protocol):
         Args:
             logits: Logits before each of the proposed tokens.
             proposed: Proposed tokens, K of them.
-            drawn_from: Distributions (K, V) that they were drawn from; None if they are not random.
+            drawn_from: Distributions (K, V) that they were sampled from; None if they are not random.
         """
         ...
 
@@ -123,9 +123,9 @@ class Sampler:
     def check(self, logits: Tensor, proposed: Sequence[int], drawn_from: Tensor | None) -> list[int]:
         """Return the tokens after logits (K, V), up to the first that isn't the proposed one.
 
-        Without ``drawn_from`` a token is drawn from the model's distribution p and compared. It is the
+        Without ``drawn_from`` a token is sampled from the model's distribution p and compared. It is the
         proposed one with probability p, and otherwise it has the distribution p without that token, as
-        rejection sampling requires. One random number is drawn per token, as without speculation, so that
+        rejection sampling requires. One random number is taken per token, as without speculation, so that
         the text for a seed is the same, too.
         """
         logits = self._token_logits(logits)
@@ -155,7 +155,7 @@ class Sampler:
 def accept_or_draw(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return tokens (B,) with distribution p (B, V), from ``tokens`` (B,) with distribution q (B, V).
 
-    A token t is kept with probability min(1, p(t) / q(t)), and otherwise replaced by one that is drawn from
+    A token t is kept with probability min(1, p(t) / q(t)), and otherwise replaced by one sampled from
     max(p - q, 0), normalised (arXiv 2211.17192, theorem 1).
     """
     index = tokens[:, None]

@@ -86,7 +86,7 @@ def checked_pass(
 
 
 def states_at(states: Sequence[ModelState], places: Sequence[int]) -> ModelState:
-    """Return the state of each row after its own number of tokens: of row b that in ``states[places[b]]``."""
+    """Return the state of each row after a number of tokens: of row b the one in ``states[places[b]]``."""
     used = sorted(set(places))
     if len(used) == 1:
         return states[used[0]]

@@ -105,7 +105,7 @@ class DraftProposer:
         self._proposed = []
 
     def probabilities(self, most: int) -> list[float]:
-        """Return the probability of each of up to ``most`` proposals to be right, if those before it are."""
+        """Return the probability that each of up to ``most`` proposals is correct, if those before it are."""
         self._idle += 1
         if self._idle >= _PROBE:
             return [1.0] * min(most, 1)
@@ -128,7 +128,7 @@ class DraftProposer:
         return list(self._proposed)
 
     def distributions(self) -> Tensor | None:
-        """Return the distributions (K, V) that the latest proposal was drawn from; None if it is greedy."""
+        """Return the distributions (K, V) of the latest proposal; None if it is greedy."""
         return torch.cat(self._drawn_from) if self._drawn_from else None
 
     def _process_waiting(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Proposals from the text itself: the tokens that followed an earlier occurrence of the last few tokens.
 
 It is known as prompt lookup. An index of all n-grams of 2 to 4 tokens is updated in constant time per token.
-The lookup runs for every token, also where nothing is proposed, so that the probability of a proposal to be
-right is estimated without the cost of a pass.
+The lookup runs for every token, also where nothing is proposed, so that the probability that a proposal is
+correct is estimated without the cost of a pass.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _SIZES = (4, 3, 2)
 _LONGEST = 1 << 18
 """Number of latest tokens that are indexed at least; older ones are forgotten."""
 _CLASSES = (3, 4, 6, 10, 18)
-"""Lengths of agreement that begin another class of proposals; each has its own estimate."""
+"""Lengths of agreement that begin another class of proposals; each has a separate estimate."""
 _PRIOR = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Probability that the proposed token is right before any was observed, by class."""
 _WEIGHT = 4.0
 """Number of observations that the prior counts as."""
-_KEPT = 0.98
+_KEPT = 0.9
 """Weight of an observation relative to the next one of its class."""
 
 
@@ -44,7 +44,7 @@ class NgramProposer:
             self._forget()
 
     def probabilities(self, most: int) -> list[float]:
-        """Return the probability of each of up to ``most`` proposals to be right, if those before it are."""
+        """Return the probability that each of up to ``most`` proposals is correct, if those before it are."""
         if self._cursor is None:
             return []
         return [self._probability(self._agreed + ahead) for ahead in range(most)]

@@ -59,7 +59,7 @@ class PassCosts:
         """Return the width with the most tokens per time.
 
         Args:
-            rows: Probability of each proposed token of each row to be right, given that those before it are.
+            rows: Probability that each proposed token of each row is correct, given that those before it are.
         """
         longest = max(map(len, rows))
         best, best_rate = 1, float(len(rows))

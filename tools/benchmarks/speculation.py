@@ -1,15 +1,16 @@
 """Mode speculate: tokens per second with and without speculative decoding, of the same model and engine.
 
-Three texts are decoded: greedy completions of Python sources; the sources themselves, where a pass accepts
-what the source says next (replayed); and their tokens in random order, in which nothing can be predicted.
-The sources are those of PyTorch, which a model that was trained on Python's standard library has not seen.
-The latter two don't depend on the weights.
+Three kinds of sequences are decoded: greedy completions of Python sources; the sources themselves, where a
+pass accepts what the source says next (replayed); and their tokens in random order, in which nothing can be
+predicted. The sources are those of PyTorch, which a model that was trained on Python's standard library has
+not seen. The latter two don't depend on the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from experiments.report import table
-from experiments.timing import clock
 from tnnlm.cli.usage import trust_of
 from tnnlm.config.schema import ModelConfig
 from tnnlm.inference.generator import GenerationState, TextGenerator
@@ -36,7 +36,7 @@ _SMALLEST_FILE = 20_000
 
 
 def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure the three texts on a trained model, sources interleaved."""
+    """Measure the three kinds of sequences on a trained model, sources interleaved."""
     files, length, rounds = (3, 192, 1) if args.quick else (8, 512, 2)
     engine = load_engine(
         args.model,
@@ -54,8 +54,8 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
         "replayed sources": partial(_replay, engine.generator),
         "replayed in random order": partial(_replay, engine.generator),
     }
-    texts = dict(zip(cases, (sources, sources, shuffled), strict=True))
-    rows = [_measure(name, run, texts[name], engine.generator, rounds) for name, run in cases.items()]
+    given = dict(zip(cases, (sources, sources, shuffled), strict=True))
+    rows = [_measure(name, run, given[name], engine.generator, rounds) for name, run in cases.items()]
     return {
         "mode": "speculate",
         "cpu": describe_cpu(),
@@ -66,10 +66,10 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
 
 
 def show_speculation(result: dict[str, Any]) -> str:
-    """Return the engine, and a table of the texts."""
+    """Return the engine, and a table of the kinds."""
     lines = [
         {
-            "text": row["name"],
+            "sequences": row["name"],
             "tokens/s without": f"{row['tokens_per_second_without']:,.0f}",
             "tokens/s with": f"{row['tokens_per_second']:,.0f}",
             "ratio": f"{row['ratio']:.2f}",
@@ -100,25 +100,25 @@ def _shuffled(tokens: Sequence[int]) -> list[int]:
 def _measure(
     name: str,
     run: Callable[[Sequence[int], GenerationState, dict[str, int]], int],
-    texts: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
     generator: TextGenerator,
     rounds: int,
 ) -> dict[str, Any]:
-    """Time a case with and without speculation, in turn on every text."""
+    """Time a case with and without speculation, alternately on every sequence."""
     speculation, counts = generator.speculation, dict.fromkeys(("passes", "proposed", "accepted"), 0)
     seconds, tokens = {True: 0.0, False: 0.0}, 0
     for turn in range(rounds + 1):  # the first warms up
-        for text in texts:
+        for text in sequences:
             state = generator.prefill_tokens([text[:PROMPT]])
             for speculates in (turn % 2 == 0, turn % 2 == 1):
                 generator.speculation = speculation if speculates else None
-                made = [0]
                 found = dict(counts)
-                took = clock(lambda s=state, t=text, m=made, f=found: m.append(run(t, s, f)))
+                started = time.perf_counter()
+                made = run(text, state, found)
                 if turn:
-                    seconds[speculates] += took
+                    seconds[speculates] += time.perf_counter() - started
                     if speculates:
-                        counts, tokens = found, tokens + made[-1]
+                        counts, tokens = found, tokens + made
     generator.speculation = speculation
     return {
         "name": name,
