@@ -58,7 +58,7 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
     if sampling.greedy:
         check_finite(logits)
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+    return sample_from(probabilities(logits, sampling), generator)
 
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -88,3 +88,13 @@ def check_finite(logits: Tensor) -> None:
     """
     if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
         raise UserError(NOT_FINITE, "check the model with convert.py --verify")
+
+
+def sample_from(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Sample a token of each row of distributions (B, V), which need not be normalised: -> (B,)."""
+    # Inverse transform sampling: torch.multinomial takes a random number for each token of the vocabulary.
+    mass = p.cumsum(-1)
+    uniform = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype, device=mass.device)
+    tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
+    # Rounding errors alone can give an index past the end.
+    return torch.where(tokens < mass.shape[1], tokens, p.argmax(-1))

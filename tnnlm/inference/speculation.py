@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.inference.decoder import DecoderModel
-from tnnlm.inference.sampling import SamplingParams, probabilities, sample
+from tnnlm.inference.sampling import SamplingParams, probabilities, sample, sample_from
 from tnnlm.inference.speculation_ngram import NgramProposer
 from tnnlm.inference.speculation_width import PassCosts
 from tnnlm.models.causal_lm import ModelState
@@ -166,7 +166,7 @@ def accept_or_draw(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Genera
     rest = (p - q).clamp(min=0)
     # Where p equals q up to rounding, nothing is left, and a token of p is as good.
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)
-    return torch.where(kept, tokens, torch.multinomial(rest, 1, generator=generator).squeeze(1))
+    return torch.where(kept, tokens, sample_from(rest, generator))
 
 
 class Run(NamedTuple):

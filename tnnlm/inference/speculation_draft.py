@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.inference.decoder import DecoderModel
-from tnnlm.inference.sampling import SamplingParams, probabilities
+from tnnlm.inference.sampling import SamplingParams, probabilities, sample_from
 from tnnlm.inference.speculation_width import PassCosts
 
 _CHUNK = 512
@@ -150,4 +150,4 @@ class DraftProposer:
             return int(logits.argmax(-1))
         p = probabilities(logits, self._sampling)
         self._drawn_from.append(p)
-        return int(torch.multinomial(p, 1, generator=self._generator))
+        return int(sample_from(p, self._generator))

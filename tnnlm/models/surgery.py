@@ -16,6 +16,7 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import BiConv, LongConv, RecurrentConv
 from tnnlm.modules.fused import fused_parts
 from tnnlm.ops.recurrence import Params, to_device, within_turn, without_branches
+from tnnlm.ops.ssm import SSMParams
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -97,13 +98,17 @@ def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterat
 
 
 @contextmanager
-def within_turns(model: CausalLM) -> Iterator[None]:
+def within_turns(model: CausalLM, by_mode: bool = False) -> Iterator[None]:
     """Omit the work for later tokens within a ``with`` block.
 
     Steps of a converted model then have no branches. :func:`tnnlm.ops.recurrence.work_ahead` must be applied
     to the state after each.
+
+    Args:
+        model: Converted model.
+        by_mode: Whether recurrences with few modes take a state of :class:`tnnlm.ops.ssm_modes.ModesState`.
     """
-    convs = [RecurrentConv(within_turn(params)) for params in recurrences(model)]
+    convs = [RecurrentConv(within_turn(params, by_mode)) for params in recurrences(model)]
     with in_recurrent_form(model, convs):
         yield
 
@@ -124,6 +129,15 @@ def fused_steps(model: CausalLM) -> Iterator[None]:
     finally:
         for block, name, original in originals:
             setattr(block, name, original)
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Store the parameters of recurrences in the order of memory in which a step on a CPU reads them."""
+    for module in model.modules():
+        if isinstance(module, RecurrentConv) and isinstance(module.params, SSMParams):
+            for name, buffer in module.named_buffers():
+                if buffer.dim() > 1:
+                    setattr(module, name, buffer.movedim(0, -1).contiguous().movedim(-1, 0))
 
 
 def use_windows(model: CausalLM) -> None:

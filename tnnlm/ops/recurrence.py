@@ -16,6 +16,7 @@ from torch import Tensor
 from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.ops.multirate import MultirateParams, MultirateWithinTurn
 from tnnlm.ops.ssm import SSMParams, SSMState
+from tnnlm.ops.ssm_modes import MOST_MODES, SSMByMode
 from tnnlm.ops.turns import MultirateState
 
 _State = TypeVar("_State")
@@ -160,11 +161,14 @@ def tokens_to_work_ahead(params: Params, state: State) -> int:
     return sys.maxsize
 
 
-def within_turn(params: Params) -> Params:
+def within_turn(params: Params, by_mode: bool = False) -> Params:
     """Return the recurrence without the work for later tokens.
 
-    Its steps have no branches, and :func:`work_ahead` must be applied after each.
+    Its steps have no branches, and :func:`work_ahead` must be applied after each. With ``by_mode``, those of
+    a diagonal recurrence with few modes take a state of :class:`tnnlm.ops.ssm_modes.ModesState`.
     """
+    if by_mode and isinstance(params, SSMParams) and 0 < params.residues.shape[2] <= MOST_MODES:
+        return SSMByMode(*params)
     return MultirateWithinTurn(*params) if isinstance(params, MultirateParams) else params
 
 
@@ -178,10 +182,10 @@ def without_branches(params: Params) -> Params:
 
 
 def read_parts(state: State) -> list[Tensor]:
-    """Return the parts of a state that a step :func:`within_turn` reads."""
+    """Return the parts of a state that a step :func:`within_turn` reads, in their order in memory."""
     if isinstance(state, MultirateState):
         return [getattr(state, name) for name in MultirateWithinTurn.READ]
-    return [*state]
+    return _turned(state, state)
 
 
 def with_read_parts(state: _State, parts: Iterator[Tensor]) -> _State:
@@ -190,10 +194,10 @@ def with_read_parts(state: _State, parts: Iterator[Tensor]) -> _State:
 
 
 def changed_parts(state: State) -> list[Tensor]:
-    """Return the parts of a state that a step :func:`within_turn` changes."""
+    """Return the parts of a state that a step :func:`within_turn` changes, in their order in memory."""
     if isinstance(state, MultirateState):
         return [getattr(state, name) for name in MultirateWithinTurn.CHANGED]
-    return [*state]
+    return _turned(state, state)
 
 
 def with_changed_parts(state: _State, parts: Iterator[Tensor]) -> _State:
@@ -204,8 +208,14 @@ def with_changed_parts(state: _State, parts: Iterator[Tensor]) -> _State:
 def _with(state: _State, of_multirate: tuple[str, ...], parts: Iterator[Tensor]) -> _State:
     changed: Any = state
     names = of_multirate if isinstance(state, MultirateState) else changed._fields
-    made: _State = changed._replace(**{name: next(parts) for name in names})
+    given = _turned(state, [next(parts) for _ in names])
+    made: _State = changed._replace(**dict(zip(names, given, strict=True)))
     return made
+
+
+def _turned(state: Any, parts: Iterable[Tensor]) -> list[Tensor]:
+    """Return parts of a state with channels last in place of second, or the reverse, if a step turns them."""
+    return [part.mT for part in parts] if isinstance(state, SSMState) else [*parts]
 
 
 def to_device(params: Params, device: torch.device | str) -> Params:
