@@ -26,6 +26,7 @@ REFUSED = {
     "train --resume demo --config demo": "--config: has no effect with --resume",
     "train --resume --job nightly": "--job: selects the run by itself; omit --resume",
     "train --find-lr --dry-run": "--find-lr: tries learning rates on a new model",
+    "train --print-config --dry-run": "--print-config: prints all settings and nothing else; omit --dry-run",
     "train --find-lr --resume demo": "--find-lr: tries learning rates on a new model",
     "train --find-lr --job nightly": "--find-lr: tries learning rates on a new model",
     "convert --tolerance 1e-3 --order 4": "--tolerance: only applies to --method auto, and to balanced",

@@ -117,8 +117,8 @@ def arguments() -> argparse.ArgumentParser:
         nargs="*",
         type=dtype,
         metavar="DTYPE",
-        help="Compile the decoding step for weights in float32, bfloat16 and/or int8; needs a C++ compiler. "
-        "(default without DTYPE: float32)",
+        help="Compile the decoding step for weights in float32, bfloat16, float16 and/or int8; needs a C++ "
+        "compiler. (default without DTYPE: float32)",
     )
     add(
         "--export",

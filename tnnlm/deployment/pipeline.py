@@ -36,10 +36,10 @@ from tnnlm.deployment.perplexity import Perplexities, measure_perplexities
 from tnnlm.deployment.save import only_writer
 from tnnlm.errors import DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
-from tnnlm.files import write_text
+from tnnlm.files import check_no_link, write_text
 from tnnlm.inference.aot import check_compiler, compile_step
 from tnnlm.inference.engine import usable_device
-from tnnlm.inference.export import check_onnx, export_onnx, export_torch
+from tnnlm.inference.export import FOLDERS, check_onnx, export_onnx, export_torch
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
@@ -110,7 +110,7 @@ def convert_checkpoint(
     where = usable_device(device)
     elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
-    folder = _out_folder(out or _run_of(path) / CONVERTED, force)
+    folder = _out_folder(out or _own_folder(path), force)
     source = load_checkpoint(path, trust)
     _check_method(source, recipe.method)
     with only_writer(folder):
@@ -121,6 +121,17 @@ def convert_checkpoint(
             return _complete(
                 source, written, report, recipe, folder, verify, compiled, exported, license, elsewhere
             )
+
+
+def _own_folder(checkpoint: Path) -> Path:
+    """Return the folder of the converted model in the run of a checkpoint, which may be a stranger's.
+
+    Raises:
+        UserError: If it is a link, by which ``--force`` would replace a folder elsewhere.
+    """
+    folder = _run_of(checkpoint) / CONVERTED
+    check_no_link(folder, "delete the link, or name the folder to write with --out")
+    return folder
 
 
 def _out_folder(folder: Path, force: bool) -> Path:
@@ -221,6 +232,8 @@ def package_converted(
     check_packages(compiled, exported)
     if folder.is_symlink():
         folder = folder.resolve()
+    for target in exported:  # a folder that is replaced, and may be a stranger's link to another one
+        check_no_link(folder / FOLDERS[target], "delete the link")
     with only_writer(folder):
         return _write_packages(load_converted(folder), folder, compiled, exported)
 

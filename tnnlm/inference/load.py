@@ -27,7 +27,7 @@ def load(
         path: Folder of a converted model, path of a run or its name under ``runs_dir``, or a checkpoint with
             attached recurrences, as train.py writes it. None loads the newest converted model.
         device: Device name as in PyTorch, or ``auto`` for a GPU if there is one.
-        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16, float16 or int8.
         engine: One of :data:`tnnlm.inference.engine.ENGINES`; ``auto`` selects the fastest available.
         runs_dir: Folder that contains the runs.
         trust: Code that may run although this machine hasn't made it or run it before.
