@@ -66,6 +66,7 @@ class CompiledModel:
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
+        self.steps = model.steps
         self._run = run
         self._recurrences = recurrences(model)
 
