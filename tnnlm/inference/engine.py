@@ -44,7 +44,8 @@ class EngineInfo:
     linear: str
     """Operator of the linear layers; the compiled engine uses it for batches and prompts."""
     batch_invariant: bool = False
-    """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server."""
+    """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server
+    with ``--reproducible``."""
     reason: str = ""
     """Why no faster engine or operator was selected; empty if there is none."""
     threads: int | None = None
@@ -140,7 +141,7 @@ def _describe(name: str, where: torch.device, dtype: str, choice: Choice, reason
         device=where.type,
         dtype=dtype,
         linear=choice.name,
-        batch_invariant=name == "packed" and choice.batch_invariant,
+        batch_invariant=name in ("packed", "compiled") and choice.batch_invariant,
         reason="; ".join(filter(None, reasons)),
         threads=torch.get_num_threads() if where.type == "cpu" else None,
         cpu_level=cpu_level() if where.type == "cpu" else None,
