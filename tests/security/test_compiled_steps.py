@@ -14,7 +14,7 @@ from tests.support.steps import converted, whole
 from tnnlm import trust
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.errors import UserError
-from tnnlm.inference import aot
+from tnnlm.inference import aot_package as aot
 from tnnlm.inference.engine import open_engine
 
 CODE = b"native code of a stranger"
@@ -25,7 +25,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Replace the loader of packages, and return the list of the packages that it was given."""
     packages: list[bytes] = []
 
-    def runner(path: Path) -> Any:
+    def runner(path: Path, _: object) -> Any:
         # Whoever can write to the folder replaces the package at the last moment.
         Path("out/step-float32.pt2").write_bytes(b"exchanged")
         packages.append(path.read_bytes())
@@ -87,6 +87,19 @@ def test_step_that_was_made_here_is_loaded_until_a_byte_changes(
     write_package(CODE.replace(b"native", b"Native"), model.fingerprint)
     _, info = open_engine(whole(converted()), Path("out"))
     assert (info.name, loaded) == ("packed", [CODE])
+
+
+def test_batches_of_a_stranger_are_left_alone(model: ConvertedModel, loaded: list[bytes]) -> None:
+    record(CODE, model.fingerprint)
+    for name in ("batch-float32.pt2", "batch-float32.json"):
+        source = Path("out", name.replace("batch", "step"))
+        Path("out", name).write_bytes(source.read_bytes().replace(b"native", b"Native"))
+    _, info = open_engine(model, Path("out"))
+    assert (info.name, info.compiled_batches, loaded) == ("compiled", False, [CODE])
+    assert "native code that was not compiled here" in info.reason
+    write_package(CODE, model.fingerprint)
+    with pytest.raises(UserError, match=r"--engine compiled: .* --trust-compiled"):
+        open_engine(whole(converted()), Path("out"), engine="compiled")
 
 
 def test_record_is_for_one_model(model: ConvertedModel, loaded: list[bytes]) -> None:

@@ -37,7 +37,8 @@ from tnnlm.deployment.save import only_writer
 from tnnlm.errors import DataError, collect_failure
 from tnnlm.evaluation import ppl_gap
 from tnnlm.files import write_text
-from tnnlm.inference.aot import check_compiler, compile_step
+from tnnlm.inference.aot import compile_step
+from tnnlm.inference.aot_package import check_compiler
 from tnnlm.inference.engine import usable_device
 from tnnlm.inference.export import check_onnx, export_onnx, export_torch
 from tnnlm.machine.allocator import keep_large_blocks

@@ -119,6 +119,10 @@ class DecoderModel(Protocol):
         """Process one token per row (B,)."""
         ...
 
+    def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Process one token per row; ``state`` may be modified, and must not be used afterwards."""
+        ...
+
 
 class TextGenerator:
     """Text generator with a converted model and its tokenizer.
@@ -254,6 +258,7 @@ class TextGenerator:
         check_new_tokens(max_new_tokens)
         records = [Completion(state) for _ in state.lengths]
         rows, current = list(range(len(records))), state
+        owned = False  # the caller keeps its state, but those that follow are used once
         started = time.perf_counter()
         for _ in range(max_new_tokens):
             tokens = sample(self.token_logits(current.logits), sampling, generator)
@@ -267,7 +272,8 @@ class TextGenerator:
                 chosen = [chosen[i] for i in kept]
             if not rows:
                 break
-            logits, model_state = self.model.step(tokens, current.model_state)
+            step = self.model.step_in_place if owned else self.model.step
+            (logits, model_state), owned = step(tokens, current.model_state), True
             current = GenerationState(model_state, logits, tuple(n + 1 for n in current.lengths), 0.0)
             for row, token in zip(rows, chosen, strict=True):
                 records[row].tokens.append(token)
