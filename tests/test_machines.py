@@ -207,14 +207,14 @@ def test_wrong_switch_is_refused_before_any_work(
 
 BOOM = "RuntimeError: boom"
 OPTIONAL = {
-    "perplexity of a dtype": ("perplexity.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
+    "perplexity of a dtype": ("variants.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
     "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
-    "parallel perplexity": ("perplexity.parallel_nll", (), 0, f"no perplexities: {BOOM}"),
-    "a form while it is scored": ("perplexity.recurrent_nll", (), 0, f"not measured here: {BOOM}"),
+    "parallel perplexity": ("variants.parallel_losses", (), 0, f"no perplexities: {BOOM}"),
+    "a form while it is scored": ("variants.recurrent_losses", (), 0, f"not measured here: {BOOM}"),
     "verify": ("pipeline.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
-    "model card": ("pipeline.model_card", (), 1, f"FAILED: model card: {BOOM}"),
-    "compile": ("pipeline.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
-    "export": ("pipeline.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
+    "model card": ("description.model_card", (), 1, f"FAILED: model card: {BOOM}"),
+    "compile": ("packages.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
+    "export": ("packages.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
 }
 """Steps that fail: the function that raises, options of convert.py, its exit code, and its output."""
 
@@ -247,7 +247,7 @@ def test_interrupted_measurement_leaves_the_converted_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tnnlm.deployment.perplexity.parallel_nll", interrupt)
+        patch.setattr("tnnlm.deployment.variants.parallel_losses", interrupt)
         stopped = script("convert", "runs/tiny")
     assert stopped.code == 130
     assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err

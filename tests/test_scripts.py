@@ -50,7 +50,10 @@ def test_train_convert_generate(script: Any) -> None:
             "seconds",
             "warning",
             "ppl",
+            "ppl_gap",
+            "ppl_gap_error",
             "ppl_tokens",
+            "step_difference",
             "protocol",
             "not_measured",
         }

@@ -51,14 +51,19 @@ def remember(kind: str, **facts: str) -> bool:
         Whether there is a record now; False if the cache is not writable or not private, or there is none.
     """
     with contextlib.suppress(OSError, UserError):
-        folder = _folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = _key(folder) or _new_key(folder)
+        key = _writing_key()
         if key is not None:
             # The name alone is the record; the text tells a reader what it is about.
             text = json.dumps({"kind": kind, **facts})
-            (folder / _name(key, kind, facts)).write_text(text, encoding="utf-8")
+            (_folder() / _name(key, kind, facts)).write_text(text, encoding="utf-8")
             return True
+    return False
+
+
+def can_remember() -> bool:
+    """Return whether :func:`remember` can make records, for work that is useless without one."""
+    with contextlib.suppress(OSError, UserError):
+        return _writing_key() is not None and os.access(_folder(), os.W_OK)
     return False
 
 
@@ -75,6 +80,13 @@ def _folder() -> Path:
     """Return the folder of the records, one per user, because a cache may be shared."""
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     return cache_root() / f"trust{user}"
+
+
+def _writing_key() -> bytes | None:
+    """Return the key for new records, which is made if there is none; None if the folder is not private."""
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _key(folder) or _new_key(folder)
 
 
 def _name(key: bytes, kind: str, facts: dict[str, str]) -> str:

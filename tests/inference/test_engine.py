@@ -177,10 +177,13 @@ def test_unavailable_engines_are_reported(options: dict[str, str], said: str) ->
         open_engine(whole(converted()), None, **options)
 
 
-def test_scripts_run_every_engine_and_report_every_dtype(script: Any) -> None:
+def test_scripts_run_every_engine_and_report_every_dtype(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny_run("name=tiny", "trainer.max_steps=4"), None)
     compiler = capability("cpp_compiler").available
-    assert script("convert", "runs/tiny", *(["--compile", "float32"] if compiler else [])).code == 0
+    monkeypatch.setattr("tnnlm.cli.convert.BY_DEFAULT", ("float32",))
+    assert script("convert", "runs/tiny").code == 0
     report = json.loads(Path("runs/tiny/converted/conversion.json").read_text())
     assert {"bfloat16 weights", "int8 weights"} <= report["ppl"].keys()
     for dtype in ("bfloat16", "int8"):
