@@ -26,15 +26,15 @@ from tnnlm.inference.aot_package import (
 from tnnlm.inference.batch_step import BatchStep, batch_parts, ordered
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
-from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.inference.linear_choice import BATCH_DTYPES, choose_linear
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last
 from tnnlm.ops.recurrence import work_ahead
 from tnnlm.trust import NO_CODE, Trust
 
-BATCHED = ("oneDNN",)
-"""Operators of linear layers that a package of batches can call."""
+_BATCHED = "oneDNN"
+"""Operator of linear layers that a package of batches can call."""
 _CPU = torch.device("cpu")
 _EXAMPLE_ROWS = 16
 """Rows of the example that a batch is compiled with."""
@@ -112,9 +112,9 @@ class CompiledModel:
         return logits, self._state
 
 
-def package_path(folder: Path, dtype: str, rows: str = "step") -> Path:
-    """Return the path of a package with weights of ``dtype``: the step of one row, or of a ``batch``."""
-    return folder / f"{rows}-{dtype}.pt2"
+def package_path(folder: Path, name: str) -> Path:
+    """Return the path of a package: the name is a dtype of weights, or ``batch-DTYPE`` for batches."""
+    return folder / f"{name if name.startswith('batch-') else f'step-{name}'}.pt2"
 
 
 def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
@@ -154,14 +154,11 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
     check_compiler()
     check_compiler_cache()
     choice = choose_linear(_CPU, dtype)
-    if choice.name not in BATCHED:
-        raise UserError(
-            f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled",
-            f"use a dtype whose products run by {' or '.join(BATCHED)}",
-        )
+    if choice.name != _BATCHED:
+        raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
     replace_linears(model, choice.make)
     use_channels_last(model)
-    path = package_path(folder, dtype, "batch")
+    path = package_path(folder, f"batch-{dtype}")
     rows = torch.export.Dim("rows", min=2, max=_MOST_ROWS)
     # Separate tensors, because inputs that share memory would be taken to depend on each other.
     views = batch_parts(ordered(model.init_state(_EXAMPLE_ROWS)))
@@ -189,12 +186,12 @@ def compile_missing(
     Raises:
         UserError: See :func:`compile_step`.
     """
-    wanted = [("step", "one sequence", compile_step)]
-    if choose_linear(_CPU, dtype).name in BATCHED:
-        wanted.append(("batch", "batches", compile_batch))
-    for rows, title, compile_rows in wanted:
+    wanted = [(dtype, "one sequence", compile_step)]
+    if dtype in BATCH_DTYPES and choose_linear(_CPU, dtype).name == _BATCHED:
+        wanted.append((f"batch-{dtype}", "batches", compile_batch))
+    for name, title, compile_rows in wanted:
         try:
-            check_package(package_path(folder, dtype, rows), fingerprint)
+            check_package(package_path(folder, name), fingerprint)
         except UserError:
             report(f"compiling the {dtype} decoding step of {title} ...")
             compile_rows(shared_copy(model), folder, dtype, fingerprint)
@@ -225,7 +222,7 @@ def load_batch_step(
 
     Arguments and exceptions are those of :func:`load_row_step`.
     """
-    path = package_path(folder, dtype, "batch")
+    path = package_path(folder, f"batch-{dtype}")
     return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
 
 

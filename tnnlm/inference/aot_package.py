@@ -37,7 +37,6 @@ _PACKAGE, _SIZE = "compiled step", "size of a compiled step"
 """Kinds of records. The size is compared first, so that a foreign package is refused without reading it."""
 _TENSORS = "tensors"
 """Key of the hash of names, shapes and strides of the tensors in a package's metadata."""
-_RECOMPILE = "recompile it with convert.py --compile"
 
 
 def compile_package(
@@ -144,9 +143,14 @@ def check_package(path: Path, fingerprint: str, trust: Trust = NO_CODE) -> None:
         found = {}
     expected = _made_for(fingerprint)
     if found.get("model_sha256", fingerprint) != fingerprint:
-        raise UserError("the compiled step belongs to another model", _RECOMPILE)
+        raise UserError(
+            "the compiled step belongs to another model", "recompile it with convert.py --compile"
+        )
     if found != expected:
-        raise UserError("the compiled step is for another machine or PyTorch version", _RECOMPILE)
+        raise UserError(
+            "the compiled step is for another machine or PyTorch version",
+            "recompile it with convert.py --compile",
+        )
     if not trust.compiled and not remembered(_SIZE, size=str(path.stat().st_size), **expected):
         raise _foreign()
 
@@ -179,7 +183,7 @@ def load_package(path: Path, make: Callable[[], nn.Module], fingerprint: str, tr
 def _foreign() -> UserError:
     return UserError(
         "the compiled step is native code that was not compiled here",
-        f"{_RECOMPILE}, or load it with --trust-compiled",
+        "recompile it with convert.py --compile, or load it with --trust-compiled",
     )
 
 
@@ -211,7 +215,9 @@ def _runner(path: Path, function: nn.Module) -> Run:
         loader, run = package.loader, lambda inputs: package(*inputs)
     # The package reads tensors without any check.
     if loader.get_metadata().get(_TENSORS) != _layout(function):
-        raise UserError("the compiled step is for another version of tnnlm", _RECOMPILE)
+        raise UserError(
+            "the compiled step is for another version of tnnlm", "recompile it with convert.py --compile"
+        )
     tensors = {name: attrgetter(name)(function).detach() for name in loader.get_constant_fqns()}
     loader.load_constants(tensors, False, True, True)
     return _Runner(run, tensors)
