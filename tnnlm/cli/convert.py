@@ -143,9 +143,9 @@ def _add_packages(group: argparse._ArgumentGroup) -> None:
         nargs="*",
         type=compiled_steps,
         metavar="DTYPE",
-        help="Compile the decoding step for weights in float32, bfloat16 and/or int8, separated by blanks or "
-        "commas, and with the word batch also the step of batches; exit code 1 if that fails. (default: "
-        "float32, if there is a C++ compiler)",
+        help="Compile the decoding step for weights in float32, bfloat16, float16 and/or int8, separated by "
+        "blanks or commas, and with the word batch also the step of batches; exit code 1 if that fails. "
+        "(default: float32, if there is a C++ compiler)",
     )
     either.add_argument("--no-compile", action="store_true", help="Do not compile the decoding step.")
     group.add_argument(

@@ -13,10 +13,10 @@ from tnnlm.checkpoints.converted import ConvertedModel, check_unchanged, load_co
 from tnnlm.deployment.bars import bar
 from tnnlm.deployment.save import only_writer
 from tnnlm.errors import UserError, collect_failure, one_line
-from tnnlm.files import cache_root
+from tnnlm.files import cache_root, check_no_link
 from tnnlm.inference.aot import compile_batch, compile_step, package_path
 from tnnlm.inference.aot_package import check_compiler, check_compiler_cache
-from tnnlm.inference.export import check_onnx, export_onnx, export_torch
+from tnnlm.inference.export import FOLDERS, check_onnx, export_onnx, export_torch
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.resident import available_memory
 from tnnlm.machine.threads import limit_threads
@@ -146,6 +146,8 @@ def package_converted(folder: Path, packages: Packages) -> Written:
     check_packages(packages)
     if folder.is_symlink():
         folder = folder.resolve()
+    for target in packages.exported:  # a folder that is replaced, and may be a stranger's link to another one
+        check_no_link(folder / FOLDERS[target], "delete the link")
     with only_writer(folder):
         return write_packages(load_converted(folder), folder, packages)
 

@@ -38,6 +38,7 @@ from tnnlm.deployment.packages import (
 from tnnlm.deployment.perplexity import INTERRUPTED, Perplexities, measure_perplexities
 from tnnlm.deployment.save import only_writer
 from tnnlm.errors import DataError, collect_failure, command
+from tnnlm.files import check_no_link
 from tnnlm.inference.engine import usable_device
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
@@ -115,7 +116,7 @@ def convert_checkpoint(
     where = usable_device(device)
     elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
-    folder = _out_folder(out or _run_of(path) / CONVERTED, force)
+    folder = _out_folder(out or _own_folder(path), force)
     source = load_checkpoint(path, trust)
     _check_method(source, recipe.method)
     with only_writer(folder):
@@ -134,6 +135,17 @@ def convert_checkpoint(
         if elsewhere is not None:
             packages = packages.without_optional()  # a compiled step runs on the CPU
         return _package(done, written, packages, on_complete)
+
+
+def _own_folder(checkpoint: Path) -> Path:
+    """Return the folder of the converted model in the run of a checkpoint, which may be a stranger's.
+
+    Raises:
+        UserError: If it is a link, by which ``--force`` would replace a folder elsewhere.
+    """
+    folder = _run_of(checkpoint) / CONVERTED
+    check_no_link(folder, "delete the link, or name the folder to write with --out")
+    return folder
 
 
 def _out_folder(folder: Path, force: bool) -> Path:

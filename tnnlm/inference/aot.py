@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.errors import UserError
 from tnnlm.inference.aot_package import (
     Run,
@@ -76,6 +77,7 @@ class CompiledModel:
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
+        self.steps = model.steps
         self._row, self._batch = row, batch
         self._recurrences = recurrences(model)
         self._state: ModelState | None = None
@@ -117,6 +119,11 @@ def package_path(folder: Path, name: str) -> Path:
     return folder / f"{name if name.startswith('batch-') else f'step-{name}'}.pt2"
 
 
+def has_step(folder: Path | None, dtype: str) -> bool:
+    """Return whether a folder has a compiled step with weights of ``dtype``, wherever it was made."""
+    return folder is not None and package_path(folder, dtype).is_file()
+
+
 def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
     """Compile the step of a single row into ``folder``, which takes up to a few minutes.
 
@@ -131,11 +138,12 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         Path of the package.
 
     Raises:
-        UserError: If there is no C++ compiler, or as :func:`tnnlm.inference.aot_package.compile_package`
-            does.
+        UserError: If there is no C++ compiler, ``fingerprint`` is that of another model, or as
+            :func:`tnnlm.inference.aot_package.compile_package` does.
     """
     check_compiler()
     check_compiler_cache()
+    _check_fingerprint(model, fingerprint)
     path = package_path(folder, dtype)
     function = _row_step(model, dtype)
     parts = [part.contiguous() for part in parts_read(model.init_state(1))]
@@ -156,6 +164,7 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
     choice = choose_linear(_CPU, dtype)
     if choice.name != _BATCHED:
         raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
+    _check_fingerprint(model, fingerprint)
     replace_linears(model, choice.make)
     use_channels_last(model)
     path = package_path(folder, f"batch-{dtype}")
@@ -204,7 +213,8 @@ def load_row_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str, t
         model: Converted model with plain linear layers, whose weights the package uses; it is not modified.
         folder: Folder of the converted model.
         dtype: Dtype of the weights.
-        fingerprint: Hash of the model.
+        fingerprint: Hash of the weights in memory, before they are packed. That in config.json doesn't
+            suffice, because a stranger may state the hash of a model that was compiled here.
         trust: Whether a step that this machine didn't compile may run.
 
     Raises:
@@ -224,6 +234,12 @@ def load_batch_step(
     """
     path = package_path(folder, f"batch-{dtype}")
     return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
+
+
+def _check_fingerprint(model: CausalLM, fingerprint: str) -> None:
+    # A folder may state the hash of another model, for which this package would then be recorded.
+    if model_fingerprint(model) != fingerprint:
+        raise UserError("config.json states the hash of another model", "convert again")
 
 
 def _row_step(model: CausalLM, dtype: str) -> _Step:

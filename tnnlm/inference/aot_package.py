@@ -112,15 +112,15 @@ def check_compiler() -> None:
 
 
 def check_compiler_cache() -> None:
-    """Check that the folder from which the compiler loads what it compiled before belongs to this user.
+    """Check that the folder from which the compiler loads what it compiled before belongs to this user alone.
 
     Raises:
-        UserError: If it belongs to another user or everyone can write to it, because it holds native code.
+        UserError: If it belongs to another user or others can write to it, because it holds native code.
             The default is a folder of known name in the temporary folder, which anyone may have created.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(cache_dir())
+    folder = Path(cache_dir())  # PyTorch creates it here if it doesn't exist
     if folder.is_dir() and not is_own(folder):
         raise UserError(
             f"{folder}: the compiler's cache can be written by other users",

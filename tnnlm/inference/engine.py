@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.errors import UserError, one_line
-from tnnlm.inference.aot import CompiledModel, load_batch_step, load_row_step
+from tnnlm.inference.aot import CompiledModel, has_step, load_batch_step, load_row_step
 from tnnlm.inference.aot_package import Run
 from tnnlm.inference.cuda_graph import GraphedModel
 from tnnlm.inference.generator import TextGenerator
@@ -88,8 +88,8 @@ def open_engine(
         converted: Converted model; it is moved to the device and its layers are replaced in place.
         folder: Folder that the model was loaded from, which may contain a compiled step.
         device: Device to run on.
-        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8. Embedding,
-            recurrences and states stay in float32.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16, float16 or int8.
+            Embedding, recurrences and states stay in float32.
         engine: One of ``ENGINES``.
         trust: Whether a compiled step that this machine didn't make may run.
 
@@ -99,6 +99,10 @@ def open_engine(
     where = torch.device(device)
     _check_request(engine, dtype)
     model = converted.model.to(where)
+    # Before the layers are replaced: what was compiled for other weights must not run with these.
+    made_for = converted.fingerprint
+    if where.type == "cpu" and engine in ("auto", "compiled") and has_step(folder, dtype):
+        made_for = model_fingerprint(model)
     eager, fast = engine == "eager", engine in ("auto", "compiled", "graph")
     choice = Choice("plain", cast_linear) if eager else choose_linear(where, dtype)
     name, reasons = "eager" if eager else "packed", [choice.reason]
@@ -106,7 +110,7 @@ def open_engine(
     row = None
     if fast and where.type == "cpu":
         with _reported(engine, reasons):
-            row = _compiled_row(model, folder, dtype, engine, converted.fingerprint, trust)
+            row = _compiled_row(model, folder, dtype, engine, made_for, trust)
     if not eager:
         replace_linears(model, choice.make)
     if where.type == "cpu":
@@ -115,7 +119,7 @@ def open_engine(
     if row is not None and folder is not None:
         name, reasons = "compiled", []
         with _reported(engine, reasons):
-            batch = load_batch_step(model, folder, dtype, converted.fingerprint, trust)
+            batch = load_batch_step(model, folder, dtype, made_for, trust)
         runs = CompiledModel(model, row, batch)
     elif not eager and where.type == "cpu" and RowStep.covers(model):
         runs = CompiledModel(model, RowStep(model))
@@ -189,9 +193,12 @@ def _compiled_row(
         UserError: If it is not available.
     """
     if engine == "graph":
-        raise UserError("needs a GPU")
+        raise UserError("needs a GPU", "use another engine, or add --device cuda on a machine with a GPU")
     if folder is None:
-        raise UserError("no compiled step, because the model was not loaded from a folder")
+        raise UserError(
+            "no compiled step, because the model was not loaded from a folder",
+            "convert it with convert.py --compile, and load that folder",
+        )
     return load_row_step(model, folder, dtype, fingerprint, trust)
 
 
@@ -202,7 +209,7 @@ def _graphed(model: CausalLM, where: torch.device, engine: str) -> GraphedModel:
         UserError: If it is not available.
     """
     if engine == "compiled":
-        raise UserError("needs a CPU")
+        raise UserError("needs a CPU", "use another engine, or add --device cpu")
     try:
         return GraphedModel(model, fused=not why_not_fused(where))
     except (RuntimeError, AssertionError) as error:  # raised by torch where CUDA graphs are not supported

@@ -171,6 +171,26 @@ class CausalLM(Backbone):
         x, state = self.advance(tokens, state, active)
         return self.logits(x), state
 
+    def steps(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, list[ModelState]]:
+        """Process K tokens per row (B, K) with one pass over the weights, and keep the state after each.
+
+        It is the pass that checks proposed tokens (:mod:`tnnlm.inference.speculation`). The recurrences take
+        K single steps; the linear layers see K times as many rows, so that their rounding may differ.
+
+        Returns:
+            Logits (B, K, V) and K states.
+
+        Raises:
+            CheckpointError: If the model is not converted.
+        """
+        x = self._embed(tokens)
+        before = iter(state.layers)
+        after: list[tuple[State, ...]] = [()] * tokens.shape[1]
+        for block in self.layers:
+            x, states = block.steps(x, tuple(islice(before, block.mixer.n_states)))
+            after = [(*earlier, *layer) for earlier, layer in zip(after, states, strict=True)]
+        return self.logits(x), [ModelState(layers) for layers in after]
+
     def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Process one token per row like :meth:`step`; ``state`` must not be used afterwards.
 

@@ -27,6 +27,10 @@ class ParallelConv(nn.Module):
         """Raise an error: the parallel form has no state."""
         raise _not_converted()
 
+    def steps(self, x: Tensor, state: State) -> NoReturn:
+        """Raise an error: the parallel form has no state."""
+        raise _not_converted()
+
 
 def _not_converted() -> CheckpointError:
     return CheckpointError(

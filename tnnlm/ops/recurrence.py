@@ -6,6 +6,7 @@ NamedTuple. Modules, conversion and checkpoints use recurrences through this pro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -87,6 +88,22 @@ _RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultiratePara
 )
 
 
+def steps(params: Params, x: Tensor, state: State) -> tuple[Tensor, list[State]]:
+    """Process K tokens x (B, K, E) one after the other, and keep the state after each.
+
+    Outputs and states are those of K calls of ``step``, bit for bit.
+
+    Returns:
+        Outputs (B, K, E), and K states.
+    """
+    outputs, states = [], list[State]()
+    for token in x.unbind(1):
+        y, state = params.step(token, state)
+        outputs.append(y)
+        states.append(state)
+    return torch.stack(outputs, dim=1), states
+
+
 def named_tensors(state: State) -> dict[str, Tensor]:
     """Return the tensors of a state by name, in order; those of a tuple have the names ``field.0``, ..."""
     named: dict[str, Tensor] = {}
@@ -132,6 +149,16 @@ def work_ahead(layers: Sequence[Params], states: Sequence[State]) -> tuple[State
         else state
         for params, state in pairs
     )
+
+
+def tokens_to_work_ahead(params: Params, state: State) -> int:
+    """Return the number of tokens after which :func:`work_ahead` must be applied at the latest.
+
+    It reads a number from the device of the state for each layer that has such work.
+    """
+    if isinstance(params, MultirateParams) and isinstance(state, MultirateState):
+        return params.tokens_to_next_turn(state)
+    return sys.maxsize
 
 
 def within_turn(params: Params, by_mode: bool = False) -> Params:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.onnx_runtime import OnnxModel
 from experiments.peers import GPT2, Llama, Mamba, Peer
 from experiments.timing import Stepper, Subject, random_tokens
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.inference.aot import CompiledModel, compile_missing
@@ -35,7 +35,7 @@ CONVERSIONS = {
 """Settings of the conversions by name."""
 CHUNK = 512
 """Tokens per prefill chunk."""
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes per weight by dtype."""
 PEERS: dict[str, type[Peer]] = {"llama": Llama, "gpt2": GPT2, "mamba": Mamba}
 
@@ -55,12 +55,12 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
     """
     torch.manual_seed(0)
     model = convert_model(CausalLM(shape).eval(), **CONVERSIONS[conversion])  # type: ignore[arg-type]
-    subfolder = folder / conversion
+    subfolder, fingerprint = folder / conversion, model_fingerprint(model)
     if engine == "compiled":
-        compile_missing(model, subfolder, dtype, "", lambda line: None)
+        compile_missing(model, subfolder, dtype, fingerprint, lambda line: None)
     weights = linear_weights(model) + model.embedding.weight.numel()
     tokenizer = train_bpe([" "], 257, "<eos>", 1, False)
-    whole = ConvertedModel(model, tokenizer, "")
+    whole = ConvertedModel(model, tokenizer, fingerprint)
     decoder = _decoder(whole, subfolder, dtype, engine)
 
     def size(context: int) -> int:
