@@ -33,7 +33,12 @@ def compiles_with(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None
         (folder / f"step-{dtype}.pt2").touch()
         return folder / f"step-{dtype}.pt2"
 
+    def compile_batch(model: Any, folder: Path, dtype: str, fingerprint: str) -> Path:
+        made.append(f"batch-{dtype}")
+        return folder / f"batch-{dtype}.pt2"
+
     monkeypatch.setattr(packages, "compile_step", compile_step)
+    monkeypatch.setattr(packages, "compile_batch", compile_batch)
     return made
 
 
@@ -149,6 +154,23 @@ def test_steps_are_separated_by_blanks_or_commas(
     assert script("convert", "runs/tiny", "--compile", "bfloat16,int8", "float32", "int8").code == 0
     assert made == ["bfloat16", "int8", "float32"]
     for wrong in ("float32,", "int4,float32", "runs/tiny"):
-        with pytest.raises(UserError, match="is not one of float32, bfloat16, int8"):
+        with pytest.raises(UserError, match="is not one of float32, bfloat16, "):
             convert.parse(["--compile", wrong])
     assert_refused(script("convert", "--compile", "int8", "--no-compile"), "--no-compile", "--compile")
+
+
+def test_batches_are_compiled_beside_the_steps_of_one_sequence(
+    run_here: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compiles_with(monkeypatch)
+    done = script("convert", "runs/tiny", "--compile", "batch")
+    assert (done.code, made) == (0, ["float32", "batch-float32"])
+    assert "compiling the float32 batch decoding step" in done.out
+    assert convert.parse(["--compile", "int8,bfloat16", "batch"]).compiled == (
+        "int8",
+        "bfloat16",
+        "batch-bfloat16",
+    )
+    with pytest.raises(UserError, match="--compile batch: has no effect for int8; add float32 or bfloat16"):
+        convert.parse(["--compile", "int8,batch"])
+    assert packages.Packages(("float32", "batch-float32")).options == ["--compile", "float32", "batch"]

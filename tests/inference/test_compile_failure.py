@@ -15,6 +15,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from tests.support.compilers import fake_compiler, needs_gxx
 from tests.support.models import tiny_config
 from tests.support.simulated import forget_probes
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.errors import OS_ADVICE, UserError
 from tnnlm.inference import aot as compiled
@@ -26,7 +27,7 @@ FULL = OS_ADVICE[errno.ENOSPC]
 
 def compile_tiny() -> None:
     model = convert_model(CausalLM(tiny_config(d_model=32, n_layers=1)).eval(), method="balanced")
-    compile_step(model, Path("out"), "float32", "abc")
+    compile_step(model, Path("out"), "float32", model_fingerprint(model))
 
 
 def compiler_failed(output: str, status: int = 1) -> Exception:

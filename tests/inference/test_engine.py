@@ -20,8 +20,9 @@ from tests.support.steps import (
 )
 from tests.support.training_runs import tiny_run
 from tnnlm.errors import UserError
-from tnnlm.inference.aot import CompiledModel, _made_for, load_step
+from tnnlm.inference.aot import CompiledModel, load_row_step
 from tnnlm.inference.aot import _Step as StepOfParts
+from tnnlm.inference.aot_package import _made_for
 from tnnlm.inference.engine import open_engine, optimize_for_decoding, usable_device
 from tnnlm.inference.linear import DTYPES, Int8Linear
 from tnnlm.inference.linear_choice import choose_linear
@@ -150,11 +151,11 @@ def test_compiled_step_of_another_machine_is_left_alone() -> None:
     Path("out").mkdir()
     model = converted()
     with pytest.raises(UserError, match=r"convert\.py --compile"):
-        load_step(model, Path("out"), "float32", "abc")
+        load_row_step(model, Path("out"), "float32", "abc")
     Path("out/step-float32.pt2").write_bytes(b"damaged")
     Path("out/step-float32.json").write_text(json.dumps({"torch": "1.0"}))
     with pytest.raises(UserError, match="another machine"):
-        load_step(model, Path("out"), "float32", "abc")
+        load_row_step(model, Path("out"), "float32", "abc")
     engine, info = open_engine(whole(model), Path("out"))
     assert info.name == "packed"
     assert "the compiled step is for another machine" in info.reason

@@ -14,8 +14,8 @@ import torch
 from tests.support.scripts import ROOT
 from tests.support.simulated import NO_BFLOAT16
 from tnnlm.errors import UserError
-from tnnlm.inference import aot as compiled
-from tnnlm.inference.aot import load_step, package_path
+from tnnlm.inference import aot_package as compiled
+from tnnlm.inference.aot import load_row_step, package_path
 from tnnlm.machine.capabilities import PROBES, capability, capability_table, cpu_fingerprint, describe_cpu
 from tnnlm.models.causal_lm import CausalLM
 
@@ -80,5 +80,5 @@ def test_compiled_step_of_a_cpu_with_other_instructions_is_left_alone(
     made_for = compiled._made_for("abc") | {"cpu_instructions": "0123456789abcdef"}
     path.with_suffix(".json").write_text(json.dumps(made_for), encoding="utf-8")
     with pytest.raises(UserError, match="another machine"):
-        load_step(tiny_model, Path("out"), "float32", "abc")
+        load_row_step(tiny_model, Path("out"), "float32", "abc")
     assert len(cpu_fingerprint()) == 16

@@ -18,7 +18,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from tests.support.compilers import GXX, fake_compiler, needs_gxx
 from tests.support.simulated import forget_probes, name_compiler
 from tnnlm.errors import UserError
-from tnnlm.inference.aot import check_compiler
+from tnnlm.inference.aot_package import check_compiler
 from tnnlm.machine import cpp_compiler
 from tnnlm.machine.capabilities import capability
 from tnnlm.machine.cpp_compiler import compiler_names, complaint

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tests.support.models import FAMILIES, tiny_config
 from tnnlm.machine.capabilities import capability
-from tnnlm.inference.aot import compile_step, load_step
+from tnnlm.inference.aot import CompiledModel, compile_step, load_row_step
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.inference.engine import optimize_for_decoding
 from tnnlm.models.causal_lm import CausalLM
@@ -44,8 +45,10 @@ with torch.inference_mode():
 if "compile" in sys.argv:
     model = converted("balanced", "tno")
     with tempfile.TemporaryDirectory() as folder:
-        compile_step(converted("balanced", "tno"), Path(folder), "float32", "abc")
-        compiled = load_step(optimize_for_decoding(model), Path(folder), "float32", "abc")
+        fingerprint = model_fingerprint(model)
+        compile_step(converted("balanced", "tno"), Path(folder), "float32", fingerprint)
+        row = load_row_step(model, Path(folder), "float32", fingerprint)
+        compiled = CompiledModel(optimize_for_decoding(model), row)
         with torch.inference_mode():
             decode(compiled, 1)
 """

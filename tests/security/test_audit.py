@@ -22,7 +22,7 @@ from tnnlm.checkpoints.hf_files import SHIM, SHIM_TEXT
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.deployment.save import save
-from tnnlm.inference import aot
+from tnnlm.inference import aot_package
 
 MODULES = (
     "torch", "lightning", "tokenizers", "safetensors", "omegaconf", "datasets", "transformers", "uvicorn",
@@ -86,7 +86,7 @@ def hostile(run_here: Path) -> Path:
     change(folder / "model.safetensors.index.json", **outside)
     for name in ("float32", "bfloat16", "int8"):
         (folder / f"step-{name}.pt2").write_bytes(b"native code")
-        (folder / f"step-{name}.json").write_text(json.dumps(aot._made_for(config["model_sha256"])))
+        (folder / f"step-{name}.json").write_text(json.dumps(aot_package._made_for(config["model_sha256"])))
     (folder / SHIM).write_text(f"open({str(traces() / 'shim')!r}, 'w').close()\nraise SystemExit(9)\n")
     for place in (Path(), run_here, run_here / "checkpoints", folder):
         write_baits(place)

@@ -17,7 +17,7 @@ from tnnlm import trust
 from tnnlm.checkpoints.converted import ConvertedModel, load_converted
 from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.errors import UserError
-from tnnlm.inference import aot
+from tnnlm.inference import aot, aot_package
 from tnnlm.inference.engine import open_engine
 
 CODE = b"native code of a stranger"
@@ -28,13 +28,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Replace the loader of packages, and return the list of the packages that it was given."""
     packages: list[bytes] = []
 
-    def runner(path: Path) -> Any:
+    def runner(path: Path, _: object) -> Any:
         # Whoever can write to the folder replaces the package at the last moment.
         Path("out/step-float32.pt2").write_bytes(b"exchanged")
         packages.append(path.read_bytes())
         return lambda *inputs: ()
 
-    monkeypatch.setattr(aot, "_runner", runner)
+    monkeypatch.setattr(aot_package, "_runner", runner)
     return packages
 
 
@@ -49,15 +49,15 @@ def model(_quiet: None) -> ConvertedModel:
 def write_package(code: bytes, fingerprint: str) -> None:
     Path("out").mkdir(exist_ok=True)
     Path("out/step-float32.pt2").write_bytes(code)
-    made_for = aot._made_for(fingerprint)
+    made_for = aot_package._made_for(fingerprint)
     Path("out/step-float32.json").write_text(json.dumps(made_for), encoding="utf-8")
 
 
 def record(code: bytes, fingerprint: str) -> None:
     """Record a package as compiled here."""
-    made_for = aot._made_for(fingerprint)
-    assert trust.remember(aot._SIZE, size=str(len(code)), **made_for)
-    assert trust.remember(aot._PACKAGE, sha256=hashlib.sha256(code).hexdigest(), **made_for)
+    made_for = aot_package._made_for(fingerprint)
+    assert trust.remember(aot_package._SIZE, size=str(len(code)), **made_for)
+    assert trust.remember(aot_package._PACKAGE, sha256=hashlib.sha256(code).hexdigest(), **made_for)
 
 
 def test_step_of_a_stranger_is_left_alone(model: ConvertedModel, loaded: list[bytes]) -> None:
@@ -90,6 +90,19 @@ def test_step_that_was_made_here_is_loaded_until_a_byte_changes(
     write_package(CODE.replace(b"native", b"Native"), model.fingerprint)
     _, info = open_engine(whole(converted()), Path("out"))
     assert (info.name, loaded) == ("packed", [CODE])
+
+
+def test_batches_of_a_stranger_are_left_alone(model: ConvertedModel, loaded: list[bytes]) -> None:
+    record(CODE, model.fingerprint)
+    for name in ("batch-float32.pt2", "batch-float32.json"):
+        source = Path("out", name.replace("batch", "step"))
+        Path("out", name).write_bytes(source.read_bytes().replace(b"native", b"Native"))
+    _, info = open_engine(model, Path("out"))
+    assert (info.name, info.compiled_batches, loaded) == ("compiled", False, [CODE])
+    assert "native code that was not compiled here" in info.reason
+    write_package(CODE, model.fingerprint)
+    with pytest.raises(UserError, match=r"--engine compiled: .* --trust-compiled"):
+        open_engine(whole(converted()), Path("out"), engine="compiled")
 
 
 def test_record_is_for_one_model(model: ConvertedModel, loaded: list[bytes]) -> None:
@@ -138,7 +151,7 @@ def test_large_package_of_a_stranger_is_not_read(
     def read(*_: object) -> str:
         raise AssertionError("the package was read")
 
-    monkeypatch.setattr(aot, "_private_copy", read)
+    monkeypatch.setattr(aot_package, "_private_copy", read)
     assert open_engine(model, Path("out")).info.name == "packed"
 
 
@@ -151,17 +164,17 @@ def test_cache_of_the_compiler_that_others_can_write_is_refused(
     folder.chmod(0o777)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     with pytest.raises(UserError, match="TORCHINDUCTOR_CACHE_DIR"):
-        aot.check_compiler_cache()
+        aot_package.check_compiler_cache()
     done = script("train", "trainer.compile=true", "data.source=files", "data.files=none.txt")
     assert_refused(done, "the compiler's cache can be written by other users")
     folder.chmod(0o700)
-    aot.check_compiler_cache()
+    aot_package.check_compiler_cache()
     folder.chmod(0o770)
     monkeypatch.setattr(trust, "_is_private_group", lambda number: False)
     with pytest.raises(UserError, match="can be written by other users"):
-        aot.check_compiler_cache()
+        aot_package.check_compiler_cache()
     monkeypatch.setattr(trust, "_is_private_group", lambda number: number == folder.stat().st_gid)
-    aot.check_compiler_cache()
+    aot_package.check_compiler_cache()
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")

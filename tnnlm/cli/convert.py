@@ -47,6 +47,7 @@ from tnnlm.config.methods import USED_BY, Use
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import DTYPES
+from tnnlm.inference.linear_choice import BATCH_DTYPES
 
 FLAGS = {
     name: name.removeprefix("gradient_").replace("_", "-")
@@ -74,7 +75,9 @@ CONDITIONS = {f"--{FLAGS[name]}": _condition(use) for name, use in USED_BY.items
 """Conditions under which options have an effect."""
 PACKAGING = ("--compile", "--export", "--onnx")
 """Options that apply to a converted model."""
-COMPILED = DTYPES
+BATCH = "batch"
+"""Word of ``--compile`` that adds the steps of batches."""
+COMPILED = (*DTYPES, BATCH)
 """Words that ``--compile`` accepts."""
 BY_DEFAULT: tuple[str, ...] = ("float32",)
 """Steps that are compiled without ``--compile``, if this machine can."""
@@ -141,7 +144,8 @@ def _add_packages(group: argparse._ArgumentGroup) -> None:
         type=compiled_steps,
         metavar="DTYPE",
         help="Compile the decoding step for weights in float32, bfloat16, float16 and/or int8, separated by "
-        "blanks or commas; exit code 1 if that fails. (default: float32, if there is a C++ compiler)",
+        "blanks or commas, and with the word batch also the step of batches; exit code 1 if that fails. "
+        "(default: float32, if there is a C++ compiler)",
     )
     either.add_argument("--no-compile", action="store_true", help="Do not compile the decoding step.")
     group.add_argument(
@@ -202,8 +206,15 @@ def selected_steps(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the steps to compile: those of ``--compile``, otherwise the default."""
     if args.compile is None:
         return () if args.no_compile else BY_DEFAULT
-    named = [word for words in args.compile for word in words]
-    return tuple(dict.fromkeys(named)) or ("float32",)
+    named = dict.fromkeys(word for words in args.compile for word in words)
+    dtypes = [word for word in named if word != BATCH] or ["float32"]
+    batches = [f"{BATCH}-{dtype}" for dtype in dtypes if dtype in BATCH_DTYPES] if BATCH in named else []
+    if BATCH in named and not batches:
+        raise UserError(
+            f"--compile batch: has no effect for {' and '.join(dtypes)}",
+            f"add {' or '.join(BATCH_DTYPES)}",
+        )
+    return (*dtypes, *batches)
 
 
 def refuse_recipe(args: argparse.Namespace, given: Sequence[str]) -> None:

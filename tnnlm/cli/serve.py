@@ -84,6 +84,12 @@ def arguments() -> argparse.ArgumentParser:
         help="Make completions bitwise independent of concurrent requests, with the packed engine on an x86 "
         "CPU; a single client waits longer for each token. (default: equal but for rounding)",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="Before serving, compile the decoding steps into the folder of the model, unless this machine "
+        "did so earlier, for --engine auto and compiled; needs a C++ compiler.",
+    )
     add_trust(add)
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="Address to listen on. (default: 127.0.0.1, this machine only)")
@@ -229,6 +235,25 @@ def _local(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
 
 
+def compile_steps(converted: Any, folder: Path, dtype: str) -> None:
+    """Compile the decoding steps that the folder of a converted model lacks, and report it on stderr.
+
+    Raises:
+        UserError: If the model was loaded from a checkpoint, or the steps can't be compiled.
+    """
+    from tnnlm.inference.aot import compile_missing
+
+    if not folder.is_dir():
+        raise UserError(f"--compile: {folder} is a checkpoint", "convert it with convert.py")
+    compile_missing(
+        converted.model,
+        folder,
+        dtype,
+        converted.fingerprint,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
 def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     """Return the generator, its engine in one line, the model's name and its number of parameters."""
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding, outdated
@@ -241,6 +266,8 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
         print(f"warning: {warning}", file=sys.stderr)
     trust = trust_of(args)
     found, converted = load_for_decoding(args.model, Path("runs"), trust)
+    if args.compile:
+        compile_steps(converted, found, args.dtype)
     hold_in_memory(converted.model)
     parameters = sum(p.numel() for p in converted.model.parameters())
     folder = found if found.is_dir() else found.parent

@@ -14,7 +14,8 @@ from tnnlm.deployment.bars import bar
 from tnnlm.deployment.save import only_writer
 from tnnlm.errors import UserError, collect_failure, one_line
 from tnnlm.files import cache_root, check_no_link
-from tnnlm.inference.aot import check_compiler, check_compiler_cache, compile_step, package_path
+from tnnlm.inference.aot import compile_batch, compile_step, package_path
+from tnnlm.inference.aot_package import check_compiler, check_compiler_cache
 from tnnlm.inference.export import FOLDERS, check_onnx, export_onnx, export_torch
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.resident import available_memory
@@ -35,7 +36,7 @@ class Packages:
     """Optional files to add to a converted folder."""
 
     compiled: Sequence[str] = ()
-    """Weight dtypes of the compiled steps."""
+    """Steps to compile: a weight dtype for one sequence, or ``batch-DTYPE`` for batches."""
     exported: Sequence[str] = ()
     """Export formats: ``torch``, ``onnx``."""
     required: bool = True
@@ -44,7 +45,8 @@ class Packages:
     @property
     def options(self) -> list[str]:
         """Options of convert.py that add these files to a converted folder."""
-        compiled = ["--compile", *self.compiled] if self.compiled else []
+        words = dict.fromkeys(word for name in self.compiled for word in reversed(name.split("-")))
+        compiled = ["--compile", *words] if words else []
         return compiled + [_EXPORTS[target] for target in self.exported]
 
     def without_optional(self) -> Packages:
@@ -104,8 +106,9 @@ def announcements(packages: Packages, model: CausalLM, folder: Path) -> list[str
     about = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     omit = "" if packages.required else "; --no-compile omits it"
     return [
-        f"compiling the {dtype} decoding step (about {about}) into {package_path(folder, dtype)}{omit}"
-        for dtype in packages.compiled
+        f"compiling the {' '.join(reversed(name.split('-')))} decoding step (about {about}) into "
+        f"{package_path(folder, name)}{omit}"
+        for name in packages.compiled
     ]
 
 
@@ -113,11 +116,12 @@ def write_packages(converted: ConvertedModel, folder: Path, packages: Packages) 
     """Compile and export a converted model into its folder; what fails does not stop the rest."""
     written = Written()
     skipped: dict[str, str] = {}
-    for dtype in bar(packages.compiled, "compiling"):
-        option = f"--compile {dtype}"
+    for name in bar(packages.compiled, "compiling"):
+        option, dtype = f"--compile {name}", name.rpartition("-")[2]
+        compile_rows = compile_step if name == dtype else compile_batch
         with collect_failure(written.failures if packages.required else skipped, option):
             check_unchanged(folder, converted.fingerprint)
-            path = compile_step(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint)
+            path = compile_rows(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint)
             written.packages.append(path)
     written.notes.extend(map(_note, skipped.values()))
     for target in bar(packages.exported, "exporting"):

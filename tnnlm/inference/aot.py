@@ -1,43 +1,46 @@
-"""Decoding step compiled ahead of time by AOTInductor (``convert.py --compile``), executed without Python.
+"""Decoding steps compiled ahead of time by AOTInductor (``convert.py --compile``), executed without Python.
 
-AOTInductor compiles the exported ``step`` for a single row into one loop nest: it calls no library, starts
-the threads once per token, and reads the weights at memory bandwidth. The package is stored in the folder of
-the converted model. It is valid for one version of PyTorch and one kind of CPU; both are checked when it is
-loaded. It is native code, so it is loaded only if this machine compiled it, which a keyed record in the
-user's cache says (:mod:`tnnlm.trust`), or if the user trusts it.
+The step of a single row is one loop nest: it calls no library, starts the threads once per token, and reads
+the weights at memory bandwidth. The step of a batch multiplies by the matrices of the packed engine, updates
+the states in place, and compiles to one loop nest between two products. Both are packages
+(:mod:`tnnlm.inference.aot_package`) in the folder of the converted model.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnnlm.checkpoints.converted import model_fingerprint
-from tnnlm.checksums import file_sha256
-from tnnlm.errors import UserError, one_line
-from tnnlm.files import atomic_file, cache_root, write_text
+from tnnlm.errors import UserError
+from tnnlm.inference.aot_package import (
+    Run,
+    check_compiler,
+    check_compiler_cache,
+    check_package,
+    compile_package,
+    load_package,
+)
+from tnnlm.inference.batch_step import BatchStep, batch_parts, ordered
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
+from tnnlm.inference.linear_choice import BATCH_DTYPES, choose_linear
 from tnnlm.inference.row_linear import row_linear
-from tnnlm.machine.capabilities import capability, cpu_fingerprint, cpu_level
-from tnnlm.machine.cpp_compiler import compile_failure
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.models.surgery import recurrences
-from tnnlm.reading import read_json
-from tnnlm.trust import NO_CODE, Trust, is_own, remember, remembered
+from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last
+from tnnlm.ops.recurrence import work_ahead
+from tnnlm.trust import NO_CODE, Trust
 
-_PACKAGE, _SIZE = "compiled step", "size of a compiled step"
-"""Kinds of records. The size is compared first, so that a foreign package is refused without reading it."""
+_BATCHED = "oneDNN"
+"""Operator of linear layers that a package of batches can call."""
+_CPU = torch.device("cpu")
+_EXAMPLE_ROWS = 16
+"""Rows of the example that a batch is compiled with."""
+_MOST_ROWS = 1 << 16
+"""Largest number of rows of a compiled batch."""
 
 
 class _Step(nn.Module):
@@ -56,34 +59,64 @@ class _Step(nn.Module):
 
 
 class CompiledModel:
-    """Model that runs single-row steps in the compiled package.
+    """Model that runs steps by functions of flat lists of tensors, such as compiled packages.
 
-    ``model`` runs batches and prompts. The work of a step for later tokens follows it.
+    ``model`` runs prompts, and batches if there is no function for them. The work of a step for later tokens
+    follows it.
     """
 
-    def __init__(self, model: CausalLM, run: Callable[..., Any]) -> None:
+    def __init__(self, model: CausalLM, row: Run, batch: Run | None = None) -> None:
+        """Set up the model.
+
+        Args:
+            model: Converted model with packed linear layers.
+            row: Step of a single row: a package, or :class:`tnnlm.models.row_step.RowStep`.
+            batch: Package of the step of a batch; None lets ``model`` run it.
+        """
         self.model = model
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
         self.steps = model.steps
-        self._run = run
+        self._row, self._batch = row, batch
         self._recurrences = recurrences(model)
+        self._state: ModelState | None = None
+        """State that the last step in place returned, whose parts are known."""
+        self._parts: list[Tensor] = []
 
     def step(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Process one token per row; see :meth:`CausalLM.step`."""
-        if tokens.shape[0] != 1 or active is not None:
-            return self.model.step(tokens, state, active)
-        # The package assumes contiguous inputs.
-        outputs = self._run(tokens, *(part.contiguous() for part in parts_read(state)))
-        return after_step(self._recurrences, state, outputs)
+        rows = tokens.shape[0]
+        if active is None and rows == 1:
+            # A package assumes contiguous inputs.
+            outputs = self._row(tokens, *(part.contiguous() for part in parts_read(state)))
+            return after_step(self._recurrences, state, outputs)
+        if active is None and rows > 1 and self._batch is not None:
+            return self.step_in_place(tokens, state.copy())
+        return self.model.step(tokens, state, active)
+
+    def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Process one token per row; ``state`` may be modified, and must not be used afterwards."""
+        if tokens.shape[0] == 1 or self._batch is None:
+            return self.step(tokens, state)
+        if state is not self._state:
+            state = ordered(state)
+            self._parts = batch_parts(state)
+        (logits,) = self._batch(tokens, *self._parts)
+        layers = work_ahead(self._recurrences, state.layers)
+        if any(after is not before for after, before in zip(layers, state.layers, strict=True)):
+            self._state = ordered(ModelState(layers))
+            self._parts = batch_parts(self._state)
+        else:
+            self._state = state
+        return logits, self._state
 
 
-def package_path(folder: Path, dtype: str) -> Path:
-    """Return the path of the compiled step with weights of ``dtype``."""
-    return folder / f"step-{dtype}.pt2"
+def package_path(folder: Path, name: str) -> Path:
+    """Return the path of a package: the name is a dtype of weights, or ``batch-DTYPE`` for batches."""
+    return folder / f"{name if name.startswith('batch-') else f'step-{name}'}.pt2"
 
 
 def has_step(folder: Path | None, dtype: str) -> bool:
@@ -92,97 +125,92 @@ def has_step(folder: Path | None, dtype: str) -> bool:
 
 
 def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
-    """Compile ``step`` of a converted model into ``folder``, which takes up to a few minutes.
+    """Compile the step of a single row into ``folder``, which takes up to a few minutes.
 
     Args:
         model: Converted model on the CPU with plain linear layers, which are replaced in place.
         folder: Folder of the converted model.
         dtype: Dtype of the weights.
-        fingerprint: Hash of the model (:class:`tnnlm.checkpoints.converted.ConvertedModel`). The compiled
-            step contains the weights, so it is loaded for this model only.
+        fingerprint: Hash of the model (:class:`tnnlm.checkpoints.converted.ConvertedModel`). The package is
+            loaded for this model only.
 
     Returns:
         Path of the package.
 
     Raises:
-        UserError: If there is no C++ compiler, the disk is full, memory runs out, ``fingerprint`` is that of
-            another model, or no record of the package can be written to the cache; the package is then kept.
+        UserError: If there is no C++ compiler, ``fingerprint`` is that of another model, or as
+            :func:`tnnlm.inference.aot_package.compile_package` does.
     """
     check_compiler()
     check_compiler_cache()
-    # A folder may state the hash of another model, for which this package would then be recorded.
-    if model_fingerprint(model) != fingerprint:
-        raise UserError("config.json states the hash of another model", "convert again")
-    from torch._inductor import aoti_compile_and_package
-
-    replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
+    _check_fingerprint(model, fingerprint)
     path = package_path(folder, dtype)
-    example = (torch.zeros(1, dtype=torch.long), *parts_read(model.init_state(1)))
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        tempfile.TemporaryDirectory() as scratch,
-        atomic_file(path) as temporary,
-    ):
-        warnings.simplefilter("ignore")  # torch's compiler calls APIs that torch deprecates
-        exported = torch.export.export(_Step(model.eval()), example)
-        packaged = str(Path(scratch) / path.name)
-        try:
-            # Without freezing, which would widen bfloat16 and int8 weights to float32 at compile time.
-            aoti_compile_and_package(exported, package_path=packaged)
-        except Exception as error:
-            reason = compile_failure(error)
-            if reason is None:  # a bug: keep the traceback
-                raise
-            raise UserError(f"the step can't be compiled: {reason[:200]}") from error
-        shutil.copyfile(packaged, temporary)
-        digest, size = file_sha256(Path(packaged)), temporary.stat().st_size
-    made_for = _made_for(fingerprint)
-    write_text(path.with_suffix(".json"), json.dumps(made_for, indent=2))
-    known = remember(_SIZE, size=str(size), **made_for) and remember(_PACKAGE, sha256=digest, **made_for)
-    if not known:
-        raise UserError(
-            f"{cache_root()}: can't record that this machine compiled {path}",
-            "set TNNLM_CACHE to a private folder, or load the step with --trust-compiled",
-        )
+    function = _row_step(model, dtype)
+    parts = [part.contiguous() for part in parts_read(model.init_state(1))]
+    example = (torch.zeros(1, dtype=torch.long), *parts)
+    compile_package(function, example, path, fingerprint)
     return path
 
 
-def check_compiler() -> None:
-    """Check that a C++ compiler works on this machine.
+def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
+    """Compile the step of batches of any size from two rows on; see :func:`compile_step`.
 
     Raises:
-        UserError: If there is none.
+        UserError: If the packed engine has no operator for this dtype that can be compiled, or as
+            :func:`compile_step` does.
     """
-    found = capability("cpp_compiler")
-    if not found:
-        raise UserError(f"--compile: no working C++ compiler ({found.reason})")
+    check_compiler()
+    check_compiler_cache()
+    choice = choose_linear(_CPU, dtype)
+    if choice.name != _BATCHED:
+        raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
+    _check_fingerprint(model, fingerprint)
+    replace_linears(model, choice.make)
+    use_channels_last(model)
+    path = package_path(folder, f"batch-{dtype}")
+    rows = torch.export.Dim("rows", min=2, max=_MOST_ROWS)
+    # Separate tensors, because inputs that share memory would be taken to depend on each other.
+    views = batch_parts(ordered(model.init_state(_EXAMPLE_ROWS)))
+    parts = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype).zero_() for part in views]
+    example = (torch.zeros(_EXAMPLE_ROWS, dtype=torch.long), *parts)
+    shapes = ({0: rows}, tuple({0: rows} for _ in parts))
+    compile_package(BatchStep(model), example, path, fingerprint, shapes)
+    return path
 
 
-def check_compiler_cache() -> None:
-    """Check that the folder from which the compiler loads what it compiled before belongs to this user alone.
+def compile_missing(
+    model: CausalLM, folder: Path, dtype: str, fingerprint: str, report: Callable[[str], None]
+) -> None:
+    """Compile the steps of a single row and of batches, unless this machine compiled them before.
 
-    Raises:
-        UserError: If it belongs to another user or others can write to it, because it holds native code.
-            The default is a folder of known name in the temporary folder, which anyone may have created.
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir())  # PyTorch creates it here if it doesn't exist
-    if folder.is_dir() and not is_own(folder):
-        raise UserError(
-            f"{folder}: the compiler's cache can be written by other users",
-            "set TORCHINDUCTOR_CACHE_DIR to a private folder",
-        )
-
-
-def load_step(
-    model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
-) -> CompiledModel:
-    """Load the compiled step of a model from the model's folder.
+    The step of batches is omitted for dtypes whose products can't be compiled.
 
     Args:
-        model: Converted model, which runs batches and prompts.
+        model: Converted model on the CPU with plain linear layers; it is not modified.
+        folder: Folder of the converted model.
+        dtype: Dtype of the weights.
+        fingerprint: Hash of the model.
+        report: Function that receives a line before each compilation.
+
+    Raises:
+        UserError: See :func:`compile_step`.
+    """
+    wanted = [(dtype, "one sequence", compile_step)]
+    if dtype in BATCH_DTYPES and choose_linear(_CPU, dtype).name == _BATCHED:
+        wanted.append((f"batch-{dtype}", "batches", compile_batch))
+    for name, title, compile_rows in wanted:
+        try:
+            check_package(package_path(folder, name), fingerprint)
+        except UserError:
+            report(f"compiling the {dtype} decoding step of {title} ...")
+            compile_rows(shared_copy(model), folder, dtype, fingerprint)
+
+
+def load_row_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE) -> Run:
+    """Load the compiled step of a single row from the model's folder.
+
+    Args:
+        model: Converted model with plain linear layers, whose weights the package uses; it is not modified.
         folder: Folder of the converted model.
         dtype: Dtype of the weights.
         fingerprint: Hash of the weights in memory, before they are packed. That in config.json doesn't
@@ -194,70 +222,28 @@ def load_step(
             it is not trusted.
     """
     path = package_path(folder, dtype)
-    if not path.is_file():
-        raise UserError("no compiled step", "create one with convert.py --compile")
-    try:
-        made_for = read_json(path.with_suffix(".json"), "", UserError)
-    except UserError:
-        made_for = {}
-    expected = _made_for(fingerprint)
-    if made_for.get("model_sha256", fingerprint) != fingerprint:
-        raise UserError(
-            "the compiled step belongs to another model", "recompile it with convert.py --compile"
-        )
-    if made_for != expected:
-        raise UserError(
-            "the compiled step is for another machine or PyTorch version",
-            "recompile it with convert.py --compile",
-        )
-    foreign = UserError(
-        "the compiled step is native code that was not compiled here",
-        "recompile it with convert.py --compile, or load it with --trust-compiled",
-    )
-    if not trust.compiled and not remembered(_SIZE, size=str(path.stat().st_size), **expected):
-        raise foreign
-    with _private_copy(path) as (own, digest):
-        if not trust.compiled and not remembered(_PACKAGE, sha256=digest, **expected):
-            raise foreign
-        try:
-            return CompiledModel(model, _runner(own))
-        except Exception as error:  # the packed engine can run whatever the loader raises
-            raise UserError(f"the compiled step can't be loaded ({one_line(error)[:80]})") from None
+    return load_package(path, lambda: _row_step(shared_copy(model), dtype), fingerprint, trust)
 
 
-@contextmanager
-def _private_copy(path: Path) -> Iterator[tuple[Path, str]]:
-    """Yield a copy that no one else can change, and its SHA-256: what was hashed is what is loaded.
+def load_batch_step(
+    model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
+) -> Run | None:
+    """Load the compiled step of batches of a model with packed linear layers; None if there is none.
 
-    The loader extracts the package, so the copy isn't needed afterwards.
+    Arguments and exceptions are those of :func:`load_row_step`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / path.name
-        shutil.copyfile(path, own)
-        yield own, file_sha256(own)
+    path = package_path(folder, f"batch-{dtype}")
+    return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
 
 
-def _runner(path: Path) -> Callable[..., Any]:
-    """Return the package as a function.
-
-    Calls torch's internal loader where its signature is as expected, because the public function first
-    imports the whole compiler, which adds a second to the start-up.
-    """
-    try:
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-    except (AttributeError, TypeError):
-        from torch._inductor import aoti_load_package
-
-        return aoti_load_package(str(path))
-    return lambda *inputs: loader.run(list(inputs))
+def _check_fingerprint(model: CausalLM, fingerprint: str) -> None:
+    # A folder may state the hash of another model, for which this package would then be recorded.
+    if model_fingerprint(model) != fingerprint:
+        raise UserError("config.json states the hash of another model", "convert again")
 
 
-def _made_for(fingerprint: str) -> dict[str, str]:
-    return {
-        "model_sha256": fingerprint,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu": cpu_level(),
-        # The compiler targets every instruction set extension of this CPU.
-        "cpu_instructions": cpu_fingerprint(),
-    }
+def _row_step(model: CausalLM, dtype: str) -> _Step:
+    """Return the step of a single row, with layers of ``model`` replaced in place."""
+    replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
+    use_channels_last(model)
+    return _Step(model)

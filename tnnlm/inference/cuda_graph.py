@@ -117,6 +117,10 @@ class GraphedModel:
         outputs = self._steps[rows]([tokens, *parts_read(state)])
         return after_step(self._recurrences, state, outputs)
 
+    def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Process one token per row; see :meth:`CausalLM.step_in_place`."""
+        return self.step(tokens, state)
+
     def _recording(self, rows: int) -> _Recording:
         tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.weight.device)
         inputs = [tokens, *parts_read(self.model.init_state(rows))]

@@ -31,6 +31,10 @@ class DecoderModel(Protocol):
         """Process one token per row (B,)."""
         ...
 
+    def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Process one token per row; ``state`` may be modified, and must not be used afterwards."""
+        ...
+
     def steps(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, Sequence[ModelState]]:
         """Process K tokens per row (B, K), and return the logits (B, K, V) and the state after each."""
         ...

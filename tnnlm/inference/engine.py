@@ -1,14 +1,16 @@
 """Inference engines for converted models: compiled, graph, packed and eager.
 
 ``eager`` runs the model's PyTorch modules. ``packed`` replaces the linear layers and the head with the
-fastest operator available on this machine (:mod:`tnnlm.inference.linear_choice`). ``compiled`` runs single
-rows in the package that ``convert.py --compile`` creates (:mod:`tnnlm.inference.aot`), and batches and
-prompts with packed weights. ``graph`` replays packed steps as a CUDA graph on a GPU
+fastest operator available on this machine (:mod:`tnnlm.inference.linear_choice`). ``compiled`` runs steps in
+the packages that ``convert.py --compile`` creates (:mod:`tnnlm.inference.aot`), and prompts with packed
+weights. ``graph`` replays packed steps as a CUDA graph on a GPU
 (:mod:`tnnlm.inference.cuda_graph`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +19,16 @@ import torch
 
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.errors import UserError, one_line
-from tnnlm.inference.aot import CompiledModel, has_step, load_step
+from tnnlm.inference.aot import CompiledModel, has_step, load_batch_step, load_row_step
+from tnnlm.inference.aot_package import Run
 from tnnlm.inference.cuda_graph import GraphedModel
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear import DTYPES, cast_linear, replace_linears
 from tnnlm.inference.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.row_step import RowStep
+from tnnlm.models.surgery import use_channels_last
 from tnnlm.ops.fused import why_not_fused
 from tnnlm.trust import NO_CODE, Trust
 
@@ -45,6 +50,8 @@ class EngineInfo:
     """Operator of the linear layers; the compiled engine uses it for batches and prompts."""
     batch_invariant: bool = False
     """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server."""
+    compiled_batches: bool = False
+    """Whether batches run in a compiled package."""
     reason: str = ""
     """Why no faster engine or operator was selected; empty if there is none."""
     threads: int | None = None
@@ -54,8 +61,9 @@ class EngineInfo:
 
     def __str__(self) -> str:
         operator = f" by {self.linear}" if self.name == "packed" else ""
+        batches = ", also for batches" if self.compiled_batches else ""
         note = f" ({self.reason})" if self.reason else ""
-        return f"{self.name} engine, {self.device}, {self.dtype}{operator}{note}"
+        return f"{self.name} engine, {self.device}, {self.dtype}{operator}{batches}{note}"
 
 
 class Engine(NamedTuple):
@@ -95,28 +103,49 @@ def open_engine(
     made_for = converted.fingerprint
     if where.type == "cpu" and engine in ("auto", "compiled") and has_step(folder, dtype):
         made_for = model_fingerprint(model)
+    eager, fast = engine == "eager", engine in ("auto", "compiled", "graph")
+    choice = Choice("plain", cast_linear) if eager else choose_linear(where, dtype)
+    name, reasons = "eager" if eager else "packed", [choice.reason]
     runs: CausalLM | CompiledModel | GraphedModel = model
-    if engine == "eager":
-        name, choice, reasons = "eager", Choice("plain", cast_linear), []
-    else:
-        choice = choose_linear(where, dtype)
+    row = None
+    if fast and where.type == "cpu":
+        with _reported(engine, reasons):
+            row = _compiled_row(model, folder, dtype, engine, made_for, trust)
+    if not eager:
         replace_linears(model, choice.make)
-        name, reasons = "packed", [choice.reason]
-    if engine in ("auto", "compiled", "graph"):
-        try:
-            if where.type == "cpu":
-                runs = _compiled(model, folder, dtype, engine, made_for, trust)
-            else:
-                runs = _graphed(model, where, engine)
-            name, reasons = "graph" if isinstance(runs, GraphedModel) else "compiled", []
+    if where.type == "cpu":
+        use_channels_last(model)
+    batch = None
+    if row is not None and folder is not None:
+        name, reasons = "compiled", []
+        with _reported(engine, reasons):
+            batch = load_batch_step(model, folder, dtype, made_for, trust)
+        runs = CompiledModel(model, row, batch)
+    elif not eager and where.type == "cpu" and RowStep.covers(model):
+        runs = CompiledModel(model, RowStep(model))
+    elif fast and where.type != "cpu":
+        with _reported(engine, reasons):
+            runs = _graphed(model, where, engine)
+            name, reasons = "graph", []
             if missing := why_not_fused(where):
                 reasons.append(f"no fused operators: {missing}")
-        except UserError as error:
-            if engine != "auto":
-                raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
-            reasons.append(str(error))
-    info = _describe(name, where, dtype, choice, reasons)
+    info = _describe(name, where, dtype, choice, reasons, compiled_batches=batch is not None)
     return Engine(TextGenerator(runs, converted.tokenizer, converted.fingerprint), info)
+
+
+@contextmanager
+def _reported(engine: str, reasons: list[str]) -> Iterator[None]:
+    """Add the reason why an engine is not available to ``reasons``, or raise it if the engine was requested.
+
+    Raises:
+        UserError: If ``engine`` is not auto, and is not available.
+    """
+    try:
+        yield
+    except UserError as error:
+        if engine != "auto":
+            raise UserError(f"--engine {engine}: {error.reason}", error.remedy) from None
+        reasons.append(str(error))
 
 
 def _check_request(engine: str, dtype: str) -> None:
@@ -133,24 +162,32 @@ def _check_request(engine: str, dtype: str) -> None:
         raise UserError("--engine eager: runs in float32 only", "omit --dtype")
 
 
-def _describe(name: str, where: torch.device, dtype: str, choice: Choice, reasons: list[str]) -> EngineInfo:
+def _describe(
+    name: str,
+    where: torch.device,
+    dtype: str,
+    choice: Choice,
+    reasons: list[str],
+    compiled_batches: bool,
+) -> EngineInfo:
     """Return the description of an engine that was selected for these reasons, of which some are empty."""
     return EngineInfo(
         name=name,
         device=where.type,
         dtype=dtype,
         linear=choice.name,
-        batch_invariant=name == "packed" and choice.batch_invariant,
+        batch_invariant=(name == "packed" or compiled_batches) and choice.batch_invariant,
+        compiled_batches=compiled_batches,
         reason="; ".join(filter(None, reasons)),
         threads=torch.get_num_threads() if where.type == "cpu" else None,
         cpu_level=cpu_level() if where.type == "cpu" else None,
     )
 
 
-def _compiled(
+def _compiled_row(
     model: CausalLM, folder: Path | None, dtype: str, engine: str, fingerprint: str, trust: Trust
-) -> CompiledModel:
-    """Return the compiled step of a packed model on the CPU.
+) -> Run:
+    """Return the compiled step of a single row on the CPU, before the linear layers of ``model`` are packed.
 
     Raises:
         UserError: If it is not available.
@@ -162,7 +199,7 @@ def _compiled(
             "no compiled step, because the model was not loaded from a folder",
             "convert it with convert.py --compile, and load that folder",
         )
-    return load_step(model, folder, dtype, fingerprint, trust)
+    return load_row_step(model, folder, dtype, fingerprint, trust)
 
 
 def _graphed(model: CausalLM, where: torch.device, engine: str) -> GraphedModel:
@@ -192,7 +229,10 @@ def optimize_for_decoding(model: CausalLM, dtype: str = "float32") -> CausalLM:
     Raises:
         UserError: If the device has no operator for this dtype.
     """
-    replace_linears(model, choose_linear(model.embedding.weight.device, dtype).make)
+    where = model.embedding.weight.device
+    replace_linears(model, choose_linear(where, dtype).make)
+    if where.type == "cpu":
+        use_channels_last(model)
     return model
 
 

@@ -27,6 +27,17 @@ def parts_read(state: ModelState) -> list[Tensor]:
     return [part for layer in state.layers for part in read_parts(layer)]
 
 
+def parts_changed(state: ModelState) -> list[Tensor]:
+    """Return the parts of a state that a step changes, layer by layer."""
+    return [part for layer in state.layers for part in changed_parts(layer)]
+
+
+def with_parts_read(state: ModelState, parts: Iterable[Tensor]) -> ModelState:
+    """Return a state with other parts that a step reads, in the order of :func:`parts_read`."""
+    given = iter(parts)
+    return ModelState(tuple(with_read_parts(layer, given) for layer in state.layers))
+
+
 def flat_step(model: CausalLM, tokens: Tensor, empty: ModelState, parts: Iterable[Tensor]) -> list[Tensor]:
     """Run the step of a converted model without the work for later tokens.
 
@@ -39,11 +50,9 @@ def flat_step(model: CausalLM, tokens: Tensor, empty: ModelState, parts: Iterabl
     Returns:
         The logits (B, V), followed by the parts of the state that the step changes.
     """
-    given = iter(parts)
-    layers = tuple(with_read_parts(layer, given) for layer in empty.layers)
     with within_turns(model):
-        logits, state = model.step(tokens, ModelState(layers))
-    return [logits, *(part for layer in state.layers for part in changed_parts(layer))]
+        logits, state = model.step(tokens, with_parts_read(empty, parts))
+    return [logits, *parts_changed(state)]
 
 
 def after_step(

@@ -185,6 +185,7 @@ class TextGenerator:
             return self._speculated_batch(state, max_new_tokens, sampling, generator)
         records = [Completion(state) for _ in state.lengths]
         rows, current = list(range(len(records))), state
+        owned = False  # the caller keeps its state, but those that follow are used once
         started = time.perf_counter()
         for _ in range(max_new_tokens):
             tokens = sample(self.token_logits(current.logits), sampling, generator)
@@ -198,7 +199,8 @@ class TextGenerator:
                 chosen = [chosen[i] for i in kept]
             if not rows:
                 break
-            logits, model_state = self.model.step(tokens, current.model_state)
+            step = self.model.step_in_place if owned else self.model.step
+            (logits, model_state), owned = step(tokens, current.model_state), True
             current = GenerationState(model_state, logits, tuple(n + 1 for n in current.lengths), 0.0)
             for row, token in zip(rows, chosen, strict=True):
                 records[row].tokens.append(token)

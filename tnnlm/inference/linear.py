@@ -37,18 +37,23 @@ _TILE_BYTES = 1 << 19
 class InferenceLinear(nn.Module):
     """Linear layer y = x W^T + b with W prepacked by oneDNN in float32 or bfloat16; y has the dtype of x."""
 
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         # A single overload avoids overload resolution at each call.
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        # Packed tensors are opaque and can't be stored in a state dict.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 1)
-        self._bias = None if bias is None else bias.detach().to(dtype)
+        # The packed tensor is opaque and can't be saved; a compiled step refers to it by its name.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 1)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+        self._operands = self.packed, self.bias  # a module takes a microsecond to find a parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., I) -> (..., O)."""
-        y = self._multiply(x.to(self.dtype), self._packed, self._bias, "none", [], "")
+        packed, bias = (self.packed, self.bias) if torch.compiler.is_exporting() else self._operands
+        y = self._multiply(x.to(self.dtype), packed, bias, "none", [], "")
         return y.to(x.dtype)
 
 

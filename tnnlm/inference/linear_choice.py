@@ -27,6 +27,9 @@ from tnnlm.inference.linear import (
 )
 from tnnlm.machine.capabilities import capability
 
+BATCH_DTYPES = ("float32", "bfloat16")
+"""Dtypes whose products a compiled step of batches can call, on CPUs where oneDNN has operators for them."""
+
 
 class Choice(NamedTuple):
     """Selected linear layer for one dtype on one device."""

@@ -73,7 +73,7 @@ class RunningBatch:
         assert self._state is not None
         started = time.perf_counter()
         last = torch.tensor([sequence.drawn[-1] if sequence else 0 for sequence in self._sequences])
-        logits, self._state = self._model.step(last.to(self._device), self._state)
+        logits, self._state = self._model.step_in_place(last.to(self._device), self._state)
         logits = self._token_logits(logits)
         tokens = sample_batch(
             logits, [sequence.sampler if sequence else self._idle for sequence in self._sequences]

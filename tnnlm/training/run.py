@@ -26,7 +26,7 @@ from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
 from tnnlm.files import check_parents, only_process, write_text
-from tnnlm.inference.aot import check_compiler_cache
+from tnnlm.inference.aot_package import check_compiler_cache
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.surgery import all_decay

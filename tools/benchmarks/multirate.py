@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.subjects import SHAPE
 from experiments.commits import current_commit
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.files import write_text
 from tnnlm.inference.aot import compile_step
@@ -112,9 +112,13 @@ def measure(length: int, engines: tuple[str, ...], rounds: int) -> tuple[Row, li
     for engine in engines:
         with tempfile.TemporaryDirectory() as folder:
             for name, converted in models.items():
+                fingerprint, tokenizer = (
+                    model_fingerprint(converted),
+                    train_bpe([" "], 257, "<eos>", 1, False),
+                )
                 if engine == "compiled":
-                    compile_step(copy.deepcopy(converted), Path(folder) / name, "float32", "")
-                whole = ConvertedModel(copy.deepcopy(converted), train_bpe([" "], 257, "<eos>", 1, False), "")
+                    compile_step(copy.deepcopy(converted), Path(folder) / name, "float32", fingerprint)
+                whole = ConvertedModel(copy.deepcopy(converted), tokenizer, fingerprint)
                 runs = open_engine(whole, Path(folder) / name, engine=engine).generator.model
                 steps[name] = decoder(runs.step, token, runs.init_state(1))
             rows.append(row(f"one layer, {engine} engine", length, steps, turn, rounds))

@@ -6,7 +6,6 @@ given context length and a parallel prefill.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor
 from benchmarks.onnx_runtime import OnnxModel
 from experiments.peers import GPT2, Llama, Mamba, Peer
 from experiments.timing import Stepper, Subject, random_tokens
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
-from tnnlm.inference.aot import compile_step
+from tnnlm.inference.aot import CompiledModel, compile_missing
 from tnnlm.inference.engine import open_engine
-from tnnlm.models.causal_lm import CausalLM, state_bytes
+from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
 from tnnlm.tokenizer import train_bpe
 
 SHAPE = ModelConfig(d_model=512, n_layers=6, vocab_size=10_240, max_length=512, glu_dim=512)
@@ -56,12 +55,12 @@ def ours(conversion: str, engine: str, dtype: str, shape: ModelConfig, folder: P
     """
     torch.manual_seed(0)
     model = convert_model(CausalLM(shape).eval(), **CONVERSIONS[conversion])  # type: ignore[arg-type]
-    subfolder = folder / conversion
+    subfolder, fingerprint = folder / conversion, model_fingerprint(model)
     if engine == "compiled":
-        compile_step(copy.deepcopy(model), subfolder, dtype, "")
+        compile_missing(model, subfolder, dtype, fingerprint, lambda line: None)
     weights = linear_weights(model) + model.embedding.weight.numel()
     tokenizer = train_bpe([" "], 257, "<eos>", 1, False)
-    whole = ConvertedModel(model, tokenizer, "")
+    whole = ConvertedModel(model, tokenizer, fingerprint)
     decoder = _decoder(whole, subfolder, dtype, engine)
 
     def size(context: int) -> int:
@@ -141,9 +140,22 @@ def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
     prompt = random_tokens(1, context, vocabulary).expand(batch, -1)
     # The speed of Mamba does not depend on the context, and its prefill without GPU kernels is a slow loop.
     state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
-    # A step of a recurrence returns a new state and leaves the given one unchanged: nothing to undo.
+    tokens = torch.zeros(batch, dtype=torch.long)
+    if isinstance(model, CausalLM | CompiledModel):
+        return Stepper(_InPlace(model, tokens, state), None)
+    # A step of an exported program leaves the given state unchanged: nothing to undo.
     undo = partial(model.undo, state) if isinstance(model, Peer) else None
-    return Stepper(partial(model.step, torch.zeros(batch, dtype=torch.long), state), undo)
+    return Stepper(partial(model.step, tokens, state), undo)
+
+
+class _InPlace:
+    """Steps of a recurrence as generation runs them, each from the state after the last."""
+
+    def __init__(self, model: CausalLM | CompiledModel, tokens: Tensor, state: ModelState) -> None:
+        self._model, self._tokens, self._state = model, tokens, state
+
+    def __call__(self) -> None:
+        _, self._state = self._model.step_in_place(self._tokens, self._state)
 
 
 def _decoder(converted: ConvertedModel, folder: Path, dtype: str, engine: str) -> Any:
