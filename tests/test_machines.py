@@ -17,25 +17,21 @@ from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import load_converted
 from tnnlm.conversion import convert_model
 from tnnlm.inference.engine import optimize_for_decoding
-from tnnlm.inference.linear import DTYPES, HalfLinear, to_int8
+from tnnlm.inference.linear import DTYPES, HalfLinear, narrowed
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.estimate import resolve_precision
 
 CPU = torch.device("cpu")
-AVX512 = torch.cpu._is_avx512_supported()
-"""Whether the real machine has AVX-512."""
 on_every_machine = pytest.mark.parametrize("machine", MACHINES, indirect=True)
-LAST_RESORT = {"float32": "plain", "bfloat16": "widened in tiles", "int8": "widened in tiles"}
+LAST_RESORT = dict.fromkeys(DTYPES, "widened in tiles") | {"float32": "plain"}
 METHODS = {"balanced": "tno", "etsc": "tno", "window": "sgconv", "companion": "rtf", "multirate": "sgconv"}
 
 
 def rounded(weight: torch.Tensor, dtype: str) -> torch.Tensor:
-    if dtype == "int8":
-        integers, scale = to_int8(weight)
-        return integers.double() * scale.double()[:, None]
-    return weight.to(getattr(torch, dtype)).double()
+    values, scale = narrowed(weight, dtype)
+    return values.double() if scale is None else values.double() * scale.double()[:, None]
 
 
 @on_every_machine
@@ -49,9 +45,10 @@ def test_linear_layer_equals_the_product_with_rounded_weights(
     layer = choice.make(plain.weight, plain.bias)
     x = torch.randn(*shape)
     expected = x.double() @ rounded(plain.weight, dtype).T + plain.bias.double()
-    # oneDNN bfloat16 and the int8 operator round x and y to bfloat16; the others round neither.
+    # oneDNN bfloat16 and the int8 operator round x and y to bfloat16, FBGEMM with int8 weights rounds x to
+    # integers; the others round neither.
     exact = choice.name in ("plain", "FBGEMM float16", "widened in tiles") or dtype == "float32"
-    limit = 3e-3 if exact and dtype == "bfloat16" else 1e-5 if exact else 1e-2
+    limit = 1e-5 if exact else 3e-2 if choice.name == "FBGEMM int8" else 1e-2
     y = layer(x)
     assert y.dtype == torch.float32
     assert y.shape == expected.shape
@@ -66,7 +63,7 @@ def test_choice_avoids_what_is_missing_and_says_why(machine: str, dtype: str) ->
         "no-avx512": ("bfloat16", "oneDNN"),
         "no-onednn": (dtype, "oneDNN"),
         "onednn-switched-off": (dtype, "oneDNN"),
-        "no-fbgemm": ("bfloat16", "FBGEMM float16"),
+        "no-fbgemm": (dtype, "FBGEMM float16"),
         "no-int8": ("int8", "int8"),
         "macos": (dtype, "oneDNN"),
     }.get(machine)
@@ -74,16 +71,21 @@ def test_choice_avoids_what_is_missing_and_says_why(machine: str, dtype: str) ->
         assert choice.name != gone[1]
     if machine in ("no-avx512", "no-onednn", "onednn-switched-off") and dtype == "bfloat16":
         assert "no onednn_bfloat16: " in choice.reason
-    if machine == "macos" and dtype != "int8":
+    if machine == "no-fbgemm" and dtype == "int8":
+        assert choice.name == "int8"
+        assert "no fbgemm_int8: Could not run 'quantized::linear_prepack'" in choice.reason
+    if (machine == "macos" and dtype != "int8") or (machine == "no-int8" and dtype == "int8"):
         assert choice.name == LAST_RESORT[dtype]
-    if machine == "no-int8" and dtype == "int8":
-        assert choice.name == LAST_RESORT[dtype]
-        assert "Could not run 'aten::_weight_int8pack_mm'" in choice.reason
     assert (choice.reason == "") == capability_of_first(dtype)
 
 
 def capability_of_first(dtype: str) -> bool:
-    first = {"float32": "onednn_float32", "bfloat16": "onednn_bfloat16", "int8": "int8"}
+    first = {
+        "float32": "onednn_float32",
+        "bfloat16": "onednn_bfloat16",
+        "float16": "fbgemm_float16",
+        "int8": "fbgemm_int8",
+    }
     return capability(first[dtype]).available
 
 
@@ -93,8 +95,6 @@ def test_row_has_the_same_bits_in_any_batch_where_that_is_promised(machine: str,
     choice = choose_linear(CPU, dtype)
     if not choice.batch_invariant:
         pytest.skip(f"{choice.name} promises nothing")
-    if choice.name == "FBGEMM float16" and AVX512:
-        pytest.skip("on a CPU with AVX-512 oneDNN's bfloat16 layers run: FBGEMM sums in another order there")
     for n_in, n_out in ((32, 64), (96, 300), (512, 200)):
         layer = choice.make(torch.randn(n_out, n_in), torch.randn(n_out))
         x = torch.randn(140, n_in)
@@ -103,15 +103,17 @@ def test_row_has_the_same_bits_in_any_batch_where_that_is_promised(machine: str,
             assert torch.equal(layer(x[3 : 3 + n]), whole[3 : 3 + n]), f"{n} rows of {n_in} -> {n_out}"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e6, 1e30])
-def test_half_precision_layers_hold_weights_of_any_size(size: float) -> None:
+def test_half_precision_layers_hold_weights_of_any_size(size: float, dtype: str) -> None:
     if not capability("fbgemm_float16"):
         pytest.skip("no FBGEMM")
     weight, bias, x = torch.randn(40, 24) * size, torch.randn(40) * size, torch.randn(5, 24)
-    expected = x.double() @ weight.bfloat16().double().T + bias.double()
-    error = (HalfLinear(weight, bias)(x) - expected).norm() / expected.norm()
+    expected = x.double() @ rounded(weight, dtype).T + bias.double()
+    error = (HalfLinear(weight, bias, dtype)(x) - expected).norm() / expected.norm()
     assert error <= 1e-6
-    assert not HalfLinear(torch.zeros(3, 24), None)(x).any()
+    assert not HalfLinear(torch.zeros(3, 24), None, dtype)(x).any()
+    assert (rounded(weight, "float16") - weight.double()).abs().max() <= 2**-11 * weight.abs().max()
 
 
 def test_half_precision_layers_hold_weights_of_very_different_sizes() -> None:
@@ -123,12 +125,12 @@ def test_half_precision_layers_hold_weights_of_very_different_sizes() -> None:
     weight[7] *= 1e-7  # an output with tiny weights
     weight[8] = 1e-40
     expected = x.double() @ weight.bfloat16().double().T
-    error = (HalfLinear(weight, None)(x) - expected).abs().amax(0)
+    error = (HalfLinear(weight, None, "bfloat16")(x) - expected).abs().amax(0)
     assert (error <= 1e-6 * expected.abs().amax(0) + 1e-37).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_that_is_not_finite_never_becomes_a_number(bad: float, dtype: str) -> None:
     weight = torch.randn(32, 32)
     weight[3, 5] = bad
@@ -207,14 +209,14 @@ def test_wrong_switch_is_refused_before_any_work(
 
 BOOM = "RuntimeError: boom"
 OPTIONAL = {
-    "perplexity of a dtype": ("perplexity.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
+    "perplexity of a dtype": ("variants.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
     "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
-    "parallel perplexity": ("perplexity.parallel_nll", (), 0, f"no perplexities: {BOOM}"),
-    "a form while it is scored": ("perplexity.recurrent_nll", (), 0, f"not measured here: {BOOM}"),
+    "parallel perplexity": ("variants.parallel_losses", (), 0, f"no perplexities: {BOOM}"),
+    "a form while it is scored": ("variants.recurrent_losses", (), 0, f"not measured here: {BOOM}"),
     "verify": ("pipeline.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
-    "model card": ("pipeline.model_card", (), 1, f"FAILED: model card: {BOOM}"),
-    "compile": ("pipeline.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
-    "export": ("pipeline.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
+    "model card": ("description.model_card", (), 1, f"FAILED: model card: {BOOM}"),
+    "compile": ("packages.compile_step", ("--compile",), 1, f"FAILED: --compile float32: {BOOM}"),
+    "export": ("packages.export_torch", ("--export",), 1, f"FAILED: --export: {BOOM}"),
 }
 """Steps that fail: the function that raises, options of convert.py, its exit code, and its output."""
 
@@ -247,7 +249,7 @@ def test_interrupted_measurement_leaves_the_converted_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tnnlm.deployment.perplexity.parallel_nll", interrupt)
+        patch.setattr("tnnlm.deployment.variants.parallel_losses", interrupt)
         stopped = script("convert", "runs/tiny")
     assert stopped.code == 130
     assert "interrupted: runs/tiny/converted holds the converted model" in stopped.err

@@ -106,7 +106,7 @@ signal.SIGKILL, signal.SIGUSR1 = numbers
 for script, words in (
     (prepare_data, {settings}),
     (train, {settings}),
-    (convert, []),
+    (convert, ["--no-compile"]),
     (generate, ["--prompt", "The ", "--max-new-tokens", "4", "--engine", "eager"]),
 ):
     if script is convert:

@@ -50,7 +50,10 @@ def test_train_convert_generate(script: Any) -> None:
             "seconds",
             "warning",
             "ppl",
+            "ppl_gap",
+            "ppl_gap_error",
             "ppl_tokens",
+            "step_difference",
             "protocol",
             "not_measured",
         }
@@ -125,7 +128,12 @@ def test_dry_run_writes_nothing(script: Any) -> None:
     assert plan["tokens_per_update"] == 8 * 512 * 3 * 2
     assert plan["memory_bytes"] > 16 * plan["params"]
     assert plan["config"]["trainer"]["accumulate"] == 3
-    assert "d_model: 256" in script("train", "--dry-run").out
+    short = script("train", "--dry-run", "model.n_layers=3").out
+    assert "model:\n  n_layers: 3\n" in short
+    assert len(short.splitlines()) < 25
+    assert "estimated memory: " in short.splitlines()[-5]
+    whole = script("train", "--print-config", "model.n_layers=3").out
+    assert "d_model: 256" in whole
     published = script("train", "--config", str(ROOT / "configs/tnn_wt103.yaml"), "--dry-run", "--json")
     assert json.loads(published.out)["params"] == 48_666_624
     assert json.loads(published.out)["tokens_per_update"] == 65_536
@@ -258,4 +266,4 @@ def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
 def test_a_run_after_compile_is_refused_with_the_right_order(script: Any) -> None:
     refused = script("convert", "--compile", "runs/book")
     assert refused.code == 2
-    assert "runs/book: is not one of float32, bfloat16, int8; put the run or folder before" in refused.err
+    assert "runs/book: is not one of float32, bfloat16, float16, int8; put the run or" in refused.err

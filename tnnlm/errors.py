@@ -102,7 +102,7 @@ OS_PROBLEMS = {
     errno.ENOTDIR: UserError("a parent of this path is a file, not a folder", "choose another path"),
     errno.EISDIR: UserError("is a folder", "specify a file"),
     errno.EIO: UserError("the device reports an error", "check the disk, and restore the file from a copy"),
-    errno.ELOOP: UserError("is a symbolic link to itself", "restore the file"),
+    errno.ELOOP: UserError("is a symbolic link that leads nowhere or is not followed", "restore the file"),
     errno.EEXIST: UserError("a file of this name exists", "choose another path"),
 }
 """Operating-system errors that a user can fix, by ``errno``."""

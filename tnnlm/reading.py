@@ -14,6 +14,8 @@ from typing import Any
 
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, UserError
 
+ANOTHER = "use another one"
+"""Remedy for a file that only its author can correct."""
 LARGEST = 1 << 28
 """Default of the largest number of bytes of a file that is read as a whole."""
 

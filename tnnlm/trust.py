@@ -51,14 +51,19 @@ def remember(kind: str, **facts: str) -> bool:
         Whether there is a record now; False if the cache is not writable or not private, or there is none.
     """
     with contextlib.suppress(OSError, UserError):
-        folder = _folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = _key(folder) or _new_key(folder)
+        key = _writing_key()
         if key is not None:
             # The name alone is the record; the text tells a reader what it is about.
             text = json.dumps({"kind": kind, **facts})
-            (folder / _name(key, kind, facts)).write_text(text, encoding="utf-8")
+            (_folder() / _name(key, kind, facts)).write_text(text, encoding="utf-8")
             return True
+    return False
+
+
+def can_remember() -> bool:
+    """Return whether :func:`remember` can make records, for work that is useless without one."""
+    with contextlib.suppress(OSError, UserError):
+        return _writing_key() is not None and os.access(_folder(), os.W_OK)
     return False
 
 
@@ -75,6 +80,13 @@ def _folder() -> Path:
     """Return the folder of the records, one per user, because a cache may be shared."""
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     return cache_root() / f"trust{user}"
+
+
+def _writing_key() -> bytes | None:
+    """Return the key for new records, which is made if there is none; None if the folder is not private."""
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _key(folder) or _new_key(folder)
 
 
 def _name(key: bytes, kind: str, facts: dict[str, str]) -> str:
@@ -96,24 +108,55 @@ def _key(folder: Path) -> bytes | None:
 
 
 def _new_key(folder: Path) -> bytes | None:
-    """Write a random key, unless another process does so first, and return the stored key."""
-    own = folder / f".key.{secrets.token_hex(8)}.tmp"
-    number = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    """Write a random key, unless another process does so first, and return the stored key.
+
+    Another process must see a whole key or none, so a whole one is given its name. A file system without hard
+    links, such as FAT or that of some containers, gets it under its name at once.
+    """
+    own, key = folder / f".key.{secrets.token_hex(8)}.tmp", folder / "key"
+    _write_key(own)
     try:
-        with os.fdopen(number, "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
         with contextlib.suppress(FileExistsError):
-            os.link(own, folder / "key")
+            os.link(own, key)
+    except OSError:
+        with contextlib.suppress(FileExistsError):
+            _write_key(key)
     finally:
         own.unlink()
     return _key(folder)
 
 
+def _write_key(path: Path) -> None:
+    """Write a random key to a new file that only its owner can read."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    with os.fdopen(number, "wb", buffering=0) as file:
+        file.write(secrets.token_bytes(_KEY_BYTES))
+
+
 def is_own(folder: Path) -> bool:
-    """Return whether a folder belongs to this user and is not writable by everyone."""
+    """Return whether a folder belongs to this user and no one else can write to it.
+
+    The group may write if it is the user's own, which has no other member: where every user has such a group,
+    the umask usually allows it.
+    """
     found = folder.stat()
-    # Windows: the user's profile is closed to others.
-    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o002)
+    if not hasattr(os, "getuid"):  # Windows: the user's profile is closed to others
+        return True
+    if found.st_uid != os.getuid() or found.st_mode & 0o002:
+        return False
+    return not found.st_mode & 0o020 or _is_private_group(found.st_gid)
+
+
+def _is_private_group(number: int) -> bool:
+    """Return whether a group is the primary one of this user, has its name, and lists no one else."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(number)
+    except KeyError:  # without a name, as in some containers
+        return False
+    return (user.pw_gid, user.pw_name) == (number, group.gr_name) and not {*group.gr_mem} - {user.pw_name}
 
 
 def _is_private(found: os.stat_result, is_kind: Callable[[int], bool]) -> bool:

@@ -128,6 +128,7 @@ def own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """
     words = [sys.executable, str(SERVE), "--port", "0", "--dtype", args.dtype, "--engine", args.engine]
     words += ["--model", args.model] if args.model else []
+    words += ["--reproducible"] if args.engine == "packed" else []
     variables = os.environ | {"PYTHONIOENCODING": "utf-8"}
     with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8", env=variables) as process:
         assert process.stderr is not None
@@ -183,7 +184,13 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("server that is started without --url").add_argument
     add("--model", metavar="DIR|RUN|CKPT", help="Converted model, run or checkpoint. (default: newest)")
     add("--dtype", default="float32", metavar="NAME", help="Dtype of the weights. (default: float32)")
-    add("--engine", default="packed", metavar="NAME", help="Engine. (default: packed)")
+    add(
+        "--engine",
+        default="packed",
+        metavar="NAME",
+        help="Engine; packed runs with --reproducible, without which rounding may change completions under "
+        "load. (default: packed)",
+    )
     add = parser.add_argument_group("load").add_argument
     add("--streams", default="1,32", metavar="N,N", help="Numbers of concurrent streams. (default: 1,32)")
     add("--seconds", type=float, default=20, metavar="S", help="Seconds per number of streams. (default: 20)")

@@ -26,6 +26,7 @@ REFUSED = {
     "train --resume demo --config demo": "--config: has no effect with --resume",
     "train --resume --job nightly": "--job: selects the run by itself; omit --resume",
     "train --find-lr --dry-run": "--find-lr: tries learning rates on a new model",
+    "train --print-config --dry-run": "--print-config: prints all settings and nothing else; omit --dry-run",
     "train --find-lr --resume demo": "--find-lr: tries learning rates on a new model",
     "train --find-lr --job nightly": "--find-lr: tries learning rates on a new model",
     "convert --tolerance 1e-3 --order 4": "--tolerance: only applies to --method auto, and to balanced",
@@ -35,6 +36,8 @@ REFUSED = {
     "generate --prompts lines.txt --num-samples 2": "--num-samples: applies to a single prompt",
     "generate --interactive --num-samples 2": "--num-samples: applies to a single prompt",
     "generate --interactive --json": "--json: can't be combined with --interactive",
+    "generate --speculate small --prompts lines.txt": "--speculate: a draft model applies to one completion",
+    "generate --speculate small --prompt x --num-samples 2": "--speculate: a draft model applies to one",
     "generate --prompt x --save-state s --num-samples 2": "--save-state: saves the state of one sample",
 }
 ACCEPTED = (
@@ -51,6 +54,8 @@ ACCEPTED = (
     "generate --prompts lines.txt --save-state s",
     "generate --interactive --prompt x --save-state s",
     "generate --load-state s --seed 1 --num-samples 4 --json",
+    "generate --interactive --speculate small --save-state s",
+    "generate --prompts lines.txt --speculate ngram",
     "generate --prompt x --temperature 0 --top-k 5 --top-p 0.5 --seed 3",
 )
 

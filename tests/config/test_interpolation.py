@@ -104,9 +104,8 @@ def typed(text: str) -> Config:
 def test_settings_of_a_checkpoint_are_data(text: str) -> None:
     config = typed(text)
     assert config_from_dict(config_to_dict(config)) == config
-    model = config_to_dict(config.model)
-    model["kernel"]["module"] = text
-    assert model_config_from_dict(model).kernel.module == text
+    config.model.kernel.module = text
+    assert model_config_from_dict(config_to_dict(config.model)).kernel.module == text
 
 
 @pytest.mark.parametrize("text", [SECRET, "${seed}", "${x}", r"\${seed}", r"a\${b}", "${name}"])
@@ -117,12 +116,31 @@ def test_the_configuration_of_a_run_gives_the_same_values_when_resumed_and_with_
     assert load_config("config.yaml") == config
 
 
-def test_a_run_of_a_stranger_does_not_read_the_environment() -> None:
-    Path("config.yaml").write_text(f"trainer: {{wandb: '{SECRET}'}}\nname: '{SECRET}'\n")
-    config = load_config("config.yaml", saved=True)
-    assert (config.trainer.wandb, config.name) == (SECRET, SECRET)
-    # What the user types is interpolated as always.
+@pytest.mark.parametrize("text", [SECRET, "${seed}", "a-${x}", "${oc.decode:1}", "${oc.create:{a}}", "${"])
+def test_an_interpolation_in_a_file_that_came_with_a_model_is_refused(text: str) -> None:
+    Path("config.yaml").write_text(f"seed: 1\ntrainer:\n  wandb: '{text}'\n")
+    place = r"is an interpolation .*\(config\.yaml, line 3\); use a file with the values"
+    with pytest.raises(ConfigError, match=place) as caught:
+        load_config("config.yaml", saved=True)
+    assert str(caught.value).startswith(f"trainer.wandb={text}: ")
+    for key, data in {
+        "data.files": {"data": {"source": "files", "files": ["a", text]}},
+        "model.kernel.name": {"model": {"kernel": {"name": text}}},
+        "model.kernel.module": {"model": {"kernel": {"name": "tno", "module": text}}},
+    }.items():
+        with pytest.raises(ConfigError, match=rf"^{key}=.* is an interpolation .*\(last\.ckpt\)"):
+            config_from_dict(data, "last.ckpt")
+    model = config_to_dict(Config().model)
+    for key in ("name", "module", "decay"):
+        kernel = {"name": "tno", key: text}
+        with pytest.raises(ConfigError, match=rf"^model\.kernel\.{key}=.*\(converted\)"):
+            model_config_from_dict(model | {"kernel": kernel}, "converted")
+
+
+def test_what_the_user_types_is_interpolated_beside_a_run_of_a_stranger() -> None:
+    Path("config.yaml").write_text("name: theirs\n")
     assert load_config("config.yaml", [f"data.text_column={SECRET}"], saved=True).data.text_column == "s3cret"
+    Path("config.yaml").write_text(f"name: '{SECRET}'\n")
     assert load_config("config.yaml").name == "s3cret"
 
 

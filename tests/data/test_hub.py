@@ -42,6 +42,20 @@ def test_hub_validation_split_is_used_unchanged() -> None:
     assert hub(hub_val_split="validation") == (texts[:15], texts[15:])
 
 
+def test_table_of_the_library_that_has_changed_is_refused() -> None:
+    write("corpus/train.jsonl", jsonl(documents(20)))
+    hub()
+    (table,) = Path("cache").rglob("*-train.arrow")
+    data = table.read_bytes()
+    assert data.count(b"document 3\n") == 1
+    table.write_bytes(data.replace(b"document 3\n", b"document 8\n"))
+    message = error_of(source="hub", hub_name="corpus")
+    assert f"{table.name}: is damaged or was replaced" in message
+    assert message.endswith(f"{table.parent.name} to prepare the data again")
+    table.write_bytes(data)
+    hub()
+
+
 def test_hub_streaming_needs_max_documents() -> None:
     write("corpus/train.jsonl", jsonl(documents(3)))
     assert "data.max_documents" in error_of(source="hub", hub_name="corpus", streaming=True)

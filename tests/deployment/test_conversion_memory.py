@@ -17,7 +17,7 @@ from tests.support.models import FAMILIES, tiny_config
 from tests.support.scripts import assert_refused
 from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, measure
-from tnnlm.deployment import perplexity
+from tnnlm.deployment import perplexity, variants
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels, shared_copy
 
@@ -70,15 +70,14 @@ def test_a_shared_copy_has_the_same_outputs_and_storage(family: str) -> None:
 
 def test_perplexities_hold_one_variant_at_a_time_and_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CausalLM(tiny_config()).eval()
-    converted = attach(
-        model, [layer.params for layer in convert_layers(model, ConversionConfig())[1]], shared=True
-    )
+    recipe = ConversionConfig(method="balanced")
+    converted = attach(model, [layer.params for layer in convert_layers(model, recipe)[1]], shared=True)
     rows = torch.randint(300, (2, 300))
     corpus: Any = SimpleNamespace(
         rows=lambda split, length, limit: rows[:, : length + 1], report=SimpleNamespace(protocol="documents")
     )
     earlier: list[weakref.ref[nn.Module]] = []
-    scored, original = [], perplexity.recurrent_nll
+    scored, original = [], variants.recurrent_losses
 
     def watched(variant: CausalLM, tokens: torch.Tensor, chunk: int) -> Any:
         gc.collect()
@@ -89,7 +88,7 @@ def test_perplexities_hold_one_variant_at_a_time_and_share_weights(monkeypatch: 
         scored.append(variant.embedding.weight.data_ptr())
         return original(variant, tokens, chunk)
 
-    monkeypatch.setattr(perplexity, "recurrent_nll", watched)
+    monkeypatch.setattr(variants, "recurrent_losses", watched)
     found = perplexity.measure_perplexities(model, converted, corpus, Config(model=model.config))
     assert found.not_measured == {}
     assert list(found.ppl) == [

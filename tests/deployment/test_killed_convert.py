@@ -19,7 +19,7 @@ CONVERT = ("convert", "runs/tiny", "--force", "--method")
 def convert_until_killed(folder: Path, point: str) -> None:
     """Replace the converted model by one of method window, and end as by a power failure at ``point``."""
     from tnnlm.cli import run
-    from tnnlm.deployment import pipeline
+    from tnnlm.deployment import description
     from tnnlm.files import atomic
 
     def kill(*args: Any, **options: Any) -> None:
@@ -41,7 +41,7 @@ def convert_until_killed(folder: Path, point: str) -> None:
         "written": [(atomic, "exchange", kill)],
         "exchanged": [(atomic, "exchange", exchange_and_kill)],
         "moved aside": [(atomic, "exchange", lambda *_: False), (os, "replace", move_aside_and_kill)],
-        "measured": [(pipeline, "save_report", kill)],
+        "measured": [(description, "save_report", kill)],
     }
     for module, name, fault in faults[point]:
         setattr(module, name, fault)

@@ -19,7 +19,6 @@ from tnnlm.config.schema import Config, ConversionConfig, DataConfig
 from tnnlm.conversion import convert_model
 from tnnlm.conversion.certify import horizon_warning
 from tnnlm.deployment.model_card import model_card
-from tnnlm.deployment.perplexity import LENGTHS
 from tnnlm.deployment.pipeline import convert_checkpoint
 from tnnlm.models.causal_lm import CausalLM
 
@@ -60,7 +59,7 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     val_tokens = json.loads(Path("runs/tiny/data.json").read_text())["splits"]["val"]["tokens"]
     assert {*report["ppl_tokens"]} == {*report["ppl"]["parallel"]}
     for length, n_tokens in report["ppl_tokens"].items():
-        assert n_tokens == min((val_tokens - 1) // int(length), limit_of(report, length)) * int(length)
+        assert n_tokens == (val_tokens - 1) // int(length) * int(length)
         assert f"{n_tokens:,} tokens at a context of {int(length):,}" in card
     # Without its training text, perplexity can't be measured, and the card reports that.
     Path("text.txt").write_text("another text " * 2000)
@@ -68,12 +67,6 @@ def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
     later = Path("later/README.md").read_text()
     assert "Not measured (the data of this run has changed)." in later
     assert "| recurrent" not in later
-
-
-def limit_of(report: dict[str, Any], length: str) -> int:
-    """Return the largest number of rows of this length that perplexity is measured on."""
-    multiple = int(length) // min(map(int, report["ppl_tokens"]))
-    return max(1, LENGTHS[multiple] // int(length))
 
 
 def test_card_of_a_run_that_validates_on_a_part_says_so() -> None:

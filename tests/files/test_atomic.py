@@ -14,6 +14,7 @@ import pytest
 
 from tnnlm.errors import OS_PROBLEMS, UserError
 from tnnlm.files import (
+    atomic,
     atomic_file,
     atomic_folder,
     check_file,
@@ -167,6 +168,20 @@ def test_permissions_of_what_is_replaced_are_kept(atomic: Atomic, fill: Fill, tm
     with atomic(path) as temporary:
         fill(temporary)
     assert path.stat().st_mode & 0o777 == 0o750
+
+
+def test_what_has_the_temporary_name_already_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that others can write to, it may be a link to any file of the user."""
+    mine, link = tmp_path / "mine", tmp_path / ".a.txt.tmp"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    names = iter([link, tmp_path / ".a.txt.2.tmp"])
+    monkeypatch.setattr(atomic, "temporary_path", lambda path: next(names))
+    write_text(tmp_path / "a.txt", "new")
+    assert (mine.read_text(), (tmp_path / "a.txt").read_text()) == ("mine", "new")
+    assert link.is_symlink()
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:

@@ -152,6 +152,21 @@ def test_folder_without_the_files_of_transformers_still_loads(balanced: Opened, 
     assert torch.equal(load_converted(tmp_path).model(tokens), balanced.inner(tokens))
 
 
+def test_adapter_in_a_folder_is_refused(balanced: Opened, tmp_path: Path) -> None:
+    """With PEFT, Transformers would load it and import the modules that it names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "theirs"
+    shutil.copytree(balanced.folder, folder)
+    named = {"base_model_name_or_path": "elsewhere", "auto_mapping": {"parent_library": "evil"}}
+    (folder / "adapter_config.json").write_text(json.dumps(named))
+    for load in (AutoConfig, AutoModelForCausalLM, TnnlmForCausalLM):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json: a converted model has no adapter"):
+            load.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="has no adapter"):
+        TnnlmForCausalLM.from_pretrained(folder, config=balanced.model.config)
+
+
 @pytest.mark.parametrize(
     ("family", "method", "window"),
     [("tno", "etsc", 40), ("rtf", "companion", 2048), ("tno", "auto", 4096)],

@@ -168,6 +168,15 @@ def test_environment_does_not_appear_in_settings_of_a_run(
     assert asked != text
     (run / "config.yaml").write_text(asked)
     shown = script("train", "--resume", "theirs", "--dry-run")
-    assert shown.code == 0, shown.err
+    assert shown.code == 2
     assert "s3cret" not in shown.out + shown.err
-    assert r"\${oc.env:SECRET} \${seed}" in shown.out
+    assert shown.err.startswith("error: trainer.sample_prompt=${oc.env:SECRET} ${seed}")
+    assert "theirs/config.yaml, line" in shown.err
+    for words in (
+        ("convert", "theirs"),
+        ("generate", "--model", "theirs"),
+        ("train", "--init-from", "theirs"),
+    ):
+        done = script(*words)
+        assert done.code == 2
+        assert "theirs/config.yaml, line" in done.err

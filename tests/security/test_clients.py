@@ -69,7 +69,10 @@ def test_a_client_that_does_not_read(
     else:
         limits["send_timeout"] = 1
         monkeypatch.setattr("tnnlm.serving.responses.BUFFER_BYTES", 1 << 40)
-    with run_server(generator, **limits) as running, httpx2.Client(base_url=running.url) as client:
+    with (
+        run_server(generator, reproducible=True, **limits) as running,
+        httpx2.Client(base_url=running.url) as client,
+    ):
         body = {"prompt": "fox", "max_tokens": 200, "temperature": 0}
         expected = client.post("/v1/completions", json=body, timeout=60).json()["choices"]
         with connect(running) as connection:

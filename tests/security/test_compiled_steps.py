@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.converted import write_converted
+from tests.support.scripts import assert_refused
 from tests.support.steps import converted, whole
 from tnnlm import trust
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, load_converted
+from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.errors import UserError
 from tnnlm.inference import aot
 from tnnlm.inference.engine import open_engine
@@ -95,6 +98,33 @@ def test_record_is_for_one_model(model: ConvertedModel, loaded: list[bytes]) -> 
     assert not loaded
 
 
+def test_folder_that_states_the_hash_of_a_model_compiled_here_gets_no_step_of_it(
+    model: ConvertedModel, loaded: list[bytes]
+) -> None:
+    """A stranger's weights must not run in part, and those of a step that this user compiled in part."""
+    record(CODE, model.fingerprint)
+    folder = Path("theirs")
+    write_converted(folder, model.tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_sha256": model.fingerprint}))
+    write_checksums(folder)  # whoever changes a file can change its checksum
+    for name in ("step-float32.pt2", "step-float32.json"):
+        (folder / name).write_bytes((Path("out") / name).read_bytes())
+    theirs = load_converted(folder)
+    assert theirs.fingerprint == model.fingerprint
+    _, info = open_engine(theirs, folder)
+    assert (info.name, loaded) == ("packed", [])
+    assert "belongs to another model" in info.reason
+
+
+def test_step_is_not_recorded_for_a_hash_that_only_the_folder_states(
+    model: ConvertedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aot, "check_compiler", lambda: None)
+    with pytest.raises(UserError, match="states the hash of another model"):
+        aot.compile_step(model.model, Path("out"), "float32", "0" * 64)
+
+
 def test_package_without_a_description_is_not_loaded(model: ConvertedModel, loaded: list[bytes]) -> None:
     record(CODE, model.fingerprint)
     Path("out/step-float32.json").unlink()
@@ -113,8 +143,8 @@ def test_large_package_of_a_stranger_is_not_read(
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
-def test_cache_of_the_compiler_that_everyone_can_write_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cache_of_the_compiler_that_others_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any
 ) -> None:
     folder = tmp_path / "inductor"
     folder.mkdir()
@@ -122,5 +152,36 @@ def test_cache_of_the_compiler_that_everyone_can_write_is_refused(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     with pytest.raises(UserError, match="TORCHINDUCTOR_CACHE_DIR"):
         aot.check_compiler_cache()
+    done = script("train", "trainer.compile=true", "data.source=files", "data.files=none.txt")
+    assert_refused(done, "the compiler's cache can be written by other users")
     folder.chmod(0o700)
     aot.check_compiler_cache()
+    folder.chmod(0o770)
+    monkeypatch.setattr(trust, "_is_private_group", lambda number: False)
+    with pytest.raises(UserError, match="can be written by other users"):
+        aot.check_compiler_cache()
+    monkeypatch.setattr(trust, "_is_private_group", lambda number: number == folder.stat().st_gid)
+    aot.check_compiler_cache()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
+@pytest.mark.parametrize(
+    ("primary", "name", "members", "private"),
+    [
+        (7, "ann", [], True),
+        (7, "ann", ["ann"], True),
+        (7, "ann", ["ann", "bob"], False),
+        (7, "staff", [], False),
+        (8, "ann", [], False),
+    ],
+)
+def test_group_that_has_other_members_is_not_private(
+    primary: int, name: str, members: list[str], private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import grp
+    import pwd
+
+    ann = pwd.struct_passwd(("ann", "x", os.getuid(), primary, "", "/", ""))
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: ann)
+    monkeypatch.setattr(grp, "getgrgid", lambda number: grp.struct_group((name, "x", number, members)))
+    assert trust._is_private_group(7) == private

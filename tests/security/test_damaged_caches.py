@@ -107,7 +107,7 @@ def test_ranks_that_are_not_the_first_of_their_machine_check_sizes_only(
     monkeypatch.setattr("tnnlm.data.prepared.rank_zero_only.rank", 5)
     read: list[str] = []
     monkeypatch.setattr("tnnlm.data.prepared.checksum", lambda path: read.append(path.name) or checksum(path))
-    for variable, value, reads in [("LOCAL_RANK", "1", 0), ("LOCAL_RANK", "0", 4), ("SLURM_LOCALID", "0", 4)]:
+    for variable, value, reads in [("LOCAL_RANK", "1", 0), ("LOCAL_RANK", "0", 3), ("SLURM_LOCALID", "0", 3)]:
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             prepared()

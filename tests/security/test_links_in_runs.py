@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,47 @@ def test_metrics_are_not_written_through_a_link(name: str, resumed: int | None, 
     assert victim.read_text() == before
     if name == "metrics.csv" or resumed is not None:
         assert [row["step"] for row in read_metrics(Path("metrics.csv"))] == ["4", "5"]
+
+
+@posix
+def test_conversion_is_not_written_through_a_link_of_a_run(run_here: Path, script: Any) -> None:
+    mine = Path("mine")
+    assert script("convert", "runs/tiny", "--out", str(mine)).code == 0
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    (run_here / "converted").symlink_to(mine.absolute())
+    done = script("convert", "runs/tiny", "--force", "--method", "window")
+    assert done.code == 2
+    assert f"converted: is a symbolic link to {mine.absolute()}; delete the link" in done.err
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+    # A folder that the user names may be a link.
+    assert script("convert", "runs/tiny", "--force", "--out", str(run_here / "converted")).code == 0
+
+
+@posix
+def test_export_does_not_replace_the_target_of_a_link(run_here: Path, script: Any) -> None:
+    assert script("convert", "runs/tiny", "--out", "theirs").code == 0
+    Path("papers").mkdir()
+    Path("papers/mine.txt").write_text("mine\n")
+    Path("theirs/export").symlink_to(Path("papers").absolute())
+    done = script("convert", "theirs", "--export")
+    assert done.code == 2
+    assert "theirs/export: is a symbolic link to" in done.err
+    assert [path.name for path in Path("papers").iterdir()] == ["mine.txt"]
+
+
+@posix
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb"])
+def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Path, script: Any) -> None:
+    mine = Path("mine").absolute()
+    if (run_here / name).exists():
+        (run_here / name).rename(mine)
+    mine.mkdir(exist_ok=True)
+    (run_here / name).symlink_to(mine)
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    done = script("train", "--resume", "tiny", "trainer.max_steps=6")
+    assert done.code == 2
+    assert f"runs/tiny/{name}: is a symbolic link to {mine}; put the folder itself" in done.err
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
 
 
 def test_rows_of_earlier_damage_are_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.scripts import ROOT
+from tnnlm import trust
 from tnnlm.errors import UserError
 from tnnlm.files import cache_root
 from tnnlm.trust import remember, remembered
@@ -44,6 +46,21 @@ def test_key_and_records_are_private() -> None:
     assert folder().stat().st_mode & 0o777 == 0o700
     assert (folder() / "key").stat().st_mode & 0o777 == 0o600
     assert {path.suffix for path in folder().iterdir()} == {"", ".json"}
+
+
+def test_file_system_without_hard_links_has_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert remember("step", sha256="1")
+    assert remembered("step", sha256="1")
+    key = (folder() / "key").read_bytes()
+    assert len(key) == 32
+    assert {path.suffix for path in folder().iterdir()} == {"", ".json"}
+    # A process that comes second takes the key of the first.
+    monkeypatch.setattr(trust, "_key", lambda folder: (folder / "key").read_bytes())
+    assert trust._new_key(folder()) == key
 
 
 @posix

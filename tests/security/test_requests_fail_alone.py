@@ -45,7 +45,7 @@ def complete(client: httpx2.Client, body: dict[str, Any]) -> str:
 
 def test_extreme_values_of_every_field_beside_healthy_streams(generator: TextGenerator) -> None:
     with (
-        run_server(generator, max_prompt_tokens=1000, max_tokens=200) as running,
+        run_server(generator, max_prompt_tokens=1000, max_tokens=200, reproducible=True) as running,
         httpx2.Client(base_url=running.url, timeout=120, limits=httpx2.Limits(max_connections=64)) as client,
         ThreadPoolExecutor(HEALTHY) as pool,
     ):

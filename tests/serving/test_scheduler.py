@@ -64,11 +64,12 @@ class Collector:
 class Bench:
     """Scheduler with a collector of its outputs."""
 
-    def __init__(self, generator: TextGenerator, **limits: float) -> None:
+    def __init__(self, generator: TextGenerator, reproducible: bool = True, **limits: float) -> None:
         self.generator = generator
         self.collector = Collector()
         self.metrics = Metrics()
-        self.scheduler = Scheduler(generator, Limits(**limits), self.metrics, self.collector)  # type: ignore[arg-type]
+        most = Limits(**limits)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(generator, most, self.metrics, self.collector, reproducible=reproducible)
 
     def sequence(
         self, tokens: int = 20, *, seed: int | None = None, stops: tuple[str, ...] = (), seconds: float = 60
@@ -91,8 +92,8 @@ class Bench:
 def make(generator: TextGenerator) -> Iterator[type[Bench]]:
     made: list[Bench] = []
 
-    def build(other: TextGenerator | None = None, **limits: float) -> Bench:
-        made.append(Bench(other or generator, **limits))
+    def build(other: TextGenerator | None = None, **options: float) -> Bench:
+        made.append(Bench(other or generator, **options))  # type: ignore[arg-type]
         made[-1].scheduler.start()
         return made[-1]
 
@@ -104,7 +105,7 @@ def make(generator: TextGenerator) -> Iterator[type[Bench]]:
 PROMPTS = ["the quick", "pack my box with", "a", "fox jumps over " * 20, "dog; " * 90, "zzz qqq"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
     choice = choose_linear(torch.device("cpu"), dtype)
     if not choice.batch_invariant:
@@ -126,6 +127,29 @@ def test_text_is_the_same_under_any_load(dtype: str, make: type[Bench]) -> None:
         time.sleep(0.003 * (index % 4))
     busy.collector.wait(*sequences)
     assert [(busy.collector.text(sequence), sequence.drawn) for sequence in sequences] == expected
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_single_sequence_has_an_idle_row_only_if_bits_must_not_depend_on_the_load(
+    reproducible: bool, make: type[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(reproducible=reproducible)
+    model, rows = bench.scheduler._batch._model, []
+    plain = type(model).step
+
+    def step(self: Any, tokens: torch.Tensor, state: Any) -> Any:
+        rows.append(len(tokens))
+        return plain(self, tokens, state)
+
+    monkeypatch.setattr(type(model), "step", step)
+    bench.ask("the quick", sequence := bench.sequence(9))
+    bench.collector.wait(sequence)
+    assert {*rows} == {1 + reproducible}
+    twins = [bench.sequence(9) for _ in range(2)]
+    bench.ask("the quick", *twins)
+    bench.collector.wait(*twins)
+    assert rows[-1] == 2
+    assert {bench.collector.text(twin) for twin in twins} == {bench.collector.text(sequence)}
 
 
 def test_greedy_text_equals_that_of_the_generator(make: type[Bench], generator: TextGenerator) -> None:

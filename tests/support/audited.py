@@ -90,7 +90,7 @@ def run_commands() -> dict[str, int]:
     call("generate checkpoint", "generate", "--model", "runs/tiny/checkpoints/best.ckpt", *text)
     call("generate named", "generate", "--model", "named", *text)
     call("generate pickle", "generate", "--model", "pickle/checkpoints/last.ckpt", *text)
-    call("convert", "convert", "runs/tiny", "--out", "out/converted", "--method", "etsc")
+    call("convert", "convert", "runs/tiny", "--out", "out/converted", "--method", "etsc", "--no-compile")
     call("convert named", "convert", "named", "--out", "out/other")
     call("convert pickle", "convert", "pickle", "--out", "out/other")
     call("dry run", "train", "--resume", "runs/tiny", "--dry-run")

@@ -74,9 +74,13 @@ def run_server(
     parse_special: bool = False,
     executor: Executor | None = None,
     hosts: tuple[str, ...] | None = None,
+    reproducible: bool = False,
     **limits: float,
 ) -> Iterator[Running]:
-    """Serve the model on a free port; ``executor`` runs the model, or a new thread."""
+    """Serve the model on a free port; ``executor`` runs the model, or a new thread.
+
+    Tests that compare completions under load with those of requests alone need ``reproducible``.
+    """
     most = Limits(**limits)  # type: ignore[arg-type]
     settings = Settings(
         name="tiny",
@@ -84,6 +88,7 @@ def run_server(
         api_keys=() if key is None else tuple(key.split()),
         allowed_hosts=hosts,
         parse_special=parse_special,
+        reproducible=reproducible,
         limits=most,
     )
     app = create_app(generator, settings, executor)

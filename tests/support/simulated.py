@@ -47,11 +47,13 @@ def onednn_switched_off(patch: pytest.MonkeyPatch) -> None:
 
 def no_fbgemm(patch: pytest.MonkeyPatch) -> None:
     """Simulate a CPU other than x86."""
-    patch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing("quantized::linear_prepack_fp16"))
+    for name in ("linear_prepack_fp16", "linear_prepack"):
+        patch.setattr(torch.ops.quantized, name, missing(f"quantized::{name}"))
 
 
 def no_int8(patch: pytest.MonkeyPatch) -> None:
-    """Simulate a build of PyTorch without the weight-only int8 operator."""
+    """Simulate a build of PyTorch without operators for int8 weights."""
+    patch.setattr(torch.ops.quantized, "linear_prepack", missing("quantized::linear_prepack"))
     patch.setattr(torch, "_weight_int8pack_mm", missing("aten::_weight_int8pack_mm"))
 
 

@@ -126,7 +126,7 @@ def test_a_warm_up_within_the_run_is_not_reported(capsys: pytest.CaptureFixture[
 def test_dry_run_states_the_memory_of_a_small_model_and_that_it_reads_no_data(script: Any) -> None:
     done = script("train", *SETTINGS, "--dry-run")
     assert done.code == 0
-    memory, state, step, validation, attached, data = done.out.splitlines()[-6:]
+    data, memory, state, step, validation, attached = done.out.splitlines()[-6:]
     assert memory.startswith("estimated memory: ")
     assert state.startswith("  weights, gradients and moments: ")
     assert step.startswith("  at most in an optimizer step: ")

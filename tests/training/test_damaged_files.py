@@ -90,7 +90,11 @@ def test_a_damaged_record_of_a_job_is_refused_if_its_run_may_be_of_the_job(
         find_job("nightly", same)
     other = load_config(run_here / "config.yaml", ["seed=7"], saved=True)
     assert find_job("nightly", other) is None
-    assert "job.json: is damaged (not UTF-8 text, byte 0); it was skipped" in caplog.text
+    skipped = "job.json: is damaged (not UTF-8 text, byte 0); it was skipped, its run has "
+    assert f"{skipped}other settings than this job" in caplog.text
+    (run_here / "config.yaml").write_bytes(GARBAGE)
+    assert find_job("nightly", other) is None
+    assert f"{skipped}no readable config.yaml" in caplog.text
 
 
 def test_the_record_of_another_run_is_refused(run_here: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tnnlm.evaluation import parallel_nll, recurrent_nll
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
-from tnnlm.training import memory
+from tnnlm.training import estimate, memory
 from tnnlm.training.announce import attached_line
 from tnnlm.training.attached import attached_recurrences
 from tnnlm.training.memory import estimate_memory, on_path_of
@@ -195,3 +196,13 @@ def test_every_precision_is_estimated(precision: str, width: int) -> None:
         weights = build_model(config).n_params
     # Kernels stay in float32 in half precision; decays are buffers.
     assert memory.state == pytest.approx(4 * width * weights, rel=0.1)
+
+
+def test_precision_of_a_gpu_elsewhere_does_not_depend_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(estimate, "capability", lambda name: SimpleNamespace(available=False))
+    precisions = {
+        name: estimate.resolve_precision(load_config(None, [f"trainer.accelerator={name}"]))
+        for name in ("auto", "cpu", "cuda", "gpu")
+    }
+    assert precisions == {"auto": "32-true", "cpu": "32-true", "cuda": "bf16-mixed", "gpu": "bf16-mixed"}

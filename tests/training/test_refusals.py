@@ -55,7 +55,9 @@ def test_a_file_in_the_place_of_a_folder_is_reported(script: Any) -> None:
         assert_refused(done, f"error: {folder}/demo: ", "file is a file, not a folder; choose another path")
     Path("runs").mkdir()
     Path("runs/demo").touch()
-    assert_refused(script("train", "--resume", "demo"), "demo: no such run")
+    assert_refused(script("train", "--resume", "demo"), "demo: no such run", "train one with: ")
+    Path("runs/demo-9").mkdir()
+    assert_refused(script("train", "--resume", "demo-8"), "demo-8: no such run", "; did you mean demo-9?")
     done = script("train", *SETTINGS, "trainer.max_steps=1", "trainer.sample_tokens=0")
     assert done.code == 0, done.err
     assert Path("runs/demo-2/summary.json").is_file()

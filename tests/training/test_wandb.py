@@ -15,7 +15,8 @@ import lightning.pytorch.loggers.wandb as lightning_wandb
 import pytest
 
 from tests.support.training_runs import SETTINGS, tiny_run, write_text
-from tnnlm.errors import ConfigError
+from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.training.loggers.wandb import wandb_logger
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
 
@@ -116,3 +117,12 @@ def test_refused_login_is_one_line_and_leaves_no_run(
     ):
         train(tiny_run("trainer.wandb=project"))
     assert not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("content", ["../another", "a" * 257, "two words"])
+def test_damaged_id_is_refused_in_one_line(content: str, runs: list[Run]) -> None:
+    Path("run").mkdir()
+    Path("run/wandb_id").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^run/wandb_id: .*; delete it to log to a new W&B run$"):
+        wandb_logger(tiny_run("trainer.wandb=project"), Path("run"))
+    assert not runs

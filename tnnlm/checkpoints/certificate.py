@@ -78,10 +78,18 @@ class ModelReport:
     """Warning about outputs past the horizon, if they differ noticeably."""
     ppl: dict[str, dict[str, float]] = field(default_factory=lambda: {"parallel": {}, "recurrent": {}})
     """Perplexities of the parallel and the recurrent form, by sequence length in tokens."""
+    ppl_gap: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Relative difference of a perplexity to that of the parallel form on the same tokens, by variant and
+    length."""
+    ppl_gap_error: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Standard error of ``ppl_gap``, from the differences of the rows; None for a single row."""
     protocol: str = "documents"
     """``data.protocol`` of the perplexities: where end tokens are, and which tokens are scored."""
     ppl_tokens: dict[str, int] = field(default_factory=dict)
     """Number of validation tokens that the perplexities are measured on, by sequence length in tokens."""
+    step_difference: dict[str, float] = field(default_factory=dict)
+    """Largest difference in nats per token, on a sample, between the steps of a large recurrence and the
+    convolution with its taps, by which its perplexity is measured; by variant."""
     not_measured: dict[str, str] = field(default_factory=dict)
     """Reasons why perplexities couldn't be measured on this machine, by engine or sequence length."""
 

@@ -27,6 +27,7 @@ from tnnlm.errors import CheckpointError, UserError, one_line
 from tnnlm.files import atomic_folder, check_parents, restore_replaced, write_text
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.modules import RecurrentConv
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params
@@ -225,7 +226,7 @@ def _read(folder: Path) -> ConvertedModel:
     check_finite(tensors, folder / WEIGHTS)
     # Build the model without its kernels: the code of a user-defined kernel need not be available here.
     convs = [RecurrentConv(_layer_params(tensors, index, folder)) for index in range(model_config.n_layers)]
-    with torch.device("meta"):
+    with without_weights():
         model = CausalLM(model_config, convs).eval().requires_grad_(False)
     load_weights(model, tensors, folder)
     check_tokenizer(tokenizer, model, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,18 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
         # A run that was killed before its first checkpoint has only config.yaml.
         if (candidate / "checkpoints").is_dir() or (candidate / "config.yaml").is_file():
             return candidate
-    raise CheckpointError(f"{name}: no such run, neither as a folder nor under {runs_dir}/")
+    raise CheckpointError(
+        f"{name}: no such run, neither as a folder nor under {runs_dir}/", _similar(name, runs_dir)
+    )
+
+
+def _similar(name: str, runs_dir: Path) -> str:
+    """Return the remedy for a run that doesn't exist: the run with a similar name, or how to get one."""
+    known = [path.name for path in runs_dir.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"pass the path of its folder, or train one with: {command('train')}"
 
 
 def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
@@ -52,12 +64,12 @@ def find_checkpoint(target: str | None, runs_dir: Path) -> Path:
     if target is not None and Path(target).is_file():
         return Path(target)
     if target is not None and target.endswith(".ckpt"):
-        raise CheckpointError(f"{target}: no such checkpoint")
+        raise CheckpointError(f"{target}: no such checkpoint", "give the path of a checkpoint or of a run")
     run = find_run(target, runs_dir)
     for name in (BEST, LAST):
         if os.path.lexists(run / name):  # what is no file there is refused when it is read
             return run / name
-    raise CheckpointError(f"{run}: has no checkpoint yet")
+    raise CheckpointError(f"{run}: has no checkpoint yet", "wait until its training has saved one")
 
 
 def load_trained(
@@ -149,7 +161,9 @@ def _find_converted(target: str | None, runs_dir: Path) -> Path | None:
     if (folder / "config.json").is_file() or is_converted(folder):
         return folder
     if folder.is_dir() and not (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{folder}: is neither a converted model nor a run")
+        raise CheckpointError(
+            f"{folder}: is neither a converted model nor a run", "give a folder that convert or train wrote"
+        )
     if folder.is_file() or target.endswith(".ckpt"):
         return None
     converted = find_run(target, runs_dir) / CONVERTED

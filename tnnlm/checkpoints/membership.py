@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tnnlm.config.checks import leaves
+from tnnlm.config.interpolation import StoredInterpolation
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, UserError
@@ -22,7 +23,7 @@ def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
     """Check a checkpoint against config.yaml and tokenizer.json of the run in whose folder it is.
 
     A checkpoint outside of a run can't be checked, and neither file is needed: one that is missing or damaged
-    is not compared.
+    is not compared. An interpolation in config.yaml is refused all the same.
 
     Args:
         path: The checkpoint.
@@ -31,6 +32,7 @@ def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
 
     Raises:
         CheckpointError: If a setting differs that is fixed in a run, or the tokenizer.
+        StoredInterpolation: If config.yaml contains an interpolation.
     """
     folder = path.absolute().parent
     run = folder.parent
@@ -39,6 +41,8 @@ def check_member(path: Path, config: Config, tokenizer: TextTokenizer) -> None:
     remedy = "restore the checkpoint of this run, or copy this one to another folder"
     try:
         recorded = _fixed(load_config(run / "config.yaml", saved=True))
+    except StoredInterpolation:
+        raise
     except UserError:
         return
     own = _fixed(config)

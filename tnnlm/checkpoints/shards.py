@@ -20,12 +20,12 @@ from torch import Tensor
 
 from tnnlm.checksums import check_files
 from tnnlm.errors import CheckpointError
+from tnnlm.reading import ANOTHER
 
 SHARDS = "shards"
 """Key of the description of the shards in an index file."""
 SUFFIX = ".shards"
 """End of the name of a folder of shards."""
-_OTHER = "use another checkpoint"
 _WEIGHT = "state_dict."
 _OFFSETS = "DCP_SHARDING_INFO"
 """Key of the offsets in the metadata of a safetensors file, fixed by torch.distributed.checkpoint."""
@@ -79,8 +79,8 @@ def shards_of(path: Path, data: Mapping[str, Any], *, verify: bool = False) -> S
     try:
         shards = _parsed(path, data[SHARDS])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path}: is corrupt", _OTHER) from None
-    check_files(shards.folder, shards.files, _OTHER, contents=verify)
+        raise CheckpointError(f"{path}: is corrupt", ANOTHER) from None
+    check_files(shards.folder, shards.files, ANOTHER, contents=verify)
     # torch.distributed.checkpoint reads every file in the folder.
     for file in sorted(shards.folder.glob("*.safetensors")):
         if file.name not in shards.files:
@@ -115,7 +115,7 @@ def assemble(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     states = []
     for index, saved in enumerate(data["optimizer_states"]):
         if not all(name in number for group in saved["param_groups"] for name in group["params"]):
-            raise CheckpointError(f"{path}: is corrupt", _OTHER)
+            raise CheckpointError(f"{path}: is corrupt", ANOTHER)
         prefix = moment_name(index, "", "").removesuffix(".")
         state = {name: dict(values) for name, values in saved["state"].items()}
         for name, tensor in _read_tensors(path, shards, prefix).items():
@@ -163,9 +163,9 @@ def _read_tensors(path: Path, shards: Shards, prefix: str) -> dict[str, Tensor]:
                 full[name][place] = part
                 missing[name] -= part.numel()
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError):
-        raise CheckpointError(f"{path}: its shard {shards.folder / file} is corrupt", _OTHER) from None
+        raise CheckpointError(f"{path}: its shard {shards.folder / file} is corrupt", ANOTHER) from None
     if any(missing.values()):
-        raise CheckpointError(f"{path}: its shards in {shards.folder} are incomplete", _OTHER)
+        raise CheckpointError(f"{path}: its shards in {shards.folder} are incomplete", ANOTHER)
     return full
 
 

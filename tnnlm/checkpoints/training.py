@@ -25,19 +25,19 @@ from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, UserError, command
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.factory import build_model
 from tnnlm.models.surgery import attach
 from tnnlm.ops import recurrence
 from tnnlm.ops.recurrence import Params, to_device
-from tnnlm.reading import check_regular
+from tnnlm.reading import ANOTHER, check_regular
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.trust import NO_CODE, Trust
 
 ENTRY = "tnnlm"
 """Key of this package's entry in a checkpoint."""
 _PREFIX = "model."
-_OTHER = "use another one"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
         }
         check_sizes(config.model, weights, path)
         check_finite(weights, path)
-        with torch.device("meta"):
+        with without_weights():
             model = build_model(config)
         load_weights(model, weights, path)
         check_tokenizer(tokenizer, model, path)
@@ -186,7 +186,7 @@ def _consistent(path: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{path}: is damaged, or of another version of tnnlm ({type(error).__name__})"
-        raise CheckpointError(reason, _OTHER) from None
+        raise CheckpointError(reason, ANOTHER) from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -212,19 +212,19 @@ def read_intact(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, verify: bool) -> dict[str, Any]:
-    check_regular(path, _OTHER, missing="no such checkpoint")
+    check_regular(path, ANOTHER, missing="no such checkpoint")
     fault = archive_fault(path, tensors=verify)
     if fault is not None:
-        raise CheckpointError(f"{path}: is not a checkpoint, or damaged ({fault})", _OTHER)
+        raise CheckpointError(f"{path}: is not a checkpoint, or damaged ({fault})", ANOTHER)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
     except Exception:  # torch raises many types for damaged and foreign files
-        raise CheckpointError(f"{path}: is not a checkpoint of PyTorch", _OTHER) from None
+        raise CheckpointError(f"{path}: is not a checkpoint of PyTorch", ANOTHER) from None
     entry = data.get(ENTRY) if isinstance(data, dict) else None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not a checkpoint of this version of tnnlm's train.py", _OTHER)
+        raise CheckpointError(f"{path}: is not a checkpoint of this version of tnnlm's train.py", ANOTHER)
     shards_of(path, data, verify=verify)
     return data
 

@@ -12,8 +12,7 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import CheckpointError
 from tnnlm.models.backbone import Backbone
 from tnnlm.modules import RecurrentConv
-
-_OTHER = "use another one"
+from tnnlm.reading import ANOTHER
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -25,7 +24,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
     for name, tensor in tensors.items():
         # The sum is finite only if all values are, and needs no memory; it may overflow although they are.
         if not isfinite(tensor.sum()) and not isfinite(tensor).all():
-            raise CheckpointError(f"{where}: {name} contains NaN or infinity", _OTHER)
+            raise CheckpointError(f"{where}: {name} contains NaN or infinity", ANOTHER)
 
 
 def check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -44,7 +43,7 @@ def check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor], where: Path)
         or not any(last in f".{name}" for name in tensors)
         or any(value > len(tensors) for value in claims)
     ):
-        raise CheckpointError(f"{where}: its weights don't fit its configuration", _OTHER)
+        raise CheckpointError(f"{where}: its weights don't fit its configuration", ANOTHER)
 
 
 def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> None:

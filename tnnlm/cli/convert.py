@@ -1,7 +1,7 @@
 """Convert a trained checkpoint into a recurrence, without training and without data.
 
-Writes to RUN/converted: the converted model, its measured errors and perplexities (conversion.json), and a
-model card (README.md).
+Writes to RUN/converted: the converted model, its measured errors and perplexities (conversion.json), a model
+card (README.md) and, if there is a C++ compiler, the compiled decoding step for float32 weights.
 
 Methods (--method):
   balanced   few poles that meet a relative tolerance (default)
@@ -16,9 +16,10 @@ Examples:
   tnnlm convert                                             # the newest run
   tnnlm convert runs/demo --verify                          # with checks
   tnnlm convert runs/demo --device auto --force             # on the GPU, if there is one
+  tnnlm convert runs/demo --no-perplexity --no-compile --out runs/demo/quick
   tnnlm convert runs/demo --order 16 --out runs/demo/order16
   tnnlm convert runs/demo --method etsc --out runs/demo/etsc
-  tnnlm convert runs/demo --force --compile float32 int8    # with compiled steps
+  tnnlm convert runs/demo --force --compile float32,int8    # with other compiled steps than float32 alone
   tnnlm convert runs/demo/converted --export --onnx         # of a converted model
 """
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import is_converted
@@ -72,6 +74,10 @@ CONDITIONS = {f"--{FLAGS[name]}": _condition(use) for name, use in USED_BY.items
 """Conditions under which options have an effect."""
 PACKAGING = ("--compile", "--export", "--onnx")
 """Options that apply to a converted model."""
+COMPILED = DTYPES
+"""Words that ``--compile`` accepts."""
+BY_DEFAULT: tuple[str, ...] = ("float32",)
+"""Steps that are compiled without ``--compile``, if this machine can."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -93,57 +99,87 @@ def arguments() -> argparse.ArgumentParser:
         "cuda:1 ... or auto. (default: cpu)",
     )
     add_trust(parser.add_argument, compiled=False)
-    add = parser.add_argument_group("output").add_argument
-    add(
+    _add_output(parser.add_argument_group("output"))
+    _add_packages(parser.add_argument_group("compilation and export"))
+    return parser
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--out",
         type=path_argument,
         metavar="DIR",
         help="Folder of the converted model. (default: RUN/converted)",
     )
-    add("--force", action="store_true", help="Replace an existing converted model at --out.")
-    add(
+    group.add_argument("--force", action="store_true", help="Replace an existing converted model at --out.")
+    group.add_argument(
         "--verify",
         action="store_true",
         help="Check the result against slow reference implementations; exit code 1 if a check fails.",
     )
-    add(
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--perplexity-tokens",
+        type=positive,
+        metavar="N",
+        help="Number of validation tokens of each context length that perplexities are measured on. "
+        "(default: as many as take about half a minute in all, at least 16 rows of each length)",
+    )
+    either.add_argument("--no-perplexity", action="store_true", help="Do not measure perplexities.")
+    group.add_argument(
         "--license",
         metavar="NAME",
         help="License in the model card, such as apache-2.0. (default: none)",
     )
-    add = parser.add_argument_group("compilation and export").add_argument
-    add(
+
+
+def _add_packages(group: argparse._ArgumentGroup) -> None:
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
         "--compile",
         nargs="*",
-        type=dtype,
+        type=compiled_steps,
         metavar="DTYPE",
-        help="Compile the decoding step for weights in float32, bfloat16 and/or int8; needs a C++ compiler. "
-        "(default without DTYPE: float32)",
+        help="Compile the decoding step for weights in float32, bfloat16, float16 and/or int8, separated by "
+        "blanks or commas; exit code 1 if that fails. (default: float32, if there is a C++ compiler)",
     )
-    add(
+    either.add_argument("--no-compile", action="store_true", help="Do not compile the decoding step.")
+    group.add_argument(
         "--export",
         action="store_true",
         help="Export step and prefill with torch.export into export/; the programs run without tnnlm.",
     )
-    add(
+    group.add_argument(
         "--onnx",
         action="store_true",
         help="Export the step as an ONNX model into onnx/; needs pip install 'tnnlm[onnx]'.",
     )
-    return parser
 
 
-def dtype(word: str) -> str:
-    """Return a dtype after ``--compile``, an option that consumes every word up to the next option.
+def positive(word: str) -> int:
+    """Return a whole number of at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: If the word is not a dtype, such as the name of a run.
+        argparse.ArgumentTypeError: If the word is something else.
     """
-    if word not in DTYPES:
-        raise argparse.ArgumentTypeError(
-            f"{word}: is not one of {', '.join(DTYPES)}; put the run or folder before the options"
-        )
-    return word
+    if not word.isascii() or not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word}: must be a whole number from 1")
+    return int(word)
+
+
+def compiled_steps(text: str) -> list[str]:
+    """Return the words of one argument of ``--compile``, which consumes all arguments up to an option.
+
+    Raises:
+        argparse.ArgumentTypeError: If a word is not in ``COMPILED``, such as the name of a run.
+    """
+    words = text.split(",")
+    for word in words:
+        if word not in COMPILED:
+            raise argparse.ArgumentTypeError(
+                f"{word}: is not one of {', '.join(COMPILED)}; put the run or folder before the options"
+            )
+    return words
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -153,13 +189,21 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.target == "":
         raise UserError("RUN: is empty", "omit it for the newest run")
     args.recipe = settings_from_flags(ConversionConfig, FLAGS, args)
-    args.compile = () if args.compile is None else args.compile or ("float32",)
-    args.export = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]
+    args.compiled = selected_steps(args)
+    args.exported = [name for name, selected in (("torch", args.export), ("onnx", args.onnx)) if selected]
     args.converted = args.target is not None and is_converted(Path(args.target))
     if args.converted:
         refuse_recipe(args, given_options(parser, words))
     check_effective(parser, words, args, CONDITIONS)
     return args
+
+
+def selected_steps(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the steps to compile: those of ``--compile``, otherwise the default."""
+    if args.compile is None:
+        return () if args.no_compile else BY_DEFAULT
+    named = [word for words in args.compile for word in words]
+    return tuple(dict.fromkeys(named)) or ("float32",)
 
 
 def refuse_recipe(args: argparse.Namespace, given: Sequence[str]) -> None:
@@ -184,16 +228,19 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parse(words)
     from rich.console import Console
 
-    from tnnlm.deployment.pipeline import convert_checkpoint, package_converted
-    from tnnlm.deployment.table import show_conversion
+    from tnnlm.deployment.packages import Packages, package_converted
+    from tnnlm.deployment.pipeline import convert_checkpoint
+    from tnnlm.deployment.table import show_conversion, show_packages
 
+    packages = Packages(args.compiled, args.exported, required=args.compile is not None)
     if args.converted:
-        written, failures = package_converted(Path(args.target), args.compile, args.export)
-        for path in written:
+        written = package_converted(Path(args.target), packages.without_optional())
+        for path in written.packages:
             print(f"wrote {path}")
-        for step, reason in failures.items():
+        for step, reason in written.failures.items():
             print(f"error: {step}: {reason}", file=sys.stderr)
-        return 1 if failures else 0
+        return 1 if written.failures else 0
+    console = Console()
     with errors_name_options(arguments()):
         done = convert_checkpoint(
             args.target,
@@ -201,11 +248,12 @@ def main(words: Sequence[str] | None = None) -> int:
             out=args.out,
             force=args.force,
             verify=args.verify,
-            compiled=args.compile,
-            exported=args.export,
+            packages=packages,
+            perplexity_tokens=0 if args.no_perplexity else args.perplexity_tokens,
             license=args.license,
             device=args.device,
             trust=trust_of(args),
+            on_complete=partial(show_conversion, console=console),
         )
-    show_conversion(done, Console())
+    show_packages(done, console)
     return 0 if all(check.passed for check in done.checks) and not done.failures else 1

@@ -6,6 +6,7 @@ Examples:
   tnnlm generate --prompt "def main("                  # the newest converted model
   tnnlm generate --model runs/demo --prompt "import " --temperature 0
   tnnlm generate --prompt "The " --num-samples 4 --seed 1
+  tnnlm generate --prompt "import " --speculate ngram  # faster where the text repeats itself
   tnnlm generate --prompts lines.txt                   # a batch, one prompt per line
   cat story.txt | tnnlm generate --prompt - --json
   tnnlm generate --interactive
@@ -54,6 +55,11 @@ CONDITIONS = {
         lambda args: args.num_samples == 1 or not (args.prompts or args.interactive),
         "applies to a single prompt",
         "omit it, --prompts and --interactive",
+    ),
+    "--speculate": Condition(
+        lambda args: args.speculate == "ngram" or (args.num_samples == 1 and not args.prompts),
+        "a draft model applies to one completion at a time",
+        "use ngram, or omit --prompts and --num-samples",
     ),
     "--json": Condition(
         lambda args: not args.interactive, "can't be combined with --interactive", "omit one of them"
@@ -110,6 +116,13 @@ def arguments() -> argparse.ArgumentParser:
         help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
         "(default: auto)",
     )
+    add(
+        "--speculate",
+        metavar="ngram|MODEL",
+        help="Speculative decoding: check several proposed tokens per pass over the weights, which changes "
+        "the speed alone. ngram proposes what followed earlier in the text; MODEL is a smaller converted "
+        "model with the same tokenizer. (default: none)",
+    )
     add_trust(add)
     return parser
 
@@ -159,6 +172,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             "--prompt: is missing", "give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive"
         )
     check_effective(parser, words, args, CONDITIONS)
+    if args.speculate == "":
+        raise UserError("--speculate: is empty", "give ngram or a converted model")
     if args.model == "":
         raise UserError("--model: is empty", "omit it for the newest converted model")
     if not 1 <= args.num_samples <= 10_000:
@@ -217,7 +232,16 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
         print(f"warning: {warning}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
     session = GenerationSession.load(
-        model, Path("runs"), args.device, sampling, args.max_new_tokens, seed, args.dtype, args.engine, trust
+        model,
+        Path("runs"),
+        args.device,
+        sampling,
+        args.max_new_tokens,
+        seed,
+        args.dtype,
+        args.engine,
+        trust,
+        args.speculate,
     )
     if args.load_state:
         session.load_state(args.load_state, reseed=args.seed is not None)

@@ -73,10 +73,16 @@ def arguments() -> argparse.ArgumentParser:
     )
     add(
         "--engine",
-        default="packed",
+        default="auto",
         metavar="NAME",
-        help="Engine: packed makes completions independent of concurrent requests (CPU), auto is faster for "
-        "one client if a compiled step exists; also compiled, graph and eager. (default: packed)",
+        help="Engine: compiled (CPU), graph (GPU), packed or eager; auto selects the first available one. "
+        "(default: auto)",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="Make completions bitwise independent of concurrent requests, with the packed engine on an x86 "
+        "CPU; a single client waits longer for each token. (default: equal but for rounding)",
     )
     add_trust(add)
     add = parser.add_argument_group("network").add_argument
@@ -159,6 +165,7 @@ def main(words: Sequence[str] | None = None) -> int:
         api_keys=keys,
         allowed_hosts=allowed_hosts(args.host, args.allowed_hosts),
         parse_special=args.parse_special,
+        reproducible=args.reproducible,
         limits=dataclasses.replace(limits, max_connections=enough),
     )
     app = create_app(generator, settings, thread)
@@ -240,7 +247,13 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     own = folder.resolve()
     name = own.parent.name if own.name in (str(CONVERTED), "checkpoints") else own.name
     device = usable_device(args.device)
+    engine = "packed" if args.reproducible and args.engine == "auto" else args.engine
     generator, info = open_engine(
-        converted, folder, device=device, dtype=args.dtype, engine=args.engine, trust=trust
+        converted, folder, device=device, dtype=args.dtype, engine=engine, trust=trust
     )
+    if args.reproducible and not info.batch_invariant:
+        raise UserError(
+            f"--reproducible: the rounding of this engine depends on the batch ({info})",
+            "omit it, or use --engine packed with --dtype float32 on an x86 CPU",
+        )
     return generator, str(info), name, parameters

@@ -1,7 +1,7 @@
 """Train a language model with FFT convolutions and convert its checkpoints into recurrences.
 
 The run is written to runs/NAME: settings, checkpoints, metrics (CSV and TensorBoard) and samples. A setting
-is a key=value pair; --dry-run prints all settings with their values.
+is a key=value pair; --print-config prints all settings with their values.
 
 Examples:
   tnnlm train                                           # the demo, on Python's sources
@@ -16,11 +16,10 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,6 +62,11 @@ CONDITIONS = {
     ),
     "--json": Condition(
         lambda args: args.dry_run, "formats the output of --dry-run", "add --dry-run, or omit it"
+    ),
+    "--print-config": Condition(
+        lambda args: not args.dry_run and not args.find_lr,
+        "prints all settings and nothing else",
+        "omit --dry-run and --find-lr, or omit it",
     ),
     "--find-lr": Condition(
         lambda args: args.resume is None and args.job is None and not args.dry_run,
@@ -113,9 +117,14 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="Print settings, parameters and estimated memory, and exit; reads no data.",
+        help="Print the changed settings, parameters and estimated memory, and exit; reads no data.",
     )
-    add("--json", action="store_true", help="Print the output of --dry-run as JSON.")
+    add("--json", action="store_true", help="Print the output of --dry-run as JSON, with all settings.")
+    add(
+        "--print-config",
+        action="store_true",
+        help="Print all settings as YAML, which --config reads, and exit.",
+    )
     add("--find-lr", action="store_true", help="Run the learning rate finder for 100 steps, and exit.")
     return parser
 
@@ -138,7 +147,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
+    if args.print_config:
+        print(config_to_yaml(choose(args).config), end="")
+        return 0
     if args.dry_run:
+        from tnnlm.cli.dry_run import show
+
         show(choose(args).config, args.json)
         return 0
     if args.find_lr:
@@ -249,33 +263,3 @@ def search(config: Config) -> None:
     with collect_failure(failures, str(path)):
         plot_rates(found, path)
     print("".join(f"warning: {place}: {reason}" for place, reason in failures.items()) or f"plot: {path}")
-
-
-def show(config: Config, as_json: bool) -> None:
-    """Print settings, parameters, tokens and estimated memory of a run, as YAML and text or as JSON."""
-    from tnnlm.conversion.checks import check_training
-    from tnnlm.training.announce import in_units, memory_lines
-    from tnnlm.training.estimate import check_names, estimate_run
-    from tnnlm.training.fsdp import choose_strategy
-    from tnnlm.training.memory import estimate_memory
-
-    check_names(config)
-    choose_strategy(config)
-    check_training(config)
-    if config.task == "classify":
-        from tnnlm.data.sequences.prepare import check_sequence_model
-
-        check_sequence_model(config)
-    plan, memory = estimate_run(config), estimate_memory(config)
-    if as_json:
-        parts = {name: getattr(memory, name) for name in ("state", "buckets", "step", "validation")}
-        attached = memory.attached and memory.attached.nbytes(config.model.n_layers)
-        sizes = {**asdict(plan), "memory_bytes": memory.peak, "memory": {**parts, "attached": attached or 0}}
-        print(json.dumps({"config": asdict(config), **sizes}, indent=2))
-        return
-    print(config_to_yaml(config))
-    print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
-    print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
-    print(f"estimated memory: {in_units(memory.peak)} per device ({plan.devices}), {plan.precision}")
-    print(*memory_lines(config, memory), sep="\n")
-    print("data: not read by --dry-run")

@@ -75,7 +75,7 @@ def add_device(add: Callable[..., Any]) -> None:
         "--dtype",
         default="float32",
         metavar="NAME",
-        help="Dtype of the linear layers' weights: float32, bfloat16 or int8. (default: float32)",
+        help="Dtype of the linear layers' weights: float32, bfloat16, float16 or int8. (default: float32)",
     )
 
 

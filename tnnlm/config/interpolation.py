@@ -1,7 +1,8 @@
 r"""Interpolation of settings: ``${key}`` is the value of another setting, ``${oc.env:NAME}`` a variable.
 
 Only values that the user typed or that are in a file given with ``--config`` are interpolated. Settings that
-come with a model or a checkpoint are data: nothing in them reads the environment.
+come with a run, a checkpoint or a model are refused if they contain one: they are stored after interpolation,
+with ``\${`` for the text ``${``.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omegaconf.resolvers import oc
-
 from tnnlm.config.layers import Schema
-from tnnlm.config.values import Node, Origin, is_list, read_value, shown
+from tnnlm.config.values import Node, Origin, is_list, one_line, read_value, shown
 from tnnlm.errors import ConfigError
 
 _ENV = "oc.env:"
 _REFERENCE = re.compile(r"\\\$\{|\$\{([^{}]*)\}")
+_INTERPOLATION = re.compile(r"(?<!\\)\$\{")
+
+
+class StoredInterpolation(ConfigError):
+    """Interpolation in a file that came with a run, a checkpoint or a model."""
 
 
 def interpolated(text: str, lookup: Callable[[str], str | None]) -> str:
@@ -45,6 +49,8 @@ def _variable(arguments: str) -> str | None:
 
     The default is the text as typed: OmegaConf's own syntax would make ``1e3`` to ``1000.0``.
     """
+    from omegaconf.resolvers import oc  # not needed to decode
+
     name, comma, default = arguments.partition(",")
     try:
         return str(oc.env(_literal(name), *[_literal(default)] * bool(comma)))
@@ -65,8 +71,22 @@ def escaped(text: str) -> str:
     return text.replace("${", r"\${")
 
 
-def unescaped(text: str) -> str:
-    """Return the text that :func:`escaped` was given; no interpolation is resolved."""
+def stored_text(text: str, key: str, place: str) -> str:
+    r"""Return the text of a setting that came with a run, a checkpoint or a model: ``\${`` is ``${``.
+
+    Args:
+        text: Text as stored.
+        key: Key of the setting.
+        place: File that it is in, with the line where known.
+
+    Raises:
+        StoredInterpolation: If it contains an interpolation.
+    """
+    if _INTERPOLATION.search(text):
+        raise StoredInterpolation(
+            f"{key}={one_line(text)}: is an interpolation in a file that came with a model ({place})",
+            "use a file with the values themselves; only your own words and --config FILE are interpolated",
+        )
     return text.replace(r"\${", "${")
 
 
@@ -106,8 +126,8 @@ class Values:
         """
         setting = self.schema.settings[key]
         resolve = {
-            Origin.STORED: lambda text: text,
-            Origin.RUN: unescaped,
+            Origin.STORED: lambda text: stored_text(text, key, node.place),
+            Origin.RUN: lambda text: stored_text(text, key, node.place),
             Origin.FILE: lambda text: interpolated(text, self._text),
             Origin.WORD: lambda text: interpolated(text, self._text),
         }[node.origin]

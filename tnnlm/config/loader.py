@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from tnnlm.config.checks import check_settings, check_value
+from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
@@ -24,7 +24,7 @@ from tnnlm.config.consistency import (
     settle_method,
     settle_task,
 )
-from tnnlm.config.interpolation import Values, escaped
+from tnnlm.config.interpolation import Values, escaped, stored_text
 from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.methods import check_effective_settings
@@ -55,8 +55,8 @@ def load_config(
     Args:
         path: YAML file; None uses the defaults only.
         overrides: Overrides such as ``optim.lr=1e-3``. A list is ``[a,b]``, or its key is given repeatedly.
-        saved: Whether the file is the config.yaml of a run, in which nothing is interpolated: it contains the
-            values themselves, and may come from someone else.
+        saved: Whether the file is the config.yaml of a run, in which an interpolation is an error: it
+            contains the values themselves, and may come from someone else.
         trust: Whether the kernel module that a saved file names may run. One that ``overrides`` or another
             file names is the user's own.
 
@@ -83,8 +83,8 @@ def load_config(
 def config_from_dict(data: dict[str, Any], where: str = "checkpoint", trust: Trust = NO_CODE) -> Config:
     """Return the configuration that :func:`config_to_dict` stored; errors report ``where`` as its origin.
 
-    The values are data: nothing in them is interpolated, and the kernel module that they name runs only as
-    ``trust`` allows, or if this machine ran it before.
+    The values are data: an interpolation in them is an error, and the kernel module that they name runs only
+    as ``trust`` allows, or if this machine ran it before.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings")
@@ -102,15 +102,36 @@ def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> M
     # The vocabulary of a given tokenizer may be smaller than that of one that is trained for text.
     given = {"tokenizer": "tokenizer.json"}
     config = config_from_dict({"model": rest, "data": given}, where).model
+    texts = {"name": str(kernel["name"])} | {key: text for key, text in kernel.items() if type(text) is str}
+    texts = {key: stored_text(text, f"{KERNEL}.{key}", where) for key, text in texts.items()}
     config.kernel = KernelConfig(
-        name=str(kernel["name"]), module=kernel.get("module"), module_sha256=kernel.get("module_sha256")
+        name=texts["name"], module=texts.get("module"), module_sha256=texts.get("module_sha256")
     )
     return config
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain dicts, lists, numbers and strings, as stored in checkpoints."""
-    return asdict(config)
+    r"""Return a configuration as plain dicts, lists, numbers and strings, as stored in checkpoints.
+
+    ``${`` is written ``\${``, because an interpolation is refused when the values are read back.
+    """
+    found: dict[str, Any] = _escaped(asdict(config))
+    return found
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, with the name of the kernel, as plain data."""
+    settings = Schema.of(type(config.model.kernel)).settings
+    found: dict[str, Any] = {}
+    for key, value, _ in leaves(config):
+        default = "tno" if key == f"{KERNEL}.name" else settings[key].default
+        if value != default:
+            inner = found
+            *groups, name = key.split(".")
+            for group in groups:
+                inner = inner.setdefault(group, {})
+            inner[name] = _escaped(value)
+    return found
 
 
 def config_to_yaml(config: Config) -> str:
@@ -118,7 +139,7 @@ def config_to_yaml(config: Config) -> str:
 
     ``${`` is escaped, so that the file gives the same values with ``--config`` as when its run is resumed.
     """
-    return write_yaml(_escaped(config_to_dict(config)))
+    return write_yaml(config_to_dict(config))
 
 
 def _escaped(value: Any) -> Any:
@@ -153,9 +174,9 @@ def _values(layers: list[Layer], trust: Trust) -> Values:
             layer.add_kernel(schema)
         layer.add_former(schema)
     nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
-    nodes[f"{KERNEL}.name"] = stored(name, "")
+    nodes[f"{KERNEL}.name"] = stored(escaped(name), "")
     if named is not None:
-        nodes[f"{KERNEL}.module"] = stored(named.module, named.place)
+        nodes[f"{KERNEL}.module"] = stored(escaped(named.module), named.place)
         nodes[f"{KERNEL}.module_sha256"] = stored(named.sha256, named.place)
     return Values(schema, nodes)
 

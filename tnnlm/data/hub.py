@@ -13,8 +13,10 @@ from typing import Any
 import datasets
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_TYPES
 
+from tnnlm.checksums import list_files, write_signed
 from tnnlm.config.schema import DataConfig
 from tnnlm.config.values import one_line
+from tnnlm.data.prepared import read_entries, verify_files
 from tnnlm.errors import OS_ADVICE, DataError
 
 
@@ -51,7 +53,8 @@ def load_rows(config: DataConfig, split: str, cache: Path) -> Any:
     """Return a split as the datasets library loads it, a stream if ``config.streaming``.
 
     Raises:
-        DataError: If the library can't read it, or a local folder refers to a file outside.
+        DataError: If the library can't read it, a local folder refers to a file outside, or a table in
+            ``cache`` has changed since it was first read.
     """
     # The library logs each error that it raises a second time, and shows progress bars without a terminal.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -64,7 +67,30 @@ def load_rows(config: DataConfig, split: str, cache: Path) -> Any:
         if Path(name).is_dir():
             path = os.path.join(".", name)  # otherwise a folder called json is taken for the file type
             _check_files(datasets.load_dataset_builder(path, **options).config.data_files, Path(name), name)
-        return datasets.load_dataset(path, split=split, streaming=config.streaming, **options)
+        rows = datasets.load_dataset(path, split=split, streaming=config.streaming, **options)
+    if not config.streaming:
+        _check_tables(rows)
+    return rows
+
+
+def _check_tables(rows: datasets.Dataset) -> None:
+    """Verify the tables in the library's cache by checksums, which are recorded when they are first read.
+
+    The library verifies what it downloads, but not the tables that it makes of it and maps into memory. A
+    table that it makes again is in a new folder, without records.
+
+    Raises:
+        DataError: If a table has changed.
+    """
+    folders: dict[Path, dict[str, Any]] = {}
+    for path in sorted({Path(entry["filename"]) for entry in rows.cache_files}):
+        record = path.with_name(f"{path.name}.checksum.json")
+        if os.path.lexists(record):
+            folders.setdefault(path.parent, {}).update(read_entries(record)["checksums"])
+        else:
+            write_signed(record, {"checksums": list_files(path.parent, [path.name])})
+    for folder, files in folders.items():
+        verify_files(folder, files)
 
 
 @contextmanager

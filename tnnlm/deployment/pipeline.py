@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.converted import (
     ConvertedModel,
     check_out_folder,
-    check_unchanged,
-    load_converted,
     model_fingerprint,
     save_converted,
-    save_report,
 )
 from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
@@ -29,19 +23,24 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.companion import OWN_METHODS, check_kernel
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.data.packing import prepare
+from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.report import read_report
-from tnnlm.deployment.model_card import model_card
-from tnnlm.deployment.perplexity import Perplexities, measure_perplexities
+from tnnlm.deployment.bars import bar
+from tnnlm.deployment.description import Description
+from tnnlm.deployment.packages import (
+    NO_PACKAGES,
+    Packages,
+    announcements,
+    check_packages,
+    possible,
+    write_packages,
+)
+from tnnlm.deployment.perplexity import INTERRUPTED, Perplexities, measure_perplexities
 from tnnlm.deployment.save import only_writer
-from tnnlm.errors import DataError, collect_failure
-from tnnlm.evaluation import ppl_gap
-from tnnlm.files import write_text
-from tnnlm.inference.aot import check_compiler, compile_step
+from tnnlm.errors import DataError, collect_failure, command
+from tnnlm.files import check_no_link
 from tnnlm.inference.engine import usable_device
-from tnnlm.inference.export import check_onnx, export_onnx, export_torch
 from tnnlm.machine.allocator import keep_large_blocks
-from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import attach, kernels
@@ -59,12 +58,16 @@ class ConversionResult:
     source: TrainedCheckpoint
     report: ModelReport
     checks: list[Check]
-    packages: list[Path]
-    """Compiled steps and exports that were written."""
     note: str | None
     """Reason why perplexities were not measured, or None."""
     failures: dict[str, str]
     """Optional steps that failed, with the reason."""
+    planned: list[str] = field(default_factory=list)
+    """Announcements of the steps that are compiled next, one line each."""
+    packages: list[Path] = field(default_factory=list)
+    """Compiled steps and exports that were written."""
+    notes: list[str] = field(default_factory=list)
+    """Reasons why a step that was not required isn't compiled."""
 
 
 def convert_checkpoint(
@@ -74,12 +77,13 @@ def convert_checkpoint(
     out: Path | None,
     force: bool,
     verify: bool,
-    compiled: Sequence[str] = (),
-    exported: Sequence[str] = (),
+    packages: Packages = NO_PACKAGES,
+    perplexity_tokens: int | None = None,
     license: str | None = None,
     runs_dir: Path = Path("runs"),
     device: str = "cpu",
     trust: Trust = NO_CODE,
+    on_complete: Callable[[ConversionResult], None] | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint and write the model, then measure it and add the measurements to its folder.
 
@@ -92,13 +96,15 @@ def convert_checkpoint(
         out: Output folder; None takes ``RUN/converted``.
         force: Replace a converted model at ``out``.
         verify: Run the checks of ``--verify`` and return them in ``checks``.
-        compiled: Weight dtypes for which a compiled step is added to the folder.
-        exported: Export formats to add to the folder: ``torch``, ``onnx``.
+        packages: Compiled steps and exports to add to the folder.
+        perplexity_tokens: Number of tokens of each length that perplexities are measured on; None measures as
+            many as take about half a minute, and 0 measures none.
         license: License identifier on the Hugging Face Hub, for the model card; None if not stated.
         runs_dir: Folder of the runs.
         device: Device on which layers are converted, one at a time, and perplexities are measured.
             ``auto`` is a GPU if there is one. The written files don't depend on it, except for rounding.
         trust: Whether the kernel module of the checkpoint may run although this machine hasn't run it before.
+        on_complete: Called once the folder is complete, before ``packages`` are added to it.
 
     Raises:
         UserError: If the input is unusable, or an optional file can't be made on this machine. Nothing
@@ -106,21 +112,40 @@ def convert_checkpoint(
     """
     keep_large_blocks()
     limit_threads()
-    check_packages(compiled, exported)
+    check_packages(packages)
     where = usable_device(device)
     elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
-    folder = _out_folder(out or _run_of(path) / CONVERTED, force)
+    folder = _out_folder(out or _own_folder(path), force)
     source = load_checkpoint(path, trust)
     _check_method(source, recipe.method)
     with only_writer(folder):
         model, report = _convert(source, recipe, elsewhere)
         save_converted(folder, model, source.tokenizer, report, force)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
-        with _explained_interrupt(folder):
-            return _complete(
-                source, written, report, recipe, folder, verify, compiled, exported, license, elsewhere
-            )
+        described = Description(source, written, folder, license)
+        with _explained_interrupt(
+            f"{folder} holds the converted model, with what was measured until now; "
+            "run the same command with --force to convert again and complete it"
+        ):
+            found, note = _perplexities(source, model, report, perplexity_tokens, elsewhere, described)
+            checks = _verify(source, model, recipe, found, described.failures) if verify else []
+            described.publish(found, note)
+        done = ConversionResult(folder, source, found, checks, note, described.failures)
+        if elsewhere is not None:
+            packages = packages.without_optional()  # a compiled step runs on the CPU
+        return _package(done, written, packages, on_complete)
+
+
+def _own_folder(checkpoint: Path) -> Path:
+    """Return the folder of the converted model in the run of a checkpoint, which may be a stranger's.
+
+    Raises:
+        UserError: If it is a link, by which ``--force`` would replace a folder elsewhere.
+    """
+    folder = _run_of(checkpoint) / CONVERTED
+    check_no_link(folder, "delete the link, or name the folder to write with --out")
+    return folder
 
 
 def _out_folder(folder: Path, force: bool) -> Path:
@@ -141,7 +166,7 @@ def _convert(
 ) -> tuple[CausalLM, ModelReport]:
     """Return the converted model, which shares the weights of the source, and the report of its layers."""
     started = time.perf_counter()
-    horizon, layers = convert_layers(source.model, recipe, _bar, device=device)
+    horizon, layers = convert_layers(source.model, recipe, bar, device=device)
     seconds = time.perf_counter() - started
     # The copy shares the weights: the model may fill most of the memory.
     model = attach(source.model, [layer.params for layer in layers], shared=True)
@@ -151,129 +176,96 @@ def _convert(
         method=recipe.method,
         horizon=horizon,
         seconds=seconds,
-        progress=_bar,
+        progress=bar,
         device=device,
     )
     return model, report
 
 
 @contextmanager
-def _explained_interrupt(folder: Path) -> Iterator[None]:
+def _explained_interrupt(explanation: str) -> Iterator[None]:
     """Let a Ctrl-C after the model is written say what the folder holds, and how to complete it."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{folder} holds the converted model, but the remaining steps were skipped; "
-            "run the same command with --force to convert again and complete them"
-        ) from None
+        raise KeyboardInterrupt(explanation) from None
 
 
-def _complete(
-    source: TrainedCheckpoint,
-    written: ConvertedModel,
-    report: ModelReport,
-    recipe: ConversionConfig,
-    folder: Path,
-    verify: bool,
-    compiled: Sequence[str],
-    exported: Sequence[str],
-    license: str | None,
-    device: torch.device | None,
+def _package(
+    done: ConversionResult,
+    converted: ConvertedModel,
+    packages: Packages,
+    on_complete: Callable[[ConversionResult], None] | None,
 ) -> ConversionResult:
-    """Measure, check, describe and package the written model, and collect failures in the result."""
-    failures: dict[str, str] = {}
-    found, note = _perplexities(source, written.model, device)
-    report = replace(report, **found._asdict()) if found else report
-    with collect_failure(failures, "conversion.json"):
-        check_unchanged(folder, written.fingerprint)
-        save_report(folder, report)
-    checks: list[Check] = []
-    if verify:
-        with collect_failure(failures, "verify"):
-            checks = _checks(source, written.model, recipe, report)
-    with collect_failure(failures, "model card"):
-        card = model_card(source.config, source.step, source.model, report, note, license)
-        check_unchanged(folder, written.fingerprint)
-        write_text(folder / "README.md", card)
-    packages, missing = _write_packages(written, folder, compiled, exported)
-    return ConversionResult(folder, source, report, checks, packages, note, failures | missing)
-
-
-def package_converted(
-    folder: Path, compiled: Sequence[str] = (), exported: Sequence[str] = ()
-) -> tuple[list[Path], dict[str, str]]:
-    """Compile or export a model that is already converted.
-
-    Args:
-        folder: Folder of the converted model.
-        compiled: Weight dtypes for which a compiled step is added to the folder.
-        exported: Export formats to add to the folder: ``torch``, ``onnx``.
-
-    Returns:
-        Files and folders that were written, and steps that failed with the reason.
-
-    Raises:
-        UserError: If ``folder`` holds no converted model, or a requested file can't be made on this
-            machine.
-    """
-    limit_threads()
-    check_packages(compiled, exported)
-    if folder.is_symlink():
-        folder = folder.resolve()
-    with only_writer(folder):
-        return _write_packages(load_converted(folder), folder, compiled, exported)
-
-
-def check_packages(compiled: Sequence[str], exported: Sequence[str]) -> None:
-    """Check, before any work is done, that these optional files can be made on this machine.
-
-    Raises:
-        UserError: If they can't; the message says what is missing.
-    """
-    switched_off()  # Raises for an unknown name in TNNLM_WITHOUT.
-    if compiled:
-        check_compiler()
-    if "onnx" in exported:
-        check_onnx()
-
-
-def _write_packages(
-    converted: ConvertedModel, folder: Path, compiled: Sequence[str], exported: Sequence[str]
-) -> tuple[list[Path], dict[str, str]]:
-    written: list[Path] = []
-    failures: dict[str, str] = {}
-    for dtype in _bar(compiled, "compiling"):
-        with collect_failure(failures, f"--compile {dtype}"):
-            check_unchanged(folder, converted.fingerprint)
-            written.append(compile_step(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint))
-    for target in _bar(exported, "exporting"):
-        with collect_failure(failures, {"torch": "--export", "onnx": "--onnx"}[target]):
-            check_unchanged(folder, converted.fingerprint)
-            written.append({"torch": export_torch, "onnx": export_onnx}[target](converted, folder))
-    return written, failures
-
-
-def _bar(items: Sequence[Any], title: str) -> Iterable[Any]:
-    return tqdm(items, desc=title, leave=False, disable=None)
+    """Compile and export the model into its complete folder, and return the result with what was written."""
+    with _explained_interrupt(
+        f"{done.folder} is complete but for compiled steps and exports; "
+        f"add them with: {command('convert', done.folder, *packages.options)}"
+    ):
+        packages, notes = possible(packages, converted.model, done.folder)
+        done = replace(done, planned=announcements(packages, converted.model, done.folder))
+        if on_complete is not None:
+            on_complete(done)
+        made = write_packages(converted, done.folder, packages)
+    return replace(
+        done, packages=made.packages, failures=done.failures | made.failures, notes=[*notes, *made.notes]
+    )
 
 
 def _perplexities(
-    source: TrainedCheckpoint, converted: CausalLM, device: torch.device | None
-) -> tuple[Perplexities | None, str | None]:
-    """Return the perplexities on the run's validation split, or None and the reason if that fails."""
-    found = None
+    source: TrainedCheckpoint,
+    converted: CausalLM,
+    report: ModelReport,
+    tokens: int | None,
+    device: torch.device | None,
+    described: Description,
+) -> tuple[ModelReport, str | None]:
+    """Return the report with perplexities on the run's validation split, and the reason if there are none."""
+    if tokens == 0:
+        return report, "switched off with --no-perplexity"
+    described.publish(report, INTERRUPTED)
+    measured = report
+
+    def keep(found: Perplexities) -> None:
+        nonlocal measured
+        measured = replace(report, **found._asdict())
+        described.publish(measured, None)
+
     failures: dict[str, str] = {}
     with collect_failure(failures, "perplexities"):
-        if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
-            raise DataError("the training data of imported weights is not known")
-        corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
-        trained_on = read_report(source.path.parent.parent)
-        changed = trained_on is not None and trained_on.change(corpus.report) is not None
-        if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
-            raise DataError("the data of this run has changed")
-        found = measure_perplexities(source.model, converted, corpus, source.config, device)
-    return found, failures.get("perplexities")
+        corpus = _corpus_of(source)
+        keep(measure_perplexities(source.model, converted, corpus, source.config, device, tokens, keep))
+    return measured, failures.get("perplexities")
+
+
+def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus:
+    """Return the data that a checkpoint was trained on.
+
+    Raises:
+        UserError: If it is not known, not available or has changed.
+    """
+    if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
+        raise DataError("the training data of imported weights is not known")
+    corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
+    trained_on = read_report(source.path.parent.parent)
+    changed = trained_on is not None and trained_on.change(corpus.report) is not None
+    if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
+        raise DataError("the data of this run has changed")
+    return corpus
+
+
+def _verify(
+    source: TrainedCheckpoint,
+    converted: CausalLM,
+    recipe: ConversionConfig,
+    report: ModelReport,
+    failures: dict[str, str],
+) -> list[Check]:
+    """Return the checks of ``--verify``, or none and the reason in ``failures`` if they fail to run."""
+    checks: list[Check] = []
+    with collect_failure(failures, "verify"):
+        checks.extend(_checks(source, converted, recipe, report))
+    return checks
 
 
 def _checks(
@@ -291,8 +283,8 @@ def _checks(
         check_steps(model if exact else converted, converted, tokens),
     ]
     key = str(model.config.max_length)
-    if key in report.ppl["parallel"] and key in report.ppl.get("recurrent", {}):
-        checks.append(check_gap(ppl_gap(report.ppl["parallel"][key], report.ppl["recurrent"][key])))
+    if key in report.ppl_gap.get("recurrent", {}):
+        checks.append(check_gap(report.ppl_gap["recurrent"][key]))
     return checks
 
 

@@ -13,7 +13,7 @@ from tnnlm.errors import command
 
 
 def show_conversion(done: ConversionResult, console: Console) -> None:
-    """Print the certificate, the perplexities of all variants, the checks, and the next command to run."""
+    """Print the certificate, the perplexities of all variants, the checks, and what is compiled next."""
     report = done.report
     title = f"{done.source.path} (step {done.source.step}), method {report.method}, horizon {report.horizon}"
     console.print(_layers(report, title))
@@ -32,14 +32,29 @@ def show_conversion(done: ConversionResult, console: Console) -> None:
     lines += [
         f"perplexity with {name}: not measured here: {why}" for name, why in report.not_measured.items()
     ]
+    lines += [
+        f"perplexity with {name}: measured with the taps of the recurrence; steps differ by {nats:.1e} nats "
+        "per token on a sample"
+        for name, nats in report.step_difference.items()
+    ]
     no_perplexities = f"no perplexities: {done.note}" if done.note else None
     lines += [f"note: {text}" for text in (no_perplexities, report.warning) if text]
     for check in done.checks:
         verdict = "ok" if check.passed else "FAILED"
         lines.append(f"verify: {check.name}: {check.error:.1e}, threshold {check.threshold:.0e}: {verdict}")
-    lines += [f"wrote {path}" for path in done.packages]
+    _print([*lines, *done.planned], console)
+
+
+def show_packages(done: ConversionResult, console: Console) -> None:
+    """Print the files that were compiled or exported, all failures, and the next command to run."""
+    lines = [f"wrote {path}" for path in done.packages]
+    lines += [f"note: {text}" for text in done.notes]
     lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
     lines.append(f"wrote {done.folder}/; next: {command('generate', '--model', done.folder)} --prompt TEXT")
+    _print(lines, console)
+
+
+def _print(lines: list[str], console: Console) -> None:
     for line in lines:
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
@@ -57,7 +72,7 @@ def _layers(report: ModelReport, title: str) -> Table:
 
 def _perplexities(report: ModelReport) -> Table:
     protocol = "" if report.protocol == "documents" else f", protocol {report.protocol}"
-    table = Table(title=f"perplexity (gap to parallel){protocol}")
+    table = Table(title=f"perplexity (gap to parallel ± standard error){protocol}")
     table.add_column("variant")
     for length in report.ppl["parallel"]:
         table.add_column(f"{length} tokens", justify="right")

@@ -30,13 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     check_replaceable(path)
     make_parents(path)
     remove_leftovers_once(path.parent)
-    temporary = temporary_path(path)
-    try:
-        temporary.touch()
-    except OSError as error:
-        if error.errno in OS_PROBLEMS:
-            raise
-        raise not_created(path, error, path.parent) from None
+    temporary = _new_file(path)
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -44,6 +38,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> Path:
+    """Create a temporary file for ``path`` and return its path.
+
+    What has its name already is left alone: in a folder that others can write to, it may be a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    while True:
+        temporary = temporary_path(path)
+        try:
+            os.close(os.open(temporary, flags, 0o666))
+            return temporary
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno in OS_PROBLEMS:
+                raise
+            raise not_created(path, error, path.parent) from None
 
 
 def flush_to_disk(path: Path) -> None:

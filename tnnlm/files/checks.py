@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: is a folder", "give the name of a file")
     check_replaceable(path)
     check_parents(path)
+
+
+def check_no_link(path: Path, remedy: str) -> None:
+    """Check that ``path`` is no symbolic link, which in the folder of a stranger may lead anywhere.
+
+    Args:
+        path: File or folder; it need not exist.
+        remedy: Remedy of the error.
+
+    Raises:
+        UserError: If it is a link; the message says where it leads to.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path}: is a symbolic link to {os.readlink(path)}", remedy)
 
 
 def check_replaceable(path: Path) -> None:

@@ -107,11 +107,13 @@ class TnnlmConfig(PreTrainedConfig):
         Transformers calls this with ``trust_remote_code=True`` too.
 
         Raises:
-            CheckpointError: If a file of the folder is damaged or was replaced, or if config.json names other
-                code than that of converted models, which Transformers would run next.
+            CheckpointError: If a file of the folder is damaged or was replaced, if config.json names other
+                code than that of converted models, which Transformers would run next, or if the folder holds
+                an adapter.
         """
         folder = Path(name, options.get("subfolder") or "")
         if folder.is_dir():
+            refuse_adapter(folder)
             verify_folder(folder, read_json(folder / "config.json", REMEDY), weights=False)
         found = super().from_pretrained(name, *rest, **options)
         config = found[0] if isinstance(found, tuple) else found
@@ -140,3 +142,16 @@ class TnnlmConfig(PreTrainedConfig):
 
     def _size(self, name: str) -> int | None:
         return None if self.model is None else int(self.model[name])
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, which Transformers loads by itself if PEFT is installed.
+
+    adapter_config.json names modules that PEFT imports, and other weights. No converted folder has one.
+
+    Raises:
+        CheckpointError: If the folder holds one.
+    """
+    path = folder / "adapter_config.json"
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: a converted model has no adapter", "delete it")

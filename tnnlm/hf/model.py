@@ -22,7 +22,7 @@ from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.checkpoints.manifest import REMEDY, verify_folder, warn_edited, write_checksums
 from tnnlm.checkpoints.weights import check_finite
 from tnnlm.hf.cache import RecurrentCache, StateLayer, state_layer
-from tnnlm.hf.config import TnnlmConfig
+from tnnlm.hf.config import TnnlmConfig, refuse_adapter
 from tnnlm.hf.generation import RecurrentGenerationMixin
 from tnnlm.inference.generator import PREFILL_CHUNK
 from tnnlm.models.causal_lm import CausalLM, ModelState
@@ -172,10 +172,12 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         """Load a model after the checksums of a local folder are verified.
 
         Raises:
-            CheckpointError: If a file of the folder is damaged or was replaced, or a weight is not finite.
+            CheckpointError: If a file of the folder is damaged or was replaced, it holds an adapter, or a
+                weight is not finite.
         """
         folder = Path(name or "", options.get("subfolder") or "")
         if name is not None and folder.is_dir():
+            refuse_adapter(folder)
             verify_folder(folder, read_json(folder / "config.json", REMEDY))
             warn_edited(folder)
         found: Any = super().from_pretrained(name, *rest, **options)

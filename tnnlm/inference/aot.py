@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.checksums import file_sha256
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import atomic_file, cache_root, write_text
@@ -65,6 +66,7 @@ class CompiledModel:
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
+        self.steps = model.steps
         self._run = run
         self._recurrences = recurrences(model)
 
@@ -84,6 +86,11 @@ def package_path(folder: Path, dtype: str) -> Path:
     return folder / f"step-{dtype}.pt2"
 
 
+def has_step(folder: Path | None, dtype: str) -> bool:
+    """Return whether a folder has a compiled step with weights of ``dtype``, wherever it was made."""
+    return folder is not None and package_path(folder, dtype).is_file()
+
+
 def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -> Path:
     """Compile ``step`` of a converted model into ``folder``, which takes up to a few minutes.
 
@@ -98,11 +105,14 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         Path of the package.
 
     Raises:
-        UserError: If there is no C++ compiler, the disk is full, memory runs out, or no record of the package
-            can be written to the cache; the package is then kept.
+        UserError: If there is no C++ compiler, the disk is full, memory runs out, ``fingerprint`` is that of
+            another model, or no record of the package can be written to the cache; the package is then kept.
     """
     check_compiler()
     check_compiler_cache()
+    # A folder may state the hash of another model, for which this package would then be recorded.
+    if model_fingerprint(model) != fingerprint:
+        raise UserError("config.json states the hash of another model", "convert again")
     from torch._inductor import aoti_compile_and_package
 
     replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
@@ -150,15 +160,15 @@ def check_compiler() -> None:
 
 
 def check_compiler_cache() -> None:
-    """Check that the folder from which the compiler loads what it compiled before belongs to this user.
+    """Check that the folder from which the compiler loads what it compiled before belongs to this user alone.
 
     Raises:
-        UserError: If it belongs to another user or everyone can write to it, because it holds native code.
+        UserError: If it belongs to another user or others can write to it, because it holds native code.
             The default is a folder of known name in the temporary folder, which anyone may have created.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(cache_dir())
+    folder = Path(cache_dir())  # PyTorch creates it here if it doesn't exist
     if folder.is_dir() and not is_own(folder):
         raise UserError(
             f"{folder}: the compiler's cache can be written by other users",
@@ -175,7 +185,8 @@ def load_step(
         model: Converted model, which runs batches and prompts.
         folder: Folder of the converted model.
         dtype: Dtype of the weights.
-        fingerprint: Hash of the model.
+        fingerprint: Hash of the weights in memory, before they are packed. That in config.json doesn't
+            suffice, because a stranger may state the hash of a model that was compiled here.
         trust: Whether a step that this machine didn't compile may run.
 
     Raises:

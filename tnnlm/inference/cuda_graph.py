@@ -88,6 +88,7 @@ class GraphedModel:
         self.embedding = model.embedding
         self.init_state = model.init_state
         self.prefill = model.prefill
+        self.steps = model.steps
         self._record = record or GraphRecorder(model.embedding.weight.device)
         self._fused = fused
         self._recurrences = recurrences(model)

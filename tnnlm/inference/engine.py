@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from tnnlm.checkpoints.converted import ConvertedModel
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.errors import UserError, one_line
-from tnnlm.inference.aot import CompiledModel, load_step
+from tnnlm.inference.aot import CompiledModel, has_step, load_step
 from tnnlm.inference.cuda_graph import GraphedModel
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear import DTYPES, cast_linear, replace_linears
@@ -80,8 +80,8 @@ def open_engine(
         converted: Converted model; it is moved to the device and its layers are replaced in place.
         folder: Folder that the model was loaded from, which may contain a compiled step.
         device: Device to run on.
-        dtype: Dtype of the weights of linear layers and head: float32, bfloat16 or int8. Embedding,
-            recurrences and states stay in float32.
+        dtype: Dtype of the weights of linear layers and head: float32, bfloat16, float16 or int8.
+            Embedding, recurrences and states stay in float32.
         engine: One of ``ENGINES``.
         trust: Whether a compiled step that this machine didn't make may run.
 
@@ -91,6 +91,10 @@ def open_engine(
     where = torch.device(device)
     _check_request(engine, dtype)
     model = converted.model.to(where)
+    # Before the layers are replaced: what was compiled for other weights must not run with these.
+    made_for = converted.fingerprint
+    if where.type == "cpu" and engine in ("auto", "compiled") and has_step(folder, dtype):
+        made_for = model_fingerprint(model)
     runs: CausalLM | CompiledModel | GraphedModel = model
     if engine == "eager":
         name, choice, reasons = "eager", Choice("plain", cast_linear), []
@@ -101,7 +105,7 @@ def open_engine(
     if engine in ("auto", "compiled", "graph"):
         try:
             if where.type == "cpu":
-                runs = _compiled(model, folder, dtype, engine, converted.fingerprint, trust)
+                runs = _compiled(model, folder, dtype, engine, made_for, trust)
             else:
                 runs = _graphed(model, where, engine)
             name, reasons = "graph" if isinstance(runs, GraphedModel) else "compiled", []
@@ -152,9 +156,12 @@ def _compiled(
         UserError: If it is not available.
     """
     if engine == "graph":
-        raise UserError("needs a GPU")
+        raise UserError("needs a GPU", "use another engine, or add --device cuda on a machine with a GPU")
     if folder is None:
-        raise UserError("no compiled step, because the model was not loaded from a folder")
+        raise UserError(
+            "no compiled step, because the model was not loaded from a folder",
+            "convert it with convert.py --compile, and load that folder",
+        )
     return load_step(model, folder, dtype, fingerprint, trust)
 
 
@@ -165,7 +172,7 @@ def _graphed(model: CausalLM, where: torch.device, engine: str) -> GraphedModel:
         UserError: If it is not available.
     """
     if engine == "compiled":
-        raise UserError("needs a CPU")
+        raise UserError("needs a CPU", "use another engine, or add --device cpu")
     try:
         return GraphedModel(model, fused=not why_not_fused(where))
     except (RuntimeError, AssertionError) as error:  # raised by torch where CUDA graphs are not supported

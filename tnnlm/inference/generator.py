@@ -7,85 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
+from tnnlm.inference.decoder import DecoderModel
+from tnnlm.inference.generation_state import Completion, GenerationState, TokenHistory, join
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams, sample
-from tnnlm.models.causal_lm import ModelState
+from tnnlm.inference.speculation import Sampler, Speculation, speculate
+from tnnlm.inference.speculation_batch import speculate_batch
 from tnnlm.models.vocabulary import mask_missing
 from tnnlm.tokenizer import TextTokenizer
+
+__all__ = ["MAX_NEW_TOKENS", "Completion", "GenerationState", "TextGenerator", "check_new_tokens", "join"]
 
 PREFILL_CHUNK = 512
 """Prompt tokens per parallel pass; it bounds memory and doesn't change results."""
 MAX_NEW_TOKENS = 10_000_000
 """Largest accepted number of new tokens."""
-
-
-@dataclass(frozen=True)
-class GenerationState:
-    """Batch of sequences in progress: recurrent states and logits of the next token.
-
-    It is immutable, so it can be forked.
-    """
-
-    model_state: ModelState
-    logits: Tensor
-    """Logits of the next token, (B, V)."""
-    lengths: tuple[int, ...]
-    """Number of tokens processed in each sequence."""
-    seconds: float
-    """Duration of the prefill in seconds."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Total number of tokens of all sequences."""
-        return sum(self.lengths)
-
-    def select(self, rows: Sequence[int]) -> GenerationState:
-        """Return the state of selected rows; ``[0] * n`` forks a single row n times."""
-        index = torch.tensor(list(rows), dtype=torch.long, device=self.logits.device)
-        lengths = tuple(self.lengths[row] for row in rows)
-        return GenerationState(
-            self.model_state.select(index), self.logits.index_select(0, index), lengths, self.seconds
-        )
-
-
-def join(states: Sequence[GenerationState]) -> GenerationState:
-    """Concatenate several states of one model into one batch."""
-    return GenerationState(
-        ModelState.join([state.model_state for state in states]),
-        torch.cat([state.logits for state in states]),
-        tuple(length for state in states for length in state.lengths),
-        max(state.seconds for state in states),
-    )
-
-
-@dataclass
-class Completion:
-    """Generated text with its tokens and timing; filled while the stream is consumed."""
-
-    state: GenerationState
-    """State after the last token that the model has processed."""
-    tokens: list[int] = field(default_factory=list)
-    chunks: list[str] = field(default_factory=list)
-    """Generated text in chunks; appending each of them to a string would take quadratic time."""
-    seconds: float = 0.0
-    """Seconds spent in ``step`` and sampling, without the time that the consumer takes between tokens."""
-
-    @property
-    def text(self) -> str:
-        """Generated text so far."""
-        return "".join(self.chunks)
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Mean seconds per generated token; 0 before the first token."""
-        return self.seconds / max(1, len(self.tokens))
 
 
 def check_new_tokens(n: int) -> None:
@@ -98,37 +39,22 @@ def check_new_tokens(n: int) -> None:
         raise UserError(f"max_new_tokens {n}: must be from 0 to {MAX_NEW_TOKENS:,}")
 
 
-class DecoderModel(Protocol):
-    """Protocol of models that decode: a converted ``CausalLM``, or one with a compiled or captured step."""
-
-    embedding: torch.nn.Embedding
-
-    def init_state(self, batch_size: int) -> ModelState:
-        """Return the state before the first token."""
-        ...
-
-    def prefill(
-        self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None, keep: int | None = None
-    ) -> tuple[Tensor, ModelState]:
-        """Process tokens (B, L) in parallel."""
-        ...
-
-    def step(
-        self, tokens: Tensor, state: ModelState, active: Tensor | None = None
-    ) -> tuple[Tensor, ModelState]:
-        """Process one token per row (B,)."""
-        ...
-
-
 class TextGenerator:
     """Text generator with a converted model and its tokenizer.
 
     :func:`tnnlm.inference.engine.open_engine` returns one with the fastest engine. ``fingerprint`` identifies
-    the model in saved states.
+    the model in saved states. ``speculation`` makes :meth:`stream` check several proposed tokens per pass.
     """
 
-    def __init__(self, model: DecoderModel, tokenizer: TextTokenizer, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: TextTokenizer,
+        fingerprint: str = "",
+        speculation: Speculation | None = None,
+    ) -> None:
         self.model = model
+        self.speculation = speculation
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = model.embedding.weight.device
@@ -209,7 +135,9 @@ class TextGenerator:
         assert logits is not None
         before = state.lengths if state else (0,) * len(rows)
         after = tuple(old + len(row) for old, row in zip(before, rows, strict=True))
-        return GenerationState(model_state, logits, after, time.perf_counter() - started)
+        known = state.history if state else tuple(TokenHistory() for _ in rows)
+        history = known and tuple(old.extended(row) for old, row in zip(known, rows, strict=True))
+        return GenerationState(model_state, logits, after, time.perf_counter() - started, history)
 
     def stream(
         self,
@@ -232,7 +160,8 @@ class TextGenerator:
         """
         check_new_tokens(max_new_tokens)
         record = Completion(state)
-        tokens = self._tokens(record, max_new_tokens, sampling, generator)
+        generate = self._tokens if self.speculation is None else self._speculated_tokens
+        tokens = generate(record, max_new_tokens, sampling, generator)
         return record, self._text_chunks(record, tokens)
 
     @torch.inference_mode()
@@ -252,6 +181,8 @@ class TextGenerator:
             UserError: If ``max_new_tokens`` is out of range.
         """
         check_new_tokens(max_new_tokens)
+        if self.speculation is not None and self.speculation.for_batches:
+            return self._speculated_batch(state, max_new_tokens, sampling, generator)
         records = [Completion(state) for _ in state.lengths]
         rows, current = list(range(len(records))), state
         started = time.perf_counter()
@@ -278,6 +209,33 @@ class TextGenerator:
             record.chunks = [self.tokenizer.decode(record.tokens, started=True)]
         return records
 
+    def _speculated_batch(
+        self, state: GenerationState, limit: int, sampling: SamplingParams, generator: torch.Generator | None
+    ) -> list[Completion]:
+        assert self.speculation is not None
+        started = time.perf_counter()
+        history = state.history or ((),) * len(state.lengths)
+        rows = speculate_batch(
+            self.model,
+            state.model_state,
+            state.logits,
+            limit,
+            self.tokenizer.eos_id,
+            lambda logits: sample(self.token_logits(logits), sampling, generator).tolist(),
+            [self.speculation.start(tokens, sampling, generator) for tokens in history],
+            self.speculation.costs(len(history), sampling),
+        )
+        seconds, records = time.perf_counter() - started, []
+        for index, row in enumerate(rows):
+            assert row.state is not None
+            assert row.logits is not None
+            after = state.select([index]).after(row.tokens, row.state, row.logits)
+            text = [self.tokenizer.decode(row.tokens, started=True)]
+            records.append(
+                Completion(after, row.tokens, text, seconds, row.passes, row.proposed, row.accepted)
+            )
+        return records
+
     def _text_chunks(self, record: Completion, tokens: Iterator[int]) -> Iterator[str]:
         for chunk in self.tokenizer.stream(tokens, started=True):
             record.chunks.append(chunk)
@@ -294,7 +252,27 @@ class TextGenerator:
                 if chosen == self.tokenizer.eos_id:
                     return
                 logits, model_state = self.model.step(token, record.state.model_state)
-            record.state = GenerationState(model_state, logits, (record.state.n_tokens + 1,), 0.0)
+            record.state = record.state.after([chosen], model_state, logits)
             record.tokens.append(chosen)
+            record.passes += 1
             record.seconds += time.perf_counter() - started
             yield chosen
+
+    def _speculated_tokens(
+        self, record: Completion, limit: int, sampling: SamplingParams, generator: torch.Generator | None
+    ) -> Iterator[int]:
+        assert self.speculation is not None
+        started, state = time.perf_counter(), record.state
+        proposer = self.speculation.start((state.history or ((),))[0], sampling, generator)
+        costs = self.speculation.costs(1, sampling)
+        chooser, eos_id = Sampler(self.token_logits, sampling, generator), self.tokenizer.eos_id
+        runs = speculate(self.model, state.model_state, state.logits, limit, eos_id, chooser, proposer, costs)
+        for run in runs:
+            record.state = record.state.after(run.tokens, run.state, run.logits)
+            record.tokens.extend(run.tokens)
+            record.passes += 1
+            record.proposed += run.proposed
+            record.accepted += len(run.tokens) - 1
+            record.seconds += time.perf_counter() - started
+            yield from run.tokens
+            started = time.perf_counter()

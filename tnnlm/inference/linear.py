@@ -2,13 +2,15 @@
 
 A decoding step reads every weight once, so a matrix-vector product is bound by memory bandwidth. Measured on
 one core, PyTorch's float32 product reads 15 GB/s, oneDNN with prepacked weights 27 GB/s, and the memory gives
-37 GB/s. Weights in bfloat16 or int8 halve or quarter the traffic; activations between layers, states and
-recurrences stay in float32. :mod:`tnnlm.inference.linear_choice` selects the layer for a device and dtype.
+37 GB/s. Weights in bfloat16 or float16 halve the traffic, and int8 quarters it; activations between layers,
+states and recurrences stay in float32. :mod:`tnnlm.inference.linear_choice` selects the layer for a device
+and dtype.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 """Supported dtypes of weights."""
 INT8_BLOCK = 32
 """Block size of the int8 operator: in_features and out_features must be multiples of it."""
@@ -50,29 +53,24 @@ class InferenceLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """Linear layer y = x W^T + b with bfloat16 weights; FBGEMM stores float16 and multiplies in float32.
+    """Linear layer y = x W^T + b with weights in float16 or bfloat16, which FBGEMM multiplies in float32.
 
-    The weights of each output are scaled by a power of two, such that the largest is between 2^14 and 2^15.
-    float16 then represents bfloat16 weights down to 2^-29 of the largest exactly, and smaller ones to within
-    2^-40 of it, which is below the rounding error of a float32 sum. An output with a weight that is not
-    finite is NaN, because FBGEMM would return a finite number.
+    FBGEMM stores float16. As :func:`to_float16` scales every output, it represents bfloat16 weights down to
+    2^-29 of the largest exactly, and smaller ones to within 2^-40 of it, which is below the rounding error of
+    a float32 sum. An output with a weight that is not finite is NaN, because FBGEMM would return a finite
+    number.
     """
 
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str = "float16") -> None:
         super().__init__()
-        rounded = weight.detach().bfloat16().double()
-        largest = rounded.abs().amax(1)
-        finite = largest.isfinite()
-        exponent = torch.frexp(largest.nan_to_num(0, 0, 0)).exponent.clamp(min=_SMALLEST_EXPONENT) - 15
-        scale = torch.ldexp(torch.ones_like(largest), exponent)
-        stored = (rounded / scale[:, None]).masked_fill(~finite[:, None], 0).float()
+        stored, scale = to_float16(weight.bfloat16() if dtype == "bfloat16" else weight)
         # The packed tensor is opaque and can't be stored in a state dict.
-        self._packed = torch.ops.quantized.linear_prepack_fp16(stored, None)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(stored.float(), None)
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
-        self.register_buffer("scale", scale.masked_fill(~finite, math.nan).float())
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,10 +87,10 @@ class HalfLinear(nn.Module):
 
 
 class NarrowLinear(nn.Module):
-    """Base of layers with weights in float32, bfloat16 or int8.
+    """Base of layers with weights in float32, bfloat16, float16 or int8.
 
-    Holds the rounded W (O, I), and in float32 a scale per output for int8 and the bias. Subclasses implement
-    the product.
+    Holds the rounded W (O, I), and in float32 a scale per output for float16 and int8, and the bias.
+    Subclasses implement the product.
     """
 
     weight: Tensor
@@ -101,12 +99,7 @@ class NarrowLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
         super().__init__()
-        scale = None
-        if dtype == "int8":
-            weight, scale = to_int8(weight)
-            scale = scale.float()
-        else:
-            weight = weight.detach().to(getattr(torch, dtype))
+        weight, scale = narrowed(weight, dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
@@ -119,7 +112,7 @@ class NarrowLinear(nn.Module):
 
 
 class WidenedLinear(NarrowLinear):
-    """Linear layer y = x W^T + b that converts bfloat16 or int8 weights to float32 one tile at a time.
+    """Linear layer y = x W^T + b that converts narrower weights to float32 one tile at a time.
 
     It runs on machines without an operator for such weights, and reads each weight from memory once.
     """
@@ -160,6 +153,70 @@ class Int8Linear(WidenedLinear):
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
 
+class QuantizedLinear(nn.Module):
+    """Linear layer y = x W^T + b with int8 weights; FBGEMM rounds the inputs to integers and sums exactly.
+
+    Each row of x is divided by its largest absolute value, so that it is rounded independently of the other
+    rows. A row's outputs are therefore bitwise identical in any batch. Without VNNI instructions, FBGEMM adds
+    pairs of products in 16 bits; inputs then have 7 bits instead of 8, so that no sum overflows.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        integers, scale = to_int8(weight)
+        with warnings.catch_warnings():
+            # PyTorch deprecates quantised tensors, which FBGEMM takes; without them the probe fails.
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(scale), dtype=torch.long)
+            quantized = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
+            # The packed tensor is opaque and can't be stored in a state dict.
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        levels = 127 if capability("fbgemm_8bit_inputs") else 63
+        self._step, self._zero = 1 / levels, levels + 1
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., I) -> (..., O), in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        # A row of zeros becomes NaN, which FBGEMM rounds to some integer, and zero times its output is zero.
+        largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)
+        y = self._multiply(rows / largest, self._step, self._zero, self._packed)
+        y = y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def narrowed(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Round W (O, I) to one of ``DTYPES``.
+
+    Returns:
+        Rounded W and, for float16 and int8, the scale of each output in float32, (O,).
+    """
+    if dtype == "float16":
+        return to_float16(weight)
+    if dtype == "int8":
+        integers, scale = to_int8(weight)
+        return integers, scale.float()
+    return weight.detach().to(getattr(torch, dtype)), None
+
+
+def to_float16(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round W (O, I) to float16 with a power of two per output as scale, (O,) in float32.
+
+    The largest weight of an output is between 2^14 and 2^15, so that weights of any size have the precision
+    of float16. The scale of an output with a weight that is not finite is NaN, and its weights are zero.
+    """
+    weight = weight.detach().float()
+    largest = weight.abs().amax(1)
+    finite = largest.isfinite()
+    exponent = torch.frexp(largest.nan_to_num(0, 0, 0)).exponent.clamp(min=_SMALLEST_EXPONENT) - 15
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    stored = (weight / scale[:, None]).masked_fill(~finite[:, None], 0).half()
+    return stored, scale.masked_fill(~finite, math.nan)
+
+
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise W (O, I) symmetrically to int8 with a scale per output, (O,) in bfloat16."""
     weight = weight.detach().float()
@@ -181,7 +238,8 @@ def replace_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.
 
 def cast_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> CastLinear:
     """Return a plain linear layer with weights of ``dtype``."""
-    layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    with without_weights():
+        layer = CastLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

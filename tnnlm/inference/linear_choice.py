@@ -21,6 +21,7 @@ from tnnlm.inference.linear import (
     HalfLinear,
     InferenceLinear,
     Int8Linear,
+    QuantizedLinear,
     WidenedLinear,
     cast_linear,
 )
@@ -60,14 +61,15 @@ def choose_linear(device: torch.device, dtype: str) -> Choice:
 
 
 def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
-    if dtype == "int8":
-        # PyTorch's int8 operator runs on GPUs too, but many times slower than a product in bfloat16.
-        raise UserError(
-            f"--dtype int8: PyTorch has no fast operator for it on {device.type}", "use --dtype bfloat16"
-        )
+    # PyTorch's int8 operator runs on GPUs too, but many times slower than a product in bfloat16. A product in
+    # float16 would also round the inputs to float16, and overflow beyond 65504.
+    if reason := {"int8": "no fast operator", "float16": "no product with float32 inputs"}.get(dtype):
+        raise UserError(f"--dtype {dtype}: PyTorch has {reason} on {device.type}", "use --dtype bfloat16")
     return Choice("plain", partial(cast_linear, dtype=getattr(torch, dtype)))
 
 
+_WITHOUT_AVX512 = not torch.cpu._is_avx512_supported()
+"""Whether FBGEMM gives a row the same bits in any batch: with AVX-512 some of its versions don't."""
 _ON_CPU = {
     "float32": (
         ("onednn_float32", Choice("oneDNN", partial(InferenceLinear, dtype=torch.float32), True)),
@@ -75,10 +77,15 @@ _ON_CPU = {
     ),
     "bfloat16": (
         ("onednn_bfloat16", Choice("oneDNN", partial(InferenceLinear, dtype=torch.bfloat16), True)),
-        ("fbgemm_float16", Choice("FBGEMM float16", HalfLinear, True)),
+        ("fbgemm_float16", Choice("FBGEMM float16", partial(HalfLinear, dtype="bfloat16"), _WITHOUT_AVX512)),
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="bfloat16"))),
     ),
+    "float16": (
+        ("fbgemm_float16", Choice("FBGEMM float16", HalfLinear, _WITHOUT_AVX512)),
+        ("", Choice("widened in tiles", partial(WidenedLinear, dtype="float16"))),
+    ),
     "int8": (
+        ("fbgemm_int8", Choice("FBGEMM int8", QuantizedLinear, True)),
         ("int8", Choice("int8", Int8Linear)),
         ("", Choice("widened in tiles", partial(WidenedLinear, dtype="int8"))),
     ),

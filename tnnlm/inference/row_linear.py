@@ -18,7 +18,7 @@ _BYTES = 4
 
 
 class RowLinear(NarrowLinear):
-    """Linear layer y = x W^T + b for one row, with W in float32, bfloat16 or int8."""
+    """Linear layer y = x W^T + b for one row, with W in one of ``DTYPES``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (1, I) -> (1, O)."""

@@ -55,10 +55,19 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
     Raises:
         UserError: If the largest logit of a row is not finite.
     """
-    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
-        raise UserError(NOT_FINITE, "check the model with convert.py --verify")
     if sampling.greedy:
+        check_finite(logits)
         return logits.argmax(-1)
+    return sample_from(probabilities(logits, sampling), generator)
+
+
+def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return the distribution (B, V), in float64, of the tokens of :func:`sample` unless it is greedy.
+
+    Raises:
+        UserError: If the largest logit of a row is not finite.
+    """
+    check_finite(logits)
     logits = tempered(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
@@ -68,5 +77,24 @@ def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator 
         # A token is kept if the mass before it is below p, so the most likely token is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return logits.softmax(-1)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Check that a token can be sampled from each row of logits (B, V).
+
+    Raises:
+        UserError: If the largest logit of a row is not finite.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):  # the maximum of a row with a NaN is NaN
+        raise UserError(NOT_FINITE, "check the model with convert.py --verify")
+
+
+def sample_from(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Sample a token of each row of distributions (B, V), which need not be normalised: -> (B,)."""
+    # Inverse transform sampling: torch.multinomial takes a random number for each token of the vocabulary.
+    mass = p.cumsum(-1)
+    uniform = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype, device=mass.device)
+    tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
+    # Rounding errors alone can give an index past the end.
+    return torch.where(tokens < mass.shape[1], tokens, p.argmax(-1))

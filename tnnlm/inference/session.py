@@ -55,6 +55,7 @@ class GenerationSession:
         dtype: str,
         engine: str,
         trust: Trust = NO_CODE,
+        speculate: str | None = None,
     ) -> GenerationSession:
         """Find and load a converted model.
 
@@ -63,7 +64,9 @@ class GenerationSession:
                 range.
         """
         limit_threads()
-        loaded = load_engine(target, runs_dir, device=device, dtype=dtype, engine=engine, trust=trust)
+        loaded = load_engine(
+            target, runs_dir, device=device, dtype=dtype, engine=engine, trust=trust, speculate=speculate
+        )
         return cls(loaded.generator, sampling, max_new_tokens, seed, loaded.info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
@@ -170,7 +173,7 @@ class GenerationSession:
         out.write("\n")
 
     def _measured(self, state: GenerationState, record: Completion) -> dict[str, Any]:
-        return {
+        measured = {
             "prompt_tokens": state.n_tokens,
             "new_tokens": len(record.tokens),
             "prefill_seconds": state.seconds,
@@ -179,6 +182,10 @@ class GenerationSession:
             "engine": str(self.engine),
             "engine_info": asdict(self.engine),
         }
+        if self.generator.speculation is not None:
+            measured["tokens_per_pass"] = record.tokens_per_pass
+            measured["accepted_share"] = record.accepted_share
+        return measured
 
     def _state_after(self, prompt: str | None) -> GenerationState:
         """Prefill the prompt on top of the current state; without a prompt, return the current state."""
@@ -219,5 +226,7 @@ class GenerationSession:
                 out.flush()
         if out is not None and out.isatty():
             speed = f"{len(record.tokens)} tokens, {1e3 * record.seconds_per_token:.1f} ms per token"
+            if self.generator.speculation is not None:
+                speed += f", {record.tokens_per_pass:.1f} tokens per pass"
             sys.stderr.write(f"\n[{speed}]")
         return record

@@ -20,12 +20,11 @@ from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_file
 from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.ops.recurrence import check_state, named_tensors, with_tensors
-from tnnlm.reading import check_regular
+from tnnlm.reading import ANOTHER, check_regular
 
 FORMAT = "tnnlm-state-2"
 FORMER = "tnnlm-state-1"
 """Format of versions that wrote no checksum."""
-_OTHER = "use another one"
 
 
 class SavedState(NamedTuple):
@@ -83,9 +82,9 @@ def load_state(path: Path, generator: TextGenerator) -> SavedState:
     except (SafetensorError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise CheckpointError(f"{path}: is not a saved state, or is corrupt", _OTHER) from None
+        raise CheckpointError(f"{path}: is not a saved state, or is corrupt", ANOTHER) from None
     if metadata.get("kind") not in (FORMAT, FORMER):
-        raise CheckpointError(f"{path}: is not a saved state of this version of generate.py", _OTHER)
+        raise CheckpointError(f"{path}: is not a saved state of this version of generate.py", ANOTHER)
     if metadata["kind"] == FORMER:
         not_verified(path)
     elif metadata.pop("checksum", None) != _checksum(tensors, metadata):

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,26 @@ def _fbgemm_float16(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
+def _fbgemm_int8(x: Tensor, weight: Tensor, levels: int = 63) -> Tensor:
+    scale = weight.abs().amax(1).double() / 127
+    integers = (weight / scale[:, None]).round().to(torch.int8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch deprecates quantised tensors
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(integers, scale, zeros, 0)
+        packed = torch.ops.quantized.linear_prepack(quantized, None)
+    step = float(x.abs().max()) / levels
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, step, levels + 1, packed)
+
+
+def _fbgemm_8bit_inputs() -> None:
+    # Pairs of the largest products exceed 16 bits, which saturate where FBGEMM has no VNNI instructions.
+    largest = torch.ones(3, 64)
+    error = float((_fbgemm_int8(largest, largest, levels=127) / 64 - 1).abs().max())
+    if not error <= 1e-3:
+        raise RuntimeError(f"16-bit sums overflow (relative error {error:.1e})")
+
+
 def _int8_linear(x: Tensor, weight: Tensor) -> Tensor:
     scale = weight.abs().amax(1) / 127
     integers = (weight / scale[:, None]).round().to(torch.int8)
@@ -196,6 +217,10 @@ PROBES = {
     "fbgemm_float16": Probe(
         "FBGEMM linear layers with float16 weights and float32 arithmetic", partial(_compare, _fbgemm_float16)
     ),
+    "fbgemm_int8": Probe(
+        "FBGEMM linear layers with int8 weights and 7-bit inputs", partial(_compare, _fbgemm_int8)
+    ),
+    "fbgemm_8bit_inputs": Probe("the same with 8-bit inputs", _fbgemm_8bit_inputs),
     "int8": Probe("weight-only int8 linear layers", partial(_compare, _int8_linear)),
     "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
     "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", check_cpp_compiler),

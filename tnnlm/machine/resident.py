@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, measured without slow imports for use in short processes."""
+"""Resident memory of this process and free memory, measured without slow imports for short processes."""
 
 from __future__ import annotations
 
@@ -27,3 +27,23 @@ def resident_peak() -> int:
 
         return int(psutil.Process().memory_info().peak_wset)
     return 0
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the memory in bytes that Linux can give to programs without swapping; None on other systems.
+
+    The limit of a container counts where its control group is mounted at its root, as is usual.
+
+    Args:
+        root: Root of the file system with ``proc`` and ``sys``.
+    """
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+        found.append(max(0, limit - used))
+    return min(found, default=None)

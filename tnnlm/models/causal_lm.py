@@ -6,7 +6,7 @@ projections, so that decoding can't drift from training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,8 +36,22 @@ class ModelState(NamedTuple):
         """Return the states of the batch rows with the given indices (R,); an index may be repeated."""
         return ModelState(
             tuple(
-                with_tensors(layer, (part.index_select(0, rows) for part in named_tensors(layer).values()))
+                with_tensors(
+                    layer,
+                    (
+                        _in_order([part], lambda parts: parts[0].index_select(0, rows))
+                        for part in named_tensors(layer).values()
+                    ),
+                )
                 for layer in self.layers
+            )
+        )
+
+    def copy(self) -> ModelState:
+        """Return a copy, with the same order of memory."""
+        return ModelState(
+            tuple(
+                with_tensors(layer, map(torch.clone, named_tensors(layer).values())) for layer in self.layers
             )
         )
 
@@ -47,8 +61,18 @@ class ModelState(NamedTuple):
         layers = []
         for parts in zip(*(state.layers for state in states), strict=True):
             tensors = zip(*(named_tensors(part).values() for part in parts), strict=True)
-            layers.append(with_tensors(parts[0], map(torch.cat, tensors)))
+            layers.append(with_tensors(parts[0], (_in_order(rows, torch.cat) for rows in tensors)))
         return cls(tuple(layers))
+
+
+def _in_order(parts: Sequence[Tensor], function: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Apply a function of rows to parts of a state, with a result in the order of memory of the parts.
+
+    A step on a CPU returns parts (B, E, N) with channels last in memory.
+    """
+    if any(part.dim() == 3 and part.stride(2) > part.stride(1) for part in parts):
+        return function([part.mT for part in parts]).mT
+    return function([*parts])
 
 
 def state_bytes(state: ModelState) -> int:
@@ -146,6 +170,33 @@ class CausalLM(Backbone):
         """
         x, state = self.advance(tokens, state, active)
         return self.logits(x), state
+
+    def steps(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, list[ModelState]]:
+        """Process K tokens per row (B, K) with one pass over the weights, and keep the state after each.
+
+        It is the pass that checks proposed tokens (:mod:`tnnlm.inference.speculation`). The recurrences take
+        K single steps; the linear layers see K times as many rows, so that their rounding may differ.
+
+        Returns:
+            Logits (B, K, V) and K states.
+
+        Raises:
+            CheckpointError: If the model is not converted.
+        """
+        x = self._embed(tokens)
+        before = iter(state.layers)
+        after: list[tuple[State, ...]] = [()] * tokens.shape[1]
+        for block in self.layers:
+            x, states = block.steps(x, tuple(islice(before, block.mixer.n_states)))
+            after = [(*earlier, *layer) for earlier, layer in zip(after, states, strict=True)]
+        return self.logits(x), [ModelState(layers) for layers in after]
+
+    def step_in_place(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Process one token per row like :meth:`step`; ``state`` must not be used afterwards.
+
+        Compiled models modify it, which saves memory traffic.
+        """
+        return self.step(tokens, state)
 
     def advance(
         self, tokens: Tensor, state: ModelState, active: Tensor | None = None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnnlm.errors import UserError
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
-from tnnlm.modules import BiConv, LongConv, RecurrentConv
+from tnnlm.modules import BiConv, LongConv, RecurrentConv, TapsConv
 from tnnlm.modules.fused import fused_parts
-from tnnlm.ops.recurrence import Params, to_device, within_turn, without_branches
+from tnnlm.ops.recurrence import Params, named_tensors, to_device, within_turn, without_branches
+from tnnlm.ops.ssm import SSMParams
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,6 +73,62 @@ def both_on(device: torch.device, model: M, converted: nn.Module) -> tuple[M, M]
     return parallel, attach(parallel, layers, shared=True)
 
 
+def in_parallel_form(converted: M, length: int, smallest_order: int) -> M:
+    """Return a copy of a converted model that shares its weights and convolves with the taps of recurrences.
+
+    A recurrence is linear, does not change with time and starts from zero. Its outputs on ``length`` tokens
+    are therefore the convolution with its first ``length`` effective taps, whatever kernel it was made from.
+    The taps are computed in float64 from the stored parameters. Evaluating a large recurrence so takes a
+    fraction of the time; recurrences with fewer than ``smallest_order`` real numbers of state per channel
+    are not replaced.
+
+    Args:
+        converted: Converted model.
+        length: Largest number of tokens that the copy is evaluated on.
+        smallest_order: Order from which on a recurrence is replaced.
+    """
+    return _with_convs(
+        converted,
+        {
+            module: TapsConv(_taps_until_zero(module, length))
+            for module in converted.modules()
+            if isinstance(module, RecurrentConv) and module.params.order() >= smallest_order
+        },
+    )
+
+
+@torch.no_grad()
+def with_fixed_taps(model: M, length: int) -> M:
+    """Return a copy of a model in its parallel form that shares its weights and holds ``length`` taps.
+
+    It has the same outputs on ``length`` tokens, and does not evaluate its kernels again for every batch.
+    """
+    convs = [module for module in model.modules() if isinstance(module, LongConv)]
+    return _with_convs(model, {conv: TapsConv(conv.kernel(length)) for conv in convs})
+
+
+def _with_convs(model: M, replaced: Mapping[nn.Module, nn.Module]) -> M:
+    """Return a copy of a model with other convolutions, which shares all modules that contain none of them.
+
+    Packed layers, for example, can't be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if module in replaced:
+            memo[id(module)] = replaced[module]
+        elif not any(part in replaced for part in module.modules()):
+            memo[id(module)] = module
+    return copy.deepcopy(model, memo)
+
+
+def _taps_until_zero(conv: RecurrentConv, length: int) -> Tensor:
+    """Return the effective taps of a recurrence in the dtype of its state, without zeros at the end."""
+    state = next(iter(named_tensors(conv.init_state(1)).values()))
+    k = conv.params.taps(length)
+    used = int(k.abs().amax(0).nonzero().max()) + 1 if bool(k.any()) else 1
+    return k[:, :used].to(state.dtype)
+
+
 def all_decay(model: nn.Module) -> bool:
     """Return whether every kernel of a model in its parallel form states a decay.
 
@@ -97,13 +154,17 @@ def in_recurrent_form(model: CausalLM, convs: Sequence[RecurrentConv]) -> Iterat
 
 
 @contextmanager
-def within_turns(model: CausalLM) -> Iterator[None]:
+def within_turns(model: CausalLM, by_mode: bool = False) -> Iterator[None]:
     """Omit the work for later tokens within a ``with`` block.
 
     Steps of a converted model then have no branches. :func:`tnnlm.ops.recurrence.work_ahead` must be applied
     to the state after each.
+
+    Args:
+        model: Converted model.
+        by_mode: Whether recurrences with few modes take a state of :class:`tnnlm.ops.ssm_modes.ModesState`.
     """
-    convs = [RecurrentConv(within_turn(params)) for params in recurrences(model)]
+    convs = [RecurrentConv(within_turn(params, by_mode)) for params in recurrences(model)]
     with in_recurrent_form(model, convs):
         yield
 
@@ -124,6 +185,15 @@ def fused_steps(model: CausalLM) -> Iterator[None]:
     finally:
         for block, name, original in originals:
             setattr(block, name, original)
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Store the parameters of recurrences in the order of memory in which a step on a CPU reads them."""
+    for module in model.modules():
+        if isinstance(module, RecurrentConv) and isinstance(module.params, SSMParams):
+            for name, buffer in module.named_buffers():
+                if buffer.dim() > 1:
+                    setattr(module, name, buffer.movedim(0, -1).contiguous().movedim(-1, 0))
 
 
 def use_windows(model: CausalLM) -> None:

@@ -4,7 +4,7 @@ from tnnlm.modules.block import Block, build_block
 from tnnlm.modules.context_conv import ContextConv
 from tnnlm.modules.glu import GLU
 from tnnlm.modules.hyena import HyenaMixer, ShortConv
-from tnnlm.modules.long_conv import BiConv, LongConv
+from tnnlm.modules.long_conv import BiConv, LongConv, TapsConv
 from tnnlm.modules.mixer import GatedMixer
 from tnnlm.modules.mlp import MLP
 from tnnlm.modules.norm import SimpleRMSNorm, final_norm
@@ -24,6 +24,7 @@ __all__ = [
     "S4Mixer",
     "ShortConv",
     "SimpleRMSNorm",
+    "TapsConv",
     "build_block",
     "final_norm",
 ]

@@ -73,6 +73,11 @@ class Block(nn.Module):
         y, states = self.mixer.step(self.norm(x), states, active)
         return self._mix_channels(x + self.dropout(y)), states
 
+    def steps(self, x: Tensor, states: tuple[State, ...]) -> tuple[Tensor, list[tuple[State, ...]]]:
+        """Process K tokens x (B, K, D) and return outputs and the states after each token."""
+        y, after = self.mixer.steps(self.norm(x), states)
+        return self._mix_channels(x + self.dropout(y)), after
+
     def _mix_channels(self, x: Tensor) -> Tensor:
         return x if self.glu is None else x + self.dropout(self.glu(self.glu_norm(x)))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnnlm.modules.long_conv import BiConv, LongConv
 from tnnlm.modules.recurrent_conv import RecurrentConv
-from tnnlm.ops.recurrence import State
+from tnnlm.ops.recurrence import State, steps
 from tnnlm.ops.ssm import SSMParams, SSMState
 from tnnlm.precision import KeepsFloat32
 
@@ -61,6 +61,12 @@ class ShortConv(KeepsFloat32):
         with torch.autocast(x.device.type, enabled=False):
             y, state = self.params.step(x, state, active)
             return y + self.bias.to(y.dtype), state
+
+    def steps(self, x: Tensor, state: SSMState) -> tuple[Tensor, list[State]]:
+        """Process K tokens x (B, K, E) and keep each state; see :func:`tnnlm.ops.recurrence.steps`."""
+        with torch.autocast(x.device.type, enabled=False):
+            y, states = steps(self.params, x, state)
+            return y + self.bias.to(y.dtype), states
 
 
 class HyenaMixer(nn.Module):
@@ -117,3 +123,12 @@ class HyenaMixer(nn.Module):
         gate, factor, value = u.chunk(3, dim=-1)
         y, long = self.conv.step(factor * value, long, active)
         return self.out_proj(gate * y), (short, long)
+
+    def steps(self, x: Tensor, states: tuple[State, ...]) -> tuple[Tensor, list[tuple[State, ...]]]:
+        """Process K tokens x (B, K, D) and return outputs and the states after each token."""
+        short, long = states
+        assert isinstance(short, SSMState)
+        u, shorts = self.short.steps(self.in_proj(x), short)
+        gate, factor, value = u.chunk(3, dim=-1)
+        y, longs = self.conv.steps(factor * value, long)
+        return self.out_proj(gate * y), list(zip(shorts, longs, strict=True))

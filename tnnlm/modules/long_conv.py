@@ -1,4 +1,4 @@
-"""Parallel form of a long convolution, causal or bidirectional: the taps of a kernel applied by FFT."""
+"""Parallel form of a long convolution, causal or bidirectional: taps applied by FFT."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class ParallelConv(nn.Module):
         """Raise an error: the parallel form has no state."""
         raise _not_converted()
 
+    def steps(self, x: Tensor, state: State) -> NoReturn:
+        """Raise an error: the parallel form has no state."""
+        raise _not_converted()
+
 
 def _not_converted() -> CheckpointError:
     return CheckpointError(
@@ -48,6 +52,21 @@ class LongConv(ParallelConv):
         ``features`` of the kernel are passed to it, if the model has computed them already.
         """
         return toeplitz(x, self.kernel(x.shape[1], *features))
+
+
+class TapsConv(ParallelConv):
+    """Causal convolution of each channel with fixed taps, the parallel form of a recurrence."""
+
+    taps: Tensor
+
+    def __init__(self, taps: Tensor) -> None:
+        """Hold the taps (E, K), index = lag; later taps are zero."""
+        super().__init__()
+        self.register_buffer("taps", taps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (B, L, E) for x (B, L, E)."""
+        return toeplitz(x, self.taps)
 
 
 class BiConv(ParallelConv):

@@ -60,6 +60,12 @@ class GatedMixer(nn.Module):
         y, state = self.conv.step(value, states[0], active)
         return self.out_proj(gate * y), (state,)
 
+    def steps(self, x: Tensor, states: tuple[State, ...]) -> tuple[Tensor, list[tuple[State, ...]]]:
+        """Process K tokens x (B, K, D) and return outputs and the states after each token."""
+        gate, value = self._project(x)
+        y, after = self.conv.steps(value, states[0])
+        return self.out_proj(gate * y), [(state,) for state in after]
+
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return torch.nn.functional.silu(self.in_proj(x)).chunk(2, dim=-1)
 

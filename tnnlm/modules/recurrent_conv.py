@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnnlm.ops.recurrence import Params, State
+from tnnlm.ops.recurrence import Params, State, steps
 from tnnlm.precision import KeepsFloat32
 
 
@@ -45,6 +45,11 @@ class RecurrentConv(KeepsFloat32):
         """Process one token x (B, E); see :meth:`tnnlm.ops.recurrence.Recurrence.step`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.params.step(x, state, active)
+
+    def steps(self, x: Tensor, state: State) -> tuple[Tensor, list[State]]:
+        """Process K tokens x (B, K, E) and keep each state; see :func:`tnnlm.ops.recurrence.steps`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return steps(self.params, x, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Poles follow device moves but no casts: prefill raises them to high powers.

@@ -49,6 +49,11 @@ class S4Mixer(nn.Module):
         y, state = self.conv.step(x, states[0], active)
         return self._project(y), (state,)
 
+    def steps(self, x: Tensor, states: tuple[State, ...]) -> tuple[Tensor, list[tuple[State, ...]]]:
+        """Process K tokens x (B, K, D) and return outputs and the states after each token."""
+        y, after = self.conv.steps(x, states[0])
+        return self._project(y), [(state,) for state in after]
+
     def _project(self, y: Tensor) -> Tensor:
         out: Tensor = self.out_proj(nn.functional.gelu(y))
         return nn.functional.glu(out, dim=-1) if self.gated else out

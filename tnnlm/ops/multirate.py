@@ -10,6 +10,7 @@ token, so rounding errors don't grow. Dimensions: B batch, L length, E channels,
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,11 @@ class MultirateParams(NamedTuple):
             recent = torch.where(active[:, None, None], recent, state.recent)
             clock = torch.where(active[:, None], clock, state.clock)
         return y.to(x.dtype), state._replace(recent=recent, clock=clock)
+
+    def tokens_to_next_turn(self, state: MultirateState) -> int:
+        """Return the smallest number of tokens of a row to the end of its turn, at least 1."""
+        turn = self._turn()
+        return turn - int(state.clock[:, 0].amax()) if turn else sys.maxsize
 
     def work_ahead(self, state: MultirateState) -> MultirateState:
         """Return the state after the work for the next turn that is due; the turn begins if the other ended.

@@ -6,6 +6,7 @@ NamedTuple. Modules, conversion and checkpoints use recurrences through this pro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.ops.multirate import MultirateParams, MultirateWithinTurn
 from tnnlm.ops.ssm import SSMParams, SSMState
+from tnnlm.ops.ssm_modes import MOST_MODES, SSMByMode
 from tnnlm.ops.turns import MultirateState
 
 _State = TypeVar("_State")
@@ -86,6 +88,22 @@ _RECURRENCES: tuple[type[SSMParams] | type[CompanionParams] | type[MultiratePara
 )
 
 
+def steps(params: Params, x: Tensor, state: State) -> tuple[Tensor, list[State]]:
+    """Process K tokens x (B, K, E) one after the other, and keep the state after each.
+
+    Outputs and states are those of K calls of ``step``, bit for bit.
+
+    Returns:
+        Outputs (B, K, E), and K states.
+    """
+    outputs, states = [], list[State]()
+    for token in x.unbind(1):
+        y, state = params.step(token, state)
+        outputs.append(y)
+        states.append(state)
+    return torch.stack(outputs, dim=1), states
+
+
 def named_tensors(state: State) -> dict[str, Tensor]:
     """Return the tensors of a state by name, in order; those of a tuple have the names ``field.0``, ..."""
     named: dict[str, Tensor] = {}
@@ -133,11 +151,24 @@ def work_ahead(layers: Sequence[Params], states: Sequence[State]) -> tuple[State
     )
 
 
-def within_turn(params: Params) -> Params:
+def tokens_to_work_ahead(params: Params, state: State) -> int:
+    """Return the number of tokens after which :func:`work_ahead` must be applied at the latest.
+
+    It reads a number from the device of the state for each layer that has such work.
+    """
+    if isinstance(params, MultirateParams) and isinstance(state, MultirateState):
+        return params.tokens_to_next_turn(state)
+    return sys.maxsize
+
+
+def within_turn(params: Params, by_mode: bool = False) -> Params:
     """Return the recurrence without the work for later tokens.
 
-    Its steps have no branches, and :func:`work_ahead` must be applied after each.
+    Its steps have no branches, and :func:`work_ahead` must be applied after each. With ``by_mode``, those of
+    a diagonal recurrence with few modes take a state of :class:`tnnlm.ops.ssm_modes.ModesState`.
     """
+    if by_mode and isinstance(params, SSMParams) and 0 < params.residues.shape[2] <= MOST_MODES:
+        return SSMByMode(*params)
     return MultirateWithinTurn(*params) if isinstance(params, MultirateParams) else params
 
 
@@ -151,10 +182,10 @@ def without_branches(params: Params) -> Params:
 
 
 def read_parts(state: State) -> list[Tensor]:
-    """Return the parts of a state that a step :func:`within_turn` reads."""
+    """Return the parts of a state that a step :func:`within_turn` reads, in their order in memory."""
     if isinstance(state, MultirateState):
         return [getattr(state, name) for name in MultirateWithinTurn.READ]
-    return [*state]
+    return _turned(state, state)
 
 
 def with_read_parts(state: _State, parts: Iterator[Tensor]) -> _State:
@@ -163,10 +194,10 @@ def with_read_parts(state: _State, parts: Iterator[Tensor]) -> _State:
 
 
 def changed_parts(state: State) -> list[Tensor]:
-    """Return the parts of a state that a step :func:`within_turn` changes."""
+    """Return the parts of a state that a step :func:`within_turn` changes, in their order in memory."""
     if isinstance(state, MultirateState):
         return [getattr(state, name) for name in MultirateWithinTurn.CHANGED]
-    return [*state]
+    return _turned(state, state)
 
 
 def with_changed_parts(state: _State, parts: Iterator[Tensor]) -> _State:
@@ -177,8 +208,14 @@ def with_changed_parts(state: _State, parts: Iterator[Tensor]) -> _State:
 def _with(state: _State, of_multirate: tuple[str, ...], parts: Iterator[Tensor]) -> _State:
     changed: Any = state
     names = of_multirate if isinstance(state, MultirateState) else changed._fields
-    made: _State = changed._replace(**{name: next(parts) for name in names})
+    given = _turned(state, [next(parts) for _ in names])
+    made: _State = changed._replace(**dict(zip(names, given, strict=True)))
     return made
+
+
+def _turned(state: Any, parts: Iterable[Tensor]) -> list[Tensor]:
+    """Return parts of a state with channels last in place of second, or the reverse, if a step turns them."""
+    return [part.mT for part in parts] if isinstance(state, SSMState) else [*parts]
 
 
 def to_device(params: Params, device: torch.device | str) -> Params:

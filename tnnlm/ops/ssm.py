@@ -70,19 +70,19 @@ class SSMParams(NamedTuple):
             Outputs (B, E) in the dtype of ``x``, and the state after the token.
         """
         u = x.to(state.real.dtype)
-        y, (window, real, imag) = torch.zeros_like(u), state
+        window, real, imag = before = [_channels_last(part) for part in state]
+        y = torch.zeros_like(u)
         if self.residues.shape[2]:
             y, real, imag = _step_modes(self, u, real, imag)
         if self.window.shape[1]:
-            recent = torch.cat((u.unsqueeze(-1), window), dim=-1)
-            y = y + torch.einsum("bep,ep->be", recent, self.window)
-            window = recent[..., :-1]
+            recent = torch.cat((u.unsqueeze(1), window), dim=1)
+            y = y + (recent * self.window.mT).sum(1)
+            window = recent[:, :-1]
+        after = [window, real, imag]
         if active is not None:
             row = active[:, None, None]
-            window, real, imag = (
-                torch.where(row, new, old) for new, old in zip((window, real, imag), state, strict=True)
-            )
-        return y.to(x.dtype), SSMState(window, real, imag)
+            after = [torch.where(row, new, old) for new, old in zip(after, before, strict=True)]
+        return y.to(x.dtype), SSMState(*(part.mT for part in after))
 
     def prefill(self, x: Tensor, state: SSMState, lengths: Tensor | None = None) -> tuple[Tensor, SSMState]:
         """Process L tokens in blocks: a convolution within each block, two matrix products between blocks.
@@ -165,8 +165,18 @@ class SSMParams(NamedTuple):
         return SSMParams(self.window.to(kept), self.poles.double(), self.residues.to(kept))
 
 
+def _channels_last(part: Tensor) -> Tensor:
+    """Return (B, E, N) as (B, N, E), in the order of memory in which a CPU vectorises over the channels.
+
+    States that a step returns have this order already.
+    """
+    turned = part.mT
+    kept = turned.stride(-1) == 1 or turned.device.type != "cpu" or torch.compiler.is_exporting()
+    return turned if kept else turned.contiguous()
+
+
 def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs Re sum c s (B, E), and the next state s = lam s + u as planes (B, E, N).
+    """Return the outputs Re sum c s (B, E), and the next state s = lam s + u as planes (B, N, E).
 
     The float64 poles are split into two numbers of the state's dtype, a coarse and a fine part. The fine part
     is added first, because added last it would be rounded away, and the phase error of a rounded pole grows
@@ -175,12 +185,18 @@ def _step_modes(params: SSMParams, u: Tensor, s_re: Tensor, s_im: Tensor) -> tup
     dtype = s_re.dtype
     coarse = params.poles.to(dtype)
     fine = (params.poles - coarse).to(dtype)
-    (re, im), (re_fine, im_fine) = coarse.unbind(-2), fine.unbind(-2)
-    after_re = torch.addcmul(u.unsqueeze(-1), re_fine, s_re).addcmul_(im_fine, s_im, value=-1)
+    (re, im), (re_fine, im_fine) = (_planes(part) for part in (coarse, fine))
+    after_re = torch.addcmul(u.unsqueeze(1), re_fine, s_re).addcmul_(im_fine, s_im, value=-1)
     after_re = after_re.addcmul_(re, s_re).addcmul_(im, s_im, value=-1)
     after_im = (re_fine * s_im).addcmul_(im_fine, s_re).addcmul_(re, s_im).addcmul_(im, s_re)
-    c_re, c_im = params.residues.unbind(-2)
+    c_re, c_im = _planes(params.residues)
     # Real and imaginary products are combined for each mode before the sum: their separate sums are large and
     # cancel.
-    y = (after_re * c_re).addcmul_(after_im, c_im, value=-1).sum(-1)
+    y = (after_re * c_re).addcmul_(after_im, c_im, value=-1).sum(1)
     return y, after_re, after_im
+
+
+def _planes(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the planes of ([E,] 2, N) as two tensors (N, E), or (N, 1) for all channels together."""
+    re, im = (numbers if numbers.dim() == 3 else numbers.unsqueeze(0)).permute(1, 2, 0)
+    return re, im

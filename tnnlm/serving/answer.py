@@ -12,6 +12,7 @@ SCORED_BYTES = 48
 """Bytes of the log-probability of a token, with its text and its offset."""
 ALTERNATIVE_BYTES = 40
 """Bytes of one entry of ``top_logprobs``."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def answer_bytes(tokens: int, logprobs: int | None) -> int:
@@ -60,4 +61,4 @@ def to_json(value: Any) -> str:
     Raises:
         ValueError: If a number is not finite.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)

@@ -15,14 +15,11 @@ from tnnlm.models.causal_lm import ModelState
 from tnnlm.serving.sampler import SequenceSampler, sample_batch
 from tnnlm.serving.sequence import GeneratedSequence
 
-LEAST_ROWS = 2
-"""Minimum number of rows in a batch.
+REPRODUCIBLE_ROWS = 2
+"""Minimum number of rows in a batch whose sequences have the same bits under any load.
 
-Matrix products of a single row use another routine, which rounds differently. With an idle row added, the
-packed engine gives a sequence bitwise identical outputs under any load.
+A single row runs in the compiled step, or in another routine for matrix products, which round differently.
 """
-
-
 LEAST_PAUSE = 0.01
 """Seconds between two steps that prefill may always take."""
 
@@ -43,7 +40,14 @@ class StepOutput(NamedTuple):
 class RunningBatch:
     """Running batch with constant memory per sequence, whatever its length."""
 
-    def __init__(self, generator: TextGenerator) -> None:
+    def __init__(self, generator: TextGenerator, reproducible: bool = False) -> None:
+        """Create an empty batch.
+
+        Args:
+            generator: Text generator with the model and its tokenizer.
+            reproducible: Whether a single sequence gets an idle row; see :data:`REPRODUCIBLE_ROWS`.
+        """
+        self._least_rows = REPRODUCIBLE_ROWS if reproducible else 1
         self._model, self._device = generator.model, generator.device
         self._token_logits = generator.token_logits
         self._idle = SequenceSampler(SamplingParams(temperature=0), generator.tokenizer.size)
@@ -95,7 +99,7 @@ class RunningBatch:
         if kept:
             assert self._state is not None
             states.insert(0, self._state.select(torch.tensor(kept, device=self._device)))
-        idle = LEAST_ROWS - len(sequences) if sequences else 0
+        idle = self._least_rows - len(sequences) if sequences else 0
         if idle > 0:
             sequences += [None] * idle
             states.append(self._model.init_state(idle))

@@ -22,10 +22,14 @@ UNREAD = "the client reads too slowly, its buffer is full"
 """Error of a stream whose client does not read."""
 PIECE = 256
 """Log-probabilities that are formatted at once."""
+WRITE = 1 << 16
+"""Bytes of events that are written at once."""
 _LONG = 1 << 16
 _OUTPUT_BYTES = 512
 _SCORE_BYTES = 120
 """Memory of an output and of one entry of its log-probabilities in bytes, about."""
+_REST = b',"logprobs":null,"finish_reason":null}]}\n\n'
+"""End of the event of a running sequence, after its text."""
 _encoder = ThreadPoolExecutor(1, "encoder")
 _Result = TypeVar("_Result")
 
@@ -72,6 +76,12 @@ class CompletionResponse:
             "created": int(time.time()),
             "model": model,
         }
+        start = f"data: {to_json(self._head)[:-1]},"
+        self._starts = {
+            sequence: f'{start}"choices":[{{"index":{index},"text":'.encode()
+            for sequence, index in self._index.items()
+        }
+        """Beginning of the event of a running sequence, before its text."""
 
     @property
     def name(self) -> str:
@@ -97,27 +107,38 @@ class CompletionResponse:
         self.queue.put_nowait(output)
         return not self._unread
 
-    async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """Yield outputs in order until all sequences have finished; merge queued outputs of a sequence.
+    async def outputs(self) -> AsyncIterator[list[SequenceOutput]]:
+        """Yield the outputs that are queued until all sequences have finished, in order for each sequence.
+
+        Consecutive outputs of a sequence are merged.
 
         Raises:
             SequenceError: If a sequence failed.
         """
         while self._open:
-            new = [await self.queue.get()]
-            while not self.queue.empty():
-                new.append(self.queue.get_nowait())
-            self._held = 0
-            queued: dict[GeneratedSequence, list[SequenceOutput]] = {}
-            for output in new:
-                queued.setdefault(output.sequence, []).append(output)
-            for output in (piece for outputs in queued.values() for piece in _pieces(outputs)):
+            ready: list[SequenceOutput] = []
+            for output in await self._queued():
                 if output.finish == "error":
+                    yield ready
                     raise SequenceError(output.error)
                 self._tokens += output.tokens
                 if output.finish:
                     self._open.discard(output.sequence)
-                yield output
+                ready.append(output)
+            yield ready
+
+    async def _queued(self) -> list[SequenceOutput]:
+        """Wait for outputs; return all that are queued, in order for each sequence."""
+        first = await self.queue.get()
+        if self.queue.empty():
+            self._held = 0
+            return [first]
+        queued = {first.sequence: [first]}
+        while not self.queue.empty():
+            output = self.queue.get_nowait()
+            queued.setdefault(output.sequence, []).append(output)
+        self._held = 0
+        return [piece for outputs in queued.values() for piece in _pieces(outputs)]
 
     async def whole(self) -> bytes:
         """Return the complete response as JSON, for a request without ``stream``.
@@ -129,14 +150,15 @@ class CompletionResponse:
         choices = {sequence: EncodedChoice(echo) for sequence, echo in self._echo.items()}
         finishes: dict[GeneratedSequence, str | None] = {}
         size = sum(choice.size for choice in choices.values())
-        async for output in self.outputs():
-            choice = choices[output.sequence]
-            size -= choice.size
-            await self._add(choice, output)
-            size += choice.size
-            if size > self._most:
-                raise AnswerTooLargeError
-            finishes[output.sequence] = output.finish
+        async for outputs in self.outputs():
+            for output in outputs:
+                choice = choices[output.sequence]
+                size -= choice.size
+                await self._add(choice, output)
+                size += choice.size
+                if size > self._most:
+                    raise AnswerTooLargeError
+                finishes[output.sequence] = output.finish
 
         def encoded() -> bytes:
             parts = [choice.encode(self._index[of], finishes[of]) for of, choice in choices.items()]
@@ -146,7 +168,7 @@ class CompletionResponse:
         return await _off_loop(size > _LONG, encoded)
 
     async def stream(self, usage: bool, timing: bool) -> AsyncIterator[bytes]:
-        """Yield the response as server-sent events, up to ``[DONE]``.
+        """Yield the response as server-sent events, up to ``[DONE]``; events that are ready are one write.
 
         Raises:
             SequenceError: If a sequence failed.
@@ -154,14 +176,25 @@ class CompletionResponse:
         for sequence, echo in self._echo.items():
             if echo:
                 yield await self._chunk(SequenceOutput(sequence, echo), False)
-        async for output in self.outputs():
-            if output.text or output.finish or output.scores or timing:
-                yield await self._chunk(output, timing)
+        async for outputs in self.outputs():
+            events = bytearray()
+            for output in outputs:
+                if output.text or output.finish or output.scores or timing:
+                    events += await self._chunk(output, timing)
+                if len(events) > WRITE:
+                    yield bytes(events)
+                    events.clear()
+            if events:
+                yield bytes(events)
         if usage:
             yield event(self._head | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
     async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
+        plain = output.sequence.logprobs is None and not (timing or output.finish or _slow(output))
+        if plain:  # as nearly all are, so that they are assembled from parts
+            return self._starts[output.sequence] + to_json(output.text).encode() + _REST
+
         def encoded() -> bytes:
             choice = {
                 "index": self._index[output.sequence],

@@ -121,14 +121,19 @@ def draw_tokens(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     if drawn:
         chosen = [rows[i] for i in drawn]
         temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
-        scaled = tempered(logits[drawn], temperatures.to(logits.device))
+        some = logits if len(drawn) == len(rows) else logits[drawn]
+        scaled = tempered(some, temperatures.to(logits.device))
         for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
-            tokens[i] = token
+            # Rounding errors alone can give an index past the end; the most likely token is kept then.
+            tokens[i] = token if token < logits.shape[1] else tokens[i]
     return tokens
 
 
 def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
-    """Sample from logits (B, V) in float64 by inverse transform sampling with one uniform number per row."""
+    """Sample from logits (B, V) in float64 by inverse transform sampling with one uniform number per row.
+
+    Rounding errors alone can give V, one past the last token.
+    """
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k > 0 or row.sampling.top_p < 1]
     if cut:
         some = logits[cut]
@@ -136,9 +141,7 @@ def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
         logits[cut] = some.masked_fill(some < least[:, None], -math.inf)
     mass = logits.softmax(-1).cumsum(-1)
     uniform = mass.new_tensor([row.uniform() for row in rows])[:, None]
-    tokens = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]
-    # Rounding errors alone can give an index past the end.
-    return torch.where(tokens < logits.shape[1], tokens, logits.argmax(-1)).tolist()
+    return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0].tolist()
 
 
 def least_kept(logits: Tensor, settings: Sequence[SamplingParams]) -> Tensor:

@@ -48,6 +48,7 @@ class Scheduler:
         deliver: Callable[[list[SequenceOutput]], None],
         executor: Executor | None = None,
         log: EventLog | None = None,
+        reproducible: bool = False,
     ) -> None:
         """Set up the scheduler without starting it.
 
@@ -60,6 +61,8 @@ class Scheduler:
                 of workers for each thread that ran an operator; once the workers outnumber the cores, none
                 waits actively (measured: steps take 1.5 times as long). None creates an executor.
             log: Log of the server; None creates one.
+            reproducible: Whether outputs have the same bits under any load; see
+                :class:`tnnlm.serving.settings.Settings`.
         """
         self.limits, self.metrics = limits, metrics
         self.row_bytes = state_bytes(generator.model.init_state(1))
@@ -69,7 +72,7 @@ class Scheduler:
         self._deliver, self._log = deliver, log or EventLog()
         self._eos, self._token_logits = generator.tokenizer.eos_id, generator.token_logits
         self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
-        self._batch = RunningBatch(generator)
+        self._batch = RunningBatch(generator, reproducible)
         self._queue = PromptQueue(limits.max_batch + limits.max_queue)
         self._prefilling: deque[Prompt] = deque()
         self._outputs: list[SequenceOutput] = []

@@ -37,7 +37,7 @@ class Service:
         self.settings = settings
         self.metrics, self.log = Metrics(), EventLog()
         self.scheduler = Scheduler(
-            generator, settings.limits, self.metrics, self._deliver, executor, self.log
+            generator, settings.limits, self.metrics, self._deliver, executor, self.log, settings.reproducible
         )
         self.parser = RequestParser(generator.tokenizer, settings)
         self.started = time.time()

@@ -81,5 +81,8 @@ class Settings:
     """Names and addresses in the Host header of requests that are served; None serves all."""
     parse_special: bool = False
     """Whether the names of special tokens in a prompt are encoded as these tokens, unless a request says."""
+    reproducible: bool = False
+    """Whether a batch of one sequence gets an idle row, with which the packed engine gives every sequence the
+    same bits under any load; see ``batch_invariant`` of :class:`tnnlm.inference.engine.EngineInfo`."""
     limits: Limits = field(default_factory=Limits)
     """Limits of requests, batch, queue and prefix cache."""

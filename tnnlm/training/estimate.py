@@ -10,6 +10,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
+from tnnlm.models.empty import without_weights
 from tnnlm.models.factory import build_model
 
 FSDP = "fsdp"
@@ -44,7 +45,7 @@ def estimate_run(config: Config) -> RunEstimate:
     Raises:
         ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
     """
-    with torch.device("meta"):
+    with without_weights():
         model = build_model(config)
     check_devices(config)
     precision = resolve_precision(config)
@@ -72,11 +73,17 @@ def guessed_share(config: Config) -> float:
 
 
 def resolve_precision(config: Config) -> str:
-    """Resolve ``auto`` to bf16-mixed on hardware with bfloat16 arithmetic, otherwise to 32-true."""
+    """Resolve ``auto`` to bf16-mixed on hardware with bfloat16 arithmetic, otherwise to 32-true.
+
+    A GPU that this machine lacks, for which ``--dry-run`` estimates a run, is assumed to have it.
+    """
     if config.trainer.precision != "auto":
         return config.trainer.precision
-    if resolve_accelerator(config) != "cpu" and torch.cuda.is_available():
+    accelerator = resolve_accelerator(config)
+    if accelerator != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("cuda", "gpu"):
+        fast = True
     else:
         fast = capability("bfloat16_arithmetic").available
     return "bf16-mixed" if fast else "32-true"

@@ -26,6 +26,7 @@ from tnnlm.evaluation import class_scores, masked_nll, parallel_nll, recurrent_n
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.models.factory import build_model
 from tnnlm.models.joint_kernels import joint_kernels
 from tnnlm.models.surgery import in_recurrent_form
@@ -88,7 +89,7 @@ def estimate_memory(config: Config) -> RunMemory:
     validation = max(peaks.pop(name, 0) for name in ("parallel", "recurrent"))
     step = max(peaks.values())
     if config.trainer.strategy in SHARDING:
-        with torch.device("meta"):
+        with without_weights():
             sharded = sharded_bytes(config, build_model(config))
         step, validation, state = step - state + sharded, validation - state + sharded, sharded
     return RunMemory(state=state, buckets=buckets, step=step, validation=validation, attached=attached)

@@ -13,11 +13,11 @@ from tnnlm.checkpoints.settings_file import verify_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.checksums import not_verified
 from tnnlm.config.checks import leaves
-from tnnlm.config.loader import load_config
+from tnnlm.config.loader import config_to_dict, load_config
 from tnnlm.config.schema import Config
 from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
-from tnnlm.files import remove_leftovers, write_text
+from tnnlm.files import check_no_link, remove_leftovers, write_text
 from tnnlm.reading import check_regular
 from tnnlm.training.callbacks.checkpoint import second_name
 from tnnlm.training.data_check import keep_text_of_old_run
@@ -121,7 +121,7 @@ def _check_recorded(run: Path, recorded: Config) -> None:
     last = list(stored)[-1]
     if not re.search(rf"\b{last.rpartition('.')[2]}\W", path.read_text(encoding="utf-8")):
         raise CheckpointError(f"{path}: is truncated, without {last}", "restore it, or start a new run")
-    values = {key: value for key, value, _ in leaves(recorded) if key not in PLACES}
+    values = {key: value for key, value in _flat(config_to_dict(recorded)).items() if key not in PLACES}
     for key, value in values.items():
         if key.startswith(_FIXED_ON_RESUME) and stored.get(key, value) != value:
             raise CheckpointError(
@@ -154,6 +154,23 @@ def is_complete(config: Config, run: Path) -> bool:
     return at_end and read_summary(run).get("tokens_seen") == tokens
 
 
+def check_outputs(run: Path) -> None:
+    """Check that what a training writes into the folder of its run stays in it.
+
+    A folder there that is a symbolic link leads to any folder of the user if the run is a stranger's. The
+    folder of the run itself may be a link, and files that are links are replaced when they are written.
+
+    Raises:
+        UserError: If a folder of checkpoints or logs is a link.
+        CheckpointError: If an output that is read on resume is no regular file.
+    """
+    for folder in (LAST.parent, Path("tensorboard"), Path("wandb")):
+        check_no_link(run / folder, "put the folder itself in its place, or link the folder of the whole run")
+    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
+        if os.path.lexists(run / name):
+            check_regular(run / name, "move it to another place")
+
+
 def check_resumable(config: Config, run: Path, source: Path = LAST, *, verify: bool = True) -> int:
     """Return the step of the checkpoint that ``run`` resumes from.
 
@@ -168,9 +185,7 @@ def check_resumable(config: Config, run: Path, source: Path = LAST, *, verify: b
             intact. Also if the run is complete.
         ConfigError: If ``trainer.max_steps`` is below the step of the checkpoint.
     """
-    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
-        if os.path.lexists(run / name):
-            check_regular(run / name, "move it to another place")
+    check_outputs(run)
     if not began(run):
         path = run / "config.yaml"
         settings = ["--config", str(path)] if path.is_file() else []

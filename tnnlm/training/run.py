@@ -26,6 +26,7 @@ from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
 from tnnlm.files import check_parents, only_process, write_text
+from tnnlm.inference.aot import check_compiler_cache
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.surgery import all_decay
@@ -41,7 +42,7 @@ from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
-from tnnlm.training.resume import began, begin_at, check_resumable
+from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
 from tnnlm.training.slurm import begin_job
 from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
@@ -153,9 +154,13 @@ def _resolve(
     check_devices(config)
     strategy = choose_strategy(config)
     check_training(config)
+    if config.trainer.compile:
+        check_compiler_cache()
     if run is None:
         check_parents(config.runs_folder / config.name)
     step = None
+    if run is not None:
+        check_outputs(run)
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source, verify=is_main_process())
     # Every rank waits here until the data is prepared, because the ranks meet later, within a timeout.

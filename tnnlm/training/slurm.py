@@ -111,10 +111,14 @@ def find_job(job: str, config: Config, trust: Trust = NO_CODE) -> Path | None:
                 continue
         except CheckpointError as error:
             # The run may be of this job only if its settings are those of the command.
-            if _may_be_of(config, run):
+            recorded = _settings(run)
+            if recorded is not None and _difference(config, recorded) is None:
                 remedy = f'restore it, or remove it if its run is not of job "{job}"'
                 raise CheckpointError(error.reason, remedy) from None
-            _LOG.warning("%s; it was skipped, its run has other settings than this job", error.reason)
+            if recorded is None:
+                _LOG.warning("%s; it was skipped, its run has no readable config.yaml", error.reason)
+            else:
+                _LOG.warning("%s; it was skipped, its run has other settings than this job", error.reason)
             continue
         if os.path.lexists(run / SETTINGS_FILE):
             verify_settings(run)
@@ -202,12 +206,6 @@ def cluster_plugins() -> list[Any]:
     # Inside a SLURM job, processes may have been started by torchrun instead of srun.
     by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
-
-
-def _may_be_of(config: Config, run: Path) -> bool:
-    """Return whether a run has the settings of a command, so that its record may be that of its job."""
-    recorded = _settings(run)
-    return recorded is not None and _difference(config, recorded) is None
 
 
 def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:

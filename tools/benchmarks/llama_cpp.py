@@ -18,7 +18,7 @@ from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
 from tnnlm.machine.threads import user_environment
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}
 """Weight dtypes by llama.cpp's names; its keys and values are float16 with all of them."""
 _Q8_BYTES = 34 / 32
 """Bytes per Q8_0 weight: a block has 32 integers and a float16 scale."""

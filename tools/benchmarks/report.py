@@ -9,7 +9,7 @@ from experiments import report
 from experiments.report import Line, Panel, line
 
 _X = {"batch": "rows", "serve": "concurrent streams", "prefill": "prompt tokens", "train": "tokens per row"}
-_DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
+_DASHES = {"float32": "-", "bfloat16": "--", "float16": "-.", "int8": ":"}
 
 
 def table(result: dict[str, Any]) -> str:

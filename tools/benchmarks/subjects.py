@@ -36,7 +36,7 @@ CONVERSIONS = {
 """Settings of the conversions by name."""
 CHUNK = 512
 """Tokens per prefill chunk."""
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes per weight by dtype."""
 PEERS: dict[str, type[Peer]] = {"llama": Llama, "gpt2": GPT2, "mamba": Mamba}
 

@@ -158,7 +158,7 @@ def conversions(run_folder: Path) -> list[Command]:
     return [
         Command(
             "convert",
-            [str(run_folder), "--force", "--method", "window", "--horizon", horizon],
+            [str(run_folder), "--force", "--no-compile", "--method", "window", "--horizon", horizon],
             lambda: None,
             lambda: problem(None),
             lambda horizon=horizon: problem(horizon),  # type: ignore[misc]

@@ -38,7 +38,7 @@ def decode_run(run: Path, engines: Engines = ENGINES, serve: bool = True) -> dic
         engines: Names and dtypes of the engines.
         serve: Whether to serve the model.
     """
-    assert convert.main([str(run), "--verify"]) == 0
+    assert convert.main([str(run), "--verify", "--no-compile"]) == 0
     found: dict[str, Any] = {"engines": {}}
     for name, dtype in engines:
         engine = _open(run, name, dtype)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tnnlm.checkpoints.importers import hyenadna, rtf, sgconv, stripedhyena, tnn
@@ -16,6 +15,7 @@ from tnnlm.checkpoints.importers.source import read_weights
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.models.surgery import all_decay
 
 AUTO = "auto"
@@ -63,7 +63,7 @@ class Imported(NamedTuple):
         return all_decay(self._empty_model())
 
     def _empty_model(self) -> CausalLM:
-        with torch.device("meta"):
+        with without_weights():
             return CausalLM(self.config.model)
 
 

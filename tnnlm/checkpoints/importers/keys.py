@@ -16,6 +16,7 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 
 SHOWN = 5
 """Number of keys that an error message lists."""
@@ -145,7 +146,7 @@ def translate(plan: Plan, keys: Keys, overrides: Sequence[str]) -> tuple[Config,
         raise _incomplete(keys, problems)
     words = [f"{key}={_word(value)}" for key, value in plan.settings.items()]
     config = load_config(None, [*words, "data.source=files", "data.tokenizer=tokenizer.json", *overrides])
-    with torch.device("meta"):
+    with without_weights():
         expected = CausalLM(config.model).state_dict()
     whole = {
         name for name in expected if name in plan.rules and not missing.intersection(plan.rules[name].keys)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from tnnlm.checkpoints.archive import write_archive
 from tnnlm.checkpoints.converted import check_tokenizer
 from tnnlm.checkpoints.importers.formats import Imported
@@ -17,6 +15,7 @@ from tnnlm.checksums import file_sha256
 from tnnlm.errors import CheckpointError
 from tnnlm.files import atomic_folder, check_parents, only_process, write_text
 from tnnlm.models.causal_lm import CausalLM
+from tnnlm.models.empty import without_weights
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -49,7 +48,7 @@ def write_run(folder: Path, source: Path, imported: Imported, tokenizer: TextTok
     config.name, config.runs_dir = folder.name, str(folder.parent)
     config.data.tokenizer = str(folder / "tokenizer.json")
     config.data.eos_token = tokenizer.eos_token
-    with torch.device("meta"):
+    with without_weights():
         check_tokenizer(tokenizer, CausalLM(config.model), source)
     refusal = CheckpointError(f"{folder}: another import is writing to it", "choose another --output")
     with only_process(folder, refusal):

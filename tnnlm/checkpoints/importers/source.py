@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tnnlm.checkpoints.archive import archive_fault
 from tnnlm.errors import CheckpointError
-from tnnlm.reading import check_regular, unreadable
+from tnnlm.reading import ANOTHER, check_regular, unreadable
 
 CONTAINERS = ("model", "state_dict", "module")
 """Keys under which training frameworks store the weights: fairseq, Lightning and DeepSpeed."""
@@ -74,9 +74,9 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(path)
     except SafetensorError as error:
         reason = f"{path}: is not a safetensors file, or truncated ({error})"
-        raise CheckpointError(reason, "use another one") from None
+        raise CheckpointError(reason, ANOTHER) from None
     except OSError as problem:
-        raise unreadable(path, problem, "use another one", CheckpointError) from None
+        raise unreadable(path, problem, ANOTHER, CheckpointError) from None
 
 
 def _read_pickle(path: Path) -> Any:
@@ -92,7 +92,7 @@ def _read_pickle(path: Path) -> Any:
         found = _GLOBAL.search(str(error)) if isinstance(error, UnpicklingError) else None
         if found is None:
             reason = f"{path}: is not a checkpoint, or truncated or damaged"
-            raise CheckpointError(reason, "use another one") from None
+            raise CheckpointError(reason, ANOTHER) from None
         raise CheckpointError(
             f"{path}: contains {found[1]}, which is neither a tensor nor plain data and was not loaded",
             "save the weights alone, as safetensors, where the checkpoint is trusted",
@@ -102,15 +102,15 @@ def _read_pickle(path: Path) -> Any:
 def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
     """Raise an error for a tensor that can't be a weight, or whose key would not fit in a message."""
     if not key.isprintable():
-        raise CheckpointError(f"{path}: the key {key!r} is not printable", "use another checkpoint")
+        raise CheckpointError(f"{path}: the key {key!r} is not printable", ANOTHER)
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not dense or tensor.is_complex():
         raise CheckpointError(f"{path}: {key} is not a dense tensor of real numbers")
     # A tensor may claim any shape by strides of zero, and then need more memory than the machine has.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: {key} has a larger shape than its storage", "use another checkpoint")
+        raise CheckpointError(f"{path}: {key} has a larger shape than its storage", ANOTHER)
     if not torch.isfinite(tensor.float()).all():
-        raise CheckpointError(f"{path}: {key} is not finite", "use another checkpoint")
+        raise CheckpointError(f"{path}: {key} is not finite", ANOTHER)
 
 
 def _weights_in(data: Any) -> dict[str, Any]:

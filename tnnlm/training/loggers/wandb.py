@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import uuid
 from pathlib import Path
 
@@ -10,11 +12,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.errors import ConfigError
+from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import write_text
+from tnnlm.reading import read_text
 
 ID_FILE = "wandb_id"
 """File in a run's folder with the id of the W&B run."""
+_LARGEST = 256
+"""Largest number of bytes of this file."""
+_REMEDY = "delete it to log to a new W&B run"
 
 
 class WandbRun(WandbLogger):
@@ -36,11 +42,11 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
 
     Raises:
         ConfigError: If the package is not installed, or if the service can't be reached or rejects the login.
+        CheckpointError: If the file with the id is damaged.
     """
     asked = f"trainer.wandb={config.trainer.wandb}"
     path = folder / ID_FILE
-    known = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    identity = known or uuid.uuid4().hex[:8]
+    identity = _known_id(path) or uuid.uuid4().hex[:8]
     try:
         logger = WandbRun(
             project=config.trainer.wandb, name=folder.name, id=identity, resume="allow", save_dir=folder
@@ -57,3 +63,17 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
             ) from None
         write_text(path, identity + "\n")
     return logger
+
+
+def _known_id(path: Path) -> str:
+    """Return the id in a run's file, which may be a stranger's; empty if there is none.
+
+    Raises:
+        CheckpointError: If it is not a short word in a regular file.
+    """
+    if not os.path.lexists(path):
+        return ""
+    text = read_text(path, _REMEDY, largest=_LARGEST).strip()
+    if not re.fullmatch(r"[\w.-]*", text, re.ASCII):
+        raise CheckpointError(f"{path}: is damaged (not the id of a W&B run)", _REMEDY)
+    return text
