@@ -36,10 +36,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.constant import constant_table, measure_constant
+from benchmarks.conversion import measure_conversion, show_conversion
 from benchmarks.decoding import ENGINES, LLAMA_CPP, measure_decoding, show_decoding
 from benchmarks.levels import level_table, measure_levels
 from benchmarks.report import plot
 from benchmarks.serving import measure_serving, show_serving
+from benchmarks.speculation import measure_speculation, show_speculation
 from benchmarks.subjects import PEERS, SHAPE
 from benchmarks.train_step import measure_training, training_table
 from experiments.commits import provenance
@@ -79,6 +81,20 @@ MODES = {
         show_serving,
         takes_model=True,
     ),
+    "convert": Mode(
+        "seconds of convert.py, of its stages, and of importing torch",
+        measure_conversion,
+        show_conversion,
+        takes_model=True,
+        plots=False,
+    ),
+    "speculate": Mode(
+        "tokens per second with and without speculative decoding, of one model",
+        measure_speculation,
+        show_speculation,
+        takes_model=True,
+        plots=False,
+    ),
     "train": Mode(
         "tokens per second and peak memory of training steps, next to GPT-2 of equal parameters and a TNN "
         "with the operations of tnn-pytorch",
@@ -110,14 +126,14 @@ def parse() -> argparse.Namespace:
         "model",
         nargs="?",
         metavar="MODEL",
-        help=f"Model of {with_model}: folder, run or checkpoint. (default: of constant the newest, of others "
-        "random weights)",
+        help=f"Model of {with_model}: folder, run or checkpoint. (default: of "
+        "constant and speculate the newest, of others random weights)",
     )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="Write the results as JSON.")
     add("--record", type=Path, metavar="FILE", help="Write the results as a record of docs/records.")
     add("--machine", metavar="TEXT", help="Machine for --record. (default: threads and processor)")
-    add("--png", type=Path, metavar="FILE", help="Plot the results (not of levels).")
+    add("--png", type=Path, metavar="FILE", help="Plot the results (not of convert, levels and speculate).")
     add = parser.add_argument_group("cases").add_argument
     add("--quick", action="store_true", help="Measure fewer cases and repetitions, nothing compiled.")
     add("--contexts", type=int, nargs="+", metavar="N", help="Lengths in tokens. (default: 128 to 8,192)")
@@ -148,11 +164,17 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="Baselines; none without a name. (default: all)",
     )
     add("--engines", nargs="+", default=ENGINES, choices=ENGINES, help="Engines of tnnlm. (default: all)")
-    add = parser.add_argument_group("models of constant and serve").add_argument
-    add("--engine", choices=LOADED, default="auto", help="Engine of constant. (default: auto, the fastest)")
+    add = parser.add_argument_group("models of constant, convert, serve and speculate").add_argument
+    add("--engine", choices=LOADED, default="auto", help="Engine of constant and speculate. (default: auto)")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the weights. (default: float32)")
     add(
         "--llama-server", metavar="PATH", help="Program llama-server of serve. (default: the one on the PATH)"
+    )
+    add(
+        "--speculate",
+        default="ngram",
+        metavar="ngram|MODEL",
+        help="Proposals of speculate: by lookup or by a smaller model. (default: ngram)",
     )
     add_trust(add)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import serving, train_step
+from benchmarks import conversion, serving, train_step
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
 from benchmarks.limits import product_seconds
 from benchmarks.llama_cpp import llama_cpp
@@ -27,6 +27,7 @@ from benchmarks.serving import PROMPT
 from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
 from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
 from experiments.timing import Effort, read_bandwidth, time_prefill, time_steps
+from tests.support.commands import check_arguments
 from tests.support.models import tiny_config
 from tests.support.scripts import ROOT
 from tests.support.servers import tiny_converted
@@ -265,6 +266,30 @@ def test_serve_measures_every_server_with_the_same_client(
         assert row.keys() >= FIELDS | {"limit_share", "first_token_ms", "between_tokens_ms"}
         assert row["tokens_per_second"] > 0
     assert Path("s.png").stat().st_size > 5_000
+
+
+def test_convert_times_calls_that_the_script_accepts(
+    run_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def called(script: str, *words: str) -> None:
+        check_arguments(script, [*words])
+        calls.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir()
+        (out / "conversion.json").write_text('{"seconds": 0.25}', encoding="utf-8")
+
+    monkeypatch.setattr(conversion, "run_command", called)
+    words = ["convert", str(run_here), "--quick", "--json", "c.json"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    assert run_script(tool_of("benchmark").main) == 0
+    assert [row["name"] for row in json.loads(Path("c.json").read_text())["results"]] == [
+        *conversion.CALLS,
+        conversion.IMPORT,
+    ]
+    assert len(calls) == len(conversion.CALLS)
+    assert "of these, the conversion itself" in capsys.readouterr().out
 
 
 def test_products_alone_are_a_limit_of_every_batch() -> None:

@@ -189,8 +189,8 @@ def _row(
     }
 
 
-def show_serving(result: dict[str, Any]) -> str:
-    """Return a table with a row per server and number of streams, and ratios."""
+def serving_table(result: dict[str, Any]) -> str:
+    """Return a table with a row per server and number of streams."""
     lines = [
         {
             "server": one["name"],
@@ -203,10 +203,15 @@ def show_serving(result: dict[str, Any]) -> str:
         }
         for one in result["results"]
     ]
+    return table(lines)
+
+
+def show_serving(result: dict[str, Any]) -> str:
+    """Return what was measured, the table of :func:`serving_table`, and ratios."""
     lone = {one["name"]: one["between_tokens_ms"] for one in result["results"] if one["batch"] == 1}
     parts = [
         f"{PROMPT} prompt and {GENERATED} generated tokens; {GENERATE}: {result['engine']}",
-        table(lines),
+        serving_table(result),
     ]
     if result["slot_context"]:
         parts.append(f"llama-server: a slot of {result['slot_context']} tokens per stream")
