@@ -25,6 +25,13 @@ _NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})*", re.ASCII)
 """Values that OpenMP accepts: a number of threads, or one number per nesting level."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Environment variables with which the user sets how threads of OpenMP wait (GNU, LLVM and Intel)."""
+_SHORT_WAIT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""Iterations (GNU) or milliseconds (LLVM, Intel) for which a thread spins before it sleeps.
+
+That is longer than the gaps between the operators of a decoding step, where waking a thread would cost more
+than the wait, and shorter than the time slice of another program: by default, threads spin 30 to 200 times
+as long, and by OMP_WAIT_POLICY=PASSIVE not at all.
+"""
 _FILES_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 """Files of a version 1 control group with quota and period, in microseconds."""
 _FILES_V2: tuple[str, ...] = ("cpu.max",)
@@ -59,15 +66,15 @@ def thread_limit(root: Path = Path("/")) -> ThreadLimit:
 def share_cores() -> None:
     """Set the environment of this process and its children so that they share the cores with other programs.
 
-    Threads of OpenMP that wait for each other sleep instead of spinning. A thread that spins keeps its core,
-    while the thread that it waits for shares the other one with another program. Tokenizers start as many
-    threads as PyTorch may use. Variables that the user has set are kept. The libraries read them when they
-    are loaded, so this does nothing once torch is imported.
+    Threads of OpenMP that wait for each other sleep after a short time of spinning. A thread that spins keeps
+    its core, while the thread that it waits for shares the other one with another program. Tokenizers start
+    as many threads as PyTorch may use. Variables that the user has set are kept. The libraries read them when
+    they are loaded, so this does nothing once torch is imported.
     """
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in _WAITING):
-        _added["OMP_WAIT_POLICY"] = "PASSIVE"
+        _added.update(_SHORT_WAIT)
     if "RAYON_NUM_THREADS" not in os.environ:
         # torchrun gives every rank one thread, but only one rank tokenizes while the others wait.
         names = () if "TORCHELASTIC_RUN_ID" in os.environ else filter(_chosen, _CHOSEN)
