@@ -93,9 +93,11 @@ def row_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
         bias: Bias, (O,), or None.
         dtype: Dtype of the weights.
     """
-    if dtype == "int8" and weight.shape[1] % _BYTES == 0:
-        return (BlockedRowLinear if cpu_level().startswith("AVX512") else FourByteRowLinear)(weight, bias)
-    return RowLinear(weight, bias, dtype)
+    if dtype != "int8" or weight.shape[1] % _BYTES:
+        return RowLinear(weight, bias, dtype)
+    if cpu_level().startswith("AVX512"):
+        return BlockedRowLinear(weight, bias)
+    return FourByteRowLinear(weight, bias)
 
 
 def _stored(x: Tensor) -> Tensor:
