@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.simulated import forget_probes
 from tnnlm.inference.linear import QuantizedLinear, narrowed
+from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.inference.row_linear import BlockedRowLinear, RowLinear
+from tnnlm.machine import capabilities
 from tnnlm.machine.capabilities import WITHOUT, capability
 
 ROWS = (*range(1, 18), 31, 64, 65)
@@ -76,3 +80,24 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int) -> None:
     whole = layer(x)
     for n in ROWS:
         assert torch.equal(layer(x[4 : 4 + n]), whole[4 : 4 + n]), f"{n} rows"
+
+
+def test_operator_that_is_slow_without_vectors_is_not_used_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "cpu_level", lambda: "DEFAULT")
+    monkeypatch.setattr(capabilities.platform, "machine", lambda: "AMD64")
+    monkeypatch.setenv(WITHOUT, "fbgemm_int8")
+    forget_probes()
+    try:
+        choice = choose_linear(torch.device("cpu"), "int8")
+        assert choice.name == "widened in tiles"
+        assert "no int8: PyTorch's int8 operator is slow without AVX2" in choice.reason
+    finally:
+        monkeypatch.undo()
+        forget_probes()
+
+
+@pytest.mark.parametrize("outputs", [1, 16, 33])
+def test_blocks_of_outputs_hold_the_same_int8_weights(outputs: int) -> None:
+    weight, bias, x = torch.randn(outputs, 28), torch.randn(outputs), torch.randn(1, 28)
+    reference = RowLinear(weight, bias, "int8")(x)
+    torch.testing.assert_close(BlockedRowLinear(weight, bias)(x), reference, rtol=0, atol=1e-5)

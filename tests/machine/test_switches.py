@@ -71,6 +71,6 @@ def test_onednn_that_is_switched_off_runs_nowhere() -> None:
     if capability("onednn_float32"):
         assert any(",convolution," in line for line in onednn_calls(""))
     compiler = capability("cpp_compiler").available
-    # The int8 layers multiply many rows in bfloat16 of PyTorch where that is fast.
+    # Without FBGEMM the int8 layers multiply many rows in bfloat16 of PyTorch where that is fast.
     without = "onednn_float32 onednn_bfloat16 bfloat16_arithmetic"
     assert onednn_calls(without, *(["compile"] if compiler else [])) == []

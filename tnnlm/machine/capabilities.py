@@ -33,6 +33,8 @@ WITHOUT = "TNNLM_WITHOUT"
 A compiled step uses none of these capabilities. Operators that PyTorch calls for bfloat16 arithmetic are
 covered by ``bfloat16_arithmetic``.
 """
+_X86 = ("x86_64", "AMD64")
+"""Names of the architecture on Linux and Windows."""
 _TOLERANCE = 0.02
 """Maximum relative error of a probe, which includes the rounding of its weights."""
 
@@ -167,6 +169,9 @@ def _fbgemm_8bit_inputs() -> None:
 
 
 def _int8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    # Without vectors the operator is several times slower than float32. ARM always has vectors.
+    if platform.machine() in _X86 and cpu_level() == "DEFAULT":
+        raise RuntimeError("PyTorch's int8 operator is slow without AVX2 instructions")
     scale = weight.abs().amax(1) / 127
     integers = (weight / scale[:, None]).round().to(torch.int8)
     return torch._weight_int8pack_mm(x.bfloat16(), integers, scale.bfloat16())
