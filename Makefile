@@ -29,10 +29,12 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# 2,000 random conversions, 8,000 damaged caches, and every other kind of file damaged in about 270 ways.
+# 2,000 random conversions, a million steps, 8,000 damaged caches, and every other kind of file damaged in
+# about 270 ways.
 # `make test` runs a few of each that are always the same.
 nightly: .venv/installed
-	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py tests/security
+	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py tests/conversion/test_long_run.py \
+		tests/security
 	$(BIN)/python -m tests.support.fuzz
 
 lint: .venv/installed

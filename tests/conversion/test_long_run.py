@@ -1,6 +1,11 @@
-"""A million steps on noise stay close to the float64 recurrence (invariant 7 of CONTRIBUTING.md)."""
+"""Long runs on noise stay close to the float64 recurrence (invariant 7 of CONTRIBUTING.md).
+
+``TNNLM_NIGHTLY=1`` runs a million steps instead of 100,000.
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from tnnlm.ops.companion import CompanionParams, CompanionState
 from tnnlm.ops.recurrence import Params, State
 from tnnlm.ops.ssm import SSMParams, SSMState
 
-STEPS = 1_000_000
+STEPS = 1_000_000 if os.environ.get("TNNLM_NIGHTLY") == "1" else 100_000
 CHUNK = 10_000
 WINDOW = 64
 DRIFT = 1e-4
@@ -129,7 +134,7 @@ def _advance_companion(params: CompanionParams, x: Tensor, state: CompanionState
 
 
 @pytest.mark.parametrize("method", ["etsc", "balanced", "gradient", "window"])
-def test_a_million_steps_stay_with_float64(drift: dict[str, float], method: str) -> None:
+def test_many_steps_stay_with_float64(drift: dict[str, float], method: str) -> None:
     assert drift[method] <= DRIFT
 
 
@@ -144,7 +149,7 @@ def companion_drift() -> float:
     return float(relative_drift(exact.to_dtype(torch.float32), 1))
 
 
-def test_a_million_companion_steps_stay_with_float64(companion_drift: float) -> None:
+def test_many_companion_steps_stay_with_float64(companion_drift: float) -> None:
     assert companion_drift <= DRIFT
 
 

@@ -28,7 +28,7 @@ from tests.support.hf_folders import (
 from tnnlm.checkpoints.converted import load_converted, save_converted
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
-from tnnlm.hf import TnnlmForCausalLM
+from tnnlm.hf import TnnlmConfig, TnnlmForCausalLM
 from tnnlm.kernels import TNOConfig
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer
@@ -154,13 +154,13 @@ def test_folder_without_the_files_of_transformers_still_loads(balanced: Opened, 
 
 def test_adapter_in_a_folder_is_refused(balanced: Opened, tmp_path: Path) -> None:
     """With PEFT, Transformers would load it and import the modules that it names."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "theirs"
     shutil.copytree(balanced.folder, folder)
     named = {"base_model_name_or_path": "elsewhere", "auto_mapping": {"parent_library": "evil"}}
     (folder / "adapter_config.json").write_text(json.dumps(named))
-    for load in (AutoConfig, AutoModelForCausalLM, TnnlmForCausalLM):
+    for load in (AutoModelForCausalLM, TnnlmForCausalLM, TnnlmConfig):
         with pytest.raises(CheckpointError, match=r"adapter_config\.json: a converted model has no adapter"):
             load.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="has no adapter"):

@@ -63,9 +63,10 @@ def test_any_temperature_is_finite(temperature: float) -> None:
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
-    logits = torch.randn(len(SETTINGS), 3000)
-    together = [sample_batch(logits, rows) for rows in [samplers(SETTINGS, 3000, 7)] for _ in range(5)]
-    alone = samplers(SETTINGS, 3000, 7)
+    settings = 4 * SETTINGS  # more than are sampled at once
+    logits = torch.randn(len(settings), 3000)
+    together = [sample_batch(logits, rows) for rows in [samplers(settings, 3000, 7)] for _ in range(5)]
+    alone = samplers(settings, 3000, 7)
     for tokens in together:
         for i, token in enumerate(tokens):
             assert sample_batch(logits[i : i + 1], [alone[i]]) == [token]

@@ -18,6 +18,8 @@ import pytest
 
 from tests.support.scripts import ROOT
 from tests.support.servers import tiny_converted
+from tnnlm.cli.serve import load, parse
+from tnnlm.errors import UserError
 
 TOOLS = ROOT / "tools"
 
@@ -55,6 +57,12 @@ def test_a_stop_lets_sequences_finish(folder: Path) -> None:
         assert process.wait(20) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def test_reproducible_is_refused_where_bits_depend_on_the_batch(folder: Path) -> None:
+    args = parse(["--model", str(folder), "--device", "cpu", "--reproducible", "--engine", "eager"])
+    with pytest.raises(UserError, match="--reproducible: rounding depends on the batch in the eager engine"):
+        load(args)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--reproducible",
         action="store_true",
-        help="Make completions bitwise independent of concurrent requests, with the packed engine on an x86 "
-        "CPU; a single client waits longer for each token. (default: equal but for rounding)",
+        help="Make completions bitwise independent of concurrent requests, in float32 or bfloat16 on an x86 "
+        "CPU; a single client waits longer for each token. (default: rounding depends on the load)",
     )
     add(
         "--compile",
@@ -274,13 +274,12 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     own = folder.resolve()
     name = own.parent.name if own.name in (str(CONVERTED), "checkpoints") else own.name
     device = usable_device(args.device)
-    engine = "packed" if args.reproducible and args.engine == "auto" else args.engine
     generator, info = open_engine(
-        converted, folder, device=device, dtype=args.dtype, engine=engine, trust=trust
+        converted, folder, device=device, dtype=args.dtype, engine=args.engine, trust=trust
     )
     if args.reproducible and not info.batch_invariant:
         raise UserError(
-            f"--reproducible: the rounding of this engine depends on the batch ({info})",
-            "omit it, or use --engine packed with --dtype float32 on an x86 CPU",
+            f"--reproducible: rounding depends on the batch in the {info}",
+            "omit it, or use --dtype float32 on an x86 CPU",
         )
     return generator, str(info), name, parameters

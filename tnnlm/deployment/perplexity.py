@@ -227,4 +227,4 @@ def perplexity_cells(report: ModelReport) -> dict[str, list[str]]:
 def _gap(gap: float | None, error: float | None) -> str:
     if gap is None:
         return ""
-    return f" ({gap:+.1e})" if error is None else f" ({gap:+.1e} ± {error:.0e})"
+    return f" ({gap:+.1e})" if error is None else f" ({gap:+.1e}±{error:.0e})"

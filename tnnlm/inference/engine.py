@@ -49,7 +49,8 @@ class EngineInfo:
     linear: str
     """Operator of the linear layers; the compiled engine uses it for batches and prompts."""
     batch_invariant: bool = False
-    """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server."""
+    """Whether a row's outputs are bitwise identical in any batch of two or more rows, as in the server
+    with ``--reproducible``."""
     compiled_batches: bool = False
     """Whether batches run in a compiled package."""
     reason: str = ""
@@ -176,7 +177,7 @@ def _describe(
         device=where.type,
         dtype=dtype,
         linear=choice.name,
-        batch_invariant=(name == "packed" or compiled_batches) and choice.batch_invariant,
+        batch_invariant=name in ("packed", "compiled") and choice.batch_invariant,
         compiled_batches=compiled_batches,
         reason="; ".join(filter(None, reasons)),
         threads=torch.get_num_threads() if where.type == "cpu" else None,

@@ -20,6 +20,8 @@ REPRODUCIBLE_ROWS = 2
 
 A single row runs in the compiled step, or in another routine for matrix products, which round differently.
 """
+IDLE_SHARE = 8
+"""Rows per idle row: an idle row costs as much of a step as others."""
 LEAST_PAUSE = 0.01
 """Seconds between two steps that prefill may always take."""
 
@@ -85,24 +87,51 @@ class RunningBatch:
         self,
         leave: Sequence[GeneratedSequence] = (),
         join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
+        expected: int = 0,
     ) -> None:
         """Remove sequences from the batch, and add sequences with their single-row states.
 
-        After an exception the batch is as before.
+        The rows of sequences that leave become idle until others take them, because removing a row copies the
+        states of all others, which takes as long as a step. After an exception the batch is as before.
+
+        Args:
+            leave: Sequences of the batch.
+            join: Sequences and their states.
+            expected: Number of sequences that are about to join, for which idle rows are kept.
         """
         if not leave and not join:
             return
-        stays = {*self.sequences} - {*leave}
-        kept = [row for row, sequence in enumerate(self._sequences) if sequence in stays]
+        gone = {*leave}
+        sequences = [None if sequence in gone else sequence for sequence in self._sequences]
+        free = [row for row, sequence in enumerate(sequences) if sequence is None]
+        kept = min(expected, len(sequences) // IDLE_SHARE)
+        if 0 <= len(free) - len(join) <= kept + len(sequences) // IDLE_SHARE:
+            for row, (sequence, state) in zip(free, join, strict=False):
+                self._overwrite(row, state)
+                sequences[row] = sequence
+            self._sequences = sequences
+        else:
+            self._rebuild([row for row, sequence in enumerate(sequences) if sequence], join, expected)
+
+    def _overwrite(self, row: int, state: ModelState) -> None:
+        assert self._state is not None
+        for own, new in zip(self._state.tensors, state.tensors, strict=True):
+            own[row].copy_(new[0])
+
+    def _rebuild(
+        self, kept: Sequence[int], join: Sequence[tuple[GeneratedSequence, ModelState]], expected: int
+    ) -> None:
+        """Copy the states of the rows to keep and of new sequences into a batch, with few idle rows."""
         sequences = [self._sequences[row] for row in kept] + [sequence for sequence, _ in join]
         states = [state for _, state in join]
         if kept:
             assert self._state is not None
             states.insert(0, self._state.select(torch.tensor(kept, device=self._device)))
-        idle = self._least_rows - len(sequences) if sequences else 0
-        if idle > 0:
-            sequences += [None] * idle
-            states.append(self._model.init_state(idle))
+        if sequences:
+            idle = max(min(expected, len(sequences) // IDLE_SHARE), self._least_rows - len(sequences))
+            if idle > 0:
+                sequences += [None] * idle
+                states.append(self._model.init_state(idle))
         self._sequences, self._state = sequences, ModelState.join(states) if states else None
 
     def clear(self) -> None:

@@ -17,6 +17,8 @@ from tnnlm.inference.sampling import SamplingParams, tempered
 
 NO_TOKEN = -1
 """Result instead of a token for logits that are not finite."""
+_CACHED_ROWS = 8
+"""Rows that are sampled together on a CPU, whose numbers in float64 stay in its cache."""
 _HEAD = 1024
 """Number of most likely tokens that are sorted first; all are sorted only if these don't reach ``top_p``."""
 
@@ -118,12 +120,13 @@ def draw_tokens(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     # Read at once, because the host waits for a GPU at each reading.
     tokens: list[int] = best.indices.where(best.values.isfinite(), NO_TOKEN).tolist()
     drawn = [i for i, row in enumerate(rows) if tokens[i] != NO_TOKEN and not row.sampling.greedy]
-    if drawn:
-        chosen = [rows[i] for i in drawn]
+    at_once = _CACHED_ROWS if logits.device.type == "cpu" else max(1, len(drawn))
+    for part in (drawn[start : start + at_once] for start in range(0, len(drawn), at_once)):
+        chosen = [rows[i] for i in part]
         temperatures = torch.tensor([[row.sampling.temperature] for row in chosen], dtype=torch.float64)
-        some = logits if len(drawn) == len(rows) else logits[drawn]
+        some = logits if len(part) == len(rows) else logits[part]
         scaled = tempered(some, temperatures.to(logits.device))
-        for i, token in zip(drawn, _sample(scaled, chosen), strict=True):
+        for i, token in zip(part, _sample(scaled, chosen), strict=True):
             # Rounding errors alone can give an index past the end; the most likely token is kept then.
             tokens[i] = token if token < logits.shape[1] else tokens[i]
     return tokens

@@ -245,8 +245,9 @@ class Scheduler:
         join: Sequence[tuple[GeneratedSequence, ModelState]] = (),
     ) -> None:
         """Change the batch; if it can't take the new sequences, they fail, and the others continue."""
+        expected = sum(len(prompt.sequences) for prompt in self._prefilling)
         try:
-            self._batch.change(leave, join)
+            self._batch.change(leave, join, expected)
         except Exception as error:
             self._fail([sequence for sequence, _ in join], error)
             if leave:
