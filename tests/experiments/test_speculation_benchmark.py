@@ -18,7 +18,9 @@ from tnnlm.tokenizer import train_bpe
 def test_three_kinds_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "PROMPT", 64)
     write_converted(Path("tiny"), train_bpe(["the cat sat on the mat"], 300, "<eos>", 1, False))
-    args = argparse.Namespace(model="tiny", dtype="float32", engine="packed", quick=True, trust_code=False)
+    args = argparse.Namespace(
+        model="tiny", dtype="float32", engine="packed", quick=True, trust_code=False, speculate="ngram"
+    )
     result = measure_speculation(args, SHAPE)
     rows = {row["name"]: row for row in result["results"]}
     assert [row["tokens"] for row in rows.values()] == [3 * 192] * 3

@@ -48,6 +48,7 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import DTYPES
 from tnnlm.inference.linear_choice import BATCH_DTYPES
+from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
 
 FLAGS = {
     name: name.removeprefix("gradient_").replace("_", "-")
@@ -77,7 +78,9 @@ PACKAGING = ("--compile", "--export", "--onnx")
 """Options that apply to a converted model."""
 BATCH = "batch"
 """Word of ``--compile`` that adds the steps of batches."""
-COMPILED = (*DTYPES, BATCH)
+SPECULATE = "speculate"
+"""Word of ``--compile`` that adds the passes over several tokens of ``generate.py --speculate``."""
+COMPILED = (*DTYPES, BATCH, SPECULATE)
 """Words that ``--compile`` accepts."""
 BY_DEFAULT: tuple[str, ...] = ("float32",)
 """Steps that are compiled without ``--compile``, if this machine can."""
@@ -144,8 +147,8 @@ def _add_packages(group: argparse._ArgumentGroup) -> None:
         type=compiled_steps,
         metavar="DTYPE",
         help="Compile the decoding step for weights in float32, bfloat16, float16 and/or int8, separated by "
-        "blanks or commas, and with the word batch also the step of batches; exit code 1 if that fails. "
-        "(default: float32, if there is a C++ compiler)",
+        "blanks or commas; with the word batch also the step of batches, and with speculate the passes of "
+        "generate.py --speculate. Exit code 1 if that fails. (default: float32, if there is a C++ compiler)",
     )
     either.add_argument("--no-compile", action="store_true", help="Do not compile the decoding step.")
     group.add_argument(
@@ -207,14 +210,15 @@ def selected_steps(args: argparse.Namespace) -> tuple[str, ...]:
     if args.compile is None:
         return () if args.no_compile else BY_DEFAULT
     named = dict.fromkeys(word for words in args.compile for word in words)
-    dtypes = [word for word in named if word != BATCH] or ["float32"]
+    dtypes = [word for word in named if word in DTYPES] or ["float32"]
     batches = [f"{BATCH}-{dtype}" for dtype in dtypes if dtype in BATCH_DTYPES] if BATCH in named else []
     if BATCH in named and not batches:
         raise UserError(
             f"--compile batch: has no effect for {' and '.join(dtypes)}",
             f"add {' or '.join(BATCH_DTYPES)}",
         )
-    return (*dtypes, *batches)
+    passes = [pass_name(width, dtype) for dtype in dtypes for width in PASS_WIDTHS if SPECULATE in named]
+    return (*dtypes, *batches, *passes)
 
 
 def refuse_recipe(args: argparse.Namespace, given: Sequence[str]) -> None:

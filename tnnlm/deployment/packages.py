@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tnnlm.checkpoints.converted import ConvertedModel, check_unchanged, load_converted
@@ -17,6 +18,7 @@ from tnnlm.files import cache_root, check_no_link
 from tnnlm.inference.aot import compile_batch, compile_step, package_path
 from tnnlm.inference.aot_package import check_compiler, check_compiler_cache
 from tnnlm.inference.export import FOLDERS, check_onnx, export_onnx, export_torch
+from tnnlm.inference.speculation_compiled import compile_pass
 from tnnlm.machine.capabilities import switched_off
 from tnnlm.machine.resident import available_memory
 from tnnlm.machine.threads import limit_threads
@@ -36,7 +38,8 @@ class Packages:
     """Optional files to add to a converted folder."""
 
     compiled: Sequence[str] = ()
-    """Steps to compile: a weight dtype for one sequence, or ``batch-DTYPE`` for batches."""
+    """Steps to compile: a weight dtype for one sequence, ``batch-DTYPE`` for batches, or ``pass4-DTYPE`` for
+    passes over four tokens."""
     exported: Sequence[str] = ()
     """Export formats: ``torch``, ``onnx``."""
     required: bool = True
@@ -45,8 +48,9 @@ class Packages:
     @property
     def options(self) -> list[str]:
         """Options of convert.py that add these files to a converted folder."""
-        words = dict.fromkeys(word for name in self.compiled for word in reversed(name.split("-")))
-        compiled = ["--compile", *words] if words else []
+        words = (word for name in self.compiled for word in reversed(name.split("-")))
+        named = dict.fromkeys("speculate" if word.startswith("pass") else word for word in words)
+        compiled = ["--compile", *named] if named else []
         return compiled + [_EXPORTS[target] for target in self.exported]
 
     def without_optional(self) -> Packages:
@@ -118,10 +122,10 @@ def write_packages(converted: ConvertedModel, folder: Path, packages: Packages) 
     skipped: dict[str, str] = {}
     for name in bar(packages.compiled, "compiling"):
         option, dtype = f"--compile {name}", name.rpartition("-")[2]
-        compile_rows = compile_step if name == dtype else compile_batch
         with collect_failure(written.failures if packages.required else skipped, option):
             check_unchanged(folder, converted.fingerprint)
-            path = compile_rows(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint)
+            compile_one = _compiler(name.removesuffix(dtype))
+            path = compile_one(copy.deepcopy(converted.model), folder, dtype, converted.fingerprint)
             written.packages.append(path)
     written.notes.extend(map(_note, skipped.values()))
     for target in bar(packages.exported, "exporting"):
@@ -150,6 +154,13 @@ def package_converted(folder: Path, packages: Packages) -> Written:
         check_no_link(folder / FOLDERS[target], "delete the link")
     with only_writer(folder):
         return write_packages(load_converted(folder), folder, packages)
+
+
+def _compiler(kind: str) -> Callable[[CausalLM, Path, str, str], Path]:
+    """Return the function that compiles packages whose names begin with ``kind``."""
+    if kind.startswith("pass"):
+        return partial(compile_pass, width=int(kind.removeprefix("pass").removesuffix("-")))
+    return compile_batch if kind else compile_step
 
 
 def _note(reason: str) -> str:

@@ -115,8 +115,8 @@ class CompiledModel:
 
 
 def package_path(folder: Path, name: str) -> Path:
-    """Return the path of a package: the name is a dtype of weights, or ``batch-DTYPE`` for batches."""
-    return folder / f"{name if name.startswith('batch-') else f'step-{name}'}.pt2"
+    """Return the path of a package: the name is a dtype of weights, or ``KIND-DTYPE``, such as of batches."""
+    return folder / f"{name if '-' in name else f'step-{name}'}.pt2"
 
 
 def has_step(folder: Path | None, dtype: str) -> bool:
@@ -143,7 +143,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
     """
     check_compiler()
     check_compiler_cache()
-    _check_fingerprint(model, fingerprint)
+    check_fingerprint(model, fingerprint)
     path = package_path(folder, dtype)
     function = _row_step(model, dtype)
     parts = [part.contiguous() for part in parts_read(model.init_state(1))]
@@ -164,7 +164,7 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
     choice = choose_linear(_CPU, dtype)
     if choice.name != _BATCHED:
         raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
-    _check_fingerprint(model, fingerprint)
+    check_fingerprint(model, fingerprint)
     replace_linears(model, choice.make)
     use_channels_last(model)
     path = package_path(folder, f"batch-{dtype}")
@@ -236,8 +236,13 @@ def load_batch_step(
     return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
 
 
-def _check_fingerprint(model: CausalLM, fingerprint: str) -> None:
-    # A folder may state the hash of another model, for which this package would then be recorded.
+def check_fingerprint(model: CausalLM, fingerprint: str) -> None:
+    """Check that a fingerprint is that of a model.
+
+    Raises:
+        UserError: If it is that of another model. A folder may state such a hash, for which a package would
+            then be recorded.
+    """
     if model_fingerprint(model) != fingerprint:
         raise UserError("config.json states the hash of another model", "convert again")
 

@@ -8,6 +8,7 @@ from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.inference.engine import Engine, open_engine, usable_device
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.speculation_choice import choose_speculation, n_weights
+from tnnlm.inference.speculation_compiled import open_with_passes
 from tnnlm.trust import NO_CODE, Trust
 
 
@@ -69,10 +70,11 @@ def load_engine(
     where = usable_device(device)
     found, converted = load_for_decoding(target, runs_dir, trust)
     folder = found if found.is_dir() else None
+    if speculate is None:
+        return open_engine(converted, folder, device=where, dtype=dtype, engine=engine, trust=trust)
     weights = n_weights(converted.model)
-    opened = open_engine(converted, folder, device=where, dtype=dtype, engine=engine, trust=trust)
-    if speculate is not None:
-        opened.generator.speculation = choose_speculation(
-            speculate, opened, weights, runs_dir, dtype=dtype, trust=trust
-        )
+    opened = open_with_passes(converted, folder, device=where, dtype=dtype, engine=engine, trust=trust)
+    opened.generator.speculation = choose_speculation(
+        speculate, opened, weights, runs_dir, dtype=dtype, trust=trust
+    )
     return opened

@@ -9,8 +9,9 @@ from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.errors import UserError
 from tnnlm.inference.engine import Engine, open_engine
 from tnnlm.inference.speculation import NgramSpeculation, Speculation
+from tnnlm.inference.speculation_compiled import SpeculativeModel
 from tnnlm.inference.speculation_draft import DraftSpeculation
-from tnnlm.inference.speculation_width import PassCosts
+from tnnlm.inference.speculation_width import WIDTHS, PassCosts
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.trust import Trust
 
@@ -36,8 +37,10 @@ def choose_speculation(
     """
     # Work on a GPU has not ended when a pass returns.
     measured = engine.info.device == "cpu"
+    model = engine.generator.model
+    widths = model.widths if isinstance(model, SpeculativeModel) else WIDTHS
     if name == NGRAM:
-        return NgramSpeculation(partial(PassCosts, measured=measured))
+        return NgramSpeculation(partial(PassCosts, widths, measured=measured))
     try:
         found, converted = load_for_decoding(name, runs_dir, trust)
     except UserError as error:
@@ -55,7 +58,7 @@ def choose_speculation(
         draft.token_logits,
         relative_cost,
         draft.tokenizer.eos_id,
-        (PassCosts(measured=measured), PassCosts(measured=False)),
+        (PassCosts(widths, measured=measured), PassCosts(widths, measured=False)),
     )
 
 

@@ -19,7 +19,7 @@ _PRIOR = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Probability that the proposed token is right before any was observed, by class."""
 _WEIGHT = 4.0
 """Number of observations that the prior counts as."""
-_KEPT = 0.9
+_KEPT = 0.95
 """Weight of an observation relative to the next one of its class."""
 
 

@@ -11,12 +11,19 @@ from collections.abc import Sequence
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Numbers of tokens per pass that are considered."""
+PASS_WIDTHS = (2, 4, 8)
+"""Numbers of tokens per pass for which packages are compiled."""
 _PER_TOKEN = 0.12
 """Assumed cost of each further token of a pass, in single steps, before passes have been timed."""
 _RATE = 0.2
 """Weight of the latest measurement in a mean of times."""
 _OUTLIER = 2.0
 """A measurement changes a mean as if it were at most this many times as large, or as small."""
+
+
+def pass_name(width: int, dtype: str) -> str:
+    """Return the name of the package of passes over ``width`` tokens with weights of ``dtype``."""
+    return f"pass{width}-{dtype}"
 
 
 class PassCosts:

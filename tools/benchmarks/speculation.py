@@ -26,7 +26,6 @@ from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.load import load_engine
 from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.inference.speculation import speculate
-from tnnlm.inference.speculation_choice import NGRAM
 from tnnlm.machine.capabilities import describe_cpu
 
 GREEDY = SamplingParams(temperature=0)
@@ -46,7 +45,7 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
         dtype=args.dtype,
         engine=args.engine,
         trust=trust_of(args),
-        speculate=NGRAM,
+        speculate=args.speculate,
     )
     sources = source_tokens(engine.generator, files, PROMPT + length)
     shuffled = [[*tokens[:PROMPT], *_shuffled(tokens[PROMPT:])] for tokens in sources]
@@ -61,6 +60,7 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
         "mode": "speculate",
         "cpu": describe_cpu(),
         "engine": str(engine.info),
+        "proposals": args.speculate,
         "results": rows,
     }
 
@@ -78,7 +78,7 @@ def show_speculation(result: dict[str, Any]) -> str:
         }
         for row in result["results"]
     ]
-    return f"{result['engine']}, proposals by {NGRAM}\n\n{table(lines)}"
+    return f"{result['engine']}, proposals by {result['proposals']}\n\n{table(lines)}"
 
 
 def source_tokens(generator: TextGenerator, files: int, length: int) -> list[list[int]]:

@@ -1,0 +1,204 @@
+"""Compiled passes over several tokens of a sequence, for speculative decoding (``--compile speculate``).
+
+A package checks a fixed number of tokens. Its linear layers are those of the compiled step of a single row,
+applied to each token, which the compiler fuses into one loop over the weights: they are read once, and every
+token has the arithmetic of a single step. The package returns the state after each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
+from tnnlm.errors import UserError
+from tnnlm.inference.aot import check_fingerprint, package_path
+from tnnlm.inference.aot_package import (
+    Run,
+    check_compiler,
+    check_compiler_cache,
+    compile_package,
+    load_package,
+)
+from tnnlm.inference.decoder import DecoderModel
+from tnnlm.inference.engine import Engine, open_engine
+from tnnlm.inference.flat_step import after_step, parts_changed, parts_read, with_parts_read
+from tnnlm.inference.linear import replace_linears
+from tnnlm.inference.row_linear import row_linear
+from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
+from tnnlm.models.causal_lm import CausalLM, ModelState
+from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last, within_turns
+from tnnlm.ops.recurrence import Params, tokens_to_work_ahead
+from tnnlm.trust import NO_CODE, Trust
+
+
+class EachRow(nn.Module):
+    """Linear layer for a single row, applied to K rows, whose loops the compiler fuses."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (1, K, I) -> (1, K, O)."""
+        return torch.stack([self.layer(row) for row in x.unbind(1)], dim=1)
+
+
+class _Pass(nn.Module):
+    """Wrapper of ``steps`` that takes and returns parts of the states, as a compiled step does."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        empty = self.model.init_state(1)
+        with within_turns(self.model):
+            logits, states = self.model.steps(tokens, with_parts_read(empty, parts))
+        return (logits, *(part.contiguous() for state in states for part in parts_changed(state)))
+
+
+class SpeculativeModel:
+    """Model whose passes over several tokens run in packages; everything else is done by another model."""
+
+    def __init__(self, model: DecoderModel, plain: CausalLM, passes: Mapping[int, Run]) -> None:
+        """Set up the model.
+
+        Args:
+            model: Model that decodes.
+            plain: Converted model that it runs.
+            passes: Packages by their number of tokens.
+        """
+        self.model = model
+        self.embedding = model.embedding
+        self.init_state = model.init_state
+        self.prefill = model.prefill
+        self.step = model.step
+        self.step_in_place = model.step_in_place
+        self.widths = (1, *sorted(passes))
+        """Numbers of tokens per pass that are fast."""
+        self._passes = passes
+        self._recurrences = recurrences(plain)
+
+    def steps(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, Sequence[ModelState]]:
+        """Process K tokens per row (B, K); see :meth:`CausalLM.steps`."""
+        rows, width = tokens.shape
+        run = self._passes.get(width) if rows == 1 else None
+        if run is None or not self._within_turns(state, width):
+            return self.model.steps(tokens, state)
+        logits, *parts = run(tokens, *(part.contiguous() for part in parts_read(state)))
+        return logits, _States(self._recurrences, state, logits, parts, width)
+
+    def _within_turns(self, state: ModelState, width: int) -> bool:
+        """Return whether no work for later tokens is due before the last token of a pass."""
+        pairs = zip(self._recurrences, state.layers, strict=True)
+        return all(width <= tokens_to_work_ahead(params, layer) for params, layer in pairs)
+
+
+class _States(Sequence[ModelState]):
+    """States after each token of a pass, which are put together when they are needed."""
+
+    def __init__(
+        self,
+        recurrences: Sequence[Params],
+        state: ModelState,
+        logits: Tensor,
+        parts: list[Tensor],
+        width: int,
+    ) -> None:
+        self._recurrences, self._before, self._logits = recurrences, state, logits
+        self._parts, self._width = parts, width
+
+    def __len__(self) -> int:
+        return self._width
+
+    @overload
+    def __getitem__(self, index: int) -> ModelState: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ModelState]: ...
+
+    def __getitem__(self, index: int | slice) -> ModelState | Sequence[ModelState]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self._width))]
+        count = len(self._parts) // self._width
+        own = self._parts[index * count : (index + 1) * count]
+        return after_step(self._recurrences, self._before, (self._logits, *own))[1]
+
+
+def compile_pass(model: CausalLM, folder: Path, dtype: str, fingerprint: str, width: int) -> Path:
+    """Compile passes over ``width`` tokens into ``folder``; see :func:`tnnlm.inference.aot.compile_step`.
+
+    Raises:
+        UserError: See :func:`tnnlm.inference.aot.compile_step`.
+    """
+    check_compiler()
+    check_compiler_cache()
+    check_fingerprint(model, fingerprint)
+    path = package_path(folder, pass_name(width, dtype))
+    parts = [part.contiguous() for part in parts_read(model.init_state(1))]
+    example = (torch.zeros(1, width, dtype=torch.long), *parts)
+    compile_package(_pass(model, dtype), example, path, fingerprint)
+    return path
+
+
+def load_passes(model: CausalLM, folder: Path, dtype: str, trust: Trust = NO_CODE) -> dict[int, Run]:
+    """Load the compiled passes of a model by their number of tokens; none if they were not compiled.
+
+    Args:
+        model: Converted model with plain linear layers, whose weights the packages use; it is not modified.
+        folder: Folder of the converted model.
+        dtype: Dtype of the weights.
+        trust: Whether packages that this machine didn't compile may run.
+
+    Raises:
+        UserError: If a package doesn't fit this model, machine or version of PyTorch, or is not trusted.
+    """
+    paths = {width: package_path(folder, pass_name(width, dtype)) for width in PASS_WIDTHS}
+    found = {width: path for width, path in paths.items() if path.is_file()}
+    if not found:
+        return {}
+    # What was compiled for other weights must not run with these.
+    fingerprint = model_fingerprint(model)
+    function = _pass(shared_copy(model), dtype)  # one copy of rounded weights for all of them
+    return {width: load_package(path, lambda: function, fingerprint, trust) for width, path in found.items()}
+
+
+def open_with_passes(
+    converted: ConvertedModel,
+    folder: Path | None,
+    *,
+    device: torch.device,
+    dtype: str,
+    engine: str,
+    trust: Trust,
+) -> Engine:
+    """Open a converted model like :func:`tnnlm.inference.engine.open_engine`, with its compiled passes.
+
+    If the compiled engine is selected and there are no compiled passes, ``info.reason`` says why.
+    """
+    passes: dict[int, Run] = {}
+    missing = "no compiled passes over several tokens; create them with convert.py --compile speculate"
+    if device.type == "cpu" and folder is not None and engine in ("auto", "compiled"):
+        try:
+            passes = load_passes(converted.model, folder, dtype, trust)
+        except UserError as error:
+            missing = str(error)
+    generator, info = open_engine(converted, folder, device=device, dtype=dtype, engine=engine, trust=trust)
+    if passes:
+        generator.model = SpeculativeModel(generator.model, converted.model, passes)
+    elif info.name == "compiled":
+        info = replace(info, reason="; ".join(filter(None, (info.reason, missing))))
+    return Engine(generator, info)
+
+
+def _pass(model: CausalLM, dtype: str) -> _Pass:
+    """Return a pass over several tokens, with layers of ``model`` replaced in place."""
+    replace_linears(model, lambda weight, bias: EachRow(row_linear(weight, bias, dtype)))
+    use_channels_last(model)
+    return _Pass(model)
