@@ -2,16 +2,12 @@
 """Benchmark converted models of 24M weights against Llama, GPT-2 and Mamba of transformers, and llama.cpp.
 
 Modes:
-  decode    milliseconds per token by context length
-  prefill   prompt tokens per second by prompt length
-  batch     generated tokens per second by batch size
-  train     tokens per second and peak memory of training steps, next to GPT-2 of equal parameters and a TNN
-            with the operations of tnn-pytorch
-  constant  time per token and state size of a trained model by context length
-  levels    training and decoding with the native instructions of this CPU, with AVX2 and without AVX
+MODES
 
-Cases are interleaved; the table shows medians, with the measured memory bandwidth or FLOP rate as the limit.
-Except for constant, models have random weights: speed does not depend on them.
+Cases are interleaved; the tables show medians, ratios to a baseline of the same run, and the measured memory
+bandwidth or rate of matrix products as the limit. Models have random weights, because speed does not depend
+on them, except those of the modes that take a MODEL. The model tnnlm-default is what a user gets without
+options: train.py, then convert.py, then generate.py.
 
 Examples:
   python tools/benchmark.py decode
@@ -21,77 +17,143 @@ Examples:
   python tools/benchmark.py train
   python tools/benchmark.py constant runs/demo
   python tools/benchmark.py levels
+  python tools/benchmark.py serve --llama-server build/bin/llama-server
 
-Needs: pip install `'tnnlm[peers]'`; for llama.cpp also 'tnnlm[llama-cpp]', for onnxruntime 'tnnlm[onnx]'
+Needs: pip install `'tnnlm[peers]'`; for llama.cpp also 'tnnlm[llama-cpp]', for onnxruntime 'tnnlm[onnx]', for
+serve 'tnnlm[serve]' aiohttp
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-import tempfile
+import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from benchmarks.constant import constant_table, time_constant
-from benchmarks.levels import level_table, time_levels
-from benchmarks.llama_cpp import llama_cpp
-from benchmarks.report import memory_table, plot, table
-from benchmarks.subjects import PEERS, SHAPE, ours, peer
-from benchmarks.train_step import time_training
-from experiments.timing import QUICK, Effort, Subject, read_bandwidth, time_prefill, time_steps
-from tnnlm.cli.usage import add_trust, trust_of
-from tnnlm.config.loader import load_config
+from benchmarks.constant import constant_table, measure_constant
+from benchmarks.conversion import measure_conversion, show_conversion
+from benchmarks.decoding import ENGINES, LLAMA_CPP, measure_decoding, show_decoding
+from benchmarks.levels import level_table, measure_levels
+from benchmarks.report import plot
+from benchmarks.serving import measure_serving, show_serving
+from benchmarks.speculation import measure_speculation, show_speculation
+from benchmarks.subjects import PEERS, SHAPE
+from benchmarks.train_step import measure_training, training_table
+from experiments.commits import provenance
+from tnnlm.cli.usage import add_trust
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import check_file, write_text
 from tnnlm.inference.engine import ENGINES as LOADED
 from tnnlm.inference.linear import DTYPES
 from tnnlm.machine.allocator import keep_large_blocks
-from tnnlm.machine.capabilities import capability, describe_cpu
+from tnnlm.machine.capabilities import processor
 from tnnlm.machine.threads import limit_threads
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
-LLAMA_CPP = "llama.cpp"
-ONNX = "onnxruntime"
-ENGINES = ("compiled", "packed", "eager", ONNX)
-CONTEXTS = (128, 512, 2048, 8192)
-BATCH_CONTEXT = 128
-LONGEST_PEER = 8192
-"""Longest rows, in tokens, on which the baselines are trained; on longer ones only tnnlm is."""
-OURS = {
-    "decode": [
-        *(("balanced", engine, "float32") for engine in ENGINES),
-        *(("balanced", engine, dtype) for engine in ("compiled", "packed") for dtype in ("bfloat16", "int8")),
-        *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
-    ],
-    "prefill": [("balanced", "packed", dtype) for dtype in ("float32", "bfloat16", "int8")],
-    "batch": [
-        *(("balanced", "packed", dtype) for dtype in ("float32", "bfloat16", "int8")),
-        *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
-    ],
+
+class Mode(NamedTuple):
+    """Kind of measurement."""
+
+    summary: str
+    """Line of ``--help`` that describes the measurement."""
+    measure: Callable[[argparse.Namespace, ModelConfig], dict[str, Any]]
+    """Return the results as plain data, for ``--json``."""
+    show: Callable[[dict[str, Any]], str]
+    """Return the results as text."""
+    takes_model: bool = False
+    """Whether a trained model can be given."""
+    plots: bool = True
+    """Whether ``--png`` applies."""
+
+
+MODES = {
+    "decode": Mode("milliseconds per token by context length", measure_decoding, show_decoding),
+    "prefill": Mode("prompt tokens per second by prompt length", measure_decoding, show_decoding),
+    "batch": Mode("generated tokens per second by batch size", measure_decoding, show_decoding),
+    "serve": Mode(
+        "generated tokens per second by concurrent streams, next to llama.cpp's server",
+        measure_serving,
+        show_serving,
+        takes_model=True,
+    ),
+    "convert": Mode(
+        "seconds of convert.py, of its stages, and of importing torch",
+        measure_conversion,
+        show_conversion,
+        takes_model=True,
+        plots=False,
+    ),
+    "speculate": Mode(
+        "tokens per second with and without speculative decoding, of one model",
+        measure_speculation,
+        show_speculation,
+        takes_model=True,
+        plots=False,
+    ),
+    "train": Mode(
+        "tokens per second and peak memory of training steps, next to GPT-2 of equal parameters and a TNN "
+        "with the operations of tnn-pytorch",
+        measure_training,
+        training_table,
+    ),
+    "constant": Mode(
+        "time per token and state size of a trained model by context length",
+        measure_constant,
+        constant_table,
+        takes_model=True,
+    ),
+    "levels": Mode(
+        "training and decoding with the native instructions of this CPU, with AVX2 and without AVX",
+        measure_levels,
+        level_table,
+        plots=False,
+    ),
 }
+"""Modes by name."""
 
 
 def parse() -> argparse.Namespace:
     """Return the checked arguments of the command line."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=(*OURS, "train", "constant", "levels"), help="Kind of measurement.")
+    parser = OneLineParser(description=_description(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=MODES, help="Kind of measurement.")
+    with_model = ", ".join(name for name, mode in MODES.items() if mode.takes_model)
     parser.add_argument(
-        "model", nargs="?", help="Model of constant: folder, run or checkpoint. (default: newest)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"Model of {with_model}: folder, run or checkpoint. (default: of "
+        "constant and speculate the newest, of others random weights)",
     )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="Write the results as JSON.")
-    add("--png", type=Path, metavar="FILE", help="Plot the results (all modes but levels).")
+    add("--record", type=Path, metavar="FILE", help="Write the results as a record of docs/records.")
+    add("--machine", metavar="TEXT", help="Machine for --record. (default: threads and processor)")
+    add("--png", type=Path, metavar="FILE", help="Plot the results (not of convert, levels and speculate).")
     add = parser.add_argument_group("cases").add_argument
     add("--quick", action="store_true", help="Measure fewer cases and repetitions, nothing compiled.")
     add("--contexts", type=int, nargs="+", metavar="N", help="Lengths in tokens. (default: 128 to 8,192)")
     add("--batches", type=int, nargs="+", metavar="B", help="Batch sizes of batch. (default: 1 to 256)")
+    add("--streams", type=int, nargs="+", metavar="N", help="Streams of serve. (default: 1, 8, 64, 200)")
     add("--d-model", type=int, default=SHAPE.d_model, metavar="D", help="Width of the models. (default: 512)")
+    _add_models(parser)
+    args = parser.parse_args()
+    mode = MODES[args.mode]
+    if args.model and not mode.takes_model:
+        raise UserError(f"{args.model}: a model can only be given in the modes {with_model}")
+    if args.png and not mode.plots:
+        raise UserError(f"--png: the mode {args.mode} has no plot")
+    for number in (*(args.contexts or ()), *(args.batches or ()), *(args.streams or ()), args.d_model):
+        if not 1 <= number <= 1 << 20:
+            raise UserError(f"{number}: must be from 1 to {1 << 20:,}")
+    return args
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models of decode, prefill and batch").add_argument
     known = (LLAMA_CPP, *PEERS)
     add(
@@ -102,17 +164,31 @@ def parse() -> argparse.Namespace:
         help="Baselines; none without a name. (default: all)",
     )
     add("--engines", nargs="+", default=ENGINES, choices=ENGINES, help="Engines of tnnlm. (default: all)")
-    add = parser.add_argument_group("model of constant").add_argument
-    add("--engine", choices=LOADED, default="auto", help="Engine; auto is the fastest. (default: auto)")
+    add = parser.add_argument_group("models of constant, convert, serve and speculate").add_argument
+    add("--engine", choices=LOADED, default="auto", help="Engine of constant and speculate. (default: auto)")
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the weights. (default: float32)")
+    add(
+        "--llama-server", metavar="PATH", help="Program llama-server of serve. (default: the one on the PATH)"
+    )
+    add(
+        "--speculate",
+        default="ngram",
+        metavar="ngram|MODEL",
+        help="Proposals of speculate: by lookup or by a smaller model. (default: ngram)",
+    )
     add_trust(add)
-    args = parser.parse_args()
-    if args.model and args.mode != "constant":
-        raise UserError(f"{args.model}: a model can only be given in the mode constant")
-    for number in (*(args.contexts or ()), *(args.batches or ()), args.d_model):
-        if not 1 <= number <= 1 << 20:
-            raise UserError(f"{number}: must be from 1 to {1 << 20:,}")
-    return args
+
+
+def _description() -> str:
+    """Return the text of ``--help`` with the list of modes."""
+    width = max(map(len, MODES))
+    lines = [
+        textwrap.fill(
+            f"{name:{width}}  {mode.summary}", 110, initial_indent="  ", subsequent_indent=" " * (width + 4)
+        )
+        for name, mode in MODES.items()
+    ]
+    return (__doc__ or "").replace("MODES", "\n".join(lines), 1)
 
 
 def main() -> int:
@@ -121,136 +197,30 @@ def main() -> int:
     keep_large_blocks()
     limit_threads()
     shape = replace(SHAPE, d_model=args.d_model, glu_dim=args.d_model)
-    if args.mode == "levels" and args.png:
-        raise UserError("--png: the mode levels has no plot")
-    for path in filter(None, (args.json, args.png)):
+    for path in filter(None, (args.json, args.record, args.png)):
         check_file(path)
-    result = {"train": training, "levels": levels, "constant": constant}.get(args.mode, decoding)(args, shape)
+    mode = MODES[args.mode]
+    result = mode.measure(args, shape)
     if args.json:
         write_text(args.json, json.dumps(result, indent=2) + "\n")
+    if args.record:
+        write_text(args.record, json.dumps(record_of(result, args.machine), indent=1) + "\n")
     if args.png:
         plot(result, args.png)
-    show(result)
+    print(f"{result['cpu']}\n{mode.show(result)}")
     return 0
 
 
-def training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure training steps on rows of every length."""
-    lengths = args.contexts or ((512, 2048) if args.quick else (512, 2048, 8192, 65_536))
-    rounds, longest = (3, 2048) if args.quick else (5, LONGEST_PEER)
-    rate, rows = time_training(shape, lengths, rounds, not args.quick, longest)
-    return {
-        "mode": "train",
-        "cpu": describe_cpu(),
-        "bandwidth_gbs": read_bandwidth(),
-        "gemm_flops": rate,
-        "results": rows,
-    }
-
-
-def levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure training steps of the demo and decoding steps at every level of vector instructions."""
-    demo = load_config(DEMO, [])
-    rounds, steps = (1, 2) if args.quick else (3, 8)
-    rows = time_levels(demo.model, demo.data.batch_size, rounds, steps, shape)
-    return {"mode": "levels", "cpu": describe_cpu(), "results": rows}
-
-
-def constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure greedy steps of a trained model after contexts of every length."""
-    turns, steps = (3, 4) if args.quick else (15, 16)
-    contexts, trust = args.contexts or CONTEXTS, trust_of(args)
-    measured = time_constant(args.model, contexts, turns, steps, args.dtype, args.engine, trust)
-    return {"mode": "constant", "cpu": describe_cpu(), **measured}
-
-
-def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
-    """Measure steps or prompts of converted models and of the baselines."""
-    contexts = args.contexts or ((128, 2048) if args.quick else CONTEXTS)
-    batches = args.batches or ((1, 16) if args.quick else (1, 4, 16, 64, 256))
-    effort = QUICK if args.quick else Effort()
-    with tempfile.TemporaryDirectory() as folder:
-        longest, most = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
-        subjects = gather(args, shape, longest, most, Path(folder))
-        if args.mode == "prefill":
-            bandwidth = read_bandwidth()
-            rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
-        else:
-            cases = [(1, n) for n in contexts] if args.mode == "decode" else []
-            cases += [(b, BATCH_CONTEXT) for b in batches] if args.mode == "batch" else []
-            bandwidth, rows = time_steps(subjects, cases, effort)
-    return {
-        "mode": args.mode,
-        "cpu": describe_cpu(),
-        "bandwidth_gbs": bandwidth,
-        "results": rows,
-    }
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the CPU, the measured bandwidth or FLOP rate, and the table of results."""
-    mode = result["mode"]
-    print(result["cpu"])
-    if mode == "levels":
-        print(f"\n{level_table(result['results'])}")
-        return
-    if mode == "train":
-        print(
-            "tokens per second (share of the FLOP rate); FLOP rate of matrix products: "
-            f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s\n\n{table(result)}\n\n{memory_table(result)}"
-        )
-        return
-    if mode == "constant":
-        print(constant_table(result))
-        return
-    what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
-    print(f"{what}; memory read bandwidth: {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
-
-
-def gather(
-    args: argparse.Namespace, shape: ModelConfig, longest: int, rows: int, folder: Path
-) -> list[Subject]:
-    """Return the converted models, then the baselines; print a line for each that is not available."""
-    cases = [case for case in OURS[args.mode] if case[1] in args.engines]
-    if args.quick:
-        cases = [case for case in cases if case[1] != "compiled"]
-    compiler = capability("cpp_compiler")
-    if not compiler and any(case[1] == "compiled" for case in cases):
-        show_skipped("compiled engines", f"no C++ compiler ({compiler.reason})")
-        cases = [case for case in cases if case[1] != "compiled"]
-    subjects = []
-    for case in tqdm(cases, desc="converting and compiling", leave=False, disable=None):
-        try:
-            subjects.append(ours(*case, shape, folder))
-        except UserError as error:
-            if case[1] != ONNX:
-                raise
-            show_skipped(ONNX, str(error))
-    for kind in args.peers:
-        if kind == "mamba" and args.mode == "prefill":
-            show_skipped(kind, "prefills token by token without its GPU kernels")
-            continue
-        try:
-            for dtype in peer_dtypes(kind, args.quick):
-                if kind == LLAMA_CPP:
-                    subjects.append(llama_cpp(dtype, shape, longest, rows, folder))
-                else:
-                    subjects.append(peer(kind, dtype, shape, longest))
-        except UserError as error:
-            show_skipped(kind, str(error))
-    return subjects
-
-
-def peer_dtypes(kind: str, quick: bool) -> tuple[str, ...]:
-    """Return the weight dtypes in which a baseline is measured."""
-    if kind == LLAMA_CPP:
-        return ("float32",) if quick else ("float32", "bfloat16", "int8")
-    return ("float32",) if kind == "mamba" or quick else ("float32", "bfloat16")
-
-
-def show_skipped(what: str, why: str) -> None:
-    """Print a line about a model that is not measured, on stderr."""
-    print(f"skipped: {what}: {why}", file=sys.stderr)
+def record_of(result: dict[str, Any], machine: str | None) -> dict[str, Any]:
+    """Return the record of a result, whose single numbers pages can quote."""
+    words = sys.argv[1:]
+    for option in ("--record", "--machine", "--json", "--png"):
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    own = f"{limit_threads().threads} threads of an {processor()}"
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    command = shlex.join(["python", "tools/benchmark.py", *words])
+    return provenance(command, machine or own) | {"values": numbers, "result": result}
 
 
 if __name__ == "__main__":

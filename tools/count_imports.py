@@ -67,7 +67,7 @@ RULES = {
         "torch safetensors tokenizers",
     ),
     "data": Allowed(
-        "errors files reading checksums tokenizer coverage config models",
+        "errors files reading checksums machine tokenizer coverage config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm xxhash PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),

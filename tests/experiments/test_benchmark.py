@@ -6,22 +6,31 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import conversion, serving, train_step
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
+from benchmarks.limits import product_seconds
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.onnx_runtime import OnnxModel
+from benchmarks.ratios import ratio_table
 from benchmarks.report import plot, table
+from benchmarks.serving import PROMPT
 from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
 from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
 from experiments.timing import Effort, read_bandwidth, time_prefill, time_steps
+from tests.support.commands import check_arguments
 from tests.support.models import tiny_config
 from tests.support.scripts import ROOT
+from tests.support.servers import tiny_converted
 from tests.support.training_runs import tiny_run
 from tnnlm.checkpoints.converted import ConvertedModel
 from tnnlm.conversion import convert_model
@@ -195,6 +204,109 @@ def test_tool_writes_what_it_prints(
     assert run_script(tool.main) == 2
 
 
+class _Events(BaseHTTPRequestHandler):
+    """Server that answers every request with two events and the number of tokens."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert len(body["prompt"]) == PROMPT
+        events: list[dict[str, Any]] = [
+            {"choices": [{"text": "a", "finish_reason": None}]},
+            {"choices": [{"text": "b", "finish_reason": "length"}]},
+            {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}},
+        ]
+        self.send_response(200)
+        self.end_headers()
+        for event in events:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+class _Peer:
+    """Baseline on ``_Events`` in place of llama.cpp's server."""
+
+    name, context = "llama-server-F32", 512
+
+    @contextmanager
+    def running(self, slots: int) -> Iterator[str]:
+        with ThreadingHTTPServer(("127.0.0.1", 0), _Events) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+
+def test_serve_measures_every_server_with_the_same_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("aiohttp")
+    folder = tiny_converted(tmp_path / "converted")
+    tool = tool_of("benchmark")
+    words = ["serve", str(folder), "--quick", "--streams", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, "--llama-server", "nothing"])
+    assert run_script(tool.main) == 2
+    assert "nothing: no such program" in capsys.readouterr().err
+    monkeypatch.setattr(serving, "_peer", lambda *_: _Peer())
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, "--record", "serve.json", "--png", "s.png"])
+    assert run_script(tool.main) == 0
+    printed = capsys.readouterr().out
+    assert "tnnlm-serve / llama-server-F32" in printed
+    assert "over that of generate.py" in printed
+    data = json.loads(Path("serve.json").read_text())
+    assert data["command"] == f"python tools/benchmark.py {' '.join(words)}"
+    assert data["values"]["slot_context"] == 512
+    names = {(row["name"], row["batch"]) for row in data["result"]["results"]}
+    assert names == {
+        *(("tnnlm-serve", n) for n in (1, 2)),
+        *(("llama-server-F32", n) for n in (1, 2)),
+        ("tnnlm-generate", 1),
+    }
+    for row in data["result"]["results"]:
+        assert row.keys() >= FIELDS | {"limit_share", "first_token_ms", "between_tokens_ms"}
+        assert row["tokens_per_second"] > 0
+    assert Path("s.png").stat().st_size > 5_000
+
+
+def test_convert_times_calls_that_the_script_accepts(
+    run_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def called(script: str, *words: str) -> None:
+        check_arguments(script, [*words])
+        calls.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir()
+        (out / "conversion.json").write_text('{"seconds": 0.25}', encoding="utf-8")
+
+    monkeypatch.setattr(conversion, "run_command", called)
+    words = ["convert", str(run_here), "--quick", "--json", "c.json"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    assert run_script(tool_of("benchmark").main) == 0
+    assert [row["name"] for row in json.loads(Path("c.json").read_text())["results"]] == [
+        *conversion.CALLS,
+        conversion.IMPORT,
+    ]
+    assert len(calls) == len(conversion.CALLS)
+    assert "of these, the conversion itself" in capsys.readouterr().out
+
+
+def test_products_alone_are_a_limit_of_every_batch() -> None:
+    seconds = product_seconds(SHAPE, "float32", (1, 3))
+    assert list(seconds) == [1, 3]
+    assert min(seconds.values()) > 0
+
+
+def test_ratios_compare_with_the_first_baseline_of_a_dtype() -> None:
+    rows = [
+        {"name": name, "dtype": "float32", "batch": 1, "context": 128, "seconds_per_token": seconds}
+        for name, seconds in (("tnnlm-default", 1.0), ("transformers-gpt2", 4.0), ("llama.cpp-F32", 2.0))
+    ]
+    assert "| tnnlm-default / llama.cpp-F32 | 0.50 |" in ratio_table({"mode": "decode", "results": rows})
+    assert ratio_table({"mode": "decode", "results": rows[:1]}) == ""
+
+
 def test_levels_are_timed_in_separate_processes() -> None:
     before = dict(os.environ)
     rows = time_levels(SHAPE, 2, rounds=1, steps=1, decoded=SHAPE)
@@ -202,6 +314,6 @@ def test_levels_are_timed_in_separate_processes() -> None:
     assert rows[-1]["cpu_level"] == "DEFAULT"
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert all(row["decoding"]["bfloat16"]["linear"] for row in rows)
-    assert level_table(rows).count("\n") == 1 + len(rows)
+    assert level_table({"results": rows}).count("\n") == 1 + len(rows)
     assert dict(os.environ) == before
     assert LEVELS["native"] == {}

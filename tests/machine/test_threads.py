@@ -1,16 +1,19 @@
-"""Number of threads available to this process: CPU affinity, and quotas of Linux control groups."""
+"""Threads of this process: CPU affinity and quotas of Linux control groups, and how threads wait."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.scripts import ROOT
 from tnnlm.machine import threads
-from tnnlm.machine.threads import ThreadLimit, cgroup_quota, limit_threads, thread_limit
+from tnnlm.machine.threads import ThreadLimit, cgroup_quota, limit_threads, loader_processes, thread_limit
 
 FILES: dict[str, tuple[dict[str, str], float | None]] = {
     "version 2, in a container": (
@@ -149,3 +152,85 @@ def test_value_that_openmp_ignores_is_no_choice(
     monkeypatch.setenv(name, value)
     assert limit_threads() == ThreadLimit(3, "quota")
     assert used() == [3]
+
+
+ENTRY_POINTS = {
+    "train.py": ["train.py"],
+    "convert.py": ["convert.py"],
+    "generate.py": ["generate.py", "--prompt", "a"],
+    "serve.py": ["tools/serve.py"],
+    "prepare_data.py": ["tools/prepare_data.py"],
+    "tnnlm train": ["-m", "tnnlm", "train"],
+    "benchmark.py": ["tools/benchmark.py", "--help"],
+    "reproduce.py": ["tools/reproduce.py", "--list"],
+}
+"""Command lines that import torch, by name."""
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "RAYON_NUM_THREADS")
+
+
+def start(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the root of the repository without variables that set threads, except the given ones."""
+    unset = {*threads._WAITING, *threads._CHOSEN, "RAYON_NUM_THREADS"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def seen_by_torch(words: list[str], folder: Path, **variables: str) -> list[str]:
+    """Return the values of ``VARIABLES`` at the moment when a command line imports torch."""
+    code = f"import os, sys\nprint(*(os.environ.get(name, '-') for name in {VARIABLES!r}))\nsys.exit()\n"
+    (folder / "torch.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tools")])
+    done = start(words, PYTHONPATH=path, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_threads_wait_for_a_short_time_before_torch_is_imported(name: str, tmp_path: Path) -> None:
+    expected = ["-", "10000", "1", str(thread_limit().threads)]
+    assert seen_by_torch(ENTRY_POINTS[name], tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"OMP_WAIT_POLICY": "ACTIVE", "RAYON_NUM_THREADS": "7"}, ["ACTIVE", "-", "-", "7"]),
+        ({"GOMP_SPINCOUNT": "100", "OMP_NUM_THREADS": "3,2"}, ["-", "100", "-", "3"]),
+        (
+            {"KMP_BLOCKTIME": "0", "OMP_NUM_THREADS": "7", "TORCHELASTIC_RUN_ID": "none"},
+            ["-", "-", "0", str(thread_limit().threads)],
+        ),
+    ],
+)
+def test_waiting_and_threads_set_by_the_user_are_kept(
+    variables: dict[str, str], expected: list[str], tmp_path: Path
+) -> None:
+    assert seen_by_torch(ENTRY_POINTS["generate.py"], tmp_path, **variables) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch brings GNU OpenMP on Linux only")
+def test_openmp_of_a_process_and_of_its_children_waits_for_a_short_time() -> None:
+    code = (
+        "import multiprocessing as m; from tnnlm.machine.threads import share_cores\n"
+        "def child(): import torch\n"
+        "if __name__ == '__main__':\n"
+        "    share_cores(); import torch\n"
+        "    p = m.get_context('spawn').Process(target=child); p.start(); p.join()"
+    )
+    Path("waiting.py").write_text(code, encoding="utf-8")
+    done = start([str(Path("waiting.py").resolve())], OMP_DISPLAY_ENV="VERBOSE", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("GOMP_SPINCOUNT = '10000'") == 2
+
+
+def test_environment_is_not_changed_once_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*threads._WAITING, "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    threads.share_cores()
+    assert dict(os.environ) == before
+
+
+def test_loader_processes_are_at_most_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "thread_limit", lambda: ThreadLimit(3, "quota"))
+    assert [loader_processes(wanted) for wanted in (0, 2, 3, 64)] == [0, 2, 3, 3]

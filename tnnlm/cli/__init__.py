@@ -14,6 +14,7 @@ from types import ModuleType
 
 from tnnlm import __version__
 from tnnlm.errors import UserError, run_script
+from tnnlm.machine.threads import share_cores
 
 COMMANDS = {
     "train": "train a model and convert its checkpoints into recurrences",
@@ -51,6 +52,7 @@ def run(name: str, words: Sequence[str] | None = None) -> int:
         name: One of ``COMMANDS``.
         words: Arguments of the subcommand; None takes ``sys.argv``.
     """
+    share_cores()  # before the module of the subcommand imports torch
     return run_script(lambda: int(_module(name).main(words)))
 
 

@@ -108,8 +108,8 @@ class DataConfig:
     batch_size: int = number(8, low=1, high=1_000_000)
     """Rows of ``model.max_length`` tokens per device and batch."""
     num_workers: int = number(0, low=0, high=1_024)
-    """Number of data loader processes. 0 loads in the main process, which is fast enough for most models
-    because rows are memory-mapped."""
+    """Number of data loader processes, of which at most one per usable CPU is started. 0 loads in the main
+    process, which is fast enough for most models because rows are memory-mapped."""
     cache_dir: str | None = None
     """Folder of the tokenized data (null: $TNNLM_CACHE, else ~/.cache/tnnlm)."""
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)

@@ -13,6 +13,7 @@ from tnnlm.config.schema import Config
 from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import TaskData, load_task_data
+from tnnlm.machine.threads import loader_processes
 
 
 class TextDataModule(lightning.LightningDataModule):
@@ -115,7 +116,7 @@ class TextDataModule(lightning.LightningDataModule):
         return trainer.global_rank // size, trainer.world_size // size
 
     def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
-        workers = self.config.data.num_workers
+        workers = loader_processes(self.config.data.num_workers)
         return DataLoader(
             rows,
             batch_sampler=batches,

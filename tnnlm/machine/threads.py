@@ -1,7 +1,9 @@
 """Number of usable CPU threads, from the CPU affinity of the process and the quota of its control group.
 
 PyTorch starts one thread per visible core. In a container with a CPU quota (Docker's ``--cpus``, Kubernetes'
-limits) all cores of the host are visible, and threads beyond the quota only cause throttling.
+limits) all cores of the host are visible, and threads beyond the quota only cause throttling. Whether threads
+that wait for each other keep their cores busy is decided before torch is imported, so this module imports it
+only where it is used.
 """
 
 from __future__ import annotations
@@ -9,17 +11,27 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables with which the user, or torchrun, sets the number of threads."""
+_added: dict[str, str] = {}
+"""Environment variables that :func:`share_cores` has set."""
 _NUMBER = r"\s*\+?0*[1-9][0-9]*\s*"
 _NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})*", re.ASCII)
 """Values that OpenMP accepts: a number of threads, or one number per nesting level."""
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""Environment variables with which the user sets how threads of OpenMP wait (GNU, LLVM and Intel)."""
+_SHORT_WAIT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""Iterations (GNU) or milliseconds (LLVM, Intel) for which a thread spins before it sleeps.
+
+That is longer than the gaps between the operators of a decoding step, where waking a thread would cost more
+than the wait, and shorter than the time slice of another program: by default, threads spin 30 to 200 times
+as long, and by OMP_WAIT_POLICY=PASSIVE not at all.
+"""
 _FILES_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 """Files of a version 1 control group with quota and period, in microseconds."""
 _FILES_V2: tuple[str, ...] = ("cpu.max",)
@@ -51,20 +63,56 @@ def thread_limit(root: Path = Path("/")) -> ThreadLimit:
     return limit
 
 
+def share_cores() -> None:
+    """Set the environment of this process and its children so that they share the cores with other programs.
+
+    Threads of OpenMP that wait for each other sleep after a short time of spinning. A thread that spins keeps
+    its core, while the thread that it waits for shares the other one with another program. Tokenizers start
+    as many threads as PyTorch may use. Variables that the user has set are kept. The libraries read them when
+    they are loaded, so this does nothing once torch is imported.
+    """
+    if "torch" in sys.modules:
+        return
+    if not any(name in os.environ for name in _WAITING):
+        _added.update(_SHORT_WAIT)
+    if "RAYON_NUM_THREADS" not in os.environ:
+        # torchrun gives every rank one thread, but only one rank tokenizes while the others wait.
+        names = () if "TORCHELASTIC_RUN_ID" in os.environ else filter(_chosen, _CHOSEN)
+        own = [int(os.environ[name].partition(",")[0]) for name in names]
+        _added["RAYON_NUM_THREADS"] = str(own[0] if own else thread_limit().threads)
+    os.environ.update(_added)
+
+
+def user_environment() -> dict[str, str]:
+    """Return the environment without what :func:`share_cores` has added, for programs of others."""
+    return {name: value for name, value in os.environ.items() if name not in _added}
+
+
 def limit_threads() -> ThreadLimit:
     """Lower PyTorch's number of threads to :func:`thread_limit`, and return the number in use.
 
     The number is never raised, and OMP_NUM_THREADS or MKL_NUM_THREADS takes precedence. A value that OpenMP
     ignores, such as 0 or a word, counts as unset, because PyTorch then starts one thread per core.
     """
-    for name in _CHOSEN:
-        if _NUMBERS.fullmatch(os.environ.get(name, "")):
-            return ThreadLimit(torch.get_num_threads(), name)
+    import torch
+
+    for name in filter(_chosen, _CHOSEN):
+        return ThreadLimit(torch.get_num_threads(), name)
     limit = thread_limit()
     if limit.threads >= torch.get_num_threads():
         return ThreadLimit(torch.get_num_threads(), "PyTorch's default")
     torch.set_num_threads(limit.threads)
     return limit
+
+
+def loader_processes(wanted: int) -> int:
+    """Return the number of data loader processes to start: ``wanted``, at most one per usable CPU."""
+    return min(wanted, thread_limit().threads)
+
+
+def _chosen(name: str) -> bool:
+    """Return whether an environment variable holds a number of threads."""
+    return _NUMBERS.fullmatch(os.environ.get(name, "")) is not None
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:

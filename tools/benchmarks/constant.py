@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,24 @@ from benchmarks.subjects import WIDTHS, linear_weights
 from experiments.report import table
 from experiments.timing import interleaved, read_bandwidth, row
 from tnnlm.checkpoints.locate import load_for_decoding
+from tnnlm.cli.usage import trust_of
+from tnnlm.config.schema import ModelConfig
 from tnnlm.inference.engine import open_engine
 from tnnlm.inference.generator import GenerationState, TextGenerator
+from tnnlm.machine.capabilities import describe_cpu
 from tnnlm.models.causal_lm import state_bytes
 from tnnlm.trust import Trust
+
+CONTEXTS = (128, 512, 2048, 8192)
+"""Context lengths in tokens by default."""
+
+
+def measure_constant(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Measure greedy steps of a trained model after contexts of every length."""
+    turns, steps = (3, 4) if args.quick else (15, 16)
+    contexts, trust = args.contexts or CONTEXTS, trust_of(args)
+    measured = time_constant(args.model, contexts, turns, steps, args.dtype, args.engine, trust)
+    return {"mode": "constant", "cpu": describe_cpu(), **measured}
 
 
 def time_constant(

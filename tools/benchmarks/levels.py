@@ -6,10 +6,10 @@ process. The results estimate an older CPU, apart from its clock rate and memory
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,11 +22,12 @@ from benchmarks.subjects import SHAPE, ours
 from benchmarks.train_step import OURS, trainee
 from experiments.report import table
 from experiments.timing import interleaved, random_tokens
+from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ModelConfig
 from tnnlm.inference.linear import DTYPES
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.machine.allocator import keep_large_blocks
-from tnnlm.machine.capabilities import capability, cpu_level
+from tnnlm.machine.capabilities import capability, cpu_level, describe_cpu
 from tnnlm.machine.threads import limit_threads
 
 NATIVE = "native"
@@ -38,12 +39,21 @@ LEVELS: dict[str, dict[str, str]] = {
 }
 """Environment variables of each level."""
 _CONTEXT = 128
+_DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def levels_here() -> list[str]:
     """Return the levels that differ on this CPU, widest instructions first."""
     wide = cpu_level()
     return [name for name in LEVELS if name != "AVX2" or wide.startswith("AVX512")]
+
+
+def measure_levels(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Measure training steps of the demo and decoding steps at every level of vector instructions."""
+    demo = load_config(_DEMO, [])
+    rounds, steps = (1, 2) if args.quick else (3, 8)
+    rows = time_levels(demo.model, demo.data.batch_size, rounds, steps, shape)
+    return {"mode": "levels", "cpu": describe_cpu(), "results": rows}
 
 
 def time_levels(
@@ -71,8 +81,9 @@ def time_levels(
     return [_row(name, measured) for name, measured in parts.items()]
 
 
-def level_table(rows: Sequence[dict[str, Any]]) -> str:
+def level_table(result: dict[str, Any]) -> str:
     """Return a Markdown table: training and decoding per level, and training relative to the native level."""
+    rows = result["results"]
     native = rows[0]["tokens_per_second"]
     lines = []
     for row in rows:

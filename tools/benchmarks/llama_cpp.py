@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from benchmarks.subjects import CHUNK, WIDTHS, peer_shape
 from experiments.timing import Stepper, Subject, random_tokens
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
+from tnnlm.machine.threads import user_environment
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}
 """Weight dtypes by llama.cpp's names; its keys and values are float16 with all of them."""
@@ -36,7 +39,10 @@ def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: P
     """
     try:
         import gguf  # noqa: F401
-        import llama_cpp as library
+
+        # Its OpenMP, if it is not the one of PyTorch, then waits as it does by default.
+        with patch.dict(os.environ, user_environment(), clear=True):
+            import llama_cpp as library
     except (ImportError, OSError) as error:
         raise UserError(f"not installed ({error}); run: pip install gguf llama-cpp-python") from None
     path = folder / f"llama-{dtype}.gguf"
@@ -57,7 +63,7 @@ def llama_cpp(dtype: str, shape: ModelConfig, longest: int, rows: int, folder: P
 
 
 def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
-    """Write a Llama with random weights, tied embeddings and no vocabulary; return its weights per token."""
+    """Write a Llama with random weights and tied embeddings; return its weights per token."""
     import gguf
 
     width, hidden = shape.d_model, peer_shape("llama", shape, longest).glu_dim or 0
@@ -73,7 +79,7 @@ def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
     writer.add_rope_dimension_count(width // heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("none")
+    _add_vocabulary(writer, shape.vocab_size)
     random = np.random.default_rng(0)
     weights = 0
 
@@ -99,6 +105,24 @@ def write_gguf(path: Path, dtype: str, shape: ModelConfig, longest: int) -> int:
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    """Add a vocabulary of special tokens, bytes and numbered words, which a server needs to return text."""
+    import gguf
+
+    kinds = gguf.TokenType
+    special = (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL))
+    entries = [*special, *((f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256))]
+    entries += [(f"\u2581w{number}", kinds.NORMAL) for number in range(max(0, size - len(entries)))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in entries[:size]])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types([kind for _, kind in entries[:size]])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
 
 
 class _Runner:

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,14 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.subjects import SHAPE
-from experiments.commits import current_commit
+from experiments.commits import provenance
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.conversion import convert_model
 from tnnlm.files import write_text
 from tnnlm.inference.aot import compile_step
 from tnnlm.inference.engine import open_engine
 from tnnlm.kernels import SGConvConfig, SGConvKernel
-from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import recurrences
 from tnnlm.ops.multirate import MultirateParams
@@ -152,13 +150,8 @@ def main() -> int:
     engines = ("eager",) if args.quick else ("eager", "compiled")
     with torch.inference_mode():
         measured = [measure(length, engines, 3 if args.quick else 9) for length in LENGTHS]
-    record = {
-        "command": "python -m benchmarks.multirate" + (" --quick" if args.quick else ""),
-        "machine": args.machine,
-        "cpu_level": cpu_level(),
-        "torch": torch.__version__.partition("+")[0],
-        "date": date.today().isoformat(),
-        "commit": current_commit(),
+    command = "python -m benchmarks.multirate" + (" --quick" if args.quick else "")
+    record = provenance(command, args.machine) | {
         "tables": {
             "costs": [cost for cost, _ in measured],
             "times": [line for _, lines in measured for line in lines],

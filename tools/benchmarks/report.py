@@ -8,7 +8,7 @@ from typing import Any
 from experiments import report
 from experiments.report import Line, Panel, line
 
-_X = {"batch": "rows", "prefill": "prompt tokens", "train": "tokens per row"}
+_X = {"batch": "rows", "serve": "concurrent streams", "prefill": "prompt tokens", "train": "tokens per row"}
 _DASHES = {"float32": "-", "bfloat16": "--", "float16": "-.", "int8": ":"}
 
 
@@ -18,7 +18,8 @@ def table(result: dict[str, Any]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["results"]:
         name, dtype = row["name"], row["dtype"]
-        case = f"batch {row['batch']}" if mode == "batch" else f"{row['context']:,} tokens"
+        rows = {"batch": f"batch {row['batch']}", "serve": f"{row['batch']} streams"}
+        case = rows.get(mode, f"{row['context']:,} tokens")
         lines.setdefault((name, dtype), {"name": name, "dtype": dtype})[case] = _cell(row, mode)
     return report.table(list(lines.values()))
 
@@ -52,7 +53,7 @@ def _family(name: str) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Plot time per token by context length, or tokens per second by batch size or prompt length."""
     rows, mode = result["results"], result["mode"]
-    key, in_time = "batch" if mode == "batch" else "context", mode in ("decode", "constant")
+    key, in_time = "batch" if mode in ("batch", "serve") else "context", mode in ("decode", "constant")
     names = list(dict.fromkeys(_family(row["name"]) for row in rows))
     lines: list[Line] = []
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):

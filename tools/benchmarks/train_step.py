@@ -7,6 +7,7 @@ about equal parameters and the same tokens; their steps are interleaved. A step 
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.ratios import ratio_table
+from benchmarks.report import memory_table, table
 from benchmarks.subjects import peer_shape
 from experiments.peers import GPT2 as GPT2Model
-from experiments.timing import clock, interleaved, random_tokens, row
+from experiments.timing import clock, interleaved, random_tokens, read_bandwidth, row
 from experiments.training import next_token_loss
 from tnnlm.config.schema import ModelConfig, OptimConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.machine.allocator import keep_large_blocks
-from tnnlm.machine.capabilities import capability
+from tnnlm.machine.capabilities import capability, describe_cpu
 from tnnlm.machine.resident import resident_peak
 from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import CausalLM
@@ -38,6 +41,8 @@ TOKENS = 4096
 """Tokens per step; a longer row is a step by itself."""
 RECOMPUTED = 32_768
 """Row length in tokens from which activation checkpointing is used."""
+LONGEST_PEER = 8192
+"""Longest rows, in tokens, on which the baselines are trained; on longer ones only tnnlm is."""
 _GEMM = 2048
 
 
@@ -189,6 +194,27 @@ def time_training(
         result["flop_share"] = result.pop("flops_per_token") * result["tokens_per_second"] / rate
         result["peak_bytes"] = peak_bytes(result["name"], shape, result["context"], compiled)
     return rate, rows
+
+
+def measure_training(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
+    """Measure training steps on rows of every length."""
+    lengths = args.contexts or ((512, 2048) if args.quick else (512, 2048, 8192, 65_536))
+    rounds, longest = (3, 2048) if args.quick else (5, LONGEST_PEER)
+    rate, rows = time_training(shape, lengths, rounds, not args.quick, longest)
+    return {
+        "mode": "train",
+        "cpu": describe_cpu(),
+        "bandwidth_gbs": read_bandwidth(),
+        "gemm_flops": rate,
+        "results": rows,
+    }
+
+
+def training_table(result: dict[str, Any]) -> str:
+    """Return the FLOP rate, the tables of throughput and memory, and ratios."""
+    rate = f"{result['gemm_flops'] / 1e9:,.0f} GFLOP/s"
+    first = f"tokens per second (share of the FLOP rate); FLOP rate of matrix products: {rate}"
+    return "\n\n".join(filter(None, [first, table(result), memory_table(result), ratio_table(result)]))
 
 
 def peak_bytes(name: str, shape: ModelConfig, length: int, compiled: bool) -> int:

@@ -78,7 +78,7 @@ def value_at(path: str) -> Any:
 
 def _benchmark_value(result: dict[str, Any], keys: list[str]) -> float:
     name, dtype, case, *field = keys
-    column = "batch" if result["mode"] == "batch" else "context"
+    column = "batch" if result["mode"] in ("batch", "serve") else "context"
     rows = [
         row
         for row in result["results"]

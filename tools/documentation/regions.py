@@ -11,8 +11,10 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.conversion import conversion_table
 from benchmarks.report import memory_table
 from benchmarks.report import table as benchmark_table
+from benchmarks.serving import serving_table
 from documentation.plans import memory_table as plan_table
 from documentation.records import RECORDS, ROOT, figure, record
 from documentation.reference import metrics_table, options_table, settings_table
@@ -85,13 +87,19 @@ def _benchmark(name: str) -> str:
     return benchmark_table(record(name)["result"])
 
 
+def _mode(name: str) -> str:
+    """Return the table of a mode of tools/benchmark.py without contexts and batches."""
+    result = record(name)["result"]
+    return {"serve": serving_table, "convert": conversion_table}[result["mode"]](result)
+
+
 def _memory(name: str) -> str:
     return memory_table(record(name)["result"])
 
 
 def _ratios(name: str, ours: str, *baselines: str) -> str:
     """Our values divided by those of baselines, by case; each is NAME/DTYPE."""
-    column = "batch" if record(name)["result"]["mode"] == "batch" else "context"
+    column = "batch" if record(name)["result"]["mode"] in ("batch", "serve") else "context"
     cases = dict.fromkeys(row[column] for row in record(name)["result"]["results"])
     rows = []
     for baseline in baselines:
@@ -143,6 +151,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "benchmark": _benchmark,
     "benchmark-memory": _memory,
+    "benchmark-mode": _mode,
     "comparison": _comparison,
     "ratios": _ratios,
     "text": _text,

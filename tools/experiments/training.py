@@ -24,6 +24,7 @@ from tnnlm.data.packing import PackedCorpus, PackedRows
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.errors import DataError, UserError
 from tnnlm.evaluation import NLL, add, bits_per_byte, parallel_nll, recurrent_nll
+from tnnlm.machine.threads import loader_processes
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.estimate import resolve_precision
 from tnnlm.training.optim import build_optimizer, build_scheduler
@@ -194,9 +195,8 @@ def _loader(rows: Any, config: Config, seed: int, resampled: bool) -> DataLoader
         seed=seed,
         resampled=resampled,
     )
-    return DataLoader(
-        rows, batch_sampler=order, num_workers=config.data.num_workers, pin_memory=torch.cuda.is_available()
-    )
+    workers = loader_processes(config.data.num_workers)
+    return DataLoader(rows, batch_sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
 def score(model: Any, rows: Tensor, chunk: int | None) -> NLL:
