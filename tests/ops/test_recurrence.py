@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tnnlm.ops import recurrence
+from tnnlm.ops import recurrence, ssm_blocks
 from tnnlm.ops.companion import CompanionParams, rational_series
 from tnnlm.ops.division import pole_radius
 from tnnlm.ops.recurrence import Params, State
@@ -80,7 +80,16 @@ def test_step_convolves_with_the_effective_taps(params: Params) -> None:
     torch.testing.assert_close(y, toeplitz_dense(x, params.taps(40)), rtol=0, atol=1e-11)
 
 
+@pytest.fixture(params=[None, (4, 24)], ids=["one-block", "short-blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process modes as one block, or in spans of three blocks of eight tokens."""
+    if request.param:
+        monkeypatch.setattr(ssm_blocks, "_SMALL_BLOCK", request.param[0])
+        monkeypatch.setattr(ssm_blocks, "_FFT_BLOCK", request.param[1])
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 7, 40])
+@pytest.mark.usefixtures("blocks")
 def test_prefill_matches_step_for_every_split(params: Params, chunk: int) -> None:
     x = torch.randn(2, 40, CHANNELS, dtype=torch.float64)
     # The state is non-zero, because other tokens were processed before.
@@ -94,10 +103,11 @@ def test_prefill_matches_step_for_every_split(params: Params, chunk: int) -> Non
     assert_same_state(state, last)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_prefill_of_a_padded_batch_equals_single_prompts(params: Params) -> None:
-    x = torch.randn(4, 11, CHANNELS, dtype=torch.float64)
-    lengths = torch.tensor([11, 4, 1, 0])
-    _, warm = run_steps(params, torch.randn(4, 9, CHANNELS, dtype=torch.float64), params.init_state(4))
+    x = torch.randn(5, 31, CHANNELS, dtype=torch.float64)
+    lengths = torch.tensor([31, 26, 8, 1, 0])
+    _, warm = run_steps(params, torch.randn(5, 9, CHANNELS, dtype=torch.float64), params.init_state(5))
     y, state = params.prefill(x, warm, lengths)
     for row, length in enumerate(lengths.tolist()):
         start = type(warm)(*(part[row : row + 1] for part in warm))
@@ -106,6 +116,16 @@ def test_prefill_of_a_padded_batch_equals_single_prompts(params: Params) -> None
             single, last = run_steps(params, x[row : row + 1, :length], start)
             torch.testing.assert_close(y[row : row + 1, :length], single, rtol=0, atol=1e-11)
         assert_same_state(type(warm)(*(part[row : row + 1] for part in state)), last)
+
+
+def test_prefill_follows_a_change_of_the_parameters() -> None:
+    params = random_modes(0, 5, True)
+    x = torch.randn(1, 9, CHANNELS, dtype=torch.float64)
+    params.prefill(x, params.init_state(1))
+    params.residues.mul_(2)
+    params.poles.mul_(0.5)
+    y, _ = params.prefill(x, params.init_state(1))
+    torch.testing.assert_close(y, recurrence_loop(params, x), rtol=0, atol=1e-11)
 
 
 def test_step_of_an_inactive_row_is_an_identity(params: Params) -> None:

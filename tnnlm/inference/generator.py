@@ -126,7 +126,11 @@ class TextGenerator:
         for start in range(0, longest, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
             valid = None if even else (lengths - start).clamp(0, chunk.shape[1])
-            last, model_state = self.model.prefill(chunk, model_state, valid, keep=1)
+            # The head is run only for the chunks in which a row ends.
+            ends = any(start < len(row) <= start + PREFILL_CHUNK for row in rows)
+            last, model_state = self.model.prefill(chunk, model_state, valid, keep=int(ends))
+            if not ends:
+                continue
             # A row that ended in an earlier chunk keeps the logits of that chunk.
             if logits is None or valid is None:
                 logits = last[:, 0]

@@ -33,6 +33,10 @@ _HALF_ROWS = 3
 _TILE_BYTES = 1 << 19
 """Size in bytes of a tile of weights in float32; it fits into the L2 cache."""
 
+_PACKED_ROWS = 64
+"""Batch size that oneDNN packs float32 weights for. With the order of memory for a single row, products of a
+few rows take up to twice as long, and those of a single row as long."""
+
 
 class InferenceLinear(nn.Module):
     """Linear layer y = x W^T + b with W prepacked by oneDNN in float32 or bfloat16; y has the dtype of x."""
@@ -45,7 +49,7 @@ class InferenceLinear(nn.Module):
         # A single overload avoids overload resolution at each call.
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         # The packed tensor is opaque and can't be saved; a compiled step refers to it by its name.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), _PACKED_ROWS)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
         self._operands = self.packed, self.bias  # a module takes a microsecond to find a parameter

@@ -128,7 +128,8 @@ class CausalLM(Backbone):
             tokens: Token ids (B, L); rows shorter than L are padded at their end.
             state: State from :meth:`init_state` or after earlier tokens.
             lengths: Number of tokens per row, (B,); None means L each. Logits at padding are undefined.
-            keep: Number of last tokens of each row to compute logits for; None means all positions.
+            keep: Number of last tokens of each row to compute logits for; None means all positions, and with
+                0 the head is not run.
 
         Returns:
             Logits (B, keep or L, V) and the state after the last token of each row.
@@ -137,6 +138,8 @@ class CausalLM(Backbone):
             CheckpointError: If the model is not converted.
         """
         x, state = self.read(tokens, state, lengths)
+        if keep == 0:
+            return x.new_empty(len(x), 0, self.embedding.num_embeddings), state
         return self.logits(x if keep is None else _last(x, keep, lengths)), state
 
     def read(

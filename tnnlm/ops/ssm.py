@@ -71,13 +71,15 @@ class SSMParams(NamedTuple):
         """
         u = x.to(state.real.dtype)
         window, real, imag = before = [_channels_last(part) for part in state]
-        y = torch.zeros_like(u)
+        y = None
         if self.residues.shape[2]:
             y, real, imag = _step_modes(self, u, real, imag)
         if self.window.shape[1]:
             recent = torch.cat((u.unsqueeze(1), window), dim=1)
-            y = y + (recent * self.window.mT).sum(1)
+            near = (recent * self.window.mT).sum(1)
+            y = near if y is None else y + near
             window = recent[:, :-1]
+        y = torch.zeros_like(u) if y is None else y
         after = [window, real, imag]
         if active is not None:
             row = active[:, None, None]
@@ -99,22 +101,23 @@ class SSMParams(NamedTuple):
         Returns:
             Outputs (B, L, E) in the dtype of ``x``, and the state after the last token of each row.
         """
-        dtype = state.real.dtype
-        u = x.to(dtype)
-        length = x.shape[1]
+        dtype, length = state.real.dtype, x.shape[1]
         counts = None if lengths is None else lengths.to(x.device)
-        y, (window, real, imag) = torch.zeros_like(u), state
+        y, (window, real, imag) = None, state
         if self.residues.shape[2]:
-            y, real, imag = prefill_modes(self.poles, self.residues, u, real, imag, counts)
+            y, real, imag = prefill_modes(self.poles, self.residues, x, real, imag, counts)
         if self.window.shape[1]:
-            history = torch.cat((window.flip(-1).transpose(1, 2), u), dim=1)
-            y = y + convolve(history, self.window)[:, window.shape[2] :]
-            last = torch.full((x.shape[0],), length, device=x.device) if counts is None else counts
-            # The last inputs of row b end at position lengths[b] + P - 1 of the history.
-            take = last[:, None] + torch.arange(window.shape[2], device=x.device)
-            index = take[:, :, None].expand(-1, -1, u.shape[2])
-            window = history.gather(1, index).flip(1).transpose(1, 2).contiguous()
-        return y.to(x.dtype), SSMState(window, real, imag)
+            history = torch.cat((window.flip(-1).transpose(1, 2), x.to(dtype)), dim=1)
+            near = convolve(history, self.window)[:, window.shape[2] :]
+            y = near if y is None else y + near
+            if counts is None:
+                recent = history[:, length:]
+            else:
+                # The last inputs of row b end at position lengths[b] + P - 1 of the history.
+                take = counts[:, None] + torch.arange(window.shape[2], device=x.device)
+                recent = history.gather(1, take[:, :, None].expand(-1, -1, x.shape[2]))
+            window = recent.flip(1).transpose(1, 2).contiguous()
+        return torch.zeros_like(x) if y is None else y.to(x.dtype), SSMState(window, real, imag)
 
     def taps(self, length: int) -> Tensor:
         """Return the effective taps k^[i] = h[i] + Re sum_m c[m] lam[m]^i, (E, ``length``), in float64.

@@ -129,9 +129,14 @@ def toeplitz_direct(x: Tensor, k: Tensor) -> Tensor:
         k: Taps (E, K), K at least 1.
     """
     taps = min(x.shape[1], k.shape[1])
-    padded = torch.nn.functional.pad(x, (0, 0, taps - 1, 0)).transpose(1, 2).unsqueeze(2)
-    weight = k[:, :taps].flip(1)[:, None, None]
-    return torch.nn.functional.conv2d(padded, weight, groups=len(k)).squeeze(2).transpose(1, 2)
+    return depthwise(torch.nn.functional.pad(x, (0, 0, taps - 1, 0)), k[:, :taps])
+
+
+def depthwise(padded: Tensor, k: Tensor) -> Tensor:
+    """Return the causal convolution of inputs (B, K - 1 + L, E) with taps k (E, K) from input K - 1 on."""
+    weight = k.flip(1)[:, None, None]
+    inputs = padded.transpose(1, 2).unsqueeze(2)
+    return torch.nn.functional.conv2d(inputs, weight, groups=len(k)).squeeze(2).transpose(1, 2)
 
 
 def fft_convolution(x: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
