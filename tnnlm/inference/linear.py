@@ -48,6 +48,11 @@ class InferenceLinear(nn.Module):
         y = self._multiply(x.to(self.dtype), self._packed, self._bias, "none", [], "")
         return y.to(x.dtype)
 
+    def silu(self, x: Tensor) -> Tensor:
+        """Apply the layer and SiLU in one operator: (..., I) -> (..., O), in the dtype of the weights."""
+        y: Tensor = self._multiply(x.to(self.dtype), self._packed, self._bias, "swish", [], "")
+        return y
+
 
 class HalfLinear(nn.Module):
     """Linear layer y = x W^T + b with bfloat16 weights; FBGEMM stores float16 and multiplies in float32.
