@@ -3,7 +3,7 @@
 
 Modes:
   decode    milliseconds per token by context length
-  prefill   prompt tokens per second by prompt length
+  prefill   prompt tokens per second by prompt length, next to the matrix products of tnnlm alone
   batch     generated tokens per second by batch size
   train     tokens per second and peak memory of training steps, next to GPT-2 of equal parameters and a TNN
             with the operations of tnn-pytorch
@@ -40,6 +40,7 @@ from tqdm import tqdm
 from benchmarks.constant import constant_table, time_constant
 from benchmarks.levels import level_table, time_levels
 from benchmarks.llama_cpp import llama_cpp
+from benchmarks.prefill import products, with_shares
 from benchmarks.report import memory_table, plot, table
 from benchmarks.subjects import PEERS, SHAPE, ours, peer
 from benchmarks.train_step import time_training
@@ -173,8 +174,10 @@ def decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
         longest, most = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
         subjects = gather(args, shape, longest, most, Path(folder))
         if args.mode == "prefill":
+            found = [dtype for dtype in ("float32", "bfloat16") if capability(f"onednn_{dtype}")]
+            subjects += [products(dtype, shape) for dtype in found]
             bandwidth = read_bandwidth()
-            rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
+            rows = with_shares(time_prefill(subjects, contexts, shape.vocab_size, effort))
         else:
             cases = [(1, n) for n in contexts] if args.mode == "decode" else []
             cases += [(b, BATCH_CONTEXT) for b in batches] if args.mode == "batch" else []
@@ -203,7 +206,10 @@ def show(result: dict[str, Any]) -> None:
     if mode == "constant":
         print(constant_table(result))
         return
-    what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
+    what = {
+        "decode": "ms per token (share of the bandwidth)",
+        "prefill": "tokens per second (share of the matrix products alone)",
+    }.get(mode, "tokens per second")
     print(f"{what}; memory read bandwidth: {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}")
 
 

@@ -39,7 +39,8 @@ def _cell(row: dict[str, Any], mode: str) -> str:
     if mode == "train":
         return f"{row['tokens_per_second']:,.0f} ({row['flop_share']:.0%})"
     if mode not in ("decode", "constant"):
-        return f"{row['tokens_per_second']:,.0f}"
+        part = f" ({row['product_share']:.0%})" if "product_share" in row else ""
+        return f"{row['tokens_per_second']:,.0f}{part}"
     share = f" ({row['bandwidth_share']:.0%})" if "bandwidth_share" in row else ""
     return f"{1e3 * row['seconds_per_token']:.2f}{share}"
 
