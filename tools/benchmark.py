@@ -73,7 +73,11 @@ class Mode(NamedTuple):
 
 MODES = {
     "decode": Mode("milliseconds per token by context length", measure_decoding, show_decoding),
-    "prefill": Mode("prompt tokens per second by prompt length", measure_decoding, show_decoding),
+    "prefill": Mode(
+        "prompt tokens per second by prompt length, next to the matrix products alone",
+        measure_decoding,
+        show_decoding,
+    ),
     "batch": Mode("generated tokens per second by batch size", measure_decoding, show_decoding),
     "serve": Mode(
         "generated tokens per second by concurrent streams, next to llama.cpp's server",

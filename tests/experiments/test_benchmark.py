@@ -21,6 +21,7 @@ from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
 from benchmarks.limits import product_seconds
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.onnx_runtime import OnnxModel
+from benchmarks.prefill import LIMIT, with_shares
 from benchmarks.ratios import ratio_table
 from benchmarks.report import plot, table
 from benchmarks.serving import PROMPT
@@ -131,6 +132,15 @@ def test_tables_and_plots(tmp_path: Path) -> None:
         assert (tmp_path / "times.png").stat().st_size > 5_000
 
 
+def test_prefill_is_relative_to_the_products_of_its_dtype() -> None:
+    cases = (("tnnlm-a", "float32", 150), ("tnnlm-a", "bfloat16", 1), ("llama", "float32", 3))
+    alone = {"name": LIMIT, "dtype": "float32", "context": 8, "tokens_per_second": 200}
+    rows = [{"name": n, "dtype": d, "context": 8, "tokens_per_second": rate} for n, d, rate in cases]
+    shown = with_shares([*rows, alone])
+    assert shown == [rows[0] | {"product_share": 0.75}, *rows[1:], alone]
+    assert "| tnnlm-a | float32 | 150 (75%) |" in table({"mode": "prefill", "results": shown})
+
+
 def test_trainees_learn_and_hold_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(300, (2, 17))
     monkeypatch.setattr(train_step, "RECOMPUTED", 16)
@@ -189,6 +199,8 @@ def test_tool_writes_what_it_prints(
         assert data["bandwidth_gbs"] > 0
         assert all(row.keys() >= FIELDS for row in data["results"])
         assert "tnnlm-balanced-packed" in capsys.readouterr().out
+        limited = {row["dtype"] for row in data["results"] if row["name"] == LIMIT}
+        assert {row["dtype"] for row in data["results"] if "product_share" in row} == limited
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *small, "--contexts", "16"])
     assert run_script(tool.main) == 0
     data = json.loads(Path("out.json").read_text())

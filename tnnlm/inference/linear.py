@@ -56,9 +56,16 @@ class InferenceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., I) -> (..., O)."""
+        return self._product(x, "none").to(x.dtype)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """Apply the layer and SiLU in one operator: (..., I) -> (..., O), in the dtype of the weights."""
+        return self._product(x, "swish")
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
         packed, bias = (self.packed, self.bias) if torch.compiler.is_exporting() else self._operands
-        y = self._multiply(x.to(self.dtype), packed, bias, "none", [], "")
-        return y.to(x.dtype)
+        y: Tensor = self._multiply(x.to(self.dtype), packed, bias, activation, [], "")
+        return y
 
 
 class HalfLinear(nn.Module):

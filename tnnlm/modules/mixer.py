@@ -67,7 +67,17 @@ class GatedMixer(nn.Module):
         return self.out_proj(gate * y), [(state,) for state in after]
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.nn.functional.silu(self.in_proj(x)).chunk(2, dim=-1)
+        return silu_of(self.in_proj, x).chunk(2, dim=-1)
+
+
+def silu_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return SiLU of a linear layer's outputs, by one operator if the layer has one.
+
+    The outputs of such an operator have the dtype of its weights.
+    """
+    fused = getattr(layer, "silu", None)
+    y: Tensor = torch.nn.functional.silu(layer(x)) if fused is None else fused(x)
+    return y
 
 
 def _channels_first(layer: nn.Module, x: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from benchmarks.constant import CONTEXTS
 from benchmarks.installed import DEFAULT, default_subject, install
 from benchmarks.limits import limits_table, product_seconds
 from benchmarks.llama_cpp import llama_cpp
+from benchmarks.prefill import products, with_shares
 from benchmarks.ratios import ratio_table
 from benchmarks.report import table
-from benchmarks.subjects import CHUNK, ours, peer
+from benchmarks.subjects import ours, peer
 from experiments.timing import QUICK, Effort, Subject, read_bandwidth, time_prefill, time_steps
 from tnnlm.config.schema import ModelConfig
 from tnnlm.errors import UserError
@@ -55,20 +56,21 @@ def measure_decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, 
         longest, most = (BATCH_CONTEXT, max(batches)) if args.mode == "batch" else (max(contexts), 1)
         subjects = gather(args, shape, longest, most, Path(folder))
         if args.mode == "prefill":
+            found = [dtype for dtype in ("float32", "bfloat16") if capability(f"onednn_{dtype}")]
+            subjects += [products(dtype, shape) for dtype in found]
             bandwidth = read_bandwidth()
-            rows = time_prefill(subjects, contexts, shape.vocab_size, effort)
+            rows = with_shares(time_prefill(subjects, contexts, shape.vocab_size, effort))
         else:
             cases = [(1, n) for n in contexts] if args.mode == "decode" else []
             cases += [(b, BATCH_CONTEXT) for b in batches] if args.mode == "batch" else []
             bandwidth, rows = time_steps(subjects, cases, effort)
     result = {"mode": args.mode, "cpu": describe_cpu(), "bandwidth_gbs": bandwidth, "results": rows}
-    if args.mode != "decode":
-        sizes = batches if args.mode == "batch" else (CHUNK,)
+    if args.mode == "batch":
         dtypes = dict.fromkeys(row["dtype"] for row in rows if row["name"].startswith("tnnlm"))
         result["limits"] = [
             {"dtype": dtype, "rows": n, "tokens_per_second": n / seconds}
             for dtype in dtypes
-            for n, seconds in product_seconds(shape, dtype, sizes).items()
+            for n, seconds in product_seconds(shape, dtype, batches).items()
         ]
     return result
 
@@ -76,12 +78,15 @@ def measure_decoding(args: argparse.Namespace, shape: ModelConfig) -> dict[str, 
 def show_decoding(result: dict[str, Any]) -> str:
     """Return the bandwidth, the table of results, ratios, and the rates of the matrix products alone."""
     mode = result["mode"]
-    what = {"decode": "ms per token (share of the bandwidth)"}.get(mode, "tokens per second")
+    what = {
+        "decode": "ms per token (share of the bandwidth)",
+        "prefill": "tokens per second (share of the matrix products alone)",
+    }.get(mode, "tokens per second")
     text = f"{what}; memory read bandwidth: {result['bandwidth_gbs']:.1f} GB/s\n\n{table(result)}"
     if ratios := ratio_table(result):
         text += f"\n\n{ratios}"
     if "limits" in result:
-        text += f"\n\n{limits_table(result['limits'], 'batch' if mode == 'batch' else 'rows')}"
+        text += f"\n\n{limits_table(result['limits'], 'batch')}"
     return text
 
 

@@ -11,6 +11,9 @@ from experiments.report import Line, Panel, line
 _X = {"batch": "rows", "serve": "concurrent streams", "prefill": "prompt tokens", "train": "tokens per row"}
 _DASHES = {"float32": "-", "bfloat16": "--", "float16": "-.", "int8": ":"}
 
+_CASES = {"batch": "batch {batch}", "serve": "{batch} streams"}
+"""Headers of columns by mode, if not of contexts."""
+
 
 def table(result: dict[str, Any]) -> str:
     """Return a table of times or throughputs by name and dtype, with a column per context or batch size."""
@@ -18,8 +21,7 @@ def table(result: dict[str, Any]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["results"]:
         name, dtype = row["name"], row["dtype"]
-        rows = {"batch": f"batch {row['batch']}", "serve": f"{row['batch']} streams"}
-        case = rows.get(mode, f"{row['context']:,} tokens")
+        case = _CASES.get(mode, "{context:,} tokens").format_map(row)
         lines.setdefault((name, dtype), {"name": name, "dtype": dtype})[case] = _cell(row, mode)
     return report.table(list(lines.values()))
 
@@ -40,7 +42,8 @@ def _cell(row: dict[str, Any], mode: str) -> str:
     if mode == "train":
         return f"{row['tokens_per_second']:,.0f} ({row['flop_share']:.0%})"
     if mode not in ("decode", "constant"):
-        return f"{row['tokens_per_second']:,.0f}"
+        part = f" ({row['product_share']:.0%})" if "product_share" in row else ""
+        return f"{row['tokens_per_second']:,.0f}{part}"
     share = f" ({row['bandwidth_share']:.0%})" if "bandwidth_share" in row else ""
     return f"{1e3 * row['seconds_per_token']:.2f}{share}"
 

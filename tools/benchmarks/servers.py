@@ -48,7 +48,7 @@ def own_server(model: Path, dtype: str, folder: Path) -> Iterator[str]:
     log = folder / "tnnlm.log"
     with _started([*words, "--dtype", dtype], log) as process:
         for _ in _until_started(process, log):
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("http")]
+            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("http")]
             if lines:
                 break
         yield lines[0].split()[0].rstrip("/")
@@ -136,5 +136,5 @@ def _until_started(process: subprocess.Popen[bytes], log: Path) -> Iterator[None
     while process.poll() is None and time.monotonic() - started < _WAIT:
         yield
         time.sleep(0.05)
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     raise UserError(f"{log.stem}: did not start: {lines[-1]}")

@@ -131,9 +131,11 @@ def _block_weights(shape: ModelConfig) -> int:
 def _read(model: Any, prompt: Tensor) -> Any:
     """Prefill a prompt (B, L) in chunks and return the state."""
     state = model.init_state(len(prompt))
-    for chunk in prompt.split(CHUNK, dim=1):
-        _, state = model.prefill(chunk, state, keep=1)
-    return state
+    *parts, last = prompt.split(CHUNK, dim=1)
+    for chunk in parts:
+        # Only a tnnlm model can omit the head.
+        _, state = model.prefill(chunk, state, keep=int(isinstance(model, Peer)))
+    return model.prefill(last, state, keep=1)[1]
 
 
 def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
