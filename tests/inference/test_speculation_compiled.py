@@ -14,6 +14,7 @@ from tnnlm.inference.aot import CompiledModel, compile_step
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.inference.speculation_compiled import (
     EachRow,
+    PassLinear,
     SpeculativeModel,
     _Pass,
     compile_pass,
@@ -53,11 +54,14 @@ def test_rows_and_widths_without_a_package_run_in_the_model() -> None:
         assert torch.equal(model.steps(tokens, state)[0], plain.steps(tokens, state)[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @torch.inference_mode()
-def test_layer_for_a_row_is_applied_to_each() -> None:
-    layer = row_linear(torch.randn(8, 16), torch.randn(8), "float32")
-    x = torch.randn(1, 3, 16)
-    assert torch.equal(EachRow(layer)(x)[0], torch.cat([layer(x[:, place]) for place in range(3)]))
+def test_layers_of_a_pass_equal_those_of_a_row(dtype: str) -> None:
+    weight, bias, x = torch.randn(8, 16), torch.randn(8), torch.randn(1, 3, 16)
+    single = row_linear(weight, bias, dtype)
+    expected = torch.cat([single(x[:, place]) for place in range(3)])
+    for layer in (EachRow(single), PassLinear(weight, bias, dtype)):
+        torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-5)
 
 
 @needs_gxx

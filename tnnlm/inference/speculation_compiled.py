@@ -1,8 +1,8 @@
 """Compiled passes over several tokens of a sequence, for speculative decoding (``--compile speculate``).
 
-A package checks a fixed number of tokens. Its linear layers are those of the compiled step of a single row,
-applied to each token, which the compiler fuses into one loop over the weights: they are read once, and every
-token has the arithmetic of a single step. The package returns the state after each token.
+A package checks a fixed number of tokens. Its linear layers are written as products and sums, so that the
+weights are read from memory once and every token has the arithmetic of a compiled step of a single row. The
+package returns the state after each token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tnnlm.inference.aot_package import (
 from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.engine import Engine, open_engine
 from tnnlm.inference.flat_step import after_step, parts_changed, parts_read, with_parts_read
-from tnnlm.inference.linear import replace_linears
-from tnnlm.inference.row_linear import row_linear
+from tnnlm.inference.linear import NarrowLinear, replace_linears
+from tnnlm.inference.row_linear import RowLinear, row_linear
 from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last, within_turns
@@ -37,8 +37,21 @@ from tnnlm.ops.recurrence import Params, tokens_to_work_ahead
 from tnnlm.trust import NO_CODE, Trust
 
 
+class PassLinear(NarrowLinear):
+    """Linear layer y = x W^T + b for the K tokens of a pass, as products and sums.
+
+    The loop over the outputs is the outer one, so that each row of W is read from memory for the first token,
+    and from the cache of the core for the others.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (1, K, I) -> (1, K, O)."""
+        products = self.weight.to(x.dtype).unsqueeze(1) * x  # (O, K, I)
+        return self.completed(products.sum(-1).T.unsqueeze(0))
+
+
 class EachRow(nn.Module):
-    """Linear layer for a single row, applied to K rows, whose loops the compiler fuses."""
+    """Linear layer for a single row, applied to each token of a pass."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -199,6 +212,11 @@ def open_with_passes(
 
 def _pass(model: CausalLM, dtype: str) -> _Pass:
     """Return a pass over several tokens, with layers of ``model`` replaced in place."""
-    replace_linears(model, lambda weight, bias: EachRow(row_linear(weight, bias, dtype)))
+
+    def linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        single = row_linear(weight, bias, dtype)
+        return PassLinear(weight, bias, dtype) if isinstance(single, RowLinear) else EachRow(single)
+
+    replace_linears(model, linear)
     use_channels_last(model)
     return _Pass(model)
