@@ -38,6 +38,7 @@ from tests.support.commands import (
 from tests.support.imported import write_fairseq, write_tokenizer
 from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
+from tnnlm.cli import serve
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
@@ -294,7 +295,8 @@ def test_metrics_that_a_page_names_are_logged(page: Path) -> None:
 
 def test_options_that_pages_name_exist() -> None:
     scripts = [*(ROOT / "tnnlm/cli").glob("*.py"), *(ROOT / "tools").glob("*.py")]
-    known = {"--help", *(f"--{flag}" for flag in script_module("convert.py").FLAGS.values())} | set(
+    named = [*script_module("convert.py").FLAGS.values(), *(name for name, *_ in serve.LIMITS)]
+    known = {"--help", *(f"--{name}" for name in named)} | set(
         re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in scripts))
     )
     for page in PAGES:

@@ -266,4 +266,7 @@ def test_scripts_exit_with_2_and_one_line_from_the_shell() -> None:
 def test_a_run_after_compile_is_refused_with_the_right_order(script: Any) -> None:
     refused = script("convert", "--compile", "runs/book")
     assert refused.code == 2
-    assert "runs/book: is not one of float32, bfloat16, float16, int8; put the run or" in refused.err
+    assert (
+        "runs/book: is not one of float32, bfloat16, float16, int8, batch, speculate; put the run"
+        in refused.err
+    )

@@ -44,6 +44,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
                 found.append(1024 * int(line.split()[1]))
     with contextlib.suppress(OSError, ValueError):  # "max" is no limit
         group = root / "sys/fs/cgroup"
-        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        limit, used = (
+            int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
+        )
         found.append(max(0, limit - used))
     return min(found, default=None)

@@ -48,7 +48,11 @@ def own_server(model: Path, dtype: str, folder: Path) -> Iterator[str]:
     log = folder / "tnnlm.log"
     with _started([*words, "--dtype", dtype], log) as process:
         for _ in _until_started(process, log):
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("http")]
+            lines = [
+                line
+                for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+                if line.startswith("http")
+            ]
             if lines:
                 break
         yield lines[0].split()[0].rstrip("/")
