@@ -174,7 +174,7 @@ def test_environment_does_not_appear_in_settings_of_a_run(
     assert "theirs/config.yaml, line" in shown.err
     for words in (
         ("convert", "theirs"),
-        ("generate", "--model", "theirs"),
+        ("generate", "--model", "theirs", "--prompt", "x"),
         ("train", "--init-from", "theirs"),
     ):
         done = script(*words)
