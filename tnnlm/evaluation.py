@@ -175,10 +175,10 @@ def step_difference(parallel: CausalLM, converted: CausalLM, rows: Tensor, steps
     Args:
         parallel: Model that computes all positions in one forward pass.
         converted: Recurrent form of this model.
-        rows: Token ids (B, L + 1) without padding.
+        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
         steps: Number of last tokens that are decoded one at a time; those before them are prefilled.
     """
-    tokens, before = rows[:, :-1], max(0, rows.shape[1] - 1 - steps)
+    tokens, before = rows[:, :-1].clamp(min=0), max(0, rows.shape[1] - 1 - steps)
     with torch.autocast(rows.device.type, enabled=False):
         state, parts = converted.init_state(len(rows)), []
         if before:
