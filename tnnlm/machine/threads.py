@@ -28,9 +28,9 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _SHORT_WAIT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """Iterations (GNU) or milliseconds (LLVM, Intel) for which a thread spins before it sleeps.
 
-Measured with GNU's library on two cores, training alone takes as long as with the default wait, and next to one
-busy process it keeps 0.35 of its speed instead of 0.31. Waiting for a tenth of that, or OMP_WAIT_POLICY=PASSIVE,
-keeps 0.6, but costs a training or decoding step 14 to 30 % when nothing else runs.
+Measured with GNU's library on two cores, training alone takes as long as with the default wait, and next to
+one busy process it keeps 0.35 of its speed instead of 0.31. Waiting for a tenth of that, or
+OMP_WAIT_POLICY=PASSIVE, keeps 0.6, but costs a training or decoding step 14 to 30 % when nothing else runs.
 """
 _FILES_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 """Files of a version 1 control group with quota and period, in microseconds."""
