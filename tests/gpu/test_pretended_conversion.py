@@ -24,7 +24,9 @@ def test_a_conversion_on_the_gpu_equals_that_on_the_cpu(run_here: Path) -> None:
     recipe = ConversionConfig(method="balanced")
     done = convert_checkpoint(str(run_here), recipe, out=Path("cpu"), force=False, verify=False)
     for name, lengths in found["ppl"].items():
-        assert lengths == pytest.approx(done.report.ppl[name], rel=1e-4), name
+        # oneDNN applies SiLU to a product before it is rounded to bfloat16, a GPU afterwards in float32.
+        within = 1e-3 if name == "bfloat16 weights" else 1e-4
+        assert lengths == pytest.approx(done.report.ppl[name], rel=within), name
     own, other = (load_file(f"{folder}/model.safetensors") for folder in ("gpu", "cpu"))
     assert own.keys() == other.keys()
     for name, tensor in own.items():

@@ -97,13 +97,13 @@ def whole_answer(server: Running, **body: Any) -> str:
 
 def test_text_streams_in(page: Any, server: Running) -> None:
     page.fill("#seed", "5")
-    write(page, tokens=6000, temperature=1)
+    write(page, tokens=1800, temperature=1)
     lengths = set()
     while len(lengths) < 4:
         expect(page.locator("#status")).to_have_text("Generating …", timeout=WAIT)
         lengths.add(len(text_of(page)))
     finished(page)
-    text = whole_answer(server, prompt="the quick", max_tokens=6000, temperature=1, seed=5)
+    text = whole_answer(server, prompt="the quick", max_tokens=1800, temperature=1, seed=5)
     assert text_of(page) == "the quick" + text
     assert page.locator("#text .prompt").first.text_content() == "the quick"
     colours = [
@@ -111,7 +111,7 @@ def test_text_streams_in(page: Any, server: Running) -> None:
         for part in ("prompt", "completion")
     ]
     assert colours[0] != colours[1]
-    assert re.match(r"Finished \(length\): 6,?000 tokens in ", page.inner_text("#status"))
+    assert re.match(r"Finished \(length\): 1,?800 tokens in ", page.inner_text("#status"))
 
 
 def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGenerator) -> None:
