@@ -6,7 +6,7 @@ Examples:
   tnnlm generate --prompt "def main("                  # the newest converted model
   tnnlm generate --model runs/demo --prompt "import " --temperature 0
   tnnlm generate --prompt "The " --num-samples 4 --seed 1
-  tnnlm generate --prompt "import " --speculate ngram  # faster where the text repeats itself
+  tnnlm generate --prompt "import " --speculate ngram  # several tokens per pass
   tnnlm generate --prompts lines.txt                   # a batch, one prompt per line
   cat story.txt | tnnlm generate --prompt - --json
   tnnlm generate --interactive
