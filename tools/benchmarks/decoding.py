@@ -30,7 +30,7 @@ BATCH_CONTEXT = 128
 OURS = {
     "decode": [
         (DEFAULT, DEFAULT, "float32"),
-        *(("balanced", engine, "float32") for engine in ENGINES),
+        *(("balanced", engine, "float32") for engine in ENGINES if engine != DEFAULT),
         *(("balanced", engine, dtype) for engine in ("compiled", "packed") for dtype in ("bfloat16", "int8")),
         *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
     ],
