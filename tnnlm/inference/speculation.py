@@ -218,10 +218,10 @@ def speculate(
             width = costs.best_width([proposer.probabilities(most)])
             proposed = proposer.propose(width - 1) if width > 1 else []
             started = time.perf_counter()
-            tokens = torch.tensor([[token, *proposed]], device=logits.device)
+            tokens = torch.tensor([token, *proposed], device=logits.device)
             if proposed:
-                after, states = model.steps(tokens, state)
-                costs.observe(tokens.shape[1], time.perf_counter() - started)
+                after, states = model.steps(tokens[None], state)
+                costs.observe(len(tokens), time.perf_counter() - started)
                 found = chooser.check(after[0, :-1], proposed, proposer.distributions())
                 accepted = _agreement(found, proposed)
                 if eos_id in found[:accepted]:
@@ -230,7 +230,7 @@ def speculate(
                 state, logits = states[accepted], after[:, accepted]
                 proposer.extend(proposed[:accepted])
             else:
-                logits, state = model.step(tokens[:, 0], state)
+                logits, state = model.step(tokens, state)
                 costs.observe(1, time.perf_counter() - started)
                 chosen, accepted = None, 0
         done += 1 + accepted

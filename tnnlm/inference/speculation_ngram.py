@@ -7,6 +7,7 @@ correct is estimated without the cost of a pass.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 
 _SIZES = (4, 3, 2)
@@ -105,4 +106,4 @@ class NgramProposer:
 
 def _class(agreed: int) -> int:
     """Return the class of a proposal that follows an agreement of this many tokens."""
-    return sum(agreed >= bound for bound in _CLASSES)
+    return bisect_right(_CLASSES, agreed)
