@@ -59,9 +59,9 @@ class _Step(nn.Module):
 
 
 class CompiledModel:
-    """Model that runs steps by functions of flat lists of tensors, such as compiled packages.
+    """Model whose steps run in compiled packages, or in another function that takes and returns flat lists.
 
-    ``model`` runs prompts, and batches if there is no function for them. The work of a step for later tokens
+    ``model`` runs prompts, and batches if there is no package for them. The work of a step for later tokens
     follows it.
     """
 
@@ -115,7 +115,12 @@ class CompiledModel:
 
 
 def package_path(folder: Path, name: str) -> Path:
-    """Return the path of a package: the name is a dtype of weights, or ``KIND-DTYPE``, such as of batches."""
+    """Return the path of a package.
+
+    Args:
+        folder: Folder of the converted model.
+        name: Dtype of the weights for the step of a single row, or ``KIND-DTYPE``, such as batch-float32.
+    """
     return folder / f"{name if '-' in name else f'step-{name}'}.pt2"
 
 

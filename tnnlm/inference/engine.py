@@ -1,9 +1,10 @@
 """Inference engines for converted models: compiled, graph, packed and eager.
 
 ``eager`` runs the model's PyTorch modules. ``packed`` replaces the linear layers and the head with the
-fastest operator available on this machine (:mod:`tnnlm.inference.linear_choice`). ``compiled`` runs steps in
-the packages that ``convert.py --compile`` creates (:mod:`tnnlm.inference.aot`), and prompts with packed
-weights. ``graph`` replays packed steps as a CUDA graph on a GPU
+fastest operator available on this machine (:mod:`tnnlm.inference.linear_choice`), and on a CPU runs the step
+of a single row with fewer operators (:mod:`tnnlm.models.row_step`). ``compiled`` runs steps in the packages
+that ``convert.py --compile`` creates (:mod:`tnnlm.inference.aot`), and prompts, as well as batches for which
+there is no package, with packed weights. ``graph`` replays packed steps as a CUDA graph on a GPU
 (:mod:`tnnlm.inference.cuda_graph`).
 """
 
@@ -87,7 +88,7 @@ def open_engine(
 
     Args:
         converted: Converted model; it is moved to the device and its layers are replaced in place.
-        folder: Folder that the model was loaded from, which may contain a compiled step.
+        folder: Folder that the model was loaded from, which may contain compiled steps.
         device: Device to run on.
         dtype: Dtype of the weights of linear layers and head: float32, bfloat16, float16 or int8.
             Embedding, recurrences and states stay in float32.

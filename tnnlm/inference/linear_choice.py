@@ -1,9 +1,9 @@
 """Selection of the fastest linear layer for a dtype of weights on a device.
 
 On a CPU the selection depends on its capabilities (:mod:`tnnlm.machine.capabilities`); a GPU runs plain
-products in float32 or bfloat16. All layers for a dtype
-round the weights identically; oneDNN in bfloat16 and the int8 operator also round a layer's inputs to
-bfloat16.
+products in float32 or bfloat16. All layers for a dtype round the weights identically. Some also round a
+layer's inputs: oneDNN and GPUs with bfloat16 weights and PyTorch's int8 operator to bfloat16, and FBGEMM with
+int8 weights to integers of 7 or 8 bits.
 """
 
 from __future__ import annotations

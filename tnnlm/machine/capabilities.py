@@ -30,8 +30,8 @@ from tnnlm.machine.threads import limit_threads
 WITHOUT = "TNNLM_WITHOUT"
 """Environment variable with the names of capabilities to disable, separated by spaces or commas.
 
-A compiled step uses none of these capabilities. Operators that PyTorch calls for bfloat16 arithmetic are
-covered by ``bfloat16_arithmetic``.
+A compiled step of a single row uses none of these capabilities, and one of batches uses oneDNN. Operators
+that PyTorch calls for bfloat16 arithmetic are covered by ``bfloat16_arithmetic``.
 """
 _X86 = ("x86_64", "AMD64")
 """Names of the architecture on Linux and Windows."""
