@@ -26,11 +26,13 @@ from tnnlm.models.causal_lm import CausalLM
 from tnnlm.trust import can_remember
 
 COPIES = 4
-"""Copies of the weights that fit into the memory and the disk space that a compilation needs."""
+"""Free memory and disk space that a compilation must find, in sizes of the weights: an assumption, not a
+measurement, with which a machine that is far too small is not asked to compile."""
 _EXPORTS = {"torch": "--export", "onnx": "--onnx"}
 """Options of convert.py by export format."""
 _FIXED_SECONDS, _SECONDS_PER_LAYER = 15.0, 1.5
-"""Duration of a compilation, measured on two cores: a part that every model needs, and one per layer."""
+"""Assumed duration of a compilation: a part that every model needs, and one per layer. Only the demo with
+four layers was timed, on two cores, and took a little less; other sizes are extrapolated."""
 
 
 @dataclass(frozen=True)
