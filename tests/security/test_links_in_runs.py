@@ -12,6 +12,7 @@ from tests.support.training_runs import tiny_run
 from tnnlm.errors import UserError
 from tnnlm.files import append_text
 from tnnlm.training.loggers.csv import MetricsCSV, read_metrics
+from tnnlm.training.sharded_save import _place
 
 posix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows needs a privilege to create links")
 
@@ -96,6 +97,15 @@ def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Pat
     assert done.code == 2
     assert f"runs/tiny/{name}: is a symbolic link to {mine}; put the folder itself" in done.err
     assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+@posix
+def test_shards_are_not_written_next_to_the_target_of_a_link() -> None:
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("link").symlink_to("run")
+    Path("run/checkpoints/last.ckpt").symlink_to(Path("mine.ckpt").absolute())
+    here = Path("run/checkpoints/last.ckpt").absolute()
+    assert _place(Path("link/checkpoints/last.ckpt")) == _place(here) == here.parent.resolve() / "last.ckpt"
 
 
 def test_rows_of_earlier_damage_are_kept() -> None:

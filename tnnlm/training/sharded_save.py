@@ -65,7 +65,7 @@ class ShardedSaves:
 
     def saved_step(self, path: Path) -> int | None:
         """Return the step of the last valid checkpoint at ``path`` when ``finish`` was last called."""
-        return self._steps.get(path.resolve())
+        return self._steps.get(_place(path))
 
     def begin(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Begin to save a checkpoint, after the save of an earlier step has ended.
@@ -77,7 +77,7 @@ class ShardedSaves:
         Raises:
             OSError: If the earlier save failed, or nothing can be created in the folder of ``path``.
         """
-        path = path.resolve()
+        path = _place(path)
         tensors, index = _split(checkpoint)
         step = int(checkpoint["global_step"])
         if self._writer is None or self._step != step or self._writer.folder.parent != path.parent:
@@ -258,6 +258,14 @@ def _new_folder(path: Path, step: int) -> Path:
         raise result
     assert result is not None
     return result
+
+
+def _place(path: Path) -> Path:
+    """Return the path of an index file in its real folder.
+
+    The file itself may be a link, which is replaced: in the run of a stranger it may lead anywhere.
+    """
+    return path.parent.resolve() / path.name
 
 
 def _create_folder(path: Path, step: int) -> Path:
