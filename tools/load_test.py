@@ -188,8 +188,8 @@ def parse() -> argparse.Namespace:
         "--engine",
         default="packed",
         metavar="NAME",
-        help="Engine; packed runs with --reproducible, without which rounding may change completions under "
-        "load. (default: packed)",
+        help="Engine; packed runs with --reproducible, so that rounding does not change completions under "
+        "load. Where the server refuses that, name auto. (default: packed)",
     )
     add = parser.add_argument_group("load").add_argument
     add("--streams", default="1,32", metavar="N,N", help="Numbers of concurrent streams. (default: 1,32)")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import conversion, serving, train_step
+from benchmarks.installed import default_subject
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
 from benchmarks.limits import product_seconds
 from benchmarks.llama_cpp import llama_cpp
@@ -25,7 +26,7 @@ from benchmarks.prefill import LIMIT, with_shares
 from benchmarks.ratios import ratio_table
 from benchmarks.report import plot, table
 from benchmarks.serving import PROMPT
-from benchmarks.subjects import CONVERSIONS, PEERS, ours, peer
+from benchmarks.subjects import CONVERSIONS, PEERS, InPlaceSteps, ours, peer
 from benchmarks.train_step import NAMES, OURS, peak_bytes, trainee
 from experiments.timing import Effort, read_bandwidth, time_prefill, time_steps
 from tests.support.commands import check_arguments
@@ -130,6 +131,19 @@ def test_tables_and_plots(tmp_path: Path) -> None:
     for mode in ("decode", "batch", "prefill"):
         plot({"mode": mode, "results": rows}, tmp_path / "times.png")
         assert (tmp_path / "times.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.inference_mode()
+def test_the_default_model_steps_in_place_as_in_generation(rows: int, tmp_path: Path) -> None:
+    subject, engine = default_subject(tiny_converted(tmp_path / "converted"))
+    assert (subject.name, subject.dtype) == ("tnnlm-default", "float32")
+    assert "packed" in engine
+    step, undo = subject.step_at(rows, 5)
+    assert isinstance(step, InPlaceSteps)
+    assert undo is None
+    step()
+    step()
 
 
 def test_prefill_is_relative_to_the_products_of_its_dtype() -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.subjects import WIDTHS, linear_weights
+from benchmarks.subjects import WIDTHS, InPlaceSteps, linear_weights
 from experiments.timing import Stepper, Subject, random_tokens
 from tnnlm.checkpoints.locate import load_for_decoding
 from tnnlm.config.schema import ModelConfig
@@ -81,7 +80,7 @@ def default_subject(folder: Path, trust: Trust = NO_CODE) -> tuple[Subject, str]
 
     def step_at(batch: int, context: int) -> Stepper:
         state = generator.prefill_tokens(random_tokens(batch, context, vocabulary).tolist())
-        return Stepper(partial(model.step, state.logits.argmax(-1), state.model_state), None)
+        return Stepper(InPlaceSteps(model, state.logits.argmax(-1), state.model_state), None)
 
     def read(prompt: Tensor) -> object:
         return generator.prefill_tokens(prompt.tolist())

@@ -21,6 +21,7 @@ from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.config.schema import ModelConfig
 from tnnlm.conversion import convert_model
 from tnnlm.inference.aot import CompiledModel, compile_missing
+from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.engine import open_engine
 from tnnlm.models.causal_lm import CausalLM, ModelState, state_bytes
 from tnnlm.tokenizer import train_bpe
@@ -144,16 +145,22 @@ def _step_at(model: Any, vocabulary: int, batch: int, context: int) -> Stepper:
     state = _read(model, prompt[:, :8] if isinstance(model, Mamba) else prompt)
     tokens = torch.zeros(batch, dtype=torch.long)
     if isinstance(model, CausalLM | CompiledModel):
-        return Stepper(_InPlace(model, tokens, state), None)
+        return Stepper(InPlaceSteps(model, tokens, state), None)
     # A step of an exported program leaves the given state unchanged: nothing to undo.
     undo = partial(model.undo, state) if isinstance(model, Peer) else None
     return Stepper(partial(model.step, tokens, state), undo)
 
 
-class _InPlace:
-    """Steps of a recurrence as generation runs them, each from the state after the last."""
+class InPlaceSteps:
+    """Steps of a recurrence as generation runs them, each from the state after the last.
 
-    def __init__(self, model: CausalLM | CompiledModel, tokens: Tensor, state: ModelState) -> None:
+    Args:
+        model: Converted model in any engine.
+        tokens: Token ids (B,) of every step.
+        state: State before the first step; it may be modified.
+    """
+
+    def __init__(self, model: DecoderModel, tokens: Tensor, state: ModelState) -> None:
         self._model, self._tokens, self._state = model, tokens, state
 
     def __call__(self) -> None:
