@@ -92,6 +92,12 @@ def arguments() -> argparse.ArgumentParser:
         "did so earlier, for --engine auto and compiled on a CPU; needs a C++ compiler.",
     )
     add_trust(add)
+    _add_network(parser)
+    _add_limits(parser)
+    return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="Address to listen on. (default: 127.0.0.1, this machine only)")
     add(
@@ -120,8 +126,6 @@ def arguments() -> argparse.ArgumentParser:
         metavar="URL",
         help="Origin whose web pages may call the API (CORS); can be repeated. (default: none)",
     )
-    _add_limits(parser)
-    return parser
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
