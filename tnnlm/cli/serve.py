@@ -81,16 +81,23 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--reproducible",
         action="store_true",
-        help="Make completions bitwise independent of concurrent requests, in float32 or bfloat16 on an x86 "
-        "CPU; a single client waits longer for each token. (default: rounding depends on the load)",
+        help="Make completions bitwise independent of concurrent requests; a single client waits longer for "
+        "each token. Needs an x86 CPU, with --dtype float32 or int8; other dtypes are refused where rounding "
+        "depends on the batch. (default: rounding depends on the load)",
     )
     add(
         "--compile",
         action="store_true",
         help="Before serving, compile the decoding steps into the folder of the model, unless this machine "
-        "did so earlier, for --engine auto and compiled; needs a C++ compiler.",
+        "did so earlier, for --engine auto and compiled on a CPU; needs a C++ compiler.",
     )
     add_trust(add)
+    _add_network(parser)
+    _add_limits(parser)
+    return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="Address to listen on. (default: 127.0.0.1, this machine only)")
     add(
@@ -119,8 +126,6 @@ def arguments() -> argparse.ArgumentParser:
         metavar="URL",
         help="Origin whose web pages may call the API (CORS); can be repeated. (default: none)",
     )
-    _add_limits(parser)
-    return parser
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +285,6 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
     if args.reproducible and not info.batch_invariant:
         raise UserError(
             f"--reproducible: rounding depends on the batch in the {info}",
-            "omit it, or use --dtype float32 on an x86 CPU",
+            "omit it, or use --engine auto and --dtype float32 on an x86 CPU",
         )
     return generator, str(info), name, parameters
