@@ -12,6 +12,7 @@ from tests.support.training_runs import tiny_run
 from tnnlm.errors import UserError
 from tnnlm.files import append_text
 from tnnlm.training.loggers.csv import MetricsCSV, read_metrics
+from tnnlm.training.resume import check_outputs
 from tnnlm.training.sharded_save import _place
 
 posix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows needs a privilege to create links")
@@ -97,6 +98,21 @@ def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Pat
     assert done.code == 2
     assert f"runs/tiny/{name}: is a symbolic link to {mine}; put the folder itself" in done.err
     assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+@posix
+def test_logs_are_not_written_through_a_link(run_here: Path, victim: Path) -> None:
+    for log in ("tensorboard/hparams.yaml", "wandb/run-1"):
+        path = run_here / log
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        for target in (victim, Path("new").absolute()):
+            path.symlink_to(target)
+            with pytest.raises(UserError, match=f"{log}: is a symbolic link to {target}; delete the link"):
+                check_outputs(run_here)
+            path.unlink()
+    (run_here / "wandb/latest-run").symlink_to("run-1")
+    check_outputs(run_here)
 
 
 @posix

@@ -158,14 +158,21 @@ def check_outputs(run: Path) -> None:
     """Check that what a training writes into the folder of its run stays in it.
 
     A folder there that is a symbolic link leads to any folder of the user if the run is a stranger's. The
-    folder of the run itself may be a link, and files that are links are replaced when they are written.
+    folder of the run itself may be a link, and files that are links are replaced when they are written,
+    except logs.
 
     Raises:
-        UserError: If a folder of checkpoints or logs is a link.
+        UserError: If a folder of checkpoints or logs is a link, or has a log that is a link to another place.
         CheckpointError: If an output that is read on resume is no regular file.
     """
-    for folder in (LAST.parent, Path("tensorboard"), Path("wandb")):
-        check_no_link(run / folder, "put the folder itself in its place, or link the folder of the whole run")
+    logs = run / "tensorboard", run / "wandb"
+    for folder in (run / LAST.parent, *logs):
+        check_no_link(folder, "put the folder itself in its place, or link the folder of the whole run")
+    for folder in logs:
+        for path in folder.glob("*"):
+            # W&B links to its latest run, inside. Libraries write the logs, and follow links.
+            if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+                check_no_link(path, "delete the link")
     for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
         if os.path.lexists(run / name):
             check_regular(run / name, "move it to another place")

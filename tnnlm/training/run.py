@@ -159,10 +159,10 @@ def _resolve(
     if run is None:
         check_parents(config.runs_folder / config.name)
     step = None
-    if run is not None:
-        check_outputs(run)
     if run is not None and (job is None or began(run)):
         step = check_resumable(config, run, source, verify=is_main_process())
+    elif run is not None:
+        check_outputs(run)
     # Every rank waits here until the data is prepared, because the ranks meet later, within a timeout.
     data = load_task_data(config)
     if not is_main_process():
