@@ -19,7 +19,7 @@ import torch
 from benchmarks import conversion, serving, train_step
 from benchmarks.installed import default_subject
 from benchmarks.levels import LEVELS, level_table, levels_here, time_levels
-from benchmarks.limits import product_seconds
+from benchmarks.limits import model_products, product_seconds
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.onnx_runtime import OnnxModel
 from benchmarks.prefill import LIMIT, with_shares
@@ -316,6 +316,18 @@ def test_convert_times_calls_that_the_script_accepts(
     ]
     assert len(calls) == len(conversion.CALLS)
     assert "of these, the conversion itself" in capsys.readouterr().out
+
+
+def test_products_alone_are_those_of_the_converted_model(tmp_path: Path) -> None:
+    weights: list[torch.Size] = []
+
+    def make(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        weights.append(weight.shape)
+
+    layers, _ = model_products(SHAPE, make)
+    assert [width for width, _ in layers] == [shape[1] for shape in weights[:-1]]
+    converted = ours("balanced", "eager", "float32", SHAPE, tmp_path)
+    assert 4 * sum(shape.numel() for shape in weights) == converted.weight_bytes
 
 
 def test_products_alone_are_a_limit_of_every_batch() -> None:

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
 
-from experiments.commits import current_commit
+from benchmarks.installed import run_command
+from experiments.commits import ROOT, provenance
 from tnnlm.checkpoints.locate import CONVERTED
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.config.shipped import find_config
 from tnnlm.conversion import convert_layers, measure
-from tnnlm.errors import UserError
+from tnnlm.errors import run_script
 from tnnlm.files import write_text
-from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs/records/convert.json"
 METHOD = "auto"
 
@@ -40,12 +37,9 @@ def time_of_run(run: Path) -> dict[str, str]:
     Raises:
         UserError: If the conversion fails.
     """
-    options = ["--method", METHOD, "--force", "--no-compile"]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "convert.py"), str(run), *options], check=False)
+    run_command("convert.py", str(run), "--method", METHOD, "--force", "--no-compile")
     seconds = time.perf_counter() - started
-    if done.returncode:
-        raise UserError(f"{run}: the conversion fails with exit code {done.returncode}")
     report = json.loads((run / CONVERTED / "conversion.json").read_text(encoding="utf-8"))
     tokens = ", ".join(f"{count:,} at {int(length):,}" for length, count in report["ppl_tokens"].items())
     methods = ", ".join(sorted({layer["method"] for layer in report["layers"]}))
@@ -85,13 +79,8 @@ def main() -> int:
     parser.add_argument("--machine", default="an unnamed machine", help="Description of the machine.")
     parser.add_argument("--out", type=Path, default=OUT, help="Record to write.")
     args = parser.parse_args()
-    record = {
-        "command": f"python -m benchmarks.convert_time {' '.join(map(str, args.runs))}".strip(),
-        "machine": args.machine,
-        "cpu_level": cpu_level(),
-        "torch": torch.__version__.partition("+")[0],
-        "date": date.today().isoformat(),
-        "commit": current_commit(),
+    command = f"python -m benchmarks.convert_time {' '.join(map(str, args.runs))}".strip()
+    record = provenance(command, args.machine) | {
         "values": time_of_layer(args.shape),
         "tables": {"runs": [time_of_run(run) for run in args.runs]},
     }
@@ -101,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

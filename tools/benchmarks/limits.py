@@ -1,8 +1,8 @@
-"""Limits by the hardware: seconds of a model's matrix products alone, by number of rows."""
+"""Limits by the hardware: a model's matrix products alone, and their seconds by number of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,34 @@ from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 
 _TURNS = 7
+Product = Callable[[Tensor], Tensor]
+"""Product with a matrix and sum with a bias: (N, I) -> (N, O)."""
+
+
+def model_products(
+    shape: ModelConfig, make: Callable[[Tensor, Tensor | None], Product]
+) -> tuple[list[tuple[int, Product]], Product]:
+    """Return the matrix products of a converted model with random weights.
+
+    Args:
+        shape: Configuration of the model.
+        make: Function (weight, bias) -> product.
+
+    Returns:
+        Input width and product of every linear layer, in order, and the product of the head.
+    """
+    torch.manual_seed(0)
+    # A converted model has no kernels; those of this one are not multiplied.
+    model = CausalLM(replace(shape, kernel=ModelConfig().kernel))
+    unused = {
+        id(part) for kernel in model.modules() if isinstance(kernel, Kernel) for part in kernel.modules()
+    }
+    layers = [
+        (part.in_features, make(part.weight, part.bias))
+        for part in model.modules()
+        if isinstance(part, nn.Linear) and id(part) not in unused
+    ]
+    return layers, make(model.embedding.weight, None)
 
 
 @torch.inference_mode()
@@ -32,26 +60,15 @@ def product_seconds(shape: ModelConfig, dtype: str, rows: Sequence[int]) -> dict
     Returns:
         Median seconds of a pass over the linear layers and the head, by number of rows.
     """
-    torch.manual_seed(0)
-    # A converted model has no kernels; those of this one are not multiplied.
-    model = CausalLM(replace(shape, kernel=ModelConfig().kernel))
-    unused = {
-        id(part) for kernel in model.modules() if isinstance(kernel, Kernel) for part in kernel.modules()
-    }
-    make = choose_linear(torch.device("cpu"), dtype).make
-    layers = [
-        (part.in_features, make(part.weight, part.bias))
-        for part in model.modules()
-        if isinstance(part, nn.Linear) and id(part) not in unused
-    ]
-    layers.append((shape.d_model, make(model.embedding.weight, None)))
+    layers, head = model_products(shape, choose_linear(torch.device("cpu"), dtype).make)
+    layers.append((shape.d_model, head))
     cases = {n: partial(_pass, [(torch.randn(n, width), layer) for width, layer in layers]) for n in rows}
     return medians(interleaved(cases, _TURNS, warm_up=2, settle=1, steps=3))
 
 
-def _pass(work: Sequence[tuple[Tensor, nn.Module]]) -> None:
-    for x, layer in work:
-        layer(x)
+def _pass(work: Sequence[tuple[Tensor, Product]]) -> None:
+    for x, product in work:
+        product(x)
 
 
 def limits_table(limits: Sequence[dict[str, Any]], unit: str) -> str:

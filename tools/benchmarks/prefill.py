@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.subjects import CHUNK, CONVERSIONS, WIDTHS, linear_weights
+from benchmarks.limits import Product, model_products
+from benchmarks.subjects import CHUNK
 from experiments.timing import Stepper, Subject
 from tnnlm.config.schema import ModelConfig
-from tnnlm.conversion import convert_model
-from tnnlm.models.causal_lm import CausalLM
 
 LIMIT = "matrix-products-alone"
 """Name of the subject."""
@@ -26,23 +25,18 @@ def products(dtype: str, shape: ModelConfig) -> Subject:
         dtype: Dtype of weights and inputs, float32 or bfloat16.
         shape: Configuration of the model.
     """
-    torch.manual_seed(0)
-    model = convert_model(CausalLM(shape).eval(), **CONVERSIONS["balanced"])  # type: ignore[arg-type]
-    layers = [(part.weight, part.bias) for part in model.modules() if type(part) is nn.Linear]
     kind = getattr(torch, dtype)
-    runs = [_packed(weight, bias, kind) for weight, bias in layers]
-    head = _packed(model.embedding.weight, None, kind)
-    inputs = {width: torch.randn(CHUNK, width).to(kind) for width in {w.shape[1] for w, _ in layers}}
+    layers, head = model_products(shape, partial(_packed, dtype=kind))
+    inputs = {width: torch.randn(CHUNK, width).to(kind) for width, _ in layers}
     last = torch.randn(1, shape.d_model).to(kind)
-    widths = [weight.shape[1] for weight, _ in layers]
 
     def read(prompt: Tensor) -> None:
         for chunk in prompt.split(CHUNK, dim=1):
-            for width, run in zip(widths, runs, strict=True):
-                run(inputs[width][: chunk.shape[1]])
+            for width, product in layers:
+                product(inputs[width][: chunk.shape[1]])
         head(last)
 
-    return Subject(LIMIT, dtype, linear_weights(model) * WIDTHS[dtype], _no_steps, read, lambda context: 0)
+    return Subject(LIMIT, dtype, 0, _no_steps, read, lambda context: 0)
 
 
 def with_shares(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,7 +55,7 @@ def with_shares(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return done
 
 
-def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """Return the product with a matrix (O, I) in the layout that oneDNN chooses for it."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), CHUNK)
     added = None if bias is None else bias.detach().to(dtype)
