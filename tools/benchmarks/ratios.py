@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.report import case_field, case_header
 from experiments.report import table
 
 BASELINES = ("llama.cpp", "llama-server", "transformers-gpt2", "transformers-llama")
 """Baselines by the beginning of their names; the first that was measured in a dtype is compared with."""
-CASES = {"batch": "batch", "serve": "streams"}
-"""Modes whose cases differ in the number of rows, and the word for it; the others differ in the context."""
 
 
 def ratio_table(result: dict[str, Any]) -> str:
@@ -18,10 +17,7 @@ def ratio_table(result: dict[str, Any]) -> str:
     The mode decode compares times, where tnnlm is faster below 1, the others tokens per second.
     """
     mode = result["mode"]
-    field, column = (
-        "seconds_per_token" if mode == "decode" else "tokens_per_second",
-        "batch" if mode in CASES else "context",
-    )
+    field, column = "seconds_per_token" if mode == "decode" else "tokens_per_second", case_field(mode)
     values = {(row["name"], row["dtype"], row[column]): row[field] for row in result["results"]}
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for (name, dtype, case), value in values.items():
@@ -30,8 +26,7 @@ def ratio_table(result: dict[str, Any]) -> str:
             continue
         what = "ratio of times" if mode == "decode" else "ratio of tokens per second"
         line = lines.setdefault((name, dtype), {what: f"{name} / {baseline}"})
-        label = f"{CASES[mode]} {case:,}" if mode in CASES else f"{case:,} tokens"
-        line[label] = f"{value / values[baseline, dtype, case]:.2f}"
+        line[case_header(mode, case)] = f"{value / values[baseline, dtype, case]:.2f}"
     return table(list(lines.values())) if lines else ""
 
 

@@ -11,8 +11,18 @@ from experiments.report import Line, Panel, line
 _X = {"batch": "rows", "serve": "concurrent streams", "prefill": "prompt tokens", "train": "tokens per row"}
 _DASHES = {"float32": "-", "bfloat16": "--", "float16": "-.", "int8": ":"}
 
-_CASES = {"batch": "batch {batch}", "serve": "{batch} streams"}
-"""Headers of columns by mode, if not of contexts."""
+_ROWS = {"batch": "batch {:,}", "serve": "{:,} streams"}
+"""Modes whose cases differ in the number of rows, and the header of such a case; others differ in context."""
+
+
+def case_field(mode: str) -> str:
+    """Return the field of a result that tells the cases of a mode apart: ``batch`` or ``context``."""
+    return "batch" if mode in _ROWS else "context"
+
+
+def case_header(mode: str, case: int) -> str:
+    """Return the header of the column of a case."""
+    return _ROWS.get(mode, "{:,} tokens").format(case)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -21,7 +31,7 @@ def table(result: dict[str, Any]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["results"]:
         name, dtype = row["name"], row["dtype"]
-        case = _CASES.get(mode, "{context:,} tokens").format_map(row)
+        case = case_header(mode, row[case_field(mode)])
         lines.setdefault((name, dtype), {"name": name, "dtype": dtype})[case] = _cell(row, mode)
     return report.table(list(lines.values()))
 
@@ -56,7 +66,7 @@ def _family(name: str) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Plot time per token by context length, or tokens per second by batch size or prompt length."""
     rows, mode = result["results"], result["mode"]
-    key, in_time = "batch" if mode in ("batch", "serve") else "context", mode in ("decode", "constant")
+    key, in_time = case_field(mode), mode in ("decode", "constant")
     names = list(dict.fromkeys(_family(row["name"]) for row in rows))
     lines: list[Line] = []
     for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows):

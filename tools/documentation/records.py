@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.report import case_field
+
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs/records"
 RESULTS = ROOT / "docs/results"
@@ -78,7 +80,7 @@ def value_at(path: str) -> Any:
 
 def _benchmark_value(result: dict[str, Any], keys: list[str]) -> float:
     name, dtype, case, *field = keys
-    column = "batch" if result["mode"] in ("batch", "serve") else "context"
+    column = case_field(result["mode"])
     rows = [
         row
         for row in result["results"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.conversion import conversion_table
-from benchmarks.report import memory_table
+from benchmarks.report import case_field, memory_table
 from benchmarks.report import table as benchmark_table
 from benchmarks.serving import serving_table
 from documentation.plans import memory_table as plan_table
@@ -99,7 +99,7 @@ def _memory(name: str) -> str:
 
 def _ratios(name: str, ours: str, *baselines: str) -> str:
     """Our values divided by those of baselines, by case; each is NAME/DTYPE."""
-    column = "batch" if record(name)["result"]["mode"] in ("batch", "serve") else "context"
+    column = case_field(record(name)["result"]["mode"])
     cases = dict.fromkeys(row[column] for row in record(name)["result"]["results"])
     rows = []
     for baseline in baselines:
