@@ -231,6 +231,7 @@ def load_row_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str, t
 
 
 def load_batch_step(
+    A package is not used if TNNLM_WITHOUT disables its products, because the layers are others then.
     model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
 ) -> Run | None:
     """Load the compiled step of batches of a model with packed linear layers; None if there is none.
@@ -238,7 +239,9 @@ def load_batch_step(
     Arguments and exceptions are those of :func:`load_row_step`.
     """
     path = package_path(folder, f"batch-{dtype}")
-    return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
+    if not path.is_file() or choose_linear(_CPU, dtype).name != _BATCHED:
+        return None
+    return load_package(path, lambda: BatchStep(model), fingerprint, trust)
 
 
 def check_fingerprint(model: CausalLM, fingerprint: str) -> None:
