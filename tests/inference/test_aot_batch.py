@@ -12,10 +12,11 @@ from tests.support.steps import METHODS, converted, whole
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.errors import UserError
 from tnnlm.inference import aot
-from tnnlm.inference.aot import CompiledModel, _Step, compile_batch, compile_step
+from tnnlm.inference.aot import CompiledModel, _Step, compile_batch, compile_step, load_batch_step
 from tnnlm.inference.batch_step import BatchStep
 from tnnlm.inference.engine import open_engine
 from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.machine.capabilities import WITHOUT
 from tnnlm.models.causal_lm import ModelState
 
 
@@ -105,3 +106,9 @@ def test_dtype_without_a_product_that_compiles_is_refused() -> None:
     with pytest.raises(UserError, match="no compiled batch for int8"):
         compile_batch(converted(), Path("out"), "int8", "abc")
     assert not Path("out").exists()
+
+
+def test_package_of_batches_is_not_used_without_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WITHOUT, "onednn_float32")
+    Path("batch-float32.pt2").touch()
+    assert load_batch_step(converted(), Path(), "float32", "abc") is None

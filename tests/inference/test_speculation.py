@@ -257,6 +257,13 @@ def test_other_draft_model_changes_no_greedy_text() -> None:
     assert found.accepted < found.proposed
 
 
+def test_batch_without_speculation_counts_its_passes() -> None:
+    writer = writer_of()
+    writer.speculation = drafted(writer, writer_of(), 4)
+    records = writer.generate(writer.prefill(["the cat", "on"]), 5, GREEDY)
+    assert [record.tokens_per_pass for record in records] == [1, 1]
+
+
 def test_useless_draft_model_is_asked_from_time_to_time() -> None:
     writer = writer_of()
     costs = PassCosts(measured=False), PassCosts(measured=False)

@@ -219,8 +219,10 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     """
     from tnnlm.checkpoints.locate import find_for_decoding, outdated
     from tnnlm.inference.generator import check_new_tokens
+    from tnnlm.inference.load import load_engine
     from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
+    from tnnlm.machine.threads import limit_threads
 
     if args.save_state:
         check_file(args.save_state)
@@ -231,18 +233,17 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     if warning := outdated(model, Path("runs")):
         print(f"warning: {warning}", file=sys.stderr)
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(6), "big")
-    session = GenerationSession.load(
+    limit_threads()
+    engine = load_engine(
         model,
         Path("runs"),
-        args.device,
-        sampling,
-        args.max_new_tokens,
-        seed,
-        args.dtype,
-        args.engine,
-        trust,
-        args.speculate,
+        device=args.device,
+        dtype=args.dtype,
+        engine=args.engine,
+        trust=trust,
+        speculate=args.speculate,
     )
+    session = GenerationSession(engine.generator, sampling, args.max_new_tokens, seed, engine.info)
     if args.load_state:
         session.load_state(args.load_state, reseed=args.seed is not None)
     if args.model is None:

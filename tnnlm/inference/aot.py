@@ -146,9 +146,7 @@ def compile_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str) ->
         UserError: If there is no C++ compiler, ``fingerprint`` is that of another model, or as
             :func:`tnnlm.inference.aot_package.compile_package` does.
     """
-    check_compiler()
-    check_compiler_cache()
-    check_fingerprint(model, fingerprint)
+    check_before_compiling(model, fingerprint)
     path = package_path(folder, dtype)
     function = _row_step(model, dtype)
     parts = [part.contiguous() for part in parts_read(model.init_state(1))]
@@ -164,12 +162,10 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
         UserError: If the packed engine has no operator for this dtype that can be compiled, or as
             :func:`compile_step` does.
     """
-    check_compiler()
-    check_compiler_cache()
     choice = choose_linear(_CPU, dtype)
     if choice.name != _BATCHED:
         raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
-    check_fingerprint(model, fingerprint)
+    check_before_compiling(model, fingerprint)
     replace_linears(model, choice.make)
     use_channels_last(model)
     path = package_path(folder, f"batch-{dtype}")
@@ -235,19 +231,24 @@ def load_batch_step(
 ) -> Run | None:
     """Load the compiled step of batches of a model with packed linear layers; None if there is none.
 
+    A package is not used if TNNLM_WITHOUT disables its products, because the layers are others then.
     Arguments and exceptions are those of :func:`load_row_step`.
     """
     path = package_path(folder, f"batch-{dtype}")
-    return load_package(path, lambda: BatchStep(model), fingerprint, trust) if path.is_file() else None
+    if not path.is_file() or choose_linear(_CPU, dtype).name != _BATCHED:
+        return None
+    return load_package(path, lambda: BatchStep(model), fingerprint, trust)
 
 
-def check_fingerprint(model: CausalLM, fingerprint: str) -> None:
-    """Check that a fingerprint is that of a model.
+def check_before_compiling(model: CausalLM, fingerprint: str) -> None:
+    """Check the compiler, its cache, and that a fingerprint is that of the model to be compiled.
 
     Raises:
-        UserError: If it is that of another model. A folder may state such a hash, for which a package would
-            then be recorded.
+        UserError: If there is no C++ compiler, others can write to its cache, or the fingerprint is that of
+            another model. A folder may state such a hash, for which a package would then be recorded.
     """
+    check_compiler()
+    check_compiler_cache()
     if model_fingerprint(model) != fingerprint:
         raise UserError("config.json states the hash of another model", "convert again")
 

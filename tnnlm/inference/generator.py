@@ -208,6 +208,7 @@ class TextGenerator:
             current = GenerationState(model_state, logits, tuple(n + 1 for n in current.lengths), 0.0)
             for row, token in zip(rows, chosen, strict=True):
                 records[row].tokens.append(token)
+                records[row].passes += 1
                 records[row].seconds = time.perf_counter() - started
         for i, row in enumerate(rows):
             records[row].state = current.select([i])

@@ -14,12 +14,9 @@ from tnnlm.coverage import coverage
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
-from tnnlm.inference.load import load_engine
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.inference.state_file import load_state, save_state
-from tnnlm.machine.threads import limit_threads
 from tnnlm.models.causal_lm import state_bytes
-from tnnlm.trust import NO_CODE, Trust
 
 
 class GenerationSession:
@@ -42,32 +39,6 @@ class GenerationSession:
         self.random = torch.Generator(generator.device).manual_seed(seed)
         self.state: GenerationState | None = None
         """State after the last token, or as loaded; None before the first prompt."""
-
-    @classmethod
-    def load(
-        cls,
-        target: str | None,
-        runs_dir: Path,
-        device: str,
-        sampling: SamplingParams,
-        max_new_tokens: int,
-        seed: int,
-        dtype: str,
-        engine: str,
-        trust: Trust = NO_CODE,
-        speculate: str | None = None,
-    ) -> GenerationSession:
-        """Find and load a converted model.
-
-        Raises:
-            UserError: If there is no model, it is corrupt, the device is not available, or a number is out of
-                range.
-        """
-        limit_threads()
-        loaded = load_engine(
-            target, runs_dir, device=device, dtype=dtype, engine=engine, trust=trust, speculate=speculate
-        )
-        return cls(loaded.generator, sampling, max_new_tokens, seed, loaded.info)
 
     def load_state(self, path: Path, reseed: bool) -> None:
         """Continue from a saved state, and from its random number generator unless ``reseed``.

@@ -17,14 +17,8 @@ from torch import Tensor, nn
 
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.errors import UserError
-from tnnlm.inference.aot import check_fingerprint, package_path
-from tnnlm.inference.aot_package import (
-    Run,
-    check_compiler,
-    check_compiler_cache,
-    compile_package,
-    load_package,
-)
+from tnnlm.inference.aot import check_before_compiling, package_path
+from tnnlm.inference.aot_package import Run, compile_package, load_package
 from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.engine import Engine, open_engine
 from tnnlm.inference.flat_step import after_step, parts_changed, parts_read, with_parts_read
@@ -150,9 +144,7 @@ def compile_pass(model: CausalLM, folder: Path, dtype: str, fingerprint: str, wi
     Raises:
         UserError: See :func:`tnnlm.inference.aot.compile_step`.
     """
-    check_compiler()
-    check_compiler_cache()
-    check_fingerprint(model, fingerprint)
+    check_before_compiling(model, fingerprint)
     path = package_path(folder, pass_name(width, dtype))
     parts = [part.contiguous() for part in parts_read(model.init_state(1))]
     example = (torch.zeros(1, width, dtype=torch.long), *parts)
