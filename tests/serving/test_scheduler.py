@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.kernels import SGConvConfig
 from tnnlm.serving import prefill
-from tnnlm.serving.batch import RunningBatch
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.sampler import SequenceSampler
@@ -152,41 +150,6 @@ def test_a_single_sequence_has_an_idle_row_only_if_bits_must_not_depend_on_the_l
     bench.collector.wait(*twins)
     assert rows[-1] == 2
     assert {bench.collector.text(twin) for twin in twins} == {bench.collector.text(sequence)}
-
-
-def test_rows_of_sequences_that_left_are_idle_or_taken_by_others(generator: TextGenerator) -> None:
-    """Sequences join and leave in random order; each keeps the state of the tokens it was given."""
-    batch, model = RunningBatch(generator), generator.model
-    rng = random.Random(0)
-    sequence_of = Bench(generator).sequence
-    tokens: dict[GeneratedSequence, list[int]] = {}
-    widest = 0
-    for _ in range(60):
-        leave = [sequence for sequence in tokens if rng.random() < 0.1]
-        new = [sequence_of() for _ in range(rng.choice((0, 0, 1, 3, 7)))]
-        states = []
-        for sequence in new:
-            prompt = rng.choices(range(3, 290), k=3)
-            states.append(model.prefill(torch.tensor([prompt]), model.init_state(1))[1])
-            sequence.drawn = [rng.randrange(3, 290)]
-            tokens[sequence] = prompt
-        batch.change(leave, list(zip(new, states, strict=True)), expected=rng.choice((0, 2)))
-        for sequence in leave:
-            del tokens[sequence]
-        assert {*batch.sequences} == {*tokens}
-        assert len(batch._sequences) - len(tokens) <= len(batch._sequences) // 4
-        widest = max(widest, len(batch._sequences) - len(tokens))
-        if not tokens:
-            assert batch._state is None
-            continue
-        drawn = batch.step()
-        for row, sequence in enumerate(drawn.sequences):
-            if sequence is not None:
-                tokens[sequence].append(sequence.drawn[-1])
-                last, _ = model.prefill(torch.tensor([tokens[sequence]]), model.init_state(1), keep=1)
-                torch.testing.assert_close(drawn.logits[row], generator.token_logits(last[0, 0]))
-                sequence.drawn.append(rng.randrange(3, 290))
-    assert widest > 2, "some rows were idle"
 
 
 def test_greedy_text_equals_that_of_the_generator(make: type[Bench], generator: TextGenerator) -> None:
