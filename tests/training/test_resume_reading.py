@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.support.training_runs import tiny_run
+from tnnlm.checkpoints.training import load_any
+from tnnlm.errors import ConfigError
 from tnnlm.training import resume
 from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO
 
@@ -26,6 +28,20 @@ def test_only_the_main_process_verifies_checksums(run_here: Path, monkeypatch: p
     assert verified == []
     assert resume.check_resumable(config, run_here) == 4
     assert verified == [run_here / "checkpoints/last.ckpt"]
+
+
+def test_a_run_whose_checkpoint_holds_an_unescaped_text_can_be_resumed(run_here: Path) -> None:
+    """Earlier versions escaped ${ in config.yaml alone."""
+    path = run_here / "checkpoints/last.ckpt"
+    data = torch.load(path, weights_only=True)
+    data["tnnlm"]["config"]["trainer"]["sample_prompt"] = "a ${x}"
+    torch.save(data, path)
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.sample_prompt=a \${x}: .*last\.ckpt\); .*\\\${ for the text"
+    ):
+        load_any(path)
+    config = resume.resumed_config(run_here, ["trainer.max_steps=8"])
+    assert resume.check_resumable(config, run_here) == 4
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -85,7 +85,8 @@ def stored_text(text: str, key: str, place: str) -> str:
     if _INTERPOLATION.search(text):
         raise StoredInterpolation(
             f"{key}={one_line(text)}: is an interpolation in a file that came with a model ({place})",
-            "use a file with the values themselves; only your own words and --config FILE are interpolated",
+            r"use a file with the values themselves, and \${ for the text ${; "
+            "only your own words and --config FILE are interpolated",
         )
     return text.replace(r"\${", "${")
 
@@ -125,12 +126,12 @@ class Values:
             ConfigError: If the value has another type than the field; the message contains key and place.
         """
         setting = self.schema.settings[key]
-        resolve = {
-            Origin.STORED: lambda text: stored_text(text, key, node.place),
-            Origin.RUN: lambda text: stored_text(text, key, node.place),
-            Origin.FILE: lambda text: interpolated(text, self._text),
-            Origin.WORD: lambda text: interpolated(text, self._text),
-        }[node.origin]
+
+        def resolve(text: str) -> str:
+            if node.origin in (Origin.STORED, Origin.RUN):
+                return stored_text(text, key, node.place)
+            return interpolated(text, self._text)
+
         try:
             return read_value(node, setting.hint, setting.metadata.get("word"), resolve)
         except ConfigError:  # of a setting that an interpolation refers to
