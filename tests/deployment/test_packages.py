@@ -35,6 +35,8 @@ def compiles_with(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None
 
     def compile_batch(model: Any, folder: Path, dtype: str, fingerprint: str) -> Path:
         made.append(f"batch-{dtype}")
+        if outcome is not None:
+            raise outcome
         return folder / f"batch-{dtype}.pt2"
 
     monkeypatch.setattr(packages, "compile_step", compile_step)
@@ -63,6 +65,7 @@ def test_float32_is_compiled_by_default_into_the_complete_folder(
 FAILURES = {
     "default": ((), 0, "note: no compiled step: RuntimeError: boom"),
     "requested": (("--compile",), 1, "FAILED: --compile float32: RuntimeError: boom"),
+    "batch": (("--compile", "batch"), 1, "FAILED: --compile float32 batch: RuntimeError: boom"),
 }
 
 

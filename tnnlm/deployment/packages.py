@@ -123,7 +123,7 @@ def write_packages(converted: ConvertedModel, folder: Path, packages: Packages) 
     written = Written()
     skipped: dict[str, str] = {}
     for name in bar(packages.compiled, "compiling"):
-        option, dtype = f"--compile {name}", name.rpartition("-")[2]
+        option, dtype = " ".join(Packages((name,)).options), name.rpartition("-")[2]
         with collect_failure(written.failures if packages.required else skipped, option):
             check_unchanged(folder, converted.fingerprint)
             compile_one = _compiler(name.removesuffix(dtype))
