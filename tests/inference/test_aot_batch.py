@@ -15,7 +15,8 @@ from tnnlm.inference import aot
 from tnnlm.inference.aot import CompiledModel, _Step, compile_batch, compile_step, load_batch_step
 from tnnlm.inference.batch_step import BatchStep
 from tnnlm.inference.engine import open_engine
-from tnnlm.inference.linear_choice import choose_linear
+from tnnlm.inference.linear import replace_linears
+from tnnlm.inference.linear_choice import choose_batch_linear, choose_linear
 from tnnlm.machine.capabilities import WITHOUT
 from tnnlm.models.causal_lm import ModelState
 
@@ -56,30 +57,35 @@ def test_rows_that_are_not_active_keep_their_state() -> None:
 
 
 @needs_gxx
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @torch.inference_mode()
-def test_compiled_batches_give_the_logits_of_the_plain_steps() -> None:
-    if choose_linear(torch.device("cpu"), "float32").name != "oneDNN":
-        pytest.skip("no oneDNN")
+def test_compiled_batches_give_the_logits_of_the_plain_steps(dtype: str) -> None:
+    choice = choose_batch_linear(dtype)
+    if choice is None:
+        pytest.skip("no products that can be compiled")
     plain = converted()
     fingerprint = model_fingerprint(plain)
-    compile_step(converted(), Path("out"), "float32", fingerprint)
-    package = compile_batch(converted(), Path("out"), "float32", fingerprint)
+    compile_step(converted(), Path("out"), dtype, fingerprint)
+    package = compile_batch(converted(), Path("out"), dtype, fingerprint)
     weight = plain.embedding.weight.numpy().tobytes()[:64]
     assert weight not in package.read_bytes()
-    engine, info = open_engine(whole(converted()), Path("out"))
-    assert str(info) == "compiled engine, cpu, float32, also for batches"
+    engine, info = open_engine(whole(converted()), Path("out"), dtype=dtype)
+    assert str(info) == f"compiled engine, cpu, {dtype}, also for batches"
     assert info.batch_invariant
     model = engine.model
+    replace_linears(plain, choice.make)
     seen: dict[int, torch.Tensor] = {}
     for rows in (2, 3, 5, 16, 63):
         torch.manual_seed(1)
         state = expected_state = plain.init_state(rows)
         tokens = torch.randint(300, (63, 12))[:rows].T.contiguous()
+        # An input halfway between two integers may be rounded to either, which later layers amplify.
+        atol = 1e-4 if dtype == "float32" else 2e-2
         for column in tokens:
             logits, state = model.step_in_place(column, state.copy() if state is expected_state else state)
             expected, expected_state = plain.step(column, expected_state)
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-        assert_equal_states(state, expected_state, atol=1e-4)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
+        assert_equal_states(state, expected_state, atol=atol)
         seen[rows] = logits[:2]
     # A row has the same bits in any batch.
     for logits in seen.values():
@@ -96,19 +102,20 @@ def test_only_missing_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert compiled == ["step", "batch"][: 1 + batches]
     assert len(lines) == len(compiled)
     aot.compile_missing(converted(), Path("out"), "int8", "abc", lines.append)
-    assert compiled[-1] == "step"
+    assert compiled[-1] == ("step" if choose_batch_linear("int8") is None else "batch")
+    made = len(compiled)
     monkeypatch.setattr(aot, "check_package", lambda *_: None)
     aot.compile_missing(converted(), Path("out"), "float32", "abc", lines.append)
-    assert len(lines) == len(compiled) == 2 + batches
+    assert len(lines) == len(compiled) == made
 
 
 def test_dtype_without_a_product_that_compiles_is_refused() -> None:
-    with pytest.raises(UserError, match="no compiled batch for int8"):
-        compile_batch(converted(), Path("out"), "int8", "abc")
+    with pytest.raises(UserError, match="no compiled batch for float16"):
+        compile_batch(converted(), Path("out"), "float16", "abc")
     assert not Path("out").exists()
 
 
 def test_package_of_batches_is_not_used_without_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WITHOUT, "onednn_float32")
     Path("batch-float32.pt2").touch()
-    assert load_batch_step(converted(), Path(), "float32", "abc") is None
+    assert load_batch_step(converted(), converted(), Path(), "float32", "abc") is None

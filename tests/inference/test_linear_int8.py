@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.simulated import forget_probes
+from tnnlm.inference.integer_linear import IntegerLinear
 from tnnlm.inference.linear import QuantizedLinear, narrowed
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.row_linear import BlockedRowLinear, RowLinear
@@ -20,16 +23,28 @@ LEVELS = {7: 63, 8: 127}
 """Largest integer of an input, by number of bits."""
 
 
-@pytest.fixture(params=LEVELS)
-def bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Make layers round inputs to this number of bits."""
+class Kind(NamedTuple):
+    """Layer that rounds its inputs to integers."""
+
+    make: Callable[[Tensor, Tensor | None], nn.Module]
+    bits: int
+
+
+@pytest.fixture(params=["FBGEMM, 7 bits", "FBGEMM, 8 bits", "oneDNN"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kind:
+    """Return a layer that runs on this machine."""
+    if request.param == "oneDNN":
+        if not capability("onednn_int8"):
+            pytest.skip("no oneDNN, or no VNNI instructions")
+        return Kind(IntegerLinear, 8)
     if not capability("fbgemm_int8"):
         pytest.skip("no FBGEMM")
-    if request.param == 7:
+    bits = 7 if "7" in request.param else 8
+    if bits == 7:
         monkeypatch.setenv(WITHOUT, "fbgemm_8bit_inputs")
     elif not capability("fbgemm_8bit_inputs"):
         pytest.skip("sums of 8-bit inputs overflow")
-    return int(request.param)
+    return Kind(QuantizedLinear, bits)
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor, levels: int) -> Tensor:
@@ -42,41 +57,41 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor, levels: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (33, 7), (96, 130), (64, 64)])
-def test_integer_products_are_exact_for_odd_sizes_and_any_scale(shape: tuple[int, int], bits: int) -> None:
+def test_integer_products_are_exact_for_odd_sizes_and_any_scale(shape: tuple[int, int], kind: Kind) -> None:
     for size in (1e-40, 1e-30, 1.0, 1e30):
         weight, bias = torch.randn(shape), torch.randn(shape[0]) * size
-        layer = QuantizedLinear(weight, bias)
+        layer = kind.make(weight, bias)
         for n in ROWS:
             x = torch.randn(n, shape[1]) * size
             x[n // 2] = 0
-            reference = expected(x, weight, bias, LEVELS[bits])
+            reference = expected(x, weight, bias, LEVELS[kind.bits])
             # An input halfway between two integers may be rounded to either: one step of one input.
-            step = 1.01 * x.abs().max() / LEVELS[bits] * weight.abs().max()
+            step = 1.01 * x.abs().max() / LEVELS[kind.bits] * weight.abs().max()
             error = (layer(x) - reference).abs()
             assert error.max() <= step
             assert (error <= 1e-5 * reference.abs().max()).float().mean() >= 0.9
 
 
-def test_sums_of_the_largest_products_do_not_overflow(bits: int) -> None:
+def test_sums_of_the_largest_products_do_not_overflow(kind: Kind) -> None:
     weight = torch.ones(40, 512)
     weight[::2] *= -1
-    y = QuantizedLinear(weight, None)(torch.full((3, 512), 2.0))
+    y = kind.make(weight, None)(torch.full((3, 512), 2.0))
     torch.testing.assert_close(y, 2 * 512 * weight[:, 0].expand(3, -1), rtol=3e-3, atol=0)
     # Without VNNI two products are added in 16 bits; inputs are stored from 0 to twice their largest integer.
-    assert bits == 8 or 2 * (2 * LEVELS[bits] + 1) * 127 < 1 << 15
+    assert kind.bits == 8 or 2 * (2 * LEVELS[kind.bits] + 1) * 127 < 1 << 15
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_input_that_is_not_finite_stays_in_its_row(bad: float, bits: int) -> None:
+def test_input_that_is_not_finite_stays_in_its_row(bad: float, kind: Kind) -> None:
     x = torch.randn(4, 24)
     x[2, 5] = bad
-    y = QuantizedLinear(torch.randn(16, 24), torch.randn(16))(x)
+    y = kind.make(torch.randn(16, 24), torch.randn(16))(x)
     assert not y[2].isfinite().any()
     assert y[[0, 1, 3]].isfinite().all()
 
 
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int) -> None:
-    layer, x = QuantizedLinear(torch.randn(200, 96), torch.randn(200)), torch.randn(70, 96)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(kind: Kind) -> None:
+    layer, x = kind.make(torch.randn(200, 96), torch.randn(200)), torch.randn(70, 96)
     whole = layer(x)
     for n in ROWS:
         assert torch.equal(layer(x[4 : 4 + n]), whole[4 : 4 + n]), f"{n} rows"

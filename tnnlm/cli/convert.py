@@ -47,7 +47,7 @@ from tnnlm.config.methods import USED_BY, Use
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.errors import UserError
 from tnnlm.inference.linear import DTYPES
-from tnnlm.inference.linear_choice import BATCH_DTYPES
+from tnnlm.inference.linear_choice import BATCH_DTYPES, choose_batch_linear
 from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
 
 FLAGS = {
@@ -211,10 +211,11 @@ def selected_steps(args: argparse.Namespace) -> tuple[str, ...]:
         return () if args.no_compile else BY_DEFAULT
     named = dict.fromkeys(word for words in args.compile for word in words)
     dtypes = [word for word in named if word in DTYPES] or ["float32"]
-    batches = [f"{BATCH}-{dtype}" for dtype in dtypes if dtype in BATCH_DTYPES] if BATCH in named else []
+    compiles = [dtype for dtype in dtypes if BATCH in named and choose_batch_linear(dtype) is not None]
+    batches = [f"{BATCH}-{dtype}" for dtype in compiles]
     if BATCH in named and not batches:
         raise UserError(
-            f"--compile batch: has no effect for {' and '.join(dtypes)}",
+            f"--compile batch: has no effect for {' and '.join(dtypes)} on this CPU",
             f"add {' or '.join(BATCH_DTYPES)}",
         )
     passes = [pass_name(width, dtype) for dtype in dtypes for width in PASS_WIDTHS if SPECULATE in named]

@@ -27,15 +27,13 @@ from tnnlm.inference.aot_package import (
 from tnnlm.inference.batch_step import BatchStep, batch_parts, ordered
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
-from tnnlm.inference.linear_choice import BATCH_DTYPES, choose_linear
+from tnnlm.inference.linear_choice import Choice, choose_batch_linear, choose_linear
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last
 from tnnlm.ops.recurrence import work_ahead
 from tnnlm.trust import NO_CODE, Trust
 
-_BATCHED = "oneDNN"
-"""Operator of linear layers that a package of batches can call."""
 _CPU = torch.device("cpu")
 _EXAMPLE_ROWS = 16
 """Rows of the example that a batch is compiled with."""
@@ -162,12 +160,12 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
         UserError: If the packed engine has no operator for this dtype that can be compiled, or as
             :func:`compile_step` does.
     """
-    choice = choose_linear(_CPU, dtype)
-    if choice.name != _BATCHED:
-        raise UserError(f"no compiled batch for {dtype}: its products by {choice.name} can't be compiled")
+    choice = choose_batch_linear(dtype)
+    if choice is None:
+        used = choose_linear(_CPU, dtype).name
+        raise UserError(f"no compiled batch for {dtype}: its products by {used} can't be compiled here")
     check_before_compiling(model, fingerprint)
-    replace_linears(model, choice.make)
-    use_channels_last(model)
+    _use_linears(model, choice)
     path = package_path(folder, f"batch-{dtype}")
     rows = torch.export.Dim("rows", min=2, max=_MOST_ROWS)
     # Separate tensors, because inputs that share memory would be taken to depend on each other.
@@ -197,7 +195,7 @@ def compile_missing(
         UserError: See :func:`compile_step`.
     """
     wanted = [(dtype, "one sequence", compile_step)]
-    if dtype in BATCH_DTYPES and choose_linear(_CPU, dtype).name == _BATCHED:
+    if choose_batch_linear(dtype) is not None:
         wanted.append((f"batch-{dtype}", "batches", compile_batch))
     for name, title, compile_rows in wanted:
         try:
@@ -227,17 +225,28 @@ def load_row_step(model: CausalLM, folder: Path, dtype: str, fingerprint: str, t
 
 
 def load_batch_step(
-    model: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
+    packed: CausalLM, plain: CausalLM, folder: Path, dtype: str, fingerprint: str, trust: Trust = NO_CODE
 ) -> Run | None:
-    """Load the compiled step of batches of a model with packed linear layers; None if there is none.
+    """Load the compiled step of batches; None if there is none.
 
     A package is not used if TNNLM_WITHOUT disables its products, because the layers are others then.
-    Arguments and exceptions are those of :func:`load_row_step`.
+
+    Args:
+        packed: Model with the linear layers that :func:`choose_linear` selects, whose weights the package
+            uses if its products take the same layers.
+        plain: Same model with plain linear layers, whose weights are packed again otherwise.
+        folder, dtype, fingerprint, trust: See :func:`load_row_step`, which raises the same exceptions.
     """
-    path = package_path(folder, f"batch-{dtype}")
-    if not path.is_file() or choose_linear(_CPU, dtype).name != _BATCHED:
+    path, choice = package_path(folder, f"batch-{dtype}"), choose_batch_linear(dtype)
+    if choice is None or not path.is_file():
         return None
-    return load_package(path, lambda: BatchStep(model), fingerprint, trust)
+    shared = choice == choose_linear(_CPU, dtype)
+    return load_package(
+        path,
+        lambda: BatchStep(packed if shared else _use_linears(shared_copy(plain), choice)),
+        fingerprint,
+        trust,
+    )
 
 
 def check_before_compiling(model: CausalLM, fingerprint: str) -> None:
@@ -251,6 +260,13 @@ def check_before_compiling(model: CausalLM, fingerprint: str) -> None:
     check_compiler_cache()
     if model_fingerprint(model) != fingerprint:
         raise UserError("config.json states the hash of another model", "convert again")
+
+
+def _use_linears(model: CausalLM, choice: Choice) -> CausalLM:
+    """Return ``model``, with its linear layers replaced in place."""
+    replace_linears(model, choice.make)
+    use_channels_last(model)
+    return model
 
 
 def _row_step(model: CausalLM, dtype: str) -> _Step:

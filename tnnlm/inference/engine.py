@@ -29,7 +29,7 @@ from tnnlm.inference.linear_choice import Choice, choose_linear
 from tnnlm.machine.capabilities import cpu_level
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.row_step import RowStep
-from tnnlm.models.surgery import use_channels_last
+from tnnlm.models.surgery import shared_copy, use_channels_last
 from tnnlm.ops.fused import why_not_fused
 from tnnlm.trust import NO_CODE, Trust
 
@@ -113,6 +113,7 @@ def open_engine(
     if fast and where.type == "cpu":
         with _reported(engine, reasons):
             row = _compiled_row(model, folder, dtype, engine, made_for, trust)
+    plain = shared_copy(model) if row is not None else model
     if not eager:
         replace_linears(model, choice.make)
     if where.type == "cpu":
@@ -121,7 +122,7 @@ def open_engine(
     if row is not None and folder is not None:
         name, reasons = "compiled", []
         with _reported(engine, reasons):
-            batch = load_batch_step(model, folder, dtype, made_for, trust)
+            batch = load_batch_step(model, plain, folder, dtype, made_for, trust)
         runs = CompiledModel(model, row, batch)
     elif not eager and where.type == "cpu" and RowStep.covers(model):
         runs = CompiledModel(model, RowStep(model))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tnnlm.errors import UserError
+from tnnlm.inference.integer_linear import IntegerLinear
 from tnnlm.inference.linear import (
     DTYPES,
     HalfLinear,
@@ -27,7 +28,7 @@ from tnnlm.inference.linear import (
 )
 from tnnlm.machine.capabilities import capability
 
-BATCH_DTYPES = ("float32", "bfloat16")
+BATCH_DTYPES = ("float32", "bfloat16", "int8")
 """Dtypes whose products a compiled step of batches can call, on CPUs where oneDNN has operators for them."""
 
 
@@ -63,6 +64,17 @@ def choose_linear(device: torch.device, dtype: str) -> Choice:
     raise AssertionError("the last choice needs no capability")
 
 
+def choose_batch_linear(dtype: str) -> Choice | None:
+    """Select the layer whose product a compiled step of batches can call on this CPU; None if there is none.
+
+    For int8 it is another layer than the one that runs without compilation.
+    """
+    if dtype == "int8":
+        return _COMPILED_INT8 if capability("onednn_int8") else None
+    choice = choose_linear(torch.device("cpu"), dtype)
+    return choice if choice.name == _ONEDNN else None
+
+
 def _choose_elsewhere(device: torch.device, dtype: str) -> Choice:
     # PyTorch's int8 operator runs on GPUs too, but many times slower than a product in bfloat16. A product in
     # float16 would also round the inputs to float16, and overflow beyond 65504.
@@ -78,13 +90,15 @@ def _widened_bfloat16(weight: Tensor, bias: Tensor | None) -> WidenedLinear:
 
 _WITHOUT_AVX512 = not torch.cpu._is_avx512_supported()
 """Whether FBGEMM gives a row the same bits in any batch: with AVX-512 some of its versions don't."""
+_ONEDNN = "oneDNN"
+_COMPILED_INT8 = Choice("oneDNN int8", IntegerLinear, True)
 _ON_CPU = {
     "float32": (
-        ("onednn_float32", Choice("oneDNN", partial(InferenceLinear, dtype=torch.float32), True)),
+        ("onednn_float32", Choice(_ONEDNN, partial(InferenceLinear, dtype=torch.float32), True)),
         ("", Choice("plain", partial(cast_linear, dtype=torch.float32))),
     ),
     "bfloat16": (
-        ("onednn_bfloat16", Choice("oneDNN", partial(InferenceLinear, dtype=torch.bfloat16), True)),
+        ("onednn_bfloat16", Choice(_ONEDNN, partial(InferenceLinear, dtype=torch.bfloat16), True)),
         ("fbgemm_float16", Choice("FBGEMM float16", partial(HalfLinear, dtype="bfloat16"), _WITHOUT_AVX512)),
         ("", Choice("widened in tiles", _widened_bfloat16)),
     ),

@@ -160,10 +160,33 @@ def _fbgemm_int8(x: Tensor, weight: Tensor, levels: int = 63) -> Tensor:
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, step, levels + 1, packed)
 
 
+def _onednn_int8(x: Tensor, weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1) / 127
+    packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
+    step = float(x.abs().max()) / 127
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise.default(
+        (x / step).round().add(128).to(torch.uint8), step, 128, packed, scale, zeros,
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+def _onednn_8bit_inputs() -> None:
+    # Without VNNI instructions oneDNN has another operator, which is many times slower.
+    if not torch.cpu._is_vnni_supported() or not cpu_level().startswith("AVX512"):
+        raise RuntimeError("this CPU has no AVX512-VNNI, or PyTorch is limited to other instructions")
+    _compare(_onednn_int8)
+    _check_largest_sums(_onednn_int8)
+
+
 def _fbgemm_8bit_inputs() -> None:
-    # Pairs of the largest products exceed 16 bits, which saturate where FBGEMM has no VNNI instructions.
+    _check_largest_sums(partial(_fbgemm_int8, levels=127))
+
+
+def _check_largest_sums(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    # Pairs of the largest products exceed 16 bits, which saturate in operators without VNNI instructions.
     largest = torch.ones(3, 64)
-    error = float((_fbgemm_int8(largest, largest, levels=127) / 64 - 1).abs().max())
+    error = float((multiply(largest, largest) / 64 - 1).abs().max())
     if not error <= 1e-3:
         raise RuntimeError(f"16-bit sums overflow (relative error {error:.1e})")
 
@@ -226,6 +249,9 @@ PROBES = {
         "FBGEMM linear layers with int8 weights and 7-bit inputs", partial(_compare, _fbgemm_int8)
     ),
     "fbgemm_8bit_inputs": Probe("the same with 8-bit inputs", _fbgemm_8bit_inputs),
+    "onednn_int8": Probe(
+        "oneDNN linear layers with int8 weights and 8-bit inputs, for compiled batches", _onednn_8bit_inputs
+    ),
     "int8": Probe("weight-only int8 linear layers", partial(_compare, _int8_linear)),
     "bfloat16_arithmetic": Probe("training in bfloat16 faster than in float32", _bfloat16_arithmetic),
     "cpp_compiler": Probe("C++ compiler, for compiled decoding steps", check_cpp_compiler),

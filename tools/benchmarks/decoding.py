@@ -40,7 +40,11 @@ OURS = {
     ],
     "batch": [
         (DEFAULT, DEFAULT, "float32"),
-        *(("balanced", "packed", dtype) for dtype in ("float32", "bfloat16", "int8")),
+        *(
+            ("balanced", engine, dtype)
+            for engine in ("compiled", "packed")
+            for dtype in ("float32", "bfloat16", "int8")
+        ),
         *((conversion, "packed", "float32") for conversion in ("etsc512", "window512")),
     ],
 }
