@@ -32,6 +32,12 @@ from tnnlm.serving.settings import Limits
 PREFILL_SECONDS = 0.05
 """Seconds of prefill per iteration while a batch is running; at least one chunk is processed."""
 
+DELIVERY_SECONDS = 0.01
+"""Seconds between two deliveries of outputs if steps are shorter, unless a sequence begins or ends.
+
+Each delivery wakes the server's event loop and its clients, which take CPU time from the steps.
+"""
+
 
 class Scheduler:
     """Scheduler of prefill and decoding for one model.
@@ -76,6 +82,7 @@ class Scheduler:
         self._queue = PromptQueue(limits.max_batch + limits.max_queue)
         self._prefilling: deque[Prompt] = deque()
         self._outputs: list[SequenceOutput] = []
+        self._delivered = 0.0
         self._executor = executor or ThreadPoolExecutor(1, "scheduler")
         self._run_of: Future[None] | None = None
 
@@ -278,11 +285,20 @@ class Scheduler:
         self._batch.clear()
 
     def _flush(self) -> None:
-        outputs, self._outputs = self._outputs, []
-        if outputs:
-            self._deliver(outputs)
         running = len(self._batch.sequences)
+        now = time.monotonic()
+        # Nothing waits for a delivery while prompts are processed, or in an empty batch.
+        busy = self._prefilling or len(self._queue) > running or not running
+        ready = busy or now - self._delivered >= DELIVERY_SECONDS
+        if self._outputs and (ready or any(map(_at_a_limit, self._outputs))):
+            outputs, self._outputs, self._delivered = self._outputs, [], now
+            self._deliver(outputs)
         reading = sum(len(prompt.sequences) for prompt in self._prefilling)
         waiting = max(0, len(self._queue) - running - reading)
         self.load = {"running": running, "reading": reading, "waiting": waiting}
         self.metrics.set_load(self.load, running * self.row_bytes, self._prefill.cache.bytes)
+
+
+def _at_a_limit(output: SequenceOutput) -> bool:
+    """Return whether an output is the first or the last one of its sequence."""
+    return output.finish is not None or len(output.sequence.drawn) <= 1
