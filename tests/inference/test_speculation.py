@@ -60,6 +60,9 @@ class Oracle:
     def extend(self, tokens: Sequence[int]) -> None:
         self.place += len(tokens)
 
+    def rest(self) -> int:
+        return 0
+
     def probabilities(self, most: int) -> list[float]:
         return [1.0] * min(most, len(self.tokens) - self.place)
 

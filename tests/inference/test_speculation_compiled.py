@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -78,6 +79,9 @@ def test_compiled_passes_give_the_logits_of_the_compiled_steps(monkeypatch: pyte
     path = compile_pass(converted(), Path("out"), "float32", model.fingerprint, 3)
     weight = converted().embedding.weight.numpy().tobytes()[:64]
     assert weight not in path.read_bytes()
+    with ZipFile(path) as package:
+        (kernel,) = (name for name in package.namelist() if name.endswith("kernel.cpp"))
+        assert "tmp_acc2" in package.read(kernel).decode()  # weights are read once, for three sums
     generator, info = open_with_passes(
         model, Path("out"), device=CPU, dtype="float32", engine="auto", trust=NO_CODE
     )

@@ -40,6 +40,50 @@ def test_random_text_ends_proposals() -> None:
     assert sum(counts[2000:]) < 60
 
 
+def test_proposer_rests_on_random_text_and_wakes_where_text_repeats_itself() -> None:
+    source, costs = random.Random(0), PassCosts(measured=False)
+    proposer = NgramProposer([])
+    rests = 0
+    for _ in range(2000):
+        proposer.extend([source.randrange(30)])
+        proposed(proposer, 7, costs)
+        rests += proposer.rest() > 0
+    assert rests > 1800
+    text = [*range(100, 120)] * 20
+    for token in text:
+        proposer.extend([token])
+        proposed(proposer, 7, costs)
+    assert proposer.rest() == 0
+    assert proposed(proposer, 7, costs) == text[:7]
+
+
+def test_proposer_rests_if_passes_over_several_tokens_take_too_long() -> None:
+    costs = PassCosts((1, 2))
+    for _ in range(50):
+        costs.observe(1, 1.0)
+        costs.observe(2, 3.0)
+    proposer = NgramProposer([1, 2, 3] * 20)
+    rests = 0
+    for token in [1, 2, 3] * 700:
+        proposer.extend([token])
+        assert proposed(proposer, 7, costs) == []
+        rests += proposer.rest() > 0
+    assert rests > 1600
+
+
+def test_tokens_indexed_together_have_the_places_of_single_ones() -> None:
+    tokens = [random.Random(0).randrange(9) for _ in range(200)]
+    single, together = NgramProposer([]), NgramProposer([])
+    for token in tokens:
+        single.extend([token])
+    together.extend(tokens[:3])
+    together._index(tokens[3:120])
+    together._index(tokens[120:121])
+    together._index(tokens[121:])
+    assert together._tokens == single._tokens
+    assert together._places == single._places
+
+
 def test_old_tokens_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tnnlm.inference.speculation_ngram._LONGEST", 8)
     costs = PassCosts(measured=False)

@@ -25,7 +25,7 @@ class RowLinear(NarrowLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (1, I) -> (1, O)."""
-        return self.completed((_stored(x).unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1))
+        return self.completed((stored(x).unsqueeze(-2) * self.weight.to(x.dtype)).sum(-1))
 
 
 class BlockedRowLinear(NarrowLinear):
@@ -49,7 +49,7 @@ class BlockedRowLinear(NarrowLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (1, I) -> (1, O)."""
-        inputs = _stored(x).unflatten(-1, (-1, _BYTES)).unsqueeze(-3).unsqueeze(-1)
+        inputs = stored(x).unflatten(-1, (-1, _BYTES)).unsqueeze(-3).unsqueeze(-1)
         products = inputs[..., 0, :] * self.blocks[..., 0, :].to(x.dtype)
         for i in range(1, _BYTES):
             products = products + inputs[..., i, :] * self.blocks[..., i, :].to(x.dtype)
@@ -79,7 +79,7 @@ class FourByteRowLinear(NarrowLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (1, I) -> (1, O)."""
         products = x.new_zeros(())
-        for i, part in enumerate(_stored(x).unsqueeze(-2).split(self.quarter, dim=-1)):
+        for i, part in enumerate(stored(x).unsqueeze(-2).split(self.quarter, dim=-1)):
             # The left shift moves the byte to the top, and the arithmetic right shift extends its sign.
             products = products + part * ((self.words << (24 - 8 * i)) >> 24).to(x.dtype)
         return self.completed(products.sum(-1))
@@ -100,7 +100,7 @@ def row_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
     return FourByteRowLinear(weight, bias)
 
 
-def _stored(x: Tensor) -> Tensor:
+def stored(x: Tensor) -> Tensor:
     """Return x; a compiled step computes it in a separate loop and stores it."""
     if not torch.compiler.is_exporting():
         return x

@@ -30,6 +30,10 @@ class Proposer(Protocol):
         """Append tokens to the sequence."""
         ...
 
+    def rest(self) -> int:
+        """Return the number of next tokens for which nothing will be proposed, which may come together."""
+        ...
+
     def probabilities(self, most: int) -> list[float]:
         """Return the probability that each of up to ``most`` proposals is correct, if those before it are."""
         ...
@@ -209,32 +213,79 @@ def speculate(
     chosen: int | None = None
     done = 0
     while done < limit:
+        if chosen is None and (rest := min(proposer.rest(), limit - done)):
+            found = []
+            for run in _single_steps(model, state, logits, rest, eos_id, chooser):
+                found += run.tokens
+                _, state, logits, _ = run
+                yield run
+            if len(found) < rest:
+                return
+            proposer.extend(found)
+            done += rest
+            continue
+        started = time.perf_counter()
         with torch.inference_mode():
             token = chooser.choose(logits) if chosen is None else chosen
             if token == eos_id:
                 return
             proposer.extend([token])
-            most = min(limit - done, costs.widths[-1]) - 1
-            width = costs.best_width([proposer.probabilities(most)])
-            proposed = proposer.propose(width - 1) if width > 1 else []
-            started = time.perf_counter()
-            tokens = torch.tensor([token, *proposed], device=logits.device)
+            known = proposer.probabilities(min(limit - done, costs.widths[-1]) - 1)
+            width = costs.best_width([known]) if known else 1
+            proposed: list[int] = []
+            if width > 1:
+                asked = time.perf_counter()
+                proposed = proposer.propose(width - 1)
+                started += time.perf_counter() - asked  # not part of the pass
             if proposed:
-                after, states = model.steps(tokens[None], state)
-                costs.observe(len(tokens), time.perf_counter() - started)
-                found = chooser.check(after[0, :-1], proposed, proposer.distributions())
-                accepted = _agreement(found, proposed)
-                if eos_id in found[:accepted]:
-                    accepted = found.index(eos_id)
-                chosen = found[accepted] if accepted < len(found) else None
-                state, logits = states[accepted], after[:, accepted]
-                proposer.extend(proposed[:accepted])
+                accepted, chosen, state, logits = _checked(
+                    model, state, [token, *proposed], eos_id, chooser, proposer
+                )
             else:
-                logits, state = model.step(tokens, state)
-                costs.observe(1, time.perf_counter() - started)
+                logits, state = model.step(torch.tensor([token], device=logits.device), state)
                 chosen, accepted = None, 0
+        # Choosing tokens takes part of the time, and a pass over several tokens does it once.
+        costs.observe(1 + len(proposed), time.perf_counter() - started)
         done += 1 + accepted
         yield Run([token, *proposed[:accepted]], state, logits, len(proposed))
+
+
+def _checked(
+    model: DecoderModel,
+    state: ModelState,
+    tokens: list[int],
+    eos_id: int,
+    chooser: Chooser,
+    proposer: Proposer,
+) -> tuple[int, int | None, ModelState, Tensor]:
+    """Check the proposals that follow the first of ``tokens`` in one pass, and tell the proposer the result.
+
+    Returns:
+        The number of accepted ones, the token after those if it has been chosen, and state and logits there.
+    """
+    proposed = tokens[1:]
+    given = torch.tensor([tokens], device=model.embedding.weight.device)
+    logits, states = model.steps(given, state)
+    found = chooser.check(logits[0, :-1], proposed, proposer.distributions())
+    accepted = _agreement(found, proposed)
+    if eos_id in found[:accepted]:
+        accepted = found.index(eos_id)
+    proposer.extend(proposed[:accepted])
+    chosen = found[accepted] if accepted < len(found) else None
+    return accepted, chosen, states[accepted], logits[:, accepted]
+
+
+def _single_steps(
+    model: DecoderModel, state: ModelState, logits: Tensor, count: int, eos_id: int, chooser: Chooser
+) -> Iterator[Run]:
+    """Decode ``count`` tokens without proposals, at the cost of decoding without speculation."""
+    for _ in range(count):
+        with torch.inference_mode():
+            token = chooser.choose(logits)
+            if token == eos_id:
+                return
+            logits, state = model.step(torch.tensor([token], device=logits.device), state)
+        yield Run([token], state, logits, 0)
 
 
 def _agreement(tokens: Sequence[int], proposed: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """Compiled passes over several tokens of a sequence, for speculative decoding (``--compile speculate``).
 
-A package checks a fixed number of tokens. Its linear layers are written as products and sums, so that the
-weights are read from memory once and every token has the arithmetic of a compiled step of a single row. The
-package returns the state after each token.
+A package checks a fixed number of tokens. Its linear layers are written as one sum of products per token over
+the same loops, which compile to a single loop nest that reads the weights once. The package returns the state
+after each token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.engine import Engine, open_engine
 from tnnlm.inference.flat_step import after_step, parts_changed, parts_read, with_parts_read
 from tnnlm.inference.linear import NarrowLinear, replace_linears
-from tnnlm.inference.row_linear import RowLinear, row_linear
+from tnnlm.inference.row_linear import RowLinear, row_linear, stored
 from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last, within_turns
@@ -34,14 +34,16 @@ from tnnlm.trust import NO_CODE, Trust
 class PassLinear(NarrowLinear):
     """Linear layer y = x W^T + b for the K tokens of a pass, as products and sums.
 
-    The loop over the outputs is the outer one, so that each row of W is read from memory for the first token,
-    and from the cache of the core for the others.
+    The sums of all tokens have the same loops and read the same weights, so that they are compiled to one
+    loop nest with K accumulators, which reads W once. The inputs are stored before it, as those of
+    :class:`tnnlm.inference.row_linear.RowLinear` are.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (1, K, I) -> (1, K, O)."""
-        products = self.weight.to(x.dtype).unsqueeze(1) * x  # (O, K, I)
-        return self.completed(products.sum(-1).T.unsqueeze(0))
+        weight = self.weight.to(x.dtype)
+        sums = [(row.unsqueeze(-2) * weight).sum(-1) for row in stored(x).unbind(1)]
+        return self.completed(torch.stack(sums, dim=1))
 
 
 class EachRow(nn.Module):
@@ -67,7 +69,9 @@ class _Pass(nn.Module):
         empty = self.model.init_state(1)
         with within_turns(self.model):
             logits, states = self.model.steps(tokens, with_parts_read(empty, parts))
-        return (logits, *(part.contiguous() for state in states for part in parts_changed(state)))
+        # Few large outputs: each tensor that a package returns takes a microsecond.
+        changed = zip(*map(parts_changed, states), strict=True)
+        return (logits, *(torch.stack(places) for places in changed))
 
 
 class SpeculativeModel:
@@ -99,7 +103,7 @@ class SpeculativeModel:
         if run is None or not self._within_turns(state, width):
             return self.model.steps(tokens, state)
         logits, *parts = run(tokens, *(part.contiguous() for part in parts_read(state)))
-        return logits, _States(self._recurrences, state, logits, parts, width)
+        return logits, _States(self._recurrences, state, logits, parts)
 
     def _within_turns(self, state: ModelState, width: int) -> bool:
         """Return whether no work for later tokens is due before the last token of a pass."""
@@ -116,13 +120,12 @@ class _States(Sequence[ModelState]):
         state: ModelState,
         logits: Tensor,
         parts: list[Tensor],
-        width: int,
     ) -> None:
-        self._recurrences, self._before, self._logits = recurrences, state, logits
-        self._parts, self._width = parts, width
+        """Take logits (1, K, V), and the parts of all states that a pass changes, (K, ...) each."""
+        self._recurrences, self._before, self._logits, self._parts = recurrences, state, logits, parts
 
     def __len__(self) -> int:
-        return self._width
+        return self._logits.shape[1]
 
     @overload
     def __getitem__(self, index: int) -> ModelState: ...
@@ -132,9 +135,8 @@ class _States(Sequence[ModelState]):
 
     def __getitem__(self, index: int | slice) -> ModelState | Sequence[ModelState]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(self._width))]
-        count = len(self._parts) // self._width
-        own = self._parts[index * count : (index + 1) * count]
+            return [self[place] for place in range(*index.indices(len(self)))]
+        own = [part[index] for part in self._parts]
         return after_step(self._recurrences, self._before, (self._logits, *own))[1]
 
 

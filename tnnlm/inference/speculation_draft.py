@@ -104,6 +104,10 @@ class DraftProposer:
         self._waiting = list(tokens[last:])
         self._proposed = []
 
+    def rest(self) -> int:
+        """Return 0: a token may be proposed at any time."""
+        return 0
+
     def probabilities(self, most: int) -> list[float]:
         """Return the probability that each of up to ``most`` proposals is correct, if those before it are."""
         self._idle += 1

@@ -142,7 +142,6 @@ def _complete(
     return len(record.tokens)
 
 
-@torch.inference_mode()
 def _replay(
     generator: TextGenerator, text: Sequence[int], state: GenerationState, counts: dict[str, int]
 ) -> int:
@@ -151,8 +150,9 @@ def _replay(
     model_state, logits = state.model_state, state.logits
     if generator.speculation is None:
         for _ in range(length):
-            token = chooser.choose(logits)
-            logits, model_state = generator.model.step(torch.tensor([token]), model_state)
+            with torch.inference_mode():  # for each token, as in a stream
+                token = chooser.choose(logits)
+                logits, model_state = generator.model.step(torch.tensor([token]), model_state)
         return length
     assert state.history is not None
     proposer = generator.speculation.start(state.history[0], GREEDY, None)
