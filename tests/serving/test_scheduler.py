@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.linear_choice import choose_linear
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.kernels import SGConvConfig
-from tnnlm.serving import prefill
+from tnnlm.serving import prefill, scheduler
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.sampler import SequenceSampler
@@ -34,10 +35,12 @@ class Collector:
     def __init__(self) -> None:
         self.outputs: dict[GeneratedSequence, list[SequenceOutput]] = {}
         self.order: list[GeneratedSequence] = []
+        self.deliveries: list[int] = []
         self._changed = threading.Condition()
 
     def __call__(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
+            self.deliveries.append(len(outputs))
             for output in outputs:
                 self.outputs.setdefault(output.sequence, []).append(output)
                 if output.tokens:
@@ -160,6 +163,18 @@ def test_greedy_text_equals_that_of_the_generator(make: type[Bench], generator: 
     record, pieces = generator.stream(generator.prefill(["the quick"]), 50, SamplingParams(temperature=0))
     assert "".join(pieces) == bench.collector.text(sequence)
     assert record.tokens == [token for token in sequence.drawn if token != generator.tokenizer.eos_id]
+
+
+def test_outputs_of_short_steps_are_delivered_together(
+    make: type[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is delivered at once, and the last one with all before it."""
+    monkeypatch.setattr(scheduler, "DELIVERY_SECONDS", math.inf)
+    bench = make()
+    sequence = bench.sequence(tokens=30)
+    bench.ask("the quick", sequence)
+    bench.collector.wait(sequence)
+    assert bench.collector.deliveries == [1, 29]
 
 
 def test_a_prompt_with_several_sequences_is_prefilled_once(make: type[Bench]) -> None:

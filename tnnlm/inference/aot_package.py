@@ -35,6 +35,8 @@ Run: TypeAlias = Callable[..., Sequence[Tensor]]
 """Function of a package: takes tensors, and returns tensors."""
 _PACKAGE, _SIZE = "compiled step", "size of a compiled step"
 """Kinds of records. The size is compared first, so that a foreign package is refused without reading it."""
+_FORMAT = "2"
+"""Version of inputs and outputs of all packages; a package of another version would give wrong states."""
 _TENSORS = "tensors"
 """Key of the hash of names, shapes and strides of the tensors in a package's metadata."""
 
@@ -245,6 +247,7 @@ def _layout(function: nn.Module) -> str:
 
 def _made_for(fingerprint: str) -> dict[str, str]:
     return {
+        "format": _FORMAT,
         "model_sha256": fingerprint,
         "torch": torch.__version__,
         "machine": platform.machine(),
