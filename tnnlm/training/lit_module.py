@@ -211,11 +211,18 @@ class LitModel(lightning.LightningModule):
             "train/loss": float(mean_over_ranks(torch.stack(self._step_losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
-            **self.watch.read(self.trainer, tokens_per_update(self.config, self.trainer.world_size)),
+            **self.watch.read(self.trainer, self._tokens_per_step(step)),
         }
         self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
         self._step_losses = []
         self._last_log = step
+
+    def _tokens_per_step(self, step: int) -> int:
+        """Return the mean number of tokens per optimizer step on all ranks since the last log."""
+        tokens, self._tokens = self._tokens, 0
+        if self.config.data.format == "text":
+            return tokens_per_update(self.config, self.trainer.world_size)
+        return tokens * self.trainer.world_size // (step - self._last_log)
 
     def _log_training(self) -> None:
         """Log without ``TextDataModule``: the loss of every batch, the rest every ``log_every_n_steps``."""
