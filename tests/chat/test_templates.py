@@ -1,4 +1,4 @@
-"""Texts by chat templates, their answers, and their tokens."""
+"""Output of chat templates, their answers, and their tokens."""
 
 from __future__ import annotations
 

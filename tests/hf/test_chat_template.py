@@ -1,4 +1,4 @@
-"""Chat templates make the texts and answers of Transformers."""
+"""Chat templates give the output and answers of Transformers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Chat templates: rendering of messages as text, in a process of its own, and encoding of that text."""
+"""Chat templates: rendering of messages as text, in a separate process, and encoding of that text."""

@@ -12,7 +12,7 @@ from tnnlm.errors import UserError
 from tnnlm.tokenizer import TextTokenizer
 
 _MARK = "\U0010fffd"
-"""Character of private use that stands before the number of a hidden token, and before itself."""
+"""Character of private use that stands before the number of a replaced name, and before itself."""
 _NUMBERS = 0xF0000
 """Code point of the first number."""
 
@@ -50,7 +50,7 @@ class SpecialTokens:
         return next(self.encode_batch([text]))
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the token ids of each text that a template made; the texts are encoded on all cores.
+        """Yield the token ids of each string that a template made; all cores encode them.
 
         Raises:
             UserError: If a text is not valid Unicode.

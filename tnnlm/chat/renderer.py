@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tnnlm.errors import UserError
 
 SECONDS = 20.0
-"""Processor time for the texts of one conversation, in seconds."""
+"""Processor time for one conversation, in seconds."""
 MEGABYTES = 1024
 """Memory of the process, in MiB."""
 LONGEST_TEXT = 1 << 24
@@ -39,7 +39,7 @@ class Renderer:
     """Process that renders templates; a context manager that ends it.
 
     Args:
-        seconds: Processor time for the texts of one conversation.
+        seconds: Processor time for one conversation, in seconds.
         longest: Largest number of characters of a text.
     """
 
@@ -55,12 +55,12 @@ class Renderer:
     ) -> None:
         self.close()
 
-    def render(self, template: str, texts: Sequence[dict[str, Any]], where: str) -> list[RenderedText]:
-        """Return texts of one template.
+    def render(self, template: str, variables: Sequence[dict[str, Any]], where: str) -> list[RenderedText]:
+        """Return strings that one template makes.
 
         Args:
             template: Source of the template.
-            texts: Variables of each text, such as ``messages`` and ``add_generation_prompt``.
+            variables: Variables of each string, such as ``messages`` and ``add_generation_prompt``.
             where: Place that error messages start with.
 
         Raises:
@@ -71,7 +71,7 @@ class Renderer:
                 f"{where}: the chat template has {len(template):,} characters",
                 f"use at most {LONGEST_TEMPLATE:,}",
             )
-        reply = self._ask(json.dumps({"template": template, "texts": list(texts)}))
+        reply = self._ask(json.dumps({"template": template, "texts": list(variables)}))
         if reply is None:
             self.close()
             found = f"takes more than {self._settings['seconds']:g} seconds, or more memory than it may"
@@ -113,7 +113,7 @@ class Renderer:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
-            # -P: modules of the working directory must not take the place of those of Python.
+            # -P: modules of the working directory must not replace those of Python.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER), json.dumps(self._settings)],
                 stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Chat template beside a tokenizer.json, in the files that Transformers reads and writes."""
+"""Chat template next to a tokenizer.json, in the files that Transformers reads and writes."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class ChatTemplate:
         text between the beginning of an answer to the messages before it and the messages up to it.
 
         Raises:
-            UserError: If the template fails, or if these texts don't begin each other.
+            UserError: If the template fails, or if none of these is the beginning of the next.
         """
         messages, given = conversation
         places = [
@@ -173,7 +173,7 @@ class ChatTemplate:
 
 
 def _between(cuts: list[str], whole: str, where: str) -> list[tuple[int, int]]:
-    """Return the range of each answer, which lies between two texts that begin the whole text."""
+    """Return the range of each answer, which is between two beginnings of the whole text."""
     spans = []
     for before, after in zip(cuts[::2], cuts[1::2], strict=True):
         if not (after.startswith(before) and whole.startswith(after)):

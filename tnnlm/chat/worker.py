@@ -116,7 +116,7 @@ def limit(seconds: float, megabytes: int) -> None:
 
 
 def answer(request: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the texts of a request, or the reason why its template fails."""
+    """Return the strings of a request, or the reason why its template fails."""
     try:
         template = compiled(request["template"])
         texts = [rendered(template, one, settings["longest"]) for one in request["texts"]]

@@ -52,7 +52,7 @@ class GlobalOrderSampler(Sampler[list[Any]]):
         for sample in range(begin, begin + size):
             epoch = sample // self.n_rows
             if epoch not in self._orders:
-                # An optimizer step and its batches may lie in two epochs.
+                # An optimizer step and its batches may extend over two epochs.
                 self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
                 self._orders[epoch] = self.order_of(epoch)
             rows.append(int(self._orders[epoch][sample % self.n_rows]))

@@ -109,7 +109,7 @@ class GenerationSession:
         return self._measured(state, longest) | {"samples": texts}
 
     def measure_rows(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Generate completions of rows of token ids, and return texts and measurements as plain data.
+        """Generate completions of rows of token ids, and return them and measurements as plain data.
 
         The rows are a batch, whose longest completion the timings are of.
         """

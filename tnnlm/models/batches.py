@@ -11,10 +11,10 @@ PADDING = -1
 
 
 def unscored(tokens: Tensor) -> Tensor:
-    """Return token ids in the form in which a row contains inputs that are not scored as targets.
+    """Return token ids as a row contains them where they are inputs, but not scored as targets.
 
-    Every negative entry of a row is not scored: -1 is ``PADDING``, and -2 - t is the token t. The function is
-    its own inverse.
+    Every negative entry of a row is not scored: -1 is ``PADDING``, and -2 - t is the token t. Applied twice,
+    the function returns the ids.
     """
     return -2 - tokens
 
@@ -39,7 +39,7 @@ class AnswerBatch(NamedTuple):
 
     @property
     def marked(self) -> Tensor:
-        """Rows (B, L + 1) whose targets that are not scored are in the form of :func:`unscored`."""
+        """Rows (B, L + 1) whose targets that are not scored are encoded by :func:`unscored`."""
         marked = unscored(self.rows)
         marked[:, 1:] = self.rows[:, 1:].where(self.mask, marked[:, 1:])
         return marked

@@ -1,4 +1,4 @@
-"""Check of functions that a model wrote: by their syntax, then by calls in a process of its own.
+"""Check of functions that a model wrote: by their syntax, then by calls in a separate process.
 
 Only expressions of a short list of Python's constructs are run, so that an answer reaches neither files nor
 modules nor attributes; the process has no builtins but those of the list, and a time limit.

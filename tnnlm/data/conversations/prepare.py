@@ -98,7 +98,7 @@ class _Request:
 
 
 class _Found(NamedTuple):
-    """What the first reading of the data set found."""
+    """Content of a data set, without its messages."""
 
     hashes: NDArray[np.bytes_]
     lengths: NDArray[np.int64]
@@ -286,7 +286,7 @@ def encode_answers(
 
 
 def with_lengths(report: DataReport, train: AnswerRows, val: AnswerRows) -> DataReport:
-    """Return the report with what the length of the rows leaves out."""
+    """Return the report with what the length of the rows excludes."""
     return replace(
         report,
         answers={"train": int(train.answers.sum()), "val": int(val.answers.sum())},

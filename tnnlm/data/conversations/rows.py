@@ -61,7 +61,7 @@ def write_conversations(
 class AnswerRows(torch.utils.data.Dataset[Any]):
     """Map-style data set of rows of token ids (L + 1,), of which those that are no answers are unscored.
 
-    They are in the form of :func:`~tnnlm.models.batches.unscored`, and of different lengths. A pair (row,
+    They are encoded by :func:`~tnnlm.models.batches.unscored`, and of different lengths. A pair (row,
     divisor) as index returns a pair (tokens, divisor), for :func:`collate_answers`.
 
     Args:

@@ -24,7 +24,7 @@ class SampleWriter(Callback):
     """Callback that appends a sample of the converted model to samples.txt and logs it as text."""
 
     def __init__(self, path: Path, prompt: str, n_tokens: int, *, chat: bool = False) -> None:
-        """Write samples to ``path``; with ``chat``, the prompt is a message by the chat template."""
+        """Append samples to ``path``; with ``chat``, the prompt is a message by the chat template."""
         self._chat = chat
         self.path = path
         self.prompt = prompt
