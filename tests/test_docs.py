@@ -126,6 +126,8 @@ def tiny(name: str, words: list[str]) -> list[str]:
     """Return the arguments of a command, with sizes that take a second."""
     if name == "generate.py":
         return [*words, "--max-new-tokens", "4"]
+    if name == "tools/instructions.py":
+        return [*words, "--count", "200" if "write" in words else "4"]
     if name not in ("train.py", "tools/prepare_data.py") or "--dry-run" in words:
         return words
     if "--resume" in words:

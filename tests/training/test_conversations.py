@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.support.conversations import chats, config_of, write_rows
+from tests.support.conversations import TINY, chats, config_of, write_rows
 from tnnlm.chat.templates import PLAIN
 from tnnlm.checkpoints.training import load_checkpoint
+from tnnlm.cli import prepare_data
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import DataError
 from tnnlm.models.batches import AnswerBatch
@@ -67,6 +68,15 @@ def test_run_resumes_exactly_and_keeps_the_template() -> None:
     stored = json.loads((part / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert stored["chat_template"] == PLAIN
     assert "assistant:" not in (part / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_conversations_are_prepared_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(chats())
+    words = [*TINY, f"data.files={path}", "data.format=chat"]
+    assert prepare_data.main(words) == 0
+    out = capsys.readouterr().out
+    assert "answer tokens, the only scored ones: train: " in out
+    assert "the run trains on 24 rows: 0.6" in out
 
 
 def test_order_of_a_resumed_run_keeps_its_blocks() -> None:
