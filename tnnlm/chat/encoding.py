@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, one_line
 from tnnlm.tokenizer import TextTokenizer
 
 _MARK = "\U0010fffd"
@@ -53,14 +53,16 @@ class SpecialTokens:
         """Yield the token ids of each string that a template made; all cores encode them.
 
         Raises:
-            UserError: If a text is not valid Unicode.
+            UserError: If a text is not valid Unicode, or the tokenizer can't encode it.
         """
         pieces = [[piece for piece in self._to_split.split(text) if piece] for text in texts]
         plain = [self.show(piece) for parts in pieces for piece in parts if piece not in self._ids]
         try:
             encoded = iter(self.tokenizer.encode_batch(plain))
         except (TypeError, UnicodeEncodeError):
-            raise UserError("prompt: is not valid UTF-8") from None
+            raise UserError("chat: a message is not valid UTF-8") from None
+        except Exception as error:  # the library raises bare Exception, for example without unknown token
+            raise UserError(f"chat: the tokenizer can't encode a message ({one_line(error)})") from None
         for parts in pieces:
             ids: list[int] = []
             for piece in parts:

@@ -19,6 +19,8 @@ from tnnlm.inference.generation_state import GenerationState
 from tnnlm.inference.session import GenerationSession
 from tnnlm.tokenizer import TextTokenizer
 
+_NO_TEXT = UserError("prompt: the chat template makes no text of it", "use another template")
+
 
 def encode_chats(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of messages of a user, each with the beginning of an answer to it.
@@ -26,12 +28,15 @@ def encode_chats(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[
     The template is that of the tokenizer, or the plain one.
 
     Raises:
-        UserError: If the tokenizer's chat template fails.
+        UserError: If the tokenizer's chat template fails, or makes no text of a message.
     """
     with Renderer() as renderer:
         chat = ChatTemplate(tokenizer.chat_template or PLAIN, SpecialTokens(tokenizer), renderer)
         texts = [chat.prompt([user(prompt)], "prompt") for prompt in prompts]
-        return list(chat.tokens.encode_batch(texts))
+        rows = list(chat.tokens.encode_batch(texts))
+    if not all(rows):
+        raise _NO_TEXT
+    return rows
 
 
 def user(content: str) -> Message:
@@ -83,7 +88,7 @@ class ChatSession:
                 print(f"chat: {line}", file=sys.stderr)
             tokens, before = self._chat.tokens.encode(text), None
         if not tokens and before is None:
-            raise UserError("prompt: has no tokens", "give other text")
+            raise _NO_TEXT
         generator = self._session.generator
         state = generator.prefill_tokens([tokens], before) if tokens or before is None else before
         record = self._session.stream(state, out)

@@ -9,8 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.support.conversations import chats, config_of, pairs, turn, write_rows
+from tests.support.conversations import TINY, chats, config_of, pairs, turn, write_rows
 from tnnlm.chat.templates import PLAIN, RAW
+from tnnlm.config.loader import load_config
 from tnnlm.data.conversations.prepare import prepare_conversations
 from tnnlm.data.sources import cache_folder
 from tnnlm.data.tasks import TaskData, load_task_data
@@ -74,6 +75,17 @@ def test_parquet_and_message_lists_give_the_rows_of_jsonl() -> None:
         for path in (write_rows(rows), Path("pairs.parquet"))
     ]
     assert [row.tolist() for row in found[0]] == [row.tolist() for row in found[1]]
+
+
+def test_data_set_of_the_hub_has_the_rows_of_a_file() -> None:
+    Path("talks").mkdir()
+    write_rows(chats(), "talks/train.jsonl")
+    write_rows(chats(3), "talks/validation.jsonl")
+    words = "data.source=hub", "data.hub_name=talks", "data.hub_val_split=validation", "data.format=chat"
+    data = load_task_data(load_config(None, [*TINY, *words]))
+    assert (len(data.train), len(data.val), data.report.shared) == (40, 3, 3)
+    alone = load_task_data(config_of(write_rows(chats()))).train
+    assert shown(data, data.train[0])[0].count("user: ") == shown(data, alone[0])[0].count("user: ") == 2
 
 
 def test_long_conversations_are_cut_or_skipped_and_counted() -> None:
