@@ -32,8 +32,8 @@ BATCH = 50
 """Number of instructions that are answered at once."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="Write training pairs.")
@@ -45,12 +45,12 @@ def arguments() -> argparse.ArgumentParser:
     check.add_argument("--count", type=int, default=200, help="Number of instructions. (default: 200)")
     check.add_argument("--seed", type=int, default=1, help="Seed of their choice. (default: 1)")
     check.add_argument("--show", type=int, default=0, metavar="N", help="Print N wrong answers. (default: 0)")
-    return parser
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the command and return its exit code."""
-    args = arguments().parse_args()
+    args = parse()
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
     chosen = [*islice(tasks(args.command == "check", args.seed), args.count)]

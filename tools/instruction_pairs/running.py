@@ -96,7 +96,7 @@ def results(answers: Sequence[Answer]) -> list[bool | None]:
     command = [sys.executable, "-I", "-c", _RUNNER % (FUNCTIONS,)]
     try:
         done = subprocess.run(
-            command, input=lines, capture_output=True, text=True, timeout=SECONDS, check=False
+            command, input=lines, capture_output=True, encoding="utf-8", timeout=SECONDS, check=False
         )
         output = done.stdout
     except subprocess.TimeoutExpired as error:

@@ -272,8 +272,8 @@ def encode_answers(
     parts: list[list[tuple[str, bool]]] = []
     for text, answers in texts:
         cuts = [0, *(place for span in answers for place in span), len(text)]
-        pieces = [text[start:end] for start, end in pairwise(cuts)]
-        parts.append([(piece, bool(index % 2)) for index, piece in enumerate(pieces)])
+        strings = [text[start:end] for start, end in pairwise(cuts)]
+        parts.append([(string, bool(index % 2)) for index, string in enumerate(strings)])
     encoded = tokens.encode_batch([piece for pieces in parts for piece, _ in pieces])
     for pieces in parts:
         ids: list[int] = []
