@@ -65,7 +65,7 @@ CONDITIONS = {
     ),
     "--json": Condition(
         lambda args: not dialogue(args),
-        "can't be combined with a dialogue",
+        "can't be combined with --interactive or another dialogue",
         "omit --interactive, or give --prompt",
     ),
     "--save-state": Condition(
