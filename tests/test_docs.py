@@ -126,6 +126,8 @@ def tiny(name: str, words: list[str]) -> list[str]:
     """Return the arguments of a command, with sizes that take a second."""
     if name == "generate.py":
         return [*words, "--max-new-tokens", "4"]
+    if name == "tools/instructions.py":
+        return [*words, "--count", "200" if "write" in words else "4"]
     if name not in ("train.py", "tools/prepare_data.py") or "--dry-run" in words:
         return words
     if "--resume" in words:
@@ -139,6 +141,9 @@ def tiny(name: str, words: list[str]) -> list[str]:
         "model.kernel" in w for w in given
     )
     before = [word for word in SETTINGS if word not in TNO] + (TNO if own else [])
+    if any(word.startswith("data.format=") for word in words):  # files of several words are joined
+        before = [word for word in before if not word.startswith("data.files=")]
+        return [*before, *words, *SMALL, "model.max_length=128", "trainer.sample_tokens=0"]
     return [*before, *words, *SMALL]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnnlm.models.batches import PADDING, LabelledBatch, MaskedBatch
+from tnnlm.models.batches import LabelledBatch, MaskedBatch, inputs_of
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM
 
@@ -129,7 +129,8 @@ def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> N
 
     Args:
         model: Causal language model.
-        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
+        rows: Token ids (B, L + 1), of which negative ones are padding or tokens that are not scored; see
+            :func:`~tnnlm.models.batches.unscored`.
         counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
     return parallel_losses(model, rows, counted).nll
@@ -139,7 +140,7 @@ def parallel_nll(model: CausalLM, rows: Tensor, counted: int | None = None) -> N
 def parallel_losses(model: CausalLM, rows: Tensor, counted: int | None = None) -> RowLosses:
     """Return the losses of :func:`parallel_nll` by row."""
     with torch.autocast(rows.device.type, enabled=False):
-        return _score(model(rows[:, :-1].clamp(min=0))[:counted], rows[:counted, 1:])
+        return _score(model(inputs_of(rows[:, :-1]))[:counted], rows[:counted, 1:])
 
 
 def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | None = None) -> NLL:
@@ -147,7 +148,8 @@ def recurrent_nll(converted: CausalLM, rows: Tensor, chunk: int, counted: int | 
 
     Args:
         converted: Causal language model in recurrent form.
-        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
+        rows: Token ids (B, L + 1), of which negative ones are padding or tokens that are not scored; see
+            :func:`~tnnlm.models.batches.unscored`.
         chunk: Tokens per prefill; the state is carried from chunk to chunk.
         counted: Number of rows to score, from the first; the others pad the batch. None scores all.
     """
@@ -162,7 +164,7 @@ def recurrent_losses(converted: CausalLM, rows: Tensor, chunk: int, counted: int
         state = converted.init_state(rows.shape[0])
         for start in range(0, rows.shape[1] - 1, chunk):
             part = rows[:, start : start + chunk + 1]
-            logits, state = converted.prefill(part[:, :-1].clamp(min=0), state)
+            logits, state = converted.prefill(inputs_of(part[:, :-1]), state)
             parts.append(_score(logits[:counted], part[:counted, 1:]))
     nats, tokens = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
     return RowLosses(nats, tokens)
@@ -175,10 +177,11 @@ def step_difference(parallel: CausalLM, converted: CausalLM, rows: Tensor, steps
     Args:
         parallel: Model that computes all positions in one forward pass.
         converted: Recurrent form of this model.
-        rows: Token ids (B, L + 1), with ``PADDING`` at the end of shorter rows.
+        rows: Token ids (B, L + 1), of which negative ones are padding or tokens that are not scored; see
+            :func:`~tnnlm.models.batches.unscored`.
         steps: Number of last tokens that are decoded one at a time; those before them are prefilled.
     """
-    tokens, before = rows[:, :-1].clamp(min=0), max(0, rows.shape[1] - 1 - steps)
+    tokens, before = inputs_of(rows[:, :-1]), max(0, rows.shape[1] - 1 - steps)
     with torch.autocast(rows.device.type, enabled=False):
         state, parts = converted.init_state(len(rows)), []
         if before:
@@ -228,15 +231,15 @@ def class_scores(model: nn.Module, batch: LabelledBatch, counted: int | None = N
 
 def _score(logits: Tensor, targets: Tensor) -> RowLosses:
     # Losses in float32 are summed in float64, because the difference of two sums is reported.
-    return RowLosses(token_losses(logits, targets).double().sum(1), (targets != PADDING).sum(1))
+    return RowLosses(token_losses(logits, targets).double().sum(1), (targets >= 0).sum(1))
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the losses in nats (B, L) of targets (B, L) for logits (B, L, V), zero at ``PADDING``."""
+    """Return the losses in nats (B, L) of targets (B, L) for logits (B, L, V), zero for negative ones."""
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-        targets.flatten(),
+        targets.clamp(min=-1).flatten(),
         reduction="none",
-        ignore_index=PADDING,
+        ignore_index=-1,
     )
     return losses.view(targets.shape)

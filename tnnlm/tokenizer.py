@@ -25,6 +25,10 @@ _PARTS = pre_tokenizers.Split(Regex(f"[\\s\\S]{{1,{LONGEST_WORD}}}"), "isolated"
 class TextTokenizer:
     """Tokenizer with an end-of-document token."""
 
+    chat_template: str | None = None
+    """Jinja template of conversations, as in the entry of this name in Transformers' tokenizer_config.json;
+    None if the tokenizer has none."""
+
     def __init__(self, tokenizer: Tokenizer, eos_token: str, where: str = "tokenizer") -> None:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:

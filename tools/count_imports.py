@@ -56,6 +56,7 @@ RULES = {
     "detokenizer": Allowed("", "tokenizers"),
     "tokenizer": Allowed("errors reading detokenizer", "tokenizers huggingface_hub"),
     "coverage": Allowed("tokenizer", "tokenizers"),
+    "chat": Allowed("errors reading tokenizer", "jinja2"),
     "ops": Allowed("machine precision", "torch numpy triton"),
     "kernels": Allowed("errors fields precision ops", "torch"),
     "modules": Allowed("errors precision ops kernels", "torch"),
@@ -63,21 +64,21 @@ RULES = {
     "models": Allowed("errors ops kernels modules config", "torch"),
     "evaluation": Allowed("models", "torch"),
     "checkpoints": Allowed(
-        "errors trust files reading checksums tokenizer ops modules config models",
+        "errors trust files reading checksums tokenizer chat ops modules config models",
         "torch safetensors tokenizers",
     ),
     "data": Allowed(
-        "errors files reading checksums machine tokenizer coverage config models",
+        "errors files reading checksums machine tokenizer coverage chat config models",
         "torch numpy lightning tokenizers datasets pyarrow tqdm xxhash PIL",
     ),
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
-        "errors trust files reading checksums machine tokenizer coverage ops models checkpoints",
+        "errors trust files reading checksums machine tokenizer coverage chat ops models checkpoints",
         "torch safetensors onnxscript",
     ),
     "training": Allowed(
-        "signals errors trust files reading checksums machine tokenizer ops kernels modules config models "
-        "evaluation checkpoints data conversion inference",
+        "signals errors trust files reading checksums machine tokenizer chat ops kernels modules config "
+        "models evaluation checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tnnlm.chat.stored import stored_template
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.checkpoints.manifest import REMEDY, WEIGHTS, verify_folder, write_checksums
@@ -222,6 +223,7 @@ def _read(folder: Path) -> ConvertedModel:
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: is damaged ({one_line(error)})", REMEDY) from None
     tokenizer = TextTokenizer.from_json(text, eos_token, str(folder / "tokenizer.json"))
+    tokenizer.chat_template = stored_template(folder)
     check_sizes(model_config, tensors, folder)
     check_finite(tensors, folder / WEIGHTS)
     # Build the model without its kernels: the code of a user-defined kernel need not be available here.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tnnlm.chat.stored import TOKENIZER_CONFIG
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.manifest import CHECKSUMS
 from tnnlm.checkpoints.manifest import ENTRY as CHECKSUMS_ENTRY
@@ -67,7 +68,21 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
 
 def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
     """Return the contents of the files that only Transformers reads, by file name."""
-    settings = {
+    generation: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    # The model masks these ids itself. Where a logits processor subtracts logits, as classifier-free guidance
+    # does, -inf becomes NaN, and this entry masks them again.
+    if missing := tokenizer.missing_ids(model.config.vocab_size):
+        generation["suppress_tokens"] = missing
+    return {
+        SHIM: SHIM_TEXT,
+        TOKENIZER_CONFIG: tokenizer_settings(tokenizer),
+        "generation_config.json": json.dumps(generation, indent=2),
+    }
+
+
+def tokenizer_settings(tokenizer: TextTokenizer) -> str:
+    """Return the content of tokenizer_config.json, with the chat template if the tokenizer has one."""
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.eos_token,
         "pad_token": tokenizer.eos_token,
@@ -80,13 +95,6 @@ def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
         # The literal string of the end token must not be encoded as the end token, as in TextTokenizer.
         "split_special_tokens": True,
     }
-    generation: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    # The model masks these ids itself. Where a logits processor subtracts logits, as classifier-free guidance
-    # does, -inf becomes NaN, and this entry masks them again.
-    if missing := tokenizer.missing_ids(model.config.vocab_size):
-        generation["suppress_tokens"] = missing
-    return {
-        SHIM: SHIM_TEXT,
-        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
-        "generation_config.json": json.dumps(generation, indent=2),
-    }
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    return json.dumps(settings, indent=2, ensure_ascii=False)

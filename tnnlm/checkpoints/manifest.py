@@ -24,7 +24,7 @@ ENTRY = "checksums"
 WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 EDITABLE = ("generation_config.json", "tokenizer_config.json")
-"""Files that only Transformers reads, and which its users edit: a difference is a warning."""
+"""Settings of Transformers, which its users edit: a difference is a warning."""
 REMEDY = "convert again"
 
 

@@ -95,6 +95,7 @@ def checkpoint_entry(config: Config, tokenizer: TextTokenizer, ssm: AttachedSSM 
         "config": config_to_dict(config),
         "tokenizer": tokenizer.to_json(),
         "ssm": attached,
+        **({} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}),
     }
 
 
@@ -162,6 +163,8 @@ def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
         entry = data[ENTRY]
         config = config_from_dict(entry["config"], str(path), trust)
         tokenizer = TextTokenizer.from_json(entry["tokenizer"], config.data.eos_token, str(path))
+        template = entry.get("chat_template")
+        tokenizer.chat_template = None if template is None else str(template)
         check_member(path, config, tokenizer)
         weights = {
             key.removeprefix(_PREFIX): value

@@ -10,6 +10,8 @@ Examples:
   tnnlm generate --prompts lines.txt                   # a batch, one prompt per line
   cat story.txt | tnnlm generate --prompt - --json
   tnnlm generate --interactive
+  tnnlm generate --chat --prompt "What is a list?"     # a model that was fine-tuned on conversations
+  tnnlm generate --chat                                # a dialogue
   tnnlm generate --prompt "Once" --save-state s1       # continue later with:
   tnnlm generate --load-state s1 --prompt " more"
 """
@@ -52,9 +54,9 @@ CONDITIONS = {
         lambda args: not args.prompts, "takes prompts from stdin, not from --prompts", "omit one of them"
     ),
     "--num-samples": Condition(
-        lambda args: args.num_samples == 1 or not (args.prompts or args.interactive),
+        lambda args: args.num_samples == 1 or not (args.prompts or dialogue(args)),
         "applies to a single prompt",
-        "omit it, --prompts and --interactive",
+        "omit it, or give --prompt alone",
     ),
     "--speculate": Condition(
         lambda args: args.speculate == "ngram" or (args.num_samples == 1 and not args.prompts),
@@ -62,10 +64,17 @@ CONDITIONS = {
         "use ngram, or omit --prompts and --num-samples",
     ),
     "--json": Condition(
-        lambda args: not args.interactive, "can't be combined with --interactive", "omit one of them"
+        lambda args: not dialogue(args),
+        "can't be combined with --interactive or another dialogue",
+        "omit --interactive, or give --prompt",
     ),
     "--save-state": Condition(
-        lambda args: args.num_samples == 1, "saves the state of one sample", "omit --num-samples"
+        lambda args: args.num_samples == 1 and not args.chat,
+        "saves the state of one sample, without the messages of a chat",
+        "omit --num-samples and --chat",
+    ),
+    "--load-state": Condition(
+        lambda args: not args.chat, "has no messages, which --chat continues", "omit one of them"
     ),
 }
 """Conditions under which options have an effect."""
@@ -86,6 +95,13 @@ def arguments() -> argparse.ArgumentParser:
         "--interactive",
         action="store_true",
         help="Take one prompt per line of stdin and keep the state between them; Ctrl-D exits.",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="Apply the chat template of the model: --prompt is a message, whose answer is printed. Without "
+        "--prompt and --prompts, or with --interactive, lines of stdin are messages of a dialogue, and the "
+        "state is kept between them.",
     )
     add(
         "--load-state",
@@ -167,9 +183,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
     args = parser.parse_args(words)
-    if args.prompt is None and not (args.interactive or args.prompts or args.load_state):
+    if args.prompt is None and not (args.interactive or args.prompts or args.load_state or args.chat):
         raise UserError(
-            "--prompt: is missing", "give --prompt TEXT, --prompts FILE, --load-state FILE or --interactive"
+            "--prompt: is missing",
+            "give --prompt TEXT, --prompts FILE, --load-state FILE, --interactive or --chat",
         )
     check_effective(parser, words, args, CONDITIONS)
     if args.speculate == "":
@@ -194,9 +211,14 @@ def main(words: Sequence[str] | None = None) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else []
     with errors_name_options(arguments()):
         session = load_session(args)
-    if args.interactive:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that isn't UTF-8 is refused by itself
+    if dialogue(args) and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that isn't UTF-8 is refused by itself
+    if args.chat:
+        from tnnlm.inference.chat import chat
+
+        given = prompts or ([] if prompt is None else [prompt])
+        chat(session, given, dialogue=dialogue(args), as_json=args.json, n_samples=args.num_samples)
+    elif args.interactive:
         session.converse(prompt, sys.stdin, sys.stdout)
     elif prompts and args.json:
         print(json.dumps(session.measure_batch(prompts), ensure_ascii=False))
@@ -209,6 +231,11 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.save_state:
         session.save_state(args.save_state)
     return 0
+
+
+def dialogue(args: argparse.Namespace) -> bool:
+    """Return whether lines of stdin are prompts."""
+    return args.interactive or (args.chat and args.prompt is None and not args.prompts)
 
 
 def load_session(args: argparse.Namespace) -> GenerationSession:

@@ -21,10 +21,11 @@ from tnnlm.cli.usage import add_settings, parser_of
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
+from tnnlm.data.conversations.prepare import ConversationCorpus, prepare_conversations
 from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
-from tnnlm.data.tasks import split_rows
+from tnnlm.data.tasks import split_answers, split_rows
 from tnnlm.errors import command
 from tnnlm.training.estimate import estimate_run
 
@@ -47,6 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
     config = load_config(find_config(args.config), args.overrides)
     if config.task == "classify":
         show_sequences(prepare_sequences(config), config)
+    elif config.data.format != "text":
+        show_conversations(prepare_conversations(config), config)
     else:
         try:
             corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
@@ -67,6 +70,16 @@ def show_sequences(corpus: LabelledCorpus, config: Config) -> None:
     for name, rows in corpus.rows.items():
         share = corpus.split(name, config.model.max_length).majority
         print(f"{name}: {rows:,} sequences; {share:.2%} are of the most frequent class")
+
+
+def show_conversations(corpus: ConversationCorpus, config: Config) -> None:
+    """Print the report and size of conversations, and the epochs that the run trains."""
+    train, _, report = split_answers(corpus, config)
+    print(*report.lines(), sep="\n")
+    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
+    planned = estimate_run(config)
+    rows = planned.total_tokens // config.model.max_length
+    print(f"the run trains on {rows:,} rows: {rows / len(train):.2f} epochs of {len(train):,} rows")
 
 
 def folder_bytes(folder: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 
-from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
+from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config, DataConfig
 from tnnlm.errors import ConfigError
 
 _LONGEST_NAME = 200
@@ -86,6 +86,49 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         raise ConfigError(
             f"data.protocol=fairseq: can't hold out lines of a hub data set{where('data.protocol')}",
             "set data.hub_val_split",
+        )
+
+
+def check_format(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error if ``data.format`` doesn't fit the task or the source.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If conversations are to be read for another task, from a source without columns, or with
+            settings that only text has, or if a setting of conversations is set for text.
+    """
+    data, plain = config.data, DataConfig()
+    if data.format == "text":
+        for key in ("chat_template", "packing"):
+            if getattr(data, key) != getattr(plain, key):
+                place = where(f"data.{key}")
+                raise ConfigError(
+                    f"data.{key}: is for conversations only{place}",
+                    "set data.format=chat or prompt_completion too",
+                )
+        return
+    shown, place = f"data.format={data.format}", where("data.format")
+    if config.task != "causal":
+        raise ConfigError(f"{shown}: is for task=causal only, not task={config.task}{place}")
+    if data.source not in ("files", "hub"):
+        raise ConfigError(
+            f"{shown}: data.source={data.source} has no conversations{place}",
+            "set data.source=files and data.files, or data.source=hub and data.hub_name",
+        )
+    for key, fit in (("text_column", plain.text_column), ("protocol", plain.protocol), ("streaming", False)):
+        if getattr(data, key) != fit:
+            given = str(getattr(data, key)).lower()
+            raise ConfigError(
+                f"data.{key}={given}: is for data.format=text only{where(f'data.{key}')}", "omit it"
+            )
+    if config.trainer.context_parallel > 1:
+        raise ConfigError(
+            f"trainer.context_parallel={config.trainer.context_parallel}: not supported with {shown}"
+            f"{where('trainer.context_parallel')}",
+            "set it to 1",
         )
 
 

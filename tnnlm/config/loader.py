@@ -17,6 +17,7 @@ from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
+    check_format,
     check_name,
     check_protocol,
     check_schedule,
@@ -213,6 +214,7 @@ def _config(values: Values) -> Config:
 
     check_schedule(config, where)
     check_protocol(config, where)
+    check_format(config, where)
     check_context(config, where)
     check_sharding(config, where)
     check_averaging(config, where)

@@ -64,6 +64,19 @@ class DataConfig:
     """Source of the data. Text: stdlib (source code of the running Python's standard library), files
     (``data.files``) or hub (a data set of the Hugging Face Hub). For task=classify: listops (generated from
     ``data.listops``) or lra (read from ``data.lra.folder``)."""
+    format: str = choice("text", "text", "chat", "prompt_completion")
+    """Format of the rows: text (all tokens are learned), or conversations, of which the answers are learned:
+    chat (column ``messages``, a list of {role, content}) or prompt_completion (columns ``prompt`` and
+    ``completion``, each a string or a list of messages), as TRL names them. For task=causal with tables, and
+    data sets of the Hub."""
+    chat_template: str | None = None
+    """Jinja template that makes conversations text: a file, or plain (lines ``role: content``), chatml or raw
+    (contents alone). null: that of the tokenizer, else plain, and raw for prompts and completions that are
+    strings. It is stored with the tokenizer. For conversations only."""
+    packing: bool = False
+    """Whether to cut training rows of ``model.max_length`` tokens from the stream of all conversations, with
+    an end token between them. It is faster, but the convolutions also see earlier conversations of a row.
+    With false, each row is one conversation. For conversations only."""
     files: list[str] = field(default_factory=list)
     """Paths or globs of .txt, .md, .py, .jsonl and .parquet files, optionally compressed as .gz, for
     data.source=files only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning
@@ -10,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from tnnlm.config.schema import Config
+from tnnlm.data.conversations.order import AnswerSampler, like_lengths
+from tnnlm.data.conversations.rows import AnswerRows, collate_answers
 from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import TaskData, load_task_data
@@ -30,6 +33,8 @@ class TextDataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = config
         self.samples_seen = 0
+        self.block = config.data.batch_size
+        """Number of conversations of like length that follow each other in the global order."""
         self._step_at_load = 0
 
     def prepare_data(self) -> None:
@@ -55,17 +60,29 @@ class TextDataModule(lightning.LightningDataModule):
         last = trainer.max_steps if trainer.max_steps > 0 else self.config.trainer.max_steps
         left = max(0, last - trainer.global_step)
         rank, ranks = self._place()
-        sampler = GlobalOrderSampler(
-            len(self.opened.train),
-            batch_size=self.config.data.batch_size,
-            n_batches=left * trainer.accumulate_grad_batches,
-            seed=self.config.seed,
-            start=lambda: self.samples_at(trainer.global_step),
-            rank=rank,
-            world_size=ranks,
-            resampled=self.opened.resampled,
-        )
-        return self._loader(self.opened.train, sampler)
+        train = self.opened.train
+        settings: dict[str, Any] = {
+            "batch_size": self.config.data.batch_size,
+            "n_batches": left * trainer.accumulate_grad_batches,
+            "seed": self.config.seed,
+            "start": lambda: self.samples_at(trainer.global_step),
+            "rank": rank,
+            "world_size": ranks,
+        }
+        if isinstance(train, AnswerRows):
+            return self._loader(
+                train,
+                AnswerSampler(
+                    len(train),
+                    **settings,
+                    lengths=train.sizes,
+                    answers=train.answers,
+                    accumulate=trainer.accumulate_grad_batches,
+                    block=lambda: self.block,
+                ),
+            )
+        sampler = GlobalOrderSampler(len(train), **settings, resampled=self.opened.resampled)
+        return self._loader(train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this rank's validation loader: with N readers, every N-th row.
@@ -93,10 +110,19 @@ class TextDataModule(lightning.LightningDataModule):
         per_step = self.config.data.batch_size * self._trainer().accumulate_grad_batches * ranks
         return self.samples_seen + (global_step - self._step_at_load) * per_step
 
+    def tokens_at(self, global_step: int) -> int:
+        """Return the number of input tokens processed by all ranks up to optimizer step ``global_step``."""
+        samples, train = self.samples_at(global_step), self.opened.train
+        if not isinstance(train, AnswerRows):
+            return samples * self.config.model.max_length
+        epoch, rest = divmod(samples, len(train))
+        order = like_lengths(train.sizes, (self.config.seed, epoch), self.block, epoch * len(train))
+        return epoch * int(train.sizes.sum()) + int(train.sizes[order[:rest]].sum())
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the global order, which is the same on all ranks."""
         step = self._trainer().global_step
-        return {"samples_seen": self.samples_at(step), "step": step}
+        return {"samples_seen": self.samples_at(step), "step": step, "block": self.block}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved position; batch size, accumulation and number of ranks may differ.
@@ -106,6 +132,7 @@ class TextDataModule(lightning.LightningDataModule):
         """
         self.samples_seen = state_dict["samples_seen"]
         self._step_at_load = state_dict["step"]
+        self.block = state_dict.get("block", self.block)
 
     def _place(self) -> tuple[int, int]:
         """Return the number of this reader, and the number of readers.
@@ -117,9 +144,11 @@ class TextDataModule(lightning.LightningDataModule):
 
     def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
         workers = loader_processes(self.config.data.num_workers)
+        answers = isinstance(rows, AnswerRows)
         return DataLoader(
             rows,
             batch_sampler=batches,
+            collate_fn=partial(collate_answers, self.config.model.max_length) if answers else None,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -78,6 +78,14 @@ class DataReport:
     eos_token: str = ""
     protocol: str = "documents"
     """``data.protocol``: where end tokens are, and which tokens are scored."""
+    answers: dict[str, int] = field(default_factory=dict)
+    """Number of scored tokens of each split, for conversations; otherwise empty."""
+    cut: int = 0
+    """Conversations of which only the first ``model.max_length`` tokens are read."""
+    skipped: int = 0
+    """Conversations that have no answer in these tokens, and are not used."""
+    packed: bool = False
+    """``data.packing``: whether rows are cut from the stream of all conversations."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
 
     @property
@@ -118,6 +126,13 @@ class DataReport:
             f"{name}: {count(info.documents, self.unit)}, {count(info.tokens, 'token')}"
             for name, info in self.splits.items()
         )
+        if self.answers:
+            parts = (f"{name}: {number:,}" for name, number in self.answers.items())
+            rows = ", rows are cut from the stream of all (data.packing)" if self.packed else ""
+            yield f"answer tokens, the only scored ones: {', '.join(parts)}{rows}"
+        if self.cut or self.skipped:
+            cut, skipped = (count(number, self.unit) for number in (self.cut, self.skipped))
+            yield f"over model.max_length: {cut} cut, {skipped} skipped, without an answer before the cut"
         if self.protocol == "fairseq":
             yield "protocol fairseq: an end token per line, every validation token is scored"
         if self.without_text:
@@ -153,6 +168,8 @@ class DataReport:
             return f"the {name} split has {was}"
         if now.protocol != self.protocol:
             return f"data.protocol is {now.protocol} instead of {self.protocol}"
+        if now.packed != self.packed:
+            return f"data.packing is {now.packed} instead of {self.packed}".lower()
         if now.eos_token != self.eos_token:
             return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
         return None

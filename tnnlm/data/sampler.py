@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 
@@ -31,21 +32,35 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     world_size: int = 1
     resampled: bool = False
     """Yield (row, sample) pairs instead of row indices, for data randomised per sample, such as masks."""
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return self.n_batches
 
+    def begin(self) -> int:
+        """Return the number of samples already consumed, and forget the orders of earlier iterations."""
+        self._orders.clear()
+        return self.start() if callable(self.start) else self.start
+
+    def order_of(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of the rows in an epoch, a permutation (n,)."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+
+    def rows_of(self, begin: int, size: int) -> list[int]:
+        """Return the rows of the samples [begin, begin + size) of the global order."""
+        rows = []
+        for sample in range(begin, begin + size):
+            epoch = sample // self.n_rows
+            if epoch not in self._orders:
+                # An optimizer step and its batches may extend over two epochs.
+                self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
+                self._orders[epoch] = self.order_of(epoch)
+            rows.append(int(self._orders[epoch][sample % self.n_rows]))
+        return rows
+
     def __iter__(self) -> Iterator[list[Any]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        start = self.start() if callable(self.start) else self.start
-        first = start + self.rank * self.batch_size
+        first = self.begin() + self.rank * self.batch_size
         for batch in range(self.n_batches):
-            rows: list[Any] = []
             begin = first + batch * self.world_size * self.batch_size
-            for sample in range(begin, begin + self.batch_size):
-                if sample // self.n_rows != epoch:
-                    epoch = sample // self.n_rows
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
-                row = int(order[sample % self.n_rows])
-                rows.append((row, sample) if self.resampled else row)
-            yield rows
+            rows = self.rows_of(begin, self.batch_size)
+            yield list(zip(rows, range(begin, begin + len(rows)), strict=True)) if self.resampled else [*rows]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset, Subset
 
 from tnnlm.config.schema import Config
+from tnnlm.data.conversations.prepare import ConversationCorpus, prepare_conversations, with_lengths
+from tnnlm.data.conversations.rows import AnswerRows
 from tnnlm.data.masking import MaskedRows, Masking
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.report import DataReport
@@ -80,6 +82,8 @@ def load_task_data(config: Config) -> TaskData:
         DataError: If the data is unusable, or less than one batch.
     """
     _check_val_tokens(config)
+    if config.data.format != "text":
+        return _open_conversations(config)
     return OPENERS[config.task](config)
 
 
@@ -90,6 +94,50 @@ def _open_text(config: Config) -> TaskData:
     n_bytes = None if corpus.report.lossy else bytes_per_scored_token(corpus, val, "val")
     per_word = corpus.val.tokens_per_word
     return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes, per_word)
+
+
+def open_corpus(config: Config) -> PackedCorpus | ConversationCorpus:
+    """Prepare the tokens of a causal model, text or conversations, or load them from the cache.
+
+    Raises:
+        DataError: If the data is unusable.
+    """
+    if config.data.format != "text":
+        return prepare_conversations(config)
+    return prepare(config.data, config.model.vocab_size, config.seed)
+
+
+def split_answers(corpus: ConversationCorpus, config: Config) -> tuple[AnswerRows, AnswerRows, DataReport]:
+    """Return the rows of the training and validation splits of conversations, and their report.
+
+    Raises:
+        DataError: If no conversation has an answer in its first ``model.max_length`` tokens, or the training
+            split has less than one batch.
+    """
+    _check_val_tokens(config)
+    data, length = config.data, config.model.max_length
+    train, val = corpus.answers("train", length, data.packing), corpus.answers("val", length)
+    report = with_lengths(corpus.report, train, val)
+    val = val.by_length(data.max_val_tokens)
+    for name, rows in (("train", train), ("validate", val)):
+        if not len(rows):
+            raise DataError(
+                f"data: no {report.unit} to {name} on has an answer within model.max_length={length} tokens",
+                "raise model.max_length, or give shorter ones",
+            )
+    if len(train) < data.batch_size:
+        raise DataError(
+            f"data: too few rows, {len(train)} to train on, where one batch needs {data.batch_size}",
+            f"add {report.unit}s, or lower data.batch_size",
+        )
+    return train, val, report
+
+
+def _open_conversations(config: Config) -> TaskData:
+    """Open conversations: rows are token ids of which answers are scored; batches are ``AnswerBatch``."""
+    corpus = prepare_conversations(config)
+    train, val, report = split_answers(corpus, config)
+    return TaskData(train, val, corpus.tokenizer, report, None)
 
 
 def _open_masked(config: Config) -> TaskData:

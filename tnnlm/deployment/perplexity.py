@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
+from tnnlm.data.conversations.prepare import ConversationCorpus
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.deployment.token_budget import rows_in_time, rows_of_tokens, spread
 from tnnlm.deployment.variants import Score, Scorer, Variant, parallel_score, variants_of
@@ -25,6 +26,8 @@ from tnnlm.evaluation import RowLosses, paired_gap
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import both_on
 
+Corpus = PackedCorpus | ConversationCorpus
+"""Data of a causal model."""
 MULTIPLES = (1, 8)
 """Multiples of the training length at which perplexity is measured."""
 INTERRUPTED = "the measurement was interrupted"
@@ -53,7 +56,7 @@ class Perplexities(NamedTuple):
 class Measurement:
     """Measurement of the perplexities of one conversion; what is found so far can be read at any time."""
 
-    def __init__(self, corpus: PackedCorpus, config: Config, device: torch.device | None) -> None:
+    def __init__(self, corpus: Corpus, config: Config, device: torch.device | None) -> None:
         self._corpus = corpus
         self._most = config.data.max_val_tokens
         self._chunk = config.conversion.chunk
@@ -179,7 +182,7 @@ class Measurement:
 def measure_perplexities(
     model: CausalLM,
     converted: CausalLM,
-    corpus: PackedCorpus,
+    corpus: Corpus,
     config: Config,
     device: torch.device | None = None,
     tokens: int | None = None,

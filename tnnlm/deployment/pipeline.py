@@ -23,8 +23,8 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.companion import OWN_METHODS, check_kernel
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.data.packing import PackedCorpus, prepare
 from tnnlm.data.report import read_report
+from tnnlm.data.tasks import open_corpus
 from tnnlm.deployment.bars import bar
 from tnnlm.deployment.description import Description
 from tnnlm.deployment.packages import (
@@ -35,7 +35,7 @@ from tnnlm.deployment.packages import (
     possible,
     write_packages,
 )
-from tnnlm.deployment.perplexity import INTERRUPTED, Perplexities, measure_perplexities
+from tnnlm.deployment.perplexity import INTERRUPTED, Corpus, Perplexities, measure_perplexities
 from tnnlm.deployment.save import only_writer
 from tnnlm.errors import DataError, collect_failure, command
 from tnnlm.files import check_no_link
@@ -238,7 +238,7 @@ def _perplexities(
     return measured, failures.get("perplexities")
 
 
-def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus:
+def _corpus_of(source: TrainedCheckpoint) -> Corpus:
     """Return the data that a checkpoint was trained on.
 
     Raises:
@@ -246,7 +246,7 @@ def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus:
     """
     if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
         raise DataError("the training data of imported weights is not known")
-    corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
+    corpus = open_corpus(source.config)
     trained_on = read_report(source.path.parent.parent)
     changed = trained_on is not None and trained_on.change(corpus.report) is not None
     if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:

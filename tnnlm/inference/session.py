@@ -72,7 +72,7 @@ class GenerationSession:
         state = self._state_after(prompt)
         if n_samples == 1:
             out.write(prompt or "")
-            self.state = self._stream(state, out).state
+            self.state = self.stream(state, out).state
             out.write("\n")
             return
         for index, record in enumerate(self._batch(state.select([0] * n_samples))):
@@ -91,7 +91,7 @@ class GenerationSession:
         """
         state = self._state_after(prompt)
         if n_samples == 1:
-            records = [self._stream(state, None)]
+            records = [self.stream(state, None)]
             self.state = records[0].state
         else:
             records = self._batch(state.select([0] * n_samples))
@@ -107,6 +107,16 @@ class GenerationSession:
         longest = max(records, key=lambda record: len(record.tokens))
         texts = [{"prompt": p, "text": r.text} for p, r in zip(prompts, records, strict=True)]
         return self._measured(state, longest) | {"samples": texts}
+
+    def measure_rows(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Generate completions of rows of token ids, and return them and measurements as plain data.
+
+        The rows are a batch, whose longest completion the timings are of.
+        """
+        state = self.generator.prefill_tokens(rows)
+        records = [self.stream(state, None)] if len(rows) == 1 else self._batch(state)
+        longest = max(records, key=lambda record: len(record.tokens))
+        return self._measured(state, longest) | {"samples": [record.text for record in records]}
 
     def converse(self, prompt: str | None, source: TextIO, out: TextIO) -> None:
         """Generate a completion for each line of input; the state carries over the whole conversation.
@@ -140,7 +150,7 @@ class GenerationSession:
 
     def _answer(self, prompt: str, out: TextIO) -> None:
         """Generate a completion of a line, and continue from it with the next one."""
-        self.state = self._stream(self._state_after(prompt), out).state
+        self.state = self.stream(self._state_after(prompt), out).state
         out.write("\n")
 
     def _measured(self, state: GenerationState, record: Completion) -> dict[str, Any]:
@@ -189,7 +199,8 @@ class GenerationSession:
         self.state = join([record.state for record in records])
         return records
 
-    def _stream(self, state: GenerationState, out: TextIO | None) -> Completion:
+    def stream(self, state: GenerationState, out: TextIO | None) -> Completion:
+        """Generate a completion of a state, which is streamed to ``out`` if that is given."""
         record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
         for chunk in chunks:
             if out is not None:

@@ -106,10 +106,23 @@ class CausalLM(Backbone):
         """Return the logits (B, L, V) for tokens (B, L), all positions in parallel."""
         return self._head(self.features(tokens))
 
-    def loss(self, rows: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats per token of rows of token ids (B, L + 1)."""
+    def loss(self, rows: Tensor, mask: Tensor | None = None, divisor: float | None = None) -> Tensor:
+        """Return the mean cross-entropy in nats per scored token.
+
+        Args:
+            rows: Token ids (B, L + 1), inputs and targets in one tensor.
+            mask: Whether each target, ``rows[:, 1:]``, is scored, (B, L). The others have no loss and no
+                gradient, and the head isn't computed for them. None scores all of them.
+            divisor: Number that divides the summed loss of a batch with a mask; None divides by the number
+                of its scored targets, or by 1 if there are none. See
+                :attr:`~tnnlm.models.batches.AnswerBatch.divisor`.
+        """
         features, targets = self.features(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
-        return linear_cross_entropy(features, self.embedding.weight, targets)
+        if mask is None:
+            return linear_cross_entropy(features, self.embedding.weight, targets)
+        scored = mask.flatten()
+        by = scored.sum().clamp(min=1) if divisor is None else features.new_tensor(divisor)
+        return linear_cross_entropy(features[scored], self.embedding.weight, targets[scored], by)
 
     def init_state(self, batch_size: int) -> ModelState:
         """Return the state before the first token.

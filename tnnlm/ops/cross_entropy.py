@@ -28,7 +28,9 @@ _GAIN = 1024.0
 _assumed: Override[str] = Override()
 
 
-def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy in nats of the logits ``features @ weight.T``.
 
     Up to :func:`most_logits` logits are computed at once. More are computed in chunks of tokens, whose
@@ -39,15 +41,20 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
         features: Inputs of the head, (N, D).
         weight: Weights of the head, (V, D), which may be those of a tied embedding.
         targets: Token ids, (N,); those equal to ``IGNORED`` are not scored.
+        divisor: Scalar that divides the summed loss; None divides by the number of scored targets.
 
     Returns:
-        Scalar in float32, or float64 for float64. It is not a number if no target is scored.
+        Scalar in float32, or float64 for float64. Without ``divisor`` it is not a number if no target is
+        scored.
     """
     rows = max(1, most_logits(features.device.type) // len(weight))
     if len(features) <= rows:
         logits = functional.linear(features, weight)
-        return functional.cross_entropy(logits.to(working_dtype(logits.dtype)), targets)
-    loss: Tensor = _Chunked.apply(features, weight, targets, rows)
+        logits = logits.to(working_dtype(logits.dtype))
+        if divisor is None:
+            return functional.cross_entropy(logits, targets)
+        return functional.cross_entropy(logits, targets, reduction="sum") / divisor
+    loss: Tensor = _Chunked.apply(features, weight, targets, rows, divisor)
     return loss
 
 
@@ -73,7 +80,9 @@ class _Chunked(torch.autograd.Function):
     """Loss of chunks of tokens, with gradients that are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, rows: int, divisor: Tensor | None
+    ) -> Tensor:
         """Return the mean loss, and keep the gradients of its sum."""
         dtype = _product_dtype(features)
         wide = working_dtype(dtype)
@@ -96,7 +105,7 @@ class _Chunked(torch.autograd.Function):
                 if dw is not None:
                     _add_product(dw, slope.T, given * kept / gain)
                 del slope  # before the logits of the next chunk
-        count = scored.sum()
+        count = scored.sum() if divisor is None else divisor
         ctx.save_for_backward(dx, dw, count)
         ctx.gains = gain, 1.0
         ctx.dtypes = features.dtype, weight.dtype
@@ -109,7 +118,7 @@ class _Chunked(torch.autograd.Function):
         *gradients, count = ctx.saved_tensors
         parts = zip(gradients, ctx.gains, ctx.dtypes, strict=True)
         scaled = (None if g is None else (g * (slope / count / gain)).to(dtype) for g, gain, dtype in parts)
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -7,12 +7,13 @@ import warnings
 from typing import Any
 
 import lightning
+import torch
 from torch import Tensor
 
 from tnnlm.config.schema import Config
 from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import DataError
-from tnnlm.models.batches import LabelledBatch, MaskedBatch
+from tnnlm.models.batches import AnswerBatch, LabelledBatch, MaskedBatch
 
 
 def own_data(trainer: lightning.Trainer) -> TextDataModule | None:
@@ -37,13 +38,15 @@ def checked_batch(batch: Any, config: Config, first: bool) -> Any:
     """Validate a batch and convert it to the input that the model of ``config.task`` expects.
 
     Args:
-        batch: Token ids (B, L + 1) of any integer dtype for the task causal, or a list of one such tensor
-            (the output of ``TensorDataset``); a ``MaskedBatch`` for masked; a ``LabelledBatch`` for classify.
+        batch: Token ids (B, L + 1) of any integer dtype for the task causal, a list of one such tensor
+            (the output of ``TensorDataset``), or an ``AnswerBatch``; a ``MaskedBatch`` for masked; a
+            ``LabelledBatch`` for classify.
         config: The full configuration.
         first: Whether to check the range of the token ids too, which synchronises with the device.
 
     Returns:
-        Token ids (B, L + 1) as int64 for the task causal; the unchanged batch for other tasks.
+        Token ids (B, L + 1) as int64 for the task causal, in an ``AnswerBatch`` with its mask if it was
+        given one; the unchanged batch for other tasks.
 
     Raises:
         DataError: If the batch has another type, shape or dtype, or if a token id is out of range.
@@ -54,6 +57,12 @@ def checked_batch(batch: Any, config: Config, first: bool) -> Any:
             found, name = type(batch).__name__, f"{kind.__module__}.{kind.__name__}"
             raise DataError(f"batch: has type {found}; task={config.task} expects {name}")
         return batch
+    if isinstance(batch, AnswerBatch):
+        rows = checked_batch(batch.rows, config, first)
+        if batch.mask.dtype != torch.bool or batch.mask.shape != rows[:, 1:].shape:
+            found = f"dtype {str(batch.mask.dtype)[6:]} and shape {tuple(batch.mask.shape)}"
+            raise DataError(f"batch.mask: has {found}; expected bool of shape {tuple(rows[:, 1:].shape)}")
+        return batch._replace(rows=rows)
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     expected = "expected token ids of shape (B, L + 1), inputs and targets in one integer tensor"
@@ -70,6 +79,8 @@ def checked_batch(batch: Any, config: Config, first: bool) -> Any:
 
 def tokens_in(batch: Any) -> int:
     """Return the number of input tokens in a validated batch: B * L for token ids of shape (B, L + 1)."""
+    if isinstance(batch, AnswerBatch):
+        batch = batch.rows
     return int(batch[:, 1:].numel() if isinstance(batch, Tensor) else batch.tokens.numel())
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
 from tnnlm.config.schema import Config
 from tnnlm.errors import UserError
+from tnnlm.models.batches import AnswerBatch
 from tnnlm.models.factory import build_model
 from tnnlm.ops.context import ContextGroup
 from tnnlm.tokenizer import TextTokenizer
@@ -43,9 +44,10 @@ class LitModel(lightning.LightningModule):
     """LightningModule that trains the model of ``config.task``.
 
     Batches are the inputs of the model's ``loss``. For the task causal these are token ids (B, L + 1), inputs
-    and targets in one tensor, from any loader. ``config`` sets sizes, optimizer, clipping and conversion; the
-    trainer sets everything else. ``val/bpb`` is only logged with a
-    :class:`~tnnlm.data.datamodule.TextDataModule`, because other loaders don't tell the bytes per token.
+    and targets in one tensor, or an :class:`~tnnlm.models.batches.AnswerBatch`, from any loader. ``config``
+    sets sizes, optimizer, clipping and conversion; the trainer sets everything else. ``val/bpb`` is only
+    logged with a :class:`~tnnlm.data.datamodule.TextDataModule`, because other loaders don't tell the bytes
+    per token.
     """
 
     def __init__(self, config: Config, tokenizer: TextTokenizer | None = None) -> None:
@@ -154,7 +156,7 @@ class LitModel(lightning.LightningModule):
         batch = self._checked(batch, batch_idx)
         if self.group.size > 1:
             batch = own_tokens(batch, self.group)
-        loss: Tensor = self.model.loss(batch)
+        loss: Tensor = self.model.loss(*batch if isinstance(batch, AnswerBatch) else (batch,))
         self._losses.append(loss.detach())
         self._tokens += tokens_in(batch)
         return loss
@@ -209,11 +211,18 @@ class LitModel(lightning.LightningModule):
             "train/loss": float(mean_over_ranks(torch.stack(self._step_losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
-            **self.watch.read(self.trainer, tokens_per_update(self.config, self.trainer.world_size)),
+            **self.watch.read(self.trainer, self._tokens_per_step(step)),
         }
         self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
         self._step_losses = []
         self._last_log = step
+
+    def _tokens_per_step(self, step: int) -> int:
+        """Return the mean number of tokens per optimizer step on all ranks since the last log."""
+        tokens, self._tokens = self._tokens, 0
+        if self.config.data.format == "text":
+            return tokens_per_update(self.config, self.trainer.world_size)
+        return tokens * self.trainer.world_size // (step - self._last_log)
 
     def _log_training(self) -> None:
         """Log without ``TextDataModule``: the loss of every batch, the rest every ``log_every_n_steps``."""

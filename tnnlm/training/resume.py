@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tnnlm.chat.stored import TOKENIZER_CONFIG
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
 from tnnlm.checkpoints.membership import FIXED, PLACES
 from tnnlm.checkpoints.settings_file import verify_settings
@@ -173,7 +174,7 @@ def check_outputs(run: Path) -> None:
             # W&B links to its latest run, inside. Libraries write the logs, and follow links.
             if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 check_no_link(path, "delete the link")
-    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", REPORT):
+    for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", TOKENIZER_CONFIG, REPORT):
         if os.path.lexists(run / name):
             check_regular(run / name, "move it to another place")
 

@@ -16,6 +16,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
+from tnnlm.chat.stored import TOKENIZER_CONFIG
+from tnnlm.checkpoints.hf_files import tokenizer_settings
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.checkpoints.settings_file import write_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint
@@ -201,7 +203,7 @@ def _build(
 def _record(config: Config, start: _Start) -> None:
     """Write the tokenizer, the configuration and the data report of a new run."""
     assert start.tokenizer is not None
-    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())
+    _write_tokenizer(start.folder, start.tokenizer)
     write_settings(start.folder, config)
     write_report(start.folder, start.report)
 
@@ -213,8 +215,15 @@ def _continue_run(config: Config, start: _Start) -> None:
     assert start.tokenizer is not None
     begin_at(start.folder, start.checkpoint.relative_to(start.folder), start.step)
     write_settings(start.folder, config)
-    write_text(start.folder / "tokenizer.json", start.tokenizer.to_json())  # it may be damaged
+    _write_tokenizer(start.folder, start.tokenizer)  # it may be damaged
     write_report(start.folder, start.report)  # a run of an earlier version has none
+
+
+def _write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+    """Write the tokenizer, with its chat template as Transformers stores it."""
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    if tokenizer.chat_template is not None:
+        write_text(folder / TOKENIZER_CONFIG, tokenizer_settings(tokenizer))
 
 
 def _summarise(
@@ -229,7 +238,7 @@ def _summarise(
         task=task,
         params=module.model.n_params,
         data=data.opened.report,
-        tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
+        tokens_seen=data.tokens_at(trainer.global_step),
         train_seconds=last.train_seconds,
         tested=tested,
     )

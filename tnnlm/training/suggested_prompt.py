@@ -16,12 +16,14 @@ def suggested_prompt(config: Config, data: TaskData) -> str:
     """Return a prompt that suits the data of a causal model.
 
     It is the prompt of the samples, unless that is the default, which suits Python source code only: then it
-    is the first words of the validation split.
+    is the first words of the validation split. It is empty for conversations, which a chat continues.
 
     Args:
         config: Configuration of the run.
         data: Data of the run, whose validation rows are token ids (L + 1,).
     """
+    if config.data.format != "text":
+        return ""
     chosen = config.trainer.sample_prompt
     if config.data.source == "stdlib" or chosen != TrainerConfig().sample_prompt:
         return chosen or NEUTRAL

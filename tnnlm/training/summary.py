@@ -135,7 +135,7 @@ def show_summary(
         run: Folder of the run.
         summary: Content of summary.json.
         task: Task of the run.
-        prompt: Prompt of the command that generates text.
+        prompt: Prompt of the command that generates text; empty for a chat.
         console: Console to print to.
         recipe: Options of the conversion that suit the kernel.
     """
@@ -143,13 +143,13 @@ def show_summary(
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
     again = ["--force"] if (run / CONVERTED).exists() else []  # converted before the run was resumed
+    asked = ["--prompt", prompt] if prompt else ["--chat"]
     lines = [
         f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s with validation"
         + (f", {speed:,.0f} tokens/s without it (median)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",
-        f"next: {command('convert', run, *recipe, *again)} && "
-        f"{command('generate', '--model', run, '--prompt', prompt)}"
+        f"next: {command('convert', run, *recipe, *again)} && {command('generate', '--model', run, *asked)}"
         if task.converts
         else f"next, in Python: tnnlm.checkpoints.training.load_encoder(Path({str(run / BEST)!r}))",
     ]

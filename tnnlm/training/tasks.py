@@ -29,7 +29,7 @@ from tnnlm.evaluation import (
     recurrent_nll,
 )
 from tnnlm.kernels import Kernel, TwoSidedKernel
-from tnnlm.models.batches import LabelledBatch, MaskedBatch
+from tnnlm.models.batches import AnswerBatch, LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.encoders import MaskedLM, SequenceClassifier
 from tnnlm.models.surgery import in_recurrent_form
@@ -159,14 +159,15 @@ class CausalTask(ValidationTask):
         self.recurrences = []
         self.conversion.release()
 
-    def validate(self, model: CausalLM, batch: Tensor, counted: int | None) -> None:
-        """Score the same rows in parallel form (FFT) and in recurrent form.
+    def validate(self, model: CausalLM, batch: Tensor | AnswerBatch, counted: int | None) -> None:
+        """Score the same rows, or their answers, in parallel form (FFT) and in recurrent form.
 
         A context group shares the tokens of each row in parallel form, and the rows in recurrent form, whose
         state passes from token to token.
         """
-        self.nll_parallel.add(*parallel_nll(model, own_tokens(batch, self.group), counted))
-        rows, counted = own_rows(batch, counted, self.group)
+        rows = batch.marked if isinstance(batch, AnswerBatch) else batch
+        self.nll_parallel.add(*parallel_nll(model, own_tokens(rows, self.group), counted))
+        rows, counted = own_rows(rows, counted, self.group)
         if self.recurrences:
             chunk = self.config.conversion.chunk
             with in_recurrent_form(model, self.recurrences):

@@ -113,7 +113,12 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
 def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal: bool) -> list[Callback]:
     settings = config.trainer
     task, average = VALIDATION_TASKS[config.task], averaging(config)
-    samples = SampleWriter(folder / "samples.txt", settings.sample_prompt, settings.sample_tokens)
+    samples = SampleWriter(
+        folder / "samples.txt",
+        settings.sample_prompt,
+        settings.sample_tokens,
+        chat=config.data.format != "text",
+    )
     return [
         *([TrainingBar(Console())] if at_terminal else []),
         ValidationSchedule(settings.val_every_n_steps),

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from tnnlm.errors import UserError, one_line
 from tnnlm.files import append_text
+from tnnlm.inference.chat import encode_chats
 from tnnlm.inference.generator import GenerationState, TextGenerator
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.models.causal_lm import CausalLM
@@ -22,7 +23,9 @@ from tnnlm.training.tasks import CausalTask
 class SampleWriter(Callback):
     """Callback that appends a sample of the converted model to samples.txt and logs it as text."""
 
-    def __init__(self, path: Path, prompt: str, n_tokens: int) -> None:
+    def __init__(self, path: Path, prompt: str, n_tokens: int, *, chat: bool = False) -> None:
+        """Append samples to ``path``; with ``chat``, the prompt is a message by the chat template."""
+        self._chat = chat
         self.path = path
         self.prompt = prompt
         self.n_tokens = n_tokens
@@ -42,6 +45,8 @@ class SampleWriter(Callback):
     def _prompted(self, writer: TextGenerator) -> GenerationState:
         """Return the state after the prompt, or after an end token if there is none or it has no tokens."""
         try:
+            if self.prompt and self._chat:
+                return writer.prefill_tokens(encode_chats(writer.tokenizer, [self.prompt]))
             if self.prompt:
                 return writer.prefill([self.prompt])
         except UserError as error:  # the tokenizer of other data may not know the default prompt
