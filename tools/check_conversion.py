@@ -33,7 +33,7 @@ from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.cli.usage import add_trust, trust_of
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
-from tnnlm.data.packing import prepare
+from tnnlm.data.mixture import open_corpus
 from tnnlm.errors import OneLineParser, run_script
 from tnnlm.evaluation import add, parallel_nll, ppl_gap, recurrent_nll
 from tnnlm.files import check_file, write_text
@@ -195,7 +195,7 @@ def _largest_pole(params: Params) -> float:
 def _gaps(source: TrainedCheckpoint, converted: CausalLM) -> Iterator[tuple[int, float]]:
     """Yield each length in tokens with the relative difference of the perplexities of both forms."""
     config = source.config
-    corpus = prepare(config.data, config.model.vocab_size, config.seed)
+    corpus = open_corpus(config.data, config.model.vocab_size, config.seed)
     for multiple in LENGTHS:
         length = multiple * config.model.max_length
         rows = corpus.rows("val", length)

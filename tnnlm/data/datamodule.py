@@ -63,6 +63,7 @@ class TextDataModule(lightning.LightningDataModule):
             start=lambda: self.samples_at(trainer.global_step),
             rank=rank,
             world_size=ranks,
+            mixture=self.opened.mixture,
             resampled=self.opened.resampled,
         )
         return self._loader(self.opened.train, sampler)

@@ -69,6 +69,8 @@ class DataReport:
     """Validation or test documents that equal a training document, which only published splits contain."""
     without_text: list[str] = field(default_factory=list)
     """Names of files that contain no document."""
+    sampled: int = 0
+    """Characters that the tokenizer was trained on, if they are a sample of the training split; else 0."""
     checked: int = 0
     """Sampled characters that the tokenizer was checked with; 0 for one that was trained on this data."""
     unknown: int = 0
@@ -79,6 +81,8 @@ class DataReport:
     protocol: str = "documents"
     """``data.protocol``: where end tokens are, and which tokens are scored."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
+    mixture: dict[str, list[float]] = field(default_factory=dict)
+    """Share of the training rows, and number of training tokens, of each source of a mixture by name."""
 
     @property
     def lossy(self) -> bool:
@@ -118,6 +122,10 @@ class DataReport:
             f"{name}: {count(info.documents, self.unit)}, {count(info.tokens, 'token')}"
             for name, info in self.splits.items()
         )
+        for name, (share, tokens) in self.mixture.items():
+            yield f"{name}: {share:.1%} of the training rows, from {count(int(tokens), 'token')}"
+        if self.sampled:
+            yield f"tokenizer: trained on a sample of {count(self.sampled, 'character')}"
         if self.protocol == "fairseq":
             yield "protocol fairseq: an end token per line, every validation token is scored"
         if self.without_text:
@@ -151,11 +159,18 @@ class DataReport:
                 else f"{sizes[1]} instead of {sizes[0]}"
             )
             return f"the {name} split has {was}"
+        shares, old = ([share for share, _ in found.mixture.values()] for found in (now, self))
+        if shares != old:
+            return f"the shares of its sources are {_percent(shares)} instead of {_percent(old)}"
         if now.protocol != self.protocol:
             return f"data.protocol is {now.protocol} instead of {self.protocol}"
         if now.eos_token != self.eos_token:
             return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
         return None
+
+
+def _percent(shares: list[float]) -> str:
+    return ", ".join(f"{share:.2%}" for share in shares) or "not given"
 
 
 def write_report(run: Path, report: DataReport) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
+
+from tnnlm.data.order import MixedOrder, Permutations, Share
 
 
 @dataclass(eq=False)
 class GlobalOrderSampler(Sampler[list[Any]]):
     """Batch sampler whose order depends only on the seed and the number of samples seen.
 
-    The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch). With W
+    The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch), or of
+    the rows of the sources of a mixture (:mod:`tnnlm.data.order`). With W
     ranks and batch size B, batch b of rank r is samples [(b W + r) B, (b W + r + 1) B) after ``start``. An
     optimizer step of A batches thus consumes the next A W B samples, in whatever way that product is split
     into batches and ranks, and a resumed run only sets a larger ``start``.
@@ -29,6 +31,8 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     """Number of samples already consumed by all ranks, or a function that returns it at each iteration."""
     rank: int = 0
     world_size: int = 1
+    mixture: Sequence[Share] = ()
+    """Rows and weight of each source of a mixture, whose rows follow one another; empty for a single one."""
     resampled: bool = False
     """Yield (row, sample) pairs instead of row indices, for data randomised per sample, such as masks."""
 
@@ -36,16 +40,15 @@ class GlobalOrderSampler(Sampler[list[Any]]):
         return self.n_batches
 
     def __iter__(self) -> Iterator[list[Any]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        order: Permutations | MixedOrder = Permutations(self.n_rows, self.seed)
+        if self.mixture:
+            order = MixedOrder(self.mixture, self.seed)
         start = self.start() if callable(self.start) else self.start
         first = start + self.rank * self.batch_size
         for batch in range(self.n_batches):
             rows: list[Any] = []
             begin = first + batch * self.world_size * self.batch_size
             for sample in range(begin, begin + self.batch_size):
-                if sample // self.n_rows != epoch:
-                    epoch = sample // self.n_rows
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
-                row = int(order[sample % self.n_rows])
+                row = order.row(sample)
                 rows.append((row, sample) if self.resampled else row)
             yield rows

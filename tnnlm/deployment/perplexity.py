@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
+from tnnlm.data.mixture import MixedCorpus
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.deployment.token_budget import rows_in_time, rows_of_tokens, spread
 from tnnlm.deployment.variants import Score, Scorer, Variant, parallel_score, variants_of
@@ -53,7 +54,9 @@ class Perplexities(NamedTuple):
 class Measurement:
     """Measurement of the perplexities of one conversion; what is found so far can be read at any time."""
 
-    def __init__(self, corpus: PackedCorpus, config: Config, device: torch.device | None) -> None:
+    def __init__(
+        self, corpus: PackedCorpus | MixedCorpus, config: Config, device: torch.device | None
+    ) -> None:
         self._corpus = corpus
         self._most = config.data.max_val_tokens
         self._chunk = config.conversion.chunk
@@ -179,7 +182,7 @@ class Measurement:
 def measure_perplexities(
     model: CausalLM,
     converted: CausalLM,
-    corpus: PackedCorpus,
+    corpus: PackedCorpus | MixedCorpus,
     config: Config,
     device: torch.device | None = None,
     tokens: int | None = None,

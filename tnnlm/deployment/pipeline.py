@@ -23,7 +23,8 @@ from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
 from tnnlm.conversion.companion import OWN_METHODS, check_kernel
 from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
-from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.mixture import MixedCorpus, open_corpus
+from tnnlm.data.packing import PackedCorpus
 from tnnlm.data.report import read_report
 from tnnlm.deployment.bars import bar
 from tnnlm.deployment.description import Description
@@ -238,7 +239,7 @@ def _perplexities(
     return measured, failures.get("perplexities")
 
 
-def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus:
+def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus | MixedCorpus:
     """Return the data that a checkpoint was trained on.
 
     Raises:
@@ -246,7 +247,7 @@ def _corpus_of(source: TrainedCheckpoint) -> PackedCorpus:
     """
     if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
         raise DataError("the training data of imported weights is not known")
-    corpus = prepare(source.config.data, source.config.model.vocab_size, source.config.seed)
+    corpus = open_corpus(source.config.data, source.config.model.vocab_size, source.config.seed)
     trained_on = read_report(source.path.parent.parent)
     changed = trained_on is not None and trained_on.change(corpus.report) is not None
     if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
