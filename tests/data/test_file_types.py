@@ -73,6 +73,7 @@ def test_tables_have_the_same_documents(name: str, compression: str, monkeypatch
         ("a.json", '[{"text": "a"}, 3]', "item 2 is not a JSON object"),
         ("a.json", '[{"text": 3}]', "column 'text' is not text but int"),
         ("a.json", "[]", "contains no text"),
+        ("a.json", '[{"text": "a"}] x', "has text after the end of the array"),
         ("a.json", '{"text": "a",\n "id": 3}', "line 1 is not JSON"),
         ("a.txt.zst", b"no such thing", "is not a Zstandard file, or truncated"),
         ("a.txt.zst", zstd(b"text " * 1000)[:-3], "is not a Zstandard file, or truncated"),

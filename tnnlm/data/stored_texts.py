@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 PIECE = 1 << 20
 """Bytes that are read at a time."""
+_PLACES = 1 << 16
+"""Documents whose places are converted to integers of Python at a time."""
 _CONTINUATION = 0x80
 """First two bits of the bytes of a character after its first one."""
 
@@ -60,9 +62,11 @@ class StoredTexts(Sequence[str]):
             skipped: Number of bytes of the first document that are skipped.
         """
         with self.path.open("rb", buffering=PIECE) as file:
-            for start, stop in zip(self.starts[first:].tolist(), self.stops[first:].tolist(), strict=True):
-                yield read_text(file, start + skipped, stop)
-                skipped = 0
+            for i in range(first, len(self), _PLACES):
+                some = slice(i, i + _PLACES)
+                for start, stop in zip(self.starts[some].tolist(), self.stops[some].tolist(), strict=True):
+                    yield read_text(file, start + skipped, stop)
+                    skipped = 0
 
     def beginning(self, index: int, characters: int) -> str:
         """Return the first ``characters`` of a document."""

@@ -94,6 +94,8 @@ def _cells_of_array(file: io.TextIOWrapper, column: str, path: Path) -> Iterator
             begin = _ITEM.match(text, start)
             row, end = None, 0
             if begin and begin[1] == "]" and number:
+                if (text[begin.end(1) :] + file.read(_BLOCK)).strip():
+                    raise DataError(f"{path}: can't be read: has text after the end of the array")
                 break
             if begin and begin[2]:
                 if begin[1] != ("," if number else "["):
