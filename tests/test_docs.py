@@ -141,6 +141,8 @@ def tiny(name: str, words: list[str]) -> list[str]:
     before = [word for word in SETTINGS if word not in TNO] + (TNO if own else [])
     if any(word.startswith(("data.source", "data.hub_name", "data.tokens", "data.files")) for word in given):
         before = [word for word in before if not word.startswith(("data.source", "data.files"))]
+    if any(word.startswith("data.validation=") for word in given):
+        before = [word for word in before if not word.startswith("data.val_fraction=")]
     return [*before, *words, *SMALL]
 
 

@@ -100,7 +100,7 @@ def table(result: dict[str, Any], megabytes: int) -> str:
 def run_step(step: str, folder: Path) -> dict[str, Any]:
     """Run a step in a separate process and return its measurements."""
     words = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(words, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
