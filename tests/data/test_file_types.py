@@ -146,3 +146,11 @@ def test_settings_that_another_one_replaces_are_refused(words: list[str], messag
     files: list[Any] = [] if "data.source=hub" in words else ["data.files=a.txt"]
     with pytest.raises(ConfigError, match=message):
         load_config(None, [*files, *words])
+
+
+def test_a_later_layer_may_replace_a_setting() -> None:
+    Path("c.yaml").write_text("data: {files: a.txt, val_fraction: 0.1}")
+    assert load_config("c.yaml", ["data.validation=b.txt"]).data.validation == ["b.txt"]
+    Path("c.yaml").write_text("data: {files: a.txt, validation: b.txt}")
+    with pytest.raises(ConfigError, match="val_fraction: is not used with"):
+        load_config("c.yaml", ["data.val_fraction=0.1"])

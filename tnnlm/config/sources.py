@@ -87,14 +87,20 @@ def select_source(layers: Sequence[Layer], values: Values) -> list[Layer]:
 def check_source(layers: Sequence[Layer], values: Values) -> None:
     """Raise an error for settings that the selected source does not use; defaults are accepted.
 
+    Args:
+        layers: Layers that have to describe the source, later ones first.
+        values: Values of all layers.
+
     Raises:
         ConfigError: If a setting belongs to another source: the run would silently use other data.
     """
     source = values[SOURCE]
-    for layer in layers:
+    for number, layer in enumerate(layers):
         for name, place in _given(layer, values).items():
             for other in REPLACED_BY.get(name, ()):
-                if values[f"data.{other}"]:
+                # A later layer may replace what an earlier one sets.
+                given = any(f"data.{other}" in earlier.nodes for earlier in layers[number:])
+                if given and values[f"data.{other}"]:
                     raise ConfigError(
                         f"data.{name}: is not used with data.{other} ({place})", "omit one of them"
                     )
