@@ -141,6 +141,10 @@ def tiny(name: str, words: list[str]) -> list[str]:
         "model.kernel" in w for w in given
     )
     before = [word for word in SETTINGS if word not in TNO] + (TNO if own else [])
+    if any(word.startswith(("data.source", "data.hub_name", "data.tokens", "data.files")) for word in given):
+        before = [word for word in before if not word.startswith(("data.source", "data.files"))]
+    if any(word.startswith("data.validation=") for word in given):
+        before = [word for word in before if not word.startswith("data.val_fraction=")]
     if any(word.startswith("data.format=") for word in words):  # files of several words are joined
         before = [word for word in before if not word.startswith("data.files=")]
         return [*before, *words, *SMALL, "model.max_length=128", "trainer.sample_tokens=0"]

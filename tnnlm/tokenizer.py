@@ -114,6 +114,14 @@ class TextTokenizer:
         tokenizer = self._parsing if parse_special else self.tokenizer
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of ``text``, and the first character and the end of each token.
+
+        Tokens that share a character, of which each has some bytes, have the same place.
+        """
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(found.ids), list(found.offsets)
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each string, tokenized in parallel on all cores."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

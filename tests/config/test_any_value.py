@@ -20,6 +20,7 @@ from tnnlm.config.checks import leaves
 from tnnlm.config.layers import Schema, Setting
 from tnnlm.config.loader import config_from_dict, config_to_dict, config_to_yaml, load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.sources import USED_BY
 from tnnlm.config.values import is_list, kinds_of
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS
@@ -39,7 +40,7 @@ KEYS = {
     kind: [key for key, setting in SETTINGS.items() if kind in kinds_of(setting.hint)]
     for kind in (str, int, float)
 }
-LISTS = [key for key, setting in SETTINGS.items() if is_list(setting.hint)]
+LISTS = [key for key, setting in SETTINGS.items() if is_list(setting.hint) and key[1] != "data.sources"]
 WORDS = r"""007 1.10 1e3 1_0 0o7 0x1F 1:30 .inf nan 2024-01-01 null ~ ??? true no On [a] [a {a:1} *.txt &a
     ${x} ${seed} \${seed} a\${b} \\${seed} ${oc.env:HOME} ${ $ 'a' "a" '' " a'b"c --- ... it's a\nb !!int"""
 SPECIAL = [
@@ -82,9 +83,11 @@ numbers = st.integers() | st.floats() | st.integers(0, 3000) | st.floats(0, 1)
 
 def base_words(kernel: str, key: str) -> list[str]:
     """Return the words that a setting depends on."""
-    owner = next((own for own in ("files", "hub", "listops", "lra") if key.startswith(f"data.{own}")), None)
+    group, _, name = key.partition(".")
+    owner = USED_BY.get(name.partition(".")[0], (None,))[0] if group == "data" else None
     words = [f"data.source={owner}"] if owner else []
     words += ["task=classify"] if owner in ("listops", "lra") else []
+    words += ["data.tokenizer=x"] if key == "data.tokens" else []
     words += ["task=masked"] if key == "data.mask_token" else []
     return [*words, f"model.kernel.name={kernel}"]
 
@@ -245,7 +248,7 @@ def test_the_settings_of_every_kind_are_covered() -> None:
         KEYS[int]
     )
     assert ("sgconv", "model.kernel.decay_min") in KEYS[float]
-    assert LISTS == [("tno", "data.files")]
+    assert [("tno", f"data.{name}") for name in ("files", "validation", "tokens")] == LISTS
 
 
 def test_a_list_of_numbers_is_read_by_the_type_of_its_items() -> None:

@@ -139,7 +139,7 @@ def test_an_interpolation_in_a_file_that_came_with_a_model_is_refused(text: str)
 
 def test_what_the_user_types_is_interpolated_beside_a_run_of_a_stranger() -> None:
     Path("config.yaml").write_text("name: theirs\n")
-    assert load_config("config.yaml", [f"data.text_column={SECRET}"], saved=True).data.text_column == "s3cret"
+    assert load_config("config.yaml", [f"data.eos_token={SECRET}"], saved=True).data.eos_token == "s3cret"
     Path("config.yaml").write_text(f"name: '{SECRET}'\n")
     assert load_config("config.yaml").name == "s3cret"
 

@@ -19,7 +19,7 @@ from tnnlm.errors import ConfigError
         ("model={d_model: 0100}", "model.d_model=0100"),
         ("model={kernel: {name: rtf, decay: 1}}", "model.kernel.name=rtf model.kernel.decay=1"),
         ("model.kernel={name: foo}", "model.kernel.name=foo"),
-        ("data={files: [a.txt]}", "data.files=a.txt"),
+        ("data={hub_split: a}", "data.hub_split=a"),
         ("data={lra: {folder: x}}", "data.lra.folder=x"),
         ("trainer={devices: many}", "trainer.devices=many"),
         ("trainer={skip_nonfinite: yes}", "trainer.skip_nonfinite=yes"),
@@ -37,11 +37,11 @@ def test_groups_of_the_command_line_are_yaml() -> None:
     words = [
         "model={d_model: 8, kernel: {name: rtf, state_size: 4}}",
         "trainer={ema_decay: 0.9}",
-        "data={text_column: no}",
+        "data={eos_token: no}",
     ]
     config = load_config(None, words)
     assert (config.model.d_model, config.model.kernel.name, config.trainer.ema_decay) == (8, "rtf", 0.9)
-    assert config.data.text_column == "no"
+    assert config.data.eos_token == "no"
     with pytest.raises(ConfigError, match=r"model\.d_model is set twice \(command line\)"):
         load_config(None, ["model={d_model: 8, d_model: 9}"])
     with pytest.raises(ConfigError, match=r"^model=\{d_model: 8: expected ',' or '}'.*\(command line\)$"):

@@ -318,25 +318,41 @@ def test_every_field_has_a_docstring(schema: type) -> None:
 @pytest.mark.parametrize(
     ("words", "key", "owner"),
     [
-        ("data.files=book.txt", "files", "files"),
-        ("data.hub_name=x", "hub_name", "hub"),
+        ("data.hub_config=x", "hub_config", "hub"),
         ("data.listops.max_length=50", "listops", "listops"),
         ("data.lra.folder=x", "lra", "lra"),
+        ("data.source=stdlib data.files=a.txt", "files", "files"),
+        ("data.files=a.txt data.hub_val_split=validation", "hub_val_split", "hub"),
+        ("data.source=stdlib data.text_column=body", "text_column", "files or hub"),
+        ("data.source=listops task=classify data.tokenizer=x", "tokenizer", "stdlib or files or hub"),
     ],
 )
 def test_settings_of_a_source_that_is_not_selected_are_an_error(words: str, key: str, owner: str) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{key}: is not used .*set data\.source={owner} too"):
+    with pytest.raises(ConfigError, match=rf"data\.{key}: is not used .*set data\.source={owner}.* too"):
         load_config(None, words.split())
+
+
+def test_a_setting_that_names_data_selects_its_source(tmp_path: Path) -> None:
+    assert load_config(None, ["data.files=a.txt"]).data.source == "files"
+    assert load_config(None, ["data.hub_name=x"]).data.source == "hub"
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {source: hub, hub_name: x, hub_val_split: validation}")
+    assert load_config(path, ["data.files=a.txt"]).data.source == "files"
+    path.write_text("data: {files: [a.txt]}")
+    assert load_config(path).data.source == "files"
+    assert load_config(path, ["optim.lr=1e-3"]).data.source == "files"
+    with pytest.raises(ConfigError, match=r"data\.hub_name: can't be used together with data\.files"):
+        load_config(None, ["data.files=a.txt", "data.hub_name=x"])
 
 
 def test_another_source_may_be_chosen_over_a_file_that_describes_one(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("data: {source: files, files: [a.txt]}")
     assert load_config(path, ["data.source=stdlib"]).data.source == "stdlib"
-    assert load_config(None, ["data.source=stdlib", "data.files=a.txt"]).data.source == "stdlib"
     path.write_text("data: {files: [a.txt]}")
     assert load_config(path, ["data.source=files"]).data.files == ["a.txt"]
-    with pytest.raises(ConfigError, match=r"\(.*c\.yaml\)"):
+    path.write_text("data: {source: stdlib, files: [a.txt]}")
+    with pytest.raises(ConfigError, match=r"\(.*c\.yaml.*\)"):
         load_config(path)
 
 

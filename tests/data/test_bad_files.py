@@ -36,7 +36,7 @@ def test_folder_is_reported_with_the_pattern_to_write() -> None:
     assert "books/**/*.txt" in message
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.zip", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.tsv", "a", "a.gz", "a.zip", "a.tsv.gz"])
 def test_unknown_type_is_reported_with_the_known_ones(name: str) -> None:
     message = error_of(write(name, LINES))
     assert message.startswith(f"{name}: unknown file type; use .txt")

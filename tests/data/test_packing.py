@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data import chunks, packing, tokenize_split
+from tnnlm.data import chunks, packing, stored_texts, tokenize_split
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.symbols import symbol_tokenizer
 from tnnlm.data.sources import Corpus, load_corpus
+from tnnlm.data.stored_texts import StoredTexts, TextWriter
+from tnnlm.data.text import words_in
 from tnnlm.data.token_files import Layout
 from tnnlm.errors import DataError, UserError
 from tnnlm.tokenizer import TextTokenizer, train_bpe
@@ -86,7 +89,7 @@ def test_stream_decodes_to_the_documents() -> None:
 def test_batches_of_documents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(prepared(), "train")
     monkeypatch.setattr(
-        tokenize_split, "batches_of", lambda *texts: ([part] for part in chunks.exact_chunks_of(*texts))
+        tokenize_split, "batches_of", lambda *args: ([part] for part in chunks.exact_chunks_of(*args))
     )
     assert tokens_of(prepared(cache_dir="other"), "train") == whole
 
@@ -369,7 +372,7 @@ def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.Monke
     tokenizer = TOKENIZERS[kind]()
     monkeypatch.setattr(chunks, "CHUNK", 100)
     monkeypatch.setattr(chunks, "CONTEXT", 40)
-    assert len(list(chunks.exact_chunks_of([LONG], tokenizer.encode))) > 50
+    assert len(list(chunks.exact_chunks_of([[LONG]], tokenizer))) > 50
     layout = Layout.of(tokenizer.size)
     info, _ = tokenize_split.tokenize_split([LONG, "short"], tokenizer, Path(), "test", layout)
     found = np.fromfile("test-00000.bin", dtype=layout.dtype).tolist()
@@ -379,8 +382,61 @@ def test_long_documents_in_chunks_give_the_same_tokens(monkeypatch: pytest.Monke
     assert info.bytes == len(LONG) + 5
 
 
+class WholeText:
+    """Encoder whose tokens depend on the whole text."""
+
+    def encode(self, text: str) -> list[int]:
+        return [len(text)] * len(text)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return self.encode(text), [(i, i + 1) for i in range(len(text))]
+
+
 def test_document_without_a_seam_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 1_000)
+    for text in ("x" * 5_000, LONG):
+        assert [len(c.text) for c in chunks.exact_chunks_of([[text]], WholeText())] == [len(text)]
+
+
+AWKWARD = {
+    "one word": "".join(random.Random(0).choices("abcdefgh", k=3_000)),
+    "one letter": "a" * 3_000,
+    "spaces": "a" + " " * 1_500 + "b " + " \n" * 700 + "end",
+    "carriage returns": "line\r\nof\r\n\r\ntext" * 200,
+    "digits": "0123456789" * 300,
+    "no white space": 'value={"key":[1,22,333],"other":"text"};' * 80,
+    "long characters": "漢字かな😀é" * 500,
+    "joined characters": "e\u0301👩\u200d👩\u200d👧" * 300,
+    "short": "漢",
+}
+
+
+@pytest.mark.parametrize("kind", ["byte level", "long tokens", "prefix", "metaspace", "prepended"])
+def test_awkward_texts_in_pieces_give_the_tokens_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "long tokens":  # of a repeated text, longer than a chunk
+        tokenizer = train_bpe([LONG, *AWKWARD.values()], 420, EOS, 1, False)
+    else:
+        tokenizer = TOKENIZERS[kind]()
     monkeypatch.setattr(chunks, "CHUNK", 100)
-    assert [len(c.text) for c in chunks.exact_chunks_of(["x" * 1_000], lambda text: [1])] == [1_000]
-    # Tokens that depend on the whole text have no seam either.
-    assert len(list(chunks.exact_chunks_of([LONG], lambda text: [len(text)]))) == 1
+    monkeypatch.setattr(chunks, "CONTEXT", 40)
+    monkeypatch.setattr(stored_texts, "PIECE", 7)
+    with TextWriter(Path("texts"), 0) as writer:
+        for text in AWKWARD.values():
+            assert writer.add(text[i : i + 11] for i in range(0, len(text), 11))
+    places = writer.columns()
+    texts = StoredTexts(Path("texts"), places["starts"], places["stops"], 0)
+    assert list(texts) == list(AWKWARD.values())
+    layout = Layout.of(tokenizer.size)
+    info, _ = tokenize_split.tokenize_split(texts, tokenizer, Path(), "test", layout)
+    found = np.fromfile("test-00000.bin", dtype=layout.dtype).tolist()
+    expected = [tokenizer.eos_id]
+    for text in AWKWARD.values():
+        expected += [*tokenizer.encode(text), tokenizer.eos_id]
+    assert found == expected
+    assert info.words == sum(words_in(text, True) for text in AWKWARD.values())
+    for text in AWKWARD.values() if kind == "byte level" else ():
+        parts = list(chunks.exact_chunks_of([[text]], tokenizer))
+        assert "".join(part.text for part in parts) == text
+        assert len(text) < 1_000 or max(len(part.text) for part in parts) <= 300

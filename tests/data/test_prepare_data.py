@@ -17,7 +17,7 @@ import datasets
 import pytest
 
 from tests.support.scripts import ROOT, Result
-from tests.support.training_runs import SETTINGS
+from tests.support.training_runs import OTHER_DATA
 from tnnlm.cli import run
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import DataConfig
@@ -144,6 +144,40 @@ def resumed_documents(config: DataConfig) -> list[str]:
     return [*corpus.train, *corpus.val]
 
 
+@pytest.mark.parametrize("place", [1, 4, 9])
+def test_preparation_resumes_inside_of_a_document(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 300)
+    monkeypatch.setattr(chunks, "CONTEXT", 40)
+    monkeypatch.setattr(tokenize_split, "SAVE_SECONDS", 0)
+    text = "".join(f"{i} é漢 words and\n\n{'letters' * (i % 50)} " for i in range(200)) + "x" * 3_000
+    Path("book.txt").write_text(text, encoding="utf-8")
+    Path("given.json").write_text(train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json())
+    config = DataConfig(source="files", files=["book.txt"], tokenizer="given.json", val_fraction=0.1)
+    encode, calls, last = packing.TextTokenizer.encode_batch, 0, 10**9
+
+    def killing(self: Any, texts: list[str]) -> list[list[int]]:
+        nonlocal calls
+        calls += 1
+        if calls > last:
+            raise Killed
+        return encode(self, texts)
+
+    monkeypatch.setattr(packing.TextTokenizer, "encode_batch", killing)
+    whole = prepare(config, 280, 0)
+    total, calls, last = calls, 0, place + 1
+    monkeypatch.setenv("TNNLM_CACHE", "other")
+    with pytest.raises(Killed):
+        prepare(config, 280, 0, resumable=True)
+    (part,) = Path("other").glob("*.part")
+    progress = json.loads((part / "train.progress").read_text(encoding="utf-8"))
+    assert progress["inside"][0] > 300
+    calls, last = 0, 10**9
+    resumed = prepare(config, 280, 0, resumable=True)
+    assert tokens(resumed) == tokens(whole)
+    assert (resumed.train, resumed.val) == (whole.train, whole.val)
+    assert calls <= total - place + 2
+
+
 def test_stream_resumes_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHARACTERS", 4000)
     config = config_of(streaming=True, max_documents=280)
@@ -208,7 +242,7 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_preparation_survives_sigkill(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hub([f"text {i} " + " ".join(f"w{(i * j) % 977}" for j in range(400)) for i in range(4000)])
-    words = [*SETTINGS, *HUB]
+    words = [*OTHER_DATA, *HUB]
     process = subprocess.Popen(
         [sys.executable, str(TOOL), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -254,7 +288,7 @@ def test_training_on_prepared_data_uses_no_network(
     text = train_bpe(TEXTS, 280, "<|endoftext|>", 300, False).to_json()
     (snapshot / "snapshots/abc/tokenizer.json").write_text(text)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    config = load_config(None, [*SETTINGS, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"])
+    config = load_config(None, [*OTHER_DATA, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"])
     corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
     split_rows(corpus, config)
 
@@ -266,7 +300,7 @@ def test_training_on_prepared_data_uses_no_network(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    words = [*SETTINGS, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"]
+    words = [*OTHER_DATA, *HUB, "data.tokenizer=some/tokenizer", "trainer.max_steps=4"]
     result = script("train", *words)
     assert result.code == 0, result.err
     assert cached() == [corpus.folder.name]

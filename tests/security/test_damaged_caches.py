@@ -151,7 +151,8 @@ def test_damaged_rest_of_a_killed_preparation_changes_no_token(
 ) -> None:
     expected = tokens_of(prepare(replace(TEXT, cache_dir="whole"), 280, 0))
     files = sorted(path.name for path in unfinished.iterdir())
-    assert files[:3] == ["tokenizer.json", "tokenizer.progress", "train-00000.bin"]
+    assert files[:3] == ["files.documents", "files.survey.json", "files.survey.npz"]
+    assert files[3:6] == ["tokenizer.json", "tokenizer.progress", "train-00000.bin"]
     assert files[-1] == "train.progress"
     kept, cache = unfinished.rename("kept"), Path("again")
     refused = 0

@@ -35,6 +35,9 @@ SETTINGS = (
     "checkpoint.every_n_steps=7",
 )
 
+OTHER_DATA = tuple(word for word in SETTINGS if not word.startswith(("data.source", "data.files")))
+"""Settings for data that a test selects."""
+
 
 def write_text(path: Path = Path("text.txt")) -> Path:
     """Write about 60 kB of English prose, the licence and documentation of Python."""

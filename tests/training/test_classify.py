@@ -56,6 +56,8 @@ SETTINGS = (
     "trainer.accelerator=cpu",
     "checkpoint.every_n_steps=7",
 )
+ARCHIVE = tuple(word for word in SETTINGS if "listops" not in word)
+"""Settings for the data of the Long Range Arena."""
 
 
 def config_of(*overrides: str) -> Config:
@@ -173,7 +175,8 @@ def test_tasks_of_the_archive_train(task: str) -> None:
     classes = 10 if task == "image" else 2
     words = ["data.source=lra", f"data.lra.task={task}", "data.lra.folder=lra", "data.batch_size=2"]
     sizes = ["model.vocab_size=257", f"model.max_length={length}", f"model.n_classes={classes}"]
-    summary = train(config_of(*words, *sizes, f"model.pair={task == 'retrieval'}", "trainer.max_steps=2"))
+    words += [*sizes, f"model.pair={task == 'retrieval'}", "trainer.max_steps=2"]
+    summary = train(load_config(None, [*ARCHIVE, *words]))
     assert 0 <= summary["test/accuracy"] <= 1
 
 
@@ -212,7 +215,8 @@ def test_mistakes_end_with_one_line_and_no_run(script: Any) -> None:
         (("data.listops.max_length=13",), "above model.max_length=12"),
         (("data.listops.max_args=1",), "must be at least 2"),
     ):
-        result = script("train", *SETTINGS, *words)
+        settings = ARCHIVE if "data.source=lra" in words else SETTINGS
+        result = script("train", *settings, *words)
         assert (result.code, result.err.count("\n")) == (2, 1), result
         assert told in result.err
     assert not Path("runs").exists() or not list(Path("runs").iterdir())

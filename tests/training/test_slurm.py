@@ -182,7 +182,7 @@ def test_the_time_limit_outside_of_training_requeues_too(
         time.sleep(5)
         raise AssertionError("not interrupted")
 
-    monkeypatch.setattr("tnnlm.data.tasks.prepare", slow)
+    monkeypatch.setattr("tnnlm.data.tasks.open_text_corpus", slow)
     assert script("train", "--job", *SETTINGS).code == 0
     assert slurm.read_text() == "requeue 4711\n"
     assert not Path("runs").exists()

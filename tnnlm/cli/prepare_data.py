@@ -7,7 +7,7 @@ tokenizer, vocabulary size, split and seed.
 Examples:
   tnnlm prepare-data --config tnn_125m_fineweb
   tnnlm prepare-data --config tnn_wt103 data.cache_dir=/scratch/tokens
-  tnnlm prepare-data data.source=files 'data.files=[corpus/**/*.jsonl]'
+  tnnlm prepare-data 'data.files=[corpus/**/*.jsonl]'
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
 from tnnlm.data.conversations.prepare import ConversationCorpus, prepare_conversations
-from tnnlm.data.packing import PackedCorpus, prepare
+from tnnlm.data.mixture import MixedCorpus, open_text_corpus
+from tnnlm.data.packing import PackedCorpus
 from tnnlm.data.sequences.prepare import prepare_sequences
 from tnnlm.data.sequences.rows import LabelledCorpus
 from tnnlm.data.tasks import split_answers, split_rows
@@ -52,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
         show_conversations(prepare_conversations(config), config)
     else:
         try:
-            corpus = prepare(config.data, config.model.vocab_size, config.seed, resumable=True)
+            corpus = open_text_corpus(config.data, config.model.vocab_size, config.seed, resumable=True)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
@@ -87,10 +88,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def show(corpus: PackedCorpus, config: Config) -> None:
+def show(corpus: PackedCorpus | MixedCorpus, config: Config) -> None:
     """Print the report, size and tokenizer of the packed data, and the epochs that the run trains."""
     print(*corpus.report.lines(), sep="\n")
-    print(f"{corpus.folder}: {folder_bytes(corpus.folder) / 1e9:,.3f} GB")
+    for part in corpus.parts:
+        print(f"{part.folder}: {folder_bytes(part.folder) / 1e9:,.3f} GB")
     for name, split in (("train", corpus.train), ("validation", corpus.val)):
         print(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens "

@@ -5,11 +5,11 @@ is a key=value pair; --print-config prints all settings with their values.
 
 Examples:
   tnnlm train                                           # the demo, on Python's sources
-  tnnlm train data.source=files data.files=book.txt name=book
+  tnnlm train data.files=book.txt name=book
   tnnlm train --config tnn_wt103 --dry-run              # settings, parameters, memory
   tnnlm train --resume                                  # resume the newest run
   tnnlm train --resume book trainer.max_steps=20000     # extend a finished run
-  tnnlm train --init-from demo data.source=files data.files=book.txt    # new run, from its weights
+  tnnlm train --init-from demo data.files=book.txt      # new run, from its weights
   tnnlm train --job nightly --config rtf_demo           # start it, or resume it
 """
 

@@ -72,20 +72,26 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         where: Function that returns the place where a setting was given, for the end of an error message.
 
     Raises:
-        ConfigError: If fairseq's protocol is set for another task, or for a hub data set without a
+        ConfigError: If token ids are read without a tokenizer, or if
+            fairseq's protocol is set for another task, or for a hub data set without a
             validation split: its rows are lines, and holding out single lines would cut the text apart.
     """
     data = config.data
+    if data.tokenizer is None and (data.tokens or any(part.tokens for part in data.sources)):
+        raise ConfigError(
+            f"data.tokens: need the tokenizer that made them{where('data.tokens') or where('data.sources')}",
+            "set data.tokenizer to its tokenizer.json or its name on the Hub",
+        )
     if data.protocol != "fairseq":
         return
     if config.task != "causal":
         raise ConfigError(
             f"data.protocol=fairseq: is for task=causal only, not task={config.task}{where('data.protocol')}"
         )
-    if data.source == "hub" and data.hub_val_split is None:
+    if data.source == "hub" and data.hub_val_split is None and not data.validation:
         raise ConfigError(
             f"data.protocol=fairseq: can't hold out lines of a hub data set{where('data.protocol')}",
-            "set data.hub_val_split",
+            "set data.hub_val_split or data.validation",
         )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from tnnlm.config.layers import Schema
-from tnnlm.config.values import Node, Origin, is_list, one_line, read_value, shown
+from tnnlm.config.mixture import read_groups
+from tnnlm.config.values import Node, Origin, is_list, item_type, one_line, read_value, shown
 from tnnlm.errors import ConfigError
 
 _ENV = "oc.env:"
@@ -97,7 +99,7 @@ class Values:
     def __init__(self, schema: Schema, nodes: Mapping[str, Node]) -> None:
         """Read the settings of ``nodes``, by full key; other settings have the defaults of ``schema``."""
         self.schema = schema
-        self.nodes = nodes
+        self.nodes = dict(nodes)
         self._read: dict[str, Any] = {}
         self._open: list[str] = []
 
@@ -133,11 +135,18 @@ class Values:
             return interpolated(text, self._text)
 
         try:
+            if is_dataclass(item_type(setting.hint)):
+                return read_groups(node, setting.hint, key, resolve)
             return read_value(node, setting.hint, setting.metadata.get("word"), resolve)
         except ConfigError:  # of a setting that an interpolation refers to
             raise
         except ValueError as error:
             raise ConfigError(f"{key}={shown(node)}: {error} ({node.place})") from None
+
+    def set(self, key: str, node: Node) -> None:
+        """Set a setting that follows from others."""
+        self.nodes[key] = node
+        self._read.pop(key, None)
 
     def given(self, key: str) -> str | None:
         """Return the place where a user gave a setting, for the end of an error message.

@@ -8,7 +8,7 @@ type of its field (:mod:`tnnlm.config.values`). Unknown keys, wrong types and va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -30,15 +30,13 @@ from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
+from tnnlm.config.sources import check_source, select_source
 from tnnlm.config.values import Origin, kinds_of, one_line, stored
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
 from tnnlm.trust import NO_CODE, Trust
-
-_OWNERS = {"files": "files", "hub": "hub_", "listops": "listops", "lra": "lra"}
-"""Values of ``data.source``, each with the prefix of the settings that only this source uses."""
 
 
 def load_config(
@@ -70,14 +68,12 @@ def load_config(
         layers.append(Layer(str(path), [root]))
     layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
     values = _values(layers, trust)
+    described = select_source(layers, values)
     config = _config(values)
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
     check_effective_settings(config, values.given)
-    for layer in reversed(layers):
-        if "data.source" in layer.nodes:
-            break  # The source was chosen explicitly: settings of other sources may be present.
-        _check_source(layer, values, config.data.source)
+    check_source(described, values)
     return config
 
 
@@ -148,6 +144,8 @@ def _escaped(value: Any) -> Any:
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_escaped(inner) for inner in value]
+    if is_dataclass(value):
+        return _escaped(vars(value))
     return escaped(value) if isinstance(value, str) else value
 
 
@@ -247,17 +245,3 @@ def _build(owner: type, prefix: str, values: Values) -> Any:
         elif values.schema.settings[key].default is MISSING:
             raise ConfigError(f"{key}: must be set")
     return owner(**given)
-
-
-def _check_source(layer: Layer, values: Values, source: str) -> None:
-    """Raise an error for settings of a source that is not selected: the run would silently use other data."""
-    for key, node in layer.nodes.items():
-        group, _, name = key.partition(".")
-        owner = next((own for own, prefix in _OWNERS.items() if name.startswith(prefix)), source)
-        if group != "data" or owner == source:
-            continue
-        if values.read(key, node) != values.schema.settings[key].default:
-            raise ConfigError(
-                f"data.{name.partition('.')[0]}: is not used with data.source={source} ({layer.place})",
-                f"set data.source={owner} too",
-            )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tnnlm.config.sequences import ArchiveConfig, ListOpsConfig
+from tnnlm.config.text_sources import TOKEN_TYPES, SourceConfig
 from tnnlm.fields import choice, number, text
 from tnnlm.kernels.base import KernelConfig
 from tnnlm.kernels.tno import TNOConfig
@@ -60,10 +61,11 @@ class ModelConfig:
 class DataConfig:
     """Source of the text or of the labelled sequences, tokenization and batching."""
 
-    source: str = choice("stdlib", "stdlib", "files", "hub", "listops", "lra")
+    source: str = choice("stdlib", "stdlib", "files", "hub", "tokens", "mixture", "listops", "lra")
     """Source of the data. Text: stdlib (source code of the running Python's standard library), files
-    (``data.files``) or hub (a data set of the Hugging Face Hub). For task=classify: listops (generated from
-    ``data.listops``) or lra (read from ``data.lra.folder``)."""
+    (``data.files``), hub (a data set of the Hugging Face Hub), tokens (``data.tokens``) or mixture
+    (``data.sources``). For task=classify: listops (generated from ``data.listops``) or lra (read from
+    ``data.lra.folder``)."""
     format: str = choice("text", "text", "chat", "prompt_completion")
     """Format of the rows: text (all tokens are learned), or conversations, of which the answers are learned:
     chat (column ``messages``, a list of {role, content}) or prompt_completion (columns ``prompt`` and
@@ -78,13 +80,28 @@ class DataConfig:
     an end token between them. It is faster, but the convolutions also see earlier conversations of a row.
     With false, each row is one conversation. For conversations only."""
     files: list[str] = field(default_factory=list)
-    """Paths or globs of .txt, .md, .py, .jsonl and .parquet files, optionally compressed as .gz, for
-    data.source=files only."""
+    """Paths or globs of .txt, .md, .py, .jsonl, .json, .csv and .parquet files, optionally compressed as .gz
+    or .zst, for data.source=files only, which they select if ``data.source`` is not set."""
+    document_separator: str | None = None
+    r"""Text between the documents of a .txt, .md or .py file, in which \n is a line end and \t a tab (null: a
+    file is one document)."""
+    validation: list[str] = field(default_factory=list)
+    """Paths or globs of files to validate on, of the types of ``data.files``, or of ``data.tokens`` for
+    data.source=tokens ([]: hold out ``data.val_fraction`` of the text, or use ``data.hub_val_split``)."""
+    tokens: list[str] = field(default_factory=list)
+    """Files of token ids, which were prepared by another program with ``data.tokenizer``: .bin, .npy, a .bin
+    with its .idx as Megatron writes them, or folders with these. For data.source=tokens only, which they
+    select if ``data.source`` is not set. In a folder, val.bin or val.npy is the validation split."""
+    token_type: str = choice("uint16", *TOKEN_TYPES)
+    """Type of the token ids of a .bin file without an index; uint16 as in nanoGPT."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Sources of a mixture with their weights, [{files: a.txt, weight: 2}, {hub_name: b, weight: 1}], for
+    data.source=mixture only, which they select if ``data.source`` is not set."""
     text_column: str = "text"
-    """Column of .jsonl, .parquet and Hub data that contains the text."""
+    """Column of .jsonl, .json, .csv, .parquet and Hub data that contains the text."""
     hub_name: str | None = None
     """Name of a data set on the Hugging Face Hub, or path of a local folder that ``datasets`` can load, for
-    data.source=hub only."""
+    data.source=hub only, which it selects if ``data.source`` is not set."""
     hub_config: str | None = None
     """Configuration of the Hub data set, if it has several."""
     hub_split: str = "train"
@@ -106,6 +123,9 @@ class DataConfig:
     tokenizer: str | None = None
     """Path of a tokenizer.json or name of a tokenizer on the Hub (null: train a byte-level BPE on the
     training split)."""
+    tokenizer_sample: int = number(1_000_000_000, low=1_000)
+    """Maximum number of characters that a tokenizer is trained on. Of a larger training split it reads parts
+    at equal distances."""
     eos_token: str = "<|endoftext|>"
     """End-of-document token. A given tokenizer must contain it."""
     mask_token: str | None = None

@@ -10,7 +10,7 @@ import math
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
@@ -72,8 +72,18 @@ def is_list(hint: Any) -> bool:
     return any(get_origin(kind) is list for kind in kinds_of(hint))
 
 
+def item_type(hint: Any) -> Any:
+    """Return the type of the items of a list; None for a field that is not a list alone."""
+    return get_args(hint)[0] if get_origin(hint) is list else None
+
+
 def is_supported(hint: Any) -> bool:
-    """Return whether a type can be read: scalars, a list of scalars, and unions of these with None."""
+    """Return whether a type can be read.
+
+    These are scalars, a list of scalars, unions of these with None, and a list of dataclasses.
+    """
+    if is_dataclass(item_type(hint)):
+        return True
     kinds = set(kinds_of(hint)) - {types.NoneType}
     if is_list(hint):
         return len(kinds) == 1 and all(kind in _SCALARS for kind in get_args(kinds.pop()))

@@ -299,8 +299,8 @@ def _texts_of_a_file(texts: Iterator[str], bar: Any) -> list[str]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Delete the files that :func:`index_documents` and :func:`materialize_stream` wrote to ``folder``."""
-    for pattern in ("*.arrow", "*.stream.json", "*.survey.npz", "*.survey.json"):
+    """Delete the intermediate files that loading a corpus wrote to ``folder``."""
+    for pattern in ("*.arrow", "*.stream.json", "*.survey.npz", "*.survey.json", "*.documents"):
         for path in folder.glob(pattern):
             path.unlink()
 

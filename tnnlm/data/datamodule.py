@@ -81,7 +81,9 @@ class TextDataModule(lightning.LightningDataModule):
                     block=lambda: self.block,
                 ),
             )
-        sampler = GlobalOrderSampler(len(train), **settings, resampled=self.opened.resampled)
+        sampler = GlobalOrderSampler(
+            len(train), **settings, mixture=self.opened.mixture, resampled=self.opened.resampled
+        )
         return self._loader(train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:

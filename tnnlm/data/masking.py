@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tnnlm.data.mixture import MixedRows
 from tnnlm.data.packing import PackedRows
 from tnnlm.models.batches import MaskedBatch
 
@@ -60,7 +61,7 @@ class MaskedRows(torch.utils.data.Dataset[MaskedBatch]):
     the sample's number too, which fixes the mask of each row.
     """
 
-    def __init__(self, rows: PackedRows, masking: Masking) -> None:
+    def __init__(self, rows: PackedRows | MixedRows, masking: Masking) -> None:
         self.rows = rows
         self.masking = masking
 

@@ -32,7 +32,9 @@ from tnnlm.data.progress import at_terminal, reported
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sampled_coverage import sampled_coverage
 from tnnlm.data.sources import cache_folder, load_corpus, source_fingerprint
+from tnnlm.data.stored_texts import characters_of, documents_of
 from tnnlm.data.token_files import Layout, StoredTokens
+from tnnlm.data.token_sources import import_tokens
 from tnnlm.data.tokenize_split import tokenize_split
 from tnnlm.data.waiting import busy, prepare_once, unfinished
 from tnnlm.errors import DataError
@@ -55,6 +57,11 @@ class PackedCorpus:
     report: DataReport
     layout: Layout
     """Format of the shards."""
+
+    @property
+    def parts(self) -> list[PackedCorpus]:
+        """This corpus, as a mixture of one source."""
+        return [self]
 
     @property
     def train(self) -> SplitInfo:
@@ -163,7 +170,7 @@ class Request:
 
     def folder(self, version: int = PACKING_VERSION) -> Path:
         """Return the folder of the cache that has, or had in an earlier version, these tokens."""
-        config = self.config
+        config, default = self.config, DataConfig.tokenizer_sample
         parts = (
             version,
             self._source,
@@ -173,6 +180,7 @@ class Request:
             self.given.fingerprint if self.given else f"bpe {self.vocab_size}",
             *([] if config.mask_token is None else [config.mask_token]),
             *([] if config.protocol == "documents" else [config.protocol]),
+            *([] if config.tokenizer_sample == default else [("sample", config.tokenizer_sample)]),
         )
         return cache_folder(config) / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -230,10 +238,17 @@ def _build(request: Request, folder: Path) -> None:
 
 def _tokenize(request: Request, folder: Path) -> StoredCorpus:
     config, given = request.config, request.given
+    if config.source == "tokens":
+        assert given is not None  # checked by the configuration loader
+        stored = import_tokens(config, given, folder)
+        if not all(info.tokens for info in stored.report.splits.values()):
+            raise DataError("data.tokens: too few tokens to hold out a validation split", "add tokens")
+        write_text(folder / TOKENIZER, given.to_json())
+        return stored
     corpus = load_corpus(config, request.seed, folder)
     if not corpus.train or not corpus.val:
         raise DataError("data: too little text to hold out a validation split", "add text")
-    tokenizer = given or _trained(corpus.train, request.vocab_size, config, folder)
+    tokenizer, sampled = (given, 0) if given else _trained(corpus.train, request.vocab_size, config, folder)
     layout = Layout.of(tokenizer.size)
     splits = {
         split: tokenize_split(texts, tokenizer, folder, split, layout, config.protocol)
@@ -241,7 +256,7 @@ def _tokenize(request: Request, folder: Path) -> StoredCorpus:
     }
     write_text(folder / TOKENIZER, tokenizer.to_json())
     infos = {split: written.info for split, written in splits.items()}
-    report = replace(corpus.report, splits=infos, protocol=config.protocol)
+    report = replace(corpus.report, splits=infos, protocol=config.protocol, sampled=sampled)
     if given is not None:  # A trained one is byte-level: it reproduces every text.
         found = sampled_coverage(tokenizer, (corpus.train, corpus.val), config.protocol)
         report = replace(report, checked=found.characters, unknown=found.unknown, changed=found.changed)
@@ -249,17 +264,28 @@ def _tokenize(request: Request, folder: Path) -> StoredCorpus:
     return StoredCorpus(report, layout, files)
 
 
-def _trained(texts: Sequence[str], vocab_size: int, config: DataConfig, folder: Path) -> TextTokenizer:
-    """Train a tokenizer in ``folder``, or return the one of an earlier attempt."""
+def _trained(
+    texts: Sequence[str], vocab_size: int, config: DataConfig, folder: Path
+) -> tuple[TextTokenizer, int]:
+    """Train a tokenizer in ``folder``, or take the one of an earlier attempt.
+
+    Returns:
+        The tokenizer, and the characters that it was trained on if they are a sample, else 0.
+    """
     path, record = folder / TOKENIZER, folder / "tokenizer.progress"
     if os.path.lexists(record):
-        verify_files(folder, read_entries(record))
-        return TextTokenizer.from_json(path.read_text(encoding="utf-8"), config.eos_token, str(path))
-    texts_read, visible = CountedText(chunks_of(texts)), at_terminal()
+        entries = read_entries(record)
+        verify_files(folder, entries.get("checksums", entries))
+        return TextTokenizer.from_json(
+            path.read_text(encoding="utf-8"), config.eos_token, str(path)
+        ), entries.get("sampled", 0)
+    size, limit = characters_of(texts), config.tokenizer_sample
+    texts_read, visible = CountedText(chunks_of(documents_of(texts)), min(1, limit / size)), at_terminal()
     with contextlib.nullcontext() if visible else reported(lambda: f"train tokenizer: {texts_read}"):
         tokenizer = train_bpe(
             texts_read, vocab_size, config.eos_token, len(texts), visible, config.mask_token
         )
     write_text(path, tokenizer.to_json())
-    write_signed(record, list_files(folder, [TOKENIZER]))
-    return tokenizer
+    sampled = texts_read.characters if size > limit else 0
+    write_signed(record, {"checksums": list_files(folder, [TOKENIZER]), "sampled": sampled})
+    return tokenizer, sampled

@@ -69,6 +69,8 @@ class DataReport:
     """Validation or test documents that equal a training document, which only published splits contain."""
     without_text: list[str] = field(default_factory=list)
     """Names of files that contain no document."""
+    sampled: int = 0
+    """Characters that the tokenizer was trained on, if they are a sample of the training split; else 0."""
     checked: int = 0
     """Sampled characters that the tokenizer was checked with; 0 for one that was trained on this data."""
     unknown: int = 0
@@ -87,6 +89,8 @@ class DataReport:
     packed: bool = False
     """``data.packing``: whether rows are cut from the stream of all conversations."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
+    mixture: dict[str, list[float]] = field(default_factory=dict)
+    """Share of the training rows, and number of training tokens, of each source of a mixture by name."""
 
     @property
     def lossy(self) -> bool:
@@ -126,6 +130,10 @@ class DataReport:
             f"{name}: {count(info.documents, self.unit)}, {count(info.tokens, 'token')}"
             for name, info in self.splits.items()
         )
+        for name, (share, tokens) in self.mixture.items():
+            yield f"{name}: {share:.1%} of the training rows, from {count(int(tokens), 'token')}"
+        if self.sampled:
+            yield f"tokenizer: trained on a sample of {count(self.sampled, 'character')}"
         if self.answers:
             parts = (f"{name}: {number:,}" for name, number in self.answers.items())
             rows = ", rows are cut from the stream of all (data.packing)" if self.packed else ""
@@ -166,6 +174,9 @@ class DataReport:
                 else f"{sizes[1]} instead of {sizes[0]}"
             )
             return f"the {name} split has {was}"
+        shares, old = ([share for share, _ in found.mixture.values()] for found in (now, self))
+        if shares != old:
+            return f"the shares of its sources are {_percent(shares)} instead of {_percent(old)}"
         if now.protocol != self.protocol:
             return f"data.protocol is {now.protocol} instead of {self.protocol}"
         if now.packed != self.packed:
@@ -173,6 +184,10 @@ class DataReport:
         if now.eos_token != self.eos_token:
             return f"data.eos_token is {now.eos_token!r} instead of {self.eos_token!r}"
         return None
+
+
+def _percent(shares: list[float]) -> str:
+    return ", ".join(f"{share:.2%}" for share in shares) or "not given"
 
 
 def write_report(run: Path, report: DataReport) -> None:

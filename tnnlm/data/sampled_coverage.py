@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tnnlm.coverage import Coverage, coverage
+from tnnlm.data.stored_texts import StoredTexts
 from tnnlm.data.text import lines_of
 from tnnlm.tokenizer import TextTokenizer
 
@@ -32,6 +33,10 @@ def _sample(documents: Sequence[str]) -> Iterator[str]:
     """Yield the beginnings of documents at equal distances."""
     n, left = min(DOCUMENTS, len(documents)), SAMPLE
     for i in range(n):
-        text = documents[i * len(documents) // n][: left // (n - i)]
+        index, size = i * len(documents) // n, left // (n - i)
+        if isinstance(documents, StoredTexts):
+            text = documents.beginning(index, size)
+        else:
+            text = documents[index][:size]
         left -= len(text)
         yield text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from tnnlm.data.order import MixedOrder, Share
+
 
 @dataclass(eq=False)
 class GlobalOrderSampler(Sampler[list[Any]]):
     """Batch sampler whose order depends only on the seed and the number of samples seen.
 
-    The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch). With W
+    The global order is an endless sequence of permutations of the rows, each seeded by (seed, epoch), or of
+    the rows of the sources of a mixture (:mod:`tnnlm.data.order`). With W
     ranks and batch size B, batch b of rank r is samples [(b W + r) B, (b W + r + 1) B) after ``start``. An
     optimizer step of A batches thus consumes the next A W B samples, in whatever way that product is split
     into batches and ranks, and a resumed run only sets a larger ``start``.
@@ -30,9 +33,14 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     """Number of samples already consumed by all ranks, or a function that returns it at each iteration."""
     rank: int = 0
     world_size: int = 1
+    mixture: Sequence[Share] = ()
+    """Rows and weight of each source of a mixture, whose rows follow one another; empty for a single one."""
     resampled: bool = False
     """Yield (row, sample) pairs instead of row indices, for data randomised per sample, such as masks."""
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._mixed = MixedOrder(self.mixture, self.seed)
 
     def __len__(self) -> int:
         return self.n_batches
@@ -48,6 +56,8 @@ class GlobalOrderSampler(Sampler[list[Any]]):
 
     def rows_of(self, begin: int, size: int) -> list[int]:
         """Return the rows of the samples [begin, begin + size) of the global order."""
+        if self.mixture:
+            return [self._mixed.row(sample) for sample in range(begin, begin + size)]
         rows = []
         for sample in range(begin, begin + size):
             epoch = sample // self.n_rows

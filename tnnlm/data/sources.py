@@ -1,7 +1,7 @@
 """Text sources: Python's standard library, local files, and data sets of the Hugging Face Hub.
 
-A document is a source file, a text file, a row of a .jsonl or .parquet file, or a row of a hub data set. The
-train/validation split is by document and depends only on the seed and the documents' contents.
+A document is a source file, a text file or a part of one between separators, or a row of a table or of a hub
+data set. The train/validation split is by document and depends only on the seed and the documents' contents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -21,11 +21,17 @@ from numpy.typing import NDArray
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.arrow_text import TEXT, DocumentIndex, index_documents, materialize_stream
 from tnnlm.data.content import content_hashes, folder_content
-from tnnlm.data.files import check_column, is_table, read_documents, source_files
+from tnnlm.data.document_file import StoredDocuments, stored_documents
+from tnnlm.data.file_types import is_table
+from tnnlm.data.files import source_files, write_documents
 from tnnlm.data.hub import check_hub, load_rows, readable
+from tnnlm.data.progress import progress
 from tnnlm.data.report import DataReport
-from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_texts
-from tnnlm.data.text import Tally, count, text_hash
+from tnnlm.data.split import FEW_DOCUMENTS, Corpus, hold_out, split_stored, split_texts
+from tnnlm.data.stored_texts import TextWriter
+from tnnlm.data.tables import check_column
+from tnnlm.data.text import Tally, count
+from tnnlm.data.token_sources import token_splits
 from tnnlm.errors import DataError
 from tnnlm.files import cache_root, check_folder
 
@@ -39,46 +45,55 @@ def source_fingerprint(config: DataConfig) -> str:
     the authors change the data set. The report has the commit that was read.
     """
     parts: list[Any] = [config.source, config.text_column, config.max_documents, config.normalize_text]
+    if config.document_separator is not None:
+        parts.append(("separator", config.document_separator))
     if config.source == "hub":
         parts += [config.hub_config, config.hub_split, config.hub_val_split, config.streaming]
         check_hub(config)
         parts += [_hub_source(config), _local_content(config)]
+    elif config.source == "tokens":
+        splits = token_splits(config)
+        parts += [config.token_type, len(splits.val)]
+        parts += zip((path.name for path in splits.paths), content_hashes(splits.paths), strict=True)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
     else:
         files = source_files(config)
         parts += zip((path.name for path in files), content_hashes(files), strict=True)
+    if config.validation:
+        parts.append(("validation", source_fingerprint(held_out_files(config))))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def load_corpus(config: DataConfig, seed: int, scratch: Path) -> Corpus:
     """Load the documents and split them into training and validation data.
 
-    Documents of a hub data set stay on disk; those of other sources are loaded into memory.
+    Documents stay on disk.
 
     Args:
         config: Data settings.
         seed: Seed of the train/validation split.
-        scratch: Folder for intermediate files of a hub data set, from which a killed preparation resumes.
+        scratch: Folder for intermediate files, from which a killed preparation resumes.
 
     Raises:
         DataError: If the input is missing, empty, binary or damaged.
     """
-    if config.source != "hub":
-        return _load_files(config, seed)
-    check_hub(config)
-    rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
-    report = DataReport(source=_hub_source(config), revision=_revision(rows), eos_token=config.eos_token)
-    train = found.select(rows, column)
-    if config.hub_val_split:
-        held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
-        hashes = _without_blank(np.concatenate([found.hashes, val.hashes]))
-        shared = int(np.isin(_without_blank(val.hashes), found.hashes).sum())
-        report = _with_counts(report, found.tally + val.tally, hashes, shared=shared)
-        return Corpus(train, val.select(held_out, val_column), report)
-    report = _with_counts(report, found.tally, found.hashes)
-    if len(found.chosen) < FEW_DOCUMENTS:
-        return replace(split_texts(list(train), found.hashes, config.val_fraction), report=report)
-    some = hold_out(found.lengths, found.hashes, config.val_fraction)
-    return Corpus(found.select(rows, column, ~some), found.select(rows, column, some), report)
+    if config.source == "hub":
+        check_hub(config)
+    corpus, hashes, tally = (_load_hub if config.source == "hub" else _load_files)(config, seed, scratch)
+    if config.validation:
+        files, found, more, without_text = _load_stored(held_out_files(config), seed, scratch, "validation")
+        # The rest of the corpus is all training text.
+        shared = int(np.isin(_without_blank(found.hashes), hashes).sum())
+        report = replace(corpus.report, files=corpus.report.files + files, shared=shared)
+        report.without_text.extend(without_text)
+        corpus = Corpus(corpus.train, found.texts(), report)
+        hashes, tally = np.concatenate([hashes, found.hashes]), tally + more
+    return replace(corpus, report=_with_counts(corpus.report, tally, _without_blank(hashes)))
+
+
+def held_out_files(config: DataConfig) -> DataConfig:
+    """Return the settings that read ``data.validation`` as the files of a corpus."""
+    return replace(config, source="files", files=config.validation, validation=[])
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -93,28 +108,65 @@ def cache_folder(config: DataConfig) -> Path:
     return folder
 
 
-def _load_files(config: DataConfig, seed: int) -> Corpus:
-    tally, without_text, texts = Tally(), list[str](), list[str]()
+_Loaded: TypeAlias = tuple[Corpus, NDArray[np.bytes_], Tally]
+"""Corpus, the hashes of its documents, and their counts."""
+
+
+def _load_hub(config: DataConfig, seed: int, scratch: Path) -> _Loaded:
+    rows, column, found = _hub_table(config, config.hub_split, seed, scratch)
+    report = DataReport(source=_hub_source(config), revision=_revision(rows), eos_token=config.eos_token)
+    train = found.select(rows, column)
+    if config.validation:
+        return Corpus(train, [], report), found.hashes, found.tally
+    if config.hub_val_split:
+        held_out, val_column, val = _hub_table(config, config.hub_val_split, seed, scratch)
+        hashes = np.concatenate([found.hashes, val.hashes])
+        report = replace(report, shared=int(np.isin(_without_blank(val.hashes), found.hashes).sum()))
+        return Corpus(train, val.select(held_out, val_column), report), hashes, found.tally + val.tally
+    if len(found.chosen) < FEW_DOCUMENTS:
+        corpus = split_texts(list(train), found.hashes, config.val_fraction)
+        return replace(corpus, report=report), found.hashes, found.tally
+    some = hold_out(found.lengths, found.hashes, config.val_fraction)
+    corpus = Corpus(found.select(rows, column, ~some), found.select(rows, column, some), report)
+    return corpus, found.hashes, found.tally
+
+
+def _load_files(config: DataConfig, seed: int, scratch: Path) -> _Loaded:
+    files, found, tally, without_text = _load_stored(config, seed, scratch, "files")
+    report = DataReport(
+        source=config.source, files=files, without_text=without_text, eos_token=config.eos_token
+    )
+    corpus = Corpus(found.texts(), []) if config.validation else split_stored(found, config.val_fraction)
+    return replace(corpus, report=report), found.hashes, tally
+
+
+def _load_stored(
+    config: DataConfig, seed: int, scratch: Path, name: str
+) -> tuple[int, StoredDocuments, Tally, list[str]]:
+    """Write the documents of local files to one file in ``scratch``, unless an earlier attempt did.
+
+    Returns:
+        Number of files, their documents and the counts of these, and the names of files without any.
+    """
     files = source_files(config)
-    for path in files:
-        before = len(texts)
-        for text in read_documents(path, config, tally):
-            texts.append(text)
-            if len(texts) == config.max_documents:
-                break
-        if len(texts) == config.max_documents:
+    key = f"{source_fingerprint(config)} {seed} {config.protocol}"
+    found = stored_documents(scratch, key, name, seed, lambda writer: _write_files(files, config, writer))
+    return len(files), found, Tally.from_dict(found.entries["tally"]), found.entries["without_text"]
+
+
+def _write_files(files: list[Path], config: DataConfig, writer: TextWriter) -> dict[str, Any]:
+    tally, without_text = Tally(), list[str]()
+    for path in progress(files, desc="read files", unit="file"):
+        before = len(writer)
+        write_documents(path, config, tally, writer)
+        if len(writer) == config.max_documents:
             break
-        if len(texts) == before:
+        if len(writer) == before:
             without_text.append(path.name)
-    if not any(map(str.strip, texts)):
+    if not writer.has_text:
         where = "standard library" if config.source == "stdlib" else ", ".join(config.files)
         raise DataError(f"{where}: contains no text ({_without_text(files, tally)})")
-    report = DataReport(
-        source=config.source, files=len(files), without_text=without_text, eos_token=config.eos_token
-    )
-    hashes = np.array([text_hash(seed, text) if text.strip() else b"" for text in texts], "S16")
-    report = _with_counts(report, tally, _without_blank(hashes))
-    return replace(split_texts(texts, hashes, config.val_fraction), report=report)
+    return {"tally": tally.to_dict(), "without_text": without_text}
 
 
 def _without_blank(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
@@ -131,7 +183,7 @@ def _without_text(files: list[Path], tally: Tally) -> str:
     return ", ".join(counts) or f"no {unit}s"
 
 
-def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0) -> DataReport:
+def _with_counts(report: DataReport, tally: Tally, hashes: Any) -> DataReport:
     return replace(
         report,
         documents=tally.documents,
@@ -139,7 +191,6 @@ def _with_counts(report: DataReport, tally: Tally, hashes: Any, shared: int = 0)
         normalized=dict(tally.normalized),
         encodings=dict(tally.encodings),
         duplicates=len(hashes) - len(np.unique(hashes)),
-        shared=shared,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from tnnlm.data.document_file import StoredDocuments
 from tnnlm.data.report import DataReport
 from tnnlm.errors import DataError
 
@@ -90,6 +91,22 @@ def split_texts(texts: list[str], hashes: NDArray[np.bytes_], fraction: float) -
     some = hold_out(lengths, hashes, fraction)
     train = [text for text, out in zip(texts, some, strict=True) if not out]
     return Corpus(train, [text for text, out in zip(texts, some, strict=True) if out])
+
+
+def split_stored(found: StoredDocuments, fraction: float) -> Corpus:
+    """Split documents on disk as :func:`split_texts` splits those in memory.
+
+    Args:
+        found: Documents.
+        fraction: Fraction of the characters to hold out.
+
+    Raises:
+        DataError: If no document can be held out, see :func:`hold_out`.
+    """
+    if len(found.lengths) < FEW_DOCUMENTS:
+        return Corpus(*found.texts().cut(found.lengths, fraction))
+    some = hold_out(found.lengths, found.hashes, fraction)
+    return Corpus(found.texts(~some), found.texts(some))
 
 
 def _cut(text: str, fraction: float) -> tuple[str, str]:

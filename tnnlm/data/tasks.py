@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 from torch.utils.data import Dataset, Subset
 
@@ -11,7 +11,9 @@ from tnnlm.config.schema import Config
 from tnnlm.data.conversations.prepare import ConversationCorpus, prepare_conversations, with_lengths
 from tnnlm.data.conversations.rows import AnswerRows
 from tnnlm.data.masking import MaskedRows, Masking
-from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
+from tnnlm.data.mixture import MixedCorpus, MixedRows, open_text_corpus
+from tnnlm.data.order import Share
+from tnnlm.data.packing import PackedCorpus, PackedRows
 from tnnlm.data.report import DataReport
 from tnnlm.data.scored_bytes import bytes_per_scored_token
 from tnnlm.data.sequences.prepare import prepare_sequences, task_name
@@ -21,7 +23,13 @@ from tnnlm.models.batches import LabelledBatch
 from tnnlm.tokenizer import TextTokenizer
 
 
-def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]:
+@overload
+def split_rows(corpus: PackedCorpus, config: Config) -> tuple[PackedRows, PackedRows]: ...
+@overload
+def split_rows(corpus: MixedCorpus, config: Config) -> tuple[MixedRows, MixedRows]: ...
+def split_rows(
+    corpus: PackedCorpus | MixedCorpus, config: Config
+) -> tuple[PackedRows | MixedRows, PackedRows | MixedRows]:
     """Return the packed rows of the training and validation splits.
 
     Raises:
@@ -71,6 +79,8 @@ class TaskData(NamedTuple):
     can't be recovered from the tokens, see :attr:`~tnnlm.data.report.DataReport.lossy`."""
     tokens_per_word: float | None = None
     """Tokens per word of the text that is validated on, for perplexity per word; None if it is unknown."""
+    mixture: Sequence[Share] = ()
+    """Training rows and weight of each source of a mixture, in the order of the rows of ``train``."""
     resampled: bool = False
     """Whether training rows are randomised per sample (masking) and indexed by (row, sample)."""
 
@@ -89,14 +99,36 @@ def load_task_data(config: Config) -> TaskData:
 
 def _open_text(config: Config) -> TaskData:
     """Open the data of a causal model: rows (L + 1,) that hold inputs and targets in one tensor."""
-    corpus = prepare(config.data, config.model.vocab_size, config.seed)
+    corpus = open_text_corpus(config.data, config.model.vocab_size, config.seed)
+    if isinstance(corpus, MixedCorpus):
+        return _open_mixture(corpus, config)
     train, val = split_rows(corpus, config)
     n_bytes = None if corpus.report.lossy else bytes_per_scored_token(corpus, val, "val")
-    per_word = corpus.val.tokens_per_word
-    return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes, per_word)
+    return TaskData(train, val, corpus.tokenizer, corpus.report, n_bytes, corpus.val.tokens_per_word)
 
 
-def open_corpus(config: Config) -> PackedCorpus | ConversationCorpus:
+def _open_mixture(corpus: MixedCorpus, config: Config) -> TaskData:
+    train, val = split_rows(corpus, config)
+    pairs = [pair for pair in zip(corpus.parts, val.parts, strict=True) if len(pair[1])]
+    return TaskData(
+        train,
+        val,
+        corpus.tokenizer,
+        corpus.report,
+        None if corpus.report.lossy else _mean_bytes(pairs),
+        corpus.val.tokens_per_word,
+        mixture=corpus.shares(train),
+    )
+
+
+def _mean_bytes(pairs: Sequence[tuple[PackedCorpus, PackedRows]]) -> float:
+    """Return the UTF-8 bytes of text per token of the validation rows of several corpora."""
+    sizes = [len(rows) for _, rows in pairs]
+    means = [bytes_per_scored_token(corpus, rows, "val") for corpus, rows in pairs]
+    return sum(size * mean for size, mean in zip(sizes, means, strict=True)) / sum(sizes)
+
+
+def open_corpus(config: Config) -> PackedCorpus | MixedCorpus | ConversationCorpus:
     """Prepare the tokens of a causal model, text or conversations, or load them from the cache.
 
     Raises:
@@ -104,7 +136,7 @@ def open_corpus(config: Config) -> PackedCorpus | ConversationCorpus:
     """
     if config.data.format != "text":
         return prepare_conversations(config)
-    return prepare(config.data, config.model.vocab_size, config.seed)
+    return open_text_corpus(config.data, config.model.vocab_size, config.seed)
 
 
 def split_answers(corpus: ConversationCorpus, config: Config) -> tuple[AnswerRows, AnswerRows, DataReport]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,15 @@ class Tally:
             self.dropped[BLANK] += 1
             return None
         if changed is not text:
-            for kind, character in (("carriage returns", "\r"), ("byte order marks", MARK)):
-                if number := text.count(character):
-                    self.normalized[kind] += number
+            self.count_changes(text)
         self.documents += 1
         return changed
+
+    def count_changes(self, text: str) -> None:
+        """Count the characters of a text that its normalisation changes or removes."""
+        for kind, character in (("carriage returns", "\r"), ("byte order marks", MARK)):
+            if number := text.count(character):
+                self.normalized[kind] += number
 
 
 def normalized(text: str) -> str:
@@ -81,6 +85,22 @@ def normalized(text: str) -> str:
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text without surrounding white space; a text without line end is one line."""
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def lines_in(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of a text in parts, as :func:`lines_of`, each with whether it is the last one."""
+    rest, before = "", None
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        for line in lines:
+            if before is not None:
+                yield before, False
+            before = line.strip()
+    if rest or before is None:
+        if before is not None:
+            yield before, False
+        before = rest.strip()
+    yield before, True
 
 
 def words_in(text: str, ends: bool) -> int:

@@ -13,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config, DataConfig
+from tnnlm.config.sources import kind_of
+from tnnlm.config.text_sources import SourceConfig
 from tnnlm.deployment.perplexity import perplexity_cells
 from tnnlm.models.causal_lm import CausalLM
 
@@ -105,10 +107,13 @@ def _public_data(data: DataConfig) -> list[str] | None:
     return [_line(name)] if data.source == "hub" and name and not _is_local(name) else None
 
 
-def _data_names(data: DataConfig) -> list[str]:
+def _data_names(data: DataConfig | SourceConfig) -> list[str]:
     """Return the names of the data files, or of the data set with its configuration and split."""
-    if data.source == "files":
-        return [Path(name).name for name in data.files]
+    if isinstance(data, DataConfig) and data.source == "mixture":
+        return [name for part in data.sources if part.source != "stdlib" for name in _data_names(part)]
+    kind = kind_of(data) if isinstance(data, SourceConfig) else data.source
+    if kind in ("files", "tokens"):
+        return [Path(name).name for name in (data.files if kind == "files" else data.tokens)]
     hub_name = data.hub_name or ""
     shown = Path(hub_name).name if _is_local(hub_name) else hub_name
     return [part for part in (shown, data.hub_config or "", f"split {data.hub_split}") if part]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.config.schema import Config
 from tnnlm.data.conversations.prepare import ConversationCorpus
+from tnnlm.data.mixture import MixedCorpus
 from tnnlm.data.packing import PackedCorpus
 from tnnlm.deployment.token_budget import rows_in_time, rows_of_tokens, spread
 from tnnlm.deployment.variants import Score, Scorer, Variant, parallel_score, variants_of
@@ -26,7 +27,7 @@ from tnnlm.evaluation import RowLosses, paired_gap
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import both_on
 
-Corpus = PackedCorpus | ConversationCorpus
+Corpus = PackedCorpus | MixedCorpus | ConversationCorpus
 """Data of a causal model."""
 MULTIPLES = (1, 8)
 """Multiples of the training length at which perplexity is measured."""

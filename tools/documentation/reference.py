@@ -116,7 +116,7 @@ def _type(hint: Any, item: Field[Any]) -> str:
     if options := item.metadata.get("options"):
         return " \\| ".join(f"`{option}`" for option in options)
     if get_origin(hint) is list:
-        return "list of strings"
+        return "list of strings" if get_args(hint) == (str,) else "list of groups"
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     words = {int: "integer", float: "number", str: "string", bool: "boolean"}
     return " or ".join(words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)

@@ -15,7 +15,8 @@ import pyarrow.parquet
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.content import folder_content
-from tnnlm.data.files import is_table, source_files
+from tnnlm.data.file_types import is_table
+from tnnlm.data.files import source_files
 from tnnlm.data.hub import check_hub, load_rows, readable
 from tnnlm.data.sources import cache_folder
 from tnnlm.errors import DataError

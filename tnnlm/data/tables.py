@@ -1,0 +1,227 @@
+"""Rows of .jsonl, .json, .csv and .parquet files, read one after another.
+
+They are read here and not by the datasets library, which caches them by path and modification time, infers
+types (a column of dates is not text) and interprets a file name as a pattern.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from tnnlm.data.file_types import opened, suffix_of
+from tnnlm.data.text import text_of
+from tnnlm.errors import DataError
+
+LONGEST_CELL = 1 << 30
+"""Largest number of characters of a cell of a .csv file, and of an item of an array."""
+_BLOCK = 1 << 20
+"""Characters of an array that are read at a time."""
+_ITEM = re.compile(r"\s*(\S)\s*(\S)?")
+
+
+def cells_of(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the text column of a table; None where it is null or missing.
+
+    Raises:
+        DataError: If the file is damaged, has no such column, or has something other than text in it.
+    """
+    return _READERS[suffix_of(path)](path, column)
+
+
+def check_column(names: list[str], column: str, where: str) -> None:
+    """Check that a table has the text column.
+
+    Raises:
+        DataError: If it hasn't; the message lists the columns that it has.
+    """
+    if column not in names:
+        raise DataError(
+            f"{where}: has no column {column!r}, only {', '.join(names)}",
+            "select the text column with data.text_column=...",
+        )
+
+
+def _lines_cells(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the text column of a file with one JSON object per line."""
+    with opened(path) as file:
+        yield from _cells_of_lines(file, column, path)
+
+
+def _cells_of_lines(lines: Any, column: str, path: Path) -> Iterator[str | None]:
+    keys: dict[str, None] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: can't be read: line {number}"
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 text (byte {error.start} of the line)") from None
+        row, _ = _json_object(text, column, where)
+        yield _cell(row, column, keys, f"{path}: line {number}")
+    _check_keys(keys, column, path)
+
+
+def _json_cells(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the text column of a file with an array of JSON objects, or with one object per line."""
+    with opened(path) as file:
+        beginning = file.peek(1).lstrip()
+        if not beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from _cells_of_lines(file, column, path)
+            return
+        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            yield from _cells_of_array(text, column, path)
+
+
+def _cells_of_array(file: io.TextIOWrapper, column: str, path: Path) -> Iterator[str | None]:
+    """Yield the text column of an array of objects, of which some are in memory at a time."""
+    keys: dict[str, None] = {}
+    number, text, start, size = 0, "", 0, _BLOCK
+    try:
+        while True:
+            where = f"{path}: can't be read: item {number + 1}"
+            # The bracket or comma before an item is read with it.
+            begin = _ITEM.match(text, start)
+            row, end = None, 0
+            if begin and begin[1] == "]" and number:
+                if (text[begin.end(1) :] + file.read(_BLOCK)).strip():
+                    raise DataError(f"{path}: can't be read: has text after the end of the array")
+                break
+            if begin and begin[2]:
+                if begin[1] != ("," if number else "["):
+                    raise DataError(f"{where} is not JSON (expected a comma or the end of the array)")
+                if begin[2] == "]" and not number:
+                    break
+                row, end = _next_object(text, begin.start(2), column, where)
+            if row is not None:
+                number, start, size = number + 1, end, _BLOCK
+                yield _cell(row, column, keys, f"{path}: item {number}")
+                continue
+            more = file.read(size) if size <= LONGEST_CELL else ""
+            if not more:
+                raise DataError(f"{where} is not JSON, or the file is truncated")
+            size *= 2  # An item may be large, and its beginning is parsed again.
+            text, start = text[start:] + more, 0
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text (after item {number})") from None
+    _check_keys(keys, column, path)
+
+
+def _next_object(text: str, start: int, column: str, where: str) -> tuple[dict[str, Any] | None, int]:
+    """Return the object at a place of a text, and its end; None if it may be incomplete."""
+    try:
+        return _json_object(text, column, where, start)
+    except json.JSONDecodeError:
+        return None, 0
+
+
+def _cell(row: dict[str, Any], column: str, keys: dict[str, None], where: str) -> str | None:
+    if column not in keys:
+        keys.update(dict.fromkeys(row))
+    return text_of(row.get(column), column, where)
+
+
+def _check_keys(keys: dict[str, None], column: str, path: Path) -> None:
+    if keys:
+        check_column(list(keys), column, str(path))
+
+
+def _json_object(text: str, column: str, where: str, start: int | None = None) -> tuple[dict[str, Any], int]:
+    """Return the JSON object that a text is, or that begins at ``start`` and more follows, and its end.
+
+    Raises:
+        DataError: If it isn't a JSON object, or not one with at most one text.
+        json.JSONDecodeError: If no JSON begins at ``start``.
+    """
+    columns: list[str] = []
+
+    def collected(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # The outermost object is the last one that is complete.
+        columns[:] = [name for name, _ in pairs]
+        return dict(pairs)
+
+    decoder = json.JSONDecoder(object_pairs_hook=collected)
+    try:
+        if start is None:
+            row, end = decoder.decode(text), len(text)
+        else:
+            row, end = decoder.raw_decode(text, start)
+        # JSON can escape half of a surrogate pair alone, which no encoding of text has.
+        if any(text.find(mark, start or 0, end) >= 0 for mark in ("\\ud", "\\uD")):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} has half of a surrogate pair (\\ud800 to \\udfff)") from None
+    except (ValueError, RecursionError) as error:
+        if start is not None and isinstance(error, json.JSONDecodeError):
+            raise
+        raise DataError(f"{where} is not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not a JSON object", 'write one object per line, such as {"text": "..."}')
+    if columns.count(column) > 1:
+        raise DataError(f"{where} has the key {column!r} {columns.count(column)} times", "keep one of them")
+    return row, end
+
+
+def _csv_cells(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the text column of a .csv file with a line of column names."""
+    with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        limit = csv.field_size_limit(LONGEST_CELL)
+        rows = csv.reader(text, strict=True)
+        try:
+            names = next(rows, [])
+            if names:
+                check_column(names, column, str(path))
+            if names.count(column) > 1:
+                raise DataError(f"{path}: has {names.count(column)} columns {column!r}", "rename one of them")
+            for row in rows:
+                if row and len(row) != len(names):
+                    found = f"line {rows.line_num} has {len(row)} cells instead of {len(names)}"
+                    raise DataError(f"{path}: can't be read: {found}", "quote cells that contain commas")
+                if row:
+                    yield row[names.index(column)]
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is not UTF-8 text (after line {rows.line_num})") from None
+        except csv.Error as error:
+            raise DataError(f"{path}: can't be read: line {rows.line_num}: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _parquet_cells(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the text column of a .parquet file; None where it is null."""
+    with opened(path) as file:
+        # Parquet needs a seekable file.
+        data: Any = file if path.suffix == ".parquet" else pyarrow.BufferReader(file.read())
+        number = 0
+        try:
+            table = pyarrow.parquet.ParquetFile(data)
+            check_column(table.schema_arrow.names, column, str(path))
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                for cell in batch.column(column):
+                    number += 1
+                    yield text_of(cell.as_py(), column, f"{path}: row {number}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: row {number}: is not UTF-8 text (byte {error.start})") from None
+        except (pyarrow.ArrowException, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # from the disk, where pyarrow's own have no number
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{path}: can't be read: {reason}") from None
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".jsonl": _lines_cells,
+    ".json": _json_cells,
+    ".csv": _csv_cells,
+    ".parquet": _parquet_cells,
+}
