@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tnnlm.config.components import is_component, read_components
 from tnnlm.config.layers import Schema
 from tnnlm.config.values import Node, Origin, is_list, one_line, read_value, shown
 from tnnlm.errors import ConfigError
@@ -133,6 +134,8 @@ class Values:
             return interpolated(text, self._text)
 
         try:
+            if is_component(setting.hint):
+                return read_components(node, setting.hint, resolve)
             return read_value(node, setting.hint, setting.metadata.get("word"), resolve)
         except ConfigError:  # of a setting that an interpolation refers to
             raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tnnlm.config.sequences import ArchiveConfig, ListOpsConfig
-from tnnlm.fields import choice, number, text
+from tnnlm.fields import Component, choice, number, text
 from tnnlm.kernels.base import KernelConfig
 from tnnlm.kernels.tno import TNOConfig
 
@@ -206,6 +206,15 @@ class TrainerConfig:
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to metrics.csv and TensorBoard (null: none). Requires
     the extra [wandb]; WANDB_MODE=offline is supported."""
+    loggers: list[Component] = field(default_factory=list)
+    """Loggers of Lightning, in addition to metrics.csv and TensorBoard: class paths, or mappings of
+    class_path and init_args. A logger that takes a ``save_dir`` gets the folder ``loggers`` of the run."""
+    callbacks: list[Component] = field(default_factory=list)
+    """Callbacks of Lightning, in addition to those of the run: class paths, or mappings of class_path and
+    init_args."""
+    profiler: Component | None = None
+    """Profiler of Lightning (null: none): simple, advanced, pytorch, a class path, or a mapping of class_path
+    and init_args. It writes into the folder ``profile`` of the run, on the first rank."""
     sample_prompt: str = text("def ", empty=True)
     """Prompt of the sample that is generated at each validation; the default suits Python source code."""
     sample_tokens: int = number(64, low=0, high=100_000)

@@ -15,7 +15,9 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
 
-_SCALARS = {str, int, float, bool}
+from tnnlm.fields import Component
+
+_SCALARS = {str, int, float, bool, Component}
 
 
 class Origin(Enum):
@@ -73,7 +75,7 @@ def is_list(hint: Any) -> bool:
 
 
 def is_supported(hint: Any) -> bool:
-    """Return whether a type can be read: scalars, a list of scalars, and unions of these with None."""
+    """Return whether a type can be read: scalars, components, lists of these, and unions with None."""
     kinds = set(kinds_of(hint)) - {types.NoneType}
     if is_list(hint):
         return len(kinds) == 1 and all(kind in _SCALARS for kind in get_args(kinds.pop()))

@@ -13,6 +13,7 @@ from tnnlm.config.schema import Config
 from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import TaskData, load_task_data
+from tnnlm.data.timed_loader import TimedLoader, Wait
 from tnnlm.machine.threads import loader_processes
 
 
@@ -31,6 +32,8 @@ class TextDataModule(lightning.LightningDataModule):
         self.config = config
         self.samples_seen = 0
         self._step_at_load = 0
+        self.wait = Wait()
+        """Time that the training has waited for batches."""
 
     def prepare_data(self) -> None:
         """Tokenize or generate the data into the cache; Lightning calls this on one rank per node."""
@@ -65,7 +68,9 @@ class TextDataModule(lightning.LightningDataModule):
             world_size=ranks,
             resampled=self.opened.resampled,
         )
-        return self._loader(self.opened.train, sampler)
+        loader = self._loader(self.opened.train, sampler)
+        loader.wait = self.wait
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this rank's validation loader: with N readers, every N-th row.
@@ -115,9 +120,9 @@ class TextDataModule(lightning.LightningDataModule):
         trainer, size = self._trainer(), self.config.trainer.context_parallel
         return trainer.global_rank // size, trainer.world_size // size
 
-    def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
+    def _loader(self, rows: Any, batches: Any) -> TimedLoader:
         workers = loader_processes(self.config.data.num_workers)
-        return DataLoader(
+        return TimedLoader(
             rows,
             batch_sampler=batches,
             num_workers=workers,
