@@ -16,6 +16,7 @@ from tnnlm.training.components import check_components
 from tnnlm.training.estimate import check_names, estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.memory import RunMemory, estimate_memory
+from tnnlm.training.optim import check_optimizer
 
 
 def show(config: Config, as_json: bool) -> None:
@@ -27,6 +28,7 @@ def show(config: Config, as_json: bool) -> None:
     choose_strategy(config)
     check_training(config)
     check_components(config)
+    check_optimizer(config.optim)
     if config.task == "classify":
         from tnnlm.data.sequences.prepare import check_sequence_model
 

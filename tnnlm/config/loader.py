@@ -17,6 +17,7 @@ from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
+    check_muon,
     check_name,
     check_protocol,
     check_schedule,
@@ -219,6 +220,7 @@ def _config(values: Values, trust: Trust) -> Config:
     check_context(config, where)
     check_sharding(config, where)
     check_averaging(config, where)
+    check_muon(config, where)
     settle_task(config, where)
     return config
 

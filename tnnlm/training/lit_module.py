@@ -93,7 +93,7 @@ class LitModel(lightning.LightningModule):
             split_convolutions(self.model, self.group)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its learning-rate schedule, stepped once per optimizer step."""
+        """Return the optimizer and its learning-rate schedule, stepped once per optimizer step."""
         # Fused AdamW unscales gradients after clipping, which is wrong under 16-mixed only.
         fused = self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.config.optim, fused)

@@ -29,7 +29,7 @@ SOURCES = {"last": LAST, "previous": PREVIOUS}
 """Values of ``train.py --from`` and the checkpoint that each selects."""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
 """Backup of last.ckpt, made when a run resumes from previous.ckpt."""
-_FIXED_ON_RESUME = ("name", "runs_dir", *FIXED, "trainer.ema_decay")
+_FIXED_ON_RESUME = ("name", "runs_dir", *FIXED, "trainer.ema_decay", "optim.optimizer")
 _RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
 """Entries of a checkpoint that a run resumes from."""
 

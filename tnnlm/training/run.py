@@ -44,6 +44,7 @@ from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
+from tnnlm.training.optim import check_optimizer
 from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
 from tnnlm.training.slurm import begin_job
 from tnnlm.training.suggested_prompt import suggested_prompt
@@ -159,6 +160,7 @@ def _resolve(
     strategy = choose_strategy(config)
     check_training(config)
     check_components(config)
+    check_optimizer(config.optim)
     if config.trainer.compile:
         check_compiler_cache()
     if run is None:
