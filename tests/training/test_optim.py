@@ -161,7 +161,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
             for part in steps:
                 part.step()
     assert all(torch.equal(p, twins[names[id(p)]]) for p in model.parameters())
-    # A copy that is made from the state goes on in the same way.
+    # A copy that is made from the state continues in the same way.
     again = build_optimizer(copied, config)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for found, part in ((model, optimizer), (copied, again)):

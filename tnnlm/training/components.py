@@ -151,10 +151,11 @@ def _class_of(part: _Part) -> type:
 
 def _defaults(part: _Part, folder: Path) -> dict[str, Any]:
     """Return the arguments that place the files of a logger or profiler inside the folder of the run."""
-    names = {
+    places: dict[type, dict[str, str]] = {
         Logger: {"save_dir": str(folder / LOGGERS)},
         Profiler: {"dirpath": str(folder / PROFILE), "filename": "steps"},
-    }.get(part.base, dict[str, str]())
+    }
+    names = places.get(part.base, {})
     accepted = inspect.signature(_class_of(part)).parameters
     return {name: value for name, value in names.items() if name in accepted and name not in part.arguments}
 
