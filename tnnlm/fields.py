@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+
+class Component(dict[str, Any]):
+    """Class by its ``class_path``, with the ``init_args`` of its constructor if there are any."""
+
+
 _UNCHANGED: Any = object()
 LARGEST = 10**12
 """Default upper bound of integers: 64 bits hold it times the bound of ``trainer.accumulate``."""

@@ -28,7 +28,8 @@ class Trust:
     """Code of a model that the user allows to run."""
 
     code: bool = False
-    """Whether the kernel module that a file names may run, whatever its hash (``--trust-code``)."""
+    """Whether the kernel module that a file names may run, whatever its hash, and in a resumed training the
+    loggers, callbacks and profiler that the run names (``--trust-code``)."""
     compiled: bool = False
     """Whether a compiled step made elsewhere may run (``--trust-compiled``)."""
     module: str | None = None

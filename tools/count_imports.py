@@ -77,8 +77,8 @@ RULES = {
         "torch safetensors onnxscript",
     ),
     "training": Allowed(
-        "signals errors trust files reading checksums machine tokenizer chat ops kernels modules config "
-        "models evaluation checkpoints data conversion inference",
+        "signals errors fields trust files reading checksums machine tokenizer chat ops kernels modules "
+        "config models evaluation checkpoints data conversion inference",
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
     ),
     "deployment": Allowed(

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tnnlm.config.checks import leaves
+from tnnlm.config.components import is_component
 from tnnlm.config.layers import Schema, Setting
 from tnnlm.config.loader import config_from_dict, config_to_dict, config_to_yaml, load_config
 from tnnlm.config.schema import Config
@@ -35,6 +36,7 @@ SETTINGS = {
     # The module is imported, and the name of the kernel selects the other settings.
     if key not in ("model.kernel.module", "model.kernel.name")
     and (kernel == "tno" or key.startswith("model.kernel."))
+    and not is_component(setting.hint)  # tests/training/test_components.py
 }
 KEYS = {
     kind: [key for key, setting in SETTINGS.items() if kind in kinds_of(setting.hint)]

@@ -86,7 +86,7 @@ def test_export_does_not_replace_the_target_of_a_link(run_here: Path, script: An
 
 
 @posix
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb", "loggers", "profile"])
 def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Path, script: Any) -> None:
     mine = Path("mine").absolute()
     if (run_here / name).exists():
@@ -102,7 +102,7 @@ def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Pat
 
 @posix
 def test_logs_are_not_written_through_a_link(run_here: Path, victim: Path) -> None:
-    for log in ("tensorboard/hparams.yaml", "wandb/run-1"):
+    for log in ("tensorboard/hparams.yaml", "wandb/run-1", "loggers/metrics.csv", "profile/fit-steps.txt"):
         path = run_here / log
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.support.models import tiny_config
+from tests.support.scripts import assert_refused
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.deployment.save import save
 from tnnlm.errors import DataError, UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import train_bpe
@@ -219,6 +221,37 @@ def test_checkpoints_load_as_trained_models_if_the_tokenizer_is_given(attached: 
     assert found.tokenizer.to_json() == tokenizer.to_json()
     assert (found.ssm is not None) == attached
     assert torch.equal(found.model.embedding.weight, model.model.embedding.weight)  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_of_a_plain_trainer_converts_and_generates(script: Any) -> None:
+    tokenizer = train_bpe(["some text " * 50], 270, "<|endoftext|>", 1, progress=False)
+    run = trainer(max_steps=2, enable_checkpointing=True)
+    run.fit(LitModel(settings(), tokenizer), LOADERS["iterable"]())
+    (saved,) = Path("lightning_logs" if Path("lightning_logs").exists() else "checkpoints").rglob("*.ckpt")
+    done = script("convert", str(saved), "--out", "mine", "--no-compile")
+    assert done.code == 0, done.err
+    assert "trained on batches of another loader" in done.out + done.err
+    text = script(
+        "generate", "--model", "mine", "--prompt", "some", "--max-new-tokens", "3", "--device", "cpu"
+    )
+    assert text.code == 0, text.err
+    assert text.out.startswith("some")
+
+
+def test_a_checkpoint_without_tokenizer_says_what_to_do(script: Any) -> None:
+    run, model = trainer(max_steps=1), LitModel(settings())
+    run.fit(model, LOADERS["iterable"]())
+    run.save_checkpoint("bare.ckpt")
+    assert_refused(
+        script("convert", "bare.ckpt"), "without settings and tokenizer", "LitModel(config, tokenizer)"
+    )
+    loaded = LitModel.load_from_checkpoint("bare.ckpt", config=settings())
+    tokenizer = train_bpe(["some text " * 50], 270, "<|endoftext|>", 1, progress=False)
+    save(loaded.model, tokenizer, "saved")  # type: ignore[arg-type]
+    done = script(
+        "generate", "--model", "saved", "--prompt", "some", "--max-new-tokens", "1", "--device", "cpu"
+    )
+    assert done.code == 0, done.err
 
 
 def test_a_callback_without_its_tokenizer_is_reported() -> None:

@@ -38,6 +38,8 @@ from tnnlm.trust import NO_CODE, Trust
 ENTRY = "tnnlm"
 """Key of this package's entry in a checkpoint."""
 _PREFIX = "model."
+_POSITION = "TextDataModule"
+"""Key of the position in the data, which a training on the data of its configuration saves."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TrainedCheckpoint:
     """Number of optimizer steps completed."""
     ssm: AttachedSSM | None
     """Attached recurrences, or None if the checkpoint isn't converted."""
+    own_data: bool = True
+    """Whether the weights were trained on the data of ``config``, and not by another loader or program."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def load_checkpoint(path: Path, trust: Trust = NO_CODE) -> TrainedCheckpoint:
         )
     with _consistent(path):
         ssm, step = _attached(data[ENTRY]["ssm"], path), int(data["global_step"])
-    return TrainedCheckpoint(path, config, tokenizer, model.eval(), step, ssm)
+    return TrainedCheckpoint(path, config, tokenizer, model.eval(), step, ssm, own_data=_POSITION in data)
 
 
 def _attached(stored: dict[str, Any] | None, path: Path) -> AttachedSSM | None:
@@ -226,6 +230,12 @@ def _read(path: Path, verify: bool) -> dict[str, Any]:
     except Exception:  # torch raises many types for damaged and foreign files
         raise CheckpointError(f"{path}: is not a checkpoint of PyTorch", ANOTHER) from None
     entry = data.get(ENTRY) if isinstance(data, dict) else None
+    if entry is None and isinstance(data, dict) and "pytorch-lightning_version" in data:
+        raise CheckpointError(
+            f"{path}: was saved by lightning.Trainer without settings and tokenizer",
+            "train with LitModel(config, tokenizer), or write it with tnnlm.save after "
+            "LitModel.load_from_checkpoint(FILE, config=config)",
+        )
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of this version of tnnlm's train.py", ANOTHER)
     shards_of(path, data, verify=verify)

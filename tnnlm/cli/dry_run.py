@@ -12,9 +12,11 @@ from tnnlm.config.yaml_files import write_yaml
 from tnnlm.conversion.checks import check_training
 from tnnlm.errors import UserError, one_line
 from tnnlm.training.announce import in_units, memory_lines
+from tnnlm.training.components import check_components
 from tnnlm.training.estimate import check_names, estimate_run
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.memory import RunMemory, estimate_memory
+from tnnlm.training.optim import check_optimizer
 
 
 def show(config: Config, as_json: bool) -> None:
@@ -25,6 +27,8 @@ def show(config: Config, as_json: bool) -> None:
     check_names(config)
     choose_strategy(config)
     check_training(config)
+    check_components(config)
+    check_optimizer(config.optim)
     if config.task == "classify":
         from tnnlm.data.sequences.prepare import check_sequence_model
 

@@ -1,7 +1,7 @@
 """Train a language model with FFT convolutions and convert its checkpoints into recurrences.
 
 The run is written to runs/NAME: settings, checkpoints, metrics (CSV and TensorBoard) and samples. A setting
-is a key=value pair; --print-config prints all settings with their values.
+is a key=value pair; they are listed below, and --print-config prints all of them with their values.
 
 Examples:
   tnnlm train                                           # the demo, on Python's sources
@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tnnlm.cli.settings_help import SettingsParser
 from tnnlm.cli.usage import (
     Condition,
     add_settings,
@@ -68,6 +69,11 @@ CONDITIONS = {
         "prints all settings and nothing else",
         "omit --dry-run and --find-lr, or omit it",
     ),
+    "--print-schema": Condition(
+        lambda args: not (args.dry_run or args.find_lr or args.print_config or args.overrides),
+        "prints the schema of all settings and nothing else",
+        "omit the other options and settings",
+    ),
     "--find-lr": Condition(
         lambda args: args.resume is None and args.job is None and not args.dry_run,
         "tries learning rates on a new model, without a run",
@@ -80,7 +86,7 @@ be given."""
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = parser_of("train", __doc__)
+    parser = parser_of("train", __doc__, SettingsParser)
     add_settings(parser)
     add = parser.add_argument_group("resuming").add_argument
     add(
@@ -112,7 +118,8 @@ def arguments() -> argparse.ArgumentParser:
         help="Start a new run from the weights and tokenizer of a run or checkpoint, with a new optimizer. "
         "Without --config, its model settings are taken as well.",
     )
-    add_trust(parser.add_argument_group("custom kernels").add_argument, module=False, compiled=False)
+    group = parser.add_argument_group("code of others")
+    add_trust(group.add_argument, module=False, compiled=False, training=True)
     add = parser.add_argument_group("before training").add_argument
     add(
         "--dry-run",
@@ -124,6 +131,11 @@ def arguments() -> argparse.ArgumentParser:
         "--print-config",
         action="store_true",
         help="Print all settings as YAML, which --config reads, and exit.",
+    )
+    add(
+        "--print-schema",
+        action="store_true",
+        help="Print the JSON schema by which editors complete and check configuration files, and exit.",
     )
     add("--find-lr", action="store_true", help="Run the learning rate finder for 100 steps, and exit.")
     return parser
@@ -147,6 +159,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
+    if args.print_schema:
+        from tnnlm.config.json_schema import schema_text
+
+        print(schema_text(), end="")
+        return 0
     if args.print_config:
         print(config_to_yaml(choose(args).config), end="")
         return 0

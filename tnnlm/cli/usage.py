@@ -29,15 +29,18 @@ class Condition(NamedTuple):
     """Change to the command line that solves the problem."""
 
 
-def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+def parser_of(
+    name: str, description: str | None, kind: type[OneLineParser] = OneLineParser
+) -> argparse.ArgumentParser:
     """Return a parser whose usage line and examples show the command in the way the user called it.
 
     Args:
         name: Name of the subcommand.
         description: Text of ``--help``; its examples begin with ``tnnlm NAME``.
+        kind: Class of the parser.
     """
     called = command(name)
-    return OneLineParser(
+    return kind(
         prog=called,
         description=(description or "").replace(f"tnnlm {name}", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,13 +82,16 @@ def add_device(add: Callable[..., Any]) -> None:
     )
 
 
-def add_trust(add: Callable[..., Any], *, module: bool = True, compiled: bool = True) -> None:
+def add_trust(
+    add: Callable[..., Any], *, module: bool = True, compiled: bool = True, training: bool = False
+) -> None:
     """Add the options for code that a model carries or names; see :func:`trust_of`.
 
     Args:
         add: The ``add_argument`` of a parser or a group.
         module: Add ``--kernel-module``; train.py has ``model.kernel.module`` instead.
         compiled: Add ``--trust-compiled``, for commands that run compiled steps.
+        training: Whether the command trains, and may run the classes that a run names.
     """
     if module:
         add(
@@ -97,7 +103,12 @@ def add_trust(add: Callable[..., Any], *, module: bool = True, compiled: bool = 
     add(
         "--trust-code",
         action="store_true",
-        help="Run the kernel module that a run or checkpoint names, whoever wrote it and whatever its hash.",
+        help="Run the kernel module that a run or checkpoint names, whoever wrote it and whatever its hash"
+        + (
+            ". With --resume, also the loggers, callbacks and profiler that the run names."
+            if training
+            else "."
+        ),
     )
     if compiled:
         add(

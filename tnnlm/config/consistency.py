@@ -5,7 +5,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 
-from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config, DataConfig
+from tnnlm.config.schema import (
+    LABELLED,
+    MASK_TOKEN,
+    SMALLEST_MASKED,
+    SMALLEST_TEXT,
+    Config,
+    DataConfig,
+    OptimConfig,
+)
 from tnnlm.errors import ConfigError
 
 _LONGEST_NAME = 200
@@ -51,12 +59,18 @@ def check_schedule(config: Config, where: Callable[[str], str]) -> None:
             f"optim.warmup_start_lr={optim.warmup_start_lr:g}: must be at most optim.lr={optim.lr:g}"
             + where("optim.warmup_start_lr")
         )
+    if optim.decay_share != OptimConfig().decay_share and optim.schedule != "wsd":
+        raise ConfigError(
+            f"optim.decay_share={optim.decay_share:g}: is for optim.schedule=wsd only"
+            f"{where('optim.decay_share')}",
+            "omit it, or set optim.schedule=wsd",
+        )
     if optim.schedule_steps is None:
         return
     shown = f"optim.schedule_steps={optim.schedule_steps}"
-    if optim.schedule != "cosine":
+    if optim.schedule not in ("cosine", "wsd"):
         raise ConfigError(
-            f"{shown}: is for optim.schedule=cosine only{where('optim.schedule_steps')}", "omit it"
+            f"{shown}: is for optim.schedule=cosine and wsd only{where('optim.schedule_steps')}", "omit it"
         )
     if optim.schedule_steps <= optim.warmup_steps:
         raise ConfigError(
@@ -217,6 +231,24 @@ def check_averaging(config: Config, where: Callable[[str], str]) -> None:
         )
     if any(name in trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
         raise ConfigError(f"{shown}: not supported for sharded weights{place}", "use trainer.strategy=ddp")
+
+
+def check_muon(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error if Muon is selected and weights are sharded: an update needs the whole matrix.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If ``optim.optimizer`` doesn't fit ``trainer.strategy``.
+    """
+    strategy = config.trainer.strategy
+    if config.optim.optimizer == "muon" and strategy not in ("auto", "ddp"):
+        raise ConfigError(
+            f"optim.optimizer=muon: not supported with trainer.strategy={strategy}{where('optim.optimizer')}",
+            "use trainer.strategy=ddp, or optim.optimizer=adamw",
+        )
 
 
 def settle_method(config: Config) -> None:

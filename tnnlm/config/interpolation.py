@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
+from tnnlm.config.components import is_component, read_components
 from tnnlm.config.layers import Schema
 from tnnlm.config.mixture import read_groups
 from tnnlm.config.values import Node, Origin, is_list, item_type, one_line, read_value, shown
@@ -137,6 +138,8 @@ class Values:
         try:
             if is_dataclass(item_type(setting.hint)):
                 return read_groups(node, setting.hint, key, resolve)
+            if is_component(setting.hint):
+                return read_components(node, setting.hint, resolve)
             return read_value(node, setting.hint, setting.metadata.get("word"), resolve)
         except ConfigError:  # of a setting that an interpolation refers to
             raise

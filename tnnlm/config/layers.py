@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, get_type_hints
 
+from tnnlm.config.components import is_component, opened
 from tnnlm.config.schema import Config
 from tnnlm.config.values import (
     Node,
@@ -139,6 +140,8 @@ class Layer:
     def _set(self, key: str, node: Node, hint: Any) -> None:
         """Set a value; a value of a list that is given repeatedly, without brackets, is added to the list."""
         before = self.nodes.get(key)
+        if is_component(hint):
+            node = _opened(key, node)
         if before is not None and is_list(hint) and node.origin is Origin.WORD and not is_bracketed(node):
             try:
                 node = replace(node, value=[*list_items(before), *list_items(node)])
@@ -178,6 +181,13 @@ def as_group(node: Node, key: str) -> Node:
     if not isinstance(node.value, dict):
         raise ConfigError(f"{key}={shown(node)}: expected a group of settings, {key}.NAME=... ({node.place})")
     return node
+
+
+def _opened(key: str, node: Node) -> Node:
+    try:
+        return opened(node)
+    except ValueError as error:
+        raise ConfigError(f"{key}={shown(node)}: {error} ({node.place})") from None
 
 
 def _unknown(key: str, place: str, schema: Schema) -> ConfigError:

@@ -18,6 +18,7 @@ from tnnlm.config.consistency import (
     check_averaging,
     check_context,
     check_format,
+    check_muon,
     check_name,
     check_protocol,
     check_schedule,
@@ -34,6 +35,7 @@ from tnnlm.config.sources import check_source, select_source
 from tnnlm.config.values import Origin, kinds_of, one_line, stored
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
+from tnnlm.fields import Component
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.kernels.base import unknown_kernel
 from tnnlm.trust import NO_CODE, Trust
@@ -69,7 +71,7 @@ def load_config(
     layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
     values = _values(layers, trust)
     described = select_source(layers, values)
-    config = _config(values)
+    config = _config(values, trust)
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
     check_effective_settings(config, values.given)
@@ -85,7 +87,7 @@ def config_from_dict(data: dict[str, Any], where: str = "checkpoint", trust: Tru
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings")
-    return _config(_values([Layer(where, [stored(data, where)])], trust))
+    return _config(_values([Layer(where, [stored(data, where)])], trust), trust)
 
 
 def model_config_from_dict(data: dict[str, Any], where: str = "checkpoint") -> ModelConfig:
@@ -196,7 +198,7 @@ def _kernel_module(layers: list[Layer], common: Values) -> Named | None:
     return None if named is None else named._replace(sha256=sha256)
 
 
-def _config(values: Values) -> Config:
+def _config(values: Values, trust: Trust) -> Config:
     """Return the configuration with the given values, after all checks."""
     for key, node in values.nodes.items():
         value = values[key]
@@ -205,6 +207,8 @@ def _config(values: Values) -> Config:
         except ConfigError as error:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     config: Config = _build(Config, "", values)
+    if trust.code:
+        _trust_components(config)
     check_settings(config)
 
     def where(key: str) -> str:
@@ -216,8 +220,17 @@ def _config(values: Values) -> Config:
     check_context(config, where)
     check_sharding(config, where)
     check_averaging(config, where)
+    check_muon(config, where)
     settle_task(config, where)
     return config
+
+
+def _trust_components(config: Config) -> None:
+    """Let the classes that a run or checkpoint names be run as if the user had named them."""
+    settings = config.trainer
+    settings.loggers = [Component(entry) for entry in settings.loggers]
+    settings.callbacks = [Component(entry) for entry in settings.callbacks]
+    settings.profiler = settings.profiler and Component(settings.profiler)
 
 
 def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None:

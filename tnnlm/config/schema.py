@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tnnlm.config.sequences import ArchiveConfig, ListOpsConfig
 from tnnlm.config.text_sources import TOKEN_TYPES, SourceConfig
-from tnnlm.fields import choice, number, text
+from tnnlm.fields import Component, choice, number, text
 from tnnlm.kernels.base import KernelConfig
 from tnnlm.kernels.tno import TNOConfig
 
@@ -153,8 +153,13 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and the learning rate schedule."""
+    """Optimizer and learning rate schedule."""
 
+    optimizer: str = choice("adamw", "adamw", "muon")
+    """Optimizer: adamw, or muon (Muon for the matrices of the blocks outside of the kernels, AdamW for
+    embedding, head, kernels, norms and biases; PyTorch 2.9 or newer, and no strategy that shards weights).
+    Updates of Muon are scaled to those of AdamW, so that ``optim.lr`` and ``optim.weight_decay`` serve
+    both."""
     lr: float = number(2e-3, above=0, high=100)
     """Peak learning rate."""
     beta1: float = number(0.9, low=0, high=0.9999)
@@ -170,18 +175,22 @@ class OptimConfig:
     shortens the memory) or all, as in the published TNN language models."""
     kernel_lr_scale: float = number(1.0, above=0, high=1_000)
     """Learning rate of the kernel parameters as a multiple of ``optim.lr``."""
-    schedule: str = choice("cosine", "cosine", "inverse_sqrt", "constant")
-    """Learning rate schedule after the warm-up."""
+    schedule: str = choice("cosine", "cosine", "wsd", "inverse_sqrt", "constant")
+    """Learning rate schedule after the warm-up: cosine, wsd (warm-up, stable, decay: constant, then linear
+    over the last ``optim.decay_share`` of the steps), inverse_sqrt or constant. A run with wsd that has not
+    begun to decay can be extended on resume, with the same result as if it had been longer from the start."""
+    decay_share: float = number(0.1, above=0, high=1)
+    """Share of the steps of the schedule over which the learning rate of wsd decays."""
     warmup_steps: int = number(100, low=0)
     """Number of optimizer steps of linear warm-up."""
     warmup_start_lr: float = number(0.0, low=0, high=100)
     """Learning rate of the first step of the warm-up, at most ``optim.lr``. 0: ``optim.lr`` divided by
     ``optim.warmup_steps``, because a step at the learning rate 0 has no effect."""
     schedule_steps: int | None = number(None, low=1)
-    """Step at which the cosine schedule reaches its end (null: ``trainer.max_steps``). The learning rate is
-    constant afterwards."""
+    """Step at which the schedules cosine and wsd reach their end (null: ``trainer.max_steps``). The learning
+    rate is constant afterwards."""
     min_lr_ratio: float = number(0.01, low=0, high=1)
-    """Final learning rate of the cosine schedule as a fraction of ``optim.lr``."""
+    """Final learning rate of the schedules cosine and wsd as a fraction of ``optim.lr``."""
     grad_clip: float = number(1.0, low=0)
     """Maximum gradient norm; 0 disables clipping."""
 
@@ -239,6 +248,15 @@ class TrainerConfig:
     wandb: str | None = None
     """Weights & Biases project to log to, in addition to metrics.csv and TensorBoard (null: none). Requires
     the extra [wandb]; WANDB_MODE=offline is supported."""
+    loggers: list[Component] = field(default_factory=list)
+    """Loggers of Lightning, in addition to metrics.csv and TensorBoard: class paths, or mappings of
+    class_path and init_args. A logger that takes a ``save_dir`` gets the folder ``loggers`` of the run."""
+    callbacks: list[Component] = field(default_factory=list)
+    """Callbacks of Lightning, in addition to those of the run: class paths, or mappings of class_path and
+    init_args."""
+    profiler: Component | None = None
+    """Profiler of Lightning (null: none): simple, advanced, pytorch, a class path, or a mapping of class_path
+    and init_args. It writes into the folder ``profile`` of the run, on the first rank."""
     sample_prompt: str = text("def ", empty=True)
     """Prompt of the sample that is generated at each validation; the default suits Python source code."""
     sample_tokens: int = number(64, low=0, high=100_000)

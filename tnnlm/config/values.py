@@ -15,7 +15,9 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
 
-_SCALARS = {str, int, float, bool}
+from tnnlm.fields import Component
+
+_SCALARS = {str, int, float, bool, Component}
 
 
 class Origin(Enum):
@@ -80,7 +82,7 @@ def item_type(hint: Any) -> Any:
 def is_supported(hint: Any) -> bool:
     """Return whether a type can be read.
 
-    These are scalars, a list of scalars, unions of these with None, and a list of dataclasses.
+    These are scalars, components, lists of these, unions with None, and a list of dataclasses.
     """
     if is_dataclass(item_type(hint)):
         return True

@@ -90,12 +90,18 @@ def write_yaml(data: dict[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_CORE = re.compile(
+    r"[-+]?(\.[0-9]|[0-9])[0-9.]*([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan|0[xo][0-9a-f]+", re.IGNORECASE
+)
+"""Text that YAML 1.2 reads as a number if it isn't quoted; PyYAML quotes the numbers of YAML 1.1 alone."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Dumper that escapes line breaks: in its other styles PyYAML folds those of Unicode into blanks."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Return the scalar for a text."""
-        style = None if text.isprintable() else '"'
+        style = None if text.isprintable() and not _CORE.fullmatch(text) else '"'
         return self.represent_scalar(f"{_TAG}str", text, style)
 
 

@@ -16,6 +16,7 @@ from tnnlm.data.conversations.rows import AnswerRows, collate_answers
 from tnnlm.data.loader_process import leave_signals
 from tnnlm.data.sampler import GlobalOrderSampler
 from tnnlm.data.tasks import TaskData, load_task_data
+from tnnlm.data.timed_loader import TimedLoader, Wait
 from tnnlm.machine.threads import loader_processes
 
 
@@ -36,6 +37,8 @@ class TextDataModule(lightning.LightningDataModule):
         self.block = config.data.batch_size
         """Number of conversations of like length that follow each other in the global order."""
         self._step_at_load = 0
+        self.wait = Wait()
+        """Time that the training has waited for batches."""
 
     def prepare_data(self) -> None:
         """Tokenize or generate the data into the cache; Lightning calls this on one rank per node."""
@@ -69,22 +72,23 @@ class TextDataModule(lightning.LightningDataModule):
             "rank": rank,
             "world_size": ranks,
         }
+        sampler: GlobalOrderSampler
         if isinstance(train, AnswerRows):
-            return self._loader(
-                train,
-                AnswerSampler(
-                    len(train),
-                    **settings,
-                    lengths=train.sizes,
-                    answers=train.answers,
-                    accumulate=trainer.accumulate_grad_batches,
-                    block=lambda: self.block,
-                ),
+            sampler = AnswerSampler(
+                len(train),
+                **settings,
+                lengths=train.sizes,
+                answers=train.answers,
+                accumulate=trainer.accumulate_grad_batches,
+                block=lambda: self.block,
             )
-        sampler = GlobalOrderSampler(
-            len(train), **settings, mixture=self.opened.mixture, resampled=self.opened.resampled
-        )
-        return self._loader(train, sampler)
+        else:
+            sampler = GlobalOrderSampler(
+                len(train), **settings, mixture=self.opened.mixture, resampled=self.opened.resampled
+            )
+        loader = self._loader(train, sampler)
+        loader.wait = self.wait
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this rank's validation loader: with N readers, every N-th row.
@@ -144,10 +148,10 @@ class TextDataModule(lightning.LightningDataModule):
         trainer, size = self._trainer(), self.config.trainer.context_parallel
         return trainer.global_rank // size, trainer.world_size // size
 
-    def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
+    def _loader(self, rows: Any, batches: Any) -> TimedLoader:
         workers = loader_processes(self.config.data.num_workers)
         answers = isinstance(rows, AnswerRows)
-        return DataLoader(
+        return TimedLoader(
             rows,
             batch_sampler=batches,
             collate_fn=partial(collate_answers, self.config.model.max_length) if answers else None,

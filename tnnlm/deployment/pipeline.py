@@ -246,6 +246,8 @@ def _corpus_of(source: TrainedCheckpoint) -> Corpus:
     """
     if source.step == 0:  # imported: the configuration names data, but the weights were not trained on it
         raise DataError("the training data of imported weights is not known")
+    if not source.own_data:
+        raise DataError("the weights were trained on batches of another loader, whose text is not known")
     corpus = open_corpus(source.config)
     trained_on = read_report(source.path.parent.parent)
     changed = trained_on is not None and trained_on.change(corpus.report) is not None

@@ -21,7 +21,7 @@ from tnnlm.precision import KeepsFloat32
 
 @dataclass(kw_only=True)
 class KernelConfig:
-    """Settings common to all kernels; ``name`` selects the schema of the remaining settings."""
+    """Settings that all kernels have; ``name`` selects the kernel, which adds further settings."""
 
     name: str = "tno"
     """Name of the kernel: tno, fd_tno, sgconv, rtf, hyena, or a name that ``module`` registers."""

@@ -88,17 +88,18 @@ def schedule_steps(trainer: lightning.Trainer, config: Config) -> int:
     """Return the length of the learning-rate schedule in optimizer steps.
 
     This is ``max_steps`` of the trainer, or the number of steps in its epochs. If both are unknown it is
-    ``trainer.max_steps`` of the configuration, and a cosine schedule causes a warning.
+    ``trainer.max_steps`` of the configuration, and a schedule with an end causes a warning.
     """
     if own_data(trainer) is not None:
         return config.trainer.max_steps
     steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
     if 0 < steps < math.inf:
         return int(steps)
-    if config.optim.schedule == "cosine":
+    if config.optim.schedule in ("cosine", "wsd"):
         warnings.warn(
-            "Trainer: does not know how many steps it will run, so the cosine schedule ends at step "
-            f"{config.trainer.max_steps} (trainer.max_steps of the configuration); pass max_steps to Trainer",
+            f"Trainer: does not know how many steps it will run, so the {config.optim.schedule} schedule "
+            f"ends at step {config.trainer.max_steps} (trainer.max_steps of the configuration); "
+            "pass max_steps to Trainer",
             stacklevel=2,
         )
     return config.trainer.max_steps

@@ -37,7 +37,7 @@ from tnnlm.training.fsdp import (
 )
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.tasks import VALIDATION_TASKS
-from tnnlm.training.throughput import DataWait, Throughput, memory_values
+from tnnlm.training.throughput import Throughput, memory_values
 
 
 class LitModel(lightning.LightningModule):
@@ -95,7 +95,7 @@ class LitModel(lightning.LightningModule):
             split_convolutions(self.model, self.group)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its learning-rate schedule, stepped once per optimizer step."""
+        """Return the optimizer and its learning-rate schedule, stepped once per optimizer step."""
         # Fused AdamW unscales gradients after clipping, which is wrong under 16-mixed only.
         fused = self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.config.optim, fused)
@@ -139,7 +139,7 @@ class LitModel(lightning.LightningModule):
             rank_zero_info(
                 "val/bpb: not logged, because only tnnlm.TextDataModule provides the bytes per token"
             )
-        self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
+        self.watch.start(self.global_step, self._waited())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by (seed, step, micro-batch, rank), so that a resumed run gets the same masks.
@@ -211,7 +211,7 @@ class LitModel(lightning.LightningModule):
             "train/loss": float(mean_over_ranks(torch.stack(self._step_losses).mean())),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/skipped": float(self.skipped),
-            **self.watch.read(self.trainer, self._tokens_per_step(step)),
+            **self.watch.read(self.trainer, self._tokens_per_step(step), self._waited()),
         }
         self._write(values, ("train/loss", "train/tokens_per_second", "train/grad_norm"))
         self._step_losses = []
@@ -232,9 +232,7 @@ class LitModel(lightning.LightningModule):
         if step == self._last_log or not every or step % every:
             return
         tokens = self._tokens * self.trainer.world_size // (step - self._last_log)
-        values = self.watch.read(self.trainer, tokens)
-        if not isinstance(self.trainer.profiler, DataWait):  # type: ignore[attr-defined]
-            del values["train/data_seconds"]  # only DataWait measures it
+        values = self.watch.read(self.trainer, tokens, self._waited())
         self.log_dict({"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"], **values})
         self._tokens, self._last_log = 0, step
 
@@ -274,7 +272,12 @@ class LitModel(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """Restart the timers, which exclude validation."""
         self._last_log, self._tokens = self.global_step, 0
-        self.watch.start(self.global_step, self.trainer.profiler)  # type: ignore[attr-defined]
+        self.watch.start(self.global_step, self._waited())
+
+    def _waited(self) -> float | None:
+        """Return the seconds that the training has waited for batches; only our data module measures them."""
+        data = own_data(self.trainer)
+        return None if data is None else data.wait.seconds
 
     def _write(self, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """Send ``values`` to the loggers at this optimizer step, and those ``shown`` to bar and callbacks.

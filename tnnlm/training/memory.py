@@ -57,7 +57,7 @@ class RunMemory:
     """Peak memory per device of a run, in bytes."""
 
     state: int
-    """Weights, buffers, gradients and Adam moments, averaged weights, and the buckets of DDP."""
+    """Weights, buffers, gradients and moments of the optimizer, averaged weights, and the buckets of DDP."""
     buckets: int
     """Part of ``state``: the buffers through which DDP reduces the gradients."""
     step: int

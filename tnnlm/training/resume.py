@@ -21,6 +21,7 @@ from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import check_no_link, remove_leftovers, write_text
 from tnnlm.reading import check_regular
 from tnnlm.training.callbacks.checkpoint import second_name
+from tnnlm.training.components import LOGGERS, PROFILE
 from tnnlm.training.data_check import keep_text_of_old_run
 from tnnlm.training.summary import read_summary
 from tnnlm.trust import NO_CODE, Trust
@@ -29,7 +30,7 @@ SOURCES = {"last": LAST, "previous": PREVIOUS}
 """Values of ``train.py --from`` and the checkpoint that each selects."""
 REPLACED = Path("checkpoints") / "replaced.ckpt"
 """Backup of last.ckpt, made when a run resumes from previous.ckpt."""
-_FIXED_ON_RESUME = ("name", "runs_dir", *FIXED, "trainer.ema_decay")
+_FIXED_ON_RESUME = ("name", "runs_dir", *FIXED, "trainer.ema_decay", "optim.optimizer")
 _RESUMED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule")
 """Entries of a checkpoint that a run resumes from."""
 
@@ -166,7 +167,7 @@ def check_outputs(run: Path) -> None:
         UserError: If a folder of checkpoints or logs is a link, or has a log that is a link to another place.
         CheckpointError: If an output that is read on resume is no regular file.
     """
-    logs = run / "tensorboard", run / "wandb"
+    logs = [run / name for name in ("tensorboard", "wandb", LOGGERS, PROFILE)]
     for folder in (run / LAST.parent, *logs):
         check_no_link(folder, "put the folder itself in its place, or link the folder of the whole run")
     for folder in logs:

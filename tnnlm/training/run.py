@@ -21,6 +21,7 @@ from tnnlm.checkpoints.hf_files import tokenizer_settings
 from tnnlm.checkpoints.locate import LAST
 from tnnlm.checkpoints.settings_file import write_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint
+from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.conversion.checks import check_training
 from tnnlm.data.datamodule import TextDataModule
@@ -38,12 +39,14 @@ from tnnlm.training.callbacks.checkpoint import NOTHING_SAVED, CheckpointLast
 from tnnlm.training.callbacks.first_step import FirstStep
 from tnnlm.training.callbacks.resumed_optimizer import RestoreOptimizerSettings
 from tnnlm.training.callbacks.skip_steps import SkipBadSteps
+from tnnlm.training.components import check_components
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import check_accelerator, check_devices
 from tnnlm.training.fsdp import choose_strategy
 from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
+from tnnlm.training.optim import check_optimizer
 from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
 from tnnlm.training.slurm import begin_job
 from tnnlm.training.suggested_prompt import suggested_prompt
@@ -127,6 +130,8 @@ def _train(
         announce(config, module.model, start.folder, start.report, start.checkpoint, start.step)
         if start.step is None:
             _record(config, start)
+        for logger in trainer.loggers[len(trainer.loggers) - len(config.trainer.loggers) :]:
+            logger.log_hyperparams(config_to_dict(config))
     _fit(trainer, module, data, start.checkpoint, last)
     return _summarise(trainer, module, data, last) if trainer.global_rank == 0 else {}
 
@@ -156,6 +161,8 @@ def _resolve(
     check_devices(config)
     strategy = choose_strategy(config)
     check_training(config)
+    check_components(config)
+    check_optimizer(config.optim)
     if config.trainer.compile:
         check_compiler_cache()
     if run is None:
@@ -314,6 +321,7 @@ def quieten() -> None:
         ".*your dataloader is not resumable.*",  # the sampler restores its position from the checkpoint
         ".*Total length of .* across ranks is zero.*",  # a run that was killed after its last step
         ".*before `optimizer.step.*",  # 16-mixed skips the first steps, which overflow
+        ".*callbacks used to create the checkpoint need.*",  # trainer.callbacks may change on resume
         ".*LeafSpec.*is deprecated.*",  # raised by Lightning's code
         ".*WeightAveraging callback with a model that overrides.*",  # it only compiles and shards
     ):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from tnnlm.config.schema import Config
@@ -80,26 +79,6 @@ def peak_memory(device: torch.device) -> float:
     return resident_peak() / 2**30
 
 
-class DataWait(Profiler):
-    """Profiler that accumulates the seconds that the training loop waits for batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waited = 0.0
-        """Seconds waited for batches so far."""
-        self._began = 0.0
-
-    def start(self, action_name: str) -> None:
-        """Start timing if the action is loading a batch."""
-        if action_name.endswith("train_dataloader_next"):
-            self._began = time.perf_counter()
-
-    def stop(self, action_name: str) -> None:
-        """Stop timing and add the wait if the action is loading a batch."""
-        if action_name.endswith("train_dataloader_next"):
-            self.waited += time.perf_counter() - self._began
-
-
 class Throughput:
     """Metrics of the optimizer steps since the last row of the log."""
 
@@ -107,33 +86,42 @@ class Throughput:
         self.flops = flops_per_token(config.model, config.data.batch_size, guessed_share(config))
         self.norms: list[Tensor] = []
         """Gradient norms before clipping, one per optimizer step."""
-        self._last = (0, 0.0, 0.0)
+        self._last: tuple[int, float, float | None] = (0, 0.0, None)
 
-    def start(self, step: int, profiler: Any) -> None:
-        """Start the timers at ``step``: at the start of training, and after pauses such as validation."""
-        self._last = (step, time.perf_counter(), _waited(profiler))
+    def start(self, step: int, waited: float | None) -> None:
+        """Start the timers at ``step``: at the start of training, and after pauses such as validation.
 
-    def read(self, trainer: lightning.Trainer, tokens_per_step: int) -> dict[str, float]:
+        Args:
+            step: Optimizer step.
+            waited: Seconds that the training has waited for batches so far; None if nobody measures them.
+        """
+        self._last = (step, time.perf_counter(), waited)
+
+    def read(
+        self, trainer: lightning.Trainer, tokens_per_step: int, waited: float | None
+    ) -> dict[str, float]:
         """Return means since the last call of ``read`` or ``start``, and restart the timers.
 
         Args:
             trainer: Trainer at the end of an optimizer step.
             tokens_per_step: Tokens per optimizer step on all ranks.
+            waited: Seconds that the training has waited for batches so far; None if nobody measures them.
 
         Returns:
             Values by metric name.
         """
         (last_step, last_time, last_waited), step = self._last, trainer.global_step
-        self.start(step, trainer.profiler)  # type: ignore[attr-defined]
-        _, now, waited = self._last
+        self.start(step, waited)
+        now = self._last[1]
         seconds = (now - last_time) / (step - last_step)
         speed = tokens_per_step / seconds
         values = {
             "train/tokens_per_second": speed,
             "train/step_seconds": seconds,
-            "train/data_seconds": (waited - last_waited) / (step - last_step),
             "train/tflops": self.flops * speed / trainer.world_size / 1e12,
         }
+        if waited is not None and last_waited is not None:
+            values["train/data_seconds"] = (waited - last_waited) / (step - last_step)
         memory = peak_memory(trainer.strategy.root_device)
         if memory:
             values["train/memory_gib"] = memory
@@ -141,7 +129,3 @@ class Throughput:
             values["train/grad_norm"] = float(torch.stack(self.norms).mean())
         self.norms = []
         return values
-
-
-def _waited(profiler: Any) -> float:
-    return profiler.waited if isinstance(profiler, DataWait) else 0.0

@@ -22,13 +22,13 @@ from tnnlm.training.callbacks.progress import TrainingBar
 from tnnlm.training.callbacks.recurrences import AttachRecurrences
 from tnnlm.training.callbacks.samples import SampleWriter
 from tnnlm.training.callbacks.validation import ValidationSchedule
+from tnnlm.training.components import named_callbacks, named_loggers, named_profiler
 from tnnlm.training.estimate import SHARDING, resolve_accelerator, resolve_devices, resolve_precision
 from tnnlm.training.loggers.console import PlainLines
 from tnnlm.training.loggers.csv import MetricsCSV
 from tnnlm.training.loggers.wandb import wandb_logger
 from tnnlm.training.slurm import cluster_plugins
 from tnnlm.training.tasks import VALIDATION_TASKS
-from tnnlm.training.throughput import DataWait
 
 
 def build_trainer(
@@ -62,7 +62,7 @@ def build_trainer(
         enable_progress_bar=at_terminal,
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
-        profiler=DataWait(),
+        profiler=named_profiler(config, folder),
         logger=_loggers(config, folder, resume_step, at_terminal),
         callbacks=_callbacks(config, folder, callbacks, at_terminal),
     )
@@ -107,6 +107,7 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
         loggers.append(PlainLines(config.trainer.max_steps))
     if config.trainer.wandb is not None:
         loggers.append(wandb_logger(config, folder))
+    loggers += named_loggers(config, folder)
     return loggers
 
 
@@ -126,5 +127,6 @@ def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal:
         AttachRecurrences(config, *average),
         *([samples] if task.converts else []),
         *given,
+        *named_callbacks(config),
         BestCheckpoint(folder, task),
     ]

@@ -7,16 +7,16 @@ import importlib
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from tnnlm.cli import module_of
-from tnnlm.config.flags import field_docs
+from tnnlm.config.catalogue import Entry, entries_of
+from tnnlm.config.layers import KERNEL, Schema
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
-from tnnlm.kernels import KERNEL_SCHEMAS
+from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.training.loggers.names import METRICS, Place
 
 STANDARD = "demo"
@@ -35,21 +35,17 @@ def settings_table(prefix: str = "") -> str:
     Raises:
         KeyError: If there is no such group.
     """
-    if prefix.startswith("kernel."):
-        schema: Any = KERNEL_SCHEMAS[prefix.removeprefix("kernel.")]
-        shown = "model.kernel."
-    else:
-        schema, shown = _schema_of(prefix), f"{prefix}." if prefix else ""
-    hints, documented = get_type_hints(schema), field_docs(schema)
+    kernel = prefix.removeprefix("kernel.") if prefix.startswith("kernel.") else None
+    shown = f"{KERNEL}." if kernel else f"{prefix}." if prefix else ""
+    schema = KERNEL_SCHEMAS[kernel] if kernel else _schema_of(prefix)
     used: Any = load_config(find_config(STANDARD))
     for part in filter(None, shown.split(".")):
         used = getattr(used, part)
     rows = [
-        f"| `{shown}{item.name}` | {_type(hints[item.name], item)} | {_default(item, used)} "
-        f"| {_cell(documented.get(item.name, ''))} |"
-        for item in fields(schema)
-        # A group has a separate table, and the name of a kernel is in the heading above the table.
-        if not is_dataclass(_value(item)) and (schema is Config or item.name != "name")
+        f"| `{entry.key}` | {_type(entry)} | {_default(entry, used)} | {_cell(entry.text)} |"
+        for entry in entries_of(schema, shown)
+        # The name of a kernel is in the heading above the table.
+        if entry.key != f"{KERNEL}.name"
     ]
     return "\n".join(("| setting | type | default | description |", "|---|---|---|---|", *rows))
 
@@ -86,21 +82,13 @@ def metrics_table() -> str:
 
 
 def _schema_of(prefix: str) -> type:
-    schema: Any = Config
-    for part in filter(None, prefix.split(".")):
-        schema = type(_value({item.name: item for item in fields(schema)}[part]))
-    assert isinstance(schema, type)
-    return schema
+    return Schema.of(KernelConfig).groups[prefix] if prefix else Config
 
 
-def _value(item: Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def _default(item: Field[Any], used: Any) -> str:
-    """Return the default of a field, and its value in the group ``used`` if it is another one."""
-    default = _literal(_value(item))
-    value = _literal(getattr(used, item.name, _value(item)))  # the group may be that of another kernel
+def _default(entry: Entry, used: Any) -> str:
+    """Return the default of a setting, and its value in the group ``used`` if it is another one."""
+    default = _literal(entry.default)
+    value = _literal(getattr(used, entry.name, entry.default))  # the group may be that of another kernel
     return default if value == default else f"{default} ({STANDARD}: {value})"
 
 
@@ -112,14 +100,11 @@ def _literal(value: Any) -> str:
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "empty"
 
 
-def _type(hint: Any, item: Field[Any]) -> str:
-    if options := item.metadata.get("options"):
-        return " \\| ".join(f"`{option}`" for option in options)
-    if get_origin(hint) is list:
-        return "list of strings" if get_args(hint) == (str,) else "list of groups"
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    words = {int: "integer", float: "number", str: "string", bool: "boolean"}
-    return " or ".join(words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+def _type(entry: Entry) -> str:
+    if entry.options:
+        return " \\| ".join(f"`{option}`" for option in entry.options)
+    word = entry.metadata.get("word")
+    return " or ".join([*entry.kinds, *([f"`{word}`"] if word else [])])
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -27,6 +27,7 @@ class RestoreOptimizerSettings(Callback):
         fresh = build_optimizer(pl_module.model, optim, fused=False).param_groups
         for group, new in zip(trainer.optimizers[0].param_groups, fresh, strict=True):
             for key in ("weight_decay", "betas", "eps"):
-                group[key] = new[key]
+                if key in new:  # Muon has no betas
+                    group[key] = new[key]
             group["initial_lr"], group["lr"] = new["lr"], new["lr"] * factor
         scheduler.base_lrs = [new["lr"] for new in fresh]

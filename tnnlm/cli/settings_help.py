@@ -1,0 +1,84 @@
+"""The part of ``--help`` that lists all settings, group by group, with type, default and a sentence each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from tnnlm.config.catalogue import Entry, Group, groups
+from tnnlm.config.loader import load_config
+from tnnlm.config.shipped import find_config
+from tnnlm.errors import OneLineParser
+
+STANDARD = "demo"
+"""Name of the configuration that is used without ``--config``."""
+
+
+class SettingsParser(OneLineParser):
+    """Parser whose ``--help`` ends with all settings."""
+
+    def format_help(self) -> str:
+        """Return the help of the options, and that of the settings behind it."""
+        return f"{super().format_help()}\n{settings_help(self.prog)}"
+
+
+def settings_help(prog: str) -> str:
+    """Return a table of all settings, which is as wide as the terminal.
+
+    Args:
+        prog: Command that takes the settings, as typed.
+    """
+    formatter = argparse.HelpFormatter(prog, max_help_position=32)
+    formatter.add_text(
+        "Settings, each a key=value, with the default, and behind demo the value of the configuration that "
+        "is used without --config:"
+    )
+    used = load_config(find_config(STANDARD))
+    for group in groups():
+        formatter.start_section(_title(group))
+        formatter.add_text(f"{group.about}.")
+        formatter.add_arguments(list(_actions(group, used)))
+        formatter.end_section()
+    return formatter.format_help()
+
+
+def _title(group: Group) -> str:
+    if group.kernel is not None:
+        return f"{group.prefix}name={group.kernel}"
+    return group.prefix.rstrip(".") or "general"
+
+
+def _actions(group: Group, used: Any) -> Iterator[argparse.Action]:
+    """Yield an argument for each setting of a group, which only the formatter of argparse uses."""
+    chosen = used.model.kernel.name == group.kernel
+    for part in filter(None, group.prefix.split(".")):
+        used = getattr(used, part)
+    for entry in group.entries:
+        value = getattr(used, entry.name, entry.default) if chosen or group.kernel is None else entry.default
+        text = f"{entry.sentence} {_default(entry, value)}"
+        yield argparse.Action([], entry.key, help=text.replace("%", "%%"), metavar=_value(entry))
+
+
+def _value(entry: Entry) -> str:
+    word = entry.metadata.get("word")
+    kinds = entry.options or (*(kind.upper() for kind in entry.kinds), *([word] if word else []))
+    return f"{entry.key}={'|'.join(kinds)}"
+
+
+def _default(entry: Entry, value: Any) -> str:
+    default = shown(entry.default)
+    return (
+        f"(default: {default})" if value == entry.default else f"(default: {default}; demo: {shown(value)})"
+    )
+
+
+def shown(value: Any) -> str:
+    """Return a value as typed on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and value != value.strip():
+        return f"'{value}'"
+    return f"{value:g}" if isinstance(value, float) else str(value)
