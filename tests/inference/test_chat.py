@@ -69,7 +69,7 @@ def chat_of(writer: TextGenerator, renderer: Renderer, template: str | None) -> 
 def test_turn_continues_the_state_of_the_last_one(writer: Counting, renderer: Renderer) -> None:
     talk, out = chat_of(writer, renderer, CLOSE), io.StringIO()
     answers = [talk.answer(prompt, out) for prompt in ("hello", "there", f"a{END}")]
-    assert out.getvalue() == "".join(answers)
+    assert out.getvalue() == "".join(answer.lstrip() for answer in answers)
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 3
     assert talk._state is not None
     history = talk._state.history

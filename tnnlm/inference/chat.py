@@ -91,7 +91,7 @@ class ChatSession:
             raise _NO_TEXT
         generator = self._session.generator
         state = generator.prefill_tokens([tokens], before) if tokens or before is None else before
-        record = self._session.stream(state, out)
+        record = self._session.stream(state, out, stripped=True)
         answer = record.text
         self._state, self._read = record.state, text + self._chat.tokens.hide(answer)
         self.messages = [*messages, {"role": ASSISTANT, "content": answer}]
@@ -162,9 +162,9 @@ def chat(
         first = {"prompt": prompts[0], "text": measured["samples"][0]}
         print(json.dumps({**measured, **(first if len(prompts) == 1 else {})}, ensure_ascii=False))
     elif len(rows) == 1:
-        session.stream(session.generator.prefill_tokens(rows), sys.stdout)
+        session.stream(session.generator.prefill_tokens(rows), sys.stdout, stripped=True)
         sys.stdout.write("\n")
     else:
         for index, text in enumerate(session.measure_rows(rows)["samples"]):
             title = prompts[index] if len(prompts) > 1 else f"sample {index + 1}"
-            sys.stdout.write(f"--- {title}\n{text}\n")
+            sys.stdout.write(f"--- {title}\n{text.lstrip()}\n")

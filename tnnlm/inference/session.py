@@ -199,12 +199,17 @@ class GenerationSession:
         self.state = join([record.state for record in records])
         return records
 
-    def stream(self, state: GenerationState, out: TextIO | None) -> Completion:
-        """Generate a completion of a state, which is streamed to ``out`` if that is given."""
+    def stream(self, state: GenerationState, out: TextIO | None, *, stripped: bool = False) -> Completion:
+        """Generate a completion of a state, which is streamed to ``out`` if that is given.
+
+        With ``stripped``, white space at its beginning is not shown.
+        """
         record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
         for chunk in chunks:
+            shown = chunk.lstrip() if stripped else chunk
+            stripped = stripped and not shown
             if out is not None:
-                out.write(chunk)
+                out.write(shown)
                 out.flush()
         if out is not None and out.isatty():
             speed = f"{len(record.tokens)} tokens, {1e3 * record.seconds_per_token:.1f} ms per token"

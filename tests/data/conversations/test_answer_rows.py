@@ -184,7 +184,7 @@ def test_settings_that_do_not_fit_conversations_are_refused(words: list[str], re
 
 def test_text_file_is_refused() -> None:
     Path("a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.txt: has no columns, which data\.format=chat needs"):
+    with pytest.raises(UserError, match=r"a\.txt: is no \.jsonl or \.parquet file, which data\.format=chat"):
         load_task_data(config_of(Path("a.txt")))
 
 

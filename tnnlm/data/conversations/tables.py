@@ -15,11 +15,13 @@ import pyarrow.parquet
 
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.content import folder_content
-from tnnlm.data.file_types import is_table
 from tnnlm.data.files import source_files
 from tnnlm.data.hub import check_hub, load_rows, readable
 from tnnlm.data.sources import cache_folder
 from tnnlm.errors import DataError
+
+READ = (".jsonl", ".jsonl.gz", ".parquet", ".parquet.gz")
+"""Ends of the names of files with conversations."""
 
 
 class Row(NamedTuple):
@@ -39,10 +41,10 @@ def table_files(config: DataConfig) -> list[Path]:
     """
     files = source_files(config)
     for path in files:
-        if not is_table(path):
+        if not path.name.endswith(READ):
             raise DataError(
-                f"{path}: has no columns, which data.format={config.format} needs",
-                "use .jsonl or .parquet files, or omit data.format for text",
+                f"{path}: is no .jsonl or .parquet file, which data.format={config.format} reads",
+                "give one, also as .gz, or omit data.format for text",
             )
     return files
 
