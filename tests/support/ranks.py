@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tests.support.nccl import AsNccl
-from tests.support.training_runs import OTHER_DATA, SETTINGS, row_marks
+from tests.support.training_runs import SETTINGS, row_marks
 from tnnlm.config.loader import load_config
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
@@ -87,7 +87,8 @@ def rank_arguments(
     changes = [f"trainer.devices={n}", *words]
     if resume is None:
         own_kernel = any(word.startswith("model.kernel.name=") for word in words)
-        settings = OTHER_DATA if any(word.startswith("data.source=") for word in words) else SETTINGS
+        own_data = any(word.startswith("data.source=") for word in words)
+        settings = [w for w in SETTINGS if not (own_data and w.startswith("data."))]
         changes = [w for w in settings if not (own_kernel and w.startswith("model.kernel."))] + changes
     port = str(free_port())
     given = (n, port, os.getcwd(), dict(os.environ), changes, resume, as_nccl)
