@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import fields
 
+from tnnlm.config.init import LoRAConfig
 from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
 from tnnlm.errors import ConfigError
 
@@ -168,6 +170,43 @@ def check_averaging(config: Config, where: Callable[[str], str]) -> None:
         )
     if any(name in trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
         raise ConfigError(f"{shown}: not supported for sharded weights{place}", "use trainer.strategy=ddp")
+
+
+def check_initial(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for adapters that can't be trained, and for settings of ``init`` without effect.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If there are adapters and no weights that they adapt, frozen parameters as well, or a
+            strategy that shards weights; or settings of adapters without ``init.lora.rank``.
+    """
+    init, lora = config.init, config.init.lora
+    if lora.rank is None:
+        for item in fields(lora):
+            value = getattr(lora, item.name)
+            if value != getattr(LoRAConfig(), item.name):
+                shown = f"init.lora.{item.name}={value}"
+                raise ConfigError(
+                    f"{shown}: has no effect without init.lora.rank{where(f'init.lora.{item.name}')}",
+                    "set init.lora.rank too, for example to 8",
+                )
+        return
+    shown, place = f"init.lora.rank={lora.rank}", where("init.lora.rank")
+    if init.weights is None:
+        raise ConfigError(f"{shown}: there are no weights to adapt{place}", "set init.weights too")
+    if init.freeze:
+        raise ConfigError(
+            f"init.freeze: has no effect with {shown}, which trains adapters only{where('init.freeze')}",
+            "omit one of them; init.lora.targets selects the layers with adapters",
+        )
+    if any(name in config.trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
+        raise ConfigError(
+            f"{shown}: not supported with trainer.strategy={config.trainer.strategy}{place}",
+            "use trainer.strategy=ddp",
+        )
 
 
 def settle_method(config: Config) -> None:

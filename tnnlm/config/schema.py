@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tnnlm.config.init import InitConfig
 from tnnlm.config.sequences import ArchiveConfig, ListOpsConfig
 from tnnlm.fields import choice, number, text
 from tnnlm.kernels.base import KernelConfig
@@ -288,6 +289,7 @@ class Config:
     """Folder that contains the runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

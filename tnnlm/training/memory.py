@@ -27,7 +27,6 @@ from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.empty import without_weights
-from tnnlm.models.factory import build_model
 from tnnlm.models.joint_kernels import joint_kernels
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
@@ -44,6 +43,7 @@ from tnnlm.training.estimate import (
 )
 from tnnlm.training.live_bytes import LiveBytes, counted
 from tnnlm.training.optim import build_optimizer
+from tnnlm.training.trainable import build_trainable
 
 WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
@@ -90,7 +90,7 @@ def estimate_memory(config: Config) -> RunMemory:
     step = max(peaks.values())
     if config.trainer.strategy in SHARDING:
         with without_weights():
-            sharded = sharded_bytes(config, build_model(config))
+            sharded = sharded_bytes(config, build_trainable(config))
         step, validation, state = step - state + sharded, validation - state + sharded, sharded
     return RunMemory(state=state, buckets=buckets, step=step, validation=validation, attached=attached)
 
@@ -103,7 +103,7 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     precision = resolve_precision(config)
     with on_path_of(device), counted(partial(_work, device)) as live:
         with _default_dtype(_TRUE_DTYPES.get(precision, torch.float32)):  # fake weights cannot be converted
-            model: Any = build_model(config)
+            model: Any = build_trainable(config)
         model.recompute = config.trainer.recompute
         optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)

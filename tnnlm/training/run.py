@@ -39,7 +39,7 @@ from tnnlm.training.callbacks.skip_steps import SkipBadSteps
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import check_accelerator, check_devices
 from tnnlm.training.fsdp import choose_strategy
-from tnnlm.training.initial import InitialWeights
+from tnnlm.training.initial import InitialWeights, weights_for
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
@@ -48,6 +48,7 @@ from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.test_split import final_scores
+from tnnlm.training.trainable import check_trainable_parts, n_frozen
 from tnnlm.training.trainer import build_trainer
 
 
@@ -69,7 +70,7 @@ def train(
         source: Checkpoint to resume from, LAST or PREVIOUS.
         job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
             may be one that was killed before its first checkpoint; it then starts from scratch.
-        initial: Checkpoint whose weights a new run starts from; its configuration is that of ``config``.
+        initial: Weights that a new run starts from; None loads those of ``init.weights``, if it is set.
 
     Returns:
         Content of summary.json; empty on ranks other than 0.
@@ -88,6 +89,8 @@ def train(
     with ExitStack() as locks:
         if run is not None:
             _lock(locks, run)
+        if initial is None and (run is None or (job is not None and not began(run))):
+            initial = weights_for(config)
         start = _resolve(config, run, source, job, initial)
         if run is None:
             _lock(locks, start.folder)
@@ -123,6 +126,8 @@ def _train(
         initial.copy_to(module.model)
     if trainer.global_rank == 0:
         announce(config, module.model, start.folder, start.report, start.checkpoint, start.step)
+        if initial is not None and start.step is None:
+            show_line(initial.line())
         if start.step is None:
             _record(config, start)
     _fit(trainer, module, data, start.checkpoint, last)
@@ -154,6 +159,7 @@ def _resolve(
     check_devices(config)
     strategy = choose_strategy(config)
     check_training(config)
+    check_trainable_parts(config)
     if config.trainer.compile:
         check_compiler_cache()
     if run is None:
@@ -228,6 +234,8 @@ def _summarise(
         folder,
         task=task,
         params=module.model.n_params,
+        frozen=n_frozen(module.model),
+        initial=config.init.weights,
         data=data.opened.report,
         tokens_seen=data.samples_at(trainer.global_step) * config.model.max_length,
         train_seconds=last.train_seconds,
