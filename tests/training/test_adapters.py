@@ -24,7 +24,7 @@ def test_missing_peft_is_refused_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     refused = script("train", *SHORT, *LORA, "init.weights=tiny", "name=new")
-    assert_refused(refused, "init.lora.rank=3: needs the library peft", "tnnlm[lora]")
+    assert_refused(refused, "init.lora.rank=3: needs the package peft", "tnnlm[lora]")
 
 
 def test_merged_weights_are_the_sum_of_base_and_scaled_product() -> None:
@@ -63,6 +63,9 @@ def test_run_with_adapters_resumes_exactly_and_merges_wherever_it_is_loaded(
         held = stored.get(name, stored.get(f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}"))
         assert torch.equal(held, tensor), name
     assert f"{sum(stored[name].numel() for name in adapters):,} parameters and" in out
+
+    planned = done(script("train", *start, "init.lora.targets=blocks.1.*", "--dry-run"))
+    assert f"params: {sum(stored[name].numel() for name in adapters) // 2:,} trainable" in planned
 
     done(script("convert", "runs/whole", "--method", "window", "--no-compile", "--verify"))
     done(script("generate", "--model", "runs/whole", "--prompt", "The", "--max-new-tokens", "3"))

@@ -129,6 +129,9 @@ def test_frozen_parameters_stay_bit_equal_without_optimizer_state(run_here: Path
     assert summary["params"] == sum(sizes[name] for name in trained)
     assert summary["params_frozen"] == sum(sizes.values()) - summary["params"]
     assert f"and {summary['params_frozen']:,} frozen ones" in out
+    planned = done(script("train", *SHORT, *words, "--dry-run"))
+    assert f"params: {summary['params']:,} trainable" in planned
+    assert "estimated memory" in planned
 
 
 def test_data_is_prepared_with_the_tokenizer_of_the_weights(run_here: Path, script: Any) -> None:

@@ -39,3 +39,4 @@ class InitConfig:
     """Parameters that are not trained, as patterns of their names such as ``embedding.*`` or
     ``blocks.[01].*``."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that are trained instead of the weights."""

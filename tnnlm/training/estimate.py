@@ -187,8 +187,8 @@ def sharded_bytes(config: Config, model: Backbone) -> int:
     (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
     gradient accumulation all gradients stay unsharded until the last micro-batch.
     """
-    params = model.n_params
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
-    gathered = params - blocks + 2 * blocks // config.model.n_layers
+    params, frozen = model.n_params, n_frozen(model)
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    gathered = params + frozen - blocks + 2 * blocks // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params
-    return 16 * params // resolve_shard_size(config) + 4 * (gathered + waiting)
+    return (16 * params + 4 * frozen) // resolve_shard_size(config) + 4 * (gathered + waiting)

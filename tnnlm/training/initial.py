@@ -119,7 +119,7 @@ class InitialWeights:
             trained = dict(self.loaded.model.named_modules())
             found = {name: part for name, part in model.named_modules() if isinstance(part, Kernel)}
             for name, kernel in found.items():
-                kernel.continue_from(trained[name])  # type: ignore[arg-type]
+                kernel.continue_from(trained[name])
             taken = tuple(f"{name}." for name in found)
         rest = {names.get(key, key): value for key, value in weights.items() if not key.startswith(taken)}
         missing, unexpected = model.load_state_dict(rest, strict=False)
@@ -196,9 +196,8 @@ def weights_for(config: Config) -> InitialWeights | None:
 
 def _architecture(config: Config) -> dict[str, Any]:
     """Return the task and the settings of the model that determine its weights and outputs, by full key."""
-    apart = (*FREE, *LENGTHS)
-    if config.task != "classify":
-        apart += ("model.n_classes", "model.pair")
+    classes = () if config.task == "classify" else ("model.n_classes", "model.pair")
+    apart = (*FREE, *LENGTHS, *classes)
     settings = {key: value for key, value, _ in leaves(config.model, "model.") if key not in apart}
     return {"task": config.task, **settings}
 

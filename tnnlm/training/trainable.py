@@ -70,7 +70,7 @@ def _add_adapters(model: nn.Module, config: LoRAConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError(
-            f"init.lora.rank={config.rank}: needs the library peft", "install it: pip install 'tnnlm[lora]'"
+            f"init.lora.rank={config.rank}: needs the package peft", "run: pip install 'tnnlm[lora]'"
         ) from None
     inside = {
         id(part) for kernel in model.modules() if isinstance(kernel, Kernel) for part in kernel.modules()
@@ -85,7 +85,7 @@ def _add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     # peft divides alpha by the rank, and initialises the matrix that is multiplied last with zeros.
     made = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
     )
