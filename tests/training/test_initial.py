@@ -60,10 +60,16 @@ def test_converted_folder_and_hub_name_begin_where_their_run_ended(
     asked = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
+        if name != "someone/model":
+            raise OSError("no network")
         asked.append(name)
         return "folder"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused = script("train", *STILL, "init.weights=someone/else", "name=b")
+    assert_refused(
+        refused, "init.weights=someone/else: no such run, file or folder, and not found on the Hub"
+    )
     done(script("train", *STILL, "init.weights=someone/model", "name=b"))
     assert asked == ["someone/model"]
     assert_equal_weights(run_here, "runs/b")

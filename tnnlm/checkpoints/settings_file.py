@@ -20,7 +20,7 @@ def write_settings(folder: Path, config: Config) -> None:
 
 
 def take_own_tokenizer(config: Config, run: Path) -> None:
-    """Let a configuration name the tokenizer.json of its run if the file that it names is gone.
+    """Let a configuration name the tokenizer.json of its run if the file that it names was deleted.
 
     It is a copy, such as of the tokenizer of another run whose weights this one started from.
     """
