@@ -66,6 +66,7 @@ def test_run_with_adapters_resumes_exactly_and_merges_wherever_it_is_loaded(
 
     planned = done(script("train", *start, "init.lora.targets=blocks.1.*", "--dry-run"))
     assert f"params: {sum(stored[name].numel() for name in adapters) // 2:,} trainable" in planned
+    assert "estimated as if all weights were trained" in planned
 
     done(script("convert", "runs/whole", "--method", "window", "--no-compile", "--verify"))
     done(script("generate", "--model", "runs/whole", "--prompt", "The", "--max-new-tokens", "3"))

@@ -49,6 +49,8 @@ def show(config: Config, as_json: bool) -> None:
         return
     print(f"estimated memory: {in_units(memory.peak)} per device ({plan.devices}), {plan.precision}")
     print(*memory_lines(config, memory), sep="\n")
+    if config.init.lora.rank is not None:
+        print("  estimated as if all weights were trained; adapters take less")
 
 
 def memory_or_reason(config: Config) -> RunMemory | str:

@@ -50,7 +50,7 @@ WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
 product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
 _NUMBERED = re.compile(r"[\d\[]")
-"""Part of a pattern of parameters or layers that may select layers by number."""
+"""Part of a pattern of parameters that may select layers by number."""
 _TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 """Dtypes of the weights in the precisions that don't keep them in float32."""
 
@@ -102,12 +102,10 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     """Return the bytes of the state and the peak of each phase, for a model of ``layers`` layers."""
     config = copy.deepcopy(config)
     config.model.n_layers = layers
-    # Patterns that select layers by number don't fit this model: their parameters count as trained.
-    init = config.init
-    init.freeze, init.lora.targets = (
-        [pattern for pattern in patterns if not _NUMBERED.search(pattern)]
-        for patterns in (init.freeze, init.lora.targets)
-    )
+    # Patterns that select layers by number don't fit this model, and peft can't add adapters to fake tensors.
+    # Their parameters, or with adapters all, count as trained, which is an upper bound.
+    config.init.freeze = [pattern for pattern in config.init.freeze if not _NUMBERED.search(pattern)]
+    config.init.lora.rank = None
     device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
     precision = resolve_precision(config)
     with on_path_of(device), counted(partial(_work, device)) as live:
