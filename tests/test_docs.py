@@ -281,7 +281,7 @@ def settings() -> set[str]:
 def test_settings_that_a_page_names_exist(page: Path) -> None:
     own = set(re.findall(r"^    (\w+): \w+ = number", page.read_text(encoding="utf-8"), re.MULTILINE))
     known = settings() | {f"model.kernel.{name}" for name in own | {"bands", "width"}}
-    pattern = r"(?<![\w./-])((?:model|data|optim|trainer|checkpoint|conversion)\.[a-z][\w.]*\w)(?![\w/])"
+    pattern = r"(?<![\w./-])((?:model|data|init|optim|trainer|checkpoint|conversion)\.[a-z][\w.]*\w)(?![\w/])"
     # In Python, a setting is a string, whereas `trainer.fit` is an attribute.
     text = re.sub(
         r"^```python.*?^```$",

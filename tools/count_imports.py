@@ -79,7 +79,7 @@ RULES = {
     "training": Allowed(
         "signals errors fields trust files reading checksums machine tokenizer chat ops kernels modules "
         "config models evaluation checkpoints data conversion inference",
-        "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib",
+        "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib huggingface_hub peft",
     ),
     "deployment": Allowed(
         "errors trust files machine tokenizer config models evaluation checkpoints data conversion inference",

@@ -21,9 +21,10 @@ from tnnlm.checkpoints.training import (
     from_attached,
     load_checkpoint,
 )
+from tnnlm.checkpoints.weights import load_weights
 from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_layers, convert_model
-from tnnlm.errors import UserError
+from tnnlm.errors import CheckpointError, UserError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
@@ -206,3 +207,14 @@ def test_load_for_decoding_prefers_the_converted_model(tokenizer: TextTokenizer)
         load_for_decoding("b", runs)
     with pytest.raises(UserError, match="neither a converted model nor a run"):
         load_for_decoding("runs", runs)
+
+
+def test_error_about_weights_names_all_that_are_missing_or_unexpected() -> None:
+    model = CausalLM(tiny_config())
+    weights = model.state_dict()
+    del weights["embedding.weight"]
+    weights |= {f"blocks.9.extra{index}": torch.zeros(1) for index in range(5)}
+    with pytest.raises(CheckpointError) as refused:
+        load_weights(model, weights, Path("here"))
+    assert "missing: embedding.weight; unexpected: blocks.9.extra0" in str(refused.value)
+    assert "blocks.9.extra2, 2 more)" in str(refused.value)

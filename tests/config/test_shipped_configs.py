@@ -17,7 +17,8 @@ from documentation.speed import bytes_per_token, step_bytes
 from gpu_checks.training import least_traffic
 from tests.support.scripts import ROOT
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.config.optim import OptimConfig
+from tnnlm.config.schema import Config
 from tnnlm.training.estimate import estimate_run, guessed_share
 from tnnlm.training.flops import flops_per_token
 from tnnlm.training.memory import estimate_memory

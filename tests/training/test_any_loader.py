@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from tests.support.models import tiny_config
 from tests.support.scripts import assert_refused
 from tnnlm.checkpoints.locate import load_trained
-from tnnlm.config.schema import Config, OptimConfig
+from tnnlm.config.optim import OptimConfig
+from tnnlm.config.schema import Config
 from tnnlm.deployment.save import save
 from tnnlm.errors import DataError, UserError
 from tnnlm.models.causal_lm import CausalLM

@@ -14,7 +14,7 @@ from tests.support.models import tiny_config
 from tests.support.scripts import assert_refused
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
-from tnnlm.config.schema import OptimConfig
+from tnnlm.config.optim import OptimConfig
 from tnnlm.errors import ConfigError
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.training.loggers.csv import read_metrics

@@ -21,7 +21,7 @@ from torch import Tensor
 from tnnlm.chat.stored import stored_template
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
-from tnnlm.checkpoints.manifest import REMEDY, WEIGHTS, verify_folder, write_checksums
+from tnnlm.checkpoints.manifest import KERNELS, REMEDY, WEIGHTS, verify_folder, write_checksums
 from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.errors import CheckpointError, UserError, one_line
@@ -64,6 +64,7 @@ def save_converted(
     tokenizer: TextTokenizer,
     report: ModelReport,
     force: bool = False,
+    trained: CausalLM | None = None,
 ) -> None:
     """Save a converted model to a folder, atomically.
 
@@ -73,6 +74,8 @@ def save_converted(
         tokenizer: Tokenizer that the model was trained with.
         report: Certificate, saved as conversion.json.
         force: Replace ``folder`` if it contains a converted model.
+        trained: Model before the conversion, whose kernels are stored next to the recurrences, so that a run
+            can start from the folder; None stores the recurrences alone.
 
     Raises:
         CheckpointError: If ``folder`` exists and ``force`` isn't set, or it isn't a converted model.
@@ -94,9 +97,25 @@ def save_converted(
     }
     with atomic_folder(folder) as temporary:
         save_tensors(model.state_dict(), temporary / WEIGHTS)
+        if trained is not None:
+            save_tensors(conv_tensors(trained), temporary / KERNELS)
         for name, text in texts.items():
             write_text(temporary / name, text)
         write_checksums(temporary)
+
+
+def conv_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """Return the weights of the convolutions of all layers, by their names in the state dict of the model."""
+    return {
+        f"{conv_prefix(index)}{name}": tensor
+        for index, block in enumerate(model.layers)
+        for name, tensor in block.mixer.conv.state_dict().items()
+    }
+
+
+def conv_prefix(index: int) -> str:
+    """Return how the names of the weights of a layer's convolution begin, in the state dict of a model."""
+    return f"blocks.{index}.mixer.conv."
 
 
 def save_report(folder: Path, report: ModelReport) -> None:
@@ -272,7 +291,7 @@ def check_tokenizer(tokenizer: TextTokenizer, model: Backbone, where: Path) -> N
 
 
 def _layer_params(tensors: dict[str, Tensor], index: int, folder: Path) -> Params:
-    prefix = f"blocks.{index}.mixer.conv."
+    prefix = conv_prefix(index)
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     try:
         return recurrence.from_tensors(own)

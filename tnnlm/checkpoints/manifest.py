@@ -22,6 +22,8 @@ CHECKSUMS = "checksums.json"
 ENTRY = "checksums"
 """Entry of config.json that says that there are checksums."""
 WEIGHTS = "model.safetensors"
+KERNELS = "kernels.safetensors"
+"""Weights of the kernels, which only training needs; decoding doesn't read them."""
 _CONFIG = "config.json"
 EDITABLE = ("generation_config.json", "tokenizer_config.json")
 """Settings of Transformers, which its users edit: a difference is a warning."""
@@ -44,13 +46,16 @@ def update_checksum(folder: Path, name: str) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def verify_folder(folder: Path, config: Mapping[str, Any], *, weights: bool = True) -> bool:
+def verify_folder(
+    folder: Path, config: Mapping[str, Any], *, weights: bool = True, kernels: bool = False
+) -> bool:
     """Verify the checksums of a converted folder.
 
     Args:
         folder: Folder of the converted model.
         config: Content of its config.json.
         weights: Whether to verify the weights as well, which reads them.
+        kernels: Whether to verify the weights of the kernels as well.
 
     Returns:
         Whether checksums of the weights were verified. A folder of a version that wrote none has none, which
@@ -66,7 +71,8 @@ def verify_folder(folder: Path, config: Mapping[str, Any], *, weights: bool = Tr
     files = _listed(path)
     if _CONFIG not in files:
         raise CheckpointError(f"{path}: is damaged (it does not list {_CONFIG})", REMEDY)
-    read = [name for name in files if name == _CONFIG or (weights and name not in EDITABLE)]
+    skipped = EDITABLE if kernels else (*EDITABLE, KERNELS)
+    read = [name for name in files if name == _CONFIG or (weights and name not in skipped)]
     check_files(folder, {name: files[name] for name in read}, REMEDY)
     return len(read) > 1
 

@@ -12,7 +12,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer
 
-FIXED = ("seed", "task", "model.", "data.mask", "data.protocol", "data.listops", "data.lra.task")
+FIXED = ("seed", "task", "model.", "init.", "data.mask", "data.protocol", "data.listops", "data.lra.task")
 """Settings, or groups of them, that never change in a run."""
 PLACES = ("name", "runs_dir", "model.kernel.module", "model.kernel.module_sha256")
 """Settings that may differ between a run and its checkpoint: a run and its kernel module may be moved, and

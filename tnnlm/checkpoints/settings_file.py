@@ -19,6 +19,17 @@ def write_settings(folder: Path, config: Config) -> None:
     write_text(folder / SETTINGS_FILE, signed_text(config_to_yaml(config)))
 
 
+def take_own_tokenizer(config: Config, run: Path) -> None:
+    """Let a configuration name the tokenizer.json of its run if the file that it names was deleted.
+
+    It is a copy, such as of the tokenizer of another run whose weights this one started from.
+    """
+    own = run / "tokenizer.json"
+    named = config.data.tokenizer
+    if named is not None and named.endswith(".json") and not Path(named).exists() and own.is_file():
+        config.data.tokenizer = str(own)
+
+
 def verify_settings(run: Path) -> bool:
     """Verify the checksum of a run's config.yaml, and return whether it has one; older versions wrote none.
 

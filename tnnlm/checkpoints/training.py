@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tnnlm.checkpoints.adapters import without_adapters
 from tnnlm.checkpoints.archive import archive_fault
 from tnnlm.checkpoints.converted import FORMAT, ConvertedModel, check_tokenizer, model_fingerprint
 from tnnlm.checkpoints.membership import check_member
@@ -175,6 +176,9 @@ def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
             for key, value in load_model_weights(path, data).items()
             if key.startswith(_PREFIX)
         }
+        lora = config.init.lora
+        if lora.rank is not None:
+            weights = without_adapters(weights, lora.alpha / lora.rank)
         check_sizes(config.model, weights, path)
         check_finite(weights, path)
         with without_weights():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from tnnlm.errors import CheckpointError
 from tnnlm.models.backbone import Backbone
 from tnnlm.modules import RecurrentConv
 from tnnlm.reading import ANOTHER
+
+_NAMED = 3
+"""Maximum number of names of each kind in an error."""
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -64,6 +67,13 @@ def load_weights(model: Backbone, weights: dict[str, Tensor], where: Path) -> No
         raise CheckpointError(
             f"{where}: its weights don't fit its configuration: {str(error).splitlines()[-1].strip()}"
         ) from None
-    wrong = [key for key in (*missing, *unexpected) if key not in own]
-    if wrong:
-        raise CheckpointError(f"{where}: its weights don't fit its configuration: {wrong[0]}")
+    faults = {"missing": [key for key in missing if key not in own], "unexpected": unexpected}
+    if any(faults.values()):
+        named = "; ".join(f"{fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+        raise CheckpointError(f"{where}: its weights don't fit its configuration ({named})", ANOTHER)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = [f"{len(keys) - _NAMED} more"] if len(keys) > _NAMED else []
+    return ", ".join([*keys[:_NAMED], *more])

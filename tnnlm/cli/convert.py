@@ -133,6 +133,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     either.add_argument("--no-perplexity", action="store_true", help="Do not measure perplexities.")
     group.add_argument(
+        "--inference-only",
+        action="store_true",
+        help="Omit the kernels (kernels.safetensors), which only training from the converted model needs.",
+    )
+    group.add_argument(
         "--license",
         metavar="NAME",
         help="License in the model card, such as apache-2.0. (default: none)",
@@ -268,6 +273,7 @@ def main(words: Sequence[str] | None = None) -> int:
             perplexity_tokens=0 if args.no_perplexity else args.perplexity_tokens,
             license=args.license,
             device=args.device,
+            inference_only=args.inference_only,
             trust=trust_of(args),
             on_complete=partial(show_conversion, console=console),
         )

@@ -45,7 +45,7 @@ def show(config: Config, as_json: bool) -> None:
     print("# Settings that differ from their defaults; --print-config prints all")
     changed = changed_settings(config)
     print(write_yaml(changed) if changed else "# none\n")
-    print(f"params: {plan.params:,} trainable, {plan.buffers:,} frozen")
+    print(f"params: {plan.params:,} trainable, {plan.frozen + plan.buffers:,} frozen")
     print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
     print("data: not read by --dry-run")
     if isinstance(memory, str):
@@ -53,6 +53,8 @@ def show(config: Config, as_json: bool) -> None:
         return
     print(f"estimated memory: {in_units(memory.peak)} per device ({plan.devices}), {plan.precision}")
     print(*memory_lines(config, memory), sep="\n")
+    if config.init.lora.rank is not None:
+        print("  estimated as if all weights were trained; adapters take less")
 
 
 def memory_or_reason(config: Config) -> RunMemory | str:

@@ -17,10 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tnnlm.cli.usage import add_settings, parser_of
-from tnnlm.config.loader import load_config
+from tnnlm.cli.configured import configured
+from tnnlm.cli.usage import add_settings, given_options, parser_of
 from tnnlm.config.schema import Config
-from tnnlm.config.shipped import find_config
 from tnnlm.data.conversations.prepare import ConversationCorpus, prepare_conversations
 from tnnlm.data.mixture import MixedCorpus, open_text_corpus
 from tnnlm.data.packing import PackedCorpus
@@ -40,13 +39,16 @@ def arguments() -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of a command line; None takes ``sys.argv``."""
-    return arguments().parse_intermixed_args(words)
+    parser = arguments()
+    args = parser.parse_intermixed_args(words)
+    args.named = "--config" in given_options(parser, words)
+    return args
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse(words)
-    config = load_config(find_config(args.config), args.overrides)
+    config, _ = configured(args.config, args.overrides, named=args.named)
     if config.task == "classify":
         show_sequences(prepare_sequences(config), config)
     elif config.data.format != "text":

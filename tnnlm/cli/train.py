@@ -9,7 +9,7 @@ Examples:
   tnnlm train --config tnn_wt103 --dry-run              # settings, parameters, memory
   tnnlm train --resume                                  # resume the newest run
   tnnlm train --resume book trainer.max_steps=20000     # extend a finished run
-  tnnlm train --init-from demo data.files=book.txt      # new run, from its weights
+  tnnlm train init.weights=runs/demo data.files=book.txt    # new run, from its weights
   tnnlm train --job nightly --config rtf_demo           # start it, or resume it
 """
 
@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tnnlm.cli.configured import configured
 from tnnlm.cli.settings_help import SettingsParser
 from tnnlm.cli.usage import (
     Condition,
@@ -33,10 +34,10 @@ from tnnlm.cli.usage import (
     parser_of,
     trust_of,
 )
-from tnnlm.config.loader import config_to_yaml, load_config
+from tnnlm.config.interpolation import escaped
+from tnnlm.config.loader import config_to_yaml
 from tnnlm.config.schema import Config
-from tnnlm.config.shipped import find_config
-from tnnlm.errors import collect_failure
+from tnnlm.errors import UserError, collect_failure
 from tnnlm.trust import Trust
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ CONDITIONS = {
         lambda args: args.resume is None, "selects the run by itself", "omit --resume or --job"
     ),
     "--init-from": Condition(
-        lambda args: args.resume is None and not args.find_lr,
-        "sets the weights of a new run",
-        "omit --resume and --find-lr, or omit it",
+        lambda args: args.resume is None, "sets the weights of a new run", "omit --resume, or omit it"
     ),
     "--json": Condition(
         lambda args: args.dry_run, "formats the output of --dry-run", "add --dry-run, or omit it"
@@ -114,9 +113,10 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("new runs").add_argument
     add(
         "--init-from",
-        metavar="RUN|CKPT",
-        help="Start a new run from the weights and tokenizer of a run or checkpoint, with a new optimizer. "
-        "Without --config, its model settings are taken as well.",
+        metavar="RUN|CKPT|CONVERTED|NAME",
+        help="Start a new run from the weights and tokenizer of a run, a checkpoint, a converted folder or "
+        "one of the Hugging Face Hub, with a new optimizer; the same as init.weights=... Its model settings "
+        "are taken unless --config or settings override them.",
     )
     group = parser.add_argument_group("code of others")
     add_trust(group.add_argument, module=False, compiled=False, training=True)
@@ -152,7 +152,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             args.overrides.insert(0, getattr(args, option))
             setattr(args, option, "")
     check_effective(parser, words, args, CONDITIONS)
-    args.own_model = "--config" in given_options(parser, words)
+    if args.init_from is not None:
+        if any(word.startswith("init.weights=") for word in args.overrides):
+            raise UserError("--init-from: init.weights is given as well", "omit one of them")
+        args.overrides.append(f"init.weights={escaped(args.init_from)}")
+    args.named = "--config" in given_options(parser, words)
     return args
 
 
@@ -173,7 +177,8 @@ def main(words: Sequence[str] | None = None) -> int:
         show(choose(args).config, args.json)
         return 0
     if args.find_lr:
-        search(choose(args).config)
+        chosen = choose(args)
+        search(chosen.config, chosen.initial)
         return 0
     from tnnlm.training.callbacks.checkpoint import TrainingDiverged, TrainingStopped
     from tnnlm.training.resume import SOURCES, is_complete
@@ -209,7 +214,7 @@ class Choice(NamedTuple):
     job: str | None
     """Name of its job, if any."""
     initial: InitialWeights | None = None
-    """Checkpoint whose weights a new run starts from."""
+    """Weights that a new run starts from."""
 
 
 def choose(args: argparse.Namespace) -> Choice:
@@ -220,7 +225,7 @@ def choose(args: argparse.Namespace) -> Choice:
 
         run = find_run(args.resume or None, Path("runs"))
         return Choice(resumed_config(run, args.overrides, trust(args)), run, None)
-    config, initial = new_config(args)
+    config, initial = configured(args.config, args.overrides, named=args.named, trust=trust(args))
     if args.job is None:
         return Choice(config, None, None, initial)
     from tnnlm.training.slurm import find_job, job_name
@@ -230,19 +235,6 @@ def choose(args: argparse.Namespace) -> Choice:
     if found is not None:
         config.name = found.name
     return Choice(config, found, job, initial)
-
-
-def new_config(args: argparse.Namespace) -> tuple[Config, InitialWeights | None]:
-    """Return the settings of a new run, and the checkpoint that ``--init-from`` selects."""
-    path = find_config(args.config)
-    if args.init_from is None:
-        return load_config(path, args.overrides, trust=trust(args)), None
-    from tnnlm.training.initial import InitialWeights
-
-    if args.own_model:
-        load_config(path, args.overrides, trust=trust(args))  # runs the kernel module that the file names
-    initial = InitialWeights(args.init_from, trust=trust(args))
-    return initial.config(path, args.overrides, own_model=args.own_model), initial
 
 
 def trust(args: argparse.Namespace) -> Trust:
@@ -267,11 +259,11 @@ def on_stop(args: argparse.Namespace, line: str, time_limit: bool) -> int:
     return 0
 
 
-def search(config: Config) -> None:
+def search(config: Config, initial: InitialWeights | None) -> None:
     """Run the learning rate finder; print its suggestion and write its plot next to the runs."""
     from tnnlm.training.lr_finder import find_lr, plot_rates
 
-    found = find_lr(config)
+    found = find_lr(config, initial)
     path = config.runs_folder / f"{config.name}-lr_find.png"
     print(f"suggested: optim.lr={found.suggestion:.1e}")
     print(f"the loss falls fastest at {found.steepest:.1e} and is lowest at {found.lowest:.1e}")

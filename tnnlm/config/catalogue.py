@@ -65,7 +65,8 @@ class Entry(NamedTuple):
         """Types of the value in words, such as ``integer``, without null; a keyword is given by itself."""
         if is_list(self.hint):
             (item,) = get_args(next(kind for kind in kinds_of(self.hint) if get_origin(kind) is list))
-            plural = {Component: "classes"}.get(item) or ("groups" if is_dataclass(item) else f"{WORDS[item]}s")
+            words = {kind: f"{word}s" for kind, word in WORDS.items()} | {Component: "classes"}
+            plural = words.get(item, "groups")
             return (f"list of {plural}",)
         word = self.metadata.get("word")
         found = [kind for kind in kinds_of(self.hint) if kind is not NoneType and not (kind is str and word)]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import fields
 
-from tnnlm.config.schema import (
-    LABELLED,
-    MASK_TOKEN,
-    SMALLEST_MASKED,
-    SMALLEST_TEXT,
-    Config,
-    DataConfig,
-    OptimConfig,
-)
+from tnnlm.config.init import LoRAConfig
+from tnnlm.config.optim import OptimConfig
+from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
 from tnnlm.errors import ConfigError
 
 _LONGEST_NAME = 200
@@ -75,80 +70,6 @@ def check_schedule(config: Config, where: Callable[[str], str]) -> None:
     if optim.schedule_steps <= optim.warmup_steps:
         raise ConfigError(
             f"{shown}: must be above optim.warmup_steps={optim.warmup_steps}{where('optim.schedule_steps')}"
-        )
-
-
-def check_protocol(config: Config, where: Callable[[str], str]) -> None:
-    """Raise an error if ``data.protocol`` doesn't fit the task or the source.
-
-    Args:
-        config: Configuration.
-        where: Function that returns the place where a setting was given, for the end of an error message.
-
-    Raises:
-        ConfigError: If token ids are read without a tokenizer, or if
-            fairseq's protocol is set for another task, or for a hub data set without a
-            validation split: its rows are lines, and holding out single lines would cut the text apart.
-    """
-    data = config.data
-    if data.tokenizer is None and (data.tokens or any(part.tokens for part in data.sources)):
-        raise ConfigError(
-            f"data.tokens: need the tokenizer that made them{where('data.tokens') or where('data.sources')}",
-            "set data.tokenizer to its tokenizer.json or its name on the Hub",
-        )
-    if data.protocol != "fairseq":
-        return
-    if config.task != "causal":
-        raise ConfigError(
-            f"data.protocol=fairseq: is for task=causal only, not task={config.task}{where('data.protocol')}"
-        )
-    if data.source == "hub" and data.hub_val_split is None and not data.validation:
-        raise ConfigError(
-            f"data.protocol=fairseq: can't hold out lines of a hub data set{where('data.protocol')}",
-            "set data.hub_val_split or data.validation",
-        )
-
-
-def check_format(config: Config, where: Callable[[str], str]) -> None:
-    """Raise an error if ``data.format`` doesn't fit the task or the source.
-
-    Args:
-        config: Configuration.
-        where: Function that returns the place where a setting was given, for the end of an error message.
-
-    Raises:
-        ConfigError: If conversations are to be read for another task, from a source without columns, or with
-            settings that only text has, or if a setting of conversations is set for text.
-    """
-    data, plain = config.data, DataConfig()
-    if data.format == "text":
-        for key in ("chat_template", "packing"):
-            if getattr(data, key) != getattr(plain, key):
-                place = where(f"data.{key}")
-                raise ConfigError(
-                    f"data.{key}: is for conversations only{place}",
-                    "set data.format=chat or prompt_completion too",
-                )
-        return
-    shown, place = f"data.format={data.format}", where("data.format")
-    if config.task != "causal":
-        raise ConfigError(f"{shown}: is for task=causal only, not task={config.task}{place}")
-    if data.source not in ("files", "hub"):
-        raise ConfigError(
-            f"{shown}: data.source={data.source} has no conversations{place}",
-            "set data.source=files and data.files, or data.source=hub and data.hub_name",
-        )
-    for key, fit in (("text_column", plain.text_column), ("protocol", plain.protocol), ("streaming", False)):
-        if getattr(data, key) != fit:
-            given = str(getattr(data, key)).lower()
-            raise ConfigError(
-                f"data.{key}={given}: is for data.format=text only{where(f'data.{key}')}", "omit it"
-            )
-    if config.trainer.context_parallel > 1:
-        raise ConfigError(
-            f"trainer.context_parallel={config.trainer.context_parallel}: not supported with {shown}"
-            f"{where('trainer.context_parallel')}",
-            "set it to 1",
         )
 
 
@@ -248,6 +169,43 @@ def check_muon(config: Config, where: Callable[[str], str]) -> None:
         raise ConfigError(
             f"optim.optimizer=muon: not supported with trainer.strategy={strategy}{where('optim.optimizer')}",
             "use trainer.strategy=ddp, or optim.optimizer=adamw",
+        )
+
+
+def check_initial(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error for adapters that can't be trained, and for settings of ``init`` without effect.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If there are adapters and no weights that they adapt, frozen parameters as well, or a
+            strategy that shards weights; or settings of adapters without ``init.lora.rank``.
+    """
+    init, lora = config.init, config.init.lora
+    if lora.rank is None:
+        for item in fields(lora):
+            value = getattr(lora, item.name)
+            if value != getattr(LoRAConfig(), item.name):
+                shown = f"init.lora.{item.name}={value}"
+                raise ConfigError(
+                    f"{shown}: has no effect without init.lora.rank{where(f'init.lora.{item.name}')}",
+                    "set init.lora.rank too, for example to 8",
+                )
+        return
+    shown, place = f"init.lora.rank={lora.rank}", where("init.lora.rank")
+    if init.weights is None:
+        raise ConfigError(f"{shown}: there are no weights to adapt{place}", "set init.weights too")
+    if init.freeze:
+        raise ConfigError(
+            f"init.freeze: has no effect with {shown}, which trains adapters only{where('init.freeze')}",
+            "omit one of them; init.lora.targets selects the layers with adapters",
+        )
+    if any(name in config.trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
+        raise ConfigError(
+            f"{shown}: not supported with trainer.strategy={config.trainer.strategy}{place}",
+            "use trainer.strategy=ddp",
         )
 
 

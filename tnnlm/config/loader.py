@@ -11,21 +11,21 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tnnlm.config.checks import check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
-    check_format,
+    check_initial,
     check_muon,
     check_name,
-    check_protocol,
     check_schedule,
     check_sharding,
     settle_method,
     settle_task,
 )
+from tnnlm.config.data_consistency import check_format, check_protocol
 from tnnlm.config.interpolation import Values, escaped, stored_text
 from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
@@ -41,12 +41,24 @@ from tnnlm.kernels.base import unknown_kernel
 from tnnlm.trust import NO_CODE, Trust
 
 
+class Base(NamedTuple):
+    """Settings that the weights of a new run bring along, which the command line overrides."""
+
+    settings: dict[str, Any]
+    """Nested plain data, as :func:`config_to_dict` returns it."""
+    place: str
+    """Name of the source in error messages."""
+    over_file: bool
+    """Whether they override those of the file, which then isn't one that the user named."""
+
+
 def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
     saved: bool = False,
     trust: Trust = NO_CODE,
+    base: Base | None = None,
 ) -> Config:
     r"""Load a configuration.
 
@@ -60,15 +72,15 @@ def load_config(
             contains the values themselves, and may come from someone else.
         trust: Whether the kernel module that a saved file names may run. One that ``overrides`` or another
             file names is the user's own.
+        base: Settings of the weights that the run starts from, below those of the command line; None for
+            other runs.
 
     Raises:
         ConfigError: If the file is missing or unreadable, or a key or value is invalid.
     """
-    layers = []
-    if path is not None:
-        root = read_yaml_file(Path(path), Origin.RUN if saved else Origin.FILE)
-        layers.append(Layer(str(path), [root]))
-    layers.append(Layer(COMMAND_LINE, [word_tree(word) for word in overrides]))
+    layers = _layers(path, overrides, saved)
+    if base is not None:
+        layers.insert(len(layers) - 1 if base.over_file else 0, Layer(base.place, [stored(*base[:2])]))
     values = _values(layers, trust)
     described = select_source(layers, values)
     config = _config(values, trust)
@@ -77,6 +89,24 @@ def load_config(
     check_effective_settings(config, values.given)
     check_source(described, values)
     return config
+
+
+def initial_weights(path: str | Path | None, overrides: Sequence[str], trust: Trust = NO_CODE) -> str | None:
+    """Return ``init.weights`` as a file and overrides give it, before the other settings are read.
+
+    If it is set, the kernel module that they name is imported, because the user's own may be that of the
+    weights.
+
+    Raises:
+        ConfigError: If the file is missing or unreadable, a key is unknown, or this value is invalid.
+    """
+    layers = _layers(path, overrides, saved=False)
+    common = _common(layers)
+    weights: str | None = common["init.weights"]
+    named = None if weights is None else _kernel_module(layers, common)
+    if named is not None:
+        run_kernel_module(named, trust)
+    return weights
 
 
 def config_from_dict(data: dict[str, Any], where: str = "checkpoint", trust: Trust = NO_CODE) -> Config:
@@ -151,11 +181,24 @@ def _escaped(value: Any) -> Any:
     return escaped(value) if isinstance(value, str) else value
 
 
+def _layers(path: str | Path | None, overrides: Sequence[str], saved: bool) -> list[Layer]:
+    """Return the settings of a file, if any, and those of the command line, which override them."""
+    layers = []
+    if path is not None:
+        root = read_yaml_file(Path(path), Origin.RUN if saved else Origin.FILE)
+        layers.append(Layer(str(path), [root]))
+    return [*layers, Layer(COMMAND_LINE, [word_tree(word) for word in overrides])]
+
+
+def _common(layers: list[Layer]) -> Values:
+    """Return the settings of all layers that every kernel has."""
+    nodes = {key: node for layer in layers for key, node in layer.nodes.items()}
+    return Values(Schema.of(KernelConfig), nodes)
+
+
 def _values(layers: list[Layer], trust: Trust) -> Values:
     """Return the settings of all layers, read with the schema of the kernel that they select."""
-    common = Values(
-        Schema.of(KernelConfig), {key: node for layer in layers for key, node in layer.nodes.items()}
-    )
+    common = _common(layers)
     name = "tno"
     names, place = [], ""
     for layer in layers:
@@ -221,6 +264,7 @@ def _config(values: Values, trust: Trust) -> Config:
     check_sharding(config, where)
     check_averaging(config, where)
     check_muon(config, where)
+    check_initial(config, where)
     settle_task(config, where)
     return config
 

@@ -40,10 +40,13 @@ def model_card(
         license: License identifier of the model on the Hub, such as ``apache-2.0``; None if not stated.
     """
     sizes = trained.config
+    base = config.init.weights
+    public = base if base is not None and not _is_local(base) else None
     metadata = ModelCardData(
         license=_line(license) if license else None,
         library_name="transformers",
         pipeline_tag="text-generation",
+        base_model=_line(public) if public else None,
         tags=["tnnlm", _line(config.model.kernel.name), "long-convolution", "recurrent"],
         datasets=_public_data(config.data) if step else None,
     )
@@ -62,6 +65,7 @@ def model_card(
             "state per sequence": f"{report.state_bytes:,} bytes, at any length",
         },
         imported=not step,
+        base=public or (base and Path(base).name),
         data=config.data,
         data_names=_data_names(config.data),
         tokenizer=Path(config.data.tokenizer).name if config.data.tokenizer else None,

@@ -18,6 +18,7 @@ from tnnlm.checkpoints.converted import (
     save_converted,
 )
 from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
+from tnnlm.checkpoints.settings_file import take_own_tokenizer
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
 from tnnlm.conversion import convert_layers, measure
@@ -82,6 +83,7 @@ def convert_checkpoint(
     license: str | None = None,
     runs_dir: Path = Path("runs"),
     device: str = "cpu",
+    inference_only: bool = False,
     trust: Trust = NO_CODE,
     on_complete: Callable[[ConversionResult], None] | None = None,
 ) -> ConversionResult:
@@ -103,6 +105,7 @@ def convert_checkpoint(
         runs_dir: Folder of the runs.
         device: Device on which layers are converted, one at a time, and perplexities are measured.
             ``auto`` is a GPU if there is one. The written files don't depend on it, except for rounding.
+        inference_only: Omit the kernels, without which no run can start from the folder.
         trust: Whether the kernel module of the checkpoint may run although this machine hasn't run it before.
         on_complete: Called once the folder is complete, before ``packages`` are added to it.
 
@@ -121,7 +124,8 @@ def convert_checkpoint(
     _check_method(source, recipe.method)
     with only_writer(folder):
         model, report = _convert(source, recipe, elsewhere)
-        save_converted(folder, model, source.tokenizer, report, force)
+        kept = None if inference_only else source.model
+        save_converted(folder, model, source.tokenizer, report, force, kept)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
         described = Description(source, written, folder, license)
         with _explained_interrupt(
@@ -248,8 +252,10 @@ def _corpus_of(source: TrainedCheckpoint) -> Corpus:
         raise DataError("the training data of imported weights is not known")
     if not source.own_data:
         raise DataError("the weights were trained on batches of another loader, whose text is not known")
+    run = source.path.parent.parent
+    take_own_tokenizer(source.config, run)
     corpus = open_corpus(source.config)
-    trained_on = read_report(source.path.parent.parent)
+    trained_on = read_report(run)
     changed = trained_on is not None and trained_on.change(corpus.report) is not None
     if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
         raise DataError("the data of this run has changed")

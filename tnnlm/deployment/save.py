@@ -25,6 +25,7 @@ def save(
     recipe: ConversionConfig | None = None,
     *,
     force: bool = False,
+    inference_only: bool = False,
     **options: Any,
 ) -> Path:
     """Write a converted folder, which ``tnnlm.load``, generate.py, the server and Transformers load.
@@ -37,6 +38,7 @@ def save(
         folder: Output folder, which is written atomically.
         recipe: Settings for the conversion of a trained model; None builds them from ``options``.
         force: Replace a converted model at ``folder``.
+        inference_only: Omit the kernels of a trained model, without which no run can start from the folder.
         options: Fields of :class:`tnnlm.config.schema.ConversionConfig`, such as ``method="balanced"``.
 
     Returns:
@@ -71,7 +73,8 @@ def save(
         seconds = time.perf_counter() - started
         report = measure(model, layers, method=recipe.method, horizon=horizon, seconds=seconds)
         converted = attach(model, [layer.params for layer in layers])
-        save_converted(folder, converted, tokenizer, report, force)
+        kept = None if inference_only else model
+        save_converted(folder, converted, tokenizer, report, force, kept)
     return folder
 
 

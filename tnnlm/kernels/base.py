@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
@@ -45,6 +45,8 @@ class Kernel(KeepsFloat32, ABC):
 
     n_channels: int
     """Number of convolutions, E."""
+    fixed_because: ClassVar[str] = "it doesn't define how its taps continue past its training length"
+    """Why :meth:`continue_from` can't take the weights of another training length."""
 
     @abstractmethod
     def forward(self, length: int) -> Tensor:
@@ -63,6 +65,20 @@ class Kernel(KeepsFloat32, ABC):
 
     def recurrence(self) -> Params | None:
         """Return an exact recurrence of the kernel, or None if the kernel doesn't have one."""
+        return None
+
+    def continue_from(self, trained: Self) -> str | None:
+        """Take the weights of a kernel of the same settings that was trained at another length.
+
+        The taps at the lags that both lengths have stay the same.
+
+        Args:
+            trained: Kernel, which is not changed.
+
+        Returns:
+            How the taps at further lags are defined, for the log; None if the kernel can't continue, which
+            ``fixed_because`` explains. Its weights are then unchanged.
+        """
         return None
 
     @property

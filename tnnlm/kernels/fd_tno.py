@@ -54,6 +54,8 @@ class FDTNOKernel(NetworkKernel):
     exactly.
     """
 
+    fixed_because = "its spectrum is trained at the frequencies of its training length"
+
     def __init__(self, config: FDTNOConfig, n_channels: int, max_length: int) -> None:
         super().__init__()
         self.n_channels = n_channels

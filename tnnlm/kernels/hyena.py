@@ -57,6 +57,7 @@ class HyenaKernel(NetworkKernel):
     """Implicit kernel with one output of the network per channel and a bias at lag 0."""
 
     deltas: Tensor
+    fixed_because = "its network is trained on lags as fractions of its length"
 
     def __init__(self, config: HyenaConfig, n_channels: int, max_length: int) -> None:
         super().__init__()
@@ -91,6 +92,13 @@ class HyenaKernel(NetworkKernel):
             k = (self.output(features) * window).T
             k = torch.cat((k[:, :1] + self.bias[:, None], k[:, 1:]), dim=1)
             return nn.functional.pad(k, (0, length - known))
+
+    def continue_from(self, trained: Self) -> str | None:
+        """Take the weights of a kernel of the same length, whatever the training length."""
+        if self.length != trained.length:
+            return None
+        self.load_state_dict(trained.state_dict())
+        return f"it still ends at lag {self.length:,}"
 
     @property
     def settings(self) -> tuple[Hashable, ...]:

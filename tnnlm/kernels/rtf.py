@@ -15,6 +15,7 @@ of L + 1, and other ones with L.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,10 @@ class RTFKernel(Kernel):
 
         It is computed in float64 and returned in the parameters' dtype.
         """
+        return self._recurrence(self.direct.dtype)
+
+    def _recurrence(self, dtype: torch.dtype) -> CompanionParams:
+        """Return the recurrence, computed in float64, in a dtype."""
         k, a = self._taps(torch.float64), self._coefficients()
         n = a.shape[1]
         size = fft_length(2 * n)
@@ -97,7 +102,38 @@ class RTFKernel(Kernel):
         below = torch.fft.rfft(nn.functional.pad(a.double(), (1, 0), value=1.0), n=size)
         taps = torch.fft.rfft(k[:, 1 : n + 1], n=size).unflatten(0, (len(a), -1))
         numerator = torch.fft.irfft((taps * below[:, None]).flatten(0, 1), n=size)[:, :n]
-        return CompanionParams(k[:, 0].to(a.dtype), numerator.to(a.dtype), a)
+        return CompanionParams(k[:, 0].to(dtype), numerator.to(dtype), a.to(dtype))
+
+    @torch.no_grad()
+    def continue_from(self, trained: Self) -> str:
+        """Take the weights of a kernel, with a numerator that gives its taps at the lags of another length.
+
+        With the taps k of its recurrence, the product of 1 + a and the spectrum of k[0] .. k[L - 1], sampled
+        at L points, has the powers 0 .. n only: those of the convolution of both, wrapped around at L.
+        """
+        length, a = self.max_length, trained._coefficients().double()
+        n = a.shape[1]
+        lags = torch.arange(n + 1)
+        k = trained._double_taps(length).unflatten(0, (len(a), -1))
+        product = k[..., lags].clone()
+        for power in range(1, n + 1):
+            product += a[:, None, power - 1, None] * k[..., (lags - power) % length]
+        # The power 0 acts at every lag through 1 / (1 + a); the direct tap acts at lag 0 alone.
+        numerator = product[..., 1:] - product[..., :1] * a[:, None]
+        self.direct.copy_(product[..., 0].flatten())
+        self.numerator.copy_(numerator.flatten(0, 1))
+        self.denominator.copy_(trained.denominator)
+        return "its recurrence continues exactly"
+
+    def _double_taps(self, length: int) -> Tensor:
+        """Return the first ``length`` taps in float64, (E, ``length``); past the training length, those of
+        the recurrence.
+        """
+        k = self._taps(torch.float64)[:, :length]
+        if length <= self.max_length:
+            return k
+        rest = self._recurrence(torch.float64).taps(length)[:, self.max_length :]
+        return torch.cat((k, rest.to(k.dtype)), dim=1)
 
     def _coefficients(self) -> Tensor:
         """Return the coefficients a[1] .. a[n] of the denominators under the constraint, (G, n)."""

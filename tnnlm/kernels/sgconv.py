@@ -9,6 +9,7 @@ initialisation. The kernel is zero from lag ``length`` onwards.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,28 @@ class SGConvKernel(Kernel):
             k = self._unscaled() / self.initial_norm[:, None]
             k = torch.cat((k[:, :1] + self.skip[:, None], k[:, 1:]), dim=1)[:, :length]
             return nn.functional.pad(k, (0, length - k.shape[1]))
+
+    @torch.no_grad()
+    def continue_from(self, trained: Self) -> str:
+        """Take the weights of a kernel of another length; further scales, and lags, start at zero.
+
+        Values whose lags were all past the end of the kernel were not trained, and become zero.
+        """
+        width, known = self.scales.shape[2], min(len(self.scales), len(trained.scales))
+        self.scales.zero_()
+        for own, other in ((self.scales, trained.scales), (self.amplitudes, trained.amplitudes)):
+            own[:known] = other[:known]
+        self.skip.copy_(trained.skip)
+        self.initial_norm.copy_(trained.initial_norm)
+        for index, values in enumerate(self.scales[:known]):
+            # Value q acts on the lags of cell q and, by interpolation, on half of the cell before.
+            factor = 1 << max(0, index - 1)
+            first = width * factor * min(index, 1) + torch.arange(width) * factor - factor // 2
+            values[:, (first >= trained.length).to(values.device)] = 0
+        more = len(self.scales) - known
+        if more:
+            return f"it gets {more} scale{'s' * (more > 1)} more, of taps that start at zero"
+        return f"its {known} scales end at lag {self.length:,}"
 
     def recurrence(self) -> MultirateParams:
         """Return a recurrence with the taps of this kernel at every lag, in the parameters' dtype."""

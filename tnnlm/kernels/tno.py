@@ -52,6 +52,11 @@ class TNOKernel(NetworkKernel, LagKernel):
         """Return the first ``length`` taps, (E, ``length``); see :meth:`between`."""
         return self._taps(self._lags(0, length), slice(None), features)
 
+    def continue_from(self, trained: Self) -> str:
+        """Take the weights of a kernel, which don't depend on the training length."""
+        self.load_state_dict(trained.state_dict())
+        return "its position network is evaluated at the further lags"
+
     @property
     def settings(self) -> tuple[Hashable, ...]:
         """Settings of the RPE."""

@@ -301,4 +301,4 @@ class Scheduler:
 
 def _at_a_limit(output: SequenceOutput) -> bool:
     """Return whether an output is the first or the last one of its sequence."""
-    return output.finish is not None or len(output.sequence.drawn) <= 1
+    return output.finish is not None or (output.tokens == 1 and not output.step_ms)

@@ -39,8 +39,9 @@ def announce(
     """
     plan = estimate_run(config)
     resumed = "" if step is None else f", continuing at step {step}"
+    frozen = f" and {plan.frozen:,} frozen ones" if plan.frozen else ""
     line = (
-        f"{folder}: {plan.params:,} parameters, {config.trainer.max_steps:,} steps of "
+        f"{folder}: {plan.params:,} parameters{frozen}, {config.trainer.max_steps:,} steps of "
         f"{plan.tokens_per_update:,} tokens, {plan.precision}{resumed}"
     )
     repeated = repeated_steps(folder, source, step or 0)

@@ -11,7 +11,7 @@ from tnnlm.errors import ConfigError
 from tnnlm.machine.capabilities import capability
 from tnnlm.models.backbone import Backbone
 from tnnlm.models.empty import without_weights
-from tnnlm.models.factory import build_model
+from tnnlm.training.trainable import build_trainable, n_frozen
 
 FSDP = "fsdp"
 """Strategy that shards parameters, gradients and optimizer states across all devices."""
@@ -27,6 +27,8 @@ class RunEstimate:
 
     params: int
     """Number of trainable parameters."""
+    frozen: int
+    """Number of parameters that ``init.freeze`` or adapters exclude from training."""
     buffers: int
     """Number of elements in buffers, which are saved but not trained, such as decays."""
     tokens_per_update: int
@@ -46,13 +48,14 @@ def estimate_run(config: Config) -> RunEstimate:
         ConfigError: If ``trainer.context_parallel`` doesn't divide the number of devices.
     """
     with without_weights():
-        model = build_model(config)
+        model = build_trainable(config)
     check_devices(config)
     precision = resolve_precision(config)
     devices = resolve_devices(config) * config.trainer.num_nodes
     per_update = tokens_per_update(config, devices)
     return RunEstimate(
         params=model.n_params,
+        frozen=n_frozen(model),
         buffers=sum(b.numel() for b in model.buffers()),
         tokens_per_update=per_update,
         total_tokens=per_update * config.trainer.max_steps,
@@ -184,8 +187,8 @@ def sharded_bytes(config: Config, model: Backbone) -> int:
     (the embedding) and two blocks (the current one and the prefetched one) with their gradients. With
     gradient accumulation all gradients stay unsharded until the last micro-batch.
     """
-    params = model.n_params
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
-    gathered = params - blocks + 2 * blocks // config.model.n_layers
+    params, frozen = model.n_params, n_frozen(model)
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    gathered = params + frozen - blocks + 2 * blocks // config.model.n_layers
     waiting = gathered if config.trainer.accumulate == 1 else params
-    return 16 * params // resolve_shard_size(config) + 4 * (gathered + waiting)
+    return (16 * params + 4 * frozen) // resolve_shard_size(config) + 4 * (gathered + waiting)

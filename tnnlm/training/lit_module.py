@@ -20,7 +20,6 @@ from tnnlm.checkpoints.training import ENTRY, checkpoint_entry
 from tnnlm.config.schema import Config
 from tnnlm.errors import UserError
 from tnnlm.models.batches import AnswerBatch
-from tnnlm.models.factory import build_model
 from tnnlm.ops.context import ContextGroup
 from tnnlm.tokenizer import TextTokenizer
 from tnnlm.training.agreement import mean_over_ranks
@@ -38,6 +37,7 @@ from tnnlm.training.fsdp import (
 from tnnlm.training.optim import build_optimizer, build_scheduler
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.throughput import Throughput, memory_values
+from tnnlm.training.trainable import build_trainable
 
 
 class LitModel(lightning.LightningModule):
@@ -62,7 +62,7 @@ class LitModel(lightning.LightningModule):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.model = build_model(config)
+        self.model = build_trainable(config)
         self.task = VALIDATION_TASKS[config.task](config)
         self.watch = Throughput(config)
         self.group = ContextGroup()

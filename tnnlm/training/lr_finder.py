@@ -29,9 +29,10 @@ from tnnlm.files import atomic_file
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.threads import limit_threads
 from tnnlm.training.estimate import check_accelerator, estimate_run
+from tnnlm.training.initial import InitialWeights
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.optim import build_optimizer
-from tnnlm.training.run import quieten
+from tnnlm.training.quiet import quieten
 from tnnlm.training.trainer import step_options
 
 STEPS = 100
@@ -113,8 +114,12 @@ class _Probe(LitModel):
         return [float(loss) for loss in whole.view(-1, count).mean(1)]
 
 
-def find_lr(config: Config) -> FoundRate:
+def find_lr(config: Config, initial: InitialWeights | None = None) -> FoundRate:
     """Search the learning rate for a configuration, on one device with the global batch size of all devices.
+
+    Args:
+        config: The full configuration.
+        initial: Weights that the training starts from; None takes random ones.
 
     Raises:
         UserError: If the input is invalid or the loss never decreases.
@@ -130,6 +135,8 @@ def find_lr(config: Config) -> FoundRate:
     config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = "auto", 1, 1
     lightning.seed_everything(config.seed, verbose=False)
     module, data = _Probe(config), TextDataModule(config)
+    if initial is not None:
+        initial.copy_to(module.model)
     quieten()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")

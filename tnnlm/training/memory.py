@@ -10,6 +10,7 @@ run all the same, see :func:`on_path_of`.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from tnnlm.models.backbone import Backbone
 from tnnlm.models.batches import LabelledBatch, MaskedBatch
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.empty import without_weights
-from tnnlm.models.factory import build_model
 from tnnlm.models.joint_kernels import joint_kernels
 from tnnlm.models.surgery import in_recurrent_form
 from tnnlm.modules import RecurrentConv
@@ -44,10 +44,13 @@ from tnnlm.training.estimate import (
 )
 from tnnlm.training.live_bytes import LiveBytes, counted
 from tnnlm.training.optim import build_optimizer
+from tnnlm.training.trainable import build_trainable
 
 WORK_BUFFERS = 5
 """Assumed buffers of an FFT convolution while it runs, each of the size of its padded inputs: the inputs, the
 product of the spectra, a copy of it, the outputs, and the work area of the FFT library."""
+_NUMBERED = re.compile(r"[\d\[]")
+"""Part of a pattern of parameters that may select layers by number."""
 _TRUE_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 """Dtypes of the weights in the precisions that don't keep them in float32."""
 
@@ -90,7 +93,7 @@ def estimate_memory(config: Config) -> RunMemory:
     step = max(peaks.values())
     if config.trainer.strategy in SHARDING:
         with without_weights():
-            sharded = sharded_bytes(config, build_model(config))
+            sharded = sharded_bytes(config, build_trainable(config))
         step, validation, state = step - state + sharded, validation - state + sharded, sharded
     return RunMemory(state=state, buckets=buckets, step=step, validation=validation, attached=attached)
 
@@ -99,11 +102,15 @@ def _peaks(config: Config, layers: int, attached: Attached | None) -> dict[str, 
     """Return the bytes of the state and the peak of each phase, for a model of ``layers`` layers."""
     config = copy.deepcopy(config)
     config.model.n_layers = layers
+    # Patterns that select layers by number don't fit this model, and peft can't add adapters to fake tensors.
+    # Their parameters, or with adapters all, count as trained, which is an upper bound.
+    config.init.freeze = [pattern for pattern in config.init.freeze if not _NUMBERED.search(pattern)]
+    config.init.lora.rank = None
     device = "cpu" if resolve_accelerator(config) == "cpu" else "cuda"
     precision = resolve_precision(config)
     with on_path_of(device), counted(partial(_work, device)) as live:
         with _default_dtype(_TRUE_DTYPES.get(precision, torch.float32)):  # fake weights cannot be converted
-            model: Any = build_model(config)
+            model: Any = build_trainable(config)
         model.recompute = config.trainer.recompute
         optimizer = build_optimizer(model, config.optim, fused=config.trainer.precision != "16-mixed")
         held, buckets = _state(config, model, optimizer)

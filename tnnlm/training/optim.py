@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tnnlm.config.schema import OptimConfig
+from tnnlm.config.optim import OptimConfig
 from tnnlm.errors import ConfigError
 from tnnlm.kernels import Kernel
 

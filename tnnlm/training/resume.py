@@ -10,7 +10,7 @@ from typing import Any
 from tnnlm.chat.stored import TOKENIZER_CONFIG
 from tnnlm.checkpoints.locate import IMPORTED, LAST, PREVIOUS
 from tnnlm.checkpoints.membership import FIXED, PLACES
-from tnnlm.checkpoints.settings_file import verify_settings
+from tnnlm.checkpoints.settings_file import take_own_tokenizer, verify_settings
 from tnnlm.checkpoints.training import ENTRY, read_checkpoint, read_intact
 from tnnlm.checksums import not_verified
 from tnnlm.config.checks import leaves
@@ -77,6 +77,7 @@ def resumed_config(run: Path, overrides: list[str], trust: Trust = NO_CODE) -> C
         if key.startswith(_FIXED_ON_RESUME) and new.get(key) != old.get(key):
             raise ConfigError(f"{key}={new.get(key)}: can't be changed on resume", "start a new run")
     keep_text_of_old_run(config, run, overrides)
+    take_own_tokenizer(config, run)
     return config
 
 

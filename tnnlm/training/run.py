@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -43,16 +41,18 @@ from tnnlm.training.components import check_components
 from tnnlm.training.data_check import check_data
 from tnnlm.training.estimate import check_accelerator, check_devices
 from tnnlm.training.fsdp import choose_strategy
-from tnnlm.training.initial import InitialWeights
+from tnnlm.training.initial import InitialWeights, weights_for
 from tnnlm.training.lit_module import LitModel
 from tnnlm.training.loggers.console import show_line
 from tnnlm.training.optim import check_optimizer
+from tnnlm.training.quiet import quieten
 from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
 from tnnlm.training.slurm import begin_job
 from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.test_split import final_scores
+from tnnlm.training.trainable import check_trainable_parts, n_frozen
 from tnnlm.training.trainer import build_trainer
 
 
@@ -74,7 +74,7 @@ def train(
         source: Checkpoint to resume from, LAST or PREVIOUS.
         job: Name of the job to record with the run, so that the job can find it again. With a job, ``run``
             may be one that was killed before its first checkpoint; it then starts from scratch.
-        initial: Checkpoint whose weights a new run starts from; its configuration is that of ``config``.
+        initial: Weights that a new run starts from; None loads those of ``init.weights``, if it is set.
 
     Returns:
         Content of summary.json; empty on ranks other than 0.
@@ -93,6 +93,8 @@ def train(
     with ExitStack() as locks:
         if run is not None:
             _lock(locks, run)
+        if initial is None and (run is None or (job is not None and not began(run))):
+            initial = weights_for(config)
         start = _resolve(config, run, source, job, initial)
         if run is None:
             _lock(locks, start.folder)
@@ -128,6 +130,8 @@ def _train(
         initial.copy_to(module.model)
     if trainer.global_rank == 0:
         announce(config, module.model, start.folder, start.report, start.checkpoint, start.step)
+        if initial is not None and start.step is None:
+            show_line(initial.line())
         if start.step is None:
             _record(config, start)
         for logger in trainer.loggers[len(trainer.loggers) - len(config.trainer.loggers) :]:
@@ -163,6 +167,7 @@ def _resolve(
     check_training(config)
     check_components(config)
     check_optimizer(config.optim)
+    check_trainable_parts(config)
     if config.trainer.compile:
         check_compiler_cache()
     if run is None:
@@ -244,6 +249,8 @@ def _summarise(
         folder,
         task=task,
         params=module.model.n_params,
+        frozen=n_frozen(module.model),
+        initial=config.init.weights,
         data=data.opened.report,
         tokens_seen=data.tokens_at(trainer.global_step),
         train_seconds=last.train_seconds,
@@ -310,19 +317,3 @@ def _new_folder(config: Config) -> Path:
             return folder
         except FileExistsError:
             number += 1
-
-
-def quieten() -> None:
-    """Silence Lightning's tips, and warnings about deliberate choices."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # rows come from memory-mapped files
-        ".*exists and is not empty.*",  # the run's folder exists before Lightning writes to it
-        ".*your dataloader is not resumable.*",  # the sampler restores its position from the checkpoint
-        ".*Total length of .* across ranks is zero.*",  # a run that was killed after its last step
-        ".*before `optimizer.step.*",  # 16-mixed skips the first steps, which overflow
-        ".*callbacks used to create the checkpoint need.*",  # trainer.callbacks may change on resume
-        ".*LeafSpec.*is deprecated.*",  # raised by Lightning's code
-        ".*WeightAveraging callback with a model that overrides.*",  # it only compiles and shards
-    ):
-        warnings.filterwarnings("ignore", message=message)

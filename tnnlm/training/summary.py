@@ -31,6 +31,8 @@ def write_summary(
     *,
     task: type[ValidationTask],
     params: int,
+    frozen: int,
+    initial: str | None,
     data: DataReport,
     tokens_seen: int,
     train_seconds: float,
@@ -42,6 +44,8 @@ def write_summary(
         run: Folder of the run.
         task: Task of the run, which determines the metrics.
         params: Number of trainable parameters.
+        frozen: Number of parameters that were not trained.
+        initial: Weights that the run started from; None for random ones.
         data: Report of the data.
         tokens_seen: Number of training tokens.
         train_seconds: Seconds of training and validation.
@@ -64,6 +68,8 @@ def write_summary(
     summary |= {
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         "params": params,
+        "params_frozen": frozen,
+        "init_weights": initial,
         "tokens_seen": tokens_seen,
         "train_seconds": round(train_seconds, 1),
         "protocol": data.protocol,
@@ -142,10 +148,13 @@ def show_summary(
     console.print(_parallel_and_recurrent(run, summary) if task.converts else _values(run, summary, task))
     speed = summary["tokens_per_second"]
     samples = " samples.txt," if task.converts else ""
+    parameters = f"{summary['params']:,} parameters"
+    if summary["params_frozen"]:
+        parameters = f"{parameters} and {summary['params_frozen']:,} frozen ones"
     again = ["--force"] if (run / CONVERTED).exists() else []  # converted before the run was resumed
     asked = ["--prompt", prompt] if prompt else ["--chat"]
     lines = [
-        f"{summary['params']:,} parameters, {summary['tokens_seen']:,} tokens in "
+        f"{parameters}, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s with validation"
         + (f", {speed:,.0f} tokens/s without it (median)" if speed else ""),
         f"in {run}/: {BEST}, summary.json, metrics.csv,{samples} loss.png",

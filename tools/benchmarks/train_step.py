@@ -25,7 +25,8 @@ from benchmarks.subjects import peer_shape
 from experiments.peers import GPT2 as GPT2Model
 from experiments.timing import clock, interleaved, random_tokens, read_bandwidth, row
 from experiments.training import next_token_loss
-from tnnlm.config.schema import ModelConfig, OptimConfig
+from tnnlm.config.optim import OptimConfig
+from tnnlm.config.schema import ModelConfig
 from tnnlm.kernels import Kernel, build_kernel
 from tnnlm.machine.allocator import keep_large_blocks
 from tnnlm.machine.capabilities import capability, describe_cpu

@@ -27,7 +27,7 @@ from experiments.synthetic_tasks import (
 )
 from experiments.timing import interleaved, medians, peak_allocated
 from experiments.training import device_of, fit
-from tnnlm.config.schema import OptimConfig
+from tnnlm.config.optim import OptimConfig
 from tnnlm.errors import UserError
 from tnnlm.kernels import RTFConfig, build_kernel
 from tnnlm.modules import LongConv

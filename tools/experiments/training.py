@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from experiments.frame import Record
 from experiments.sizing import Family
-from tnnlm.config.schema import Config, ConversionConfig, OptimConfig
+from tnnlm.config.optim import OptimConfig
+from tnnlm.config.schema import Config, ConversionConfig
 from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus, PackedRows
 from tnnlm.data.sampler import GlobalOrderSampler

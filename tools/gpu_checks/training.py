@@ -21,7 +21,7 @@ from experiments.timing import clock, random_tokens
 from gpu_checks.gpt2 import GPT2
 from gpu_checks.rows import Emit, Row
 from gpu_checks.shapes import DEMO, MEDIUM, Setting, Shape
-from tnnlm.config.schema import OptimConfig
+from tnnlm.config.optim import OptimConfig
 from tnnlm.errors import one_line
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.modules import LongConv
