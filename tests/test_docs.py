@@ -128,7 +128,7 @@ def tiny(name: str, words: list[str]) -> list[str]:
         return [*words, "--max-new-tokens", "4"]
     if name == "tools/instructions.py":
         return [*words, "--count", "200" if "write" in words else "4"]
-    if name not in ("train.py", "tools/prepare_data.py") or "--dry-run" in words:
+    if name not in ("train.py", "tools/prepare_data.py") or {"--dry-run", "--print-schema"} & {*words}:
         return words
     if "--resume" in words:
         # A run that an earlier command has extended to 6 steps is extended again if steps are given.

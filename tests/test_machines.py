@@ -210,7 +210,7 @@ def test_wrong_switch_is_refused_before_any_work(
 BOOM = "RuntimeError: boom"
 OPTIONAL = {
     "perplexity of a dtype": ("variants.optimize_for_decoding", (), 0, f"not measured here: {BOOM}"),
-    "every perplexity": ("pipeline.prepare", (), 0, f"no perplexities: {BOOM}"),
+    "every perplexity": ("pipeline.open_corpus", (), 0, f"no perplexities: {BOOM}"),
     "parallel perplexity": ("variants.parallel_losses", (), 0, f"no perplexities: {BOOM}"),
     "a form while it is scored": ("variants.recurrent_losses", (), 0, f"not measured here: {BOOM}"),
     "verify": ("pipeline.check_layers", ("--verify",), 1, f"FAILED: verify: {BOOM}"),
