@@ -9,6 +9,7 @@ file name after the language is written to that file.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import io
 import itertools
@@ -230,6 +231,9 @@ def run_line(line: str) -> int:
     else:
         piped, after = b"", before
     words = shlex.split(after, comments=True)
+    if words[-2:-1] == [">"]:
+        with Path(words[-1]).open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            return run_line(after.partition(" > ")[0])
     if words[0] in SHELL:
         return subprocess.run(
             words if not after.count("*") else ["bash", "-c", after], check=False
