@@ -82,7 +82,8 @@ def test_data_set_of_the_hub_has_the_rows_of_a_file() -> None:
     write_rows(chats(), "talks/train.jsonl")
     write_rows(chats(3), "talks/validation.jsonl")
     words = "data.source=hub", "data.hub_name=talks", "data.hub_val_split=validation", "data.format=chat"
-    data = load_task_data(load_config(None, [*TINY, *words]))
+    sizes = [word for word in TINY if "val_fraction" not in word]
+    data = load_task_data(load_config(None, [*sizes, *words]))
     assert (len(data.train), len(data.val), data.report.shared) == (40, 3, 3)
     alone = load_task_data(config_of(write_rows(chats()))).train
     assert shown(data, data.train[0])[0].count("user: ") == shown(data, alone[0])[0].count("user: ") == 2
