@@ -128,7 +128,9 @@ class TextDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the global order, which is the same on all ranks."""
         step = self._trainer().global_step
-        return {"samples_seen": self.samples_at(step), "step": step, "block": self.block}
+        # The order of rows of text doesn't depend on the size of a batch.
+        order = {} if self.config.data.format == "text" else {"block": self.block}
+        return {"samples_seen": self.samples_at(step), "step": step, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved position; batch size, accumulation and number of ranks may differ.
