@@ -70,7 +70,7 @@ def test_a_million_tokens_have_the_shares_of_the_weights() -> None:
 
 
 def test_one_source_has_the_order_of_earlier_versions() -> None:
-    rows = [Permutations(7, 5).row(sample) for sample in range(20)]
+    rows = [Permutations.seeded(7, 5).row(sample) for sample in range(20)]
     expected = [np.random.default_rng((5, epoch)).permutation(7) for epoch in range(3)]
     assert rows == np.concatenate(expected)[:20].tolist()
 

@@ -10,7 +10,6 @@ from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 
 TINY = (
-    "data.source=files",
     "data.batch_size=4",
     "data.val_fraction=0.1",
     "data.max_val_tokens=400",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tests.support.conversations import TINY, chats, config_of, write_rows
-from tnnlm.chat.templates import PLAIN
+from tnnlm.chat.templates import CHATML, PLAIN
+from tnnlm.checkpoints.converted import load_converted
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.cli import prepare_data
 from tnnlm.data.datamodule import TextDataModule
@@ -21,6 +23,8 @@ from tnnlm.models.batches import AnswerBatch
 from tnnlm.training.batches import checked_batch
 from tnnlm.training.resume import resumed_config
 from tnnlm.training.run import train
+
+RUNS = ("base", "whole", "part")
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +98,41 @@ def test_answers_of_any_loader_are_checked() -> None:
     assert found.rows.dtype == torch.int64
     with pytest.raises(DataError, match=r"batch\.mask: has dtype bool and shape \(2, 9\); expected bool"):
         checked_batch(AnswerBatch(rows, torch.ones(2, 9, dtype=torch.bool)), config, first=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
+def test_adapters_on_conversations_learn_by_muon_with_the_template_of_the_weights(script: Any) -> None:
+    pytest.importorskip("peft")
+    path = write_rows(chats())
+    train(config_of(path, "chat", "data.chat_template=chatml", "name=base", "trainer.sample_tokens=0"))
+    shutil.copy("runs/base/checkpoints/last.ckpt", "alone.ckpt")
+    start = (
+        *(word for word in TINY if not word.startswith("model.")),
+        f"data.files={path}",
+        "data.format=chat",
+        "init.weights=alone.ckpt",
+        "init.lora.rank=2",
+        "optim.optimizer=muon",
+        "optim.schedule=constant",
+        "conversion.method=window",
+    )
+    for words in (
+        ("train", *start, "name=whole"),
+        ("train", *start, "name=part", "trainer.max_steps=3"),
+        ("train", "--resume", "part", "trainer.max_steps=6"),
+        ("convert", "runs/part", "--no-compile", "--no-perplexity"),
+    ):
+        done = script(*words)
+        assert done.code == 0, done.err
+    base, whole, part = (load_checkpoint(Path(f"runs/{name}/checkpoints/last.ckpt")) for name in RUNS)
+    assert part.tokenizer.chat_template == base.tokenizer.chat_template == CHATML
+    assert load_converted(Path("runs/part/converted")).tokenizer.chat_template == CHATML
+    moved = {
+        key
+        for key, value in part.model.state_dict().items()
+        if not torch.equal(value, base.model.state_dict()[key])
+    }
+    assert moved
+    assert all(key.startswith("blocks.") and ".kernel." not in key for key in moved)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, part.model.state_dict()[key]), key

@@ -207,6 +207,19 @@ def test_a_run_with_muon_and_wsd_resumes_exactly(script: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
+def test_muon_trains_matrices_alone() -> None:
+    model = CausalLM(tiny_config())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("blocks.") and parameter.dim() == 2 and "kernel" not in name)
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", lr=1e-2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randint(8, (2, 9))).sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
 def test_muon_takes_the_memory_of_one_moment_less() -> None:
     sizes = ["trainer.accelerator=cpu", "trainer.precision=32-true", "model.n_layers=2", "data.batch_size=1"]
     adamw, muon = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnnlm.config.schema import Config, DataConfig
+from tnnlm.config.values import one_line
 from tnnlm.errors import ConfigError
 
 
@@ -68,9 +69,9 @@ def check_format(config: Config, where: Callable[[str], str]) -> None:
             f"{shown}: data.source={data.source} has no conversations{place}",
             "set data.source=files and data.files, or data.source=hub and data.hub_name",
         )
-    for key, fit in (("text_column", plain.text_column), ("protocol", plain.protocol), ("streaming", False)):
-        if getattr(data, key) != fit:
-            given = str(getattr(data, key)).lower()
+    for key in ("text_column", "protocol", "streaming", "document_separator", "tokenizer_sample"):
+        if getattr(data, key) != getattr(plain, key):
+            given = one_line(str(getattr(data, key)).lower())
             raise ConfigError(
                 f"data.{key}={given}: is for data.format=text only{where(f'data.{key}')}", "omit it"
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _BITS = 62
 """Binary places of shares."""
@@ -18,22 +19,42 @@ class Share(NamedTuple):
     weight: float
 
 
-class Permutations:
-    """Endless sequence of permutations of rows, each seeded by its number and further integers."""
+def permutation(n_rows: int, *seed: int) -> NDArray[np.int64]:
+    """Return a random permutation of rows, (n,)."""
+    return np.random.default_rng(seed).permutation(n_rows)
 
-    def __init__(self, n_rows: int, *seed: int) -> None:
+
+class Permutations:
+    """Endless sequence of permutations of rows."""
+
+    def __init__(self, n_rows: int, order_of: Callable[[int], NDArray[np.int64]]) -> None:
+        """Create the sequence.
+
+        Args:
+            n_rows: Number of rows.
+            order_of: Function that returns the permutation of an epoch, (n,).
+        """
         self._n_rows = n_rows
-        self._seed = seed
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order_of = order_of
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    @classmethod
+    def seeded(cls, n_rows: int, *seed: int) -> Permutations:
+        """Return random permutations, each seeded by ``seed`` and its number."""
+        return cls(n_rows, lambda epoch: permutation(n_rows, *seed, epoch))
 
     def row(self, sample: int) -> int:
         """Return the row of a sample."""
         epoch, place = divmod(sample, self._n_rows)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((*self._seed, epoch)).permutation(self._n_rows)
-        return int(self._order[place])
+        if epoch not in self._orders:
+            # An optimizer step and its batches may extend over two epochs.
+            self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = self._order_of(epoch)
+        return int(self._orders[epoch][place])
+
+    def forget(self) -> None:
+        """Compute permutations anew, because what ``order_of`` depends on may have changed."""
+        self._orders.clear()
 
 
 class Interleaving:
@@ -70,7 +91,7 @@ class MixedOrder:
     def __init__(self, shares: Sequence[Share], seed: int) -> None:
         self._interleaving = Interleaving([share.weight for share in shares], seed)
         self._firsts = [0, *np.cumsum([share.n_rows for share in shares])[:-1].tolist()]
-        self._rows = [Permutations(share.n_rows, seed, number) for number, share in enumerate(shares)]
+        self._rows = [Permutations.seeded(share.n_rows, seed, number) for number, share in enumerate(shares)]
 
     def row(self, sample: int) -> int:
         """Return the row of a sample."""

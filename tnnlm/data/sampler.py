@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from tnnlm.data.order import MixedOrder, Share
+from tnnlm.data.order import MixedOrder, Permutations, Share, permutation
 
 
 @dataclass(eq=False)
@@ -37,36 +37,27 @@ class GlobalOrderSampler(Sampler[list[Any]]):
     """Rows and weight of each source of a mixture, whose rows follow one another; empty for a single one."""
     resampled: bool = False
     """Yield (row, sample) pairs instead of row indices, for data randomised per sample, such as masks."""
-    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._mixed = MixedOrder(self.mixture, self.seed)
+        self._permutations = Permutations(self.n_rows, self.order_of)
+        self._mixed = MixedOrder(self.mixture, self.seed) if self.mixture else None
 
     def __len__(self) -> int:
         return self.n_batches
 
     def begin(self) -> int:
         """Return the number of samples already consumed, and forget the orders of earlier iterations."""
-        self._orders.clear()
+        self._permutations.forget()
         return self.start() if callable(self.start) else self.start
 
     def order_of(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of the rows in an epoch, a permutation (n,)."""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+        return permutation(self.n_rows, self.seed, epoch)
 
     def rows_of(self, begin: int, size: int) -> list[int]:
         """Return the rows of the samples [begin, begin + size) of the global order."""
-        if self.mixture:
-            return [self._mixed.row(sample) for sample in range(begin, begin + size)]
-        rows = []
-        for sample in range(begin, begin + size):
-            epoch = sample // self.n_rows
-            if epoch not in self._orders:
-                # An optimizer step and its batches may extend over two epochs.
-                self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
-                self._orders[epoch] = self.order_of(epoch)
-            rows.append(int(self._orders[epoch][sample % self.n_rows]))
-        return rows
+        order = self._mixed or self._permutations
+        return [order.row(sample) for sample in range(begin, begin + size)]
 
     def __iter__(self) -> Iterator[list[Any]]:
         first = self.begin() + self.rank * self.batch_size

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,27 @@ def check_column(names: list[str], column: str, where: str) -> None:
         )
 
 
-def _lines_cells(path: Path, column: str) -> Iterator[str | None]:
-    """Yield the text column of a file with one JSON object per line."""
+def json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a .jsonl file, or of a .json file, which may be an array, and their places.
+
+    Args:
+        path: File.
+        columns: Keys that an object may have once only.
+
+    Raises:
+        DataError: If the file is damaged, or has something other than objects.
+    """
     with opened(path) as file:
-        yield from _cells_of_lines(file, column, path)
+        if suffix_of(path) == ".json":
+            beginning = file.peek(1).lstrip()
+            if beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                    yield from _rows_of_array(text, columns, path)
+                return
+        yield from _rows_of_lines(file, columns, path)
 
 
-def _cells_of_lines(lines: Any, column: str, path: Path) -> Iterator[str | None]:
-    keys: dict[str, None] = {}
+def _rows_of_lines(lines: Any, columns: Sequence[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -67,25 +80,25 @@ def _cells_of_lines(lines: Any, column: str, path: Path) -> Iterator[str | None]
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{where} is not UTF-8 text (byte {error.start} of the line)") from None
-        row, _ = _json_object(text, column, where)
-        yield _cell(row, column, keys, f"{path}: line {number}")
-    _check_keys(keys, column, path)
+        row, _ = _json_object(text, columns, where)
+        yield f"{path}: line {number}", row
 
 
 def _json_cells(path: Path, column: str) -> Iterator[str | None]:
-    """Yield the text column of a file with an array of JSON objects, or with one object per line."""
-    with opened(path) as file:
-        beginning = file.peek(1).lstrip()
-        if not beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            yield from _cells_of_lines(file, column, path)
-            return
-        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-            yield from _cells_of_array(text, column, path)
-
-
-def _cells_of_array(file: io.TextIOWrapper, column: str, path: Path) -> Iterator[str | None]:
-    """Yield the text column of an array of objects, of which some are in memory at a time."""
+    """Yield the text column of a .jsonl or .json file."""
     keys: dict[str, None] = {}
+    for where, row in json_rows(path, (column,)):
+        if column not in keys:
+            keys.update(dict.fromkeys(row))
+        yield text_of(row.get(column), column, where)
+    if keys:
+        check_column(list(keys), column, str(path))
+
+
+def _rows_of_array(
+    file: io.TextIOWrapper, columns: Sequence[str], path: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of an array, of which some are in memory at a time."""
     number, text, start, size = 0, "", 0, _BLOCK
     try:
         while True:
@@ -102,10 +115,10 @@ def _cells_of_array(file: io.TextIOWrapper, column: str, path: Path) -> Iterator
                     raise DataError(f"{where} is not JSON (expected a comma or the end of the array)")
                 if begin[2] == "]" and not number:
                     break
-                row, end = _next_object(text, begin.start(2), column, where)
+                row, end = _next_object(text, begin.start(2), columns, where)
             if row is not None:
                 number, start, size = number + 1, end, _BLOCK
-                yield _cell(row, column, keys, f"{path}: item {number}")
+                yield f"{path}: item {number}", row
                 continue
             more = file.read(size) if size <= LONGEST_CELL else ""
             if not more:
@@ -114,40 +127,32 @@ def _cells_of_array(file: io.TextIOWrapper, column: str, path: Path) -> Iterator
             text, start = text[start:] + more, 0
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text (after item {number})") from None
-    _check_keys(keys, column, path)
 
 
-def _next_object(text: str, start: int, column: str, where: str) -> tuple[dict[str, Any] | None, int]:
+def _next_object(
+    text: str, start: int, columns: Sequence[str], where: str
+) -> tuple[dict[str, Any] | None, int]:
     """Return the object at a place of a text, and its end; None if it may be incomplete."""
     try:
-        return _json_object(text, column, where, start)
+        return _json_object(text, columns, where, start)
     except json.JSONDecodeError:
         return None, 0
 
 
-def _cell(row: dict[str, Any], column: str, keys: dict[str, None], where: str) -> str | None:
-    if column not in keys:
-        keys.update(dict.fromkeys(row))
-    return text_of(row.get(column), column, where)
-
-
-def _check_keys(keys: dict[str, None], column: str, path: Path) -> None:
-    if keys:
-        check_column(list(keys), column, str(path))
-
-
-def _json_object(text: str, column: str, where: str, start: int | None = None) -> tuple[dict[str, Any], int]:
+def _json_object(
+    text: str, columns: Sequence[str], where: str, start: int | None = None
+) -> tuple[dict[str, Any], int]:
     """Return the JSON object that a text is, or that begins at ``start`` and more follows, and its end.
 
     Raises:
-        DataError: If it isn't a JSON object, or not one with at most one text.
+        DataError: If it isn't a JSON object, or one of ``columns`` occurs more than once.
         json.JSONDecodeError: If no JSON begins at ``start``.
     """
-    columns: list[str] = []
+    found: list[str] = []
 
     def collected(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # The outermost object is the last one that is complete.
-        columns[:] = [name for name, _ in pairs]
+        found[:] = [name for name, _ in pairs]
         return dict(pairs)
 
     decoder = json.JSONDecoder(object_pairs_hook=collected)
@@ -166,9 +171,12 @@ def _json_object(text: str, column: str, where: str, start: int | None = None) -
             raise
         raise DataError(f"{where} is not JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where} is not a JSON object", 'write one object per line, such as {"text": "..."}')
-    if columns.count(column) > 1:
-        raise DataError(f"{where} has the key {column!r} {columns.count(column)} times", "keep one of them")
+        raise DataError(
+            f"{where} is not a JSON object", f'write one object per line, such as {{"{columns[0]}": ...}}'
+        )
+    for column in columns:
+        if found.count(column) > 1:
+            raise DataError(f"{where} has the key {column!r} {found.count(column)} times", "keep one of them")
     return row, end
 
 
@@ -220,7 +228,7 @@ def _parquet_cells(path: Path, column: str) -> Iterator[str | None]:
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
-    ".jsonl": _lines_cells,
+    ".jsonl": _json_cells,
     ".json": _json_cells,
     ".csv": _csv_cells,
     ".parquet": _parquet_cells,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tnnlm.chat.stored import TOKENIZER_CONFIG, stored_template
 from tnnlm.checkpoints.adapters import LORA, plain_names
+from tnnlm.checkpoints.hf_files import tokenizer_settings
 from tnnlm.checkpoints.parallel import load_parallel
 from tnnlm.checkpoints.training import Loaded, load_any
 from tnnlm.config.checks import leaves
@@ -19,6 +23,7 @@ from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import cache_root, write_text
 from tnnlm.kernels import Kernel, build_kernel
+from tnnlm.reading import read_text
 from tnnlm.tokenizer import TextTokenizer, load_tokenizer
 from tnnlm.training.find_weights import find_weights, is_hub_name
 from tnnlm.trust import NO_CODE, Trust
@@ -70,6 +75,8 @@ class InitialWeights:
         config = load_config(path, overrides, base=Base(settings, str(self.path), over_file=not own_model))
         if config.data.tokenizer == str(stored) and not stored.is_file():
             stored.parent.mkdir(parents=True, exist_ok=True)
+            if self.loaded.tokenizer.chat_template is not None:
+                write_text(stored.parent / TOKENIZER_CONFIG, tokenizer_settings(self.loaded.tokenizer))
             write_text(stored, self.loaded.tokenizer.to_json())
         self.check(config)
         return config
@@ -135,12 +142,19 @@ class InitialWeights:
         return f"weights: those of {self.path}{how if self.continued else ''}"
 
     def _tokenizer_file(self) -> Path:
-        """Return the tokenizer.json next to the weights, or a place in the cache if there is none."""
+        """Return the tokenizer.json next to the weights, or a place in the cache if there is none.
+
+        The chat template of the weights is next to it in either place.
+        """
+        tokenizer = self.loaded.tokenizer
         beside = self.path if self.path.is_dir() else self.path.parent.parent
-        path = beside.absolute() / "tokenizer.json"
-        if path.is_file() and path.read_text(encoding="utf-8") == self.loaded.tokenizer.to_json():
-            return path
-        return cache_root() / "tokenizers" / f"{self.loaded.tokenizer.fingerprint}.json"
+        path, template = beside.absolute() / "tokenizer.json", tokenizer.chat_template
+        if path.is_file() and (template is None or stored_template(path.parent) is not None):
+            with suppress(CheckpointError):  # a damaged one is not used
+                if read_text(path, "") == tokenizer.to_json():
+                    return path
+        content = hashlib.sha256(repr((tokenizer.fingerprint, template)).encode()).hexdigest()
+        return cache_root() / "tokenizers" / content[:32] / path.name
 
     def _check_tokens(self, config: Config) -> None:
         """Check the end token and the given tokenizer, before the data is read."""

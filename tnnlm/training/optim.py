@@ -93,13 +93,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
     ]
     usable: list[dict[str, Any]] = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
-    adamw = AdamW(usable, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
-    if not hidden:
+    adamw = AdamW(usable, lr=config.lr, betas=betas, eps=config.eps, fused=fused) if usable else None
+    if adamw is not None and not hidden:
         return adamw
     muon = torch.optim.Muon(
         hidden, lr=config.lr, weight_decay=decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
     )
-    return MuonAdamW(muon, adamw)
+    # Adapters are matrices of the blocks, and leave nothing to AdamW.
+    return muon if adamw is None else MuonAdamW(muon, adamw)
 
 
 def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:

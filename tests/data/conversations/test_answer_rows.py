@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tnnlm.data.tasks import TaskData, load_task_data
 from tnnlm.errors import ConfigError, UserError
 from tnnlm.models.batches import inputs_of
 
+WHOLE = "data.val_fraction=0.02"
+"""The default, because nothing is held out of the training rows."""
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
@@ -64,26 +67,54 @@ def test_strings_are_joined_as_they_are_unless_a_template_is_set() -> None:
     assert answers.startswith(" 0")
 
 
-def test_parquet_and_message_lists_give_the_rows_of_jsonl() -> None:
+def test_tables_of_all_types_give_the_rows_of_jsonl() -> None:
     rows = [
         {"prompt": [turn("user", row["prompt"])], "completion": [turn("assistant", row["completion"])]}
         for row in pairs()
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "pairs.parquet")
-    found = [
-        load_task_data(config_of(path, "prompt_completion")).train
-        for path in (write_rows(rows), Path("pairs.parquet"))
-    ]
-    assert [row.tolist() for row in found[0]] == [row.tolist() for row in found[1]]
+    Path("pairs.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    with pyarrow.output_stream("pairs.jsonl.zst", compression="zstd") as file:
+        file.write(write_rows(rows).read_bytes())
+    paths = ("chat.jsonl", "pairs.parquet", "pairs.json", "pairs.jsonl.zst")
+    found = [load_task_data(config_of(Path(path), "prompt_completion")).train for path in paths]
+    for other in found[1:]:
+        assert [row.tolist() for row in found[0]] == [row.tolist() for row in other]
+
+
+def test_validation_files_are_the_validation_split() -> None:
+    path, held_out = write_rows(chats()[:30]), write_rows(chats()[28:36], "val.jsonl")
+    words = ("chat", f"data.validation={held_out}", WHOLE, "data.max_val_tokens=null")
+    data = load_task_data(config_of(path, *words))
+    assert data.report.splits["train"].documents == len(data.train) == 30
+    assert data.report.shared == 2
+    texts = [shown(data, row)[0] for row in data.val]
+    assert sorted(texts) == sorted(set(texts))
+    assert {text.split("What is ")[1].split()[0] for text in texts} == {str(i) for i in range(28, 36)}
+    write_rows(pairs(), "val.jsonl")
+    with pytest.raises(UserError, match=r"val\.jsonl: line 1: has no column 'messages'"):
+        load_task_data(config_of(path, *words))
+
+
+def test_strings_and_messages_are_not_mixed_in_the_splits() -> None:
+    messages = [{"prompt": [turn("user", "a")], "completion": [turn("assistant", "b")]}]
+    words = ("prompt_completion", f"data.validation={write_rows(messages, 'val.jsonl')}", WHOLE)
+    with pytest.raises(UserError, match="mixes strings and messages in training and validation rows"):
+        load_task_data(config_of(write_rows(pairs()), *words))
 
 
 def test_data_set_of_the_hub_has_the_rows_of_a_file() -> None:
     Path("talks").mkdir()
     write_rows(chats(), "talks/train.jsonl")
     write_rows(chats(3), "talks/validation.jsonl")
-    words = "data.source=hub", "data.hub_name=talks", "data.hub_val_split=validation", "data.format=chat"
-    sizes = [word for word in TINY if "val_fraction" not in word]
-    data = load_task_data(load_config(None, [*sizes, *words]))
+    words = (
+        "data.source=hub",
+        "data.hub_name=talks",
+        "data.hub_val_split=validation",
+        "data.format=chat",
+        WHOLE,
+    )
+    data = load_task_data(load_config(None, [*TINY, *words]))
     assert (len(data.train), len(data.val), data.report.shared) == (40, 3, 3)
     alone = load_task_data(config_of(write_rows(chats()))).train
     assert shown(data, data.train[0])[0].count("user: ") == shown(data, alone[0])[0].count("user: ") == 2
@@ -144,7 +175,8 @@ def test_unusable_row_is_refused_with_its_line(kind: str, row: Any, reason: str)
     config = config_of(write_rows([*good, row]), kind)
     with pytest.raises(UserError) as error:
         load_task_data(config)
-    assert f"chat.jsonl: line {len(good) + 1}" in str(error.value)
+    assert str(error.value).startswith("chat.jsonl: ")
+    assert f": line {len(good) + 1}" in str(error.value)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert not cache_folder(config.data).exists() or not list(cache_folder(config.data).glob("*/"))
@@ -175,6 +207,10 @@ def test_single_conversation_is_refused() -> None:
         (["task=masked"], "is for task=causal only"),
         (["data.text_column=body"], "data.text_column=body: is for data.format=text only"),
         (["data.format=text", "data.packing=true"], "data.packing: is for conversations only"),
+        (["data.document_separator=--"], "data.document_separator=--: is for data.format=text only"),
+        (["data.tokenizer_sample=5000"], "data.tokenizer_sample=5000: is for data.format=text only"),
+        (["data.files=[]", "data.sources=[{files: a.jsonl}, {files: b.jsonl}]"], "mixture has no conversat"),
+        (["data.files=[]", "data.tokens=a.npy", "data.tokenizer=t.json"], "tokens has no conversations"),
         (["trainer.context_parallel=2"], "not supported with data.format=chat"),
     ],
 )
@@ -185,7 +221,9 @@ def test_settings_that_do_not_fit_conversations_are_refused(words: list[str], re
 
 def test_text_file_is_refused() -> None:
     Path("a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.txt: is no \.jsonl or \.parquet file, which data\.format=chat"):
+    with pytest.raises(
+        UserError, match=r"a\.txt: is no \.jsonl, \.json or \.parquet file, which data\.format=chat"
+    ):
         load_task_data(config_of(Path("a.txt")))
 
 
@@ -196,3 +234,12 @@ def test_template_beside_a_given_tokenizer_is_used() -> None:
     Path("own/chat_template.jinja").write_text("own " + PLAIN, encoding="utf-8")
     config = config_of(Path("chat.jsonl"), "chat", "data.tokenizer=own/tokenizer.json")
     assert prepare_conversations(config).tokenizer.chat_template == "own " + PLAIN
+
+
+def test_name_of_a_tokenizer_is_no_path_of_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare_conversations(config_of(write_rows(chats()))).tokenizer
+    first.chat_template = None
+    monkeypatch.setattr("tnnlm.data.conversations.prepare.load_tokenizer", lambda name, eos: first)
+    Path("chat_template.jinja").write_text("another " + PLAIN, encoding="utf-8")
+    config = config_of(Path("chat.jsonl"), "chat", "data.tokenizer=someones")
+    assert prepare_conversations(config).tokenizer.chat_template == PLAIN

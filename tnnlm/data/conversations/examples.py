@@ -33,14 +33,14 @@ def read_examples(config: DataConfig, tally: Tally, held_out: bool = False) -> I
     Args:
         config: Data settings.
         tally: Counts of what is read, dropped and changed.
-        held_out: Read ``data.hub_val_split`` instead of ``data.hub_split``.
+        held_out: Read ``data.validation``, or ``data.hub_val_split``, instead of the other rows.
 
     Raises:
         DataError: If a column is missing, a message is unusable, or strings and messages are mixed.
     """
     columns = COLUMNS[config.format]
     first: bool | None = None
-    for row in read_rows(config, held_out):
+    for row in read_rows(config, columns, held_out):
         cells = [_cell(row, column, config.format) for column in columns]
         if None in cells:
             tally.dropped[NULL] += 1

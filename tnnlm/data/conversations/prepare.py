@@ -125,7 +125,8 @@ def prepare_conversations(settings: Config) -> ConversationCorpus:
     if given is None:
         check_trainable(config.eos_token)
     if given is not None:
-        given.chat_template = stored_template(Path(str(config.tokenizer)).parent)
+        path = Path(str(config.tokenizer))  # or a name on the Hub, which is no path
+        given.chat_template = stored_template(path.parent) if path.is_file() else None
     template = None if config.chat_template is None else named_template(config.chat_template)
     request = _Request(config, vocab_size, settings.seed, given, template)
     folder = request.folder()
@@ -182,8 +183,13 @@ def _survey(request: _Request) -> tuple[_Found, NDArray[np.bool_]]:
     """Read the data set once, and return what it has and which conversations are held out."""
     config, seed = request.config, request.seed
     found = _read(config, seed, held_out=False)
-    if config.source == "hub" and config.hub_val_split:
+    if _is_split(config):
         other = _read(config, seed, held_out=True)
+        if len(found.hashes) and len(other.hashes) and found.strings != other.strings:
+            raise DataError(
+                "data: mixes strings and messages in training and validation rows",
+                "write all rows in one way",
+            )
         joined = [np.concatenate(pair) for pair in zip(found[:2], other[:2], strict=True)]
         chosen = np.arange(len(joined[0])) >= len(found.hashes)
         found = _Found(joined[0], joined[1], found.strings, found.tally + other.tally)
@@ -200,6 +206,11 @@ def _survey(request: _Request) -> tuple[_Found, NDArray[np.bool_]]:
     return found, chosen
 
 
+def _is_split(config: DataConfig) -> bool:
+    """Return whether the rows to validate on are given."""
+    return bool(config.validation or config.hub_val_split)
+
+
 def _read(config: DataConfig, seed: int, held_out: bool) -> _Found:
     tally, hashes, lengths, strings = Tally(), [], [], False
     for example in read_examples(config, tally, held_out):
@@ -213,8 +224,7 @@ def _read(config: DataConfig, seed: int, held_out: bool) -> _Found:
 def _select(request: _Request, chosen: NDArray[np.bool_]) -> Iterator[Example]:
     """Yield the chosen conversations, which are read again so that they need not be in memory."""
     config, index = request.config, 0
-    parts = [False, True] if config.source == "hub" and config.hub_val_split else [False]
-    for held_out in parts:
+    for held_out in (False, True) if _is_split(config) else (False,):
         for example in read_examples(config, Tally(), held_out):
             if index < len(chosen) and chosen[index]:
                 yield example
