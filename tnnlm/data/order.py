@@ -53,7 +53,7 @@ class Permutations:
         return int(self._orders[epoch][place])
 
     def forget(self) -> None:
-        """Compute permutations anew, because what ``order_of`` depends on may have changed."""
+        """Compute permutations again, because what ``order_of`` depends on may have changed."""
         self._orders.clear()
 
 
