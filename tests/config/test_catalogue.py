@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tnnlm.config.json_schema import json_schema, schema_text
 from tnnlm.config.layers import Schema
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config, shipped_names
+from tnnlm.config.text_sources import SourceConfig
 from tnnlm.errors import UserError
 from tnnlm.kernels import KERNEL_SCHEMAS
 
@@ -71,6 +73,11 @@ def test_help_schema_and_page_list_every_setting(monkeypatch: pytest.MonkeyPatch
             if key.startswith("model.kernel."):
                 inner = schema["$defs"][f"kernel.{name}"]
             assert inner["properties"][leaf]["description"], key
+    (items, *_) = schema["properties"]["data"]["properties"]["sources"]["anyOf"]
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for item in fields(SourceConfig):
+        assert items["items"]["properties"][item.name]["description"], item.name
+        assert re.search(rf"`{item.name}\b", page), item.name
 
 
 def test_help_loads_no_library_of_training() -> None:
@@ -99,6 +106,7 @@ ACCEPTED = (
     "trainer: {max_steps: 1_000, devices: auto, sample_prompt: ''}",
     "data: {source: files, files: book.txt}",
     "data: {source: files, files: [a.txt, 7], tokenizer: null}",
+    "data: {sources: [{files: a.txt, weight: 2}, {hub_name: b, name: 7}]}",
     "model: {kernel: {rpe_dim: 0x10}}",
     "model: {kernel: {name: rtf, state_size: 8}}",
     "model: {glu_dim: null, kernel: {name: sgconv, reverse_lag: 0}}",
@@ -117,6 +125,10 @@ REFUSED = (
     "name: null",
     "name: ''",
     "data: {files: {a: b}}",
+    "data: {sources: [{files: a.txt, wieght: 2}, {files: b.txt}]}",
+    "data: {sources: [{files: a.txt, weight: 0}, {files: b.txt}]}",
+    "data: {sources: [a.txt, b.txt]}",
+    "init: {lora: {rank: 0}}",
     "modle: {}",
     "model: {kernel: {name: fd_tno, decay: 0.9}}",
     "model: {kernel: {state_size: 8}}",

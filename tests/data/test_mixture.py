@@ -141,6 +141,10 @@ def test_a_mixture_is_written_and_read_as_a_file() -> None:
         ("[{files: a.txt, hub_name: x}, {files: b}]", r"data\.sources\[1\]: its data is not clear"),
         ("[{files: a.txt}, {fils: b.txt}]", r"data\.sources\[2\]\.fils: unknown key"),
         ("[{files: a.txt, hub_split: x}, {files: b}]", r"hub_split: is not used with source=files"),
+        (
+            "[{hub_name: a, hub_val_split: x, validation: [b.txt]}, {files: b}]",
+            r"data\.sources\[1\]\.hub_val_split: is not used with validation",
+        ),
         ("[{files: a.txt}, {tokens: b.bin}]", r"data\.tokens: need the tokenizer"),
         ("[a, b]", "expected a group"),
         ("{files: a.txt", "expected"),
@@ -151,6 +155,12 @@ def test_wrong_mixtures_are_refused_in_one_line(sources: str, message: str) -> N
         load_config(None, [f"data.sources={sources}"])
     assert "\n" not in str(caught.value)
     assert "(command line)" in str(caught.value)
+
+
+def test_lines_of_a_hub_data_set_in_a_mixture_are_not_held_out() -> None:
+    words = ["data.protocol=fairseq", "data.sources=[{hub_name: a}, {files: b.txt}]"]
+    with pytest.raises(ConfigError, match="can't hold out lines of a hub data set"):
+        load_config(None, words)
 
 
 def test_a_source_without_a_row_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnnlm.config.schema import Config, DataConfig
+from tnnlm.config.sources import kind_of
 from tnnlm.config.values import one_line
 from tnnlm.errors import ConfigError
 
@@ -33,7 +34,8 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         raise ConfigError(
             f"data.protocol=fairseq: is for task=causal only, not task={config.task}{where('data.protocol')}"
         )
-    if data.source == "hub" and data.hub_val_split is None and not data.validation:
+    parts = [(kind_of(part), part) for part in data.sources] or [(data.source, data)]
+    if any(kind == "hub" and part.hub_val_split is None and not part.validation for kind, part in parts):
         raise ConfigError(
             f"data.protocol=fairseq: can't hold out lines of a hub data set{where('data.protocol')}",
             "set data.hub_val_split or data.validation",

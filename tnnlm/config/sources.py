@@ -139,8 +139,15 @@ def _check_mixture(parts: Sequence[SourceConfig], values: Values) -> None:
             )
         for item in fields(part):
             default = item.default if item.default is not MISSING else []
-            if getattr(part, item.name) != default and kind not in USED_BY.get(item.name, (kind,)):
+            if getattr(part, item.name) == default:
+                continue
+            if kind not in USED_BY.get(item.name, (kind,)):
                 raise ConfigError(f"{where}.{item.name}: is not used with source={kind}{place}", "omit it")
+            for other in REPLACED_BY.get(item.name, ()):
+                if getattr(part, other, None):
+                    raise ConfigError(
+                        f"{where}.{item.name}: is not used with {other}{place}", "omit one of them"
+                    )
 
 
 def _given(layer: Layer, values: Values) -> dict[str, str]:
