@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.config.sources import kind_of
+from tnnlm.config.text_sources import SourceConfig
 from tnnlm.config.values import one_line
 from tnnlm.errors import ConfigError
 
@@ -34,6 +35,7 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         raise ConfigError(
             f"data.protocol=fairseq: is for task=causal only, not task={config.task}{where('data.protocol')}"
         )
+    parts: list[tuple[str | None, SourceConfig | DataConfig]]
     parts = [(kind_of(part), part) for part in data.sources] or [(data.source, data)]
     if any(kind == "hub" and part.hub_val_split is None and not part.validation for kind, part in parts):
         raise ConfigError(

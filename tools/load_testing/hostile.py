@@ -47,8 +47,11 @@ class Hostile:
             for number, attack in zip(range(clients), _attacks(), strict=False)
         ]
         await asyncio.sleep(seconds)
-        for task in tasks:
-            task.cancel()
+        pending = set(tasks)
+        while pending:  # asyncio.wait_for of Python 3.11 may lose a cancellation
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=1)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _repeat(self, attack: Attack, rng: random.Random) -> None:
