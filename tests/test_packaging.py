@@ -66,6 +66,7 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
     }
     assert "tnnlm/py.typed" in wanted
     wanted |= {f"tnnlm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    wanted.add("tnnlm/configs/schema.json")
     assert {name for name in names if name.startswith("tnnlm/")} == wanted
     assert {name.split("/")[0] for name in names} == {"tnnlm", f"tnnlm-{tnnlm.__version__}.dist-info"}
     assert metadata["Version"] == tnnlm.__version__

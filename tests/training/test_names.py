@@ -19,7 +19,8 @@ NAME = "x[1] [red]y[bold] :smile: $a_$"
 
 @pytest.mark.parametrize("task", [CausalTask, MaskedTask])
 def test_summary_shows_the_name_of_a_run(task: type[ValidationTask]) -> None:
-    summary = dict.fromkeys(("params", "tokens_seen", "train_seconds", "tokens_per_second"), 1)
+    numbers = ("params", "params_frozen", "tokens_seen", "train_seconds", "tokens_per_second")
+    summary = dict.fromkeys(numbers, 1)
     out = io.StringIO()
     show_summary(Path("runs") / NAME, summary, task, ":smile: [b]", Console(file=out, width=200))
     assert " ".join(out.getvalue().split()).startswith(f"run {NAME} ")
