@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -76,12 +77,18 @@ def test_compiled_passes_give_the_logits_of_the_compiled_steps(monkeypatch: pyte
     )
     assert info.name == "compiled"
     assert "convert.py --compile speculate" in info.reason
+    threads = torch.get_num_threads()
     path = compile_pass(converted(), Path("out"), "float32", model.fingerprint, 3)
     weight = converted().embedding.weight.numpy().tobytes()[:64]
     assert weight not in path.read_bytes()
     with ZipFile(path) as package:
         (kernel,) = (name for name in package.namelist() if name.endswith("kernel.cpp"))
-        assert "tmp_acc2" in package.read(kernel).decode()  # weights are read once, for three sums
+        source = package.read(kernel).decode()
+    assert "tmp_acc2" in source  # weights are read once, for three sums
+    # It runs with the threads of the process that calls it, not of the one that compiled it.
+    assert "#pragma omp parallel\n" in source or os.cpu_count() == 1
+    assert "num_threads(" not in source
+    assert torch.get_num_threads() == threads
     generator, info = open_with_passes(
         model, Path("out"), device=CPU, dtype="float32", engine="auto", trust=NO_CODE
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -68,6 +69,7 @@ def compile_package(
 
     with (
         torch.no_grad(),
+        _threads_of_all_cpus(),
         warnings.catch_warnings(),
         tempfile.TemporaryDirectory() as scratch,
         atomic_file(path) as temporary,
@@ -100,6 +102,21 @@ def compile_package(
             f"{cache_root()}: can't record that this machine compiled {path}",
             "set TNNLM_CACHE to a private folder, or load the step with --trust-compiled",
         )
+
+
+@contextmanager
+def _threads_of_all_cpus() -> Iterator[None]:
+    """Let PyTorch have as many threads as the system has CPUs.
+
+    What it compiles then runs with the threads of the process that calls it. With another number, it always
+    runs with the threads of the process that compiled it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_compiler() -> None:
