@@ -27,7 +27,7 @@ from tnnlm.inference.aot_package import (
 from tnnlm.inference.batch_step import BatchStep, batch_parts, ordered
 from tnnlm.inference.flat_step import after_step, flat_step, parts_read
 from tnnlm.inference.linear import replace_linears
-from tnnlm.inference.linear_choice import Choice, choose_batch_linear, choose_linear
+from tnnlm.inference.linear_choice import choose_batch_linear, choose_linear
 from tnnlm.inference.row_linear import row_linear
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last
@@ -165,7 +165,7 @@ def compile_batch(model: CausalLM, folder: Path, dtype: str, fingerprint: str) -
         used = choose_linear(_CPU, dtype).name
         raise UserError(f"no compiled batch for {dtype}: its products by {used} can't be compiled here")
     check_before_compiling(model, fingerprint)
-    _use_linears(model, choice)
+    use_linears(model, choice.make)
     path = package_path(folder, f"batch-{dtype}")
     rows = torch.export.Dim("rows", min=2, max=_MOST_ROWS)
     # Separate tensors, because inputs that share memory would be taken to depend on each other.
@@ -243,7 +243,7 @@ def load_batch_step(
     shared = choice == choose_linear(_CPU, dtype)
     return load_package(
         path,
-        lambda: BatchStep(packed if shared else _use_linears(shared_copy(plain), choice)),
+        lambda: BatchStep(packed if shared else use_linears(shared_copy(plain), choice.make)),
         fingerprint,
         trust,
     )
@@ -262,15 +262,13 @@ def check_before_compiling(model: CausalLM, fingerprint: str) -> None:
         raise UserError("config.json states the hash of another model", "convert again")
 
 
-def _use_linears(model: CausalLM, choice: Choice) -> CausalLM:
-    """Return ``model``, with its linear layers replaced in place."""
-    replace_linears(model, choice.make)
+def use_linears(model: CausalLM, make: Callable[[Tensor, Tensor | None], nn.Module]) -> CausalLM:
+    """Return ``model``, with its linear layers replaced in place by ``make(weight, bias)``."""
+    replace_linears(model, make)
     use_channels_last(model)
     return model
 
 
 def _row_step(model: CausalLM, dtype: str) -> _Step:
     """Return the step of a single row, with layers of ``model`` replaced in place."""
-    replace_linears(model, lambda weight, bias: row_linear(weight, bias, dtype))
-    use_channels_last(model)
-    return _Step(model)
+    return _Step(use_linears(model, lambda weight, bias: row_linear(weight, bias, dtype)))

@@ -10,7 +10,7 @@ tokens have the same distribution.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -214,11 +214,7 @@ def speculate(
     done = 0
     while done < limit:
         if chosen is None and (rest := min(proposer.rest(), limit - done)):
-            found = []
-            for run in _single_steps(model, state, logits, rest, eos_id, chooser):
-                found += run.tokens
-                _, state, logits, _ = run
-                yield run
+            found, state, logits = yield from _single_steps(model, state, logits, rest, eos_id, chooser)
             if len(found) < rest:
                 return
             proposer.extend(found)
@@ -277,15 +273,22 @@ def _checked(
 
 def _single_steps(
     model: DecoderModel, state: ModelState, logits: Tensor, count: int, eos_id: int, chooser: Chooser
-) -> Iterator[Run]:
-    """Decode ``count`` tokens without proposals, at the cost of decoding without speculation."""
-    for _ in range(count):
+) -> Generator[Run, None, tuple[list[int], ModelState, Tensor]]:
+    """Decode up to ``count`` tokens without proposals, at the cost of decoding without speculation.
+
+    Returns:
+        The tokens, fewer if the text ends, and state and logits after the last one.
+    """
+    tokens: list[int] = []
+    while len(tokens) < count:
         with torch.inference_mode():
             token = chooser.choose(logits)
             if token == eos_id:
-                return
+                break
             logits, state = model.step(torch.tensor([token], device=logits.device), state)
+        tokens.append(token)
         yield Run([token], state, logits, 0)
+    return tokens, state, logits
 
 
 def _agreement(tokens: Sequence[int], proposed: Sequence[int]) -> int:

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from tnnlm.checkpoints.converted import ConvertedModel, model_fingerprint
 from tnnlm.errors import UserError
-from tnnlm.inference.aot import check_before_compiling, package_path
+from tnnlm.inference.aot import check_before_compiling, package_path, use_linears
 from tnnlm.inference.aot_package import Run, compile_package, load_package
 from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.engine import Engine, open_engine
 from tnnlm.inference.flat_step import after_step, parts_changed, parts_read, with_parts_read
-from tnnlm.inference.linear import NarrowLinear, replace_linears
+from tnnlm.inference.linear import NarrowLinear
 from tnnlm.inference.row_linear import RowLinear, row_linear, stored
 from tnnlm.inference.speculation_width import PASS_WIDTHS, pass_name
 from tnnlm.models.causal_lm import CausalLM, ModelState
-from tnnlm.models.surgery import recurrences, shared_copy, use_channels_last, within_turns
+from tnnlm.models.surgery import recurrences, shared_copy, within_turns
 from tnnlm.ops.recurrence import Params, tokens_to_work_ahead
 from tnnlm.trust import NO_CODE, Trust
 
@@ -211,6 +211,5 @@ def _pass(model: CausalLM, dtype: str) -> _Pass:
         single = row_linear(weight, bias, dtype)
         return PassLinear(weight, bias, dtype) if isinstance(single, RowLinear) else EachRow(single)
 
-    replace_linears(model, linear)
-    use_channels_last(model)
+    use_linears(model, linear)
     return _Pass(model)
