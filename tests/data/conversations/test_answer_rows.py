@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def test_tables_of_all_types_give_the_rows_of_jsonl() -> None:
     found = [load_task_data(config_of(Path(path), "prompt_completion")).train for path in paths]
     for other in found[1:]:
         assert [row.tolist() for row in found[0]] == [row.tolist() for row in other]
+
+
+def test_damaged_row_of_parquet_is_named_and_other_columns_are_not_read() -> None:
+    rows = [
+        [{**turn(role, "x"), "at": date(2026, 1, i + 1)} for role in ("user", "assistant")] for i in range(9)
+    ]
+    text = pyarrow.array([b"x"] * 6 + [b"\xff"] * 3).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows, "other": text}), "a.parquet")
+    load_task_data(config_of(Path("a.parquet"), "chat"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "completion": text}), "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 7: is not UTF-8 text \(byte 0\)"):
+        load_task_data(config_of(Path("a.parquet"), "prompt_completion"))
 
 
 def test_validation_files_are_the_validation_split() -> None:
