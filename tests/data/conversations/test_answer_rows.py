@@ -129,6 +129,10 @@ def test_data_set_of_the_hub_has_the_rows_of_a_file() -> None:
     )
     data = load_task_data(load_config(None, [*TINY, *words]))
     assert (len(data.train), len(data.val), data.report.shared) == (40, 3, 3)
+    Path("talks").rename("talks[1]")
+    words = (*words[:1], "data.hub_name='talks[1]'", *words[2:])
+    with pytest.raises(UserError, match="takes it as a pattern; rename it"):
+        load_task_data(load_config(None, [*TINY, *words]))
     alone = load_task_data(config_of(write_rows(chats()))).train
     assert shown(data, data.train[0])[0].count("user: ") == shown(data, alone[0])[0].count("user: ") == 2
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.content import folder_content
 from tnnlm.data.file_types import suffix_of
 from tnnlm.data.files import source_files
-from tnnlm.data.hub import check_hub, load_rows, readable
-from tnnlm.data.sources import cache_folder, held_out_files
+from tnnlm.data.hub import check_hub, readable
+from tnnlm.data.sources import held_out_files, hub_rows
 from tnnlm.data.tables import json_rows, parquet_rows
 from tnnlm.errors import DataError
 
@@ -68,11 +66,7 @@ def read_rows(config: DataConfig, columns: Sequence[str], held_out: bool = False
 
 def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
     name = check_hub(config)
-    # The library caches a local folder by paths and times, so each content gets a separate cache.
-    content = (
-        hashlib.sha256(repr(folder_content(Path(name))).encode()).hexdigest() if Path(name).is_dir() else ""
-    )
-    rows = load_rows(config, split, cache_folder(config) / "datasets" / content[:32])
+    rows, _ = hub_rows(config, split)
     with readable(name):
         for number, cells in enumerate(rows, 1):
             yield Row(f"{name}: row {number} of {split}", cells)
