@@ -124,7 +124,7 @@ def prepare_conversations(settings: Config) -> ConversationCorpus:
         )
     if given is None:
         check_trainable(config.eos_token)
-    if given is not None:
+    else:
         path = Path(str(config.tokenizer))  # or a name on the Hub, which is no path
         given.chat_template = stored_template(path.parent) if path.is_file() else None
     template = None if config.chat_template is None else named_template(config.chat_template)
