@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from datetime import date
 
 import pytest
 
@@ -104,6 +106,24 @@ def test_end_token_in_a_message_is_text(tokenizer: TextTokenizer, renderer: Rend
         *tokens.encode(text.split("assistant")[0]),
         *tokenizer.encode("assistant: x"),
     ]
+
+
+def test_end_token_inside_further_entries_is_text(tokenizer: TextTokenizer, renderer: Renderer) -> None:
+    tokens = SpecialTokens(tokenizer)
+    call = {"role": "assistant", "content": "x", "calls": [{f"a{END}": f"b{END}", "at": date(2026, 1, 2)}]}
+    source = "{% for m in messages %}{{ m.calls | tojson }}{% endfor %}{{ eos_token }}"
+    text = ChatTemplate(source, tokens, renderer).answered(Conversation([call], given=1), "here").text
+    assert tokens.show(text) == f'[{{"a{END}": "b{END}", "at": "2026-01-02"}}]{END}'
+    assert tokens.encode(text).count(tokenizer.eos_id) == 1
+
+
+def test_deeply_nested_entry_is_refused(tokenizer: TextTokenizer, renderer: Renderer) -> None:
+    value: list[object] = []
+    for _ in range(sys.getrecursionlimit()):
+        value = [value]
+    talk = [{**turn("user", "x"), "more": value}]
+    with pytest.raises(UserError, match="here: a message is nested too deeply"):
+        ChatTemplate(PLAIN, SpecialTokens(tokenizer), renderer).prompt(talk, "here")
 
 
 def test_unknown_template_is_refused() -> None:

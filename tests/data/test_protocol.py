@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tnnlm.config.schema import DataConfig
 from tnnlm.conversion import convert_model
 from tnnlm.data.packing import PackedCorpus, PackedRows, prepare
 from tnnlm.data.text import lines_of, words_in
-from tnnlm.errors import ConfigError
+from tnnlm.errors import ConfigError, DataError
 from tnnlm.evaluation import add, parallel_nll, recurrent_nll
 from tnnlm.models.batches import PADDING
 from tnnlm.models.causal_lm import CausalLM
@@ -90,6 +91,17 @@ def test_lines_of_files_are_those_of_rows() -> None:
     assert documents.folder != corpus.folder
     assert documents.report.change(corpus.report) is not None
     assert documents.val.words == corpus.val.words
+
+
+def test_empty_rows_of_files_are_blank_lines_as_those_of_the_hub() -> None:
+    for name, rows in (("train.jsonl", LINES * 3), ("val.jsonl", ["", *LINES])):
+        Path(name).write_text("".join(json.dumps({"text": row}) + "\n" for row in ["", *rows]))
+    config = DataConfig(source="files", files=["train.jsonl"], protocol="fairseq", validation=["val.jsonl"])
+    report = prepare(replace(config, tokenizer=tokenizer_file()), 300, 0).report
+    assert (report.duplicates, report.shared) == (9, 3)
+    Path("train.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="contains no text"):
+        prepare(replace(config, tokenizer=tokenizer_file(), validation=[]), 300, 0)
 
 
 def test_words_and_lines() -> None:

@@ -105,6 +105,9 @@ def damaged(name: str) -> str:
     np.array([-1, 2], np.int64).tofile("negative.bin")
     Path("odd.bin").write_bytes(b"abc")
     Path("text.npy").write_text("text")
+    for path, header in (("open.npy", b"((("), ("indent.npy", b"  x\n y\n"), ("key.npy", b"{[]: 1}")):
+        Path(path).write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
+    Path("minus.bin").write_bytes(struct.pack("<3i", 20240520, 1, -500) + bytes(12))
     Path("empty").mkdir()
     write_megatron("short", [IDS[:50], IDS[50:90]])
     Path("short.bin").write_bytes(b"ab")
@@ -124,6 +127,10 @@ def damaged(name: str) -> str:
         ("float.npy", "has an array of float64", {}),
         ("matrix.npy", r"of shape \(2, 2500\)", {}),
         ("text.npy", "is no .npy file", {}),
+        ("open.npy", "is no .npy file", {}),
+        ("indent.npy", "is no .npy file", {}),
+        ("key.npy", "is no .npy file", {}),
+        ("minus.bin", "its header counts", {}),
         ("large.bin", "has the token id 280, of", {}),
         ("negative.bin", "has the token id -1", {"token_type": "int64"}),
         ("odd.bin", "3 bytes are no whole number of uint16 ids", {}),

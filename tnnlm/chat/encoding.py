@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tnnlm.errors import UserError, one_line
 from tnnlm.tokenizer import TextTokenizer
@@ -36,6 +37,22 @@ class SpecialTokens:
     def hide(self, content: str) -> str:
         """Return a message with codes in place of the names of special tokens."""
         return self._to_hide.sub(lambda found: self._hidden[found[0]], content)
+
+    def hide_all(self, value: Any) -> Any:
+        """Return a value as JSON can have it, with the strings of its lists and objects as of :meth:`hide`.
+
+        Values of other types, such as the dates of a .parquet file, become strings.
+
+        Raises:
+            RecursionError: If it is nested too deeply.
+        """
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        if isinstance(value, dict):
+            return {self.hide(str(key)): self.hide_all(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.hide_all(item) for item in value]
+        return self.hide(str(value))
 
     def show(self, text: str) -> str:
         """Return a text with the names in place of their codes."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnnlm.chat.encoding import SpecialTokens
-from tnnlm.chat.renderer import Renderer
+from tnnlm.chat.renderer import RenderedText, Renderer
 from tnnlm.errors import DataError, UserError
 from tnnlm.reading import read_text
 
@@ -123,7 +123,7 @@ class ChatTemplate:
         Raises:
             UserError: If the template fails.
         """
-        return self._texts([self._variables(messages, True)], where)[0].text
+        return self._texts([(messages, True)], where)[0].text
 
     def answered(self, conversation: Conversation, where: str) -> AnsweredText:
         """Return the text of a conversation with its answers.
@@ -142,8 +142,7 @@ class ChatTemplate:
         ends = [(given, True)] if given else []
         if not marked:
             ends += [end for index in places for end in ((index, True), (index + 1, False))]
-        requests = [self._variables(messages, False)]
-        requests += [self._variables(messages[:end], begun) for end, begun in ends]
+        requests = [(messages, False), *((messages[:end], begun) for end, begun in ends)]
         whole, *parts = self._texts(requests, where)
         start = len(parts[0].text) if given else 0
         spans = [span for span in whole.spans if span[0] >= start]
@@ -152,18 +151,19 @@ class ChatTemplate:
             spans = _between([cut.text for cut in cuts], whole.text, where)
         return AnsweredText(whole.text, tuple(span for span in spans if span[0] < span[1]))
 
-    def _texts(self, requests: list[dict[str, Any]], where: str) -> list[Any]:
-        return self._renderer.render(self.source, requests, where)
+    def _texts(self, requests: Sequence[tuple[Sequence[Message], bool]], where: str) -> list[RenderedText]:
+        """Return the text of each pair of messages and whether an answer to them begins."""
+        try:
+            variables = [self._variables(messages, begun) for messages, begun in requests]
+        except RecursionError:
+            raise UserError(f"{where}: a message is nested too deeply") from None
+        return self._renderer.render(self.source, variables, where)
 
     def _variables(self, messages: Sequence[Message], begun: bool) -> dict[str, Any]:
         """Return the variables of a text, which are those that Transformers gives templates."""
-        hidden = [
-            {key: self.tokens.hide(value) if isinstance(value, str) else value for key, value in one.items()}
-            for one in messages
-        ]
         eos = self.tokens.eos_token
         return {
-            "messages": hidden,
+            "messages": [self.tokens.hide_all(message) for message in messages],
             "add_generation_prompt": begun,
             "tools": None,
             "documents": None,

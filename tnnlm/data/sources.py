@@ -108,6 +108,21 @@ def cache_folder(config: DataConfig) -> Path:
     return folder
 
 
+def hub_rows(config: DataConfig, split: str) -> tuple[Any, str]:
+    """Return a split of a data set by name, or of a local folder, and the hash of the folder, else ''.
+
+    Raises:
+        DataError: If the datasets library can't read it, or takes the name of the folder as a pattern.
+    """
+    name, content = str(config.hub_name), _local_content(config) or ""
+    if content and glob.has_magic(name):
+        raise DataError(
+            f"data.hub_name={name}: the datasets library takes it as a pattern", "rename it without * ? ["
+        )
+    # The library caches a local folder by paths and times, so each content gets a separate cache.
+    return load_rows(config, split, cache_folder(config) / "datasets" / content[:32]), content
+
+
 _Loaded: TypeAlias = tuple[Corpus, NDArray[np.bytes_], Tally]
 """Corpus, the hashes of its documents, and their counts."""
 
@@ -219,14 +234,7 @@ def _hub_table(
 ) -> tuple[datasets.Dataset, str, DocumentIndex]:
     """Return a split of a hub data set on disk, its text column, and the index of its rows with text."""
     name, column, limit = str(config.hub_name), config.text_column, config.max_documents
-    # The library caches a local folder by paths and times, so each content gets a separate cache.
-    content = _local_content(config)
-    if content is not None and glob.has_magic(name):
-        raise DataError(
-            f"data.hub_name={name}: the datasets library takes it as a pattern", "rename it without * ? ["
-        )
-    cache = cache_folder(config) / "datasets" / (content or "")[:32]
-    rows = load_rows(config, split, cache)
+    rows, content = hub_rows(config, split)
     if rows.column_names is not None:
         check_column(rows.column_names, column, name)
     normalize, streamed = config.normalize_text, None
@@ -252,7 +260,7 @@ def _hub_table(
             limit=limit,
             kept=scratch / f"{split}.survey.npz",
             normalize=normalize,
-            content=content or "",
+            content=content,
             blank=config.protocol == "fairseq",
         )
     if not len(_without_blank(found.hashes)):

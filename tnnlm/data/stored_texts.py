@@ -102,7 +102,7 @@ def characters_of(texts: Sequence[str]) -> int:
 
 
 def documents_of(texts: Sequence[str], first: int = 0, skipped: int = 0) -> Iterator[Iterator[str]]:
-    """Yield documents as iterators of parts, see :meth:`StoredTexts.parts`, whatever holds them."""
+    """Yield documents as iterators of parts, see :meth:`StoredTexts.pieces`, whatever holds them."""
     if isinstance(texts, StoredTexts):
         yield from texts.pieces(first, skipped)
         return
@@ -192,11 +192,11 @@ class TextWriter:
         length, has_text, sha256 = 0, False, hashlib.sha256(f"{self._seed}:".encode())
         for piece in pieces:
             data = piece.encode("utf-8", "surrogatepass")
-            has_text = has_text or not piece.isspace()
+            has_text = has_text or bool(piece and not piece.isspace())
             sha256.update(data)
             self._file.write(data)
             length, stop = length + len(piece), stop + len(data)
-        if (length == 0 and not blank) or (not has_text and not blank):
+        if not (has_text or blank):
             self._file.seek(start)
             self._file.truncate()
             return False

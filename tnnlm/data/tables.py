@@ -207,17 +207,38 @@ def _csv_cells(path: Path, column: str) -> Iterator[str | None]:
 
 def _parquet_cells(path: Path, column: str) -> Iterator[str | None]:
     """Yield the text column of a .parquet file; None where it is null."""
+    for where, row in parquet_rows(path, (column,), lambda names: check_column(names, column, str(path))):
+        yield text_of(row[column], column, where)
+
+
+def parquet_rows(
+    path: Path, columns: Sequence[str], check: Callable[[list[str]], None] = lambda names: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a .parquet file, and their places.
+
+    Args:
+        path: File.
+        columns: Columns that are read; if one is missing, all are.
+        check: Function that is called first, with the names of all columns.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
     with opened(path) as file:
         # Parquet needs a seekable file.
         data: Any = file if path.suffix == ".parquet" else pyarrow.BufferReader(file.read())
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(data)
-            check_column(table.schema_arrow.names, column, str(path))
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for cell in batch.column(column):
+            check(table.schema_arrow.names)
+            known = set(columns) <= set(table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=1024, columns=[*columns] if known else None):
+                names = batch.schema.names
+                # A name that occurs twice is a KeyError.
+                for cells in zip(*map(batch.column, names), strict=True):
                     number += 1
-                    yield text_of(cell.as_py(), column, f"{path}: row {number}")
+                    row = {name: cell.as_py() for name, cell in zip(names, cells, strict=True)}
+                    yield f"{path}: row {number}", row
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: row {number}: is not UTF-8 text (byte {error.start})") from None
         except (pyarrow.ArrowException, KeyError, OSError) as error:

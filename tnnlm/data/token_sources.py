@@ -23,7 +23,7 @@ from tnnlm.data.progress import progress
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.token_files import Layout, TokenWriter
 from tnnlm.data.tokenize_split import WrittenSplit
-from tnnlm.errors import DataError
+from tnnlm.errors import DataError, one_line
 from tnnlm.tokenizer import TextTokenizer
 
 BLOCK = 1 << 20
@@ -129,7 +129,7 @@ def token_file(path: Path, token_type: str) -> TokenFile:
         header = file.read(12)
     if len(header) == 12 and struct.unpack("<2i", header[:8]) == LLM_C:
         dtype, offset = "<u2", _LLM_C_HEADER
-        n_tokens = struct.unpack("<i", header[8:])[0]
+        n_tokens = struct.unpack("<I", header[8:])[0]
         if size != offset + 2 * n_tokens:
             raise DataError(f"{path}: its header counts {n_tokens:,} tokens, and its size is {size:,} bytes")
     size -= offset
@@ -210,8 +210,10 @@ def _array_file(path: Path) -> TokenFile:
             version = np.lib.format.read_magic(file)
             shape, _, dtype = _HEADERS.get(version, _HEADERS[2, 0])(file)
             offset = file.tell()
-    except ValueError as error:
-        raise DataError(f"{path}: is no .npy file ({str(error).splitlines()[0]})") from None
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python: TokenError, SyntaxError, TypeError, ...
+        raise DataError(f"{path}: is no .npy file ({one_line(error)})") from None
     if dtype.kind not in "iu" or len(shape) != 1:
         raise DataError(
             f"{path}: has an array of {dtype.name} of shape {shape}",

@@ -16,7 +16,7 @@ from tnnlm.chat.renderer import Renderer
 from tnnlm.chat.templates import ASSISTANT, PLAIN, ChatTemplate, Message
 from tnnlm.errors import UserError
 from tnnlm.inference.generation_state import GenerationState
-from tnnlm.inference.session import GenerationSession
+from tnnlm.inference.session import GenerationSession, answer_lines
 from tnnlm.tokenizer import TextTokenizer
 
 _NO_TEXT = UserError("prompt: the chat template makes no text of it", "use another template")
@@ -117,20 +117,12 @@ class ChatSession:
 
     def converse(self, source: TextIO, out: TextIO) -> None:
         """Answer each line of ``source`` until it ends; a line that is refused is reported on stderr."""
-        while True:
-            if source.isatty():
-                out.write("> ")
-                out.flush()
-            line = source.readline()
-            if not line:
-                return
-            if line.strip():
-                try:
-                    self.answer(line.removesuffix("\n"), out)
-                    out.write("\n")
-                except UserError as error:
-                    out.flush()
-                    print(f"error: {error}", file=sys.stderr)
+
+        def answer(line: str) -> None:
+            self.answer(line.removesuffix("\n"), out)
+            out.write("\n")
+
+        answer_lines(source, out, answer)
 
 
 def chat(

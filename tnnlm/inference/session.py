@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -134,19 +134,7 @@ class GenerationSession:
         self._check_rows(1)
         if prompt is not None and prompt.strip():
             self._answer(prompt, out)
-        while True:
-            if source.isatty():
-                out.write("> ")
-                out.flush()
-            line = source.readline()
-            if not line:
-                return
-            if line.strip():
-                try:
-                    self._answer(line, out)
-                except UserError as error:
-                    out.flush()
-                    print(f"error: {error}", file=sys.stderr)
+        answer_lines(source, out, lambda line: self._answer(line, out))
 
     def _answer(self, prompt: str, out: TextIO) -> None:
         """Generate a completion of a line, and continue from it with the next one."""
@@ -217,3 +205,23 @@ class GenerationSession:
                 speed += f", {record.tokens_per_pass:.1f} tokens per pass"
             sys.stderr.write(f"\n[{speed}]")
         return record
+
+
+def answer_lines(source: TextIO, out: TextIO, answer: Callable[[str], None]) -> None:
+    """Call ``answer`` for each line of ``source`` that isn't blank; an error of a line is reported on stderr.
+
+    A terminal shows ``> `` on ``out`` before each line.
+    """
+    while True:
+        if source.isatty():
+            out.write("> ")
+            out.flush()
+        line = source.readline()
+        if not line:
+            return
+        if line.strip():
+            try:
+                answer(line)
+            except UserError as error:
+                out.flush()
+                print(f"error: {error}", file=sys.stderr)

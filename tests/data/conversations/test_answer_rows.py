@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_tables_of_all_types_give_the_rows_of_jsonl() -> None:
         assert [row.tolist() for row in found[0]] == [row.tolist() for row in other]
 
 
+def test_damaged_row_of_parquet_is_named_and_other_columns_are_not_read() -> None:
+    rows = [
+        [{**turn(role, "x"), "at": date(2026, 1, i + 1)} for role in ("user", "assistant")] for i in range(9)
+    ]
+    text = pyarrow.array([b"x"] * 6 + [b"\xff"] * 3).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows, "other": text}), "a.parquet")
+    load_task_data(config_of(Path("a.parquet"), "chat"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "completion": text}), "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 7: is not UTF-8 text \(byte 0\)"):
+        load_task_data(config_of(Path("a.parquet"), "prompt_completion"))
+
+
 def test_validation_files_are_the_validation_split() -> None:
     path, held_out = write_rows(chats()[:30]), write_rows(chats()[28:36], "val.jsonl")
     words = ("chat", f"data.validation={held_out}", WHOLE, "data.max_val_tokens=null")
@@ -116,6 +129,10 @@ def test_data_set_of_the_hub_has_the_rows_of_a_file() -> None:
     )
     data = load_task_data(load_config(None, [*TINY, *words]))
     assert (len(data.train), len(data.val), data.report.shared) == (40, 3, 3)
+    Path("talks").rename("talks[1]")
+    words = (*words[:1], "data.hub_name='talks[1]'", *words[2:])
+    with pytest.raises(UserError, match="takes it as a pattern; rename it"):
+        load_task_data(load_config(None, [*TINY, *words]))
     alone = load_task_data(config_of(write_rows(chats()))).train
     assert shown(data, data.train[0])[0].count("user: ") == shown(data, alone[0])[0].count("user: ") == 2
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tnnlm.chat.templates import ASSISTANT, Conversation, Message, check_message
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.conversations.tables import Row, read_rows
-from tnnlm.data.text import BLANK, MARK, NULL, Tally, normalized
+from tnnlm.data.text import BLANK, NULL, Tally, normalized
 from tnnlm.errors import DataError
 
 COLUMNS = {"chat": ("messages",), "prompt_completion": ("prompt", "completion")}
@@ -112,8 +112,6 @@ def _normalized(example: Example, tally: Tally) -> Example:
     messages = []
     for message in example.conversation.messages:
         text = message["content"]
-        for kind, character in (("carriage returns", "\r"), ("byte order marks", MARK)):
-            if number := text.count(character):
-                tally.normalized[kind] += number
+        tally.count_changes(text)
         messages.append({**message, "content": normalized(text)})
     return example._replace(conversation=example.conversation._replace(messages=messages))

@@ -124,7 +124,7 @@ def prepare_conversations(settings: Config) -> ConversationCorpus:
         )
     if given is None:
         check_trainable(config.eos_token)
-    if given is not None:
+    else:
         path = Path(str(config.tokenizer))  # or a name on the Hub, which is no path
         given.chat_template = stored_template(path.parent) if path.is_file() else None
     template = None if config.chat_template is None else named_template(config.chat_template)
@@ -214,7 +214,8 @@ def _is_split(config: DataConfig) -> bool:
 def _read(config: DataConfig, seed: int, held_out: bool) -> _Found:
     tally, hashes, lengths, strings = Tally(), [], [], False
     for example in read_examples(config, tally, held_out):
-        content = json.dumps(example.conversation, sort_keys=True, ensure_ascii=False)
+        # Entries that a .parquet file adds to messages may be dates or bytes.
+        content = json.dumps(example.conversation, sort_keys=True, ensure_ascii=False, default=str)
         hashes.append(text_hash(seed, content))
         lengths.append(len(content))
         strings = example.strings

@@ -6,6 +6,7 @@ token whether it is part of an answer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -110,8 +111,7 @@ class AnswerRows(torch.utils.data.Dataset[Any]):
         if max_tokens is not None:
             chosen = chosen[np.cumsum(sizes[chosen]) <= max_tokens]
         chosen = chosen[np.argsort(sizes[chosen], kind="stable")]
-        found = AnswerRows.__new__(AnswerRows)
-        found.__dict__.update({key: value for key, value in self.__dict__.items() if key != "_files"})
+        found = copy.copy(self)
         found._starts, found._ends = self._starts[chosen], self._ends[chosen]
         found.answers = self.answers[chosen]
         return found

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from tnnlm.config.schema import DataConfig
-from tnnlm.data.content import folder_content
-from tnnlm.data.file_types import opened, suffix_of
+from tnnlm.data.file_types import suffix_of
 from tnnlm.data.files import source_files
-from tnnlm.data.hub import check_hub, load_rows, readable
-from tnnlm.data.sources import cache_folder, held_out_files
-from tnnlm.data.tables import json_rows
+from tnnlm.data.hub import check_hub, readable
+from tnnlm.data.sources import held_out_files, hub_rows
+from tnnlm.data.tables import json_rows, parquet_rows
 from tnnlm.errors import DataError
 
 READ = (".jsonl", ".json", ".parquet")
@@ -65,39 +60,13 @@ def read_rows(config: DataConfig, columns: Sequence[str], held_out: bool = False
         yield from _hub_rows(config, str(config.hub_val_split) if held_out else config.hub_split)
         return
     for path in table_files(config):
-        if suffix_of(path) == ".parquet":
-            yield from _parquet_rows(path)
-        else:
-            yield from (Row(*found) for found in json_rows(path, columns))
+        rows = parquet_rows if suffix_of(path) == ".parquet" else json_rows
+        yield from (Row(*found) for found in rows(path, columns))
 
 
 def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
     name = check_hub(config)
-    # The library caches a local folder by paths and times, so each content gets a separate cache.
-    content = (
-        hashlib.sha256(repr(folder_content(Path(name))).encode()).hexdigest() if Path(name).is_dir() else ""
-    )
-    rows = load_rows(config, split, cache_folder(config) / "datasets" / content[:32])
+    rows, _ = hub_rows(config, split)
     with readable(name):
         for number, cells in enumerate(rows, 1):
             yield Row(f"{name}: row {number} of {split}", cells)
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with opened(path) as file:
-            # Parquet needs a seekable file.
-            source: Any = str(path) if path.suffix == ".parquet" else pyarrow.BufferReader(file.read())
-        table = pyarrow.parquet.ParquetFile(source)
-        for batch in table.iter_batches(batch_size=1024):
-            for cells in batch.to_pylist():
-                number += 1
-                yield Row(f"{path}: row {number}", cells)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: row {number + 1}: is not UTF-8 text (byte {error.start})") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # from the disk, where pyarrow's own have no number
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: can't be read: {reason}") from None
