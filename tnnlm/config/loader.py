@@ -87,7 +87,7 @@ def load_config(
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
     check_effective_settings(config, values.given)
-    check_source(described, values)
+    check_source(layers, described, values)
     return config
 
 
