@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
-from tnnlm.config.checks import check_settings, check_value, leaves
+from tnnlm.config.checks import check_not_empty, check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
@@ -32,7 +31,7 @@ from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, wo
 from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.config.sources import check_source, select_source
-from tnnlm.config.values import Origin, kinds_of, one_line, stored
+from tnnlm.config.values import Origin, one_line, stored
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.fields import Component
@@ -282,10 +281,8 @@ def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None
     check_value(f"{key}={one_line(value)}", value, setting.metadata)
     if key == "name":
         check_name(value)
-    empty = value == "" or (isinstance(value, list) and "" in value)
-    if empty and origin in (Origin.WORD, Origin.FILE) and not setting.metadata.get("empty"):
-        instead = "write null for the default" if NoneType in kinds_of(setting.hint) else ""
-        raise ConfigError(f"{key}: is empty", instead)
+    if origin in (Origin.WORD, Origin.FILE):
+        check_not_empty(key, value, setting.hint, setting.metadata)
 
 
 def _build(owner: type, prefix: str, values: Values) -> Any:

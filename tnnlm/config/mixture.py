@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from tnnlm.config.checks import check_value
+from tnnlm.config.checks import check_not_empty, check_value
 from tnnlm.config.layers import as_group, parsed
-from tnnlm.config.values import Node, item_type, list_items, one_line, read_value, shown
+from tnnlm.config.values import Node, Origin, item_type, list_items, one_line, read_value, shown
 from tnnlm.errors import ConfigError
 
 Resolve = Callable[[str], str]
@@ -44,6 +44,8 @@ def _read_group(group: Node, schema: type, key: str, resolve: Resolve) -> Any:
             raise ConfigError(f"{key}.{name}={shown(node)}: {error} ({node.place})") from None
         try:
             check_value(f"{key}.{name}={shown(node)}", found[name], known[name].metadata)
+            if node.origin is Origin.FILE:
+                check_not_empty(f"{key}.{name}", found[name], hints[name], known[name].metadata)
         except ConfigError as error:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     return schema(**found)
