@@ -172,9 +172,11 @@ def check_outputs(run: Path) -> None:
     for folder in (run / LAST.parent, *logs):
         check_no_link(folder, "put the folder itself in its place, or link the folder of the whole run")
     for folder in logs:
-        for path in folder.glob("*"):
+        for path in folder.rglob("*"):
             # W&B links to its latest run, inside. Libraries write the logs, and follow links.
-            if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(
+                os.path.realpath(folder)
+            ):
                 check_no_link(path, "delete the link")
     for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", TOKENIZER_CONFIG, REPORT):
         if os.path.lexists(run / name):
