@@ -24,7 +24,7 @@ from tnnlm.config.consistency import (
     settle_method,
     settle_task,
 )
-from tnnlm.config.data_consistency import check_format, check_protocol
+from tnnlm.config.data_consistency import check_format, check_protocol, check_tokens
 from tnnlm.config.interpolation import Values, escaped, stored_text
 from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
@@ -257,6 +257,7 @@ def _config(values: Values, trust: Trust) -> Config:
         return f" ({values.nodes[key].place})" if key in values.nodes else ""
 
     check_schedule(config, where)
+    check_tokens(config, where)
     check_protocol(config, where)
     check_format(config, where)
     check_context(config, where)
