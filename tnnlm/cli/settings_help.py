@@ -31,8 +31,8 @@ def settings_help(prog: str) -> str:
     """
     formatter = argparse.HelpFormatter(prog, max_help_position=32)
     formatter.add_text(
-        "Settings, each a key=value, with the default, and behind demo the value of the configuration that "
-        "is used without --config:"
+        "Settings are given as key=value. The default is in parentheses, with the value of the configuration "
+        "demo, which is used without --config, if it is another one:"
     )
     used = load_config(find_config(STANDARD))
     for group in groups():
