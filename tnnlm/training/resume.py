@@ -152,7 +152,8 @@ def is_complete(config: Config, run: Path) -> bool:
     checkpoint = read_checkpoint(run / LAST)
     if "TextDataModule" not in checkpoint:  # another trainer saved it
         return False
-    tokens = checkpoint["TextDataModule"]["samples_seen"] * config.model.max_length
+    position = checkpoint["TextDataModule"]
+    tokens = position.get("tokens_seen", position["samples_seen"] * config.model.max_length)
     at_end = int(checkpoint["global_step"]) >= config.trainer.max_steps
     return at_end and read_summary(run).get("tokens_seen") == tokens
 
