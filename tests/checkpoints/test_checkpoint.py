@@ -218,3 +218,14 @@ def test_error_about_weights_names_all_that_are_missing_or_unexpected() -> None:
         load_weights(model, weights, Path("here"))
     assert "missing: embedding.weight; unexpected: blocks.9.extra0" in str(refused.value)
     assert "blocks.9.extra2, 2 more)" in str(refused.value)
+
+
+def test_a_tensor_that_is_larger_than_its_storage_is_refused(tokenizer: TextTokenizer) -> None:
+    write_run(Path("run"), tokenizer)
+    path = Path("run/checkpoints/best.ckpt")
+    data = torch.load(path, weights_only=True)
+    name = next(key for key, value in data["state_dict"].items() if value.dim() == 2)
+    data["state_dict"][name] = torch.zeros(1, 1).expand(1 << 20, 1 << 20)
+    torch.save(data, path)
+    with pytest.raises(CheckpointError, match="has more elements than are stored"):
+        load_checkpoint(path)

@@ -23,7 +23,8 @@ from tnnlm.errors import UserError
 from tnnlm.kernels import KERNEL_SCHEMAS
 
 SHIPPED = {name: owner for name, owner in KERNEL_SCHEMAS.items() if owner.__module__.startswith("tnnlm.")}
-ALL = sorted({key for owner in SHIPPED.values() for key in Schema.of(owner).settings})
+ALL = {key for owner in SHIPPED.values() for key in Schema.of(owner).settings}
+ITEMS = {f"data.sources[].{item.name}" for item in fields(SourceConfig)}
 
 
 class _Core(yaml.SafeLoader):
@@ -54,14 +55,15 @@ def test_help_schema_and_page_list_every_setting(monkeypatch: pytest.MonkeyPatch
     assert max(map(len, listed.partition("\ngeneral:\n")[2].splitlines())) <= 100
     page = (ROOT / "docs/reference/settings.md").read_text(encoding="utf-8")
     entries = [entry for group in groups() for entry in group.entries]
-    assert sorted({entry.key for entry in entries}) == ALL
+    assert {entry.key for entry in entries} == ALL | ITEMS
     assert all(entry.text.endswith((".", ".)")) for entry in entries)
     words = " ".join(listed.split())
     for entry in entries:
         assert f"| `{entry.key}` |" in page or entry.key == "model.kernel.name", entry.key
         # The formatter breaks lines at blanks and behind hyphens.
         sentence = entry.sentence.replace(" ", "").replace("-", "")
-        assert f"{entry.key}=" in words, entry.key
+        typed = f"{entry.name}: " if entry.key in ITEMS else f"{entry.key}="
+        assert f" {typed}" in words, entry.key
         assert sentence in words.replace(" ", "").replace("-", ""), entry.key
     schema = json_schema()
     for name, owner in SHIPPED.items():

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from tests.support.text_files import documents, error_of, jsonl, parquet, read, write
-from tnnlm.config.loader import load_config
+from tnnlm.config.loader import Base, load_config
 from tnnlm.config.schema import DataConfig
 from tnnlm.data import plain_text, stored_texts, tables
 from tnnlm.data.files import unescaped
@@ -154,3 +154,19 @@ def test_a_later_layer_may_replace_a_setting() -> None:
     Path("c.yaml").write_text("data: {files: a.txt, validation: b.txt}")
     with pytest.raises(ConfigError, match="val_fraction: is not used with"):
         load_config("c.yaml", ["data.val_fraction=0.1"])
+    # The file describes other data, but its tokenizer is used.
+    Path("c.yaml").write_text("data: {hub_name: x, hub_val_split: y, tokenizer: t.json}")
+    assert load_config("c.yaml", ["data.files=a.txt", "data.val_fraction=0.1"]).data.val_fraction == 0.1
+    with pytest.raises(ConfigError, match=r"tokenizer_sample: is not used with data\.tokenizer \(comm"):
+        load_config("c.yaml", ["data.files=a.txt", "data.tokenizer_sample=5000"])
+
+
+@pytest.mark.parametrize("over_file", [False, True])
+def test_the_tokenizer_of_weights_leaves_nothing_to_sample(over_file: bool) -> None:
+    Path("c.yaml").write_text("data: {tokenizer_sample: 5000}")
+    base = Base({"data": {"tokenizer": "t.json"}}, "runs/a", over_file)
+    words = ["init.weights=runs/a", "data.files=a.txt"]
+    with pytest.raises(ConfigError, match=r"tokenizer_sample: is not used .* which init.weights sets"):
+        load_config(None, [*words, "data.tokenizer_sample=6000"], base=base)
+    if over_file:  # weights override a file that the user did not name
+        assert load_config("c.yaml", words, base=base).data.tokenizer == "t.json"

@@ -138,6 +138,8 @@ def test_a_mixture_is_written_and_read_as_a_file() -> None:
         ("[{files: a.txt, weight: x}, {files: b.txt}]", r"\.weight=x: expected a number"),
         ("[{files: a.txt}]", "a mixture needs two sources or more"),
         ("[{files: a.txt}, {weight: 2}]", r"data\.sources\[2\]: its data is not clear"),
+        ("[{files: ''}, {files: b}]", r"data\.sources\[1\]\.files: is empty"),
+        ("[{files: a.txt, document_separator: ''}, {files: b}]", "document_separator: is empty"),
         ("[{files: a.txt, hub_name: x}, {files: b}]", r"data\.sources\[1\]: its data is not clear"),
         ("[{files: a.txt}, {fils: b.txt}]", r"data\.sources\[2\]\.fils: unknown key"),
         ("[{files: a.txt, hub_split: x}, {files: b}]", r"hub_split: is not used with source=files"),

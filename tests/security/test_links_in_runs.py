@@ -102,9 +102,14 @@ def test_resume_does_not_follow_a_folder_that_is_a_link(name: str, run_here: Pat
 
 @posix
 def test_logs_are_not_written_through_a_link(run_here: Path, victim: Path) -> None:
-    for log in ("tensorboard/hparams.yaml", "wandb/run-1", "loggers/metrics.csv", "profile/fit-steps.txt"):
+    for log in (
+        "tensorboard/hparams.yaml",
+        "wandb/run-1",
+        "loggers/a/b/metrics.csv",
+        "profile/fit-steps.txt",
+    ):
         path = run_here / log
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         for target in (victim, Path("new").absolute()):
             path.symlink_to(target)

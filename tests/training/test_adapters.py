@@ -31,10 +31,15 @@ def test_merged_weights_are_the_sum_of_base_and_scaled_product() -> None:
     down, up, base = torch.randn(3, 5), torch.randn(4, 3), torch.randn(4, 5)
     names = ("a.base_layer.weight", "a.base_layer.bias", "a.lora_A.default.weight", "a.lora_B.default.weight")
     weights = dict(zip(names, (base, base[:, 0], down, up), strict=True)) | {"b.weight": base}
-    found = without_adapters(weights, 0.5)
+    found = without_adapters(weights, 3, 1.5)
     assert found.keys() == {"a.weight", "a.bias", "b.weight"}
     torch.testing.assert_close(found["a.weight"], base + 0.5 * up @ down, rtol=0, atol=1e-6)
     assert torch.equal(found["b.weight"], base)
+    for missing in names[0], *names[2:]:
+        with pytest.raises(KeyError):
+            without_adapters({name: value for name, value in weights.items() if name != missing}, 3, 1.5)
+    with pytest.raises(ValueError, match="another shape"):
+        without_adapters(weights, 4, 1.5)
 
 
 def test_run_with_adapters_resumes_exactly_and_merges_wherever_it_is_loaded(

@@ -21,7 +21,7 @@ from tnnlm.data.datamodule import TextDataModule
 from tnnlm.errors import DataError
 from tnnlm.models.batches import AnswerBatch
 from tnnlm.training.batches import checked_batch
-from tnnlm.training.resume import resumed_config
+from tnnlm.training.resume import is_complete, resumed_config
 from tnnlm.training.run import train
 
 RUNS = ("base", "whole", "part")
@@ -60,6 +60,8 @@ def test_run_resumes_exactly_and_keeps_the_template() -> None:
     config = config_of(path, "chat", *words, "name=part", "trainer.max_steps=3")
     train(config)
     part, later = Path("runs/part"), Batches()
+    assert is_complete(resumed_config(part, []), part)
+    assert not is_complete(resumed_config(part, ["trainer.max_steps=6"]), part)
     train(resumed_config(part, ["trainer.max_steps=6"]), part, extra_callbacks=[later])
     for one, other in zip(seen.seen[6:], later.seen, strict=True):
         assert torch.equal(one.marked, other.marked)

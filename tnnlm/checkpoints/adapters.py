@@ -23,25 +23,25 @@ def plain_names(names: Mapping[str, Tensor]) -> dict[str, str]:
     return {name.replace(BASE, "."): name for name in names if LORA not in name}
 
 
-def without_adapters(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def without_adapters(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
     """Return the weights of a model whose layers give the same outputs as with their adapters.
 
     Args:
         weights: Weights with those of the adapters.
-        scale: Factor of the adapters, ``alpha`` / ``rank``.
+        rank: Rank r of the adapters.
+        alpha: Scale of the adapters, which is divided by their rank.
 
     Raises:
-        KeyError: If one of the two matrices of an adapter is missing.
-        ValueError: If their product has another shape than the weight.
+        KeyError: If the layer or one of the two matrices of an adapter is missing.
+        ValueError: If the matrices have other shapes than their layer and rank ask for.
     """
     found = {plain: weights[name] for plain, name in plain_names(weights).items()}
-    for name, down in weights.items():
-        if name.endswith(DOWN):
-            layer = name.removesuffix(DOWN)
-            weight = found[f"{layer}.weight"]
-            up = weights[f"{layer}{UP}"]
-            if (up.shape[0], down.shape[-1]) != weight.shape:
-                raise ValueError(f"{layer}: the adapter has another shape than its layer")
-            added = scale * (up.double() @ down.double())
-            found[f"{layer}.weight"] = (weight.double() + added).to(weight.dtype)
+    layers = {name.removesuffix(part) for name in weights for part in (DOWN, UP) if name.endswith(part)}
+    for layer in layers:
+        weight, down, up = found[f"{layer}.weight"], weights[f"{layer}{DOWN}"], weights[f"{layer}{UP}"]
+        n_out, n_in = weight.shape
+        if [*up.shape, *down.shape] != [n_out, rank, rank, n_in]:
+            raise ValueError(f"{layer}: the adapter has another shape than its layer")
+        added = (alpha / rank) * (up.double() @ down.double())
+        found[f"{layer}.weight"] = (weight.double() + added).to(weight.dtype)
     return found

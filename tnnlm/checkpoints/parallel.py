@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tnnlm.checkpoints.converted import conv_prefix, load_converted
 from tnnlm.checkpoints.manifest import KERNELS, REMEDY, verify_folder
 from tnnlm.checkpoints.training import Loaded
-from tnnlm.checkpoints.weights import check_finite, load_weights
+from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
 from tnnlm.config.loader import config_from_dict
 from tnnlm.errors import CheckpointError, one_line
 from tnnlm.models.causal_lm import CausalLM
@@ -56,6 +56,7 @@ def load_parallel(folder: Path, trust: Trust = NO_CODE) -> Loaded:
         for name, tensor in converted.model.state_dict().items()
         if not name.startswith(recurrences)
     }
+    check_sizes(config.model, rest | kernels, folder)
     with without_weights():
         model = CausalLM(config.model)
     load_weights(model, rest | kernels, folder)

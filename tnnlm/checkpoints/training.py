@@ -21,7 +21,7 @@ from tnnlm.checkpoints.archive import archive_fault
 from tnnlm.checkpoints.converted import FORMAT, ConvertedModel, check_tokenizer, model_fingerprint
 from tnnlm.checkpoints.membership import check_member
 from tnnlm.checkpoints.shards import SHARDS, SUFFIX, load_model_weights, shards_of
-from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
+from tnnlm.checkpoints.weights import check_finite, check_sizes, check_stored, load_weights
 from tnnlm.config.loader import config_from_dict, config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.errors import CheckpointError, UserError, command
@@ -176,9 +176,10 @@ def _load_model(data: dict[str, Any], path: Path, trust: Trust) -> Loaded:
             for key, value in load_model_weights(path, data).items()
             if key.startswith(_PREFIX)
         }
+        check_stored(weights, path)
         lora = config.init.lora
         if lora.rank is not None:
-            weights = without_adapters(weights, lora.alpha / lora.rank)
+            weights = without_adapters(weights, lora.rank, lora.alpha)
         check_sizes(config.model, weights, path)
         check_finite(weights, path)
         with without_weights():

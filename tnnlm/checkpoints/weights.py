@@ -30,6 +30,19 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
             raise CheckpointError(f"{where}: {name} contains NaN or infinity", ANOTHER)
 
 
+def check_stored(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Check that every element of every tensor is stored.
+
+    By a stride of 0, a checkpoint of a few bytes may claim a tensor that is larger than memory.
+
+    Raises:
+        CheckpointError: If a tensor has more elements than its storage.
+    """
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{where}: {name} has more elements than are stored", ANOTHER)
+
+
 def check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Check that settings don't claim more layers or a larger embedding than the weights have.
 

@@ -83,32 +83,7 @@ CONDITIONS = {
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = parser_of("generate", __doc__)
-    add = parser.add_argument_group("input").add_argument
-    add("--prompt", metavar="TEXT", help="Prompt; - reads it from stdin.")
-    add(
-        "--prompts",
-        type=path_argument,
-        metavar="FILE",
-        help="File with one prompt per line, generated as one batch.",
-    )
-    add(
-        "--interactive",
-        action="store_true",
-        help="Take one prompt per line of stdin and keep the state between them; Ctrl-D exits.",
-    )
-    add(
-        "--chat",
-        action="store_true",
-        help="Apply the chat template of the model: --prompt is a message, whose answer is printed. Without "
-        "--prompt and --prompts, or with --interactive, lines of stdin are messages of a dialogue, and the "
-        "state is kept between them.",
-    )
-    add(
-        "--load-state",
-        type=path_argument,
-        metavar="FILE",
-        help="Continue from a saved state; --prompt is optional then.",
-    )
+    _add_input(parser)
     _add_sampling(parser)
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
@@ -141,6 +116,35 @@ def arguments() -> argparse.ArgumentParser:
     )
     add_trust(add)
     return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input").add_argument
+    add("--prompt", metavar="TEXT", help="Prompt; - reads it from stdin.")
+    add(
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="File with one prompt per line, generated as one batch.",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="Take one prompt per line of stdin and keep the state between them; Ctrl-D exits.",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="Apply the chat template of the model: --prompt is a message, whose answer is printed. Without "
+        "--prompt and --prompts, or with --interactive, lines of stdin are messages of a dialogue, and the "
+        "state is kept between them.",
+    )
+    add(
+        "--load-state",
+        type=path_argument,
+        metavar="FILE",
+        help="Continue from a saved state; --prompt is optional then.",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from tnnlm.config.catalogue import Entry, Group, groups
+from tnnlm.config.catalogue import ITEM, Entry, Group, groups
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
 from tnnlm.errors import OneLineParser
@@ -31,8 +31,8 @@ def settings_help(prog: str) -> str:
     """
     formatter = argparse.HelpFormatter(prog, max_help_position=32)
     formatter.add_text(
-        "Settings, each a key=value, with the default, and behind demo the value of the configuration that "
-        "is used without --config:"
+        "Settings are given as key=value. The default is in parentheses, with the value of the configuration "
+        "demo, which is used without --config, if it is another one:"
     )
     used = load_config(find_config(STANDARD))
     for group in groups():
@@ -46,24 +46,27 @@ def settings_help(prog: str) -> str:
 def _title(group: Group) -> str:
     if group.kernel is not None:
         return f"{group.prefix}name={group.kernel}"
+    if group.of_items:
+        return f"{group.prefix.removesuffix(ITEM)}=[{{name: value, ...}}, ...]"
     return group.prefix.rstrip(".") or "general"
 
 
 def _actions(group: Group, used: Any) -> Iterator[argparse.Action]:
     """Yield an argument for each setting of a group, which only the formatter of argparse uses."""
-    chosen = used.model.kernel.name == group.kernel
-    for part in filter(None, group.prefix.split(".")):
+    chosen = not group.of_items and group.kernel in (None, used.model.kernel.name)
+    for part in filter(None, group.prefix.split(".") if chosen else ()):
         used = getattr(used, part)
     for entry in group.entries:
-        value = getattr(used, entry.name, entry.default) if chosen or group.kernel is None else entry.default
+        value = getattr(used, entry.name, entry.default) if chosen else entry.default
         text = f"{entry.sentence} {_default(entry, value)}"
-        yield argparse.Action([], entry.key, help=text.replace("%", "%%"), metavar=_value(entry))
+        shown = f"{entry.name}: {_value(entry)}" if group.of_items else f"{entry.key}={_value(entry)}"
+        yield argparse.Action([], entry.key, help=text.replace("%", "%%"), metavar=shown)
 
 
 def _value(entry: Entry) -> str:
     word = entry.metadata.get("word")
     kinds = entry.options or (*(kind.upper() for kind in entry.kinds), *([word] if word else []))
-    return f"{entry.key}={'|'.join(kinds)}"
+    return "|".join(kinds)
 
 
 def _default(entry: Entry, value: Any) -> str:

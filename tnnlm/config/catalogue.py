@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from tnnlm.config.flags import field_docs
 from tnnlm.config.layers import KERNEL
 from tnnlm.config.schema import Config
-from tnnlm.config.values import is_list, kinds_of
+from tnnlm.config.values import is_list, item_type, kinds_of
 from tnnlm.fields import Component
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 
@@ -27,6 +27,8 @@ WORDS: Mapping[Any, str] = {
     Component: "class",
 }
 """Types of values in words."""
+ITEM = "[]."
+"""End of the prefix of settings that every item of a list has."""
 _ROLE = re.compile(r":\w+:`~?([^`]*)`")
 _SENTENCE = re.compile(r"(?<=\.)\s+")
 
@@ -84,6 +86,11 @@ class Group(NamedTuple):
     """First sentence about the group."""
     entries: tuple[Entry, ...]
 
+    @property
+    def of_items(self) -> bool:
+        """Whether these are the settings of the items of a list, such as ``data.sources[].weight``."""
+        return self.prefix.endswith(ITEM)
+
 
 def entries_of(owner: type, prefix: str) -> tuple[Entry, ...]:
     """Return the settings of a dataclass, without those of the groups inside it.
@@ -117,9 +124,13 @@ def _groups(owner: type, prefix: str) -> Iterator[Group]:
         return
     yield Group(prefix, None, _about(owner), entries_of(owner, prefix))
     for name, hint in get_type_hints(owner).items():
+        item = item_type(hint)
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield from _groups(hint, f"{prefix}{name}.")
+        elif is_dataclass(item):
+            assert isinstance(item, type)
+            yield from _groups(item, f"{prefix}{name}{ITEM}")
 
 
 def _kernel_groups(prefix: str) -> Iterator[Group]:

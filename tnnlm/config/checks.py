@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from types import NoneType
 from typing import Any
 
+from tnnlm.config.values import kinds_of
 from tnnlm.errors import ConfigError
 
 
@@ -55,6 +57,19 @@ def check_value(shown: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ConfigError(f"{shown}: must be above {_number(above)}")
     if high is not None and value > high:
         raise ConfigError(f"{shown}: must be at most {_number(high)}")
+
+
+def check_not_empty(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise an error if a text is empty where that would mean a default.
+
+    Raises:
+        ConfigError: If the value of the setting ``key`` is empty, and its type ``hint`` is not that of a text
+            that may be.
+    """
+    empty = value == "" or (isinstance(value, list) and "" in value)
+    if empty and not metadata.get("empty"):
+        instead = "write null for the default" if NoneType in kinds_of(hint) else ""
+        raise ConfigError(f"{key}: is empty", instead)
 
 
 def _number(bound: float) -> str:

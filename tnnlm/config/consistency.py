@@ -150,7 +150,7 @@ def check_averaging(config: Config, where: Callable[[str], str]) -> None:
         raise ConfigError(
             f"{shown}: requires float32 weights{place}", "use trainer.precision=bf16-mixed or 32-true"
         )
-    if any(name in trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
+    if _shards(trainer.strategy):
         raise ConfigError(f"{shown}: not supported for sharded weights{place}", "use trainer.strategy=ddp")
 
 
@@ -202,11 +202,16 @@ def check_initial(config: Config, where: Callable[[str], str]) -> None:
             f"init.freeze: has no effect with {shown}, which trains adapters only{where('init.freeze')}",
             "omit one of them; init.lora.targets selects the layers with adapters",
         )
-    if any(name in config.trainer.strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed")):
+    if _shards(config.trainer.strategy):
         raise ConfigError(
             f"{shown}: not supported with trainer.strategy={config.trainer.strategy}{place}",
             "use trainer.strategy=ddp",
         )
+
+
+def _shards(strategy: str) -> bool:
+    """Return whether a strategy, also one of Lightning by its name, shards the weights."""
+    return any(name in strategy for name in ("fsdp", "hsdp", "model_parallel", "deepspeed"))
 
 
 def settle_method(config: Config) -> None:

@@ -11,6 +11,24 @@ from tnnlm.config.values import one_line
 from tnnlm.errors import ConfigError
 
 
+def check_tokens(config: Config, where: Callable[[str], str]) -> None:
+    """Raise an error if token ids are to be read and ``data.tokenizer`` is not set.
+
+    Args:
+        config: Configuration.
+        where: Function that returns the place where a setting was given, for the end of an error message.
+
+    Raises:
+        ConfigError: If the tokenizer is missing.
+    """
+    data = config.data
+    if data.tokenizer is None and (data.tokens or any(part.tokens for part in data.sources)):
+        raise ConfigError(
+            f"data.tokens: need the tokenizer that made them{where('data.tokens') or where('data.sources')}",
+            "set data.tokenizer to its tokenizer.json or its name on the Hub",
+        )
+
+
 def check_protocol(config: Config, where: Callable[[str], str]) -> None:
     """Raise an error if ``data.protocol`` doesn't fit the task or the source.
 
@@ -19,16 +37,10 @@ def check_protocol(config: Config, where: Callable[[str], str]) -> None:
         where: Function that returns the place where a setting was given, for the end of an error message.
 
     Raises:
-        ConfigError: If token ids are read without a tokenizer, or if
-            fairseq's protocol is set for another task, or for a hub data set without a
+        ConfigError: If fairseq's protocol is set for another task, or for a hub data set without a
             validation split: its rows are lines, and holding out single lines would cut the text apart.
     """
     data = config.data
-    if data.tokenizer is None and (data.tokens or any(part.tokens for part in data.sources)):
-        raise ConfigError(
-            f"data.tokens: need the tokenizer that made them{where('data.tokens') or where('data.sources')}",
-            "set data.tokenizer to its tokenizer.json or its name on the Hub",
-        )
     if data.protocol != "fairseq":
         return
     if config.task != "causal":

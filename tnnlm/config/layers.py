@@ -173,14 +173,24 @@ def as_group(node: Node, key: str) -> Node:
     Raises:
         ConfigError: If the node is not a group.
     """
-    if node.origin is Origin.WORD and isinstance(node.value, str):
-        try:
-            node = read_yaml(node.value, Origin.FILE, lambda line: node.place, f"{key}.")
-        except YamlProblem as problem:
-            raise ConfigError(f"{key}={shown(node)}: {problem} ({node.place})", problem.remedy) from None
+    node = parsed(node, key)
     if not isinstance(node.value, dict):
         raise ConfigError(f"{key}={shown(node)}: expected a group of settings, {key}.NAME=... ({node.place})")
     return node
+
+
+def parsed(node: Node, key: str) -> Node:
+    """Return a node whose text, if it is from the command line, is read as YAML.
+
+    Raises:
+        ConfigError: If it isn't valid YAML.
+    """
+    if node.origin is not Origin.WORD or not isinstance(node.value, str):
+        return node
+    try:
+        return read_yaml(node.value, Origin.FILE, lambda line: node.place, f"{key}.")
+    except YamlProblem as problem:
+        raise ConfigError(f"{key}={shown(node)}: {problem} ({node.place})", problem.remedy) from None
 
 
 def _opened(key: str, node: Node) -> Node:

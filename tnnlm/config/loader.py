@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
-from tnnlm.config.checks import check_settings, check_value, leaves
+from tnnlm.config.checks import check_not_empty, check_settings, check_value, leaves
 from tnnlm.config.consistency import (
     check_averaging,
     check_context,
@@ -25,14 +24,14 @@ from tnnlm.config.consistency import (
     settle_method,
     settle_task,
 )
-from tnnlm.config.data_consistency import check_format, check_protocol
+from tnnlm.config.data_consistency import check_format, check_protocol, check_tokens
 from tnnlm.config.interpolation import Values, escaped, stored_text
 from tnnlm.config.kernel_module import Named, run_kernel_module
 from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, word_tree
 from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.config.sources import check_source, select_source
-from tnnlm.config.values import Origin, kinds_of, one_line, stored
+from tnnlm.config.values import Origin, one_line, stored
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.fields import Component
@@ -87,7 +86,7 @@ def load_config(
     if not saved and "conversion.method" not in values.nodes:
         settle_method(config)
     check_effective_settings(config, values.given)
-    check_source(described, values)
+    check_source(layers, described, values)
     return config
 
 
@@ -258,6 +257,7 @@ def _config(values: Values, trust: Trust) -> Config:
         return f" ({values.nodes[key].place})" if key in values.nodes else ""
 
     check_schedule(config, where)
+    check_tokens(config, where)
     check_protocol(config, where)
     check_format(config, where)
     check_context(config, where)
@@ -282,10 +282,8 @@ def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None
     check_value(f"{key}={one_line(value)}", value, setting.metadata)
     if key == "name":
         check_name(value)
-    empty = value == "" or (isinstance(value, list) and "" in value)
-    if empty and origin in (Origin.WORD, Origin.FILE) and not setting.metadata.get("empty"):
-        instead = "write null for the default" if NoneType in kinds_of(setting.hint) else ""
-        raise ConfigError(f"{key}: is empty", instead)
+    if origin in (Origin.WORD, Origin.FILE):
+        check_not_empty(key, value, setting.hint, setting.metadata)
 
 
 def _build(owner: type, prefix: str, values: Values) -> Any:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from tnnlm.config.checks import check_value
-from tnnlm.config.layers import as_group
+from tnnlm.config.checks import check_not_empty, check_value
+from tnnlm.config.layers import as_group, parsed
 from tnnlm.config.values import Node, Origin, item_type, list_items, one_line, read_value, shown
-from tnnlm.config.yaml_files import YamlProblem, read_yaml
 from tnnlm.errors import ConfigError
 
 Resolve = Callable[[str], str]
@@ -24,12 +23,7 @@ def read_groups(node: Node, hint: Any, key: str, resolve: Resolve) -> list[Any]:
         ConfigError: If a setting is unknown, has a wrong type, or is out of bounds.
         ValueError: If the node is not a list.
     """
-    if node.origin is Origin.WORD and isinstance(node.value, str):
-        try:
-            node = read_yaml(node.value, Origin.FILE, lambda line: node.place, f"{key}.")
-        except YamlProblem as problem:
-            raise ConfigError(f"{key}={shown(node)}: {problem} ({node.place})", problem.remedy) from None
-    items = enumerate(list_items(node), 1)
+    items = enumerate(list_items(parsed(node, key)), 1)
     return [_read_group(as_group(item, key), item_type(hint), f"{key}[{i}]", resolve) for i, item in items]
 
 
@@ -50,6 +44,8 @@ def _read_group(group: Node, schema: type, key: str, resolve: Resolve) -> Any:
             raise ConfigError(f"{key}.{name}={shown(node)}: {error} ({node.place})") from None
         try:
             check_value(f"{key}.{name}={shown(node)}", found[name], known[name].metadata)
+            if node.origin is Origin.FILE:
+                check_not_empty(f"{key}.{name}", found[name], hints[name], known[name].metadata)
         except ConfigError as error:
             raise ConfigError(f"{error.reason} ({node.place})", error.remedy) from None
     return schema(**found)

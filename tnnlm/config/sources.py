@@ -84,25 +84,27 @@ def select_source(layers: Sequence[Layer], values: Values) -> list[Layer]:
     return described
 
 
-def check_source(layers: Sequence[Layer], values: Values) -> None:
+def check_source(layers: Sequence[Layer], described: Sequence[Layer], values: Values) -> None:
     """Raise an error for settings that the selected source does not use; defaults are accepted.
 
     Args:
-        layers: Layers that have to describe the source, later ones first.
+        layers: All layers; later ones override earlier ones.
+        described: Layers that have to describe the source, later ones first.
         values: Values of all layers.
 
     Raises:
         ConfigError: If a setting belongs to another source: the run would silently use other data.
     """
     source = values[SOURCE]
-    for number, layer in enumerate(layers):
+    for layer, number in zip(described, reversed(range(len(layers))), strict=False):
         for name, place in _given(layer, values).items():
             for other in REPLACED_BY.get(name, ()):
                 # A later layer may replace what an earlier one sets.
-                given = any(f"data.{other}" in earlier.nodes for earlier in layers[number:])
-                if given and values[f"data.{other}"]:
+                given = any(f"data.{other}" in earlier.nodes for earlier in layers[: number + 1])
+                if given and values[f"data.{other}"] and source in USED_BY[other]:
                     raise ConfigError(
-                        f"data.{name}: is not used with data.{other} ({place})", "omit one of them"
+                        f"data.{name}: is not used with data.{other}{_origin(other, values)} ({place})",
+                        "omit one of them",
                     )
             owners = USED_BY.get(name, (source,))
             if source not in owners:
@@ -148,6 +150,12 @@ def _check_mixture(parts: Sequence[SourceConfig], values: Values) -> None:
                     raise ConfigError(
                         f"{where}.{item.name}: is not used with {other}{place}", "omit one of them"
                     )
+
+
+def _origin(name: str, values: Values) -> str:
+    """Return what set a setting of ``data`` if it was not the user, for an error message."""
+    brought = name == "tokenizer" and values["init.weights"] and values.given("data.tokenizer") is None
+    return ", which init.weights sets" if brought else ""
 
 
 def _given(layer: Layer, values: Values) -> dict[str, str]:

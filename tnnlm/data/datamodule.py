@@ -128,8 +128,9 @@ class TextDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the global order, which is the same on all ranks."""
         step = self._trainer().global_step
-        # The order of rows of text doesn't depend on the size of a batch.
-        order = {} if self.config.data.format == "text" else {"block": self.block}
+        # The order of rows of text doesn't depend on the size of a batch, and their lengths are equal.
+        answers = self.config.data.format != "text"
+        order = {"block": self.block, "tokens_seen": self.tokens_at(step)} if answers else {}
         return {"samples_seen": self.samples_at(step), "step": step, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

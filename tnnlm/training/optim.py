@@ -79,7 +79,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
         check_optimizer(config)
         inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.")}
         hidden = [p for p in rest if p.dim() == 2 and id(p) in inside]
-        rest = [p for p in rest if not any(p is other for other in hidden)]
+        rest = [p for p in rest if p.dim() != 2 or id(p) not in inside]
     decay = config.weight_decay
     others = decay if config.decayed == "all" else 0.0
     groups = [

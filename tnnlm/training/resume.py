@@ -152,7 +152,8 @@ def is_complete(config: Config, run: Path) -> bool:
     checkpoint = read_checkpoint(run / LAST)
     if "TextDataModule" not in checkpoint:  # another trainer saved it
         return False
-    tokens = checkpoint["TextDataModule"]["samples_seen"] * config.model.max_length
+    position = checkpoint["TextDataModule"]
+    tokens = position.get("tokens_seen", position["samples_seen"] * config.model.max_length)
     at_end = int(checkpoint["global_step"]) >= config.trainer.max_steps
     return at_end and read_summary(run).get("tokens_seen") == tokens
 
@@ -172,9 +173,11 @@ def check_outputs(run: Path) -> None:
     for folder in (run / LAST.parent, *logs):
         check_no_link(folder, "put the folder itself in its place, or link the folder of the whole run")
     for folder in logs:
-        for path in folder.glob("*"):
+        for path in folder.rglob("*"):
             # W&B links to its latest run, inside. Libraries write the logs, and follow links.
-            if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(
+                os.path.realpath(folder)
+            ):
                 check_no_link(path, "delete the link")
     for name in ("metrics.csv", "summary.json", "config.yaml", "tokenizer.json", TOKENIZER_CONFIG, REPORT):
         if os.path.lexists(run / name):

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tnnlm.cli import module_of
-from tnnlm.config.catalogue import Entry, entries_of
+from tnnlm.config.catalogue import ITEM, Entry, entries_of
 from tnnlm.config.layers import KERNEL, Schema
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
 from tnnlm.config.shipped import find_config
+from tnnlm.config.values import item_type
 from tnnlm.kernels import KERNEL_SCHEMAS, KernelConfig
 from tnnlm.training.loggers.names import METRICS, Place
 
@@ -29,17 +30,16 @@ def settings_table(prefix: str = "") -> str:
     The value of the configuration that commands use without ``--config`` follows where it differs.
 
     Args:
-        prefix: A group such as ``optim`` or ``data.listops``, ``kernel.NAME`` for the settings of a kernel,
-            or empty for the settings at the top.
+        prefix: A group such as ``optim`` or ``data.listops``, a list of groups such as ``data.sources``,
+            ``kernel.NAME`` for the settings of a kernel, or empty for the settings at the top.
 
     Raises:
         KeyError: If there is no such group.
     """
     kernel = prefix.removeprefix("kernel.") if prefix.startswith("kernel.") else None
-    shown = f"{KERNEL}." if kernel else f"{prefix}." if prefix else ""
-    schema = KERNEL_SCHEMAS[kernel] if kernel else _schema_of(prefix)
+    schema, shown = (KERNEL_SCHEMAS[kernel], f"{KERNEL}.") if kernel else _schema_of(prefix)
     used: Any = load_config(find_config(STANDARD))
-    for part in filter(None, shown.split(".")):
+    for part in filter(None, shown.replace("[]", "").split(".")):
         used = getattr(used, part)
     rows = [
         f"| `{entry.key}` | {_type(entry)} | {_default(entry, used)} | {_cell(entry.text)} |"
@@ -81,8 +81,14 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
-def _schema_of(prefix: str) -> type:
-    return Schema.of(KernelConfig).groups[prefix] if prefix else Config
+def _schema_of(prefix: str) -> tuple[type, str]:
+    """Return the dataclass of a group of settings, and what its keys begin with."""
+    schema = Schema.of(KernelConfig)
+    if not prefix:
+        return Config, ""
+    if prefix in schema.groups:
+        return schema.groups[prefix], f"{prefix}."
+    return item_type(schema.settings[prefix].hint), f"{prefix}{ITEM}"
 
 
 def _default(entry: Entry, used: Any) -> str:
