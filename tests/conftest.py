@@ -21,7 +21,9 @@ from tests.support.models import tiny_config
 from tests.support.scripts import SCRIPTS, Result
 from tests.support.simulated import MACHINES, forget_probes
 from tests.support.unchanged import files_under, watch_refusals
+from tnnlm.config import kernel_module
 from tnnlm.errors import run_script
+from tnnlm.kernels import base
 from tnnlm.models.causal_lm import CausalLM
 
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the commands that the tests start would inherit
@@ -37,6 +39,17 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("tnnlm.cli.convert.BY_DEFAULT", ())  # takes half a minute; one test compiles
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture(autouse=True)
+def _own_kernels_end() -> Iterator[None]:
+    """Forget the kernels that a test registered, which help and schema would list in later tests."""
+    registries: tuple[dict[str, Any], ...] = (base.KERNEL_SCHEMAS, base._BUILDERS, kernel_module._EXECUTED)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(autouse=True)

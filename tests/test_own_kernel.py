@@ -14,7 +14,6 @@ from tests.support.scripts import ROOT
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.config.loader import load_config
 from tnnlm.errors import ConfigError
-from tnnlm.kernels import KERNEL_SCHEMAS
 from tnnlm.models.causal_lm import CausalLM
 
 EXAMPLE = ROOT / "examples" / "hyena_kernel.py"
@@ -73,7 +72,6 @@ def test_setting_of_a_type_that_cannot_be_read_is_reported() -> None:
     )
     with pytest.raises(ConfigError, match=r"^model\.kernel\.table: a setting can't have the type dict"):
         load_config(overrides=["model.kernel.module=odd.py", "model.kernel.name=odd"])
-    KERNEL_SCHEMAS.pop("odd")
 
 
 def test_settings_of_a_kernel_may_be_lists_and_groups() -> None:
@@ -94,7 +92,6 @@ def test_settings_of_a_kernel_may_be_lists_and_groups() -> None:
         load_config(overrides=words)
     with pytest.raises(ConfigError, match=r"^model\.kernel\.sizes=\[1:30\]: expected an integer"):
         load_config(overrides=[*words, "model.kernel.inner={rate: 1}", "model.kernel.sizes=[1:30]"])
-    KERNEL_SCHEMAS.pop("lists")
 
 
 def test_module_that_registers_something_else_is_reported() -> None:
@@ -119,4 +116,3 @@ def test_dry_run_survives_a_kernel_that_reads_values(script: Any) -> None:
     assert last.startswith("estimated memory: unknown, because reading.py fails with tensors without values")
     assert "name: reading" in shown.out
     assert json.loads(script("train", *words, "--json").out)["memory_bytes"] is None
-    KERNEL_SCHEMAS.pop("reading")
