@@ -66,7 +66,8 @@ class TokenFile(NamedTuple):
     def is_wider(self) -> bool:
         """Whether the first ids look like the halves of small ids of twice the size."""
         ids = next(self.blocks(), np.empty(0, self.dtype))
-        return len(ids) >= 2 * _PAIRS and not ids[1::2].any() and 2 * np.count_nonzero(ids) > len(ids) // 2
+        pairs = len(ids) // 2
+        return pairs >= _PAIRS and not ids[1::2].any() and bool(np.count_nonzero(ids) > pairs // 2)
 
     def part(self, start: int, stop: int) -> TokenFile:
         """Return the tokens from ``start`` to ``stop``, exclusive."""
