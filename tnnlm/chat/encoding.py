@@ -58,6 +58,20 @@ class SpecialTokens:
         """Return a text with the names in place of their codes."""
         return self._to_show.sub(lambda found: self._shown[found[0]], text)
 
+    def written(self, ids: Sequence[int]) -> str:
+        """Return the text of a template that has these token ids.
+
+        Special tokens among them have their names, which :meth:`hide` replaces in the text between them.
+        """
+        names = {number: name for name, number in self._ids.items()}
+        parts, start = [], 0
+        for place, number in [*((i, n) for i, n in enumerate(ids) if n in names), (len(ids), None)]:
+            parts.append(self.hide(self.tokenizer.decode([*ids[start:place]], started=True)))
+            if number is not None:
+                parts.append(names[number])
+            start = place + 1
+        return "".join(parts)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text that a template made.
 

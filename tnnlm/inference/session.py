@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -187,13 +187,19 @@ class GenerationSession:
         self.state = join([record.state for record in records])
         return records
 
-    def stream(self, state: GenerationState, out: TextIO | None, *, stripped: bool = False) -> Completion:
+    def stream(
+        self, state: GenerationState, out: TextIO | None, *, stripped: bool = False, closing: str = ""
+    ) -> Completion:
         """Generate a completion of a state, which is streamed to ``out`` if that is given.
 
-        With ``stripped``, white space at its beginning is not shown.
+        Args:
+            state: State to continue.
+            out: Stream that the completion is written to.
+            stripped: Whether white space at its beginning is not shown.
+            closing: Text that ends the completion and is not shown; empty for none.
         """
         record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
-        for chunk in chunks:
+        for chunk in ended_by(closing, chunks) if closing else chunks:
             shown = chunk.lstrip() if stripped else chunk
             stripped = stripped and not shown
             if out is not None:
@@ -207,6 +213,23 @@ class GenerationSession:
         return record
 
 
+def ended_by(closing: str, chunks: Iterator[str]) -> Iterator[str]:
+    """Yield chunks of text up to a closing text, which may be spread over several of them."""
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        text, found, _ = held.partition(closing)
+        if found:
+            yield text
+            return
+        sizes = range(min(len(held), len(closing) - 1), 0, -1)
+        begun = next((size for size in sizes if closing.startswith(held[-size:])), 0)
+        text, held = held[: len(held) - begun], held[len(held) - begun :]
+        if text:
+            yield text
+    yield held
+
+
 def answer_lines(source: TextIO, out: TextIO, answer: Callable[[str], None]) -> None:
     """Call ``answer`` for each line of ``source`` that isn't blank; an error of a line is reported on stderr.
 
@@ -218,6 +241,8 @@ def answer_lines(source: TextIO, out: TextIO, answer: Callable[[str], None]) -> 
             out.flush()
         line = source.readline()
         if not line:
+            if source.isatty():  # The prompt of the shell begins a line.
+                out.write("\n")
             return
         if line.strip():
             try:
