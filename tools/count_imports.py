@@ -74,7 +74,7 @@ RULES = {
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
         "errors trust files reading checksums machine tokenizer coverage chat ops models checkpoints",
-        "torch safetensors onnxscript",
+        "torch numpy safetensors onnxscript llguidance",
     ),
     "training": Allowed(
         "signals errors fields trust files reading checksums machine tokenizer chat ops kernels modules "
