@@ -74,7 +74,7 @@ RULES = {
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
         "errors trust files reading checksums machine tokenizer coverage chat ops models checkpoints",
-        "torch safetensors onnxscript",
+        "torch numpy safetensors onnxscript llguidance",
     ),
     "training": Allowed(
         "signals errors fields trust files reading checksums machine tokenizer chat ops kernels modules "
@@ -86,7 +86,7 @@ RULES = {
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(
-        "errors detokenizer tokenizer models inference",
+        "errors detokenizer tokenizer chat models inference",
         "torch numpy fastapi starlette pydantic prometheus_client uvicorn h11",
     ),
     "cli": Allowed(

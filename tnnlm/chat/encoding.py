@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from tnnlm.errors import UserError, one_line
@@ -26,6 +27,7 @@ class SpecialTokens:
         self.eos_token = tokenizer.eos_token
         added = tokenizer.tokenizer.get_added_tokens_decoder()
         self._ids = {token.content: number for number, token in added.items() if token.special}
+        self._names = {number: name for name, number in self._ids.items()}
         names = sorted(self._ids, key=len, reverse=True)
         hidden = [_MARK, *names]
         self._hidden = {name: f"{_MARK}{chr(_NUMBERS + index)}" for index, name in enumerate(hidden)}
@@ -58,18 +60,21 @@ class SpecialTokens:
         """Return a text with the names in place of their codes."""
         return self._to_show.sub(lambda found: self._shown[found[0]], text)
 
-    def written(self, ids: Sequence[int]) -> str:
-        """Return the text of a template that has these token ids.
+    def begins(self, text: str, start: int) -> bool:
+        """Return whether a text that a template made has a special token at a character."""
+        return self._to_split.match(text, start) is not None
 
-        Special tokens among them have their names, which :meth:`hide` replaces in the text between them.
+    def written(self, ids: Sequence[int]) -> str:
+        """Return the text of generated tokens as a template has it in an answer, behind the text of a prompt.
+
+        Names of special tokens that are part of ordinary text are hidden.
         """
-        names = {number: name for name, number in self._ids.items()}
-        parts, start = [], 0
-        for place, number in [*((i, n) for i, n in enumerate(ids) if n in names), (len(ids), None)]:
-            parts.append(self.hide(self.tokenizer.decode([*ids[start:place]], started=True)))
-            if number is not None:
-                parts.append(names[number])
-            start = place + 1
+        parts: list[str] = []
+        for special, run in groupby(ids, self.tokenizer.detokenizer.is_special):
+            if special:
+                parts.extend(self._names[token] for token in run)
+            else:
+                parts.append(self.hide(self.tokenizer.decode([*run], started=True)))
         return "".join(parts)
 
     def encode(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from tnnlm.coverage import coverage
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
+from tnnlm.inference.grammar import Grammar
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.models.causal_lm import state_bytes
@@ -29,11 +30,14 @@ class GenerationSession:
         max_new_tokens: int,
         seed: int,
         engine: EngineInfo,
+        grammar: Grammar | None = None,
     ) -> None:
         check_new_tokens(max_new_tokens)
         self.generator = generator
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self.grammar = grammar
+        """Grammar of all completions; None for any text."""
         self.engine = engine
         """Description of the engine that runs the model."""
         self.random = torch.Generator(generator.device).manual_seed(seed)
@@ -183,7 +187,8 @@ class GenerationSession:
             )
 
     def _batch(self, state: GenerationState) -> list[Completion]:
-        records = self.generator.generate(state, self.max_new_tokens, self.sampling, self.random)
+        limit, random = self.max_new_tokens, self.random
+        records = self.generator.generate(state, limit, self.sampling, random, self.grammar)
         self.state = join([record.state for record in records])
         return records
 
@@ -198,7 +203,8 @@ class GenerationSession:
             stripped: Whether white space at its beginning is not shown.
             closing: Text that ends the completion and is not shown; empty for none.
         """
-        record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
+        limit, random = self.max_new_tokens, self.random
+        record, chunks = self.generator.stream(state, limit, self.sampling, random, self.grammar)
         for chunk in ended_by(closing, chunks) if closing else chunks:
             shown = chunk.lstrip() if stripped else chunk
             stripped = stripped and not shown

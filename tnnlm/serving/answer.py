@@ -6,6 +6,8 @@ import io
 import json
 from typing import Any
 
+from tnnlm.serving.wire import WireFormat
+
 TOKEN_BYTES = 16
 """Bytes of a token of text, on average; most tokens take less."""
 SCORED_BYTES = 48
@@ -15,15 +17,16 @@ ALTERNATIVE_BYTES = 40
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def answer_bytes(tokens: int, logprobs: int | None) -> int:
+def answer_bytes(tokens: int, logprobs: int | None, scale: int = 1) -> int:
     """Return the estimated size of an answer in bytes.
 
     Args:
         tokens: Number of tokens over all sequences, with those of echoed prompts.
         logprobs: Number of alternatives per token; None for an answer without log-probabilities.
+        scale: Size of log-probabilities relative to those of completions.
     """
     scores = 0 if logprobs is None else SCORED_BYTES + ALTERNATIVE_BYTES * (logprobs + 1)
-    return tokens * (TOKEN_BYTES + scores)
+    return tokens * (TOKEN_BYTES + scale * scores)
 
 
 class EncodedChoice:
@@ -47,12 +50,12 @@ class EncodedChoice:
                     column.write(",")
                 self.size += column.write(to_json(values)[1:-1])
 
-    def encode(self, index: int, finish: str | None) -> str:
+    def encode(self, index: int, finish: str | None, wire: WireFormat) -> str:
         """Return the JSON of the finished choice."""
         columns = ",".join(f'"{name}":[{column.getvalue()}]' for name, column in self._columns.items())
         logprobs = f"{{{columns}}}" if self._columns else "null"
         text = to_json(self._text.getvalue())
-        return f'{{"index":{index},"text":{text},"logprobs":{logprobs},"finish_reason":{to_json(finish)}}}'
+        return wire.encoded(index, text, logprobs, to_json(finish))
 
 
 def to_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Responses of the completions API, complete or streamed as server-sent events.
+"""Responses of completions and chats, complete or streamed as server-sent events.
 
 Log-probabilities and long strings are formatted and encoded on a separate thread, in parts, because the event
 loop serves the other streams during this time.
@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tnnlm.serving.answer import EncodedChoice, to_json
-from tnnlm.serving.logprobs import LogprobsFormat
+from tnnlm.serving.logprobs import ScoreFormat
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import BUFFER_BYTES
+from tnnlm.serving.wire import COMPLETION, WireFormat
 
 UNREAD = "the client reads too slowly, its buffer is full"
 """Error of a stream whose client does not read."""
@@ -28,7 +29,7 @@ _LONG = 1 << 16
 _OUTPUT_BYTES = 512
 _SCORE_BYTES = 120
 """Memory of an output and of one entry of its log-probabilities in bytes, about."""
-_REST = b',"logprobs":null,"finish_reason":null}]}\n\n'
+_REST = ',"logprobs":null,"finish_reason":null}]}\n\n'
 """End of the event of a running sequence, after its text."""
 _encoder = ThreadPoolExecutor(1, "encoder")
 _Result = TypeVar("_Result")
@@ -46,7 +47,13 @@ class CompletionResponse:
     """Response to one request, assembled from the outputs of its sequences."""
 
     def __init__(
-        self, model: str, prompts: list[Prompt], formats: list[LogprobsFormat], streamed: bool, most: int
+        self,
+        model: str,
+        prompts: list[Prompt],
+        formats: Sequence[ScoreFormat],
+        streamed: bool,
+        most: int,
+        wire: WireFormat = COMPLETION,
     ) -> None:
         """Create a response.
 
@@ -56,6 +63,7 @@ class CompletionResponse:
             formats: Format of ``logprobs`` for each sequence.
             streamed: Whether outputs are sent as they come, so that they pile up if the client does not read.
             most: Maximum size of an answer in bytes.
+            wire: Format of the endpoint.
         """
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
         self._echo = {sequence: prompt.echo for prompt in prompts for sequence in prompt.sequences}
@@ -71,17 +79,19 @@ class CompletionResponse:
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(self.sequences)
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
+            "id": f"{wire.prefix}-{uuid.uuid4().hex}",
+            "object": wire.event if streamed else wire.answer,
             "created": int(time.time()),
             "model": model,
         }
+        self._wire = wire
         start = f"data: {to_json(self._head)[:-1]},"
         self._starts = {
-            sequence: f'{start}"choices":[{{"index":{index},"text":'.encode()
+            sequence: f'{start}"choices":[{{"index":{index},{wire.before}'.encode()
             for sequence, index in self._index.items()
         }
         """Beginning of the event of a running sequence, before its text."""
+        self._rest = f"{wire.after}{_REST}".encode()
 
     @property
     def name(self) -> str:
@@ -161,7 +171,9 @@ class CompletionResponse:
                 finishes[output.sequence] = output.finish
 
         def encoded() -> bytes:
-            parts = [choice.encode(self._index[of], finishes[of]) for of, choice in choices.items()]
+            parts = [
+                choice.encode(self._index[of], finishes[of], self._wire) for of, choice in choices.items()
+            ]
             rest = to_json({"usage": self._usage()})[1:]
             return f'{to_json(self._head)[:-1]},"choices":[{",".join(parts)}],{rest}'.encode()
 
@@ -174,6 +186,8 @@ class CompletionResponse:
             SequenceError: If a sequence failed.
         """
         for sequence, echo in self._echo.items():
+            if self._wire.role:
+                yield event(self._head | {"choices": [self._wire.opening(self._index[sequence])]})
             if echo:
                 yield await self._chunk(SequenceOutput(sequence, echo), False)
         async for outputs in self.outputs():
@@ -193,15 +207,11 @@ class CompletionResponse:
     async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
         plain = output.sequence.logprobs is None and not (timing or output.finish or _slow(output))
         if plain:  # as nearly all are, so that they are assembled from parts
-            return self._starts[output.sequence] + to_json(output.text).encode() + _REST
+            return self._starts[output.sequence] + to_json(output.text).encode() + self._rest
 
         def encoded() -> bytes:
-            choice = {
-                "index": self._index[output.sequence],
-                "text": output.text,
-                "logprobs": self._logprobs(output),
-                "finish_reason": output.finish,
-            }
+            index, logprobs = self._index[output.sequence], self._logprobs(output)
+            choice = self._wire.choice(index, output.text, logprobs, output.finish)
             chunk: dict[str, Any] = self._head | {"choices": [choice]}
             if timing:
                 step_ms = [round(ms, 3) for ms in output.step_ms]
