@@ -88,6 +88,8 @@ class DataReport:
     """Conversations that have no answer in these tokens, and are not used."""
     packed: bool = False
     """``data.packing``: whether rows are cut from the stream of all conversations."""
+    prompts: list[str] = field(default_factory=list)
+    """Short prompts from the text, see :func:`tnnlm.data.prompts.sample_prompts`."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     mixture: dict[str, list[float]] = field(default_factory=dict)
     """Share of the training rows, and number of training tokens, of each source of a mixture by name."""

@@ -103,6 +103,7 @@ class Service:
                 "engine": settings.engine,
                 "max_prompt_tokens": limits.max_prompt_tokens,
                 "max_tokens": limits.max_tokens,
+                "prompts": [*settings.prompts],
             },
         }
 
