@@ -19,8 +19,8 @@ Examples:
   python tools/benchmark.py levels
   python tools/benchmark.py serve --llama-server build/bin/llama-server
 
-Needs the extra [peers] (pip install -c constraints.txt -e '.[peers]'); for llama.cpp also [llama-cpp], for
-onnxruntime [onnx], and for serve [serve] and aiohttp.
+Needs: `pip install -c constraints.txt -e '.[peers]'`; for llama.cpp also the extra `[llama-cpp]`, for
+onnxruntime `[onnx]`, and for serve `[serve]` and aiohttp.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The file consists of the definitions of this package that ``tnnlm.hf`` needs, unchanged and in an order in
 which each precedes its use. They are found from the syntax trees of the sources: what the classes for
 Transformers mention is copied, then what that mentions, and so on. ``hf/standalone.py`` has the definitions
-that take the place of others, for example of checks that need further libraries.
+that replace others, for example checks that need further libraries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tnnlm.checkpoints.source_module import BLOCK, PACKAGE, SourceModule
 ROOTS = (("hf.config", "TnnlmConfig"), ("hf.model", "TnnlmForCausalLM"))
 """Definitions that config.json refers to, by module and name."""
 REPLACING = "hf.standalone"
-"""Module whose definitions take the place of all others with the same name."""
+"""Module whose definitions replace all others with the same name."""
 COMPLETE = "hf."
 """Prefix of modules whose classes keep all methods, because Transformers calls them, and that keep statements
 other than definitions."""
@@ -31,7 +31,7 @@ CUT = {
     "SSMParams": {"taps", "difference"},
     "CompanionParams": {"taps", "difference"},
 }
-"""Methods for training and conversion, which are left out although their names occur."""
+"""Methods for training and conversion, which are omitted although their names occur."""
 HEADER = '''# Copyright tnnlm developers
 # SPDX-License-Identifier: Apache-2.0
 """Code of a converted tnnlm model for Transformers, for machines where the package tnnlm is not installed.
@@ -97,11 +97,9 @@ class _Bundle:
             self.methods[key] = [m for m in node.body if getattr(m, "name", "") not in cut]
             ahead = [m for m in self.methods[key] if isinstance(m, ast.FunctionDef)]
             self._waiting += ((key, method) for method in ahead)
-            for part in (*node.bases, *node.decorator_list):
+            others = [part for part in node.body if not isinstance(part, ast.FunctionDef)]
+            for part in (*node.bases, *node.decorator_list, *others):
                 self.follow(module, part)
-            for part in node.body:
-                if not isinstance(part, ast.FunctionDef):
-                    self.follow(module, part)
         else:
             self.follow(module, node)
 
@@ -175,7 +173,7 @@ def _walk(node: ast.AST, annotation: bool = False) -> Iterator[tuple[ast.AST, bo
 
 
 def _flat_names(bundle: _Bundle) -> dict[_Key, str]:
-    """Return a name in the file for each definition: its own, with the module's if that is taken."""
+    """Return a name in the file for each definition, with the name of the module if it is taken."""
     names: dict[_Key, str] = {}
     taken = {*bundle.outside, *dir(builtins)}
     for module, name in sorted(bundle.kept, key=lambda key: (key[1].startswith("_"), key)):
@@ -204,7 +202,7 @@ def _changes(bundle: _Bundle, module: str, names: dict[_Key, str], node: ast.AST
 
 
 def _text(bundle: _Bundle, key: _Key, names: dict[_Key, str]) -> str:
-    """Return the source of a definition, without the methods that are left out, and with its new names."""
+    """Return the source of a definition, without the methods that are omitted, and with its new names."""
     module, name = key
     own, node = bundle.module(module), bundle.kept[key]
     kept = set(own.text(node))

@@ -15,7 +15,7 @@ MOST, LETTERS = 8, 80
 
 
 def usable_prompts(found: Any) -> tuple[str, ...]:
-    """Return the prompts of a file of anyone that can be shown in a line; others are left out."""
+    """Return the prompts of a file of anyone that can be shown in a line; others are omitted."""
     if not isinstance(found, list | tuple):
         return ()
     texts = [text for text in found[:MOST] if isinstance(text, str)]

@@ -1,6 +1,6 @@
 """Metadata of a model card, by which the Hugging Face Hub lists and filters models, and what users state.
 
-The entries are those of :class:`huggingface_hub.ModelCardData`. What is not known is left out.
+The entries are those of :class:`huggingface_hub.ModelCardData`. What is not known is omitted.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tnnlm.config.text_sources import SourceConfig
 from tnnlm.errors import UserError
 
 FORMS = {"parallel": "parallel form", "recurrent": "recurrent form"}
-"""Forms whose perplexities are evaluation results, by their name in the report."""
+"""Names of the parallel and the recurrent form, whose perplexities are evaluation results."""
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user states about a model for its card, because it is neither measured nor in the settings."""
+    """Statements of the user for a model card, which are neither measured nor in the settings."""
 
     license: str | None = None
     """License identifier of the Hub, such as ``apache-2.0``."""
@@ -36,7 +36,7 @@ class Stated:
     """Names of data sets on the Hub."""
 
     def check(self) -> None:
-        """Check the form of the entries.
+        """Check the languages and the names of data sets.
 
         Raises:
             UserError: If a language is no code, or a data set no name on the Hub.
@@ -61,7 +61,7 @@ def card_metadata(
         config: Configuration of the run.
         trained: Whether the run trained the model on its data; imported weights were trained elsewhere.
         report: Report of the conversion, with perplexities if they were measured.
-        stated: What the user states.
+        stated: Statements of the user.
         base: Name on the Hub of the model that the training started from, if there is one.
     """
     datasets = [*stated.datasets, *(public_data(config.data) if trained else [])]

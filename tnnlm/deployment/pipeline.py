@@ -272,7 +272,7 @@ def _prompts(source: TrainedCheckpoint) -> tuple[str, ...]:
     """Return the prompts that the run of a checkpoint stored with the report of its data."""
     try:
         report = read_report(_run_of(source.path)) if source.own_data and source.step else None
-    except DataError:  # what needs the report more says so
+    except DataError:  # whatever needs the report raises it
         return ()
     return usable_prompts(report.prompts) if report is not None else ()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from tnnlm import __version__
 from tnnlm.checkpoints.converted import load_converted
@@ -56,7 +56,7 @@ class Upload:
     left_out: dict[str, str] = field(default_factory=dict)
     """Reason for each file or folder that is not uploaded, by name."""
     notes: list[str] = field(default_factory=list)
-    """What the user may want to add before the upload."""
+    """Missing parts that the user may add before the upload."""
 
 
 def plan_upload(target: str, repo: str, public: bool = False, runs_dir: Path = Path("runs")) -> Upload:

@@ -263,7 +263,7 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
 
 
 def _as_stored(options: dict[str, Any]) -> bool:
-    """Return whether options of ``from_pretrained`` leave all weights as they are stored."""
+    """Return whether options of ``from_pretrained`` leave all weights unchanged."""
     dtypes = (options.get("dtype"), options.get("torch_dtype"))
     return set(dtypes) <= {None, "auto"} and options.get("quantization_config") is None
 

@@ -1,8 +1,8 @@
-"""Definitions that take the place of others of the package in ``standalone_tnnlm.py`` of a converted folder.
+"""Definitions that replace others of the package in ``standalone_tnnlm.py`` of a converted folder.
 
 :mod:`tnnlm.checkpoints.bundle` writes that file, which Transformers imports where tnnlm is not installed. The
-definitions here need nothing but PyTorch. Each has the name, and the meaning, of the definition in whose
-place it is put.
+definitions here need nothing but PyTorch. Each has the name, and the meaning, of the definition that it
+replaces.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def update_checksum(folder: Path, name: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8."""
+    """Create or replace a file of text in UTF-8."""
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
