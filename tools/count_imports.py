@@ -82,7 +82,8 @@ RULES = {
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib huggingface_hub peft",
     ),
     "deployment": Allowed(
-        "errors trust files machine tokenizer config models evaluation checkpoints data conversion inference",
+        "errors trust files reading machine tokenizer config models evaluation checkpoints data conversion "
+        "inference",
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(

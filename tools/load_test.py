@@ -12,7 +12,7 @@ Examples:
   python tools/load_test.py --url http://127.0.0.1:8000 --seconds 120 --json load.json
   python tools/load_test.py --streams 200 --hostile 10 --minutes 10
 
-Needs: pip install 'tnnlm[serve]' aiohttp psutil
+Needs: pip install -c constraints.txt -e '.[serve]' aiohttp psutil
 """
 
 from __future__ import annotations

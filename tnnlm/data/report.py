@@ -90,6 +90,8 @@ class DataReport:
     """Conversations whose answers have no end token, so that generation does not end by itself."""
     packed: bool = False
     """``data.packing``: whether rows are cut from the stream of all conversations."""
+    prompts: list[str] = field(default_factory=list)
+    """Short prompts from the text, see :func:`tnnlm.data.prompts.sample_prompts`."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     mixture: dict[str, list[float]] = field(default_factory=dict)
     """Share of the training rows, and number of training tokens, of each source of a mixture by name."""

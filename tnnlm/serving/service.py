@@ -159,6 +159,7 @@ class Service:
                 "chat_template": self.chat.description,
                 "max_prompt_tokens": limits.max_prompt_tokens,
                 "max_tokens": limits.max_tokens,
+                "prompts": [*settings.prompts],
             },
         }
 

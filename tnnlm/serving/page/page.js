@@ -87,6 +87,7 @@ async function loadModel() {
   $("state").textContent = bytes(card.tnnlm.state_bytes);
   $("max_tokens").max = card.tnnlm.max_tokens;
   $("most").textContent = `up to ${count(card.tnnlm.max_tokens)}`;
+  $("prompt").placeholder = card.tnnlm.prompts[0] ?? "";
 }
 
 function size(n) {
