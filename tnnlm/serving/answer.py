@@ -12,6 +12,8 @@ SCORED_BYTES = 48
 """Bytes of the log-probability of a token, with its text and its offset."""
 ALTERNATIVE_BYTES = 40
 """Bytes of one entry of ``top_logprobs``."""
+ID_BYTES = 8
+"""Bytes of a token id with its comma."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -47,12 +49,14 @@ class EncodedChoice:
                     column.write(",")
                 self.size += column.write(to_json(values)[1:-1])
 
-    def encode(self, index: int, finish: str | None) -> str:
-        """Return the JSON of the finished choice."""
+    def encode(self, index: int, finish: str | None, token_ids: dict[str, list[int]]) -> str:
+        """Return the JSON of the finished choice; ``token_ids`` are further fields."""
         columns = ",".join(f'"{name}":[{column.getvalue()}]' for name, column in self._columns.items())
         logprobs = f"{{{columns}}}" if self._columns else "null"
         text = to_json(self._text.getvalue())
-        return f'{{"index":{index},"text":{text},"logprobs":{logprobs},"finish_reason":{to_json(finish)}}}'
+        rest = "".join(f',"{name}":{to_json(ids)}' for name, ids in token_ids.items())
+        end = f'"logprobs":{logprobs},"finish_reason":{to_json(finish)}{rest}}}'
+        return f'{{"index":{index},"text":{text},{end}'
 
 
 def to_json(value: Any) -> str:

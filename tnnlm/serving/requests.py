@@ -9,7 +9,7 @@ from tnnlm.detokenizer import TextStream
 from tnnlm.errors import UserError
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
-from tnnlm.serving.answer import answer_bytes
+from tnnlm.serving.answer import ID_BYTES, answer_bytes
 from tnnlm.serving.logprobs import LogprobsFormat
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.sampler import SequenceSampler
@@ -97,7 +97,9 @@ class RequestParser:
         ]
         formats = [part for tokens in rows for part in self._formats(tokens, request.echo, request.n)]
         most_bytes = self.limits.max_answer_bytes
-        response = CompletionResponse(self.model, prompts, formats, request.stream, most_bytes)
+        response = CompletionResponse(
+            self.model, prompts, formats, request.stream, most_bytes, request.return_token_ids
+        )
         return ParsedRequest(response, prompts, size)
 
     def _size(self, request: CompletionRequest, rows: list[list[int]]) -> int:
@@ -113,10 +115,16 @@ class RequestParser:
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         tokens = request.n * (len(rows) * request.max_tokens + (read if request.echo else 0))
         size, most = answer_bytes(tokens, request.logprobs), self.limits.max_answer_bytes
+        if request.return_token_ids:
+            size += ID_BYTES * request.n * (len(rows) * request.max_tokens + read)
         if size <= most:
             return size
         scores = "" if request.logprobs is None else f" with {request.logprobs} logprobs"
-        fields = [name for name in ("n", "max_tokens", "echo", "logprobs") if getattr(request, name)]
+        fields = [
+            name
+            for name in ("n", "max_tokens", "echo", "logprobs", "return_token_ids")
+            if getattr(request, name)
+        ]
         raise ApiError(
             400,
             f"{fields[0]}: the answer may have {tokens:,} tokens{scores}, about {size >> 20:,} MiB; reduce "

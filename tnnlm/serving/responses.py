@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -46,7 +47,13 @@ class CompletionResponse:
     """Response to one request, assembled from the outputs of its sequences."""
 
     def __init__(
-        self, model: str, prompts: list[Prompt], formats: list[LogprobsFormat], streamed: bool, most: int
+        self,
+        model: str,
+        prompts: list[Prompt],
+        formats: list[LogprobsFormat],
+        streamed: bool,
+        most: int,
+        token_ids: bool = False,
     ) -> None:
         """Create a response.
 
@@ -56,6 +63,7 @@ class CompletionResponse:
             formats: Format of ``logprobs`` for each sequence.
             streamed: Whether outputs are sent as they come, so that they pile up if the client does not read.
             most: Maximum size of an answer in bytes.
+            token_ids: Whether to return the ids of the tokens of prompts and completions.
         """
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
         self._echo = {sequence: prompt.echo for prompt in prompts for sequence in prompt.sequences}
@@ -63,6 +71,8 @@ class CompletionResponse:
         self._prompts = prompts
         self._formats = formats
         self._most = most
+        self._tokens_of = {sequence: prompt.tokens for prompt in prompts for sequence in prompt.sequences}
+        self._sent_ids: Counter[GeneratedSequence] | None = Counter() if token_ids else None
         self._buffer = BUFFER_BYTES * len(self.sequences) if streamed else None
         self._held = 0
         self._unread = False
@@ -149,6 +159,7 @@ class CompletionResponse:
         """
         choices = {sequence: EncodedChoice(echo) for sequence, echo in self._echo.items()}
         finishes: dict[GeneratedSequence, str | None] = {}
+        counts = Counter[GeneratedSequence]()
         size = sum(choice.size for choice in choices.values())
         async for outputs in self.outputs():
             for output in outputs:
@@ -159,9 +170,13 @@ class CompletionResponse:
                 if size > self._most:
                     raise AnswerTooLargeError
                 finishes[output.sequence] = output.finish
+                counts[output.sequence] += output.tokens
 
         def encoded() -> bytes:
-            parts = [choice.encode(self._index[of], finishes[of]) for of, choice in choices.items()]
+            parts = [
+                choice.encode(self._index[of], finishes[of], self._token_ids(of, counts[of]))
+                for of, choice in choices.items()
+            ]
             rest = to_json({"usage": self._usage()})[1:]
             return f'{to_json(self._head)[:-1]},"choices":[{",".join(parts)}],{rest}'.encode()
 
@@ -179,7 +194,8 @@ class CompletionResponse:
         async for outputs in self.outputs():
             events = bytearray()
             for output in outputs:
-                if output.text or output.finish or output.scores or timing:
+                ids = self._sent_ids is not None and output.tokens
+                if output.text or output.finish or output.scores or timing or ids:
                     events += await self._chunk(output, timing)
                 if len(events) > WRITE:
                     yield bytes(events)
@@ -191,8 +207,9 @@ class CompletionResponse:
         yield b"data: [DONE]\n\n"
 
     async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
-        plain = output.sequence.logprobs is None and not (timing or output.finish or _slow(output))
-        if plain:  # as nearly all are, so that they are assembled from parts
+        plain = output.sequence.logprobs is None and self._sent_ids is None
+        if plain and not (timing or output.finish or _slow(output)):
+            # As nearly all are, so that they are assembled from parts.
             return self._starts[output.sequence] + to_json(output.text).encode() + _REST
 
         def encoded() -> bytes:
@@ -201,6 +218,7 @@ class CompletionResponse:
                 "text": output.text,
                 "logprobs": self._logprobs(output),
                 "finish_reason": output.finish,
+                **self._token_ids(output.sequence, output.tokens),
             }
             chunk: dict[str, Any] = self._head | {"choices": [choice]}
             if timing:
@@ -208,7 +226,8 @@ class CompletionResponse:
                 chunk["tnnlm"] = {"position": output.position, "step_ms": step_ms}
             return event(chunk)
 
-        return await _off_loop(_slow(output), encoded)
+        with_prompt = self._sent_ids is not None and output.sequence not in self._sent_ids
+        return await _off_loop(with_prompt or _slow(output), encoded)
 
     async def _add(self, choice: EncodedChoice, output: SequenceOutput) -> None:
         await _off_loop(_slow(output), lambda: choice.add(output.text, self._logprobs(output)))
@@ -217,6 +236,15 @@ class CompletionResponse:
         if output.sequence.logprobs is None:
             return None
         return self._formats[self._index[output.sequence]].entries(output.scores)
+
+    def _token_ids(self, sequence: GeneratedSequence, count: int) -> dict[str, list[int]]:
+        """Return the ids of the next ``count`` tokens of a sequence, at first with those of its prompt."""
+        if self._sent_ids is None:
+            return {}
+        first = {} if sequence in self._sent_ids else {"prompt_token_ids": self._tokens_of[sequence]}
+        start = self._sent_ids[sequence]
+        self._sent_ids[sequence] = start + count
+        return first | {"token_ids": sequence.drawn[start : start + count]}
 
     def _usage(self) -> dict[str, Any]:
         return {
