@@ -86,7 +86,7 @@ RULES = {
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(
-        "errors detokenizer tokenizer models inference",
+        "errors detokenizer tokenizer chat models inference",
         "torch numpy fastapi starlette pydantic prometheus_client uvicorn h11",
     ),
     "cli": Allowed(

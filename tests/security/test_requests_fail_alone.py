@@ -15,6 +15,7 @@ import pytest
 from tests.serving.test_scheduler import Bench
 from tests.support.servers import run_server
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.schemas import CompletionRequest
 from tnnlm.serving.sequence import GeneratedSequence, Prompt
 
@@ -25,6 +26,15 @@ EXTREME: list[Any] = [
     *(True, None, "", "a\x00b", "\ud800", "\U0001f600" * 40, [], {}, [[]], {"5": {"6": []}}),
     *([""], ["\ud800"], ["\U0001f600"] * 16, [1] * 2000, ["a"] * 300, {"5": 1e308}, {str(2**64): 1}),
     {str(token): -100 for token in range(290)},
+]
+ENDPOINTS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("/v1/completions", {"prompt": "a"}, [*CompletionRequest.model_fields, "no_such_field"]),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a"}]},
+        # The other fields are those of completions.
+        [*sorted(ChatRequest.model_fields.keys() - CompletionRequest.model_fields.keys()), "logprobs"],
+    ),
 ]
 
 
@@ -60,15 +70,16 @@ def test_extreme_values_of_every_field_beside_healthy_streams(generator: TextGen
 
         streams = [pool.submit(repeat, index) for index in range(HEALTHY)]
         try:
-            for name in (*CompletionRequest.model_fields, "no_such_field"):
-                for value in EXTREME:
-                    body = {"prompt": "a", "max_tokens": 3, "temperature": 1, name: value}
-                    content = json.dumps(body).encode("utf-8", "surrogatepass")
-                    headers = {"Content-Type": "application/json"}
-                    answer = client.post("/v1/completions", content=content, headers=headers)
-                    assert answer.status_code in (200, 400, 404), (name, value)
-                    if answer.status_code != 200:
-                        assert "\n" not in answer.json()["error"]["message"]
+            for path, asked, fields in ENDPOINTS:
+                for name in fields:
+                    for value in EXTREME:
+                        body = {**asked, "max_tokens": 3, "temperature": 1, name: value}
+                        content = json.dumps(body).encode("utf-8", "surrogatepass")
+                        headers = {"Content-Type": "application/json"}
+                        answer = client.post(path, content=content, headers=headers)
+                        assert answer.status_code in (200, 400, 404), (name, value)
+                        if answer.status_code != 200:
+                            assert "\n" not in answer.json()["error"]["message"]
         finally:
             over.set()
         assert [stream.result() for stream in streams] == [{text} for text in expected]

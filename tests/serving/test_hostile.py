@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 
 from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.schemas import CompletionRequest
+from tnnlm.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
 EXAMPLES = 500
 """Number of examples of each of the two kinds of requests."""
+OF_OTHERS = 150
+"""Number of examples of requests to each endpoint besides completions."""
 
 many = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -67,6 +71,43 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
+roles = st.sampled_from(["system", "user", "assistant", "developer", "tool", ""])
+contents = st.text(st.characters(), max_size=20) | st.lists(
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": st.text(max_size=9)}),
+    max_size=3,
+)
+messages = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=4)
+BODIES: dict[str, tuple[list[str], dict[str, st.SearchStrategy[Any]]]] = {
+    "/v1/chat/completions": (
+        list(ChatRequest.model_fields),
+        {
+            **{name: strategy for name, strategy in sensible.items() if name not in ("prompt", "echo")},
+            "messages": messages,
+            "logprobs": st.booleans(),
+            "top_logprobs": st.integers(0, 6),
+        },
+    ),
+    "/tokenize": (
+        list(TokenizeRequest.model_fields),
+        {"prompt": st.text(max_size=9), "messages": messages, "return_token_strs": st.booleans()},
+    ),
+    "/detokenize": (
+        list(DetokenizeRequest.model_fields),
+        {"tokens": st.lists(st.integers(-1, 310), max_size=9)},
+    ),
+}
+
+
+@st.composite
+def other_requests(draw: st.DrawFn, path: str) -> dict[str, Any]:
+    """Generate requests to an endpoint besides completions, as those above."""
+    names, valid = BODIES[path]
+    body = {name: draw(strategy) for name, strategy in valid.items() if draw(st.booleans())}
+    for name in draw(st.lists(st.sampled_from(names) | st.text(max_size=8), max_size=2)):
+        body[name] = draw(values)
+    return body
+
+
 @pytest.fixture(scope="module")
 def small(generator: TextGenerator) -> Iterator[Running]:
     with run_server(generator, max_batch=8, max_tokens=8, max_prompt_tokens=1000) as running:
@@ -97,6 +138,17 @@ def test_any_request(client: httpx2.Client, small: Running, body: dict[str, Any]
     assert small.service.scheduler.alive
 
 
+@pytest.mark.parametrize("path", BODIES)
+@settings(many, max_examples=OF_OTHERS)
+@given(data=st.data())
+def test_any_request_to_other_endpoints(
+    client: httpx2.Client, small: Running, path: str, data: st.DataObject
+) -> None:
+    content = json.dumps(data.draw(other_requests(path))).encode("utf-8", "surrogatepass")
+    check(client.post(path, content=content, headers={"Content-Type": "application/json"}))
+    assert small.service.scheduler.alive
+
+
 @many
 @given(
     content=st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()),
@@ -104,7 +156,7 @@ def test_any_request(client: httpx2.Client, small: Running, body: dict[str, Any]
         ["application/json", "text/plain", "multipart/form-data", "application/json; charset=x"]
     ),
     path=st.sampled_from(
-        ["/v1/completions", "/v1/models", "/v1/models/%00", "/v1/chat/completions", "/page.py"]
+        ["/v1/completions", "/v1/models", "/v1/models/%00", "/v1/chat/completions", "/tokenize", "/page.py"]
     ),
     method=st.sampled_from(["POST", "PUT", "DELETE", "GET", "HEAD"]),
 )

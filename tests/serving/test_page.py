@@ -180,6 +180,7 @@ def test_continue_sends_the_tokens_and_not_the_text(page: Any, server: Running) 
     with page.expect_request("**/v1/completions") as sent:
         page.click("#continue")
     finished(page)
+    assert re.search(r"; [01] of \d+ prompt tokens read, \d+ kept\.$", page.inner_text("#status"))
     assert text_of(page) == "the quick" + whole
     (ids,) = sent.value.post_data_json["prompt"]
     tokenizer = server.service.parser.tokenizer
@@ -681,6 +682,18 @@ def test_chat_keeps_a_message_that_was_not_answered(visit: Any) -> None:
             "answer 1-0",
             "second",
         ]
+
+
+def test_chat_with_the_server(visit: Any, server: Running) -> None:
+    page = visit(f"{server.url}/#chat")
+    expect(page.locator("#template")).to_have_text("plain: lines of role: content")
+    page.fill("#max_tokens", "8")
+    page.fill("#temperature", "0")
+    for message in ("the quick", "brown fox"):
+        say(page, message)
+    assert re.search(r"; \d+ of \d+ prompt tokens read, [1-9]\d* kept\.$", page.inner_text("#status"))
+    assert page.locator(".turn").count() == 4
+    assert int(page.inner_text("#context")) > 16
 
 
 def test_each_view_keeps_what_it_shows(visit: Any, server: Running) -> None:

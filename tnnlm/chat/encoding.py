@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from tnnlm.errors import UserError, one_line
@@ -26,6 +27,7 @@ class SpecialTokens:
         self.eos_token = tokenizer.eos_token
         added = tokenizer.tokenizer.get_added_tokens_decoder()
         self._ids = {token.content: number for number, token in added.items() if token.special}
+        self._names = {number: name for name, number in self._ids.items()}
         names = sorted(self._ids, key=len, reverse=True)
         hidden = [_MARK, *names]
         self._hidden = {name: f"{_MARK}{chr(_NUMBERS + index)}" for index, name in enumerate(hidden)}
@@ -57,6 +59,23 @@ class SpecialTokens:
     def show(self, text: str) -> str:
         """Return a text with the names in place of their codes."""
         return self._to_show.sub(lambda found: self._shown[found[0]], text)
+
+    def begins(self, text: str, start: int) -> bool:
+        """Return whether a text that a template made has a special token at a character."""
+        return self._to_split.match(text, start) is not None
+
+    def written(self, ids: Sequence[int]) -> str:
+        """Return the text of generated tokens as a template has it in an answer, behind the text of a prompt.
+
+        Names of special tokens that are part of ordinary text are hidden.
+        """
+        parts: list[str] = []
+        for special, run in groupby(ids, self.tokenizer.detokenizer.is_special):
+            if special:
+                parts.extend(self._names[token] for token in run)
+            else:
+                parts.append(self.hide(self.tokenizer.decode([*run], started=True)))
+        return "".join(parts)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text that a template made.

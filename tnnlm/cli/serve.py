@@ -1,4 +1,4 @@
-"""Serve a converted model: OpenAI-compatible completions API, web page at /, /health and /metrics.
+"""Serve a converted model: OpenAI-compatible completions and chat, web page at /, /health and /metrics.
 
 Requests are batched. A sequence needs a few hundred kilobytes of state, whatever its length.
 
@@ -188,6 +188,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{settings.name}: {engine}", file=sys.stderr)
+    print(f"chat template: {app.state.service.chat.description}", file=sys.stderr)
     print(f"http://{host}:{listener.getsockname()[1]}/  (Ctrl-C stops)", file=sys.stderr, flush=True)
     if enough < limits.max_connections:
         print(f"--max-connections: {enough}, by the limit of open files (ulimit -n)", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,29 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tnnlm.errors import one_line
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.serving.access import cache_partition, key_check
+from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.disconnect import EventStream, while_connected
-from tnnlm.serving.json_body import parse_body, schema_of
+from tnnlm.serving.json_body import Model, parse_body, schema_of
 from tnnlm.serving.middleware import CountAnswers, HeadAsGet, KnownHost, WholeBody
 from tnnlm.serving.requests import ParsedRequest
 from tnnlm.serving.responses import AnswerTooLargeError, CompletionResponse, SequenceError, error_event
-from tnnlm.serving.schemas import ApiError, CompletionRequest, on_http_error, on_invalid_request
+from tnnlm.serving.schemas import (
+    ApiError,
+    CompletionRequest,
+    SamplingRequest,
+    on_http_error,
+    on_invalid_request,
+)
 from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT
 from tnnlm.serving.service import Service
 from tnnlm.serving.settings import Settings
+from tnnlm.serving.tokenization import DetokenizeRequest, TokenizeRequest, tokenized
 
 PAGE = Path(__file__).parent / "page"
 PARTS = ("page.css", "page.js", "api.js", "chat.js", "output.js", "plot.js")
@@ -75,20 +84,43 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.parser.check_model(name)
         return service.card()
 
-    body = {"application/json": {"schema": {"$ref": "#/components/schemas/CompletionRequest"}}}
+    def post(path: str, body: type[BaseModel]) -> Callable[[Any], Any]:
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        described = {"requestBody": {"content": content, "required": True}}
+        return app.post(path, dependencies=[key], response_model=None, openapi_extra=described)
 
-    @app.post(
-        "/v1/completions",
-        dependencies=[key],
-        response_model=None,
-        openapi_extra={"requestBody": {"content": body, "required": True}},
-    )
+    @post("/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
-        return await _complete(service, request)
+        body = await _validated(request, CompletionRequest)
+        partition = _partition(service, request, body)
+        # Tokenizing a long prompt on the event loop would stall other streams.
+        parsed = await asyncio.to_thread(service.parser.parse, body, partition)
+        return await _answer(service, request, body, parsed)
 
-    @app.post("/v1/chat/completions", dependencies=[key], include_in_schema=False)
-    def chat() -> None:
-        raise ApiError(404, "this model has no chat template; use /v1/completions")
+    @post("/v1/chat/completions", ChatRequest)
+    async def chat(request: Request) -> Response:
+        body = await _validated(request, ChatRequest)
+        partition = _partition(service, request, body)
+        prompt = await service.chat.prompt(body.messages)
+        parsed = await asyncio.to_thread(service.parse_chat, body, prompt, partition)
+        return await _answer(service, request, body, parsed)
+
+    @post("/tokenize", TokenizeRequest)
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await _validated(request, TokenizeRequest)
+        service.parser.check_model(body.model)
+        if body.messages is None:
+            tokens = await asyncio.to_thread(service.parser.encode, body.prompt or "", body.parse_special)
+        else:
+            prompt, partition = await service.chat.prompt(body.messages), _partition(service, request, body)
+            tokens = await asyncio.to_thread(service.chat_tokens, prompt, partition)
+        return await asyncio.to_thread(tokenized, service.parser, tokens, body.return_token_strs)
+
+    @post("/detokenize", DetokenizeRequest)
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = await _validated(request, DetokenizeRequest)
+        service.parser.check_model(body.model)
+        return {"prompt": await asyncio.to_thread(service.parser.decode, body.tokens)}
 
     @app.get("/health")
     def health() -> JSONResponse:
@@ -100,7 +132,10 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/openapi.json", dependencies=[key], include_in_schema=False)
     def description() -> dict[str, Any]:
-        return app.openapi() | {"components": {"schemas": schema_of(CompletionRequest)}}
+        schemas: dict[str, Any] = {}
+        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
+            schemas |= schema_of(body)
+        return app.openapi() | {"components": {"schemas": schemas}}
 
 
 def _add_page(app: FastAPI) -> None:
@@ -112,16 +147,20 @@ def _add_page(app: FastAPI) -> None:
         app.add_api_route(f"/{name}", partial(_page_file, name), include_in_schema=False)
 
 
-async def _complete(service: Service, request: Request) -> Response:
+async def _validated(request: Request, model: type[Model]) -> Model:
+    """Return the body of a request, which is validated off the event loop, because it takes a while."""
     raw, kind = await request.body(), request.headers.get("content-type", "")
-    by_key = bool(service.settings.api_keys)
+    return await asyncio.to_thread(parse_body, raw, kind, model)
 
-    def parse() -> tuple[CompletionRequest, ParsedRequest]:
-        body = parse_body(raw, kind, CompletionRequest)
-        return body, service.parser.parse(body, cache_partition(request, body.cache_salt, by_key))
 
-    # Validating and tokenizing a long prompt on the event loop would stall other streams.
-    body, parsed = await asyncio.to_thread(parse)
+def _partition(service: Service, request: Request, body: SamplingRequest | TokenizeRequest) -> bytes:
+    return cache_partition(request, body.cache_salt, bool(service.settings.api_keys))
+
+
+async def _answer(
+    service: Service, request: Request, body: SamplingRequest, parsed: ParsedRequest
+) -> Response:
+    """Submit a request and return its answer, or the stream of it."""
     if not body.stream:
         with service.promised(parsed):
             return await _whole(service, parsed, request)

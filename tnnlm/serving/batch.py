@@ -83,6 +83,11 @@ class RunningBatch:
         self._seconds = time.perf_counter() - started
         return StepOutput(list(self._sequences), tokens, logits, self._seconds)
 
+    def state_of(self, row: int) -> ModelState:
+        """Return a copy of the state of a row."""
+        assert self._state is not None
+        return self._state.select(torch.tensor([row], device=self._device))
+
     def change(
         self,
         leave: Sequence[GeneratedSequence] = (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,13 @@ def _score_alone(logits: Tensor, token: int, n: int) -> TokenScore | Exception:
         return error
 
 
+class ScoreFormat(Protocol):
+    """Format of the ``logprobs`` of one choice, whose tokens are given in order, possibly in parts."""
+
+    def entries(self, scores: Sequence[TokenScore]) -> dict[str, list[Any]]:
+        """Return the ``logprobs`` of the next tokens, whose lists are joined to those of other parts."""
+
+
 class LogprobsFormat:
     """Format of the ``logprobs`` of one choice, whose tokens are given in order, possibly in several parts.
 
@@ -92,7 +99,7 @@ class LogprobsFormat:
         self._n_prompt = n_prompt
         self._end = end
 
-    def entries(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    def entries(self, scores: Sequence[TokenScore]) -> dict[str, list[Any]]:
         """Return the ``logprobs`` of the next tokens."""
         words, offsets, tops = [], [], []
         for score in scores:
@@ -102,7 +109,7 @@ class LogprobsFormat:
                 self._stream.finish()
             piece = self._stream.push(score.token, show_special=in_prompt)
             self._n_prompt -= 1
-            word = self._word(score.token, first)
+            word = token_word(self._detokenizer, score.token, first)
             if piece and not self._detokenizer.exact and not self._detokenizer.is_special(score.token):
                 word = piece
             words.append(word)
@@ -123,19 +130,44 @@ class LogprobsFormat:
         """
         top: dict[str, float] = {}
         for token, value in score.top:
-            key = word if token == score.token else self._word(token, first)
+            key = word if token == score.token else token_word(self._detokenizer, token, first)
             taken = key in top or (key == word and token != score.token)
             top[f"token_id:{token}" if taken else key] = value
         assert score.logprob is not None
         top[word] = score.logprob
         return top
 
-    def _word(self, token: int, first: bool) -> str:
-        """Return the text of a token; a part of a character is given in bytes, as in OpenAI's API."""
-        data = self._detokenizer.token_bytes(token, first)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(
-                chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\x{byte:02x}" for byte in data
-            )
+
+class ChatLogprobsFormat:
+    """Format of the ``logprobs`` of one choice of a chat, without an entry for the end token."""
+
+    def __init__(self, detokenizer: Detokenizer, end: int | None) -> None:
+        """Begin a choice; ``end`` is the id of the token that ends it."""
+        self._detokenizer = detokenizer
+        self._end = end
+
+    def entries(self, scores: Sequence[TokenScore]) -> dict[str, list[Any]]:
+        """Return the ``logprobs`` of the next tokens."""
+        content = []
+        for score in scores:
+            if score.token == self._end:
+                continue
+            assert score.logprob is not None
+            top = [self._entry(token, value) for token, value in score.top]
+            content.append(self._entry(score.token, score.logprob) | {"top_logprobs": top})
+        return {"content": content}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._detokenizer.token_bytes(token)
+        return {"token": token_word(self._detokenizer, token), "logprob": logprob, "bytes": [*data]}
+
+
+def token_word(detokenizer: Detokenizer, token: int, first: bool = False) -> str:
+    """Return the text of a token; a part of a character is given in bytes, as in OpenAI's API."""
+    data = detokenizer.token_bytes(token, first)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(
+            chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\x{byte:02x}" for byte in data
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tnnlm.detokenizer import TextStream
@@ -10,12 +11,15 @@ from tnnlm.errors import UserError
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.serving.answer import ID_BYTES, answer_bytes
-from tnnlm.serving.logprobs import LogprobsFormat
+from tnnlm.serving.chat import ChatPrompt
+from tnnlm.serving.chat_schemas import ChatRequest
+from tnnlm.serving.logprobs import ChatLogprobsFormat, LogprobsFormat
 from tnnlm.serving.responses import CompletionResponse
 from tnnlm.serving.sampler import SequenceSampler
-from tnnlm.serving.schemas import ApiError, CompletionRequest
+from tnnlm.serving.schemas import ApiError, CompletionRequest, SamplingRequest
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, StoppedText
-from tnnlm.serving.settings import Settings
+from tnnlm.serving.settings import CHAT_TOKENS, Settings
+from tnnlm.serving.wire import CHAT, COMPLETION
 from tnnlm.tokenizer import TextTokenizer
 
 
@@ -37,6 +41,23 @@ class RequestParser:
         self.limits = settings.limits
         self._parse_special = settings.parse_special
         self._missing = {*tokenizer.missing_ids(tokenizer.size)}
+
+    def encode(self, prompt: str, parse_special: bool | None) -> list[int]:
+        """Return the tokens of a prompt; without ``parse_special``, the setting of the server holds.
+
+        Raises:
+            ApiError: 400 if it is empty, too long, or no text of the tokenizer.
+        """
+        return self._tokens(prompt, self._parse_special if parse_special is None else parse_special)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, with the names of special tokens.
+
+        Raises:
+            ApiError: 400 if there are too many, or one is no token.
+        """
+        stream, text = self._begin(self._tokens(tokens, False, "tokens"), echo=True)
+        return text + stream.finish()
 
     def check_model(self, name: str) -> None:
         """Check that a request is for the served model; an empty name is accepted.
@@ -60,22 +81,81 @@ class RequestParser:
             ApiError: 400 or 404, with the invalid parameter.
         """
         arrived = time.monotonic()
-        self.check_model(request.model)
-        if request.max_tokens > self.limits.max_tokens:
-            message = f"max_tokens: must be at most {self.limits.max_tokens:,} (--max-tokens)"
-            raise ApiError(400, message, "max_tokens")
         given = request.prompts()
-        most = self.limits.rows_per_request
-        if len(given) * request.n > most:
-            raise ApiError(400, f"n: prompts times n must be at most {most} (--max-request-rows)", "n")
+        self._check(request, len(given))
         special = self._parse_special if request.parse_special is None else request.parse_special
         rows = [self._tokens(prompt, special) for prompt in given]
         size = self._size(request, rows)
+        streams, echoes = zip(*(self._begin(tokens, request.echo) for tokens in rows), strict=True)
+        sequences = self._sequences(request, arrived, streams)
+        scored = request.logprobs if request.echo else None
+        prompts = [
+            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i], partition)
+            for i, tokens in enumerate(rows)
+        ]
+        formats = [part for tokens in rows for part in self._formats(tokens, request.echo, request.n)]
+        most_bytes = self.limits.max_answer_bytes
+        response = CompletionResponse(
+            *(self.model, prompts, formats, request.stream, most_bytes),
+            token_ids=request.return_token_ids,
+        )
+        return ParsedRequest(response, prompts, size)
+
+    def parse_chat(
+        self, request: ChatRequest, prompt: ChatPrompt, tokens: list[int], partition: bytes = b""
+    ) -> ParsedRequest:
+        """Return the prompt and sequences of a chat, ready for the scheduler.
+
+        Args:
+            request: Validated body.
+            prompt: Text of its messages.
+            tokens: Token ids of this text.
+            partition: Part of the prefix cache for its prompt.
+
+        Raises:
+            ApiError: 400 or 404, with the invalid parameter.
+        """
+        arrived = time.monotonic()
+        self._check(request, 1)
+        if not tokens:
+            raise ApiError(400, "messages: the chat template makes no text of them", "messages")
+        size = self._size(request, [tokens])
+        stream = TextStream(self.tokenizer.detokenizer, started=self._has_text(tokens))
+        sequences = self._sequences(request, arrived, [stream], prompt.lead)
+        read = Prompt(tokens, sequences, partition=partition, text=prompt.text)
+        scores = ChatLogprobsFormat(self.tokenizer.detokenizer, self.tokenizer.eos_id)
+        most = self.limits.max_answer_bytes
+        formats = [scores] * request.n
+        response = CompletionResponse(self.model, [read], formats, request.stream, most, CHAT)
+        return ParsedRequest(response, [read], size)
+
+    def _check(self, request: SamplingRequest, n_prompts: int) -> None:
+        """Check the model and the numbers of sequences and tokens.
+
+        Raises:
+            ApiError: 400 or 404, with the invalid parameter.
+        """
+        self.check_model(request.model)
+        name = _limit_name(request)
+        if self._new_tokens(request) > self.limits.max_tokens:
+            raise ApiError(400, f"{name}: must be at most {self.limits.max_tokens:,} (--max-tokens)", name)
+        most = self.limits.rows_per_request
+        if n_prompts * request.n > most:
+            raise ApiError(400, f"n: prompts times n must be at most {most} (--max-request-rows)", "n")
+
+    def _new_tokens(self, request: SamplingRequest) -> int:
+        given = request.new_tokens
+        return min(CHAT_TOKENS, self.limits.max_tokens) if given is None else given
+
+    def _sequences(
+        self, request: SamplingRequest, arrived: float, streams: Sequence[TextStream], lead: str = ""
+    ) -> list[GeneratedSequence]:
+        """Return the sequences of all prompts, which continue ``streams``."""
         bias = self._bias(request.logit_bias)
         sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
-        streams, echoes = zip(*(self._begin(tokens, request.echo) for tokens in rows), strict=True)
+        tokens, deadline = self._new_tokens(request), arrived + self.limits.timeout
         sequences = []
-        for index in range(len(rows) * request.n):
+        for index in range(len(streams) * request.n):
             sampler = SequenceSampler(
                 sampling,
                 self.tokenizer.size,
@@ -85,46 +165,34 @@ class RequestParser:
                 presence=request.presence_penalty,
                 frequency=request.frequency_penalty,
             )
-            text = StoppedText(streams[index // request.n].fork(), request.stop)
-            deadline = arrived + self.limits.timeout
-            sequences.append(
-                GeneratedSequence(sampler, text, request.max_tokens, deadline, logprobs=request.logprobs)
-            )
-        scored = request.logprobs if request.echo else None
-        prompts = [
-            Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i], partition)
-            for i, tokens in enumerate(rows)
-        ]
-        formats = [part for tokens in rows for part in self._formats(tokens, request.echo, request.n)]
-        most_bytes = self.limits.max_answer_bytes
-        response = CompletionResponse(
-            self.model, prompts, formats, request.stream, most_bytes, request.return_token_ids
-        )
-        return ParsedRequest(response, prompts, size)
+            text = StoppedText(streams[index // request.n].fork(), request.stop, lead)
+            scores = request.alternatives
+            sequences.append(GeneratedSequence(sampler, text, tokens, deadline, logprobs=scores))
+        return sequences
 
-    def _size(self, request: CompletionRequest, rows: list[list[int]]) -> int:
+    def _size(self, request: SamplingRequest, rows: list[list[int]]) -> int:
         """Return the estimated size of the answer in bytes.
 
         Raises:
             ApiError: 400 if the answer, or the prompts together, are too large.
         """
-        read = sum(map(len, rows))
+        read, chat = sum(map(len, rows)), isinstance(request, ChatRequest)
         if read > self.limits.max_prompt_tokens:
+            name, prompts = ("messages", "messages") if chat else ("prompt", "prompts")
             limit = f"at most {self.limits.max_prompt_tokens:,} (--max-prompt-tokens)"
-            message = f"prompt: the prompts have {read:,} tokens together; send {limit} per request"
-            raise ApiError(400, message, "prompt", "context_length_exceeded")
-        tokens = request.n * (len(rows) * request.max_tokens + (read if request.echo else 0))
-        size, most = answer_bytes(tokens, request.logprobs), self.limits.max_answer_bytes
-        if request.return_token_ids:
+            message = f"{name}: the {prompts} have {read:,} tokens together; send {limit} per request"
+            raise ApiError(400, message, name, "context_length_exceeded")
+        echoed = read if isinstance(request, CompletionRequest) and request.echo else 0
+        tokens = request.n * (len(rows) * self._new_tokens(request) + echoed)
+        scale = (CHAT if chat else COMPLETION).score_scale
+        size, most = answer_bytes(tokens, request.alternatives, scale), self.limits.max_answer_bytes
+        if isinstance(request, CompletionRequest) and request.return_token_ids:
             size += ID_BYTES * request.n * (len(rows) * request.max_tokens + read)
         if size <= most:
             return size
-        scores = "" if request.logprobs is None else f" with {request.logprobs} logprobs"
-        fields = [
-            name
-            for name in ("n", "max_tokens", "echo", "logprobs", "return_token_ids")
-            if getattr(request, name)
-        ]
+        scores = "" if request.alternatives is None else f" with {request.alternatives} logprobs"
+        names = ("n", _limit_name(request), "echo", "logprobs", "return_token_ids")
+        fields = [name for name in names if getattr(request, name, None)]
         raise ApiError(
             400,
             f"{fields[0]}: the answer may have {tokens:,} tokens{scores}, about {size >> 20:,} MiB; reduce "
@@ -152,28 +220,28 @@ class RequestParser:
     def _has_text(self, tokens: list[int]) -> bool:
         return not all(self.tokenizer.detokenizer.is_special(token) for token in tokens)
 
-    def _tokens(self, prompt: str | list[int], parse_special: bool) -> list[int]:
+    def _tokens(self, prompt: str | list[int], parse_special: bool, name: str = "prompt") -> list[int]:
         if isinstance(prompt, str):
             try:
                 tokens = encode_prompt(self.tokenizer, prompt, parse_special)
             except UserError as error:
-                raise ApiError(400, str(error), "prompt") from None
+                raise ApiError(400, str(error), name) from None
         else:
             tokens = prompt
             if not all(0 <= token < self.tokenizer.size for token in tokens):
                 raise ApiError(
-                    400, f"prompt: token ids must be from 0 to {self.tokenizer.size - 1}", "prompt"
+                    400, f"{name}: token ids must be from 0 to {self.tokenizer.size - 1}", "prompt"
                 )
             if unknown := self._missing.intersection(tokens):
                 raise ApiError(
-                    400, f"prompt: the vocabulary has no token with the id {min(unknown)}", "prompt"
+                    400, f"{name}: the vocabulary has no token with the id {min(unknown)}", "prompt"
                 )
         if not tokens:
-            raise ApiError(400, "prompt: is empty; give at least one token id", "prompt")
+            raise ApiError(400, f"{name}: is empty; give at least one token id", name)
         if len(tokens) > self.limits.max_prompt_tokens:
             limit = f"shorten it to at most {self.limits.max_prompt_tokens:,} (--max-prompt-tokens)"
             raise ApiError(
-                400, f"prompt: has {len(tokens):,} tokens; {limit}", "prompt", "context_length_exceeded"
+                400, f"{name}: has {len(tokens):,} tokens; {limit}", name, "context_length_exceeded"
             )
         return tokens
 
@@ -188,3 +256,9 @@ class RequestParser:
                 raise ApiError(400, f"logit_bias: {value} must be from -100 to 100", "logit_bias")
             bias[int(key)] = value
         return bias
+
+
+def _limit_name(request: SamplingRequest) -> str:
+    """Return the name of the parameter that limits the number of new tokens."""
+    given = getattr(request, "max_completion_tokens", None)
+    return "max_tokens" if given is None else "max_completion_tokens"

@@ -1,4 +1,4 @@
-"""Responses of the completions API, complete or streamed as server-sent events.
+"""Responses of completions and chats, complete or streamed as server-sent events.
 
 Log-probabilities and long strings are formatted and encoded on a separate thread, in parts, because the event
 loop serves the other streams during this time.
@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tnnlm.serving.answer import EncodedChoice, to_json
-from tnnlm.serving.logprobs import LogprobsFormat
+from tnnlm.serving.logprobs import ScoreFormat
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import BUFFER_BYTES
+from tnnlm.serving.token_ids import TokenIds
+from tnnlm.serving.wire import COMPLETION, WireFormat
 
 UNREAD = "the client reads too slowly, its buffer is full"
 """Error of a stream whose client does not read."""
@@ -29,7 +31,7 @@ _LONG = 1 << 16
 _OUTPUT_BYTES = 512
 _SCORE_BYTES = 120
 """Memory of an output and of one entry of its log-probabilities in bytes, about."""
-_REST = b',"logprobs":null,"finish_reason":null}]}\n\n'
+_REST = ',"logprobs":null,"finish_reason":null}]}\n\n'
 """End of the event of a running sequence, after its text."""
 _encoder = ThreadPoolExecutor(1, "encoder")
 _Result = TypeVar("_Result")
@@ -50,9 +52,10 @@ class CompletionResponse:
         self,
         model: str,
         prompts: list[Prompt],
-        formats: list[LogprobsFormat],
+        formats: Sequence[ScoreFormat],
         streamed: bool,
         most: int,
+        wire: WireFormat = COMPLETION,
         token_ids: bool = False,
     ) -> None:
         """Create a response.
@@ -63,6 +66,7 @@ class CompletionResponse:
             formats: Format of ``logprobs`` for each sequence.
             streamed: Whether outputs are sent as they come, so that they pile up if the client does not read.
             most: Maximum size of an answer in bytes.
+            wire: Format of the endpoint.
             token_ids: Whether to return the ids of the tokens of prompts and completions.
         """
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
@@ -71,8 +75,6 @@ class CompletionResponse:
         self._prompts = prompts
         self._formats = formats
         self._most = most
-        self._tokens_of = {sequence: prompt.tokens for prompt in prompts for sequence in prompt.sequences}
-        self._sent_ids: Counter[GeneratedSequence] | None = Counter() if token_ids else None
         self._buffer = BUFFER_BYTES * len(self.sequences) if streamed else None
         self._held = 0
         self._unread = False
@@ -81,17 +83,20 @@ class CompletionResponse:
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(self.sequences)
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
+            "id": f"{wire.prefix}-{uuid.uuid4().hex}",
+            "object": wire.event if streamed else wire.answer,
             "created": int(time.time()),
             "model": model,
         }
+        self._wire = wire
+        self._token_ids = TokenIds(prompts) if token_ids else None
         start = f"data: {to_json(self._head)[:-1]},"
         self._starts = {
-            sequence: f'{start}"choices":[{{"index":{index},"text":'.encode()
+            sequence: f'{start}"choices":[{{"index":{index},{wire.before}'.encode()
             for sequence, index in self._index.items()
         }
         """Beginning of the event of a running sequence, before its text."""
+        self._rest = f"{wire.after}{_REST}".encode()
 
     @property
     def name(self) -> str:
@@ -174,7 +179,7 @@ class CompletionResponse:
 
         def encoded() -> bytes:
             parts = [
-                choice.encode(self._index[of], finishes[of], self._token_ids(of, counts[of]))
+                choice.encode(self._index[of], finishes[of], self._wire, self._ids(of, counts[of]))
                 for of, choice in choices.items()
             ]
             rest = to_json({"usage": self._usage()})[1:]
@@ -189,12 +194,14 @@ class CompletionResponse:
             SequenceError: If a sequence failed.
         """
         for sequence, echo in self._echo.items():
+            if self._wire.role:
+                yield event(self._head | {"choices": [self._wire.opening(self._index[sequence])]})
             if echo:
                 yield await self._chunk(SequenceOutput(sequence, echo), False)
         async for outputs in self.outputs():
             events = bytearray()
             for output in outputs:
-                ids = self._sent_ids is not None and output.tokens
+                ids = self._token_ids and output.tokens
                 if output.text or output.finish or output.scores or timing or ids:
                     events += await self._chunk(output, timing)
                 if len(events) > WRITE:
@@ -207,27 +214,22 @@ class CompletionResponse:
         yield b"data: [DONE]\n\n"
 
     async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
-        plain = output.sequence.logprobs is None and self._sent_ids is None
-        if plain and not (timing or output.finish or _slow(output)):
-            # As nearly all are, so that they are assembled from parts.
-            return self._starts[output.sequence] + to_json(output.text).encode() + _REST
+        extra = timing or self._token_ids or output.sequence.logprobs is not None
+        if not (extra or output.finish or _slow(output)):  # as nearly all are, so that it is made of parts
+            return self._starts[output.sequence] + to_json(output.text).encode() + self._rest
 
         def encoded() -> bytes:
-            choice = {
-                "index": self._index[output.sequence],
-                "text": output.text,
-                "logprobs": self._logprobs(output),
-                "finish_reason": output.finish,
-                **self._token_ids(output.sequence, output.tokens),
-            }
+            index, logprobs = self._index[output.sequence], self._logprobs(output)
+            choice = self._wire.choice(index, output.text, logprobs, output.finish)
+            choice |= self._ids(output.sequence, output.tokens)
             chunk: dict[str, Any] = self._head | {"choices": [choice]}
             if timing:
                 step_ms = [round(ms, 3) for ms in output.step_ms]
                 chunk["tnnlm"] = {"position": output.position, "step_ms": step_ms}
             return event(chunk)
 
-        with_prompt = self._sent_ids is not None and output.sequence not in self._sent_ids
-        return await _off_loop(with_prompt or _slow(output), encoded)
+        begins = self._token_ids is not None and self._token_ids.begins(output.sequence)
+        return await _off_loop(begins or _slow(output), encoded)
 
     async def _add(self, choice: EncodedChoice, output: SequenceOutput) -> None:
         await _off_loop(_slow(output), lambda: choice.add(output.text, self._logprobs(output)))
@@ -237,14 +239,8 @@ class CompletionResponse:
             return None
         return self._formats[self._index[output.sequence]].entries(output.scores)
 
-    def _token_ids(self, sequence: GeneratedSequence, count: int) -> dict[str, list[int]]:
-        """Return the ids of the next ``count`` tokens of a sequence, at first with those of its prompt."""
-        if self._sent_ids is None:
-            return {}
-        first = {} if sequence in self._sent_ids else {"prompt_token_ids": self._tokens_of[sequence]}
-        start = self._sent_ids[sequence]
-        self._sent_ids[sequence] = start + count
-        return first | {"token_ids": sequence.drawn[start : start + count]}
+    def _ids(self, sequence: GeneratedSequence, count: int) -> dict[str, list[int]]:
+        return {} if self._token_ids is None else self._token_ids.fields(sequence, count)
 
     def _usage(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.sampling import NOT_FINITE
 from tnnlm.models.causal_lm import ModelState, state_bytes
 from tnnlm.serving.batch import RunningBatch
+from tnnlm.serving.endings import Endings
 from tnnlm.serving.event_log import EventLog
 from tnnlm.serving.logprobs import TokenScore, score_rows
 from tnnlm.serving.metrics import Metrics
@@ -26,7 +27,15 @@ from tnnlm.serving.prefill import PrefillWorker
 from tnnlm.serving.prefix_cache import PrefixCache
 from tnnlm.serving.prompt_queue import ClosedError, PromptQueue, remove_sequences
 from tnnlm.serving.sampler import NO_TOKEN, sample_batch
-from tnnlm.serving.sequence import SHUTDOWN, TIMEOUT, Finish, GeneratedSequence, Prompt, SequenceOutput
+from tnnlm.serving.sequence import (
+    SHUTDOWN,
+    TIMEOUT,
+    Beginning,
+    Finish,
+    GeneratedSequence,
+    Prompt,
+    SequenceOutput,
+)
 from tnnlm.serving.settings import Limits
 
 PREFILL_SECONDS = 0.05
@@ -77,7 +86,10 @@ class Scheduler:
         """Number of sequences running, in prefill (reading) and waiting, as of the last iteration."""
         self._deliver, self._log = deliver, log or EventLog()
         self._eos, self._token_logits = generator.tokenizer.eos_id, generator.token_logits
-        self._prefill = PrefillWorker(generator, PrefixCache(limits.cache_bytes), metrics)
+        cache = PrefixCache(limits.cache_bytes)
+        self.endings = Endings(generator.tokenizer, cache, self._log)
+        """Ends of sequences, whose states are in the prefix cache."""
+        self._prefill = PrefillWorker(generator, cache, metrics)
         self._batch = RunningBatch(generator, reproducible)
         self._queue = PromptQueue(limits.max_batch + limits.max_queue)
         self._prefilling: deque[Prompt] = deque()
@@ -185,6 +197,7 @@ class Scheduler:
         going = []
         for sequence in prompt.sequences:
             sequence.position, sequence.cached = prompt.position, prompt.cached
+            sequence.beginning = Beginning(prompt.tokens, prompt.partition, prompt.text)
             if sequence.max_tokens == 0:
                 self._finish(sequence)
                 continue
@@ -208,11 +221,12 @@ class Scheduler:
         wanted = [None if sequence is None else sequence.logprobs for sequence in drawn.sequences]
         scores = score_rows(drawn.logits, drawn.tokens, wanted)
         ended = []
-        for sequence, token, score in zip(drawn.sequences, drawn.tokens, scores, strict=True):
+        for row, sequence in enumerate(drawn.sequences):
             if sequence is not None:
                 sequence.position += 1
-                if not self._take(sequence, token, score, [1e3 * drawn.seconds]):
+                if not self._take(sequence, drawn.tokens[row], scores[row], [1e3 * drawn.seconds]):
                     ended.append(sequence)
+                    self.endings.keep(sequence, self._batch, row, drawn.logits[row : row + 1])
         self._change(leave=ended)
 
     def _take(

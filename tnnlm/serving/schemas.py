@@ -1,4 +1,4 @@
-"""Schemas of the OpenAI completions API: requests and error responses."""
+"""Schemas of the OpenAI API: parameters of all requests, those of completions, and error responses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ from starlette.exceptions import HTTPException
 
 from tnnlm.serving.settings import LOGPROBS, PROMPTS, STOPS
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""Configuration of models of bodies, in which nothing is converted or ignored."""
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 _KINDS |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 
-_INT64 = 2**63 - 1
-_NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "length_penalty": 1, "min_tokens": 0}
-_NEUTRAL |= {"use_beam_search": False, "ignore_eos": False, "skip_special_tokens": True}
-"""Sampling parameters of vLLM and TGI that clients send by default, at values that change nothing."""
+INT64 = 2**63 - 1
+"""Largest integer of a field."""
+_NEUTRAL: dict[str, Any] = {
+    "min_p": 0,
+    "typical_p": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "min_tokens": 0,
+}
+_NEUTRAL |= {"use_beam_search": False, "ignore_eos": False, "skip_special_tokens": True, "store": False}
+_NEUTRAL |= {"tools": [], "tool_choice": "none", "functions": [], "modalities": ["text"]}
+_NEUTRAL |= {"add_generation_prompt": True, "continue_final_message": False, "service_tier": "auto"}
+"""Parameters of OpenAI, vLLM and TGI that clients send by default, at values that change nothing."""
 
 
 class ApiError(HTTPException):
@@ -31,26 +41,26 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
 
-def _without_nulls(data: Any) -> Any:
-    # Many clients send null for parameters that are not set.
+def without_nulls(data: Any) -> Any:
+    """Drop the nulls of an object, which many clients send for parameters that are not set."""
     return (
         {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
     )
 
 
-def _without_defaults(data: Any) -> Any:
+def without_defaults(data: Any) -> Any:
     """Drop nulls, and parameters of other servers at the values with which they change nothing."""
-    data = _without_nulls(data)
+    data = without_nulls(data)
     if not isinstance(data, dict):
         return data
     return {key: value for key, value in data.items() if not _changes_nothing(key, value)}
 
 
 def _changes_nothing(key: str, value: Any) -> bool:
-    if key not in _NEUTRAL or not isinstance(value, int | float):
+    if key not in _NEUTRAL or isinstance(value, dict):
         return False
     # True equals 1 in Python, but is no number in JSON.
-    return value == _NEUTRAL[key] and isinstance(value, bool) == isinstance(_NEUTRAL[key], bool)
+    return bool(value == _NEUTRAL[key]) and isinstance(value, bool) == isinstance(_NEUTRAL[key], bool)
 
 
 def _are_ids(value: Any) -> bool:
@@ -60,7 +70,7 @@ def _are_ids(value: Any) -> bool:
 class StreamOptions(BaseModel):
     """Options of a streamed response."""
 
-    model_config = _STRICT
+    model_config = STRICT
     include_usage: bool = False
     """Whether to send token usage in a last chunk."""
     include_timing: bool = False
@@ -68,65 +78,49 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
     """Accepted for compatibility and ignored."""
 
-    _nulls = model_validator(mode="before")(_without_nulls)
+    _nulls = model_validator(mode="before")(without_nulls)
 
 
-class CompletionRequest(BaseModel):
-    """Body of ``POST /v1/completions``."""
+class SamplingRequest(BaseModel):
+    """Parameters that the bodies of all endpoints have that generate text."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: str = Field("", max_length=512)
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = Field(16, ge=0, le=_INT64)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, ge=0, le=1)
     """Cumulative probability of the most likely tokens to sample from; 0 is greedy decoding."""
-    top_k: int = Field(0, ge=-1, le=_INT64)
+    top_k: int = Field(0, ge=-1, le=INT64)
     """Number of most likely tokens to sample from; 0 or -1 disables it. An extension of the OpenAI API."""
     n: int = Field(1, ge=1, le=PROMPTS)
-    best_of: int | None = Field(None, ge=1, le=PROMPTS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: list[str] = Field(default_factory=list, max_length=STOPS)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    logprobs: int | None = Field(None, ge=0, le=LOGPROBS)
-    echo: bool = False
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field(default_factory=dict)
-    suffix: str | None = None
     user: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=512)
     """Secret of the client, whose prompts reuse only cached states of prompts with the same salt, as in
     vLLM. An extension of the OpenAI API."""
-    parse_special: bool | None = None
-    """Whether the names of special tokens in a string prompt are encoded as these tokens; None takes the
-    setting of the server. An extension of the OpenAI API."""
 
-    return_token_ids: bool = False
-    """Whether to add the ids of the tokens to each choice, ``prompt_token_ids`` and ``token_ids``, as in
-    vLLM. An extension of the OpenAI API."""
+    _unset = model_validator(mode="before")(without_defaults)
 
-    _unset = model_validator(mode="before")(_without_defaults)
+    @property
+    def new_tokens(self) -> int | None:
+        """Maximum number of tokens to generate for each sequence; None for the default of the server."""
+        raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int | None:
+        """Number of most likely tokens to score at each position; None for no log-probabilities."""
+        raise NotImplementedError
 
     @field_validator("stream_options")
     @classmethod
     def _only_if_streamed(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
         if not info.data.get("stream", True):  # stream is missing if it is invalid
             raise ValueError("only applies to stream=true; omit it")
-        return value
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _known_prompt(cls, value: Any) -> Any:
-        """Check the type of the prompt, to report one error instead of one per member of the union."""
-        parts = value if isinstance(value, list) else [value]
-        texts = all(isinstance(part, str) for part in parts)
-        ids = value is parts and (_are_ids(parts) or all(_are_ids(part) for part in parts))
-        if not parts or not (texts or ids):
-            raise ValueError(
-                "expected a string, a list of strings, a list of token ids, or a list of such lists"
-            )
         return value
 
     @field_validator("stop", mode="before")
@@ -139,6 +133,46 @@ class CompletionRequest(BaseModel):
     def _stops_of_length(cls, value: list[str]) -> list[str]:
         if not all(0 < len(stop) <= 512 for stop in value):
             raise ValueError("each stop string must have from 1 to 512 characters")
+        return value
+
+
+class CompletionRequest(SamplingRequest):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(16, ge=0, le=INT64)
+    best_of: int | None = Field(None, ge=1, le=PROMPTS)
+    logprobs: int | None = Field(None, ge=0, le=LOGPROBS)
+    echo: bool = False
+    suffix: str | None = None
+    parse_special: bool | None = None
+    """Whether the names of special tokens in a string prompt are encoded as these tokens; None takes the
+    setting of the server. An extension of the OpenAI API."""
+    return_token_ids: bool = False
+    """Whether to add the ids of the tokens to each choice, ``prompt_token_ids`` and ``token_ids``, as in
+    vLLM. An extension of the OpenAI API."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Maximum number of tokens to generate for each sequence."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Number of most likely tokens to score at each position; None for no log-probabilities."""
+        return self.logprobs
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _known_prompt(cls, value: Any) -> Any:
+        """Check the type of the prompt, to report one error instead of one per member of the union."""
+        parts = value if isinstance(value, list) else [value]
+        texts = all(isinstance(part, str) for part in parts)
+        ids = value is parts and (_are_ids(parts) or all(_are_ids(part) for part in parts))
+        if not parts or not (texts or ids):
+            raise ValueError(
+                "expected a string, a list of strings, a list of token ids, or a list of such lists"
+            )
         return value
 
     @field_validator("suffix")

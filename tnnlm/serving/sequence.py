@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from tnnlm.detokenizer import TextStream
 from tnnlm.inference.generator import GenerationState
@@ -61,9 +61,11 @@ class StoppedText:
     Text that may be the beginning of a stop string is buffered.
     """
 
-    def __init__(self, stream: TextStream, stops: Sequence[str]) -> None:
+    def __init__(self, stream: TextStream, stops: Sequence[str], lead: str = "") -> None:
+        """Begin a text without ``lead``, if it begins with that."""
         self._stream = stream
         self._stops = tuple(stops)
+        self._lead = lead
         self._held = ""
         self.stopped = False
 
@@ -77,6 +79,10 @@ class StoppedText:
 
     def _show(self, piece: str, last: bool) -> str:
         self._held += piece
+        if self._lead:
+            if not last and self._lead.startswith(self._held) and self._held != self._lead:
+                return ""
+            self._held, self._lead = self._held.removeprefix(self._lead), ""
         ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -94,6 +100,17 @@ def _overlap(text: str, stop: str) -> int:
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)
     return len(text) - at if at >= 0 else 0
+
+
+class Beginning(NamedTuple):
+    """Prompt of a sequence, without the other sequences that continue it."""
+
+    tokens: list[int]
+    """Tokens of its prompt."""
+    partition: bytes
+    """Part of the prefix cache that its prompt belongs to."""
+    text: str | None
+    """Text of a conversation; None for another prompt."""
 
 
 @dataclass(eq=False)
@@ -118,8 +135,12 @@ class GeneratedSequence:
     """Number of tokens processed, prompt included."""
     cached: int = 0
     """Number of prompt tokens found in the prefix cache."""
+    complete: bool = False
+    """Whether the sequence has ended with a finish reason."""
     cancelled: bool = False
     """Whether the sequence is to be removed in the next iteration."""
+    beginning: Beginning | None = None
+    """Prompt that the sequence continues; None before its first token."""
     arrived: float = field(default_factory=time.monotonic)
     """Time at which the request arrived, in seconds of the monotonic clock."""
 
@@ -142,6 +163,7 @@ class GeneratedSequence:
             output.text += self.text.finish()
             if self.text.stopped:  # by a stop string in the text that was buffered
                 output.finish = "stop"
+            self.complete = True
         return output
 
 
@@ -159,6 +181,8 @@ class Prompt:
     """Text of the prompt that is returned before the text of each sequence."""
     partition: bytes = b""
     """Part of the prefix cache that the prompt shares with others; up to 64 bytes."""
+    text: str | None = None
+    """Text of a conversation as its template made it; None for another prompt."""
     state: GenerationState | None = None
     """State after the processed tokens."""
     position: int = 0

@@ -12,7 +12,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from tnnlm.errors import UserError
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.chat import ChatPrompt, ChatPrompts
+from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.event_log import EventLog
 from tnnlm.serving.metrics import Metrics
 from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
@@ -40,6 +43,7 @@ class Service:
             generator, settings.limits, self.metrics, self._deliver, executor, self.log, settings.reproducible
         )
         self.parser = RequestParser(generator.tokenizer, settings)
+        self.chat = ChatPrompts(generator.tokenizer, settings.limits.max_body_bytes)
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._promised = 0
@@ -54,6 +58,26 @@ class Service:
         finally:
             # Closed in another thread, so that the event loop can deliver the scheduler's last outputs.
             await asyncio.to_thread(self.scheduler.close)
+            await asyncio.to_thread(self.chat.close)
+
+    def chat_tokens(self, prompt: ChatPrompt, partition: bytes) -> list[int]:
+        """Return the tokens of the messages of a chat.
+
+        Raises:
+            ApiError: 400 if they are not valid Unicode.
+        """
+        try:
+            return self.scheduler.endings.dialogues.encode(prompt.text, partition)
+        except UserError as error:
+            raise ApiError(400, str(error), "messages") from None
+
+    def parse_chat(self, body: ChatRequest, prompt: ChatPrompt, partition: bytes) -> ParsedRequest:
+        """Return the prompt and sequences of a chat, ready for the scheduler.
+
+        Raises:
+            ApiError: 400 or 404, with the invalid parameter.
+        """
+        return self.parser.parse_chat(body, prompt, self.chat_tokens(prompt, partition), partition)
 
     @contextmanager
     def promised(self, parsed: ParsedRequest) -> Iterator[None]:
@@ -101,6 +125,7 @@ class Service:
                 "vocabulary": self.parser.tokenizer.size,
                 "state_bytes": self.scheduler.row_bytes,
                 "engine": settings.engine,
+                "chat_template": self.chat.description,
                 "max_prompt_tokens": limits.max_prompt_tokens,
                 "max_tokens": limits.max_tokens,
             },

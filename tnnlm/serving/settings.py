@@ -11,6 +11,10 @@ PROMPTS = 256
 """Maximum number of sequences per request: prompts times ``n``."""
 STOPS = 16
 """Maximum number of stop strings per request."""
+MESSAGES = 1024
+"""Maximum number of messages of a conversation."""
+CHAT_TOKENS = 2048
+"""Maximum number of tokens of an answer in a chat whose request gives none."""
 LOGPROBS = 20
 """Maximum number of alternatives per token in ``logprobs``."""
 BUFFER_BYTES = 1 << 20

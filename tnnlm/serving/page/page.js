@@ -11,6 +11,7 @@ const NUMBERS = ["temperature", "max_tokens", "n", "top_p", "top_k", "seed"];
 const FIELDS = [...NUMBERS, "stop_strings"];
 
 let model = "";
+let hint = ""; // placeholder of the prompt
 let shown = null; // {prompt, samples} in the output box of the completion view
 let running = null; // AbortController of the current request
 let progress = null; // of the current request, or the last one
@@ -49,11 +50,17 @@ async function loadModel() {
   $("model").textContent = model;
   const about = [`${size(card.tnnlm.parameters)} parameters`, card.tnnlm.engine];
   $("about").textContent = about.filter(Boolean).join(" · ");
+  $("template").textContent = card.tnnlm.chat_template ?? "–";
+  hint = card.tnnlm.prompts?.[0] ?? "";
+  showHint();
   $("state").textContent = count(Math.round(card.tnnlm.state_bytes / 1024));
   $("max_tokens").max = card.tnnlm.max_tokens;
   if ($("max_tokens").validity.rangeOverflow) $("max_tokens").value = card.tnnlm.max_tokens;
   $("most").textContent = `up to ${count(card.tnnlm.max_tokens)}`;
 }
+
+// A short prompt in the language of the model's data.
+const showHint = () => ($("prompt").placeholder = chatting() ? "" : hint);
 
 function size(n) {
   const [unit, name] = n < 1e6 ? [1e3, "K"] : n < 1e9 ? [1e6, "M"] : [1e9, "B"];
@@ -241,6 +248,7 @@ function showView(before) {
   $("text").replaceChildren(...stash[view]);
   document.body.classList.toggle("chat", chatting());
   for (const part of document.querySelectorAll("[data-view]")) part.hidden = part.dataset.view !== view;
+  showHint();
   $("prompt-label").textContent = chatting() ? "Message" : "Prompt";
   $("text-title").textContent = chatting() ? "Conversation" : "Output";
   $("generate").textContent = chatting() ? "Send" : "Generate";
