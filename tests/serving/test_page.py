@@ -14,9 +14,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.support.scripts import ROOT
 from tests.support.servers import Running, run_server
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.serving.app import PAGE, PARTS
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -24,12 +24,13 @@ expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+FILES = {"/": "index.html", **{f"/{name}": name for name in PARTS}}
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 CARD = {
     "id": "fake",
     "tnnlm": {"parameters": 24_100_000, "state_bytes": 565_248, "engine": "packed", "max_tokens": 100},
 }
-WAIT = 20_000
+WAIT = 60_000
 """Timeout in milliseconds, which allows for a busy machine."""
 
 
@@ -54,7 +55,8 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(WAIT)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-        page.on("request", lambda r: None if r.url.startswith((url, "data:")) else problems.append(r.url))
+        own = (url.partition("#")[0], "data:")
+        page.on("request", lambda r: None if r.url.startswith(own) else problems.append(r.url))
         page.goto(url)
         return page
 
@@ -83,16 +85,26 @@ def finished(page: Any) -> None:
     expect(page.locator("#status")).to_have_text(re.compile(r"^Finished \((stop|length)\): "), timeout=WAIT)
 
 
-def text_of(page: Any) -> str:
-    return "\n".join(page.locator("#text > div").evaluate_all("blocks => blocks.map(b => b.textContent)"))
+def text_of(page: Any, sample: int = 0) -> str:
+    blocks = page.locator(".sample").nth(sample).locator(".blocks > div")
+    return "\n".join(blocks.evaluate_all("blocks => blocks.map(b => b.textContent)"))
+
+
+def finished_samples(page: Any) -> None:
+    expect(page.locator("#status")).to_have_text(re.compile(r"^Finished \([^)]+\): "), timeout=WAIT)
 
 
 def whole_answer(server: Running, **body: Any) -> str:
     """Return the text of the same completion without streaming."""
+    return answers(server, **body)[0]
+
+
+def answers(server: Running, **body: Any) -> list[str]:
+    """Return the same completions without streaming."""
     data = json.dumps(body).encode()
     request = Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
     with urlopen(request, timeout=300) as answer:
-        return str(json.load(answer)["choices"][0]["text"])
+        return [str(choice["text"]) for choice in json.load(answer)["choices"]]
 
 
 def test_text_streams_in(page: Any, server: Running) -> None:
@@ -121,8 +133,7 @@ def test_text_streams_in(page: Any, server: Running) -> None:
 
 def test_numbers_are_the_servers(page: Any, server: Running, generator: TextGenerator) -> None:
     row_bytes = server.service.scheduler.row_bytes
-    state = f"{row_bytes / 2**20:.1f} MiB" if row_bytes >= 2**20 else f"{row_bytes / 1024:,.0f} KiB"
-    expect(page.locator("#state")).to_have_text(state)
+    expect(page.locator("#state")).to_have_text(f"{row_bytes / 1024:,.0f}")  # in KiB, as in README.md
     write(page, tokens=60)
     finished(page)
     # The last token was generated, and is not yet part of the state.
@@ -160,6 +171,87 @@ def test_continue_extends_the_text(page: Any) -> None:
     write(page, "another")
     finished(page)
     assert text_of(page).startswith("another")
+
+
+def test_continue_sends_the_tokens_and_not_the_text(page: Any, server: Running) -> None:
+    whole = whole_answer(server, prompt="the quick", max_tokens=40, temperature=0)
+    write(page, tokens=20)
+    finished(page)
+    with page.expect_request("**/v1/completions") as sent:
+        page.click("#continue")
+    finished(page)
+    assert re.search(r"; [01] of \d+ prompt tokens read, \d+ kept\.$", page.inner_text("#status"))
+    assert text_of(page) == "the quick" + whole
+    (ids,) = sent.value.post_data_json["prompt"]
+    tokenizer = server.service.parser.tokenizer
+    prompt = tokenizer.encode("the quick")
+    assert ids[: len(prompt)] == prompt
+    assert len(ids) == len(prompt) + 20
+
+
+def test_continue_after_a_stop_string_sends_the_text(visit: Any) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(_: str, body: dict[str, Any]) -> bytes:
+        bodies.append(body)
+        return event("some text", 5, "stop", prompt_token_ids=[1, 2], token_ids=[3, 4, 5]) + DONE
+
+    with odd_server(answer) as url:
+        page = visit(url)
+        write(page, prompt="a ")
+        finished(page)
+        page.click("#continue")
+        finished(page)
+        page.fill("#stop_strings", "END")
+        for _ in range(2):  # the tokens of the stop string are not part of the text
+            page.click("#continue")
+            finished(page)
+    prompts = [body["prompt"] for body in bodies]
+    assert prompts[:3] == ["a ", [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5]]]
+    assert prompts[3] == ["a " + 3 * "some text"]
+    assert not any("n" in body and body["n"] != 1 for body in bodies)
+
+
+def test_samples_are_shown_side_by_side(page: Any, server: Running) -> None:
+    page.fill("#n", "3")
+    page.fill("#seed", "7")
+    write(page, tokens=30, temperature=1)
+    finished_samples(page)
+    assert page.locator("#text > .prompt").text_content() == "the quick"
+    data = {"prompt": "the quick", "max_tokens": 30, "temperature": 1, "seed": 7, "n": 3}
+    texts = answers(server, **data)
+    assert [text_of(page, i) for i in range(3)] == texts
+    boxes = [page.locator(".sample").nth(i).bounding_box() for i in range(3)]
+    assert len({box["y"] for box in boxes}) == 1
+    assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"]
+    with page.expect_request("**/v1/completions") as sent:
+        page.click("#continue")
+    finished_samples(page)
+    assert len(sent.value.post_data_json["prompt"]) == 3
+    assert all(text_of(page, i).startswith(texts[i]) for i in range(3))
+    page.set_viewport_size({"width": 390, "height": 844})
+    boxes = [page.locator(".sample").nth(i).bounding_box() for i in range(3)]
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_sampling_panel_opens_by_mouse_and_keyboard(visit: Any, server: Running, width: int) -> None:
+    page = visit(server.url, viewport={"width": width, "height": 844})
+    field, title = page.locator("#temperature"), page.locator("#sampling summary")
+    if width < 900:
+        expect(field).to_be_hidden()
+        title.click()
+    expect(field).to_be_visible()
+    title.click()
+    expect(field).to_be_hidden()
+    title.click()
+    expect(field).to_be_visible()
+    for key in ("Enter", "Space"):
+        title.press(key)
+        expect(field).to_be_hidden()
+        title.press(key)
+        expect(field).to_be_visible()
 
 
 def test_stop_strings_and_escapes_are_sent(page: Any) -> None:
@@ -205,11 +297,11 @@ def test_keyboard_alone(page: Any) -> None:
     finished(page)
     assert page.evaluate("document.activeElement.id") == "generate", "focus stays where it was"
     order = []
-    for _ in range(11):
+    for _ in range(12):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert order[:2] == ["stop", "continue"]
-    fields = ["temperature", "max_tokens", "top_p", "top_k", "seed", "stop_strings", "copy", "text"]
+    fields = ["temperature", "max_tokens", "n", "top_p", "top_k", "seed", "stop_strings", "copy", "text"]
     assert [name for name in order if name in fields] == fields
     page.locator("#max_tokens").focus()
     page.keyboard.press("Control+a")
@@ -232,7 +324,18 @@ def start_by_keyboard(page: Any, keys: str) -> None:
 
 
 def test_every_control_has_an_accessible_name(page: Any) -> None:
-    names = ("Prompt", "Temperature", "Max new tokens", "Top-p", "Top-k", "Seed", "Stop strings")
+    names = (
+        "Prompt",
+        "Completion",
+        "Chat",
+        "Temperature",
+        "Max new tokens",
+        "Samples",
+        "Top-p",
+        "Top-k",
+        "Seed",
+        "Stop strings",
+    )
     for name in names:
         assert page.get_by_label(name, exact=True).count() == 1, name
     for name in ("Generate", "Stop", "Continue", "Copy"):
@@ -367,14 +470,18 @@ def test_settings_are_kept_in_the_browser(page: Any) -> None:
 
 
 def test_page_allows_nothing_from_elsewhere_nor_inline() -> None:
-    for name in ("index.html", "page.css", "page.js"):
-        text = (ROOT / "tnnlm/serving/page" / name).read_text(encoding="utf-8")
+    assert {path.name for path in PAGE.iterdir()} == {"index.html", *PARTS}
+    for name in ("index.html", *PARTS):
+        text = (PAGE / name).read_text(encoding="utf-8")
         assert not re.search(r"https?://|\bstyle=|\son\w+=|innerHTML|insertAdjacentHTML|eval\(", text), name
 
 
 @contextmanager
-def odd_server(stream: bytes, piece: int) -> Iterator[str]:
-    """Run a server that answers with ``stream``, ``piece`` bytes at a time, and then disconnects."""
+def odd_server(stream: bytes | Callable[[str, dict[str, Any]], bytes], piece: int = 1 << 20) -> Iterator[str]:
+    """Run a server that answers with ``stream``, ``piece`` bytes at a time, and then disconnects.
+
+    A function returns the answer to a path and a body.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -384,21 +491,22 @@ def odd_server(stream: bytes, piece: int) -> Iterator[str]:
             name = FILES.get(self.path)
             body = json.dumps({"data": [CARD]}).encode()
             if name:
-                body = (ROOT / "tnnlm/serving/page" / name).read_bytes()
-            kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
-            self.send_header("Content-Type", kinds.get(self.path, "application/json"))
+                body = (PAGE / name).read_bytes()
+            kind = KINDS[name.split(".")[1]] if name else "application/json"
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = stream if isinstance(stream, bytes) else stream(self.path, body)
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for start in range(0, len(stream), piece):
-                part = stream[start : start + piece]
+            for start in range(0, len(answer), piece):
+                part = answer[start : start + piece]
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
                 self.wfile.flush()
             self.wfile.write(b"0\r\n\r\n")
@@ -412,10 +520,13 @@ def odd_server(stream: bytes, piece: int) -> Iterator[str]:
         server.shutdown()
 
 
-def event(text: str, position: int, finish: str | None = None) -> bytes:
+DONE = b"data: [DONE]\n\n"
+
+
+def event(text: str, position: int, finish: str | None = None, **fields: Any) -> bytes:
     steps = [2.5] if position > 5 else []
     data = {
-        "choices": [{"index": 0, "text": text, "finish_reason": finish}],
+        "choices": [{"index": 0, "text": text, "finish_reason": finish, **fields}],
         "tnnlm": {"position": position, "step_ms": steps},
     }
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
@@ -439,7 +550,7 @@ def test_stream_split_anywhere_is_parsed_correctly(visit: Any, piece: int, newli
     with odd_server(stream.replace(b"\n", newline), piece) as url:
         page = visit(url)
         expect(page.locator("#about")).to_have_text("24.1M parameters · packed")
-        expect(page.locator("#state")).to_have_text("552 KiB")
+        expect(page.locator("#state")).to_have_text("552")
         write(page, prompt="é<i>")
         expect(page.locator("#status")).to_have_text(re.compile(r"^Finished \(stop\): 5 tokens in "))
         assert text_of(page) == "é<i>" + "".join(STRANGE)
@@ -473,4 +584,132 @@ def test_long_text_is_laid_out_in_blocks_and_stays_complete(visit: Any) -> None:
         write(page, prompt="a")
         finished(page)
         assert text_of(page) == "a" + "".join(lines)
-        assert page.locator("#text > div").count() > 3
+        assert page.locator(".blocks > div").count() > 3
+
+
+# ---- chat --------------------------------------------------------------------------------------
+
+
+class FakeChat:
+    """Chat endpoint that answers each message with its number, and reports all but the last as kept."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+
+    def __call__(self, path: str, body: dict[str, Any]) -> bytes:
+        assert path == "/v1/chat/completions"
+        self.bodies.append(body)
+        said = [message["content"] for message in body["messages"]]
+        if said[-1] == "fail":
+            return b'data: {"error": {"message": "out of memory"}}\n\n'
+        stream = b""
+        for i in range(body["n"]):
+            stream += self.chunk(i, {"role": "assistant", "content": ""})
+            stream += self.chunk(i, {"content": f"answer {len(said)}"}) + self.chunk(i, {"content": f"-{i}"})
+            stream += self.chunk(i, {}, "stop")
+        usage = {"prompt_tokens": 10 * len(said), "completion_tokens": 2, "total_tokens": 10 * len(said) + 2}
+        usage["prompt_tokens_details"] = {"cached_tokens": 10 * (len(said) - 1)}  # type: ignore[assignment]
+        return stream + b"data: %s\n\n" % json.dumps({"choices": [], "usage": usage}).encode() + DONE
+
+    def chunk(self, index: int, delta: dict[str, str], finish: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": finish}
+        data = {"object": "chat.completion.chunk", "choices": [choice]}
+        return b"data: %s\n\n" % json.dumps(data).encode()
+
+
+def say(page: Any, text: str) -> None:
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+    finished(page)
+
+
+def test_chat_sends_the_whole_conversation_and_shows_what_was_read(visit: Any) -> None:
+    chat = FakeChat()
+    with odd_server(chat) as url:
+        page = visit(url)
+        page.get_by_label("Chat", exact=True).check()
+        page.get_by_label("Message", exact=True).fill("first")
+        page.press("#prompt", "Shift+Enter")
+        page.keyboard.type("line")
+        page.press("#prompt", "Enter")
+        finished(page)
+        expect(page.locator("#prompt")).to_have_value("")
+        say(page, "<b>second</b>")
+    user = {"role": "user", "content": "first\nline"}
+    answer = {"role": "assistant", "content": "answer 1-0"}
+    assert chat.bodies[0]["messages"] == [user]
+    assert chat.bodies[1]["messages"] == [user, answer, {"role": "user", "content": "<b>second</b>"}]
+    assert page.locator("#text b").count() == 0
+    turns = page.locator(".turn").all_inner_texts()
+    assert [turn.split("\n")[0] for turn in turns] == ["You", "fake", "You", "fake"]
+    assert "answer 1-0" in turns[1]
+    assert "answer 3-0" in turns[3]
+    assert "10 of 30 prompt tokens read, 20 kept" in turns[3]
+    expect(page.locator("#context")).to_have_text("32")
+
+
+def test_chat_continues_with_the_answer_that_is_selected(visit: Any) -> None:
+    chat = FakeChat()
+    with odd_server(chat) as url:
+        page = visit(f"{url}/#chat")
+        page.fill("#n", "3")
+        say(page, "first")
+        page.get_by_label("Sample 2", exact=True).check()
+        assert page.locator(".sample").count() == 3
+        say(page, "second")
+        assert chat.bodies[1]["messages"][1] == {"role": "assistant", "content": "answer 1-1"}
+        assert page.locator(".turn").nth(1).locator(".sample").count() == 1, "the others are not kept"
+        page.click("#reset")
+        assert page.locator(".turn").count() == 0
+        page.fill("#n", "1")
+        say(page, "again")
+        assert chat.bodies[2]["messages"] == [{"role": "user", "content": "again"}]
+
+
+def test_chat_keeps_a_message_that_was_not_answered(visit: Any) -> None:
+    chat = FakeChat()
+    with odd_server(chat) as url:
+        page = visit(f"{url}/#chat")
+        say(page, "first")
+        page.fill("#prompt", "fail")
+        page.click("#generate")
+        expect(page.locator("#error")).to_have_text("out of memory")
+        expect(page.locator("#prompt")).to_have_value("fail")
+        assert page.locator(".turn").count() == 2
+        say(page, "second")
+        assert [message["content"] for message in chat.bodies[2]["messages"]] == [
+            "first",
+            "answer 1-0",
+            "second",
+        ]
+
+
+def test_chat_with_the_server(visit: Any, server: Running) -> None:
+    page = visit(f"{server.url}/#chat")
+    expect(page.locator("#template")).to_have_text("plain: lines of role: content")
+    page.fill("#max_tokens", "8")
+    page.fill("#temperature", "0")
+    for message in ("the quick", "brown fox"):
+        say(page, message)
+    assert re.search(r"; \d+ of \d+ prompt tokens read, [1-9]\d* kept\.$", page.inner_text("#status"))
+    assert page.locator(".turn").count() == 4
+    assert int(page.inner_text("#context")) > 16
+
+
+def test_each_view_keeps_what_it_shows(visit: Any, server: Running) -> None:
+    page = visit(server.url)
+    write(page, tokens=10)
+    finished(page)
+    text = text_of(page)
+    page.get_by_label("Chat", exact=True).focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#text-title")).to_have_text("Conversation")
+    expect(page.locator("#continue")).to_be_hidden()
+    assert page.locator("#text *").count() == 0
+    assert page.url.endswith("/#chat")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#text-title")).to_have_text("Output")
+    assert text_of(page) == text
+    page.click("#continue")
+    finished(page)
+    assert text_of(page).startswith(text)

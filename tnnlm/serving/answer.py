@@ -12,6 +12,8 @@ TOKEN_BYTES = 16
 """Bytes of a token of text, on average; most tokens take less."""
 SCORED_BYTES = 48
 """Bytes of the log-probability of a token, with its text and its offset."""
+ID_BYTES = 8
+"""Bytes of a token id with its comma."""
 ALTERNATIVE_BYTES = 40
 """Bytes of one entry of ``top_logprobs``."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -50,12 +52,15 @@ class EncodedChoice:
                     column.write(",")
                 self.size += column.write(to_json(values)[1:-1])
 
-    def encode(self, index: int, finish: str | None, wire: WireFormat) -> str:
-        """Return the JSON of the finished choice."""
+    def encode(
+        self, index: int, finish: str | None, wire: WireFormat, token_ids: dict[str, list[int]]
+    ) -> str:
+        """Return the JSON of the finished choice; ``token_ids`` are further fields."""
         columns = ",".join(f'"{name}":[{column.getvalue()}]' for name, column in self._columns.items())
         logprobs = f"{{{columns}}}" if self._columns else "null"
         text = to_json(self._text.getvalue())
-        return wire.encoded(index, text, logprobs, to_json(finish))
+        choice = wire.encoded(index, text, logprobs, to_json(finish))
+        return f"{choice[:-1]},{to_json(token_ids)[1:]}" if token_ids else choice
 
 
 def to_json(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from tnnlm.serving.settings import Settings
 from tnnlm.serving.tokenization import DetokenizeRequest, TokenizeRequest, tokenized
 
 PAGE = Path(__file__).parent / "page"
+PARTS = ("page.css", "page.js", "api.js", "chat.js", "output.js", "plot.js")
+"""Style sheet and scripts of the page."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -154,11 +157,8 @@ def _add_page(app: FastAPI) -> None:
     def page() -> FileResponse:
         return _page_file("index.html")
 
-    @app.get("/page.{kind}", include_in_schema=False)
-    def page_part(kind: str) -> FileResponse:
-        if kind not in ("css", "js"):
-            raise HTTPException(404)
-        return _page_file(f"page.{kind}")
+    for name in PARTS:
+        app.add_api_route(f"/{name}", partial(_page_file, name), include_in_schema=False)
 
 
 async def _validated(request: Request, model: type[Model]) -> Model:

@@ -12,7 +12,7 @@ from tnnlm.errors import UserError
 from tnnlm.inference.grammar import Grammar
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
-from tnnlm.serving.answer import answer_bytes
+from tnnlm.serving.answer import ID_BYTES, answer_bytes
 from tnnlm.serving.chat import ChatPrompt
 from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.logprobs import ChatLogprobsFormat, LogprobsFormat
@@ -103,7 +103,10 @@ class RequestParser:
         ]
         formats = [part for tokens in rows for part in self._formats(tokens, request.echo, request.n)]
         most_bytes = self.limits.max_answer_bytes
-        response = CompletionResponse(self.model, prompts, formats, request.stream, most_bytes)
+        response = CompletionResponse(
+            *(self.model, prompts, formats, request.stream, most_bytes),
+            token_ids=request.return_token_ids,
+        )
         return ParsedRequest(response, prompts, size)
 
     def parse_chat(
@@ -203,10 +206,12 @@ class RequestParser:
         tokens = request.n * (len(rows) * self._new_tokens(request) + echoed)
         scale = (CHAT if chat else COMPLETION).score_scale
         size, most = answer_bytes(tokens, request.alternatives, scale), self.limits.max_answer_bytes
+        if isinstance(request, CompletionRequest) and request.return_token_ids:
+            size += ID_BYTES * request.n * (len(rows) * request.max_tokens + read)
         if size <= most:
             return size
         scores = "" if request.alternatives is None else f" with {request.alternatives} logprobs"
-        names = ("n", _limit_name(request), "echo", "logprobs")
+        names = ("n", _limit_name(request), "echo", "logprobs", "return_token_ids")
         fields = [name for name in names if getattr(request, name, None)]
         raise ApiError(
             400,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from tnnlm.serving.answer import EncodedChoice, to_json
 from tnnlm.serving.logprobs import ScoreFormat
 from tnnlm.serving.sequence import GeneratedSequence, Prompt, SequenceOutput
 from tnnlm.serving.settings import BUFFER_BYTES
+from tnnlm.serving.token_ids import TokenIds
 from tnnlm.serving.wire import COMPLETION, WireFormat
 
 UNREAD = "the client reads too slowly, its buffer is full"
@@ -54,6 +56,7 @@ class CompletionResponse:
         streamed: bool,
         most: int,
         wire: WireFormat = COMPLETION,
+        token_ids: bool = False,
     ) -> None:
         """Create a response.
 
@@ -64,6 +67,7 @@ class CompletionResponse:
             streamed: Whether outputs are sent as they come, so that they pile up if the client does not read.
             most: Maximum size of an answer in bytes.
             wire: Format of the endpoint.
+            token_ids: Whether to return the ids of the tokens of prompts and completions.
         """
         self.queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
         self._echo = {sequence: prompt.echo for prompt in prompts for sequence in prompt.sequences}
@@ -85,6 +89,7 @@ class CompletionResponse:
             "model": model,
         }
         self._wire = wire
+        self._token_ids = TokenIds(prompts) if token_ids else None
         start = f"data: {to_json(self._head)[:-1]},"
         self._starts = {
             sequence: f'{start}"choices":[{{"index":{index},{wire.before}'.encode()
@@ -159,6 +164,7 @@ class CompletionResponse:
         """
         choices = {sequence: EncodedChoice(echo) for sequence, echo in self._echo.items()}
         finishes: dict[GeneratedSequence, str | None] = {}
+        counts = Counter[GeneratedSequence]()
         size = sum(choice.size for choice in choices.values())
         async for outputs in self.outputs():
             for output in outputs:
@@ -169,10 +175,12 @@ class CompletionResponse:
                 if size > self._most:
                     raise AnswerTooLargeError
                 finishes[output.sequence] = output.finish
+                counts[output.sequence] += output.tokens
 
         def encoded() -> bytes:
             parts = [
-                choice.encode(self._index[of], finishes[of], self._wire) for of, choice in choices.items()
+                choice.encode(self._index[of], finishes[of], self._wire, self._ids(of, counts[of]))
+                for of, choice in choices.items()
             ]
             rest = to_json({"usage": self._usage()})[1:]
             return f'{to_json(self._head)[:-1]},"choices":[{",".join(parts)}],{rest}'.encode()
@@ -193,7 +201,8 @@ class CompletionResponse:
         async for outputs in self.outputs():
             events = bytearray()
             for output in outputs:
-                if output.text or output.finish or output.scores or timing:
+                ids = self._token_ids and output.tokens
+                if output.text or output.finish or output.scores or timing or ids:
                     events += await self._chunk(output, timing)
                 if len(events) > WRITE:
                     yield bytes(events)
@@ -205,20 +214,22 @@ class CompletionResponse:
         yield b"data: [DONE]\n\n"
 
     async def _chunk(self, output: SequenceOutput, timing: bool) -> bytes:
-        plain = output.sequence.logprobs is None and not (timing or output.finish or _slow(output))
-        if plain:  # as nearly all are, so that they are assembled from parts
+        extra = timing or self._token_ids or output.sequence.logprobs is not None
+        if not (extra or output.finish or _slow(output)):  # as nearly all are, so that it is made of parts
             return self._starts[output.sequence] + to_json(output.text).encode() + self._rest
 
         def encoded() -> bytes:
             index, logprobs = self._index[output.sequence], self._logprobs(output)
             choice = self._wire.choice(index, output.text, logprobs, output.finish)
+            choice |= self._ids(output.sequence, output.tokens)
             chunk: dict[str, Any] = self._head | {"choices": [choice]}
             if timing:
                 step_ms = [round(ms, 3) for ms in output.step_ms]
                 chunk["tnnlm"] = {"position": output.position, "step_ms": step_ms}
             return event(chunk)
 
-        return await _off_loop(_slow(output), encoded)
+        begins = self._token_ids is not None and self._token_ids.begins(output.sequence)
+        return await _off_loop(begins or _slow(output), encoded)
 
     async def _add(self, choice: EncodedChoice, output: SequenceOutput) -> None:
         await _off_loop(_slow(output), lambda: choice.add(output.text, self._logprobs(output)))
@@ -227,6 +238,9 @@ class CompletionResponse:
         if output.sequence.logprobs is None:
             return None
         return self._formats[self._index[output.sequence]].entries(output.scores)
+
+    def _ids(self, sequence: GeneratedSequence, count: int) -> dict[str, list[int]]:
+        return {} if self._token_ids is None else self._token_ids.fields(sequence, count)
 
     def _usage(self) -> dict[str, Any]:
         return {

@@ -197,6 +197,9 @@ class CompletionRequest(SamplingRequest):
     parse_special: bool | None = None
     """Whether the names of special tokens in a string prompt are encoded as these tokens; None takes the
     setting of the server. An extension of the OpenAI API."""
+    return_token_ids: bool = False
+    """Whether to add the ids of the tokens to each choice, ``prompt_token_ids`` and ``token_ids``, as in
+    vLLM. An extension of the OpenAI API."""
 
     @property
     def new_tokens(self) -> int:
