@@ -13,7 +13,8 @@ from tnnlm.config.checks import leaves
 from tnnlm.config.layers import Schema
 from tnnlm.config.loader import config_from_dict, load_config
 from tnnlm.config.schema import Config
-from tnnlm.config.values import kinds_of
+from tnnlm.config.text_sources import SourceConfig
+from tnnlm.config.values import kinds_of, typed
 from tnnlm.errors import ConfigError
 from tnnlm.kernels.tno import TNOConfig
 
@@ -312,3 +313,20 @@ def test_a_run_with_an_equals_sign_in_its_name_is_resumed_by_name(script: Any) -
     Path("runs/seed=1/checkpoints").mkdir(parents=True)
     assert_refused(script("train", "--resume", "seed=1"), "runs/seed=1", "has no config.yaml")
     assert_refused(script("train", "--resume", "seed=2"), "runs: contains no run")  # a setting
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (["a.txt", "b.txt"], "[a.txt,b.txt]"),
+        (0.1, "0.1"),
+        (0.1234567891, "0.1234567891"),
+        (1e7, "1e+07"),
+        (" def ", "' def '"),
+        ([SourceConfig(files=["a.txt"], weight=2.0)], "[{weight: 2, files: [a.txt]}]"),
+    ],
+)
+def test_typed_values_are_those_of_the_command_line(value: Any, text: str) -> None:
+    assert typed(value) == text

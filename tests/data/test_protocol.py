@@ -113,6 +113,9 @@ def test_words_and_lines() -> None:
     assert words_in(text, ends=True) == 4 + 4
     assert words_in("a b\n", ends=True) == 3
     assert words_in("a b", ends=False) == 2
+    spaces = [chr(code) for code in range(0x3001) if chr(code).isspace()]
+    for text in ("", " ", "ab", *(f"{a}é{b}漢{a}x" for a in spaces for b in ("", *spaces))):
+        assert words_in(text, ends=False) == len(text.split()) + text.count("\n")
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9, 10, 12])

@@ -22,7 +22,7 @@ from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.load import load
 from tnnlm.inference.sampling import SamplingParams
-from tnnlm.inference.session import GenerationSession, ended_by
+from tnnlm.inference.session import GenerationSession, answer_lines, ended_by
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
@@ -129,6 +129,16 @@ def test_text_that_the_template_writes_after_an_answer_ends_it_and_is_not_double
     read = tokenizer.tokenizer.decode(list(talk._state.history[0]), skip_special_tokens=False)
     begin = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert read == f"{begin}there<|im_end|>{END}\n{begin}"
+
+
+def test_the_end_of_input_at_a_terminal_ends_the_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, lines = io.StringIO(), list[str]()
+    answer_lines(Terminal("a\n \nb"), out, lines.append)
+    assert (out.getvalue(), lines) == ("> > > > \n", ["a\n", "b"])
 
 
 def test_closing_text_may_be_spread_over_chunks() -> None:

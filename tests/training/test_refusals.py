@@ -17,7 +17,7 @@ from tests.support.training_runs import SETTINGS, write_text
     [
         # The first setting is fixed, but unchanged: the second one is wrong.
         (("seed=0", "trainer.max_steps=none"), "trainer.max_steps=none: expected an integer"),
-        (("model.d_model=32", "optim.lr=-1"), "optim.lr=-1.0: must be above 0"),
+        (("model.d_model=32", "optim.lr=-1"), "optim.lr=-1: must be above 0"),
         (("task=causal", "data.source=listops"), "data.source=listops: can't be used with task=causal"),
         (("model.widht=3",), "model.widht: "),
         (("data.maskx=1", "trainer.max_steps=9"), "data.maskx: "),

@@ -9,6 +9,7 @@ from typing import Any
 from tnnlm.config.catalogue import ITEM, Entry, Group, groups
 from tnnlm.config.loader import load_config
 from tnnlm.config.shipped import find_config
+from tnnlm.config.values import typed
 from tnnlm.errors import OneLineParser
 
 STANDARD = "demo"
@@ -70,18 +71,7 @@ def _value(entry: Entry) -> str:
 
 
 def _default(entry: Entry, value: Any) -> str:
-    default = shown(entry.default)
+    default = typed(entry.default)
     return (
-        f"(default: {default})" if value == entry.default else f"(default: {default}; demo: {shown(value)})"
+        f"(default: {default})" if value == entry.default else f"(default: {default}; demo: {typed(value)})"
     )
-
-
-def shown(value: Any) -> str:
-    """Return a value as typed on the command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str) and value != value.strip():
-        return f"'{value}'"
-    return f"{value:g}" if isinstance(value, float) else str(value)

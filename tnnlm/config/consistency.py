@@ -9,6 +9,7 @@ from dataclasses import fields
 from tnnlm.config.init import LoRAConfig
 from tnnlm.config.optim import OptimConfig
 from tnnlm.config.schema import LABELLED, MASK_TOKEN, SMALLEST_MASKED, SMALLEST_TEXT, Config
+from tnnlm.config.values import one_line, typed
 from tnnlm.errors import ConfigError
 
 _LONGEST_NAME = 200
@@ -188,7 +189,7 @@ def check_initial(config: Config, where: Callable[[str], str]) -> None:
         for item in fields(lora):
             value = getattr(lora, item.name)
             if value != getattr(LoRAConfig(), item.name):
-                shown = f"init.lora.{item.name}={value}"
+                shown = f"init.lora.{item.name}={one_line(typed(value))}"
                 raise ConfigError(
                     f"{shown}: has no effect without init.lora.rank{where(f'init.lora.{item.name}')}",
                     "set init.lora.rank too, for example to 8",

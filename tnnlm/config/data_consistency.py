@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tnnlm.config.schema import Config, DataConfig
 from tnnlm.config.sources import kind_of
 from tnnlm.config.text_sources import SourceConfig
-from tnnlm.config.values import one_line
+from tnnlm.config.values import one_line, typed
 from tnnlm.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def check_format(config: Config, where: Callable[[str], str]) -> None:
         )
     for key in ("text_column", "protocol", "streaming", "document_separator", "tokenizer_sample"):
         if getattr(data, key) != getattr(plain, key):
-            given = one_line(str(getattr(data, key)).lower())
+            given = one_line(typed(getattr(data, key)))
             raise ConfigError(
                 f"data.{key}={given}: is for data.format=text only{where(f'data.{key}')}", "omit it"
             )

@@ -31,7 +31,7 @@ from tnnlm.config.layers import COMMAND_LINE, KERNEL, Layer, Schema, Setting, wo
 from tnnlm.config.methods import check_effective_settings
 from tnnlm.config.schema import Config, ModelConfig
 from tnnlm.config.sources import check_source, select_source
-from tnnlm.config.values import Origin, one_line, stored
+from tnnlm.config.values import Origin, one_line, stored, typed
 from tnnlm.config.yaml_files import read_yaml_file, write_yaml
 from tnnlm.errors import ConfigError
 from tnnlm.fields import Component
@@ -279,7 +279,7 @@ def _trust_components(config: Config) -> None:
 
 def _check_given(key: str, value: Any, setting: Setting, origin: Origin) -> None:
     """Raise an error without place if a value is out of bounds, or empty where that would mean a default."""
-    check_value(f"{key}={one_line(value)}", value, setting.metadata)
+    check_value(f"{key}={one_line(typed(value))}", value, setting.metadata)
     if key == "name":
         check_name(value)
     if origin in (Origin.WORD, Origin.FILE):

@@ -10,7 +10,7 @@ import math
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
@@ -212,6 +212,28 @@ def shown(node: Node) -> str:
     if isinstance(value, dict):
         return "{...}"
     return one_line("null" if value is None else value)
+
+
+def typed(value: Any) -> str:
+    """Return the value of a setting as typed on the command line, also that of a group of settings."""
+    if is_dataclass(value):
+        value = {item.name: getattr(value, item.name) for item in fields(value) if _is_set(value, item)}
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {typed(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and value != value.strip():
+        return f"'{value}'"
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def _is_set(group: Any, item: Field[Any]) -> bool:
+    """Return whether a setting of a group differs from its default."""
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    return bool(getattr(group, item.name) != default)
 
 
 def one_line(value: object) -> str:

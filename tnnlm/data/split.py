@@ -26,7 +26,9 @@ class Corpus:
     """Report of the data set, without the splits, which are counted during tokenization."""
 
 
-def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:
+def hold_out(
+    lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: float, unit: str = "document"
+) -> NDArray[np.bool_]:
     """Select documents in the order of their hashes until they have ``fraction`` of all characters.
 
     Copies of a document go to the same split. The selection exceeds ``fraction`` by no more than a quarter of
@@ -37,6 +39,7 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
         lengths: Length of each document in characters, (n,).
         hashes: Hash of each document, (n,); identical documents have equal hashes.
         fraction: Fraction of the characters to hold out.
+        unit: Name of a document in the error.
 
     Returns:
         Boolean mask of the held-out documents, (n,).
@@ -64,12 +67,12 @@ def hold_out(lengths: NDArray[np.int64], hashes: NDArray[np.bytes_], fraction: f
             taken += length * len(copies)
     if not taken:
         if len(ends) == 1:
-            found, remedy = f"all {len(hashes):,} documents are equal", "remove the copies"
+            found, remedy = f"all {len(hashes):,} {unit}s are equal", "remove the copies"
         else:
-            found = f"the {len(hashes):,} documents are copies of {len(ends):,}"
+            found = f"the {len(hashes):,} {unit}s are copies of {len(ends):,}"
             found += ", each too frequent to hold out"
             remedy = "remove the copies, raise data.val_fraction"
-        raise DataError(f"data: {found}", f"{remedy}, or write all text into one .txt file")
+        raise DataError(f"data: {found}", f"{remedy}, or set data.validation")
     return chosen
 
 

@@ -157,7 +157,8 @@ def _ids_of(batch: list[Chunk], tokenizer: TextTokenizer) -> NDArray[np.uint32]:
     encoded = iter(tokenizer.encode_batch([c.before + c.text for c in batch if c.ids is None]))
     end, parts = np.array([tokenizer.eos_id], np.uint32), []
     for chunk in batch:
-        ids = np.array(next(encoded) if chunk.ids is None else chunk.ids, np.uint32)
+        found = next(encoded) if chunk.ids is None else chunk.ids
+        ids = np.fromiter(found, np.uint32, len(found))
         parts.append(ids[chunk.tokens_before :] if chunk.ids is None else ids)
         if chunk.ends:
             parts.append(end)

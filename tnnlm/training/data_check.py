@@ -7,6 +7,7 @@ from pathlib import Path
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.values import one_line, typed
 from tnnlm.data.report import DataReport, read_report
 from tnnlm.errors import CheckpointError
 
@@ -27,7 +28,7 @@ def check_data(run: Path, config: Config, report: DataReport) -> None:
     if change is None:
         return
     old, new = (_settings(found) for found in (load_config(run / "config.yaml", saved=True), config))
-    words = [f"{key}={value}" for key, value in new.items() if old.get(key) != value]
+    words = [f"{key}={one_line(typed(value))}" for key, value in new.items() if old.get(key) != value]
     omit = f" or omit {' '.join(words)}" if words else ""
     raise CheckpointError(
         f"{run}: its data has changed: {change}", f"restore the original data{omit}, or start a new run"

@@ -20,6 +20,7 @@ from tnnlm.config.checks import leaves
 from tnnlm.config.interpolation import escaped
 from tnnlm.config.loader import Base, config_to_dict, load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.values import typed
 from tnnlm.errors import CheckpointError, ConfigError
 from tnnlm.files import cache_root, write_text
 from tnnlm.kernels import Kernel, build_kernel
@@ -92,9 +93,9 @@ class InitialWeights:
         named = "model.kernel.name"
         if new[named] != old[named]:  # The settings of two kernels can't be compared.
             old, new = ({key: found[key] for key in ("task", named)} for found in (old, new))
-        differ = [f"{key}={_shown(new.get(key))}" for key in {**old, **new} if new.get(key) != old.get(key)]
+        differ = [f"{key}={typed(new.get(key))}" for key in {**old, **new} if new.get(key) != old.get(key)]
         if differ:
-            there = [f"{key.partition('=')[0]}={_shown(old.get(key.partition('=')[0]))}" for key in differ]
+            there = [f"{key.partition('=')[0]}={typed(old.get(key.partition('=')[0]))}" for key in differ]
             raise ConfigError(
                 f"{self.place}: has another architecture, {', '.join(there)}",
                 f"omit {', '.join(differ)}, or start without init.weights",
@@ -222,10 +223,3 @@ def _architecture(config: Config) -> dict[str, Any]:
 def _lengths(config: Any) -> tuple[int, int]:
     """Return the training length of a model, and the length of its kernel."""
     return config.max_length, getattr(config.kernel, "length", None) or config.max_length
-
-
-def _shown(value: Any) -> str:
-    """Return a value as text for the command line."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,6 +16,7 @@ from tnnlm.checksums import not_verified
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import config_to_dict, load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.values import one_line, typed
 from tnnlm.data.report import REPORT
 from tnnlm.errors import CheckpointError, ConfigError, command
 from tnnlm.files import check_no_link, remove_leftovers, write_text
@@ -75,7 +76,8 @@ def resumed_config(run: Path, overrides: list[str], trust: Trust = NO_CODE) -> C
     old, new = ({key: value for key, value, _ in leaves(found)} for found in (recorded, config))
     for key in new | old:
         if key.startswith(_FIXED_ON_RESUME) and new.get(key) != old.get(key):
-            raise ConfigError(f"{key}={new.get(key)}: can't be changed on resume", "start a new run")
+            given = f"{key}={one_line(typed(new.get(key)))}"
+            raise ConfigError(f"{given}: can't be changed on resume", "start a new run")
     keep_text_of_old_run(config, run, overrides)
     take_own_tokenizer(config, run)
     return config

@@ -21,6 +21,7 @@ from tnnlm.checksums import read_signed, write_signed
 from tnnlm.config.checks import leaves
 from tnnlm.config.loader import load_config
 from tnnlm.config.schema import Config
+from tnnlm.config.values import one_line, typed
 from tnnlm.errors import CheckpointError, ConfigError, UserError
 from tnnlm.files import only_process
 from tnnlm.training.callbacks.checkpoint import TIME_LIMIT
@@ -213,7 +214,7 @@ def _check_same(config: Config, recorded: Config, job: str, run: Path) -> None:
     if differs is not None:
         key, old, new = differs
         raise ConfigError(
-            f"--job: {run} of job {job!r} has {key}={old}, not {new}",
+            f"--job: {run} of job {job!r} has {key}={one_line(typed(old))}, not {one_line(typed(new))}",
             f"pass another name with --job NAME, or continue that run with --resume {run}",
         )
 

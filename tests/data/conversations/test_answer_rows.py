@@ -213,8 +213,11 @@ def test_no_answer_within_the_length_is_refused() -> None:
 
 
 def test_single_conversation_is_refused() -> None:
-    with pytest.raises(UserError, match=r"chat\.jsonl: has only one conversation, or copies of it"):
-        load_task_data(config_of(write_rows(chats(1) * 3)))
+    for copies in (1, 3):
+        with pytest.raises(UserError, match=r"chat\.jsonl: has only one conversation, or copies of it"):
+            load_task_data(config_of(write_rows(chats(1) * copies)))
+    with pytest.raises(UserError, match=r"the 8 conversations are copies of 2, each too frequent"):
+        load_task_data(config_of(write_rows(chats(2) * 4)))
 
 
 def test_files_without_an_answer_are_named_with_the_reasons() -> None:

@@ -47,7 +47,7 @@ def survey(config: DataConfig, seed: int) -> tuple[Found, NDArray[np.bool_]]:
             f"{_place(config)}: has only one conversation, or copies of it, and validation needs another",
             "add rows, or set data.validation",
         )
-    return found, hold_out(found.lengths, found.hashes, config.val_fraction)
+    return found, hold_out(found.lengths, found.hashes, config.val_fraction, "conversation")
 
 
 def select(config: DataConfig, chosen: NDArray[np.bool_]) -> Iterator[Example]:
