@@ -155,10 +155,12 @@ def test_a_request_without_a_limit_of_tokens_ends(server: Running) -> None:
     assert answer["usage"]["completion_tokens"] <= 2048
 
 
-@pytest.fixture
-def close(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Running, Running]]:
-    """Servers with the stored template ``CLOSE``, with and without a cache of states."""
-    monkeypatch.setattr(generator.tokenizer, "chat_template", CLOSE)
+@pytest.fixture(params=[CLOSE, None], ids=["stored", "plain"])
+def close(
+    request: pytest.FixtureRequest, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Running, Running]]:
+    """Servers with and without a cache of states, with a stored template and with the plain one."""
+    monkeypatch.setattr(generator.tokenizer, "chat_template", request.param)
     with run_server(generator) as running, run_server(generator, cache_bytes=0) as without:
         yield running, without
 
@@ -208,7 +210,8 @@ def test_second_turn_prefills_only_its_own_tokens(
     parsed = server.service.scheduler.endings.dialogues._kept
     tokens = [*parsed[next(reversed(parsed))]][: usage["prompt_tokens"]]
     whole = complete(without, prompt=tokens, max_tokens=30, **sampling)
-    assert whole["choices"][0]["text"] == content
+    lead = "" if server.service.chat.stored else " "
+    assert whole["choices"][0]["text"].removeprefix(lead) == content
     assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
@@ -229,6 +232,34 @@ def test_answers_of_others_and_changed_answers_are_read_again(close: tuple[Runni
     assert cached(content, cache_salt="other") == 0
 
 
+def test_answer_that_a_stop_string_ends_is_continued(close: tuple[Running, Running]) -> None:
+    server, _ = close
+    tokenizer = server.service.parser.tokenizer
+    letters = [tokenizer.encode(chr(code))[0] for code in range(ord("a"), ord("z") + 1)]
+    sampling = {"temperature": 1, "seed": 5, "logit_bias": {str(letter): 100 for letter in letters}}
+    whole = chat(server, HELLO, max_tokens=40, **sampling)["choices"][0]["message"]["content"]
+    assert whole.isalpha()
+    first = len(tokenizer.encode(HELLO_TEXT))
+    continued = set()
+    for start in range(8, 16):
+        for length in (1, 3):
+            stop = whole[start : start + length]
+            if whole.find(stop) != start:
+                continue
+            body = {**sampling, "max_tokens": 40, "stop": [stop], "cache_salt": f"{start} {length}"}
+            answer = chat(server, HELLO, **body)
+            message = answer["choices"][0]["message"]
+            assert message["content"] == whole[:start]
+            later = chat(server, [*HELLO, message | {"refusal": None}, *HELLO], **body)
+            cached = later["usage"]["prompt_tokens_details"]["cached_tokens"]
+            if cached > first:
+                # The state is that of the content: the rest of the prompt begins with the end token.
+                rest = tokenizer.encode("\nsystem: be brief\nuser: the quick brown\nassistant:")
+                assert later["usage"]["prompt_tokens"] - cached == 1 + len(rest)
+                continued.add(length)
+    assert continued == {1, 3}
+
+
 def test_name_of_the_end_token_in_a_message_is_text(
     close: tuple[Running, Running], generator: TextGenerator
 ) -> None:
@@ -245,13 +276,13 @@ def test_template_that_refuses_or_fails_is_reported(
     source += "{% if messages[0].content == 'loop' %}{% for _ in range(99999) %}{% for _ in range(99999) %}"
     source += "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
     monkeypatch.setattr(generator.tokenizer, "chat_template", source)
-    monkeypatch.setattr("tnnlm.serving.chat.SECONDS", 0.3)
+    monkeypatch.setattr("tnnlm.serving.chat.SECONDS", 1.0)
     with run_server(generator) as running:
         card = httpx2.get(f"{running.url}/v1/models/tiny").json()
         assert card["tnnlm"]["chat_template"] == "stored with the model"
         for messages, reason in (
             (HELLO, "no system"),
-            ([{"role": "user", "content": "loop"}], "0.3 seconds"),
+            ([{"role": "user", "content": "loop"}], "1 seconds"),
         ):
             answer = httpx2.post(f"{running.url}/v1/chat/completions", json={"messages": messages})
             assert answer.status_code == 400

@@ -36,6 +36,15 @@ def test_special_tokens_of_an_answer_are_those_of_the_template(generator: TextGe
     assert dialogues.encode(f"b{hidden}<eos>", CLIENT) == [1, *generator.tokenizer.encode("<eos>"), end]
 
 
+def test_answer_without_the_white_space_of_the_template_is_found(generator: TextGenerator) -> None:
+    special = SpecialTokens(generator.tokenizer)
+    dialogues = Dialogues(special, 1 << 20)
+    for answer, text in (("x", " x"), (" y", " y"), ("  z", "  z")):
+        tokens = generator.tokenizer.encode(answer)
+        dialogues.put("a:", [1], tokens, CLIENT, " ")
+        assert dialogues.encode(f"a:{text}<eos>", CLIENT) == [1, *tokens, generator.tokenizer.eos_id]
+
+
 def test_size_is_limited_and_the_oldest_is_forgotten(generator: TextGenerator) -> None:
     special = SpecialTokens(generator.tokenizer)
     dialogues = Dialogues(special, 1000)

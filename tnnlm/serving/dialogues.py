@@ -40,7 +40,9 @@ class Dialogues:
         self._kept: OrderedDict[Key, array[int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def put(self, text: str, prompt: Sequence[int], answer: Sequence[int], partition: bytes) -> None:
+    def put(
+        self, text: str, prompt: Sequence[int], answer: Sequence[int], partition: bytes, lead: str = ""
+    ) -> None:
         """Keep the tokens of a conversation.
 
         Args:
@@ -48,12 +50,14 @@ class Dialogues:
             prompt: Tokens of the prompt.
             answer: Tokens of the answer, without the end token.
             partition: Part of the prefix cache that belongs to the client.
+            lead: White space that the template writes before an answer, also before one that a model wrote
+                without it.
         """
         found = array("q", prompt)
         found.extend(answer)
         if _size(found) > self._limit:
             return
-        text += self._tokens.written(answer)
+        text += lead + self._tokens.written(answer).removeprefix(lead)
         ((key, _),) = _keys(text, [len(text)], partition)
         with self._lock:
             self._drop(key)

@@ -136,7 +136,7 @@ class RequestParser:
         size = self._size(request, [tokens])
         stream = TextStream(self.tokenizer.detokenizer, started=self._has_text(tokens))
         sequences = self._sequences(request, arrived, [tokens], [stream], grammar, prompt.lead)
-        read = Prompt(tokens, sequences, partition=partition, text=prompt.text)
+        read = Prompt(tokens, sequences, partition=partition, text=prompt.text, lead=prompt.lead)
         scores = ChatLogprobsFormat(self.tokenizer.detokenizer, self.tokenizer.eos_id)
         most = self.limits.max_answer_bytes
         formats = [scores] * request.n

@@ -197,7 +197,7 @@ class Scheduler:
         going = []
         for sequence in prompt.sequences:
             sequence.position, sequence.cached = prompt.position, prompt.cached
-            sequence.beginning = Beginning(prompt.tokens, prompt.partition, prompt.text)
+            sequence.beginning = Beginning(prompt.tokens, prompt.partition, prompt.text, prompt.lead)
             if sequence.max_tokens == 0:
                 self._finish(sequence)
                 continue
@@ -226,7 +226,9 @@ class Scheduler:
                 sequence.position += 1
                 if not self._take(sequence, drawn.tokens[row], scores[row], [1e3 * drawn.seconds]):
                     ended.append(sequence)
-                    self.endings.keep(sequence, self._batch, row, drawn.logits[row : row + 1])
+                    self.endings.keep(sequence, self._batch, row, drawn.logits)
+                elif sequence.text.held:
+                    self.endings.mark(sequence, self._batch, row, drawn.logits)
         self._change(leave=ended)
 
     def _take(

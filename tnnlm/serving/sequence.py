@@ -67,7 +67,14 @@ class StoppedText:
         self._stops = tuple(stops)
         self._lead = lead
         self._held = ""
+        self.shown = 0
+        """Number of characters that can be shown."""
         self.stopped = False
+
+    @property
+    def held(self) -> bool:
+        """Whether text is buffered."""
+        return bool(self._held)
 
     def push(self, token: int) -> str:
         """Add a token and return the text that can be shown."""
@@ -87,10 +94,12 @@ class StoppedText:
         if ends:
             self.stopped = True
             shown, self._held = self._held[: min(ends)], ""
+            self.shown += len(shown)
             return shown
         keep = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
+        self.shown += cut
         return shown
 
 
@@ -111,6 +120,19 @@ class Beginning(NamedTuple):
     """Part of the prefix cache that its prompt belongs to."""
     text: str | None
     """Text of a conversation; None for another prompt."""
+    lead: str
+    """White space that a template writes before an answer to it."""
+
+
+class Mark(NamedTuple):
+    """State of a sequence before a token that may begin a stop string."""
+
+    shown: int
+    """Number of characters of the text before the token."""
+    tokens: int
+    """Number of generated tokens before it."""
+    state: GenerationState
+    """State after the prompt and these tokens."""
 
 
 @dataclass(eq=False)
@@ -135,6 +157,10 @@ class GeneratedSequence:
     """Number of tokens processed, prompt included."""
     cached: int = 0
     """Number of prompt tokens found in the prefix cache."""
+    mark: Mark | None = None
+    """Where the answer of a chat may end by a stop string; None if it can't yet."""
+    n_marks: int = 0
+    """Number of marks so far."""
     complete: bool = False
     """Whether the sequence has ended with a finish reason."""
     cancelled: bool = False
@@ -183,6 +209,8 @@ class Prompt:
     """Part of the prefix cache that the prompt shares with others; up to 64 bytes."""
     text: str | None = None
     """Text of a conversation as its template made it; None for another prompt."""
+    lead: str = ""
+    """White space that the template writes before an answer."""
     state: GenerationState | None = None
     """State after the processed tokens."""
     position: int = 0

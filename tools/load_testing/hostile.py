@@ -20,7 +20,13 @@ EXTREME: tuple[Any, ...] = (
 FIELDS = (
     *("prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "seed", "stop", "logprobs"),
     *("echo", "presence_penalty", "frequency_penalty", "logit_bias", "stream_options", "cache_salt", "none"),
+    *("min_p", "repetition_penalty", "response_format", "guided_regex"),
 )
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    *({"guided_regex": pattern} for pattern in (r"\p{L}{1,3000}", "(.{0,200}x){0,50}", "((a{1,999}){1,999}")),
+    {"response_format": {"type": "json_object"}},
+)
+"""Parameters of constrained output that need much work, or none that the server has."""
 LONG = {"prompt": "a b c " * 40, "stream": True, "stream_options": {"include_timing": True}}
 """A stream with large chunks."""
 PAUSE = 0.2
@@ -163,5 +169,11 @@ async def extreme(of: Hostile, rng: random.Random) -> None:
     await of.post("extreme", json.dumps(body).encode("utf-8", "surrogatepass"))
 
 
+async def complex_grammar(of: Hostile, rng: random.Random) -> None:
+    """Ask for constrained output by grammars that take long."""
+    body = {"prompt": "a", "max_tokens": 200, "n": 8, **rng.choice(GRAMMARS)}
+    await of.post("complex grammar", json.dumps(body).encode())
+
+
 def _attacks() -> Iterator[Attack]:
-    return itertools.cycle((slow, unread, cancelled, oversized, extreme))
+    return itertools.cycle((slow, unread, cancelled, oversized, extreme, complex_grammar))
