@@ -19,7 +19,9 @@ from tnnlm.cli import COMMANDS
 OTHER_PROGRAMS = {"curl"}
 """Programs in examples that are not scripts of this repository."""
 SCRIPTS = [
-    path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
+    path.relative_to(ROOT).as_posix()
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
+    if path.name != "setup.py"
 ]
 
 

@@ -53,6 +53,7 @@ def test_example_is_a_causal_kernel_of_any_length() -> None:
         (None, "FileNotFoundError"),
         ("import nothing_of_that_name", "nothing_of_that_name"),
         ("1 +", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_module_that_cannot_be_imported_is_reported(text: str | None, reason: str) -> None:

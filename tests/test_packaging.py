@@ -74,6 +74,10 @@ def test_wheel_has_the_package_with_its_data_and_nothing_else(distributions: Pat
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = str(metadata.get_payload())
+    assert description.lstrip().startswith("# tnnlm")
+    assert not re.search(r"\]\((?!https://)", description)  # relative links lead nowhere on an index
     needed = {
         re.split(r"[^\w-]", line)[0]
         for line in metadata.get_all("Requires-Dist", [])

@@ -94,7 +94,9 @@ def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         "try: tnnlm.LitModel\n"
         "except ImportError as error: print(error)"
     )
-    assert python(code) == ("tnnlm.LitModel: needs the package lightning; run: pip install 'tnnlm[train]'")
+    assert python(code) == (
+        "tnnlm.LitModel: needs the package lightning; run: pip install -c constraints.txt -e '.[train]'"
+    )
 
 
 @pytest.fixture

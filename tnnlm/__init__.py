@@ -78,9 +78,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == __name__:
             raise
-        raise ImportError(
-            f"tnnlm.{name}: needs the package {error.name}; run: pip install 'tnnlm[train]'"
-        ) from error
+        install = import_module(f"{__name__}.errors").install_command("train")
+        raise ImportError(f"tnnlm.{name}: needs the package {error.name}; run: {install}") from error
     globals()[name] = value  # later look-ups do not call this function
     return value
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,6 +139,22 @@ def collect_failure(failures: MutableMapping[str, str], name: str) -> Iterator[N
         yield
     except Exception as error:
         failures[name] = one_line(error)
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra, such as ``serve``.
+
+    In a checkout it installs the checkout with the extra, and elsewhere the packages themselves. It never
+    names tnnlm, because what is on the index of packages under this name is not ours.
+    """
+    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
+        return f"pip install -c constraints.txt -e '.[{extra}]'"
+    packages = [
+        shlex.quote(line.partition(";")[0].strip())
+        for line in metadata.requires("tnnlm") or ()
+        if re.search(rf"extra == ['\"]{extra}['\"]", line)
+    ]
+    return " ".join(["pip install", *packages])
 
 
 def command(name: str, *words: str | Path) -> str:

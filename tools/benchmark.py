@@ -19,8 +19,8 @@ Examples:
   python tools/benchmark.py levels
   python tools/benchmark.py serve --llama-server build/bin/llama-server
 
-Needs: pip install `'tnnlm[peers]'`; for llama.cpp also 'tnnlm[llama-cpp]', for onnxruntime 'tnnlm[onnx]', for
-serve 'tnnlm[serve]' aiohttp
+Needs: `pip install -c constraints.txt -e '.[peers]'`; for llama.cpp also the extra `[llama-cpp]`, for
+onnxruntime `[onnx]`, and for serve `[serve]` and aiohttp.
 """
 
 from __future__ import annotations

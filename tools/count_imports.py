@@ -74,7 +74,7 @@ RULES = {
     "conversion": Allowed("errors ops kernels modules config models checkpoints", "torch numpy"),
     "inference": Allowed(
         "errors trust files reading checksums machine tokenizer coverage chat ops models checkpoints",
-        "torch safetensors onnxscript",
+        "torch numpy safetensors onnxscript llguidance",
     ),
     "training": Allowed(
         "signals errors fields trust files reading checksums machine tokenizer chat ops kernels modules "
@@ -82,7 +82,8 @@ RULES = {
         "torch numpy lightning lightning_utilities torchmetrics tqdm rich matplotlib huggingface_hub peft",
     ),
     "deployment": Allowed(
-        "errors trust files machine tokenizer config models evaluation checkpoints data conversion inference",
+        "errors trust files reading machine tokenizer config models evaluation checkpoints data conversion "
+        "inference",
         "torch tqdm rich jinja2 huggingface_hub",
     ),
     "serving": Allowed(

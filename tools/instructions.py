@@ -21,7 +21,7 @@ from instruction_pairs.running import Answer, results
 from instruction_pairs.tasks import Task, pair, tasks
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import check_file, write_text
-from tnnlm.inference.chat import encode_chats
+from tnnlm.inference.chat import encode_chats, until
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.load import load_engine
 from tnnlm.inference.sampling import SamplingParams
@@ -70,10 +70,11 @@ def main() -> int:
 def answers_of(generator: TextGenerator, chosen: list[Task]) -> list[str]:
     """Return the answers of a model to instructions, by greedy decoding in batches."""
     greedy, texts = SamplingParams(temperature=0), []
-    rows = encode_chats(generator.tokenizer, [task.instruction for task in chosen])
+    rows, closing = encode_chats(generator.tokenizer, [task.instruction for task in chosen])
     for start in range(0, len(rows), BATCH):
         state = generator.prefill_tokens(rows[start : start + BATCH])
-        texts += [record.text for record in generator.generate(state, LONGEST_ANSWER, greedy)]
+        records = generator.generate(state, LONGEST_ANSWER, greedy)
+        texts += [until(closing, record.text) for record in records]
     return texts
 
 

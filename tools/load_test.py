@@ -12,7 +12,7 @@ Examples:
   python tools/load_test.py --url http://127.0.0.1:8000 --seconds 120 --json load.json
   python tools/load_test.py --streams 200 --hostile 10 --minutes 10
 
-Needs: pip install 'tnnlm[serve]' aiohttp psutil
+Needs: pip install -c constraints.txt -e '.[serve]' aiohttp psutil
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from load_testing.hostile import Hostile
+from load_testing.hostile import attack
 from load_testing.streams import PATH, Client, Stage, Tally, load, requests
 from tnnlm.errors import OneLineParser, UserError, run_script
 from tnnlm.files import check_file, write_text
@@ -94,17 +97,23 @@ async def beside_hostile(
     """Keep streams busy in alternating phases without and with hostile clients; return both results."""
     tallies = {name: Tally(streams) for name in ("calm", "hostile", "between phases")}
     stage = Stage(tallies["calm"])
-    hostile = Hostile(client.session, client.url.removesuffix(PATH), args.api_key)
+    url, statuses = client.url.removesuffix(PATH), Counter[str]()
     rounds = max(1, round(30 * args.minutes / args.phase))
 
     async def phases() -> None:
-        for name in ("calm", "hostile") * rounds:
-            attack = asyncio.create_task(hostile.run(args.hostile if name == "hostile" else 0, args.phase))
-            await asyncio.sleep(min(SETTLING, args.phase / 4))
-            stage.now, started = tallies[name], time.perf_counter()
-            await attack
-            tallies[name].seconds += time.perf_counter() - started
-            stage.now = tallies["between phases"]
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            await run_in(pool, 0, 0.0)  # starts the process
+            for name in ("calm", "hostile") * rounds:
+                ended = run_in(pool, args.hostile if name == "hostile" else 0, args.phase)
+                await asyncio.sleep(min(SETTLING, args.phase / 4))
+                stage.now, started = tallies[name], time.perf_counter()
+                statuses.update(await ended)
+                tallies[name].seconds += time.perf_counter() - started
+                stage.now = tallies["between phases"]
+
+    def run_in(pool: Executor, clients: int, seconds: float) -> Awaitable[Counter[str]]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(pool, attack, url, args.api_key, clients, seconds)
 
     watched = asyncio.create_task(phases())
     await load(client, stage, streams, 2 * rounds * args.phase, work, expected, server)
@@ -112,7 +121,7 @@ async def beside_hostile(
     for name in ("texts", "lost", "mixed"):  # of completions, which last longer than the change of a phase
         rest = getattr(tallies["between phases"], name)
         setattr(tallies["hostile"], name, getattr(tallies["hostile"], name) + rest)
-    answers = dict(sorted(hostile.statuses.items()))
+    answers = dict(sorted(statuses.items()))
     return [
         tallies["calm"].summary(),
         tallies["hostile"].summary() | {"hostile": args.hostile, "attempts": answers},

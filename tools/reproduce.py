@@ -11,7 +11,7 @@ Examples:
   python tools/reproduce.py stability --size paper --out results-paper
   python tools/reproduce.py families --kernel mine=my_kernel.yaml --out families-mine
 
-Needs: pip install `'tnnlm[peers]'`
+Needs: `pip install -c constraints.txt -e '.[peers]'`
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_no_files_at_all_names_the_setting() -> None:
         ("void.jsonl", b"\n\n", "contains no text (no rows)"),
         ("zero.txt", b"text\0text", "is not text"),
         ("zero.py", b"text\0text", "is not text"),
-        ("utf16.txt", LINES.encode("utf-16"), "is not text"),
+        ("utf16.txt", LINES.encode("utf-16"), "is UTF-16 text, not UTF-8"),
         ("latin.txt", LINES.encode() + b"\xe9\n", "is not UTF-8"),
         ("latin.md.gz", gzip.compress(b"caf\xe9\n"), "is not UTF-8"),
         ("cut.txt.gz", gzip.compress(LINES.encode())[:-12], "is not a gzip file, or truncated"),

@@ -148,7 +148,8 @@ def test_a_mixture_is_written_and_read_as_a_file() -> None:
             r"data\.sources\[1\]\.hub_val_split: is not used with validation",
         ),
         ("[{files: a.txt}, {tokens: b.bin}]", r"data\.tokens: need the tokenizer"),
-        ("[a, b]", "expected a group"),
+        ("[a, b]", r"data\.sources=a: expected a group .*; write data\.sources=\[\{files: "),
+        ("a.txt", r"data\.sources=a\.txt: expected a group .*; write data\.sources=\[\{files: "),
         ("{files: a.txt", "expected"),
     ],
 )
@@ -169,3 +170,20 @@ def test_a_source_without_a_row_is_refused() -> None:
     np.save("c.npy", np.arange(18) + 1)
     with pytest.raises(DataError, match=r"c\.npy has 14 training tokens, where one row of 16 needs 17"):
         load_task_data(config_of())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("files: short.txt", r"^data\.sources\[2\]: too little text to hold out"),
+        ("files: short.txt, text_column: x", r"^data\.sources\[2\]\.text_column=x: text files have no col"),
+        ("source: tokens", r"^data\.sources\[2\]\.tokens: is empty"),
+        ("files: data.txt", r"^data\.txt: no such file$"),
+    ],
+)
+@pytest.mark.parametrize("given", ["data.tokenizer=tokenizer.json", "data.tokenizer=null"])
+def test_errors_about_a_source_name_it(source: str, message: str, given: str) -> None:
+    write("short.txt", "a")
+    sources = f"data.sources=[{{files: a.jsonl}}, {{{source}}}]"
+    with pytest.raises(DataError, match=message):
+        open_text_corpus(load_config(None, [*WORDS[1:], sources, given]).data, 290, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,10 @@ def damaged(name: str) -> str:
     index = bytearray(Path("order.idx").read_bytes())
     index[len(MAGIC) + 25 + 8] = 7
     Path("order.idx").write_bytes(index)
+    Path("alone.idx").write_bytes(index)
+    write_megatron("header", [IDS[:50]])
+    Path("header.idx").write_bytes(Path("header.idx").read_bytes()[:12])
+    IDS.astype(np.uint32).tofile("wide.bin")
     return name
 
 
@@ -138,12 +143,27 @@ def damaged(name: str) -> str:
         ("short", "has another size than the 90 tokens of short.idx", {}),
         ("cut", "is truncated", {}),
         ("order", "lists sequences in another order", {}),
+        ("header", r"header\.idx: is truncated", {}),
+        ("alone.idx", r"alone\.bin: is missing", {}),
+        ("wide.bin", "every second uint16 id is 0", {}),
         ("tokenizer.json", "unknown type of token file", {}),
     ],
 )
 def test_damaged_token_files_are_refused(name: str, message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=message):
         imported(damaged(name), val_fraction=0.5, **changes)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for() -> None:
+    os.mkfifo("pipe.bin")
+    with pytest.raises(DataError, match="is not a regular file"):
+        imported("pipe.bin")
+
+
+def test_a_source_of_tokens_without_files_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.tokens: is empty; specify files of token ids"):
+        imported()
 
 
 def test_token_ids_need_their_tokenizer() -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from tests.support.converted import measure_model
 from tests.support.models import tiny_config
+from tests.support.scripts import assert_refused
 from tests.support.training_runs import SETTINGS, write_text
 from tnnlm.checkpoints.training import load_checkpoint
 from tnnlm.config.schema import Config, ConversionConfig, DataConfig
 from tnnlm.conversion import convert_model
 from tnnlm.conversion.certify import horizon_warning
+from tnnlm.deployment.card_metadata import Stated
 from tnnlm.deployment.model_card import model_card
 from tnnlm.deployment.pipeline import convert_checkpoint
 from tnnlm.models.causal_lm import CausalLM
@@ -33,7 +36,7 @@ def make_card(name: str = "mine", license: str | None = None, step: int = 7, **d
     model = CausalLM(tiny_config()).eval()
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
     config = Config(name=name, model=model.config, data=DataConfig(**data))
-    return model_card(config, step, model, report, license=license)
+    return str(model_card(config, step, model, report, stated=Stated(license)))
 
 
 def test_card_of_a_run_holds_the_measured_numbers(script: Any) -> None:
@@ -112,7 +115,7 @@ def test_card_warns_of_taps_past_the_horizon(tail: float) -> None:
     report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
     report.layers = [replace(layer, tail_energy=tail, l1_error=0.0) for layer in report.layers]
     report.warning = horizon_warning(report.layers, report.horizon)
-    card = model_card(Config(model=model.config), 7, model, report)
+    card = str(model_card(Config(model=model.config), 7, model, report))
     assert ("**Limit:**" in card) == (tail > 0)
 
 
@@ -134,10 +137,53 @@ def test_user_strings_break_neither_the_metadata_nor_the_lines() -> None:
 
 def test_licence_is_that_of_the_configuration() -> None:
     assert "license" not in front_matter(make_card())
-    assert "# license: add one before publishing" in make_card()
+    assert "Not stated. Add a licence here" in make_card()
     licensed = make_card(license="apache-2.0")
     assert front_matter(licensed)["license"] == "apache-2.0"
     assert licensed.endswith("## Licence\n\napache-2.0\n")
+
+
+def test_metadata_is_that_of_the_hub_and_has_both_forms_as_evaluation_results() -> None:
+    model = CausalLM(tiny_config()).eval()
+    report = measure_model(model, convert_model(model, method="etsc", horizon=40), method="etsc", horizon=40)
+    report.ppl = {
+        "parallel": {"32": 20.5, "256": 19.25},
+        "recurrent": {"32": 20.5001, "256": float("inf")},
+        "window 32": {"32": 21.0},
+    }
+    data = DataConfig(source="hub", hub_name="someone/texts", hub_config="raw", hub_val_split="validation")
+    config = Config(name="mine", model=model.config, data=data)
+    stated = Stated("mit", ["de", "en"], ["other/texts", "someone/texts"])
+    card = model_card(config, 7, model, report, stated=stated, prompt="Es war einmal")
+    assert ModelCard(str(card), ignore_metadata_errors=False).data.to_dict() == card.data.to_dict()
+    found: Any = card.data
+    assert found.license == "mit"
+    assert found.language == ["de", "en"]
+    assert found.datasets == ["other/texts", "someone/texts"]
+    assert (found.library_name, found.pipeline_tag) == ("transformers", "text-generation")
+    results = found.eval_results
+    assert [(result.metric_name, result.metric_value) for result in results] == [
+        ("perplexity per token, parallel form, context of 32 tokens", 20.5),
+        ("perplexity per token, parallel form, context of 256 tokens", 19.25),
+        ("perplexity per token, recurrent form, context of 32 tokens", 20.5001),
+    ]
+    for result in results:
+        assert (result.task_type, result.metric_type) == ("text-generation", "perplexity")
+        assert (result.dataset_type, result.dataset_config) == ("someone/texts", "raw")
+        assert result.dataset_split == "validation"
+    assert 'tokenizer("Es war einmal", ' in str(card)
+    assert "--prompt 'Es war einmal'" in str(card)
+    # Nothing is stated that is not known: neither language nor results, nor a prompt.
+    plain = ModelCard(make_card()).data.to_dict()
+    assert not {"language", "license", "datasets", "model-index"} & plain.keys()
+    assert '"TEXT"' in make_card()
+
+
+def test_what_the_user_states_is_checked_first(run_here: Path, script: Any) -> None:
+    refused = script("convert", "runs/tiny", "--language", "English")
+    assert_refused(refused, "--language English: is no code of a language; give one such as en or zh")
+    assert_refused(script("convert", "tiny", "--dataset", "a/b/c"), "--dataset a/b/c: is no name of a data")
+    assert not (run_here / "converted").exists()
 
 
 def test_licence_is_given_on_the_command_line(run_here: Path, script: Any) -> None:

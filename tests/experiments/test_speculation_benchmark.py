@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pytest
-
-from benchmarks import speculation
 from benchmarks.speculation import measure_speculation, show_speculation, source_tokens
 from benchmarks.subjects import SHAPE
 from tests.support.converted import write_converted
@@ -15,14 +12,20 @@ from tnnlm.inference.load import load
 from tnnlm.tokenizer import train_bpe
 
 
-def test_three_kinds_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculation, "PROMPT", 64)
+def test_three_kinds_are_measured() -> None:
     write_converted(Path("tiny"), train_bpe(["the cat sat on the mat"], 300, "<eos>", 1, False))
     args = argparse.Namespace(
-        model="tiny", dtype="float32", engine="packed", quick=True, trust_code=False, speculate="ngram"
+        model="tiny",
+        dtype="float32",
+        engine="packed",
+        quick=True,
+        trust_code=False,
+        speculate="ngram",
+        contexts=[64],
     )
     result = measure_speculation(args, SHAPE)
     rows = {row["name"]: row for row in result["results"]}
+    assert [row["context"] for row in result["results"]] == [64] * 3
     assert [row["tokens"] for row in rows.values()] == [3 * 192] * 3
     assert rows["replayed sources"]["tokens_per_pass"] > rows["replayed in random order"]["tokens_per_pass"]
     assert all(row["ratio"] > 0 and 0 <= row["accepted_share"] <= 1 for row in rows.values())

@@ -27,6 +27,7 @@ def test_snippets_of_the_docs_and_of_a_card_run(script: Any, capsys: Any) -> Non
     for block in python:
         exec(compile(block, "docs/how-to/use-with-transformers.md", "exec"), names)
     assert script("generate", "--model", "copy", "--prompt", "The", "--max-new-tokens", "3").code == 0
+    assert script("push", "runs/demo", "NAME/MODEL", "--dry-run").code == 0
     card = Path("runs/demo/converted/README.md").read_text()
     (snippet,) = blocks(card, "python")
     exec(compile(snippet.replace("FOLDER", "runs/demo/converted"), "README.md", "exec"), {})

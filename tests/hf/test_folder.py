@@ -26,6 +26,7 @@ from tests.support.hf_folders import (
     write_folder,
 )
 from tnnlm.checkpoints.converted import load_converted, save_converted
+from tnnlm.checkpoints.manifest import CODE
 from tnnlm.conversion import convert_model
 from tnnlm.errors import CheckpointError
 from tnnlm.hf import TnnlmConfig, TnnlmForCausalLM
@@ -72,8 +73,7 @@ def test_saved_folder_loads_in_transformers_and_in_tnnlm(opened: Opened, tmp_pat
     assert again.own.tokenizer.encode(TEXT) == opened.own.tokenizer.encode(TEXT)
     assert load_converted(tmp_path / "again").fingerprint == load_converted(opened.folder).fingerprint
     assert again.model.generation_config.suppress_tokens == opened.model.generation_config.suppress_tokens
-    # The code of the model is not copied; one small file imports it from the package.
-    assert {path.name for path in (tmp_path / "again").glob("*.py")} == {"modeling_tnnlm.py"}
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == {*CODE}
 
 
 def test_folder_without_a_file_that_transformers_does_not_need_loads_with_a_warning(

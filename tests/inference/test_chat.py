@@ -13,7 +13,7 @@ import torch
 from tests.support.converted import write_converted
 from tests.support.models import tiny_config
 from tnnlm.chat.renderer import Renderer
-from tnnlm.chat.templates import PLAIN
+from tnnlm.chat.templates import CHATML, PLAIN
 from tnnlm.cli.generate import main, parse
 from tnnlm.conversion import convert_model
 from tnnlm.errors import UserError
@@ -22,7 +22,7 @@ from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import TextGenerator
 from tnnlm.inference.load import load
 from tnnlm.inference.sampling import SamplingParams
-from tnnlm.inference.session import GenerationSession
+from tnnlm.inference.session import GenerationSession, ended_by
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.tokenizer import TextTokenizer, train_bpe
 
@@ -104,6 +104,37 @@ def test_template_that_changes_earlier_text_is_read_again(
         == "chat: the text of this turn doesn't continue that of the last one; reading all of it\n"
     )
     assert writer.read[1] > writer.read[0] + 6
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_text_that_the_template_writes_after_an_answer_ends_it_and_is_not_doubled(
+    tokenizer: TextTokenizer, renderer: Renderer, special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if special:
+        tokenizer.tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer = TextTokenizer(tokenizer.tokenizer, END)
+    torch.manual_seed(0)
+    writer = Counting(convert_model(CausalLM(tiny_config()).eval(), method="etsc", horizon=400), tokenizer)
+    talk, out = chat_of(writer, renderer, CHATML), io.StringIO()
+    name = [tokenizer.id_of("<|im_end|>")] if special else tokenizer.encode("<|im_end|>")
+    planned = iter([*tokenizer.encode("there"), *name, tokenizer.eos_id, *tokenizer.encode("user")])
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *args: torch.tensor([next(planned)]))
+    talk._session.max_new_tokens = len(name) + len(tokenizer.encode("there")) + 1
+    assert talk.answer("hello", out) == "there"
+    assert out.getvalue() == "there"
+    monkeypatch.setattr("tnnlm.inference.generator.sample", lambda *args: torch.tensor([tokenizer.eos_id]))
+    talk.answer("hello", out)
+    assert talk._state is not None
+    assert talk._state.history is not None
+    read = tokenizer.tokenizer.decode(list(talk._state.history[0]), skip_special_tokens=False)
+    begin = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert read == f"{begin}there<|im_end|>{END}\n{begin}"
+
+
+def test_closing_text_may_be_spread_over_chunks() -> None:
+    for chunks in (["a<", "b<|e", "nd|>c"], ["a<b<|end|>"], [*"a<b<|end|>c"]):
+        assert "".join(ended_by("<|end|>", iter(chunks))) == "a<b"
+    assert "".join(ended_by("<|end|>", iter(["a", "<|en", "<|en"]))) == "a<|en<|en"
 
 
 def test_model_without_template_uses_the_plain_one(

@@ -18,7 +18,7 @@ import torch
 
 from tests.support.hostile import write_run
 from tests.support.scripts import ROOT
-from tnnlm.checkpoints.hf_files import SHIM, SHIM_TEXT
+from tnnlm.checkpoints.hf_files import SHIM, code_files
 from tnnlm.checkpoints.locate import load_trained
 from tnnlm.checkpoints.manifest import write_checksums
 from tnnlm.deployment.save import save
@@ -140,7 +140,8 @@ def test_transformers_runs_nothing_of_a_folder_that_this_package_can_refuse(
     shim.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (shim / name).write_bytes((hostile / name).read_bytes())
-    (shim / SHIM).write_text(SHIM_TEXT)
+    for name, text in code_files().items():
+        (shim / name).write_text(text, encoding="utf-8")
     config = json.loads((shim / "config.json").read_text())
     config["auto_map"]["AutoModelForCausalLM"] = "evil_model.TnnlmForCausalLM"
     change(shim / "config.json", auto_map=config["auto_map"])

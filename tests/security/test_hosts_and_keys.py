@@ -50,6 +50,9 @@ def test_everything_but_page_and_health_follows_the_key(generator: TextGenerator
             assert client.get(path, headers={"Authorization": "Bearer one two"}).status_code == 401
             for key in ("one", "two"):
                 assert client.get(path, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+            assert client.post(path, json={}).status_code == 401, path
+            assert client.post(path, json={}, headers={"Authorization": "Bearer two"}).status_code == 400
         for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
             assert client.get(path).status_code == 404
 

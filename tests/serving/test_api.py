@@ -153,7 +153,15 @@ def test_bias_and_nulls(client: openai.OpenAI, server: Running, generator: TextG
         ({"best_of": 3}, "best_of: not supported"),
         ({"suffix": "end"}, "generates left to right"),
         ({"logit_bias": {"x": 1}}, "'x' is not a token id"),
-        ({"extra_body": {"min_p": 0.1}}, "min_p: no such parameter"),
+        ({"extra_body": {"min_p": 1.1}}, "min_p: Input should be less than or equal to 1"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: "),
+        ({"extra_body": {"typical_p": 0.1}}, "typical_p: no such parameter"),
+        ({"extra_body": {"guided_regex": "a" * 5000}}, "guided_regex: "),
+        ({"extra_body": {"response_format": {"type": "xml"}}}, "response_format.type: "),
+        (
+            {"extra_body": {"response_format": {"type": "json_schema"}}},
+            "response_format.json_schema: belongs",
+        ),
     ],
     ids=str,
 )
@@ -169,10 +177,10 @@ NOT_IGNORED = {
     '{"prompt": "a", "stream": true, "stream_options": {"x": 1, "x": 1}}': ("x", "x: is given twice"),
     '{"prompt": "a", "logit_bias": {"05": 1}}': ("logit_bias", "'05' is not a token id"),
     '{"prompt": "a", "stream_options": {}}': ("stream_options", "stream_options: only applies to stream"),
-    '{"prompt": "a", "repetition_penalty": true}': ("repetition_penalty", "no such parameter"),
+    '{"prompt": "a", "repetition_penalty": true}': ("repetition_penalty", "valid number"),
     '{"prompt": "a", "ignore_eos": 0}': ("ignore_eos", "no such parameter"),
     '{"prompt": "a", "min_tokens": false}': ("min_tokens", "no such parameter"),
-    '{"prompt": "a", "min_p": NaN}': ("min_p", "no such parameter"),
+    '{"prompt": "a", "min_p": NaN}': ("min_p", "finite number"),
     '{"prompt": "a", "logit_bias": {"5": Infinity}}': ("logit_bias", "finite number"),
     '{"prompt": "a", "n": true}': ("n", "valid integer"),
     '{"prompt": "a", "max_tokens": 1.0}': ("max_tokens", "valid integer"),
@@ -192,7 +200,7 @@ def test_nothing_in_a_body_is_ignored(server: Running, body: str) -> None:
 
 
 INTEGERS = ("max_tokens", "top_k", "n", "best_of", "seed", "logprobs")
-NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
 
 
 @pytest.mark.parametrize(

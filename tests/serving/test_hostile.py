@@ -54,6 +54,10 @@ sensible: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.integers(0, 6),
     "echo": st.booleans(),
     "presence_penalty": st.floats(-3, 3),
+    "repetition_penalty": st.floats(0.5, 2),
+    "min_p": st.floats(0, 1),
+    "response_format": st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object", "x"])}),
+    "guided_regex": st.text(max_size=6) | st.sampled_from(["[a-z]+", "(a|b)*", "((((", "\\d{1,9}"]),
     "logit_bias": st.dictionaries(st.integers(-1, 400).map(str), st.floats(-101, 101), max_size=3),
 }
 

@@ -19,6 +19,11 @@ SETTINGS = [
     SamplingParams(temperature=1, top_k=40, top_p=0.9),
     SamplingParams(temperature=1, top_k=10_000, top_p=0.999),
 ]
+PENALISED = [
+    SamplingParams(temperature=1, min_p=0.02),
+    SamplingParams(temperature=0, repetition_penalty=1.7),
+    SamplingParams(temperature=1, min_p=0.1, presence_penalty=1, frequency_penalty=0.5, top_k=9),
+]
 
 
 def samplers(settings: list[SamplingParams], vocabulary: int, seed: int) -> list[SequenceSampler]:
@@ -63,7 +68,7 @@ def test_any_temperature_is_finite(temperature: float) -> None:
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
-    settings = 4 * SETTINGS  # more than are sampled at once
+    settings = 4 * [*SETTINGS, *PENALISED]  # more than are sampled at once
     logits = torch.randn(len(settings), 3000)
     together = [sample_batch(logits, rows) for rows in [samplers(settings, 3000, 7)] for _ in range(5)]
     alone = samplers(settings, 3000, 7)
@@ -88,9 +93,9 @@ def test_bias_and_penalties() -> None:
     logits = torch.tensor([[3.0, 2.5, 1.0]])
     greedy = SamplingParams(temperature=0)
     assert sample_batch(logits, [SequenceSampler(greedy, 3, bias={2: 5.0})]) == [2]
-    row = SequenceSampler(greedy, 3, frequency=0.4)
+    row = SequenceSampler(SamplingParams(temperature=0, frequency_penalty=0.4), 3)
     assert [sample_batch(logits, [row])[0] for _ in range(4)] == [0, 0, 1, 0]
-    row = SequenceSampler(greedy, 3, presence=1.0)
+    row = SequenceSampler(SamplingParams(temperature=0, presence_penalty=1.0), 3)
     assert [sample_batch(logits, [row])[0] for _ in range(4)] == [0, 1, 0, 0]
     assert logits.tolist() == [[3.0, 2.5, 1.0]]
 

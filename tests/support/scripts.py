@@ -1,16 +1,16 @@
-"""The scripts train.py, convert.py and generate.py, to be called in this process."""
+"""The scripts train.py, convert.py, generate.py and push.py, to be called in this process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from tnnlm.cli import convert, generate, train
+from tnnlm.cli import convert, generate, push, train
 
 ROOT = Path(__file__).parents[2]
 """Root folder of the repository."""
 
-SCRIPTS = {"train": train, "convert": convert, "generate": generate}
+SCRIPTS = {"train": train, "convert": convert, "generate": generate, "push": push}
 
 
 class Result(NamedTuple):

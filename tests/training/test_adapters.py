@@ -24,7 +24,7 @@ def test_missing_peft_is_refused_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     refused = script("train", *SHORT, *LORA, "init.weights=tiny", "name=new")
-    assert_refused(refused, "init.lora.rank=3: needs the package peft", "tnnlm[lora]")
+    assert_refused(refused, "init.lora.rank=3: needs the package peft", "-e '.[lora]'")
 
 
 def test_merged_weights_are_the_sum_of_base_and_scaled_product() -> None:

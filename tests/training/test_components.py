@@ -40,6 +40,10 @@ class Broken(Callback):
     def __init__(self):
         raise RuntimeError("no licence\\nfound")
 
+class Exits(Callback):
+    def __init__(self):
+        raise SystemExit(7)
+
 class Rows(CSVLogger):
     hyperparameters = None
 
@@ -109,6 +113,8 @@ REFUSED = {
     "trainer.loggers=own_parts.Steps": "is not a Logger of lightning.pytorch",
     "trainer.loggers=lightning.pytorch.loggers.Logger": "is abstract",
     "trainer.callbacks=[{class_path: own_parts.Steps, init_args: {pat: x}}]": "keyword argument 'pat'",
+    "trainer.callbacks=own_parts.Exits": "can't be made (SystemExit: 7)",
+    "trainer.callbacks=lightning.pytorch.callbacks.RichProgressBar": "is a progress bar, and every run has",
     "trainer.callbacks=own_parts.Broken": "can't be made (RuntimeError: no licence)",
     "trainer.callbacks=[{class_path: own_parts.Steps, args: 1}]": "args is neither class_path nor init_args",
     "trainer.callbacks=[{class_path: own_parts.Steps, init_args: 1}]": "init_args is not a mapping",

@@ -18,12 +18,12 @@ from tests.support.models import FAMILIES
 from tests.support.scripts import assert_refused
 from tests.support.training_runs import SETTINGS, tiny_run
 from tnnlm.config.loader import load_config
+from tnnlm.data.prompts import sample_prompts
 from tnnlm.models.batches import PADDING
 from tnnlm.tokenizer import train_bpe
 from tnnlm.training.callbacks.progress import TrainingBar
 from tnnlm.training.loggers.csv import read_metrics
 from tnnlm.training.run import train
-from tnnlm.training.suggested_prompt import suggested_prompt
 
 METRICS = {
     "train/loss": 10.12,
@@ -86,23 +86,37 @@ def test_a_recurrence_that_ends_with_the_horizon_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("text", "settings", "prompt"),
+    ("text", "settings", "prompts"),
     [
-        ("ACGT" * 15, (), "ACGTACGTACGTACGTACGTACGT"),
-        ("Ein  erster\nSatz und mehr. ", (), "Ein erster Satz"),
-        ("Ein erster Satz und mehr. ", ("trainer.sample_prompt='Es war '",), "Es war "),
-        ("\x00\x01 ", (), "The"),
+        ("ACGT" * 15, (), ["ACGTACGTACGTACGTACGTACGT"]),
+        ("Ein  erster\nSatz und mehr. ", (), ["Ein erster Satz"]),
+        ("Unwahrscheinlich lange Zusammensetzungen ", (), ["Unwahrscheinlich lange"]),
+        ("Ein erster Satz und mehr. ", ("trainer.sample_prompt='Es war '",), ["Es war ", "Ein erster Satz"]),
+        ("\u4ece\u524d\uff0c" * 9, (), ["\u4ece\u524d\uff0c" * 8]),
+        ("\x00\x01 ", (), []),
     ],
 )
-def test_the_suggested_prompt_suits_the_data(text: str, settings: tuple[str, ...], prompt: str) -> None:
+def test_the_prompts_of_a_run_are_words_of_its_text(
+    text: str, settings: tuple[str, ...], prompts: list[str]
+) -> None:
     words = [word for word in SETTINGS if not word.startswith("trainer.sample_prompt")]
     config = load_config(None, [*words, *settings])
     tokenizer = train_bpe([text], 300, "<|endoftext|>", 1, progress=False)
     row = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text), PADDING])
     data: Any = SimpleNamespace(tokenizer=tokenizer, val=[row])
-    assert suggested_prompt(config, data) == prompt
-    config.data.source, config.trainer.sample_prompt = "stdlib", ""
-    assert suggested_prompt(config, data) == "The"
+    assert sample_prompts(config, data) == prompts
+    config.data.format = "chat"
+    assert sample_prompts(config, data) == []
+
+
+def test_later_prompts_begin_with_whole_words_of_other_documents() -> None:
+    texts = ["Anfang vom Ganzen ohne Ende", "rest. Der zweite Satz hier", "halb Neues Buch hier da"]
+    tokenizer = train_bpe(texts, 300, "<|endoftext|>", 1, progress=False)
+    third = [*tokenizer.encode("halb"), tokenizer.eos_id, *tokenizer.encode("Neues Buch hier da")]
+    rows = [*(torch.tensor(tokenizer.encode(text)) for text in texts[:2]), torch.tensor(third)]
+    data: Any = SimpleNamespace(tokenizer=tokenizer, val=rows)
+    config = load_config(None, ["data.files=text.txt"])
+    assert sample_prompts(config, data) == ["Anfang vom Ganzen", "Der zweite Satz", "Neues Buch hier"]
 
 
 def test_a_sample_prompt_that_the_tokenizer_cannot_encode_does_not_end_the_run(

@@ -136,7 +136,7 @@ def test_frozen_parameters_stay_bit_equal_without_optimizer_state(run_here: Path
     assert summary["params_frozen"] == sum(sizes.values()) - summary["params"]
     assert f"and {summary['params_frozen']:,} frozen ones" in out
     planned = done(script("train", *SHORT, *words, "--dry-run"))
-    assert f"params: {summary['params']:,} trainable" in planned
+    assert f"params: {summary['params']:,} trainable, {summary['params_frozen']:,} frozen, and " in planned
     assert "estimated memory" in planned
 
 
@@ -155,7 +155,11 @@ def test_data_is_prepared_with_the_tokenizer_of_the_weights(run_here: Path, scri
     ("words", "named"),
     [
         (["init.weights=tiny", "model.d_model=48"], "model.d_model=32; omit model.d_model=48"),
-        (["init.weights=tiny", "model.kernel.name=rtf"], "model.kernel.name=tno"),
+        (
+            ["init.weights=tiny", "model.kernel.name=rtf"],
+            "model.kernel.name=tno; omit model.kernel.name=rtf, or",
+        ),
+        (["init.weights="], "init.weights: is empty; write null"),
         (["init.weights=tiny", "data.tokenizer=null"], "data.tokenizer=null"),
         (["init.weights=tiny", "data.eos_token=<|end|>"], "data.eos_token=<|end|>"),
         (["init.weights=tinny"], "did you mean tiny?"),

@@ -100,7 +100,7 @@ def test_missing_package_is_one_line_and_leaves_no_run(script: Any, monkeypatch:
     result = script("train", *SETTINGS, "trainer.wandb=project")
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert "pip install 'tnnlm[wandb]'" in result.err
+    assert "pip install -c constraints.txt -e '.[wandb]'" in result.err
     assert not list(Path("runs").iterdir())
 
 

@@ -49,6 +49,8 @@ NAMED = {"plain": PLAIN, "chatml": CHATML, "raw": RAW}
 """Templates by the name that ``data.chat_template`` gives them."""
 
 
+_ANSWER = "content of an answer"
+"""Answer by which the text after it is found."""
 _GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 """Tag that marks answers."""
 
@@ -97,7 +99,7 @@ def check_message(message: Any, where: str) -> Message:
         raise DataError(f"{where}: is no message", 'write {"role": "user", "content": "..."}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}: has the role {role!r}", f"use {', '.join(ROLES)}")
+        raise DataError(f"{where}: has the role {repr(role)[:80]}", f"use {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(f"{where}: its content is not text but {type(content).__name__}", "write a string")
     return {key: value for key, value in message.items() if value is not None}
@@ -124,6 +126,20 @@ class ChatTemplate:
             UserError: If the template fails.
         """
         return self._texts([(messages, True)], where)[0].text
+
+    def closing(self) -> str:
+        """Return what the template writes between an answer and its end token, such as ``<|im_end|>``.
+
+        Special tokens are written by their names. Empty if there is nothing but white space, or if the
+        template fails for a single question with its answer.
+        """
+        messages = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": _ANSWER}]
+        try:
+            text = self._texts([(messages, False)], "")[0].text
+        except UserError:
+            return ""
+        _, _, after = text.rpartition(_ANSWER)
+        return after.partition(self.tokens.eos_token)[0].strip() if _ANSWER in text else ""
 
     def answered(self, conversation: Conversation, where: str) -> AnsweredText:
         """Return the text of a conversation with its answers.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from tnnlm.chat.stored import stored_template
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.hf_files import config_entries, hf_files
 from tnnlm.checkpoints.manifest import KERNELS, REMEDY, WEIGHTS, verify_folder, write_checksums
+from tnnlm.checkpoints.prompts import PROMPTS_ENTRY, usable_prompts
 from tnnlm.checkpoints.weights import check_finite, check_sizes, load_weights
 from tnnlm.config.loader import config_to_dict, model_config_from_dict
 from tnnlm.errors import CheckpointError, UserError, one_line
@@ -65,6 +67,7 @@ def save_converted(
     report: ModelReport,
     force: bool = False,
     trained: CausalLM | None = None,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Save a converted model to a folder, atomically.
 
@@ -76,6 +79,7 @@ def save_converted(
         force: Replace ``folder`` if it contains a converted model.
         trained: Model before the conversion, whose kernels are stored next to the recurrences, so that a run
             can start from the folder; None stores the recurrences alone.
+        prompts: Short prompts from the text of the run, for hints.
 
     Raises:
         CheckpointError: If ``folder`` exists and ``force`` isn't set, or it isn't a converted model.
@@ -88,6 +92,7 @@ def save_converted(
         "tokenizer_sha256": tokenizer.fingerprint,
         "model_sha256": model_fingerprint(model),
         **config_entries(model, tokenizer, report),
+        PROMPTS_ENTRY: [*usable_prompts(prompts)],
     }
     texts = {
         "config.json": json.dumps(config, indent=2),

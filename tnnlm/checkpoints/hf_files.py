@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tnnlm import __version__
 from tnnlm.chat.stored import TOKENIZER_CONFIG
+from tnnlm.checkpoints.bundle import standalone_code
 from tnnlm.checkpoints.certificate import ModelReport
-from tnnlm.checkpoints.manifest import CHECKSUMS
+from tnnlm.checkpoints.manifest import CHECKSUMS, CODE
 from tnnlm.checkpoints.manifest import ENTRY as CHECKSUMS_ENTRY
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.surgery import recurrences
@@ -19,16 +21,15 @@ from tnnlm.tokenizer import TextTokenizer
 
 MODEL_TYPE = "tnnlm"
 """Model type in config.json, by which Transformers identifies the architecture."""
-SHIM = "modeling_tnnlm.py"
-"""File name of the custom code that ``auto_map`` refers to."""
-SHIM_TEXT = '''"""Custom code for Transformers: imports the model classes from the package tnnlm."""
+SHIM, STANDALONE = CODE
+"""File name of the custom code that ``auto_map`` refers to, and of the code that it imports where the package
+is not installed."""
+SHIM_TEXT = '''"""Code for Transformers: classes of the package tnnlm, or a copy where it is missing."""
 
 try:
     from tnnlm.hf import TnnlmConfig, TnnlmForCausalLM
-except ImportError as error:
-    raise ImportError(
-        f"this model needs the package tnnlm with its extra [hf]; pip install 'tnnlm[hf]' ({error})"
-    ) from error
+except ImportError:
+    from .standalone_tnnlm import TnnlmConfig, TnnlmForCausalLM
 
 __all__ = ["TnnlmConfig", "TnnlmForCausalLM"]
 '''
@@ -66,6 +67,14 @@ def config_entries(model: CausalLM, tokenizer: TextTokenizer, report: ModelRepor
     }
 
 
+def code_files() -> dict[str, str]:
+    """Return the Python code of a converted folder, by file name; only Transformers imports it."""
+    try:
+        return {SHIM: SHIM_TEXT, STANDALONE: standalone_code(__version__)}
+    except OSError:  # a program that contains this package without its sources
+        return {SHIM: SHIM_TEXT}
+
+
 def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
     """Return the contents of the files that only Transformers reads, by file name."""
     generation: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
@@ -74,7 +83,7 @@ def hf_files(model: CausalLM, tokenizer: TextTokenizer) -> dict[str, str]:
     if missing := tokenizer.missing_ids(model.config.vocab_size):
         generation["suppress_tokens"] = missing
     return {
-        SHIM: SHIM_TEXT,
+        **code_files(),
         TOKENIZER_CONFIG: tokenizer_settings(tokenizer),
         "generation_config.json": json.dumps(generation, indent=2),
     }

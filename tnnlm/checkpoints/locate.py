@@ -171,5 +171,19 @@ def _find_converted(target: str | None, runs_dir: Path) -> Path | None:
     return converted if is_converted(converted) else None
 
 
+def find_converted(target: str, runs_dir: Path) -> Path:
+    """Return the converted folder that is given by path, or as that of a run.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    folder = _find_converted(target, runs_dir)
+    if folder is None or not is_converted(folder):
+        raise CheckpointError(
+            f"{target}: holds no converted model", f"convert it with: {command('convert', target)}"
+        )
+    return folder
+
+
 def _newest(paths: Iterable[Path]) -> Path | None:
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)

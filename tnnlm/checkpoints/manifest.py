@@ -15,7 +15,7 @@ from typing import Any
 from tnnlm.checksums import ALGORITHM, check_files, list_files, not_verified, warn_changed
 from tnnlm.errors import CheckpointError
 from tnnlm.files import write_text
-from tnnlm.reading import read_json
+from tnnlm.reading import read_json, read_text
 
 CHECKSUMS = "checksums.json"
 """Name of the file, which is also the value of ``ENTRY``."""
@@ -27,13 +27,15 @@ KERNELS = "kernels.safetensors"
 _CONFIG = "config.json"
 EDITABLE = ("generation_config.json", "tokenizer_config.json")
 """Settings of Transformers, which its users edit: a difference is a warning."""
+CODE = ("modeling_tnnlm.py", "standalone_tnnlm.py")
+"""Code for Transformers, which is verified before it is published, because nothing else reads it here."""
 REMEDY = "convert again"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of configuration and weights in a converted folder, and of ``EDITABLE`` files."""
+    """Write the checksums of configuration, weights, code and ``EDITABLE`` files of a converted folder."""
     found = sorted({path.name for path in folder.glob("*.safetensors*")})
-    names = [name for name in (_CONFIG, *EDITABLE) if (folder / name).is_file()]
+    names = [name for name in (_CONFIG, *EDITABLE, *CODE) if (folder / name).is_file()]
     content = {"algorithm": ALGORITHM, "files": list_files(folder, [*names, *found])}
     write_text(folder / CHECKSUMS, json.dumps(content, indent=2) + "\n")
 
@@ -71,10 +73,31 @@ def verify_folder(
     files = _listed(path)
     if _CONFIG not in files:
         raise CheckpointError(f"{path}: is damaged (it does not list {_CONFIG})", REMEDY)
-    skipped = EDITABLE if kernels else (*EDITABLE, KERNELS)
+    skipped = (*EDITABLE, *CODE) if kernels else (*EDITABLE, *CODE, KERNELS)
     read = [name for name in files if name == _CONFIG or (weights and name not in skipped)]
     check_files(folder, {name: files[name] for name in read}, REMEDY)
     return len(read) > 1
+
+
+def verify_published(folder: Path, config: Mapping[str, Any], code: Mapping[str, str]) -> None:
+    """Verify all files of a converted folder that have a checksum, but those that users edit, and its code.
+
+    Args:
+        folder: Folder of the converted model.
+        config: Content of its config.json.
+        code: Content of each file of ``CODE``, of which a folder without its checksum must have no other.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or was replaced, or if there are no checksums.
+    """
+    if not verify_folder(folder, config, kernels=True):
+        raise CheckpointError(f"{folder}: has no checksums", REMEDY)
+    files = _listed(folder / CHECKSUMS)
+    check_files(folder, {name: files[name] for name in CODE if name in files}, REMEDY)
+    for name in CODE:
+        path = folder / name
+        if name not in files and os.path.lexists(path) and read_text(path, REMEDY) != code.get(name):
+            raise CheckpointError(f"{path}: is not code of this version, and has no checksum", REMEDY)
 
 
 def _listed(path: Path) -> dict[str, Any]:

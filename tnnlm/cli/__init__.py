@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "convert a trained checkpoint into a recurrence",
     "generate": "generate text with a converted model",
     "serve": "serve a converted model with an OpenAI-compatible API",
+    "push": "upload a converted model to the Hugging Face Hub",
     "import": "import a checkpoint of another implementation as a run",
     "prepare-data": "download and tokenize the data of a run before training",
 }

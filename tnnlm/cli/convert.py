@@ -142,6 +142,21 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="License in the model card, such as apache-2.0. (default: none)",
     )
+    group.add_argument(
+        "--language",
+        metavar="CODES",
+        type=listed,
+        default=[],
+        help="Languages in the model card, such as en,de; code for program text. (default: none)",
+    )
+    group.add_argument(
+        "--dataset",
+        metavar="NAMES",
+        type=listed,
+        default=[],
+        help="Data sets of the Hub in the model card, for data that was read from files. (default: those of "
+        "data.hub_name)",
+    )
 
 
 def _add_packages(group: argparse._ArgumentGroup) -> None:
@@ -164,8 +179,13 @@ def _add_packages(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--onnx",
         action="store_true",
-        help="Export the step as an ONNX model into onnx/; needs pip install 'tnnlm[onnx]'.",
+        help="Export the step as an ONNX model into onnx/; needs the extra [onnx].",
     )
+
+
+def listed(text: str) -> list[str]:
+    """Return the words of an argument that are separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def positive(word: str) -> int:
@@ -249,6 +269,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parse(words)
     from rich.console import Console
 
+    from tnnlm.deployment.card_metadata import Stated
     from tnnlm.deployment.packages import Packages, package_converted
     from tnnlm.deployment.pipeline import convert_checkpoint
     from tnnlm.deployment.table import show_conversion, show_packages
@@ -271,7 +292,7 @@ def main(words: Sequence[str] | None = None) -> int:
             verify=args.verify,
             packages=packages,
             perplexity_tokens=0 if args.no_perplexity else args.perplexity_tokens,
-            license=args.license,
+            stated=Stated(args.license, args.language, args.dataset),
             device=args.device,
             inference_only=args.inference_only,
             trust=trust_of(args),

@@ -45,7 +45,9 @@ def show(config: Config, as_json: bool) -> None:
     print("# Settings that differ from their defaults; --print-config prints all")
     changed = changed_settings(config)
     print(write_yaml(changed) if changed else "# none\n")
-    print(f"params: {plan.params:,} trainable, {plan.frozen + plan.buffers:,} frozen")
+    frozen = f", {plan.frozen:,} frozen" if plan.frozen else ""
+    fixed = f", and {plan.buffers:,} values in buffers" if plan.buffers else ""
+    print(f"params: {plan.params:,} trainable{frozen}{fixed}")
     print(f"tokens per update: {plan.tokens_per_update:,} ({plan.total_tokens:,} in total)")
     print("data: not read by --dry-run")
     if isinstance(memory, str):

@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tnnlm.cli.sampling_options import CONDITIONS as SAMPLING_CONDITIONS
+from tnnlm.cli.sampling_options import add_sampling, grammar_of, sampling_of
 from tnnlm.cli.usage import (
     Condition,
     add_device,
@@ -84,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = parser_of("generate", __doc__)
     _add_input(parser)
-    _add_sampling(parser)
+    add_sampling(parser)
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print completions, timings and state size as JSON.")
     add(
@@ -147,42 +149,6 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="Maximum number of new tokens. (default: 256)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="T",
-        help="Sampling temperature; 0 is greedy decoding. (default: 0.8)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="Sample from the K most likely tokens; 0 disables the limit. (default: 0)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="Sample from the most likely tokens whose probabilities add up to P. (default: 1.0)",
-    )
-    add("--seed", type=int, metavar="S", help="Random seed. (default: a different seed each time)")
-    add(
-        "--num-samples", type=int, default=1, metavar="N", help="Completions of the same prompt. (default: 1)"
-    )
-
-
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments of a command line; None takes ``sys.argv``."""
     parser = arguments()
@@ -192,7 +158,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             "--prompt: is missing",
             "give --prompt TEXT, --prompts FILE, --load-state FILE, --interactive or --chat",
         )
-    check_effective(parser, words, args, CONDITIONS)
+    check_effective(parser, words, args, CONDITIONS | SAMPLING_CONDITIONS)
     if args.speculate == "":
         raise UserError("--speculate: is empty", "give ngram or a converted model")
     if args.model == "":
@@ -251,13 +217,12 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
     from tnnlm.checkpoints.locate import find_for_decoding, outdated
     from tnnlm.inference.generator import check_new_tokens
     from tnnlm.inference.load import load_engine
-    from tnnlm.inference.sampling import SamplingParams
     from tnnlm.inference.session import GenerationSession
     from tnnlm.machine.threads import limit_threads
 
     if args.save_state:
         check_file(args.save_state)
-    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling, grammar = sampling_of(args), grammar_of(args)
     check_new_tokens(args.max_new_tokens)
     trust = trust_of(args)
     model = str(find_for_decoding(args.model, Path("runs")))
@@ -274,7 +239,10 @@ def load_session(args: argparse.Namespace) -> GenerationSession:
         trust=trust,
         speculate=args.speculate,
     )
-    session = GenerationSession(engine.generator, sampling, args.max_new_tokens, seed, engine.info)
+    generator = engine.generator
+    session = GenerationSession(
+        generator, sampling, args.max_new_tokens, seed, engine.info, grammar(generator)
+    )
     if args.load_state:
         session.load_state(args.load_state, reseed=args.seed is not None)
     if args.model is None:

@@ -9,7 +9,7 @@ Examples:
   TNNLM_API_KEY=secret tnnlm serve --host 0.0.0.0    # reachable from the network
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
-Needs: pip install 'tnnlm[serve]'
+Needs the extra [serve]: fastapi, uvicorn and prometheus-client.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tnnlm.cli.usage import add_device, add_trust, errors_name_options, parser_of, trust_of
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, install_command
 
 GRACE = 30
 RANGES = {"port": (0, 65_535), "cache_mb": (0, 1 << 20), "max_answer_mb": (1, 1 << 20), "grace": (0, 86_400)}
@@ -150,7 +150,7 @@ def main(words: Sequence[str] | None = None) -> int:
         from tnnlm.serving.server import listen, run
         from tnnlm.serving.settings import Limits, Settings
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name}: is not installed", "run: pip install 'tnnlm[serve]'") from None
+        raise UserError(f"{error.name}: is not installed", f"run: {install_command('serve')}") from None
     with errors_name_options(arguments()):
         limits = Limits(
             max_batch=args.max_batch,
@@ -168,11 +168,12 @@ def main(words: Sequence[str] | None = None) -> int:
     listener = listen(args.host, args.port)
     # The thread that loads the model also runs it.
     thread = ThreadPoolExecutor(1, "model")
-    generator, engine, name, parameters = thread.submit(load, args).result()
+    generator, engine, name, parameters, prompts = thread.submit(load, args).result()
     settings = Settings(
         name=args.name or name,
         engine=engine,
         parameters=parameters,
+        prompts=prompts,
         api_keys=keys,
         allowed_hosts=allowed_hosts(args.host, args.allowed_hosts),
         parse_special=args.parse_special,
@@ -260,9 +261,13 @@ def compile_steps(converted: Any, folder: Path, dtype: str) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
-    """Return the generator, its engine in one line, the model's name and its number of parameters."""
+def load(args: argparse.Namespace) -> tuple[Any, str, str, int, tuple[str, ...]]:
+    """Return the generator, its engine in one line, and name, number of parameters and prompts of the model.
+
+    The prompts are from the text that the model was trained on; there are none if that is not known.
+    """
     from tnnlm.checkpoints.locate import CONVERTED, load_for_decoding, outdated
+    from tnnlm.checkpoints.prompts import stored_prompts
     from tnnlm.inference.engine import open_engine, usable_device
     from tnnlm.machine.threads import limit_threads
     from tnnlm.serving.weights import hold_in_memory
@@ -288,4 +293,4 @@ def load(args: argparse.Namespace) -> tuple[Any, str, str, int]:
             f"--reproducible: rounding depends on the batch in the {info}",
             "omit it, or use --engine auto and --dtype float32 on an x86 CPU",
         )
-    return generator, str(info), name, parameters
+    return generator, str(info), name, parameters, stored_prompts(found)

@@ -80,7 +80,7 @@ def run_kernel_module(named: Named, trust: Trust) -> Named:
                 _EXECUTED[key] = source.sha256
             remember(_KIND, module=key, sha256=source.sha256)
             return named._replace(sha256=source.sha256)
-    except Exception as error:  # The user's file may raise anything.
+    except (Exception, SystemExit) as error:  # The user's file may raise anything.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(
             f"model.kernel.module={one_line(named.module)}: can't be imported ({reason})"

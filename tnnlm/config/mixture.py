@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from tnnlm.config.checks import check_not_empty, check_value
-from tnnlm.config.layers import as_group, parsed
+from tnnlm.config.layers import parsed
 from tnnlm.config.values import Node, Origin, item_type, list_items, one_line, read_value, shown
 from tnnlm.errors import ConfigError
 
@@ -24,7 +24,22 @@ def read_groups(node: Node, hint: Any, key: str, resolve: Resolve) -> list[Any]:
         ValueError: If the node is not a list.
     """
     items = enumerate(list_items(parsed(node, key)), 1)
-    return [_read_group(as_group(item, key), item_type(hint), f"{key}[{i}]", resolve) for i, item in items]
+    return [_read_group(_as_group(item, key), item_type(hint), f"{key}[{i}]", resolve) for i, item in items]
+
+
+def _as_group(item: Node, key: str) -> Node:
+    """Return an item of a list that is a group of settings.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    group = parsed(item, key)
+    if not isinstance(group.value, dict):
+        raise ConfigError(
+            f"{key}={shown(group)}: expected a group of settings ({group.place})",
+            f"write {key}=[{{files: ..., weight: ...}}, {{files: ..., weight: ...}}]",
+        )
+    return group
 
 
 def _read_group(group: Node, schema: type, key: str, resolve: Resolve) -> Any:

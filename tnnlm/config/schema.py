@@ -215,8 +215,9 @@ class TrainerConfig:
     profiler: Component | None = None
     """Profiler of Lightning (null: none): simple, advanced, pytorch, a class path, or a mapping of class_path
     and init_args. It writes into the folder ``profile`` of the run, on the first rank."""
-    sample_prompt: str = text("def ", empty=True)
-    """Prompt of the sample that is generated at each validation; the default suits Python source code."""
+    sample_prompt: str | None = text(None, empty=True)
+    """Prompt of the sample that is generated at each validation (null: the first words of the text that is
+    validated on; for conversations, none)."""
     sample_tokens: int = number(64, low=0, high=100_000)
     """Maximum number of tokens of each sample; 0 disables samples."""
 

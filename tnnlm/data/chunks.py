@@ -191,20 +191,20 @@ def line_chunks_of(documents: Iterable[Iterable[str]], tokenizer: Encoder) -> It
 def batches_of(
     documents: Iterable[Iterable[str]], tokenizer: Encoder, begun: Seam = START
 ) -> Iterator[list[Chunk]]:
-    """Yield batches of exact chunks of documents, large enough to keep all cores busy."""
+    """Yield batches of exact chunks of documents; two at once are large enough to keep all cores busy."""
     yield from _batches(exact_chunks_of(documents, tokenizer, begun))
 
 
 def line_batches_of(
     documents: Iterable[Iterable[str]], tokenizer: Encoder, begun: Seam = START
 ) -> Iterator[list[Chunk]]:
-    """Yield batches of exact chunks of lines, large enough to keep all cores busy."""
+    """Yield batches of exact chunks of lines, of the size of :func:`batches_of`."""
     assert begun == START
     yield from _batches(line_chunks_of(documents, tokenizer))
 
 
 def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    characters = CHUNK * max(4, os.cpu_count() or 1)
+    characters = CHUNK * max(4, (os.cpu_count() or 1) // 2)
     batch: list[Chunk] = []
     size = 0
     for chunk in chunks:

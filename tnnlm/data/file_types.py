@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -30,15 +31,23 @@ def is_table(path: Path) -> bool:
     return suffix_of(path) in TABLE_SUFFIXES
 
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Beginnings of text in UTF-16, as programs on Windows write it."""
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Open a file for reading bytes, decompressed if its name ends in .gz or .zst.
 
     Raises:
-        DataError: If a compressed file is damaged, also while it is read.
+        DataError: If a compressed file is damaged, also while it is read, or if a file has UTF-16 text.
     """
     try:
         with _reader(path) as file:
+            if suffix_of(path) != ".parquet" and file.peek(2)[:2] in _UTF_16:
+                raise DataError(
+                    f"{path}: is UTF-16 text, not UTF-8", "convert it: iconv -f utf-16 -t utf-8 FILE > NEW"
+                )
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise _damaged(path) from None

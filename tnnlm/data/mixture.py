@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -29,6 +30,8 @@ from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import DataError
 from tnnlm.files import atomic_folder, write_text
 from tnnlm.tokenizer import TextTokenizer, check_trainable, train_bpe
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,26 @@ def open_text_corpus(
     if config.tokenizer is None:
         tokenizer = _trained(parts, weights, vocab_size, seed)
         parts = [replace(part, tokenizer=str(tokenizer)) for part in parts]
-    corpora = [prepare(part, vocab_size, seed, resumable) for part in parts]
+    corpora = [
+        _of_source(number, prepare, part, vocab_size, seed, resumable) for number, part in enumerate(parts, 1)
+    ]
     return MixedCorpus(corpora, weights, _report(corpora, config.sources))
+
+
+def _of_source(number: int, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Return what a function of a source returns; its errors about a setting of the source name the source.
+
+    Raises:
+        DataError: If the function does.
+    """
+    try:
+        return function(*arguments)
+    except DataError as error:
+        settings = "|".join(item.name for item in fields(SourceConfig))
+        found = re.compile(rf"data(?=: |\.(?:{settings})[=:])").match(error.reason)
+        if found is None:
+            raise
+        raise DataError(f"data.sources[{number}]{error.reason[found.end() :]}", error.remedy) from None
 
 
 def part_config(config: DataConfig, source: SourceConfig) -> DataConfig:
@@ -136,7 +157,7 @@ def _trained(parts: Sequence[DataConfig], weights: Sequence[float], vocab_size: 
     check_trainable(first.eos_token, first.mask_token)
     key = (
         "tokenizer of a mixture",
-        [source_fingerprint(part) for part in parts],
+        [_of_source(number, source_fingerprint, part) for number, part in enumerate(parts, 1)],
         [*weights],
         (vocab_size, seed, first.eos_token, first.mask_token, first.protocol),
         (first.val_fraction, first.tokenizer_sample),
@@ -146,7 +167,8 @@ def _trained(parts: Sequence[DataConfig], weights: Sequence[float], vocab_size: 
     def build() -> None:
         with atomic_folder(folder, replace=False) as temporary:
             texts = [
-                load_corpus(part, seed, temporary / str(number)).train for number, part in enumerate(parts)
+                _of_source(number, load_corpus, part, seed, temporary / str(number)).train
+                for number, part in enumerate(parts, 1)
             ]
             samples = [
                 CountedText(chunks_of(documents_of(text)), _share_of(text, weight / sum(weights), first))
@@ -160,7 +182,7 @@ def _trained(parts: Sequence[DataConfig], weights: Sequence[float], vocab_size: 
                 False,
                 first.mask_token,
             )
-            for number in range(len(parts)):
+            for number in range(1, len(parts) + 1):
                 remove_scratch(temporary / str(number))
                 (temporary / str(number)).rmdir()
             write_text(temporary / TOKENIZER, tokenizer.to_json())

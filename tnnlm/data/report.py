@@ -86,8 +86,12 @@ class DataReport:
     """Conversations of which only the first ``model.max_length`` tokens are read."""
     skipped: int = 0
     """Conversations that have no answer in these tokens, and are not used."""
+    unended: int = 0
+    """Conversations whose answers have no end token, so that generation does not end by itself."""
     packed: bool = False
     """``data.packing``: whether rows are cut from the stream of all conversations."""
+    prompts: list[str] = field(default_factory=list)
+    """Short prompts from the text, see :func:`tnnlm.data.prompts.sample_prompts`."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     mixture: dict[str, list[float]] = field(default_factory=dict)
     """Share of the training rows, and number of training tokens, of each source of a mixture by name."""
@@ -141,6 +145,11 @@ class DataReport:
         if self.cut or self.skipped:
             cut, skipped = (count(number, self.unit) for number in (self.cut, self.skipped))
             yield f"over model.max_length: {cut} cut, {skipped} skipped, without an answer before the cut"
+        if self.unended:
+            yield (
+                f"warning: {count(self.unended, self.unit)} without an end token in an answer; "
+                "write {{ eos_token }} in the chat template, or answers may not end"
+            )
         if self.protocol == "fairseq":
             yield "protocol fairseq: an end token per line, every validation token is scored"
         if self.without_text:

@@ -151,14 +151,14 @@ def _border(file: BinaryIO, start: int, stop: int, n: int, fraction: float) -> t
     line = (start, 0)
     done = 0
     for data in read_range(file, start, stop):
-        begins = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != _CONTINUATION)
-        left = at - done
-        border = int(begins[left]) if left < len(begins) else len(data)
+        begins = (np.frombuffer(data, np.uint8) & 0xC0) != _CONTINUATION
+        left, n_begins = at - done, int(np.count_nonzero(begins))
+        border = int(np.flatnonzero(begins)[left]) if left < n_begins else len(data)
         if (end := data.rfind(b"\n", 0, border) + 1) > 0:
-            line = start + end, done + int(np.searchsorted(begins, end))
-        if left < len(begins):
+            line = start + end, done + int(np.count_nonzero(begins[:end]))
+        if left < n_begins:
             return line if line[1] > at / 2 else (start + border, at)
-        done += len(begins)
+        done += n_begins
         start += len(data)
     return line if line[1] > at / 2 else (stop, n)
 

@@ -19,13 +19,15 @@ import pyarrow
 import pyarrow.parquet
 
 from tnnlm.data.file_types import opened, suffix_of
-from tnnlm.data.text import text_of
+from tnnlm.data.text import listed, text_of
 from tnnlm.errors import DataError
 
 LONGEST_CELL = 1 << 30
 """Largest number of characters of a cell of a .csv file, and of an item of an array."""
 _BLOCK = 1 << 20
 """Characters of an array that are read at a time."""
+_LONGEST_WORD = 16
+"""Characters at the end of an incomplete text within which its fault is found, such as a part of a number."""
 _ITEM = re.compile(r"\s*(\S)\s*(\S)?")
 
 
@@ -46,7 +48,7 @@ def check_column(names: list[str], column: str, where: str) -> None:
     """
     if column not in names:
         raise DataError(
-            f"{where}: has no column {column!r}, only {', '.join(names)}",
+            f"{where}: has no column {column!r}, only {listed(names)}",
             "select the text column with data.text_column=...",
         )
 
@@ -135,8 +137,13 @@ def _next_object(
     """Return the object at a place of a text, and its end; None if it may be incomplete."""
     try:
         return _json_object(text, columns, where, start)
-    except json.JSONDecodeError:
-        return None, 0
+    except json.JSONDecodeError as error:
+        # More text can complete a string, which may begin anywhere, or a word at the end.
+        if error.msg.startswith("Unterminated") or error.pos > len(text) - _LONGEST_WORD:
+            return None, 0
+        raise DataError(
+            f"{where} is not JSON ({error.msg} at character {error.pos - start + 1} of it)"
+        ) from None
 
 
 def _json_object(

@@ -8,10 +8,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tnnlm.config.values import one_line
 from tnnlm.errors import DataError
 
 MARK = "\ufeff"
 """Byte order mark: a signature at the start of a file, which joining files leaves inside the text."""
+_MARKS = bytes(ord(" ") if chr(byte).isspace() else ord("x") for byte in range(256))
+"""Space for each byte of ASCII that is white space, else x."""
+_LISTED = 10
+"""Number of columns that an error lists."""
 NULL, BLANK = "null", "blank"
 """Reasons to drop a row: it has no text (or lacks the column), or only white space."""
 
@@ -110,7 +115,12 @@ def words_in(text: str, ends: bool) -> int:
         text: Text, or a part of one that is cut between words.
         ends: Whether the text ends here; an end without a line end counts as one.
     """
-    return len(text.split()) + text.count("\n") + (ends and not text.endswith("\n"))
+    if text.isascii():  # Counted several times faster than by a list of all words.
+        marks = text.encode().translate(_MARKS)
+        words = marks.count(b" x") + marks.startswith(b"x")
+    else:
+        words = len(text.split())
+    return words + text.count("\n") + (ends and not text.endswith("\n"))
 
 
 def text_of(cell: Any, column: str, where: str) -> str | None:
@@ -154,6 +164,13 @@ class TextHash:
 def count(number: int, unit: str) -> str:
     """Return a number with its unit, in the plural unless it is one."""
     return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first names of columns, shortened, for an error message: a file may have any."""
+    found = list(names)
+    more = [f"... ({len(found):,} in all)"] if len(found) > _LISTED else []
+    return ", ".join([*map(one_line, found[:_LISTED]), *more]) or "none"
 
 
 def shown(counts: Iterable[tuple[str, int]]) -> str:

@@ -138,14 +138,14 @@ class TokenWriter:
                 raise unreadable(path, error, remedy, DataError) from None
             if self._hash.hexdigest() != expected:
                 raise differs(path, remedy, DataError)
+        for path in self._folder.glob(f"{self._split}-*.bin"):
+            if path.name not in names:
+                path.unlink()
         self.n_tokens, self._whole = n_tokens, [*checksums[:whole]]
         if filled:
             self._opened()  # truncates it
         else:
             self._hash = xxhash.xxh3_128()
-        for path in self._folder.glob(f"{self._split}-*.bin"):
-            if path.name not in names:
-                path.unlink()
 
     def files(self) -> dict[str, list[Any]]:
         """Return size in bytes and checksum of each shard, for :func:`~tnnlm.data.prepared.verify_files`."""

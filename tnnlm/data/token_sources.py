@@ -24,6 +24,7 @@ from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.token_files import Layout, TokenWriter
 from tnnlm.data.tokenize_split import WrittenSplit
 from tnnlm.errors import DataError, one_line
+from tnnlm.reading import check_regular
 from tnnlm.tokenizer import TextTokenizer
 
 BLOCK = 1 << 20
@@ -33,7 +34,10 @@ MAGIC = b"MMIDIDX\x00\x00"
 LLM_C = (20240520, 1)
 """Beginning of a .bin file of llm.c, whose header is followed by 16-bit integers."""
 _LLM_C_HEADER = 1024
+_INDEX_HEADER = 25
 _MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_PAIRS = 16
+"""Smallest number of pairs of ids from which the size of an id is told."""
 _SUFFIXES = (".bin", ".npy")
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -53,11 +57,22 @@ class TokenFile(NamedTuple):
     """Number of bytes before the first id."""
     n_tokens: int
 
+    @property
+    def itemsize(self) -> int:
+        """Number of bytes of an id."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def is_wider(self) -> bool:
+        """Whether the first ids look like the halves of small ids of twice the size."""
+        ids = next(self.blocks(), np.empty(0, self.dtype))
+        pairs = len(ids) // 2
+        return pairs >= _PAIRS and not ids[1::2].any() and bool(np.count_nonzero(ids) > pairs // 2)
+
     def part(self, start: int, stop: int) -> TokenFile:
         """Return the tokens from ``start`` to ``stop``, exclusive."""
         start, stop = max(0, start), min(stop, self.n_tokens)
-        size = np.dtype(self.dtype).itemsize
-        return self._replace(offset=self.offset + start * size, n_tokens=max(0, stop - start))
+        return self._replace(offset=self.offset + start * self.itemsize, n_tokens=max(0, stop - start))
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield the ids in arrays of bounded size.
@@ -94,6 +109,10 @@ def token_splits(config: DataConfig) -> TokenSplits:
     Raises:
         DataError: If a path doesn't exist, or a file has another format.
     """
+    if not config.tokens:
+        raise DataError(
+            "data.tokens: is empty", "specify files of token ids, for example data.tokens=train.bin"
+        )
     train, val = _split_paths(config.tokens, "data.tokens")
     if config.validation:
         if val:
@@ -120,6 +139,7 @@ def token_file(path: Path, token_type: str) -> TokenFile:
     Raises:
         DataError: If the format is unknown or damaged.
     """
+    check_regular(path, "name an existing file", DataError)
     if path.suffix == ".npy":
         return _array_file(path)
     if path.with_suffix(".idx").is_file():
@@ -137,7 +157,13 @@ def token_file(path: Path, token_type: str) -> TokenFile:
         raise DataError(
             f"{path}: {size:,} bytes are no whole number of {token_type} ids", "set data.token_type"
         )
-    return TokenFile(path, dtype, offset, size // np.dtype(dtype).itemsize)
+    found = TokenFile(path, dtype, offset, size // np.dtype(dtype).itemsize)
+    if found.itemsize == 2 and found.is_wider:
+        raise DataError(
+            f"{path}: every second {token_type} id is 0, as if its ids had 32 bits",
+            "set data.token_type=uint32",
+        )
+    return found
 
 
 def import_tokens(config: DataConfig, tokenizer: TextTokenizer, folder: Path) -> StoredCorpus:
@@ -231,9 +257,11 @@ def _indexed_file(path: Path) -> TokenFile:
     with index.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise DataError(f"{index}: is no index of Megatron", f"remove it to read {path.name} without it")
-        header = file.read(25)
-        version, code, n, documents = struct.unpack("<QBQQ", header) if len(header) == 25 else (0, 0, 0, 0)
+        header = file.read(_INDEX_HEADER)
         begin = file.tell()
+    if len(header) < _INDEX_HEADER:
+        raise DataError(f"{index}: is truncated")
+    version, code, n, documents = struct.unpack("<QBQQ", header)
     if version != 1 or code not in _MEGATRON_TYPES:
         raise DataError(f"{index}: has version {version} and type {code}", "write integers in version 1")
     if size < begin + 12 * n + 8 * documents:

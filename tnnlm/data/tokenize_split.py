@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tnnlm.checksums import write_signed
 from tnnlm.data.chunks import START, Chunk, Seam, batches_of, line_batches_of
 from tnnlm.data.prepared import again, read_entries
@@ -21,6 +24,9 @@ from tnnlm.data.text import TextHash, words_in
 from tnnlm.data.token_files import Layout, TokenWriter
 from tnnlm.tokenizer import TextTokenizer
 
+AT_ONCE = 2
+"""Number of batches that are tokenized at once: while the token ids of one are read, which takes a single
+core, the cores tokenize another."""
 SAVE_SECONDS = 5.0
 """Seconds between the progress records from which a killed preparation resumes."""
 
@@ -70,12 +76,12 @@ def tokenize_split(
     if begun is None:
         writer.write([tokenizer.eos_id])
         begun = _Progress(SplitInfo(documents=0, tokens=1, bytes=0))
-    counter = _Counter(begun, texts)
     split_up = batches_of if protocol == "documents" else line_batches_of
     rest = documents_of(texts, begun.done.documents, begun.n_bytes)
     noted = time.monotonic()
     with writer, _bar(texts, split, begun.done) as bar:
-        for batch, encodings in _encoded(split_up(rest, tokenizer, begun.seam), tokenizer):
+        counter = _Counter(begun, texts)
+        for batch, ids in _encoded(split_up(rest, tokenizer, begun.seam), tokenizer):
             # The lines of the protocol fairseq lack the white space around them, so that their sizes don't
             # tell where to resume inside of a document.
             resumable = protocol == "documents" or not counter.n_inside
@@ -83,8 +89,8 @@ def tokenize_split(
                 noted = time.monotonic()
                 seam = Seam(batch[0].before, batch[0].tokens_before)
                 _note(writer, folder, split, counter.progress(writer.n_tokens, seam))
-            for ids, chunk in zip(encodings, batch, strict=True):
-                writer.write([*ids, tokenizer.eos_id] if chunk.ends else ids)
+            writer.write(ids)
+            for chunk in batch:
                 counter.add(chunk)
             bar.update(sum(len(chunk.text) for chunk in batch))
         done = counter.progress(writer.n_tokens)
@@ -134,22 +140,28 @@ def _bar(texts: Sequence[str], split: str, done: SplitInfo) -> Any:
 
 def _encoded(
     batches: Iterable[list[Chunk]], tokenizer: TextTokenizer
-) -> Iterator[tuple[list[Chunk], list[list[int]]]]:
-    """Yield each batch with the token ids of its chunks, while the next one is tokenized."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque[tuple[list[Chunk], Future[list[list[int]]]]] = deque()
+) -> Iterator[tuple[list[Chunk], NDArray[np.uint32]]]:
+    """Yield each batch with its token ids, end tokens included, while the next ones are tokenized."""
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        waiting: deque[tuple[list[Chunk], Future[NDArray[np.uint32]]]] = deque()
         for batch in batches:
             waiting.append((batch, pool.submit(_ids_of, batch, tokenizer)))
-            if len(waiting) > 1:
+            if len(waiting) > AT_ONCE:
                 encoded, ids = waiting.popleft()
                 yield encoded, ids.result()
         for encoded, ids in waiting:
             yield encoded, ids.result()
 
 
-def _ids_of(batch: list[Chunk], tokenizer: TextTokenizer) -> list[list[int]]:
-    found = iter(tokenizer.encode_batch([c.before + c.text for c in batch if c.ids is None]))
-    return [next(found)[c.tokens_before :] if c.ids is None else [*c.ids] for c in batch]
+def _ids_of(batch: list[Chunk], tokenizer: TextTokenizer) -> NDArray[np.uint32]:
+    encoded = iter(tokenizer.encode_batch([c.before + c.text for c in batch if c.ids is None]))
+    end, parts = np.array([tokenizer.eos_id], np.uint32), []
+    for chunk in batch:
+        ids = np.array(next(encoded) if chunk.ids is None else chunk.ids, np.uint32)
+        parts.append(ids[chunk.tokens_before :] if chunk.ids is None else ids)
+        if chunk.ends:
+            parts.append(end)
+    return np.concatenate(parts)
 
 
 def _journal(folder: Path, split: str) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tnnlm.checkpoints.certificate import ModelReport
 from tnnlm.checkpoints.converted import ConvertedModel, check_unchanged, save_report
 from tnnlm.checkpoints.training import TrainedCheckpoint
+from tnnlm.deployment.card_metadata import Stated
 from tnnlm.deployment.model_card import model_card
 from tnnlm.errors import collect_failure
 from tnnlm.files import write_text
@@ -19,12 +21,18 @@ class Description:
     """
 
     def __init__(
-        self, source: TrainedCheckpoint, written: ConvertedModel, folder: Path, license: str | None
+        self,
+        source: TrainedCheckpoint,
+        written: ConvertedModel,
+        folder: Path,
+        stated: Stated,
+        prompts: Sequence[str] = (),
     ) -> None:
         self._source = source
         self._fingerprint = written.fingerprint
         self._folder = folder
-        self._license = license
+        self._stated = stated
+        self._prompt = next(iter(prompts), "")
         self.failures: dict[str, str] = {}
         """Files that could not be written, and other optional steps that failed, with the reason."""
 
@@ -35,6 +43,8 @@ class Description:
             save_report(self._folder, report)
         with collect_failure(self.failures, "model card"):
             source = self._source
-            card = model_card(source.config, source.step, source.model, report, note, self._license)
+            card = model_card(
+                source.config, source.step, source.model, report, note, self._stated, self._prompt
+            )
             check_unchanged(self._folder, self._fingerprint)
-            write_text(self._folder / "README.md", card)
+            write_text(self._folder / "README.md", str(card))

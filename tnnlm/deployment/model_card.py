@@ -6,15 +6,16 @@ measured numbers only.
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from tnnlm.checkpoints.certificate import ModelReport
-from tnnlm.config.schema import Config, DataConfig
-from tnnlm.config.sources import kind_of
-from tnnlm.config.text_sources import SourceConfig
+from tnnlm.config.schema import Config
+from tnnlm.deployment.card_metadata import NOTHING_STATED, Stated, card_metadata, data_names, is_local, line
 from tnnlm.deployment.perplexity import perplexity_cells
 from tnnlm.models.causal_lm import CausalLM
 
@@ -27,9 +28,10 @@ def model_card(
     trained: CausalLM,
     report: ModelReport,
     note: str | None = None,
-    license: str | None = None,
-) -> str:
-    """Return the content of README.md.
+    stated: Stated = NOTHING_STATED,
+    prompt: str = "",
+) -> ModelCard:
+    """Return the model card, whose text is the content of README.md.
 
     Args:
         config: Configuration of the run.
@@ -37,22 +39,18 @@ def model_card(
         trained: Trained model, in its parallel form.
         report: Report of the conversion, with perplexities if they were measured.
         note: Reason why perplexities were not measured.
-        license: License identifier of the model on the Hub, such as ``apache-2.0``; None if not stated.
+        stated: License, languages and data sets that the user states.
+        prompt: Prompt of the examples, in the language of the data; empty if none is known.
     """
     sizes = trained.config
     base = config.init.weights
-    public = base if base is not None and not _is_local(base) else None
-    metadata = ModelCardData(
-        license=_line(license) if license else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=_line(public) if public else None,
-        tags=["tnnlm", _line(config.model.kernel.name), "long-convolution", "recurrent"],
-        datasets=_public_data(config.data) if step else None,
-    )
-    return _template().render(
-        metadata=metadata.to_yaml(),
-        license=license,
+    public = base if base is not None and not is_local(base) else None
+    text = _template().render(
+        metadata=card_metadata(config, step > 0, report, stated, public).to_yaml(),
+        license=stated.license,
+        prompt=json.dumps(prompt or "TEXT", ensure_ascii=False),
+        known_prompt=bool(prompt),
+        shell_prompt=shlex.quote(prompt or "TEXT"),
         name=config.name,
         kernel=sizes.kernel.name,
         sizes={
@@ -67,7 +65,7 @@ def model_card(
         imported=not step,
         base=public or (base and Path(base).name),
         data=config.data,
-        data_names=_data_names(config.data),
+        data_names=data_names(config.data),
         tokenizer=Path(config.data.tokenizer).name if config.data.tokenizer else None,
         vocab_size=sizes.vocab_size,
         report=report,
@@ -80,6 +78,7 @@ def model_card(
         note=note or "no validation data was available",
         layers=[[str(index), layer.method, *layer.figures()] for index, layer in enumerate(report.layers)],
     )
+    return ModelCard(text)
 
 
 def _template() -> Template:
@@ -91,38 +90,10 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"line": _line, "code": _code}
+    environment.filters |= {"line": line, "code": _code}
     return environment.get_template(TEMPLATE.name)
-
-
-def _line(text: str) -> str:
-    """Join the lines of a user's string, because a second line could be a heading or end the metadata."""
-    return " ".join(text.split())
 
 
 def _code(text: str) -> str:
     """Format a user's string as inline code, with backticks replaced, because they would end it."""
-    return f"`{_line(text).replace('`', chr(39))}`"
-
-
-def _public_data(data: DataConfig) -> list[str] | None:
-    """Return the Hub data set for the metadata, as a list of one name, or None for local data."""
-    name = data.hub_name
-    return [_line(name)] if data.source == "hub" and name and not _is_local(name) else None
-
-
-def _data_names(data: DataConfig | SourceConfig) -> list[str]:
-    """Return the names of the data files, or of the data set with its configuration and split."""
-    if isinstance(data, DataConfig) and data.source == "mixture":
-        return [name for part in data.sources if part.source != "stdlib" for name in _data_names(part)]
-    kind = kind_of(data) if isinstance(data, SourceConfig) else data.source
-    if kind in ("files", "tokens"):
-        return [Path(name).name for name in (data.files if kind == "files" else data.tokens)]
-    hub_name = data.hub_name or ""
-    shown = Path(hub_name).name if _is_local(hub_name) else hub_name
-    return [part for part in (shown, data.hub_config or "", f"split {data.hub_split}") if part]
-
-
-def _is_local(name: str) -> bool:
-    """Return whether a data set's name is a local path, which the card must not disclose."""
-    return name.startswith(("/", ".", "~")) or Path(name).exists()
+    return f"`{line(text).replace('`', chr(39))}`"

@@ -18,6 +18,7 @@ from tnnlm.checkpoints.converted import (
     save_converted,
 )
 from tnnlm.checkpoints.locate import CONVERTED, find_checkpoint
+from tnnlm.checkpoints.prompts import usable_prompts
 from tnnlm.checkpoints.settings_file import take_own_tokenizer
 from tnnlm.checkpoints.training import TrainedCheckpoint, load_checkpoint
 from tnnlm.config.schema import ConversionConfig
@@ -27,6 +28,7 @@ from tnnlm.conversion.verify import Check, check_gap, check_layers, check_steps
 from tnnlm.data.report import read_report
 from tnnlm.data.tasks import open_corpus
 from tnnlm.deployment.bars import bar
+from tnnlm.deployment.card_metadata import NOTHING_STATED, Stated
 from tnnlm.deployment.description import Description
 from tnnlm.deployment.packages import (
     NO_PACKAGES,
@@ -63,6 +65,8 @@ class ConversionResult:
     """Reason why perplexities were not measured, or None."""
     failures: dict[str, str]
     """Optional steps that failed, with the reason."""
+    prompts: tuple[str, ...] = ()
+    """Short prompts from the text of the run; none if they are not known."""
     planned: list[str] = field(default_factory=list)
     """Announcements of the steps that are compiled next, one line each."""
     packages: list[Path] = field(default_factory=list)
@@ -80,7 +84,7 @@ def convert_checkpoint(
     verify: bool,
     packages: Packages = NO_PACKAGES,
     perplexity_tokens: int | None = None,
-    license: str | None = None,
+    stated: Stated = NOTHING_STATED,
     runs_dir: Path = Path("runs"),
     device: str = "cpu",
     inference_only: bool = False,
@@ -101,7 +105,7 @@ def convert_checkpoint(
         packages: Compiled steps and exports to add to the folder.
         perplexity_tokens: Number of tokens of each length that perplexities are measured on; None measures as
             many as take about half a minute, and 0 measures none.
-        license: License identifier on the Hugging Face Hub, for the model card; None if not stated.
+        stated: License, languages and data sets for the model card.
         runs_dir: Folder of the runs.
         device: Device on which layers are converted, one at a time, and perplexities are measured.
             ``auto`` is a GPU if there is one. The written files don't depend on it, except for rounding.
@@ -116,6 +120,7 @@ def convert_checkpoint(
     keep_large_blocks()
     limit_threads()
     check_packages(packages)
+    stated.check()
     where = usable_device(device)
     elsewhere = None if where.type == "cpu" else where
     path = find_checkpoint(target, runs_dir)
@@ -125,9 +130,10 @@ def convert_checkpoint(
     with only_writer(folder):
         model, report = _convert(source, recipe, elsewhere)
         kept = None if inference_only else source.model
-        save_converted(folder, model, source.tokenizer, report, force, kept)
+        prompts = _prompts(source)
+        save_converted(folder, model, source.tokenizer, report, force, kept, prompts)
         written = ConvertedModel(model, source.tokenizer, model_fingerprint(model))
-        described = Description(source, written, folder, license)
+        described = Description(source, written, folder, stated, prompts)
         with _explained_interrupt(
             f"{folder} holds the converted model, with what was measured until now; "
             "run the same command with --force to convert again and complete it"
@@ -135,7 +141,7 @@ def convert_checkpoint(
             found, note = _perplexities(source, model, report, perplexity_tokens, elsewhere, described)
             checks = _verify(source, model, recipe, found, described.failures) if verify else []
             described.publish(found, note)
-        done = ConversionResult(folder, source, found, checks, note, described.failures)
+        done = ConversionResult(folder, source, found, checks, note, described.failures, prompts)
         if elsewhere is not None:
             packages = packages.without_optional()  # a compiled step runs on the CPU
         return _package(done, written, packages, on_complete)
@@ -260,6 +266,15 @@ def _corpus_of(source: TrainedCheckpoint) -> Corpus:
     if changed or corpus.tokenizer.fingerprint != source.tokenizer.fingerprint:
         raise DataError("the data of this run has changed")
     return corpus
+
+
+def _prompts(source: TrainedCheckpoint) -> tuple[str, ...]:
+    """Return the prompts that the run of a checkpoint stored with the report of its data."""
+    try:
+        report = read_report(_run_of(source.path)) if source.own_data and source.step else None
+    except DataError:  # whatever needs the report raises it
+        return ()
+    return usable_prompts(report.prompts) if report is not None else ()
 
 
 def _verify(

@@ -50,7 +50,10 @@ def show_packages(done: ConversionResult, console: Console) -> None:
     lines = [f"wrote {path}" for path in done.packages]
     lines += [f"note: {text}" for text in done.notes]
     lines += [f"FAILED: {step}: {why}" for step, why in done.failures.items()]
-    lines.append(f"wrote {done.folder}/; next: {command('generate', '--model', done.folder)} --prompt TEXT")
+    prompt = next(iter(done.prompts), "TEXT")
+    lines.append(
+        f"wrote {done.folder}/; next: {command('generate', '--model', done.folder, '--prompt', prompt)}"
+    )
     _print(lines, console)
 
 

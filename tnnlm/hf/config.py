@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tnnlm.checkpoints.converted import FORMAT
-from tnnlm.checkpoints.hf_files import AUTO_MAP, MODEL_TYPE, SHIM, SHIM_TEXT
+from tnnlm.checkpoints.hf_files import AUTO_MAP, MODEL_TYPE, code_files
 from tnnlm.checkpoints.manifest import CHECKSUMS, REMEDY, update_checksum, verify_folder
 from tnnlm.config.loader import model_config_from_dict
 from tnnlm.config.schema import ModelConfig
@@ -48,6 +48,8 @@ class TnnlmConfig(PreTrainedConfig):
     """Rows of the embedding that the tokenizer has no token for; their logits are -inf."""
     model_sha256: str | None = None
     """SHA-256 of all weights."""
+    sample_prompts: list[str] | None = None
+    """Short prompts from the text that the model was trained on."""
     n_ctx: int | None = None
     """Context length of evaluations, in tokens. The model itself has no limit."""
     use_cache: bool = True
@@ -83,7 +85,7 @@ class TnnlmConfig(PreTrainedConfig):
         Raises:
             CheckpointError: If this is not the configuration of a converted model.
         """
-        if self.model is None or self.recurrences is None:
+        if self.model is None or not self.recurrences:
             raise CheckpointError(
                 "config.json: is not the configuration of a converted model", "convert the checkpoint again"
             )
@@ -127,12 +129,13 @@ class TnnlmConfig(PreTrainedConfig):
         return found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write config.json, the Python module that its ``auto_map`` refers to, and their checksums."""
+        """Write config.json, the Python code that its ``auto_map`` refers to, and checksums."""
         self.auto_map = AUTO_MAP
         self.checksums = CHECKSUMS
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / SHIM, SHIM_TEXT)
+        for name, text in code_files().items():
+            write_text(folder / name, text)
         super().save_pretrained(save_directory, **options)
         update_checksum(folder, "config.json")
 

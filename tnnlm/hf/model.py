@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tnnlm.checkpoints.converted import model_fingerprint
 from tnnlm.checkpoints.manifest import REMEDY, verify_folder, warn_edited, write_checksums
 from tnnlm.checkpoints.weights import check_finite
+from tnnlm.errors import CheckpointError
 from tnnlm.hf.cache import RecurrentCache, StateLayer, state_layer
 from tnnlm.hf.config import TnnlmConfig, refuse_adapter
 from tnnlm.hf.generation import RecurrentGenerationMixin
@@ -173,17 +174,20 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
 
         Raises:
             CheckpointError: If a file of the folder is damaged or was replaced, it holds an adapter, or a
-                weight is not finite.
+                weight is not finite. Weights from elsewhere are compared with the SHA-256 in config.json,
+                unless they are to be loaded in another dtype.
         """
-        folder = Path(name or "", options.get("subfolder") or "")
+        folder, verified = Path(name or "", options.get("subfolder") or ""), False
         if name is not None and folder.is_dir():
             refuse_adapter(folder)
-            verify_folder(folder, read_json(folder / "config.json", REMEDY))
+            verified = verify_folder(folder, read_json(folder / "config.json", REMEDY))
             warn_edited(folder)
         found: Any = super().from_pretrained(name, *rest, **options)
         model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         values = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
         check_finite(values, folder)
+        if not verified and _as_stored(options) and len(values) == len(model.state_dict()):
+            _check_fingerprint(model, folder)
         made: TnnlmForCausalLM = found
         return made
 
@@ -256,6 +260,25 @@ class TnnlmForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         x = x.gather(1, (index - 1 - first).clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
         x = torch.where((index > 0)[:, :, None], x, last[:, None])
         return x[:, :-1], state, x[:, -1]
+
+
+def _as_stored(options: dict[str, Any]) -> bool:
+    """Return whether options of ``from_pretrained`` leave all weights unchanged."""
+    dtypes = (options.get("dtype"), options.get("torch_dtype"))
+    return set(dtypes) <= {None, "auto"} and options.get("quantization_config") is None
+
+
+def _check_fingerprint(model: TnnlmForCausalLM, where: Path) -> None:
+    """Compare loaded weights with the SHA-256 in config.json, if it has one.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    stated = model.config.model_sha256
+    if stated is not None and model_fingerprint(model.model) != stated:
+        raise CheckpointError(
+            f"{where}: the weights are damaged or were replaced (config.json states another hash)", REMEDY
+        )
 
 
 def _missing_ids(missing: list[int], before: int, tokens: int | None, rows: int) -> list[int]:

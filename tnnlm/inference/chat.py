@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from tnnlm.chat.encoding import SpecialTokens
 from tnnlm.chat.renderer import Renderer
@@ -22,8 +22,17 @@ from tnnlm.tokenizer import TextTokenizer
 _NO_TEXT = UserError("prompt: the chat template makes no text of it", "use another template")
 
 
-def encode_chats(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of messages of a user, each with the beginning of an answer to it.
+class EncodedChats(NamedTuple):
+    """Messages as prompts."""
+
+    rows: list[list[int]]
+    """Token ids of each message, with the beginning of an answer to it."""
+    closing: str
+    """Text that ends answers, see :meth:`~tnnlm.chat.templates.ChatTemplate.closing`."""
+
+
+def encode_chats(tokenizer: TextTokenizer, prompts: Sequence[str]) -> EncodedChats:
+    """Return messages of a user as prompts, each with the beginning of an answer to it.
 
     The template is that of the tokenizer, or the plain one.
 
@@ -34,9 +43,15 @@ def encode_chats(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[
         chat = ChatTemplate(tokenizer.chat_template or PLAIN, SpecialTokens(tokenizer), renderer)
         texts = [chat.prompt([user(prompt)], "prompt") for prompt in prompts]
         rows = list(chat.tokens.encode_batch(texts))
+        closing = chat.closing()
     if not all(rows):
         raise _NO_TEXT
-    return rows
+    return EncodedChats(rows, closing)
+
+
+def until(closing: str, text: str) -> str:
+    """Return the text before a closing text, or all of it if there is none."""
+    return text.partition(closing)[0] if closing else text
 
 
 def user(content: str) -> Message:
@@ -69,6 +84,7 @@ class ChatSession:
         self._read = ""
         """Text that the state has read, with the answer that was generated from it."""
         self._state: GenerationState | None = None
+        self._closing = self._chat.closing()
 
     def answer(self, prompt: str, out: TextIO | None) -> str:
         """Generate the answer to a message and return it; it is streamed to ``out`` if that is given.
@@ -91,9 +107,10 @@ class ChatSession:
             raise _NO_TEXT
         generator = self._session.generator
         state = generator.prefill_tokens([tokens], before) if tokens or before is None else before
-        record = self._session.stream(state, out, stripped=True)
-        answer = record.text
-        self._state, self._read = record.state, text + self._chat.tokens.hide(answer)
+        record = self._session.stream(state, out, stripped=True, closing=self._closing)
+        written = self._chat.tokens.written(record.tokens)
+        answer = self._chat.tokens.show(until(self._closing, written))
+        self._state, self._read = record.state, text + written
         self.messages = [*messages, {"role": ASSISTANT, "content": answer}]
         return answer
 
@@ -148,15 +165,16 @@ def chat(
                 sys.stdout.write("\n")
             found.converse(sys.stdin, sys.stdout)
         return
-    rows = encode_chats(tokenizer, [*prompts] * n_samples)
+    rows, closing = encode_chats(tokenizer, [*prompts] * n_samples)
     if as_json:
         measured = session.measure_rows(rows)
+        measured["samples"] = [until(closing, text) for text in measured["samples"]]
         first = {"prompt": prompts[0], "text": measured["samples"][0]}
         print(json.dumps({**measured, **(first if len(prompts) == 1 else {})}, ensure_ascii=False))
     elif len(rows) == 1:
-        session.stream(session.generator.prefill_tokens(rows), sys.stdout, stripped=True)
+        session.stream(session.generator.prefill_tokens(rows), sys.stdout, stripped=True, closing=closing)
         sys.stdout.write("\n")
     else:
         for index, text in enumerate(session.measure_rows(rows)["samples"]):
             title = prompts[index] if len(prompts) > 1 else f"sample {index + 1}"
-            sys.stdout.write(f"--- {title}\n{text.lstrip()}\n")
+            sys.stdout.write(f"--- {title}\n{until(closing, text).lstrip()}\n")

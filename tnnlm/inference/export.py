@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tnnlm.checkpoints.converted import ConvertedModel
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, install_command
 from tnnlm.files import atomic_folder, write_text
 from tnnlm.models.causal_lm import CausalLM, ModelState
 from tnnlm.models.surgery import use_windows
@@ -104,7 +104,7 @@ def check_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--onnx: needs {' and '.join(missing)}", "pip install 'tnnlm[onnx]'")
+        raise UserError(f"--onnx: needs {' and '.join(missing)}", f"run: {install_command('onnx')}")
 
 
 def _frozen(converted: ConvertedModel) -> ConvertedModel:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from tnnlm.errors import UserError
+from tnnlm.inference.adjustments import Adjustments, changes_of, sample_rows
 from tnnlm.inference.decoder import DecoderModel
 from tnnlm.inference.generation_state import Completion, GenerationState, TokenHistory, join
+from tnnlm.inference.grammar import Grammar
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams, sample
 from tnnlm.inference.speculation import Sampler, Speculation, speculate
@@ -76,6 +78,7 @@ class TextGenerator:
         sampling: SamplingParams | None = None,
         *,
         seed: int | None = None,
+        grammar: Grammar | None = None,
     ) -> str:
         """Generate a completion of ``prompt`` and return it without the prompt.
 
@@ -85,6 +88,7 @@ class TextGenerator:
                 earlier.
             sampling: Sampling parameters (default: ``SamplingParams()``).
             seed: Seed of the random number generator; None samples differently at each call.
+            grammar: Grammar of the completion, from :class:`tnnlm.inference.grammar.GrammarCompiler`.
 
         Raises:
             UserError: If the prompt is empty or not valid Unicode, or a number is out of range.
@@ -94,7 +98,8 @@ class TextGenerator:
             raise UserError(f"seed {seed}: must be from -2^63 to 2^64 - 1")
         random = torch.Generator(self.device)
         random.seed() if seed is None else random.manual_seed(seed)
-        _, chunks = self.stream(self.prefill([prompt]), max_new_tokens, sampling or SamplingParams(), random)
+        state, sampling = self.prefill([prompt]), sampling or SamplingParams()
+        _, chunks = self.stream(state, max_new_tokens, sampling, random, grammar)
         return "".join(chunks)
 
     @torch.inference_mode()
@@ -149,11 +154,13 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
+        grammar: Grammar | None = None,
     ) -> tuple[Completion, Iterator[str]]:
         """Generate a completion of a single row and stream its text.
 
         Generation ends after ``max_new_tokens`` tokens or at the end-of-document token, which is not part of
-        the text.
+        the text. Penalties and a grammar depend on each token before, so that no tokens are proposed with
+        them.
 
         Returns:
             A record that is filled while the stream is consumed, and an iterator over chunks of text, each of
@@ -164,8 +171,11 @@ class TextGenerator:
         """
         check_new_tokens(max_new_tokens)
         record = Completion(state)
-        generate = self._tokens if self.speculation is None else self._speculated_tokens
-        tokens = generate(record, max_new_tokens, sampling, generator)
+        changes = changes_of(state, sampling, self.tokenizer.size, grammar)
+        if self.speculation is None or changes:
+            tokens = self._tokens(record, max_new_tokens, sampling, generator, changes)
+        else:
+            tokens = self._speculated_tokens(record, max_new_tokens, sampling, generator)
         return record, self._text_chunks(record, tokens)
 
     @torch.inference_mode()
@@ -175,6 +185,7 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Generate completions of all rows of ``state`` in one batch, one token per row and step.
 
@@ -185,14 +196,15 @@ class TextGenerator:
             UserError: If ``max_new_tokens`` is out of range.
         """
         check_new_tokens(max_new_tokens)
-        if self.speculation is not None and self.speculation.for_batches:
+        changes = changes_of(state, sampling, self.tokenizer.size, grammar)
+        if self.speculation is not None and self.speculation.for_batches and not changes:
             return self._speculated_batch(state, max_new_tokens, sampling, generator)
         records = [Completion(state) for _ in state.lengths]
         rows, current = list(range(len(records))), state
         owned = False  # the caller keeps its state, but those that follow are used once
         started = time.perf_counter()
         for _ in range(max_new_tokens):
-            tokens = sample(self.token_logits(current.logits), sampling, generator)
+            tokens = self._sampled(current.logits, sampling, generator, changes)
             chosen = tokens.tolist()
             kept = [i for i, token in enumerate(chosen) if token != self.tokenizer.eos_id]
             if len(kept) < len(rows):
@@ -200,7 +212,7 @@ class TextGenerator:
                     records[rows[i]].state = current.select([i])
                 tokens = tokens[torch.tensor(kept, dtype=torch.long, device=tokens.device)]
                 current, rows = current.select(kept), [rows[i] for i in kept]
-                chosen = [chosen[i] for i in kept]
+                chosen, changes = [chosen[i] for i in kept], [changes[i] for i in kept if changes]
             if not rows:
                 break
             step = self.model.step_in_place if owned else self.model.step
@@ -215,6 +227,19 @@ class TextGenerator:
         for record in records:
             record.chunks = [self.tokenizer.decode(record.tokens, started=True)]
         return records
+
+    def _sampled(
+        self,
+        logits: Tensor,
+        sampling: SamplingParams,
+        generator: torch.Generator | None,
+        changes: Sequence[Adjustments],
+    ) -> Tensor:
+        """Sample the next tokens (B,) from the logits of the model, (B, V)."""
+        logits = self.token_logits(logits)
+        if changes:
+            return sample_rows(logits, sampling, generator, changes)
+        return sample(logits, sampling, generator)
 
     def _speculated_batch(
         self, state: GenerationState, limit: int, sampling: SamplingParams, generator: torch.Generator | None
@@ -249,12 +274,17 @@ class TextGenerator:
             yield chunk
 
     def _tokens(
-        self, record: Completion, limit: int, sampling: SamplingParams, generator: torch.Generator | None
+        self,
+        record: Completion,
+        limit: int,
+        sampling: SamplingParams,
+        generator: torch.Generator | None,
+        changes: Sequence[Adjustments],
     ) -> Iterator[int]:
         for _ in range(limit):
             started = time.perf_counter()
             with torch.inference_mode():
-                token = sample(self.token_logits(record.state.logits), sampling, generator)
+                token = self._sampled(record.state.logits, sampling, generator, changes)
                 chosen = int(token)
                 if chosen == self.tokenizer.eos_id:
                     return

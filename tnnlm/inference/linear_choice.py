@@ -19,6 +19,7 @@ from tnnlm.errors import UserError
 from tnnlm.inference.integer_linear import IntegerLinear
 from tnnlm.inference.linear import (
     DTYPES,
+    Float32Linear,
     HalfLinear,
     InferenceLinear,
     Int8Linear,
@@ -88,13 +89,19 @@ def _widened_bfloat16(weight: Tensor, bias: Tensor | None) -> WidenedLinear:
     return WidenedLinear(weight.bfloat16(), bias, "float16")
 
 
+def _float32(weight: Tensor, bias: Tensor | None) -> InferenceLinear:
+    if capability("mkl_float32"):
+        return Float32Linear(weight, bias)
+    return InferenceLinear(weight, bias, torch.float32)
+
+
 _WITHOUT_AVX512 = not torch.cpu._is_avx512_supported()
 """Whether FBGEMM gives a row the same bits in any batch: with AVX-512 some of its versions don't."""
 _ONEDNN = "oneDNN"
 _COMPILED_INT8 = Choice("oneDNN int8", IntegerLinear, True)
 _ON_CPU = {
     "float32": (
-        ("onednn_float32", Choice(_ONEDNN, partial(InferenceLinear, dtype=torch.float32), True)),
+        ("onednn_float32", Choice(_ONEDNN, _float32, True)),
         ("", Choice("plain", partial(cast_linear, dtype=torch.float32))),
     ),
     "bfloat16": (

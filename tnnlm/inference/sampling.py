@@ -1,4 +1,4 @@
-"""Sampling of the next token: temperature, top-k and top-p."""
+"""Sampling of the next token: temperature, top-k, top-p, min-p and penalties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_FINITE = "the model's logits are not finite: its weights are corrupt, or the
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters; top-k is applied before top-p."""
+    """Sampling parameters: penalties, then temperature, top-k, top-p and min-p in this order."""
 
     temperature: float = 0.8
     """Divisor of the logits, from 0 to 100; 0 is greedy decoding."""
@@ -24,6 +24,16 @@ class SamplingParams:
     """Number of most likely tokens to sample from; 0 or -1 disables it, as in vLLM."""
     top_p: float = 1.0
     """Cumulative probability of the most likely tokens to sample from; 1 disables it, 0 is greedy."""
+    min_p: float = 0.0
+    """Smallest probability of a token relative to that of the most likely one, from 0 (off) to 1."""
+    repetition_penalty: float = 1.0
+    """Divisor of positive logits, and factor of negative ones, of tokens that the prompt or the completion
+    contains, from 0.01 to 100; 1 disables it."""
+    presence_penalty: float = 0.0
+    """Number to subtract from the logits of tokens that the completion contains, from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Number to subtract from the logit of a token for each time that the completion contains it, from -2
+    to 2."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
@@ -32,6 +42,13 @@ class SamplingParams:
             raise UserError(f"top_k {self.top_k}: must be 0 (off) or more")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be from 0 (greedy) to 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p {self.min_p}: must be from 0 (off) to 1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty {self.repetition_penalty}: must be from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} {getattr(self, name)}: must be from -2 to 2")
 
     @property
     def greedy(self) -> bool:
@@ -77,6 +94,8 @@ def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
         # A token is kept if the mass before it is below p, so the most likely token is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.gather(-1, index.argsort(-1)), -math.inf)
+    if sampling.min_p > 0:  # the largest logit is 0 here
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
     return logits.softmax(-1)
 
 

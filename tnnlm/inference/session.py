@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from tnnlm.coverage import coverage
 from tnnlm.errors import CheckpointError, UserError
 from tnnlm.inference.engine import EngineInfo
 from tnnlm.inference.generator import Completion, GenerationState, TextGenerator, check_new_tokens, join
+from tnnlm.inference.grammar import Grammar
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.inference.state_file import load_state, save_state
 from tnnlm.models.causal_lm import state_bytes
@@ -29,11 +30,14 @@ class GenerationSession:
         max_new_tokens: int,
         seed: int,
         engine: EngineInfo,
+        grammar: Grammar | None = None,
     ) -> None:
         check_new_tokens(max_new_tokens)
         self.generator = generator
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self.grammar = grammar
+        """Grammar of all completions; None for any text."""
         self.engine = engine
         """Description of the engine that runs the model."""
         self.random = torch.Generator(generator.device).manual_seed(seed)
@@ -183,17 +187,25 @@ class GenerationSession:
             )
 
     def _batch(self, state: GenerationState) -> list[Completion]:
-        records = self.generator.generate(state, self.max_new_tokens, self.sampling, self.random)
+        limit, random = self.max_new_tokens, self.random
+        records = self.generator.generate(state, limit, self.sampling, random, self.grammar)
         self.state = join([record.state for record in records])
         return records
 
-    def stream(self, state: GenerationState, out: TextIO | None, *, stripped: bool = False) -> Completion:
+    def stream(
+        self, state: GenerationState, out: TextIO | None, *, stripped: bool = False, closing: str = ""
+    ) -> Completion:
         """Generate a completion of a state, which is streamed to ``out`` if that is given.
 
-        With ``stripped``, white space at its beginning is not shown.
+        Args:
+            state: State to continue.
+            out: Stream that the completion is written to.
+            stripped: Whether white space at its beginning is not shown.
+            closing: Text that ends the completion and is not shown; empty for none.
         """
-        record, chunks = self.generator.stream(state, self.max_new_tokens, self.sampling, self.random)
-        for chunk in chunks:
+        limit, random = self.max_new_tokens, self.random
+        record, chunks = self.generator.stream(state, limit, self.sampling, random, self.grammar)
+        for chunk in ended_by(closing, chunks) if closing else chunks:
             shown = chunk.lstrip() if stripped else chunk
             stripped = stripped and not shown
             if out is not None:
@@ -207,6 +219,23 @@ class GenerationSession:
         return record
 
 
+def ended_by(closing: str, chunks: Iterator[str]) -> Iterator[str]:
+    """Yield chunks of text up to a closing text, which may be spread over several of them."""
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        text, found, _ = held.partition(closing)
+        if found:
+            yield text
+            return
+        sizes = range(min(len(held), len(closing) - 1), 0, -1)
+        begun = next((size for size in sizes if closing.startswith(held[-size:])), 0)
+        text, held = held[: len(held) - begun], held[len(held) - begun :]
+        if text:
+            yield text
+    yield held
+
+
 def answer_lines(source: TextIO, out: TextIO, answer: Callable[[str], None]) -> None:
     """Call ``answer`` for each line of ``source`` that isn't blank; an error of a line is reported on stderr.
 
@@ -218,6 +247,8 @@ def answer_lines(source: TextIO, out: TextIO, answer: Callable[[str], None]) -> 
             out.flush()
         line = source.readline()
         if not line:
+            if source.isatty():  # The prompt of the shell begins a line.
+                out.write("\n")
             return
         if line.strip():
             try:

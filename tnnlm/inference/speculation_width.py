@@ -41,6 +41,7 @@ class PassCosts:
         self._measured = measured
         self._costs = {width: 1 + _PER_TOKEN * (width - 1) for width in self.widths}
         self._step = 0.0
+        self._ran: set[int] = set()
         self.per_proposal = 0.0
         """Cost of proposing a token, in single steps."""
 
@@ -49,8 +50,12 @@ class PassCosts:
         return self._costs[width]
 
     def observe(self, width: int, seconds: float) -> None:
-        """Take the duration of a pass over ``width`` tokens into account."""
-        if not self._measured:
+        """Take the duration of a pass over ``width`` tokens into account, unless it is the first one.
+
+        The first pass of a width takes longer, because its code and buffers are new.
+        """
+        if not self._measured or width not in self._ran:
+            self._ran.add(width)
             return
         if width == 1:
             self._step = _mean(self._step, seconds) if self._step else seconds

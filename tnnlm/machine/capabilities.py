@@ -143,6 +143,13 @@ def _onednn_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x.to(dtype), packed, None, "none", [], "")
 
 
+def _mkl_product(x: Tensor, weight: Tensor) -> Tensor:
+    if not torch.backends.mkl.is_available():
+        raise RuntimeError("PyTorch was built without MKL")
+    parts = weight.unflatten(0, (2, -1))
+    return torch.bmm(parts, x.unsqueeze(0).mT.expand(2, -1, -1)).flatten(0, 1).T
+
+
 def _fbgemm_float16(x: Tensor, weight: Tensor) -> Tensor:
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     return torch.ops.quantized.linear_dynamic_fp16(x, packed)
@@ -237,6 +244,9 @@ PROBES = {
     "onednn_float32": Probe(
         "oneDNN linear layers with float32 weights, and prefill convolutions",
         partial(_compare, partial(_onednn_linear, dtype=torch.float32)),
+    ),
+    "mkl_float32": Probe(
+        "MKL linear layers with float32 weights, for single rows", partial(_compare, _mkl_product)
     ),
     "onednn_bfloat16": Probe(
         "oneDNN linear layers with bfloat16 weights",

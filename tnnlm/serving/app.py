@@ -68,6 +68,7 @@ def create_app(generator: TextGenerator, settings: Settings, executor: Executor 
     if settings.allowed_hosts is not None:
         app.add_middleware(KnownHost, hosts=settings.allowed_hosts)
     _add_api(app, service)
+    _add_tokenization(app, service)
     _add_page(app)
     return app
 
@@ -84,26 +85,54 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.parser.check_model(name)
         return service.card()
 
-    def post(path: str, body: type[BaseModel]) -> Callable[[Any], Any]:
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
-        described = {"requestBody": {"content": content, "required": True}}
-        return app.post(path, dependencies=[key], response_model=None, openapi_extra=described)
+    post = _poster(app, key)
 
     @post("/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
         body = await _validated(request, CompletionRequest)
         partition = _partition(service, request, body)
+        grammar = await service.grammar(body)
         # Tokenizing a long prompt on the event loop would stall other streams.
-        parsed = await asyncio.to_thread(service.parser.parse, body, partition)
+        parsed = await asyncio.to_thread(service.parser.parse, body, partition, grammar)
         return await _answer(service, request, body, parsed)
 
     @post("/v1/chat/completions", ChatRequest)
     async def chat(request: Request) -> Response:
         body = await _validated(request, ChatRequest)
         partition = _partition(service, request, body)
-        prompt = await service.chat.prompt(body.messages)
-        parsed = await asyncio.to_thread(service.parse_chat, body, prompt, partition)
+        prompt, grammar = await service.chat.prompt(body.messages), await service.grammar(body)
+        parsed = await asyncio.to_thread(service.parse_chat, body, prompt, partition, grammar)
         return await _answer(service, request, body, parsed)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        return JSONResponse(service.health(), 200 if service.scheduler.alive else 503)
+
+    @app.get("/metrics", dependencies=[key])
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json", dependencies=[key], include_in_schema=False)
+    def description() -> dict[str, Any]:
+        schemas: dict[str, Any] = {}
+        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
+            schemas |= schema_of(body)
+        return app.openapi() | {"components": {"schemas": schemas}}
+
+
+def _poster(app: FastAPI, key: Any) -> Callable[[str, type[BaseModel]], Callable[[Any], Any]]:
+    """Return a decorator of routes that parse bodies themselves, given a path and the model of a body."""
+
+    def post(path: str, body: type[BaseModel]) -> Callable[[Any], Any]:
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        described = {"requestBody": {"content": content, "required": True}}
+        return app.post(path, dependencies=[key], response_model=None, openapi_extra=described)
+
+    return post
+
+
+def _add_tokenization(app: FastAPI, service: Service) -> None:
+    post = _poster(app, Depends(key_check(service.settings.api_keys)))
 
     @post("/tokenize", TokenizeRequest)
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -121,21 +150,6 @@ def _add_api(app: FastAPI, service: Service) -> None:
         body = await _validated(request, DetokenizeRequest)
         service.parser.check_model(body.model)
         return {"prompt": await asyncio.to_thread(service.parser.decode, body.tokens)}
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        return JSONResponse(service.health(), 200 if service.scheduler.alive else 503)
-
-    @app.get("/metrics", dependencies=[key])
-    def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/openapi.json", dependencies=[key], include_in_schema=False)
-    def description() -> dict[str, Any]:
-        schemas: dict[str, Any] = {}
-        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
-            schemas |= schema_of(body)
-        return app.openapi() | {"components": {"schemas": schemas}}
 
 
 def _add_page(app: FastAPI) -> None:

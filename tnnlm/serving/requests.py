@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from tnnlm.detokenizer import TextStream
 from tnnlm.errors import UserError
+from tnnlm.inference.grammar import Grammar
 from tnnlm.inference.prompts import encode_prompt
 from tnnlm.inference.sampling import SamplingParams
 from tnnlm.serving.answer import ID_BYTES, answer_bytes
@@ -21,6 +23,9 @@ from tnnlm.serving.sequence import GeneratedSequence, Prompt, StoppedText
 from tnnlm.serving.settings import CHAT_TOKENS, Settings
 from tnnlm.serving.wire import CHAT, COMPLETION
 from tnnlm.tokenizer import TextTokenizer
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+"""Names of the parameters of sampling, which requests have too."""
 
 
 class ParsedRequest(NamedTuple):
@@ -70,12 +75,15 @@ class RequestParser:
                 404, f"model: {name!r} is not served here; use {self.model!r}", "model", "model_not_found"
             )
 
-    def parse(self, request: CompletionRequest, partition: bytes = b"") -> ParsedRequest:
+    def parse(
+        self, request: CompletionRequest, partition: bytes = b"", grammar: Grammar | None = None
+    ) -> ParsedRequest:
         """Return the prompts and sequences of a request, ready for the scheduler.
 
         Args:
             request: Validated body.
             partition: Part of the prefix cache for its prompts.
+            grammar: Grammar of the completions.
 
         Raises:
             ApiError: 400 or 404, with the invalid parameter.
@@ -87,7 +95,7 @@ class RequestParser:
         rows = [self._tokens(prompt, special) for prompt in given]
         size = self._size(request, rows)
         streams, echoes = zip(*(self._begin(tokens, request.echo) for tokens in rows), strict=True)
-        sequences = self._sequences(request, arrived, streams)
+        sequences = self._sequences(request, arrived, rows, streams, grammar)
         scored = request.logprobs if request.echo else None
         prompts = [
             Prompt(tokens, sequences[i * request.n : (i + 1) * request.n], scored, echoes[i], partition)
@@ -102,7 +110,12 @@ class RequestParser:
         return ParsedRequest(response, prompts, size)
 
     def parse_chat(
-        self, request: ChatRequest, prompt: ChatPrompt, tokens: list[int], partition: bytes = b""
+        self,
+        request: ChatRequest,
+        prompt: ChatPrompt,
+        tokens: list[int],
+        partition: bytes = b"",
+        grammar: Grammar | None = None,
     ) -> ParsedRequest:
         """Return the prompt and sequences of a chat, ready for the scheduler.
 
@@ -111,6 +124,7 @@ class RequestParser:
             prompt: Text of its messages.
             tokens: Token ids of this text.
             partition: Part of the prefix cache for its prompt.
+            grammar: Grammar of the answers.
 
         Raises:
             ApiError: 400 or 404, with the invalid parameter.
@@ -121,7 +135,7 @@ class RequestParser:
             raise ApiError(400, "messages: the chat template makes no text of them", "messages")
         size = self._size(request, [tokens])
         stream = TextStream(self.tokenizer.detokenizer, started=self._has_text(tokens))
-        sequences = self._sequences(request, arrived, [stream], prompt.lead)
+        sequences = self._sequences(request, arrived, [tokens], [stream], grammar, prompt.lead)
         read = Prompt(tokens, sequences, partition=partition, text=prompt.text)
         scores = ChatLogprobsFormat(self.tokenizer.detokenizer, self.tokenizer.eos_id)
         most = self.limits.max_answer_bytes
@@ -148,11 +162,17 @@ class RequestParser:
         return min(CHAT_TOKENS, self.limits.max_tokens) if given is None else given
 
     def _sequences(
-        self, request: SamplingRequest, arrived: float, streams: Sequence[TextStream], lead: str = ""
+        self,
+        request: SamplingRequest,
+        arrived: float,
+        rows: Sequence[Sequence[int]],
+        streams: Sequence[TextStream],
+        grammar: Grammar | None,
+        lead: str = "",
     ) -> list[GeneratedSequence]:
-        """Return the sequences of all prompts, which continue ``streams``."""
+        """Return the sequences of all prompts, whose tokens are ``rows``."""
         bias = self._bias(request.logit_bias)
-        sampling = SamplingParams(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
+        sampling = SamplingParams(**{name: getattr(request, name) for name in SAMPLING})
         tokens, deadline = self._new_tokens(request), arrived + self.limits.timeout
         sequences = []
         for index in range(len(streams) * request.n):
@@ -161,9 +181,9 @@ class RequestParser:
                 self.tokenizer.size,
                 seed=request.seed,
                 index=index,
+                prompt=rows[index // request.n],
                 bias=bias,
-                presence=request.presence_penalty,
-                frequency=request.frequency_penalty,
+                matcher=None if grammar is None else grammar.start(),
             )
             text = StoppedText(streams[index // request.n].fork(), request.stop, lead)
             scores = request.alternatives

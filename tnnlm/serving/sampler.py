@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tnnlm.inference.adjustments import Adjustments
+from tnnlm.inference.grammar import GrammarMatcher
 from tnnlm.inference.sampling import SamplingParams, tempered
 
 NO_TOKEN = -1
@@ -33,32 +35,27 @@ class SequenceSampler:
         *,
         seed: int | None = None,
         index: int = 0,
+        prompt: Sequence[int] = (),
         bias: Mapping[int, float] | None = None,
-        presence: float = 0.0,
-        frequency: float = 0.0,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
         """Set up sampling of one sequence.
 
         Args:
-            sampling: Temperature, top-k and top-p.
+            sampling: Sampling parameters.
             vocabulary: Size of the vocabulary.
             seed: Seed of the random number generator; None takes a random seed.
             index: Index among the sequences that share the seed.
+            prompt: Tokens of the prompt, which the repetition penalty applies to.
             bias: Values to add to the logits of tokens: id -> bias.
-            presence: Presence penalty, subtracted once from the logit of each token that was sampled.
-            frequency: Frequency penalty, subtracted from a token's logit each time that it is sampled.
+            matcher: Grammar that the sequence follows.
         """
         self.sampling = sampling
         self._random = np.random.default_rng(None if seed is None else (seed % (1 << 64), index))
         self._uniform: float | None = None
-        self._presence, self._frequency = presence, frequency
-        self._drawn: set[int] = set()
-        self.added: Tensor | None = None
-        """Sum of bias and penalties to add to the logits, (V,); None if there are none."""
-        if bias or presence or frequency:
-            self.added = torch.zeros(vocabulary)
-            for token, value in (bias or {}).items():
-                self.added[token] += value
+        changes = Adjustments(sampling, vocabulary, prompt=prompt, bias=bias, matcher=matcher)
+        self.changes = changes if changes.active else None
+        """Changes of the logits; None if there are none."""
 
     def uniform(self) -> float:
         """Return the random number of the next token, the same one until :meth:`took` is called.
@@ -70,14 +67,10 @@ class SequenceSampler:
         return self._uniform
 
     def took(self, token: int) -> None:
-        """Update the penalties with a sampled token, and continue with the next random number."""
+        """Update the changes with a sampled token, and continue with the next random number."""
         self._uniform = None
-        if self.added is None:
-            return
-        self.added[token] -= self._frequency
-        if token not in self._drawn:
-            self._drawn.add(token)
-            self.added[token] -= self._presence
+        if self.changes is not None:
+            self.changes.took(token)
 
 
 def sample_batch(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int | Exception]:
@@ -111,11 +104,11 @@ def _draw_alone(logits: Tensor, row: SequenceSampler) -> int | Exception:
 def draw_tokens(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
     """Sample one token per row of logits (B, V) without any change to the rows."""
     logits = logits.float()
-    if any(row.added is not None for row in rows):
+    if any(row.changes is not None for row in rows):
         logits = logits.clone()
-        for own, row in zip(logits, rows, strict=True):
-            if row.added is not None:
-                own += row.added.to(own.device)
+        for changed, row in zip(logits, rows, strict=True):
+            if row.changes is not None:
+                row.changes.apply(changed)
     best = logits.max(-1)  # the maximum of a row with a NaN is NaN
     # Read at once, because the host waits for a GPU at each reading.
     tokens: list[int] = best.indices.where(best.values.isfinite(), NO_TOKEN).tolist()
@@ -142,6 +135,9 @@ def _sample(logits: Tensor, rows: Sequence[SequenceSampler]) -> list[int]:
         some = logits[cut]
         least = least_kept(some, [rows[i].sampling for i in cut])
         logits[cut] = some.masked_fill(some < least[:, None], -math.inf)
+    relative = [math.log(row.sampling.min_p) if row.sampling.min_p > 0 else -math.inf for row in rows]
+    if any(bound > -math.inf for bound in relative):  # the largest logit of each row is 0
+        logits = logits.masked_fill(logits < logits.new_tensor(relative)[:, None], -math.inf)
     mass = logits.softmax(-1).cumsum(-1)
     uniform = mass.new_tensor([row.uniform() for row in rows])[:, None]
     return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0].tolist()

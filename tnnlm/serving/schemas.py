@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
+from tnnlm.inference.grammar import LONGEST_REGEX
 from tnnlm.serving.settings import LOGPROBS, PROMPTS, STOPS
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -20,13 +21,7 @@ _KINDS |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_
 
 INT64 = 2**63 - 1
 """Largest integer of a field."""
-_NEUTRAL: dict[str, Any] = {
-    "min_p": 0,
-    "typical_p": 1,
-    "repetition_penalty": 1,
-    "length_penalty": 1,
-    "min_tokens": 0,
-}
+_NEUTRAL: dict[str, Any] = {"typical_p": 1, "length_penalty": 1, "min_tokens": 0}
 _NEUTRAL |= {"use_beam_search": False, "ignore_eos": False, "skip_special_tokens": True, "store": False}
 _NEUTRAL |= {"tools": [], "tool_choice": "none", "functions": [], "modalities": ["text"]}
 _NEUTRAL |= {"add_generation_prompt": True, "continue_final_message": False, "service_tier": "auto"}
@@ -81,6 +76,43 @@ class StreamOptions(BaseModel):
     _nulls = model_validator(mode="before")(without_nulls)
 
 
+class NamedSchema(BaseModel):
+    """JSON schema with its name."""
+
+    model_config = STRICT
+    name: str = Field(max_length=64)
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+    """Accepted for compatibility and ignored, because the schema always holds."""
+
+    _nulls = model_validator(mode="before")(without_nulls)
+
+
+class ResponseFormat(BaseModel):
+    """Format of generated text."""
+
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = Field(None, validate_default=True)
+
+    _nulls = model_validator(mode="before")(without_nulls)
+
+    @field_validator("json_schema")
+    @classmethod
+    def _only_with_its_type(cls, value: NamedSchema | None, info: ValidationInfo) -> NamedSchema | None:
+        if "type" in info.data and (value is not None) != (info.data["type"] == "json_schema"):
+            raise ValueError("belongs to the type json_schema; give both, or none of them")
+        return value
+
+    @property
+    def grammar(self) -> dict[str, Any] | None:
+        """JSON schema of the text; None for any text."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.json_schema
+
+
 class SamplingRequest(BaseModel):
     """Parameters that the bodies of all endpoints have that generate text."""
 
@@ -91,6 +123,9 @@ class SamplingRequest(BaseModel):
     """Cumulative probability of the most likely tokens to sample from; 0 is greedy decoding."""
     top_k: int = Field(0, ge=-1, le=INT64)
     """Number of most likely tokens to sample from; 0 or -1 disables it. An extension of the OpenAI API."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Smallest probability of a token relative to that of the most likely one. An extension of the OpenAI
+    API, as in vLLM."""
     n: int = Field(1, ge=1, le=PROMPTS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: list[str] = Field(default_factory=list, max_length=STOPS)
@@ -98,7 +133,13 @@ class SamplingRequest(BaseModel):
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    """Divisor of positive logits, and factor of negative ones, of tokens of the prompt and the completion. An
+    extension of the OpenAI API, as in vLLM."""
     logit_bias: dict[str, float] = Field(default_factory=dict)
+    response_format: ResponseFormat | None = None
+    guided_regex: str | None = Field(None, min_length=1, max_length=LONGEST_REGEX)
+    """Regular expression that the text matches as a whole. An extension of the OpenAI API, as in vLLM."""
     user: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=512)
     """Secret of the client, whose prompts reuse only cached states of prompts with the same salt, as in
@@ -115,6 +156,14 @@ class SamplingRequest(BaseModel):
     def alternatives(self) -> int | None:
         """Number of most likely tokens to score at each position; None for no log-probabilities."""
         raise NotImplementedError
+
+    @field_validator("guided_regex")
+    @classmethod
+    def _one_grammar(cls, value: str | None, info: ValidationInfo) -> str | None:
+        other = info.data.get("response_format")
+        if value is not None and other is not None and other.grammar is not None:
+            raise ValueError("can't be combined with response_format; omit one of the two")
+        return value
 
     @field_validator("stream_options")
     @classmethod

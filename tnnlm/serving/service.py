@@ -6,14 +6,16 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 
 from tnnlm.errors import UserError
 from tnnlm.inference.generator import TextGenerator
+from tnnlm.inference.grammar import Grammar, GrammarCompiler
 from tnnlm.serving.chat import ChatPrompt, ChatPrompts
 from tnnlm.serving.chat_schemas import ChatRequest
 from tnnlm.serving.event_log import EventLog
@@ -22,12 +24,14 @@ from tnnlm.serving.prompt_queue import ClosedError, QueueFullError
 from tnnlm.serving.requests import ParsedRequest, RequestParser
 from tnnlm.serving.responses import UNREAD
 from tnnlm.serving.scheduler import Scheduler
-from tnnlm.serving.schemas import ApiError
+from tnnlm.serving.schemas import ApiError, SamplingRequest
 from tnnlm.serving.sequence import SHUTDOWN, SequenceOutput
 from tnnlm.serving.settings import Settings
 
 ANSWERS = 16
 """Number of answers of the largest size that all requests without ``stream`` may have together."""
+TOKEN_SECONDS = 0.0005
+"""Processor time per token that the grammar of a request may take on the thread that runs the model."""
 _BUSY = "too many requests are waiting; retry later"
 
 
@@ -44,6 +48,8 @@ class Service:
         )
         self.parser = RequestParser(generator.tokenizer, settings)
         self.chat = ChatPrompts(generator.tokenizer, settings.limits.max_body_bytes)
+        self._grammars = GrammarCompiler(generator.tokenizer, TOKEN_SECONDS)
+        self._compiling = ThreadPoolExecutor(1, "grammar")
         self.started = time.time()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._promised = 0
@@ -59,6 +65,7 @@ class Service:
             # Closed in another thread, so that the event loop can deliver the scheduler's last outputs.
             await asyncio.to_thread(self.scheduler.close)
             await asyncio.to_thread(self.chat.close)
+            self._compiling.shutdown()
 
     def chat_tokens(self, prompt: ChatPrompt, partition: bytes) -> list[int]:
         """Return the tokens of the messages of a chat.
@@ -71,13 +78,37 @@ class Service:
         except UserError as error:
             raise ApiError(400, str(error), "messages") from None
 
-    def parse_chat(self, body: ChatRequest, prompt: ChatPrompt, partition: bytes) -> ParsedRequest:
+    def parse_chat(
+        self, body: ChatRequest, prompt: ChatPrompt, partition: bytes, grammar: Grammar | None
+    ) -> ParsedRequest:
         """Return the prompt and sequences of a chat, ready for the scheduler.
 
         Raises:
             ApiError: 400 or 404, with the invalid parameter.
         """
-        return self.parser.parse_chat(body, prompt, self.chat_tokens(prompt, partition), partition)
+        tokens = self.chat_tokens(prompt, partition)
+        return self.parser.parse_chat(body, prompt, tokens, partition, grammar)
+
+    async def grammar(self, body: SamplingRequest) -> Grammar | None:
+        """Return the grammar of the text that a request asks for, if any.
+
+        It is compiled on a separate thread, which releases the interpreter during that.
+
+        Raises:
+            ApiError: 400 if it is invalid or too complex.
+        """
+        schema = None if body.response_format is None else body.response_format.grammar
+        compiler, name = self._grammars, "guided_regex" if schema is None else "response_format"
+        if schema is not None:
+            work = partial(compiler.json_schema, schema, name)
+        elif body.guided_regex is not None:
+            work = partial(compiler.regex, body.guided_regex, name)
+        else:
+            return None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, work)
+        except UserError as error:
+            raise ApiError(400, str(error), name) from None
 
     @contextmanager
     def promised(self, parsed: ParsedRequest) -> Iterator[None]:
@@ -128,6 +159,7 @@ class Service:
                 "chat_template": self.chat.description,
                 "max_prompt_tokens": limits.max_prompt_tokens,
                 "max_tokens": limits.max_tokens,
+                "prompts": [*settings.prompts],
             },
         }
 

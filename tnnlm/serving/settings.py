@@ -79,6 +79,8 @@ class Settings:
     """Description of the engine in one line."""
     parameters: int = 0
     """Number of parameters of the model."""
+    prompts: tuple[str, ...] = ()
+    """Short prompts from the text of the model, the first of which the page shows where one is typed."""
     api_keys: tuple[str, ...] = ()
     """API keys, one of which clients must send; without keys, everyone is served."""
     allowed_hosts: tuple[str, ...] | None = None

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -135,7 +135,7 @@ def _class_of(part: _Part) -> type:
         raise ConfigError(f"{part.shown}: is no class path", f"write it as package.module.{path}{known}")
     try:
         found = getattr(import_module(module), name, None)
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ConfigError(
             f"{part.shown}: can't be imported ({one_line(error)})",
             "install its package, or add its folder to PYTHONPATH",
@@ -144,6 +144,8 @@ def _class_of(part: _Part) -> type:
         raise ConfigError(f"{part.shown}: {module} has no class {name}")
     if not issubclass(found, part.base):
         raise ConfigError(f"{part.shown}: is not a {part.base.__name__} of lightning.pytorch")
+    if issubclass(found, ProgressBar):
+        raise ConfigError(f"{part.shown}: is a progress bar, and every run has one already", "omit it")
     if inspect.isabstract(found):
         raise ConfigError(f"{part.shown}: is abstract", "name a class derived from it")
     return found
@@ -173,5 +175,5 @@ def _made(part: _Part, defaults: dict[str, Any]) -> Any:
         return _class_of(part)(**part.arguments, **defaults)
     except ConfigError:
         raise
-    except Exception as error:  # a constructor may raise anything
+    except (Exception, SystemExit) as error:  # a constructor may raise anything
         raise ConfigError(f"{part.shown}: can't be made ({one_line(error)})") from error

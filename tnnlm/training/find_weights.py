@@ -33,6 +33,8 @@ def find_weights(target: str, runs_dir: Path) -> Path:
     Raises:
         CheckpointError: If there is nothing of this name.
     """
+    if not target:
+        raise CheckpointError("init.weights: is empty", "write null for random weights")
     folder = Path(target)
     restore_replaced(folder)
     if is_converted(folder):

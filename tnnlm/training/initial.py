@@ -89,6 +89,9 @@ class InitialWeights:
             CheckpointError: If the tokenizer differs.
         """
         old, new = (_architecture(found) for found in (self.loaded.config, config))
+        named = "model.kernel.name"
+        if new[named] != old[named]:  # The settings of two kernels can't be compared.
+            old, new = ({key: found[key] for key in ("task", named)} for found in (old, new))
         differ = [f"{key}={_shown(new.get(key))}" for key in {**old, **new} if new.get(key) != old.get(key)]
         if differ:
             there = [f"{key.partition('=')[0]}={_shown(old.get(key.partition('=')[0]))}" for key in differ]

@@ -23,6 +23,7 @@ from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.conversion.checks import check_training
 from tnnlm.data.datamodule import TextDataModule
+from tnnlm.data.prompts import sample_prompts, with_prompts
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
@@ -48,7 +49,6 @@ from tnnlm.training.optim import check_optimizer
 from tnnlm.training.quiet import quieten
 from tnnlm.training.resume import began, begin_at, check_outputs, check_resumable
 from tnnlm.training.slurm import begin_job
-from tnnlm.training.suggested_prompt import suggested_prompt
 from tnnlm.training.summary import plot_loss, show_summary, write_summary
 from tnnlm.training.tasks import VALIDATION_TASKS
 from tnnlm.training.test_split import final_scores
@@ -183,7 +183,7 @@ def _resolve(
         # Rank 0 chooses the folder, which is broadcast to the callbacks that write files.
         folder = run or config.runs_folder
         return _Start(strategy, folder, None, DataReport(), step, None if step is None else folder / source)
-    tokenizer = data.tokenizer
+    tokenizer, report = data.tokenizer, with_prompts(config, data)
     if initial is not None:
         initial.check_tokenizer(tokenizer)
     if run is None and job is not None:
@@ -191,10 +191,10 @@ def _resolve(
     else:
         folder = run or _new_folder(config)
     if step is None:
-        return _Start(strategy, folder, tokenizer, data.report, None, None)
-    check_data(folder, config, data.report)
+        return _Start(strategy, folder, tokenizer, report, None, None)
+    check_data(folder, config, report)
     _check_tokenizer(folder, source, tokenizer)
-    return _Start(strategy, folder, tokenizer, data.report, step, folder / source)
+    return _Start(strategy, folder, tokenizer, report, step, folder / source)
 
 
 def _build(
@@ -205,7 +205,7 @@ def _build(
     if start.step is not None:
         own.append(FirstStep(partial(_continue_run, config, start)))
     try:
-        return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra])
+        return build_trainer(config, start.strategy, start.folder, start.step, [*own, *extra], start.report)
     except BaseException:
         if new and is_main_process():
             shutil.rmtree(start.folder)
@@ -262,7 +262,8 @@ def _summarise(
     for name, reason in failures.items():
         show_line(f"warning: {folder / name}: {reason}")
     recipe = [] if not task.converts or all_decay(module.model) else ["--method", "auto"]
-    prompt = suggested_prompt(config, data.opened) if task.converts else ""
+    unknown = "TEXT" if config.data.format == "text" else None
+    prompt = next(iter(sample_prompts(config, data.opened)), unknown)
     show_summary(folder, summary, task, prompt, Console(), recipe)
     return summary
 

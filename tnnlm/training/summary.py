@@ -131,7 +131,7 @@ def show_summary(
     run: Path,
     summary: dict[str, Any],
     task: type[ValidationTask],
-    prompt: str,
+    prompt: str | None,
     console: Console,
     recipe: Sequence[str] = (),
 ) -> None:
@@ -141,7 +141,7 @@ def show_summary(
         run: Folder of the run.
         summary: Content of summary.json.
         task: Task of the run.
-        prompt: Prompt of the command that generates text; empty for a chat.
+        prompt: Prompt of the command that generates text; None for a chat.
         console: Console to print to.
         recipe: Options of the conversion that suit the kernel.
     """
@@ -152,7 +152,7 @@ def show_summary(
     if summary["params_frozen"]:
         parameters = f"{parameters} and {summary['params_frozen']:,} frozen ones"
     again = ["--force"] if (run / CONVERTED).exists() else []  # converted before the run was resumed
-    asked = ["--prompt", prompt] if prompt else ["--chat"]
+    asked = ["--chat"] if prompt is None else ["--prompt", prompt]
     lines = [
         f"{parameters}, {summary['tokens_seen']:,} tokens in "
         f"{summary['train_seconds']:.0f} s with validation"

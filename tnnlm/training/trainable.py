@@ -11,7 +11,7 @@ from torch import nn
 
 from tnnlm.config.init import LoRAConfig
 from tnnlm.config.schema import Config
-from tnnlm.errors import ConfigError
+from tnnlm.errors import ConfigError, install_command
 from tnnlm.kernels import Kernel
 from tnnlm.models.causal_lm import CausalLM
 from tnnlm.models.empty import without_weights
@@ -70,7 +70,7 @@ def _add_adapters(model: nn.Module, config: LoRAConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError(
-            f"init.lora.rank={config.rank}: needs the package peft", "run: pip install 'tnnlm[lora]'"
+            f"init.lora.rank={config.rank}: needs the package peft", f"run: {install_command('lora')}"
         ) from None
     inside = {
         id(part) for kernel in model.modules() if isinstance(kernel, Kernel) for part in kernel.modules()

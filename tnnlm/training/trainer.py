@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
 from tnnlm.config.schema import Config
+from tnnlm.data.report import DataReport
 from tnnlm.errors import ConfigError
 from tnnlm.training.callbacks.best import BestCheckpoint
 from tnnlm.training.callbacks.checkpoint import AtomicCheckpointIO
@@ -37,6 +39,7 @@ def build_trainer(
     folder: Path,
     resume_step: int | None,
     callbacks: list[Callback],
+    report: DataReport,
 ) -> lightning.Trainer:
     """Build the trainer of a run.
 
@@ -46,6 +49,8 @@ def build_trainer(
         folder: Folder of the run.
         resume_step: Step to resume from; None for a new run.
         callbacks: Callbacks to add before the one that saves the best checkpoint.
+        report: Report of the data, whose first prompt is that of the samples if ``trainer.sample_prompt`` is
+            null.
 
     Raises:
         ConfigError: If the accelerator or the strategy is not available on this machine.
@@ -64,7 +69,7 @@ def build_trainer(
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
         profiler=named_profiler(config, folder),
         logger=_loggers(config, folder, resume_step, at_terminal),
-        callbacks=_callbacks(config, folder, callbacks, at_terminal),
+        callbacks=_callbacks(config, folder, callbacks, at_terminal, report.prompts),
     )
     try:
         trainer = lightning.Trainer(**options)
@@ -111,12 +116,15 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, at_terminal:
     return loggers
 
 
-def _callbacks(config: Config, folder: Path, given: list[Callback], at_terminal: bool) -> list[Callback]:
+def _callbacks(
+    config: Config, folder: Path, given: list[Callback], at_terminal: bool, prompts: Sequence[str]
+) -> list[Callback]:
     settings = config.trainer
     task, average = VALIDATION_TASKS[config.task], averaging(config)
+    prompt = settings.sample_prompt
     samples = SampleWriter(
         folder / "samples.txt",
-        settings.sample_prompt,
+        next(iter(prompts), "") if prompt is None else prompt,
         settings.sample_tokens,
         chat=config.data.format != "text",
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnnlm.checkpoints.converted import ConvertedModel
-from tnnlm.errors import UserError
+from tnnlm.errors import UserError, install_command
 from tnnlm.inference.export import export_onnx
 from tnnlm.models.causal_lm import ModelState
 from tnnlm.ops.recurrence import named_tensors, with_tensors
@@ -26,7 +26,7 @@ class OnnxModel:
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("not installed; run: pip install 'tnnlm[onnx]'") from None
+            raise UserError(f"not installed; run: {install_command('onnx')}") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         path = export_onnx(converted, folder) / "step.onnx"

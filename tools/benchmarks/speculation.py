@@ -3,7 +3,8 @@
 Three kinds of sequences are decoded: greedy completions of Python sources; the sources themselves, where a
 pass accepts what the source says next (replayed); and their tokens in random order, in which nothing can be
 predicted. The sources are those of PyTorch, which a model that was trained on Python's standard library has
-not seen. The latter two don't depend on the weights.
+not seen. The latter two don't depend on the weights. What is decoded follows the first tokens of a source, in
+which proposals are looked up, so that the gain depends on their number (``--contexts``).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from tnnlm.inference.speculation import speculate
 from tnnlm.machine.capabilities import describe_cpu
 
 GREEDY = SamplingParams(temperature=0)
-PROMPT = 512
-"""Tokens of a source before those that are decoded."""
+CONTEXTS = 512, 2048
+"""Numbers of tokens of a source before those that are decoded."""
 _SMALLEST_FILE = 20_000
 """Smallest source in bytes; shorter ones have too few tokens."""
 
@@ -38,6 +39,7 @@ _SMALLEST_FILE = 20_000
 def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[str, Any]:
     """Measure the three kinds of sequences on a trained model, sources interleaved."""
     files, length, rounds = (3, 192, 1) if args.quick else (8, 512, 2)
+    contexts = args.contexts or CONTEXTS
     engine = load_engine(
         args.model,
         Path("runs"),
@@ -47,15 +49,21 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
         trust=trust_of(args),
         speculate=args.speculate,
     )
-    sources = source_tokens(engine.generator, files, PROMPT + length)
-    shuffled = [[*tokens[:PROMPT], *_shuffled(tokens[PROMPT:])] for tokens in sources]
-    cases = {
-        "greedy completions": partial(_complete, engine.generator, length=length),
-        "replayed sources": partial(_replay, engine.generator),
-        "replayed in random order": partial(_replay, engine.generator),
-    }
-    given = dict(zip(cases, (sources, sources, shuffled), strict=True))
-    rows = [_measure(name, run, given[name], engine.generator, rounds) for name, run in cases.items()]
+    # The same sources for all contexts.
+    sources = source_tokens(engine.generator, files, max(contexts) + length)
+    rows = []
+    for context in contexts:
+        given = [tokens[: context + length] for tokens in sources]
+        shuffled = [[*tokens[:context], *_shuffled(tokens[context:])] for tokens in given]
+        complete = partial(_complete, engine.generator, length=length)
+        replay = partial(_replay, engine.generator)
+        for name, run, texts in (
+            ("greedy completions", complete, given),
+            ("replayed sources", replay, given),
+            ("replayed in random order", replay, shuffled),
+        ):
+            row = _measure(run, texts, context, engine.generator, rounds)
+            rows.append({"name": name, "context": context, **row})
     return {
         "mode": "speculate",
         "cpu": describe_cpu(),
@@ -67,9 +75,15 @@ def measure_speculation(args: argparse.Namespace, shape: ModelConfig) -> dict[st
 
 def show_speculation(result: dict[str, Any]) -> str:
     """Return the engine, and a table of the kinds."""
+    return f"{result['engine']}, proposals by {result['proposals']}\n\n{speculation_table(result)}"
+
+
+def speculation_table(result: dict[str, Any]) -> str:
+    """Return a table of the kinds of sequences."""
     lines = [
         {
             "sequences": row["name"],
+            "context": f"{row['context']:,}",
             "tokens/s without": f"{row['tokens_per_second_without']:,.0f}",
             "tokens/s with": f"{row['tokens_per_second']:,.0f}",
             "ratio": f"{row['ratio']:.2f}",
@@ -78,7 +92,7 @@ def show_speculation(result: dict[str, Any]) -> str:
         }
         for row in result["results"]
     ]
-    return f"{result['engine']}, proposals by {result['proposals']}\n\n{table(lines)}"
+    return table(lines)
 
 
 def source_tokens(generator: TextGenerator, files: int, length: int) -> list[list[int]]:
@@ -98,9 +112,9 @@ def _shuffled(tokens: Sequence[int]) -> list[int]:
 
 
 def _measure(
-    name: str,
     run: Callable[[Sequence[int], GenerationState, dict[str, int]], int],
     sequences: Sequence[Sequence[int]],
+    context: int,
     generator: TextGenerator,
     rounds: int,
 ) -> dict[str, Any]:
@@ -109,7 +123,7 @@ def _measure(
     seconds, tokens = {True: 0.0, False: 0.0}, 0
     for turn in range(rounds + 1):  # the first warms up
         for text in sequences:
-            state = generator.prefill_tokens([text[:PROMPT]])
+            state = generator.prefill_tokens([text[:context]])
             for speculates in (turn % 2 == 0, turn % 2 == 1):
                 generator.speculation = speculation if speculates else None
                 found = dict(counts)
@@ -121,7 +135,6 @@ def _measure(
                         counts, tokens = found, tokens + made
     generator.speculation = speculation
     return {
-        "name": name,
         "tokens": tokens,
         "tokens_per_second_without": tokens / seconds[False],
         "tokens_per_second": tokens / seconds[True],
@@ -146,7 +159,9 @@ def _replay(
     generator: TextGenerator, text: Sequence[int], state: GenerationState, counts: dict[str, int]
 ) -> int:
     """Decode a text as if the model had chosen its tokens."""
-    chooser, length = _Source(generator, text[PROMPT:]), len(text) - PROMPT
+    assert state.history is not None
+    rest = text[len(state.history[0]) :]
+    chooser, length = _Source(generator, rest), len(rest)
     model_state, logits = state.model_state, state.logits
     if generator.speculation is None:
         for _ in range(length):
@@ -154,7 +169,6 @@ def _replay(
                 token = chooser.choose(logits)
                 logits, model_state = generator.model.step(torch.tensor([token]), model_state)
         return length
-    assert state.history is not None
     proposer = generator.speculation.start(state.history[0], GREEDY, None)
     costs = generator.speculation.costs(1, GREEDY)
     runs = speculate(generator.model, model_state, logits, length, -1, chooser, proposer, costs)

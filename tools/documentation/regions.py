@@ -15,6 +15,7 @@ from benchmarks.conversion import conversion_table
 from benchmarks.report import case_field, memory_table
 from benchmarks.report import table as benchmark_table
 from benchmarks.serving import serving_table
+from benchmarks.speculation import speculation_table
 from documentation.plans import memory_table as plan_table
 from documentation.records import RECORDS, ROOT, figure, record
 from documentation.reference import metrics_table, options_table, settings_table
@@ -90,7 +91,8 @@ def _benchmark(name: str) -> str:
 def _mode(name: str) -> str:
     """Return the table of a mode of tools/benchmark.py without contexts and batches."""
     result = record(name)["result"]
-    return {"serve": serving_table, "convert": conversion_table}[result["mode"]](result)
+    tables = {"serve": serving_table, "convert": conversion_table, "speculate": speculation_table}
+    return tables[result["mode"]](result)
 
 
 def _memory(name: str) -> str:

@@ -28,6 +28,25 @@ PAUSE = 0.2
 Attack: TypeAlias = Callable[["Hostile", random.Random], Awaitable[None]]
 
 
+def attack(url: str, api_key: str | None, clients: int, seconds: float) -> Counter[str]:
+    """Attack a server with a number of clients for a time; return the number of attempts by their end.
+
+    It runs in a separate process, so that the clients which are measured don't wait for what it computes.
+    """
+    return asyncio.run(_attack(url, api_key, clients, seconds))
+
+
+async def _attack(url: str, api_key: str | None, clients: int, seconds: float) -> Counter[str]:
+    import aiohttp
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        hostile = Hostile(session, url, api_key)
+        await hostile.run(clients, seconds)
+    return hostile.statuses
+
+
 class Hostile:
     """Group of hostile clients; each repeats one kind of attack until it is cancelled."""
 

@@ -213,8 +213,50 @@ def test_no_answer_within_the_length_is_refused() -> None:
 
 
 def test_single_conversation_is_refused() -> None:
-    with pytest.raises(UserError, match="has 1 different rows with messages that can be used"):
+    with pytest.raises(UserError, match=r"chat\.jsonl: has only one conversation, or copies of it"):
         load_task_data(config_of(write_rows(chats(1) * 3)))
+
+
+def test_files_without_an_answer_are_named_with_the_reasons() -> None:
+    rows = [{"messages": [turn("user", "x")]}] * 3 + [{"messages": None}]
+    with pytest.raises(UserError) as error:
+        load_task_data(config_of(write_rows(rows)))
+    assert "chat.jsonl: has no row with an answer (3 without an answer, 1 null); add a message" in str(
+        error.value
+    )
+    held_out = write_rows([], "val.jsonl")
+    with pytest.raises(UserError, match=r"^val\.jsonl: has no row with an answer \(no rows\)"):
+        load_task_data(config_of(write_rows(chats()), "chat", f"data.validation={held_out}", WHOLE))
+
+
+@pytest.mark.parametrize("template", ["", "always the same", "{% for m in messages %}{% endfor %}"])
+def test_a_template_that_writes_no_answer_is_refused(template: str) -> None:
+    Path("t.jinja").write_text(template, encoding="utf-8")
+    config = config_of(write_rows(chats()), "chat", "data.chat_template=t.jinja")
+    with pytest.raises(UserError, match=r"data\.chat_template=t\.jinja: its text has no answer in any"):
+        load_task_data(config)
+
+
+def test_answers_without_end_token_are_reported() -> None:
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    rows = write_rows(chats(), "c.jsonl")
+    report = load_task_data(config_of(rows, "chat", "data.chat_template=t.jinja")).report
+    assert report.unended == len(chats())
+    assert any(line.startswith("warning: 40 conversations without an end token") for line in report.lines())
+    assert load_task_data(config_of(rows)).report.unended == 0
+
+
+def test_names_of_columns_in_errors_are_bounded() -> None:
+    rows = [{"k" * 5_000: 1, **{f"column{index}": 1 for index in range(50)}}]
+    for kind in ("chat", "text"):
+        with pytest.raises(UserError) as error:
+            load_task_data(config_of(write_rows(rows), kind))
+        assert "... (51 in all)" in str(error.value)
+        assert len(str(error.value)) < 500
+    long = {"messages": [{"role": "x" * 5_000, "content": "x"}]}
+    with pytest.raises(UserError) as error:
+        load_task_data(config_of(write_rows([long])))
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

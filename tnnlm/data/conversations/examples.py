@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tnnlm.chat.templates import ASSISTANT, Conversation, Message, check_message
 from tnnlm.config.schema import DataConfig
 from tnnlm.data.conversations.tables import Row, read_rows
-from tnnlm.data.text import BLANK, NULL, Tally, normalized
+from tnnlm.data.text import BLANK, NULL, Tally, listed, normalized
 from tnnlm.errors import DataError
 
 COLUMNS = {"chat": ("messages",), "prompt_completion": ("prompt", "completion")}
@@ -64,7 +64,7 @@ def read_examples(config: DataConfig, tally: Tally, held_out: bool = False) -> I
 def _cell(row: Row, column: str, kind: str) -> Any:
     if column not in row.cells:
         raise DataError(
-            f"{row.where}: has no column {column!r}, only {', '.join(row.cells) or 'none'}",
+            f"{row.where}: has no column {column!r}, only {listed(row.cells)}",
             f"data.format={kind} reads {' and '.join(COLUMNS[kind])}; set the format of this data",
         )
     return row.cells[column]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import compress, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tnnlm.chat.encoding import SpecialTokens
 from tnnlm.chat.renderer import Renderer
@@ -19,13 +17,13 @@ from tnnlm.chat.stored import stored_template
 from tnnlm.chat.templates import PLAIN, RAW, AnsweredText, ChatTemplate, named_template
 from tnnlm.checksums import list_files
 from tnnlm.config.schema import Config, DataConfig
-from tnnlm.data.conversations.examples import COLUMNS, Example, read_examples
+from tnnlm.data.conversations.examples import Example
 from tnnlm.data.conversations.rows import AnswerRows, PaddedRows, stored_files, write_conversations
+from tnnlm.data.conversations.survey import Found, select, survey
 from tnnlm.data.prepared import is_prepared, open_prepared, write_meta
 from tnnlm.data.report import DataReport, SplitInfo
 from tnnlm.data.sources import cache_folder, source_fingerprint
-from tnnlm.data.split import hold_out
-from tnnlm.data.text import Tally, TextHash, text_hash
+from tnnlm.data.text import TextHash
 from tnnlm.data.token_files import Layout
 from tnnlm.data.waiting import prepare_once
 from tnnlm.errors import DataError
@@ -97,13 +95,14 @@ class _Request:
         return cache_folder(config) / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-class _Found(NamedTuple):
-    """Content of a data set, without its messages."""
+class _Written(NamedTuple):
+    """Sizes of a split."""
 
-    hashes: NDArray[np.bytes_]
-    lengths: NDArray[np.int64]
-    strings: bool
-    tally: Tally
+    info: SplitInfo
+    answers: int
+    """Number of conversations with an answer."""
+    unended: int
+    """Number of conversations without an end token in an answer."""
 
 
 def prepare_conversations(settings: Config) -> ConversationCorpus:
@@ -152,16 +151,22 @@ def _build(request: _Request, folder: Path) -> None:
     """Write the folder of the cache; nothing is left if that fails."""
     config = request.config
     with atomic_folder(folder, replace=False) as temporary, Renderer() as renderer:
-        found, held_out = _survey(request)
+        found, held_out = survey(config, request.seed)
         train = found.hashes[~held_out]
-        template = request.template or _suitable(request, found)
-        tokenizer = request.given or _trained(request, _select(request, ~held_out))
+        template = _suitable(request, found) if request.template is None else request.template
+        tokenizer = request.given or _trained(request, select(config, ~held_out))
         chat = ChatTemplate(template, SpecialTokens(tokenizer), renderer)
         layout = Layout.of(tokenizer.size)
-        infos = {
-            split: _write(chat, _select(request, chosen), temporary, split, layout)
+        written = {
+            split: _write(chat, select(config, chosen), temporary, split, layout)
             for split, chosen in (("train", ~held_out), ("val", held_out))
         }
+        if not all(split.answers for split in written.values()):
+            name = "" if config.chat_template is None else f"={config.chat_template}"
+            raise DataError(
+                f"data.chat_template{name}: its text has no answer in any conversation",
+                "correct it, or mark the answers in it by {% generation %} and {% endgeneration %}",
+            )
         write_text(temporary / _TOKENIZER, tokenizer.to_json())
         report = DataReport(
             source=config.source if config.source != "hub" else str(config.hub_name),
@@ -172,67 +177,15 @@ def _build(request: _Request, folder: Path) -> None:
             duplicates=len(found.hashes) - len(np.unique(found.hashes)),
             shared=int(np.isin(found.hashes[held_out], train).sum()),
             eos_token=config.eos_token,
-            splits=infos,
+            unended=sum(split.unended for split in written.values()),
+            splits={name: split.info for name, split in written.items()},
         )
         files = [_TOKENIZER, *stored_files("train"), *stored_files("val")]
         entries = {**report.to_dict(), "layout": [*layout], "template": template}
         write_meta(temporary, folder.name, entries, list_files(temporary, files))
 
 
-def _survey(request: _Request) -> tuple[_Found, NDArray[np.bool_]]:
-    """Read the data set once, and return what it has and which conversations are held out."""
-    config, seed = request.config, request.seed
-    found = _read(config, seed, held_out=False)
-    if _is_split(config):
-        other = _read(config, seed, held_out=True)
-        if len(found.hashes) and len(other.hashes) and found.strings != other.strings:
-            raise DataError(
-                "data: mixes strings and messages in training and validation rows",
-                "write all rows in one way",
-            )
-        joined = [np.concatenate(pair) for pair in zip(found[:2], other[:2], strict=True)]
-        chosen = np.arange(len(joined[0])) >= len(found.hashes)
-        found = _Found(joined[0], joined[1], found.strings, found.tally + other.tally)
-    elif len(np.unique(found.hashes)) > 1:
-        chosen = hold_out(found.lengths, found.hashes, config.val_fraction)
-    else:
-        chosen = np.zeros(len(found.hashes), bool)
-    if chosen.all() or not chosen.any():
-        what = " and ".join(COLUMNS[config.format])
-        raise DataError(
-            f"data: has {len(np.unique(found.hashes)):,} different rows with {what} that can be used",
-            "add rows, which are split into training and validation",
-        )
-    return found, chosen
-
-
-def _is_split(config: DataConfig) -> bool:
-    """Return whether the rows to validate on are given."""
-    return bool(config.validation or config.hub_val_split)
-
-
-def _read(config: DataConfig, seed: int, held_out: bool) -> _Found:
-    tally, hashes, lengths, strings = Tally(), [], [], False
-    for example in read_examples(config, tally, held_out):
-        # Entries that a .parquet file adds to messages may be dates or bytes.
-        content = json.dumps(example.conversation, sort_keys=True, ensure_ascii=False, default=str)
-        hashes.append(text_hash(seed, content))
-        lengths.append(len(content))
-        strings = example.strings
-    return _Found(np.array(hashes, "S16"), np.array(lengths, np.int64), strings, tally)
-
-
-def _select(request: _Request, chosen: NDArray[np.bool_]) -> Iterator[Example]:
-    """Yield the chosen conversations, which are read again so that they need not be in memory."""
-    config, index = request.config, 0
-    for held_out in (False, True) if _is_split(config) else (False,):
-        for example in read_examples(config, Tally(), held_out):
-            if index < len(chosen) and chosen[index]:
-                yield example
-            index += 1
-
-
-def _suitable(request: _Request, found: _Found) -> str:
+def _suitable(request: _Request, found: Found) -> str:
     """Return the template of rows for which none is set."""
     if found.strings:
         return RAW
@@ -252,12 +205,13 @@ def _trained(request: _Request, examples: Iterator[Example]) -> TextTokenizer:
 
 def _write(
     chat: ChatTemplate, examples: Iterable[Example], folder: Path, split: str, layout: Layout
-) -> SplitInfo:
+) -> _Written:
     """Write a split and return its sizes."""
-    digest, size, n = TextHash(), 0, 0
+    digest, size, n, answers, unended = TextHash(), 0, 0, 0, 0
+    eos_id = chat.tokens.tokenizer.eos_id
 
     def encoded() -> Iterator[tuple[list[int], list[bool]]]:
-        nonlocal size, n
+        nonlocal size, n, answers, unended
         rest = iter(examples)
         while batch := list(islice(rest, BATCH)):
             texts = [chat.answered(example.conversation, example.where) for example in batch]
@@ -266,10 +220,13 @@ def _write(
                 digest.add(data, ends_document=True)
                 size += len(text.text.encode("utf-8", "surrogatepass"))
                 n += 1
-            yield from encode_answers(chat.tokens, texts)
+            for ids, scored in encode_answers(chat.tokens, texts):
+                answers += any(scored)
+                unended += eos_id not in compress(ids, scored)
+                yield ids, scored
 
-    total = write_conversations(folder, split, layout, encoded(), chat.tokens.tokenizer.eos_id)
-    return SplitInfo(n, total, size, digest.value)
+    total = write_conversations(folder, split, layout, encoded(), eos_id)
+    return _Written(SplitInfo(n, total, size, digest.value), answers, unended)
 
 
 def encode_answers(

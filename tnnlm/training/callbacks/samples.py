@@ -46,7 +46,7 @@ class SampleWriter(Callback):
         """Return the state after the prompt, or after an end token if there is none or it has no tokens."""
         try:
             if self.prompt and self._chat:
-                return writer.prefill_tokens(encode_chats(writer.tokenizer, [self.prompt]))
+                return writer.prefill_tokens(encode_chats(writer.tokenizer, [self.prompt]).rows)
             if self.prompt:
                 return writer.prefill([self.prompt])
         except UserError as error:  # the tokenizer of other data may not know the default prompt

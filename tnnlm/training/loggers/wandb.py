@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
-from tnnlm.errors import CheckpointError, ConfigError
+from tnnlm.errors import CheckpointError, ConfigError, install_command
 from tnnlm.files import write_text
 from tnnlm.reading import read_text
 
@@ -52,7 +52,7 @@ def wandb_logger(config: Config, folder: Path) -> WandbRun:
             project=config.trainer.wandb, name=folder.name, id=identity, resume="allow", save_dir=folder
         )
     except ModuleNotFoundError:
-        raise ConfigError(f"{asked}: needs the package wandb", "run: pip install 'tnnlm[wandb]'") from None
+        raise ConfigError(f"{asked}: needs the package wandb", f"run: {install_command('wandb')}") from None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         try:
             logger.log_hyperparams(config_to_dict(config))
