@@ -99,10 +99,7 @@ def finished(page: Any) -> None:
     Raises:
         UserError: If the page shows an error.
     """
-    page.wait_for_function(
-        "/^Finished/.test(document.getElementById('status').textContent)"
-        " || document.getElementById('error').textContent"
-    )
+    page.locator("#status:text-matches('^Finished'), #error:not(:empty)").first.wait_for()
     if error := page.inner_text("#error"):
         raise UserError(f"the page shows an error: {error}")
 
