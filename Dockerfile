@@ -7,10 +7,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
 RUN useradd --create-home --uid 10001 tnnlm
 WORKDIR /opt/tnnlm
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY tnnlm tnnlm
-RUN pip install -c constraints.txt '.[serve]'
+RUN pip install -c constraints.txt '.[serve,constrained]'
 
 # Neither the package nor the model can be changed by the server.
 USER tnnlm

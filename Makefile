@@ -19,7 +19,7 @@ ifneq ($(word 2,$(FOUND)),supported)
 $(error tnnlm needs Python 3.11 or newer, $(USED) is $(firstword $(FOUND)): $(AGAIN))
 endif
 
-.PHONY: demo test nightly lint
+.PHONY: demo test nightly lint docs
 
 demo: .venv/installed
 	$(BIN)/python train.py
@@ -30,11 +30,11 @@ test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # 2,000 random conversions, a million steps, 8,000 damaged caches, and every other kind of file damaged in
-# about 270 ways.
+# about 270 ways. The steps of the Dockerfile install the server in an empty environment.
 # `make test` runs a few of each that are always the same.
 nightly: .venv/installed
 	TNNLM_NIGHTLY=1 $(BIN)/python -m pytest tests/conversion/test_certificates.py tests/conversion/test_long_run.py \
-		tests/security
+		tests/security tests/test_container.py
 	$(BIN)/python -m tests.support.fuzz
 
 lint: .venv/installed
@@ -42,6 +42,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tnnlm tools *.py
 	$(BIN)/python tools/lint_prose.py
+
+# The site of the documentation in site/, without network.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .venv/installed: pyproject.toml constraints.txt
 	[ -e $(BIN)/pip ] || $(USED) -m venv .venv

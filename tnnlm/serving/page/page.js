@@ -57,7 +57,6 @@ async function loadModel() {
   $("max_tokens").max = card.tnnlm.max_tokens;
   if ($("max_tokens").validity.rangeOverflow) $("max_tokens").value = card.tnnlm.max_tokens;
   $("most").textContent = `up to ${count(card.tnnlm.max_tokens)}`;
-  $("prompt").placeholder = card.tnnlm.prompts[0] ?? "";
 }
 
 // A short prompt in the language of the model's data.
