@@ -1,8 +1,8 @@
 # Server of a converted model on a CPU; docs/how-to/deploy.md describes how to build and run it.
 FROM python:3.13-slim-bookworm
 
-# Builds of PyTorch for CPUs, which are much smaller than those for CUDA.
-ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Address of another index, such as PyTorch's with builds for CPUs, which are much smaller than those for CUDA.
+ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
 RUN useradd --create-home --uid 10001 tnnlm

@@ -40,6 +40,7 @@ def texts() -> list[Path]:
         if (path.suffix in TEXTS or path.name.startswith(("Docker", "Make")))
         and path.is_file()
         and not SKIPPED & {*path.relative_to(ROOT).parts}
+        and not path.parent.name.endswith(".egg-info")
         and path not in (ROOT / "pyproject.toml", Path(__file__))
     ]
 

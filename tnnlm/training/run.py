@@ -23,7 +23,7 @@ from tnnlm.config.loader import config_to_dict
 from tnnlm.config.schema import Config
 from tnnlm.conversion.checks import check_training
 from tnnlm.data.datamodule import TextDataModule
-from tnnlm.data.prompts import sample_prompts, with_prompts
+from tnnlm.data.prompts import with_prompts
 from tnnlm.data.report import DataReport, write_report
 from tnnlm.data.tasks import load_task_data
 from tnnlm.errors import OS_PROBLEMS, CheckpointError, collect_failure, command
@@ -242,7 +242,7 @@ def _summarise(
     trainer: lightning.Trainer, module: LitModel, data: TextDataModule, last: CheckpointLast
 ) -> dict[str, Any]:
     """Score the test split if there is one, write summary.json and loss.png, and print the summary."""
-    config, folder = data.config, last.run
+    config, folder, report = data.config, last.run, with_prompts(data.config, data.opened)
     task = VALIDATION_TASKS[config.task]
     tested = final_scores(folder, config, trainer.strategy.root_device) if config.task == "classify" else {}
     summary = write_summary(
@@ -251,7 +251,7 @@ def _summarise(
         params=module.model.n_params,
         frozen=n_frozen(module.model),
         initial=config.init.weights,
-        data=data.opened.report,
+        data=report,
         tokens_seen=data.tokens_at(trainer.global_step),
         train_seconds=last.train_seconds,
         tested=tested,
@@ -263,7 +263,7 @@ def _summarise(
         show_line(f"warning: {folder / name}: {reason}")
     recipe = [] if not task.converts or all_decay(module.model) else ["--method", "auto"]
     unknown = "TEXT" if config.data.format == "text" else None
-    prompt = next(iter(sample_prompts(config, data.opened)), unknown)
+    prompt = next(iter(report.prompts), unknown)
     show_summary(folder, summary, task, prompt, Console(), recipe)
     return summary
 
