@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tnnlm.errors import UserError, run_script
+from tnnlm.errors import OneLineParser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -28,12 +28,14 @@ PROMPT = 'class Stack:\n    """A list that grows at one end."""\n\n    def push(
 MESSAGES = ("Write a function add that returns a plus b.", "Now one that returns a minus b.")
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 WAIT_MS = 600_000
+SEEDS = 20
+"""Number of seeds that are tried for a long completion."""
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser = OneLineParser(description=__doc__, formatter_class=text)
     parser.add_argument("--model", default="runs/demo", help="Converted model or run. (default: runs/demo)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="Folder of the PNGs. (default: docs)")
     parser.add_argument("--tokens", type=int, default=1400, metavar="N", help="New tokens. (default: 1400)")
@@ -67,12 +69,16 @@ def main() -> int:
 
 
 def completion(page: Any, tokens: int) -> None:
-    """Generate a completion on the page."""
+    """Generate a completion on the page, with the first seed whose text is at least half as long as asked."""
     for field, value in {"prompt": PROMPT, "max_tokens": str(tokens), "temperature": "0.7"}.items():
         fill(page, field, value)
-    fill(page, "seed", "3")
-    page.click("#generate")
-    finished(page)
+    for seed in range(SEEDS):
+        fill(page, "seed", str(seed))
+        page.click("#generate")
+        finished(page)
+        found = re.search(r": ([\d,]+) token", page.inner_text("#status"))
+        if found and 2 * int(found[1].replace(",", "")) >= tokens:
+            break
 
 
 def chat(page: Any) -> None:
@@ -114,7 +120,9 @@ def save(page: Any, path: Path) -> None:
 def server(model: str) -> Iterator[str]:
     """Serve a model on a free port, and return its address."""
     words = [sys.executable, str(ROOT / "tools/serve.py"), "--model", model, "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    ) as process:
         try:
             lines = []
             for line in process.stdout or ():
