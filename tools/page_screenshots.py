@@ -3,7 +3,7 @@
 
 Examples:
   python tools/page_screenshots.py --model runs/demo
-  python tools/page_screenshots.py --model runs/demo --out /tmp/pictures --tokens 300
+  python tools/page_screenshots.py --model runs/demo --out pictures --tokens 300
 
 Needs: pip install playwright, and Chromium on the path
 """
@@ -32,19 +32,19 @@ SEEDS = 20
 """Number of seeds that are tried for a long completion."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     text = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=text)
     parser.add_argument("--model", default="runs/demo", help="Converted model or run. (default: runs/demo)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="Folder of the PNGs. (default: docs)")
     parser.add_argument("--tokens", type=int, default=1400, metavar="N", help="New tokens. (default: 1400)")
-    return parser
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the command and return its exit code."""
-    args = arguments().parse_args()
+    args = parse()
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         raise UserError(f"none of {', '.join(BROWSERS)} is on the path; install Chromium")
