@@ -31,14 +31,13 @@ if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the commands that the t
 
 
 @pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test in a temporary folder, offline, and with fixed seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TNNLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("tnnlm.cli.convert.BY_DEFAULT", ())  # takes half a minute; one test compiles
     torch.manual_seed(0)
-    return
 
 
 @pytest.fixture(autouse=True)
